@@ -1,0 +1,294 @@
+"""Packed LoRA: the adapters of N edits over one frozen network, trained or sampled in one pass.
+
+A row of the batch belongs to one edit and uses only that edit's factors. LoRA (arXiv 2106.09685):
+``y = base(x) + alpha / r * B A x``, here with ``A: (N, r, in)`` and ``B: (N, out, r)``; for a
+convolution, A is a convolution of the layer's own geometry to r channels and B is 1x1. peft's
+``LoraConfig`` names the settings; a pack's outputs and gradients equal those of N peft runs.
+
+All factors of an edit lie in one row of a flat fp32 buffer (N, P), so that an optimiser step, a gradient
+norm or a stop mask for all edits is one operation whatever N is.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+_CONVOLUTION = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+TARGETS: dict[str, tuple[str, ...]] = {
+    "attn": _ATTENTION,
+    "attn+ff": _ATTENTION + _FEED_FORWARD,
+    "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTION,
+}
+"""Endings of the names of the layers each choice adapts."""
+
+Factors = tuple[Tensor, Tensor, float]
+"""One layer's adapter: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha."""
+
+
+def kohya_key(module_name: str) -> str:
+    """The name of a UNet module in kohya's LoRA files, e.g. ``lora_unet_mid_block_resnets_0_conv1``."""
+    return "lora_unet_" + module_name.replace(".", "_")
+
+
+def target_modules(network: nn.Module, adapt: str) -> dict[str, nn.Module]:
+    """The layers of `network` that ``adapt`` (a key of `TARGETS`) covers, by name, in the network's order."""
+    endings = tuple("." + ending for ending in TARGETS[adapt])
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if ("." + name).endswith(endings) and isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+
+
+class Rows:
+    """Which edit each row of the batch belongs to; shared by all layers of a pack.
+
+    `index` is None when the rows lie edit by edit in equal shares, which needs no gathering of factors.
+    """
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+
+    def select(self, factors: Tensor) -> Tensor:
+        """The factors (G, ...) for G equal groups of rows: one group an edit, or one a row."""
+        return factors if self.index is None else factors[self.index]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of one layer's factors."""
+
+    down: tuple[int, ...]
+    """(r, in) or (r, in, kh, kw)."""
+    up: tuple[int, int]
+    """(out, r)."""
+
+    @staticmethod
+    def of(module: nn.Module, rank: int) -> "_Shape":
+        if isinstance(module, nn.Conv2d):
+            kh, kw = module.kernel_size
+            return _Shape((rank, module.in_channels // module.groups, kh, kw), (module.out_channels, rank))
+        assert isinstance(module, nn.Linear)
+        return _Shape((rank, module.in_features), (module.out_features, rank))
+
+    @property
+    def down_size(self) -> int:
+        return math.prod(self.down)
+
+    @property
+    def size(self) -> int:
+        return self.down_size + math.prod(self.up)
+
+
+class PackedLoraLayer(nn.Module):
+    """A frozen layer with the adapters of N edits; stands in the network in the layer's place while attached."""
+
+    def __init__(self, base: nn.Module, down: nn.Parameter, up: nn.Parameter, scale: Tensor, rows: Rows) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = down, up
+        # Not a buffer: the pack owns it and changes it between passes (adapter strength).
+        self.scale = scale
+        self.rows = rows
+
+    def _group(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Down and scaled up factors for groups of rows, in x's type."""
+        down, up = self.rows.select(self.down), self.rows.select(self.up * self.scale.view(-1, 1, 1))
+        return down.to(x.dtype), up.to(x.dtype)
+
+
+class PackedLoraLinear(PackedLoraLayer):
+    """Packed LoRA on a linear layer: (R, ..., in) to (R, ..., out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        down, up = self._group(x)
+        rows = x.reshape(down.shape[0], -1, x.shape[-1])
+        delta = torch.bmm(torch.bmm(rows, down.transpose(1, 2)), up.transpose(1, 2))
+        return y + delta.view(y.shape)
+
+
+class PackedLoraConv2d(PackedLoraLayer):
+    """Packed LoRA on a convolution: (R, C, H, W) to (R, C', H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        down, up = self._group(x)
+        groups, rank = down.shape[:2]
+        each = x.shape[0] // groups
+        conv = self.base
+        assert isinstance(conv, nn.Conv2d)
+        kernel = down.reshape(groups * rank, *down.shape[2:])
+        if groups == 1:
+            hidden = F.conv2d(x, kernel, None, conv.stride, conv.padding)
+        else:
+            # Every group's channels side by side, one grouped convolution for all edits.
+            side_by_side = x.view(groups, each, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+            hidden = F.conv2d(side_by_side, kernel, None, conv.stride, conv.padding, 1, groups)
+            hidden = hidden.view(each, groups, rank, *hidden.shape[2:]).transpose(0, 1)
+        hidden = hidden.reshape(groups, each, rank, -1)
+        delta = torch.matmul(up.unsqueeze(1), hidden)
+        return y + delta.view(y.shape)
+
+
+class AdapterPack:
+    """The adapters of N edits for the chosen layers of one network.
+
+    Args:
+        network: a frozen network; it is not changed until `attach`.
+        edits: N.
+        adapt: key of `TARGETS`.
+        rank: r.
+        alpha: the output is scaled by ``alpha / r``.
+
+    Attributes:
+        weights: (N, P) fp32, all factors of an edit in one row.
+
+    **Memory**: 4 bytes a weight, 4 more while gradients are enabled.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, edits: int, adapt: str, rank: int, alpha: float, device: torch.device | str = "cpu"
+    ) -> None:
+        self._create(target_modules(network, adapt), edits, rank, device)
+        self.alphas = {name: [float(alpha)] * edits for name in self._shapes}
+        self.strength(1.0)
+
+    def _create(self, modules: Mapping[str, nn.Module], edits: int, rank: int, device: torch.device | str) -> None:
+        if not modules:
+            raise ValueError("the network has none of the layers to adapt")
+        self.edits, self.rank = edits, rank
+        self.rows = Rows()
+        self._shapes = {name: _Shape.of(module, rank) for name, module in modules.items()}
+        size = sum(shape.size for shape in self._shapes.values())
+        self.weights = torch.zeros(edits, size, device=device)
+        self._parameters = {name: (nn.Parameter(d), nn.Parameter(u)) for name, d, u in self._views(self.weights)}
+        self._scales = {name: torch.ones(edits, device=device) for name in self._shapes}
+
+    def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, down (N, r, in...), up (N, out, r)) views of a flat (N, P) tensor."""
+        start = 0
+        for name, shape in self._shapes.items():
+            middle, end = start + shape.down_size, start + shape.size
+            yield (
+                name,
+                flat[:, start:middle].view(self.edits, *shape.down),
+                flat[:, middle:end].view(self.edits, *shape.up),
+            )
+            start = end
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The stacked factors, views of `weights`."""
+        return [parameter for pair in self._parameters.values() for parameter in pair]
+
+    def initialize(self, generators: Sequence[torch.Generator]) -> None:
+        """Draws A uniformly as peft does (Kaiming with a = sqrt 5) from each edit's own generator; B is zero."""
+        with torch.no_grad():
+            for edit, generator in enumerate(generators):
+                for name, shape in self._shapes.items():
+                    bound = 1 / math.sqrt(math.prod(shape.down[1:]))
+                    drawn = torch.rand(shape.down, generator=generator).mul_(2 * bound).sub_(bound)
+                    down, up = self._parameters[name]
+                    down[edit].copy_(drawn)
+                    up[edit].zero_()
+
+    def enable_gradients(self) -> Tensor:
+        """The flat gradient (N, P); every factor's gradient is a view of it, which backward passes fill."""
+        grads = torch.zeros_like(self.weights)
+        for name, down, up in self._views(grads):
+            parameters = self._parameters[name]
+            parameters[0].grad, parameters[1].grad = down, up
+        return grads
+
+    def disable_gradients(self) -> None:
+        """Frees the gradients; the factors are trained no further."""
+        for parameter in self.parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+    def strength(self, value: float) -> None:
+        """Sets the factor on all adapters: 1 as trained, 0 the base alone."""
+        for name, scale in self._scales.items():
+            scale.copy_(torch.tensor([value * alpha / self.rank for alpha in self.alphas[name]]))
+
+    def set_rows(self, index: Tensor | None) -> None:
+        """Says which edit each row of the following passes belongs to.
+
+        Args:
+            index: (R,) int64 edit numbers, or None when rows lie edit by edit in equal shares.
+        """
+        uniform = index is None or self.edits == 1
+        self.rows.index = None if uniform else index.to(self.weights.device)  # type: ignore[union-attr]
+
+    @contextmanager
+    def attached(self, network: nn.Module) -> Iterator[None]:
+        """The network with the adapters in place; on leaving, exactly the network there was."""
+        originals: list[tuple[nn.Module, str, nn.Module]] = []
+        try:
+            for name, (down, up) in self._parameters.items():
+                parent_name, _, child = name.rpartition(".")
+                parent = network.get_submodule(parent_name)
+                base = parent.get_submodule(child)
+                kind = PackedLoraConv2d if isinstance(base, nn.Conv2d) else PackedLoraLinear
+                setattr(parent, child, kind(base, down, up, self._scales[name], self.rows))
+                originals.append((parent, child, base))
+            yield
+        finally:
+            for parent, child, base in originals:
+                setattr(parent, child, base)
+
+    def export(self, edit: int) -> dict[str, Factors]:
+        """One edit's adapter by kohya key, as fp32 copies on the CPU."""
+        factors = {}
+        for name, (down, up) in self._parameters.items():
+            d, u = down[edit].detach().cpu().clone(), up[edit].detach().cpu().clone()
+            factors[kohya_key(name)] = (d, u if d.dim() == 2 else u[..., None, None], self.alphas[name][edit])
+        return factors
+
+    @staticmethod
+    def load(
+        network: nn.Module, adapters: Sequence[Mapping[str, Factors]], *, device: torch.device | str = "cpu"
+    ) -> "AdapterPack":
+        """The pack of finished adapters; layers and ranks may differ between edits (zeros fill the gaps).
+
+        Raises:
+            ValueError: a key no layer of the network has, or factors that do not fit its layer.
+        """
+        names = {
+            kohya_key(name): name
+            for name, module in network.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+        }
+        wanted = {key for adapter in adapters for key in adapter}
+        unknown = sorted(wanted - set(names))
+        if unknown:
+            raise ValueError(f"the base has no layer for {unknown[0]} ({len(unknown)} such)")
+        modules = {name: network.get_submodule(name) for key, name in names.items() if key in wanted}
+        rank = max(down.shape[0] for adapter in adapters for down, _, _ in adapter.values())
+        pack = AdapterPack.__new__(AdapterPack)
+        pack._create(modules, len(adapters), rank, device)
+        pack.alphas = {name: [0.0] * len(adapters) for name in modules}
+        with torch.no_grad():
+            for edit, adapter in enumerate(adapters):
+                for key, (down, up, alpha) in adapter.items():
+                    name, r = names[key], down.shape[0]
+                    fits = _Shape.of(modules[name], r)
+                    if tuple(down.shape) != fits.down or tuple(up.shape[:2]) != fits.up:
+                        raise ValueError(
+                            f"{key} has factors {tuple(down.shape)} and {tuple(up.shape)}, "
+                            f"its layer in the base takes {fits.down} and {fits.up}"
+                        )
+                    own_down, own_up = pack._parameters[name]
+                    own_down[edit, :r].copy_(down)
+                    own_up[edit, :, :r].copy_(up.reshape(fits.up))
+                    pack.alphas[name][edit] = alpha * rank / r
+        pack.strength(1.0)
+        return pack

@@ -1,0 +1,241 @@
+"""One frozen, quantised base shared by every edit: encode text, encode pictures, predict, decode.
+
+**Memory**: text encoder and VAE are loaded for the moment they are needed and dropped again; only the
+UNet stays. So encode everything first, then train (`release` drops the UNet too).
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .edit_file import BaseIdentity
+from .errors import BackendUnavailableError, ConfigError
+from .families import DEMO, StableDiffusion, load_family
+from .quantize import WEIGHT_FORMATS, weight_bytes
+
+log = logging.getLogger(__name__)
+
+ATTENTION = ("auto", "xformers", "sdpa")
+DEVICES = ("auto", "cuda", "cpu")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        BackendUnavailableError: asked for by name and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}, expected one of {', '.join(DEVICES)} or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    if device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"device is {name!r}, expected one of {', '.join(DEVICES)} or cuda:N")
+    return device
+
+
+def pick_dtype(device: torch.device, weights: str) -> torch.dtype:
+    """The type to compute in: bfloat16 on GPUs that have it, else fp32 (bfloat16 is slower on most CPUs)."""
+    if weights == "fp32":
+        return torch.float32
+    if weights == "bf16":
+        return torch.bfloat16
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if capable else torch.float32
+
+
+class BaseModel:
+    """A frozen base model; see `load`.
+
+    Attributes:
+        family: what is particular to its model family.
+        device, dtype: where and in which type the UNet computes.
+        weights: format of the UNet's weights, one of `quantize.WEIGHT_FORMATS`.
+        attention: ``"xformers"`` or ``"sdpa"``, as resolved.
+        checkpointing: whether activations are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        family: StableDiffusion,
+        *,
+        device: torch.device,
+        weights: str,
+        attention: str,
+        checkpointing: bool,
+    ) -> None:
+        self.family = family
+        self.device, self.weights = device, weights
+        self.dtype = pick_dtype(device, weights)
+        self.attention, self.checkpointing = attention, checkpointing
+        self._unet: nn.Module | None = None
+        self._embeddings: dict[str, Tensor] = {}
+
+    @staticmethod
+    def load(
+        name: str = DEMO,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        weights: str = "int8",
+        attention: str = "auto",
+        checkpointing: bool = False,
+        config_folder: Path | None = None,
+    ) -> "BaseModel":
+        """The base called `name`; reads configurations now and weights when they are first needed.
+
+        Args:
+            name: "demo", a short name, a diffusers folder, a ``.safetensors`` file or a Hub id.
+            revision: Hub commit, tag or branch.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            weights: "int8", "bnb-int8" (stock bitsandbytes), "bf16" or "fp32".
+            attention: "auto", "xformers" or "sdpa".
+            checkpointing: recompute activations: less memory, about 1.3 times the arithmetic.
+            config_folder: for a single file, a diffusers folder with its configuration.
+
+        Raises:
+            ModelError: unknown, incomplete or wrong model; a backend that is missing.
+            ConfigError: unknown option values.
+        """
+        problems = []
+        if weights not in WEIGHT_FORMATS:
+            problems.append(f"base weights are {weights!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
+        if attention not in ATTENTION:
+            problems.append(f"attention is {attention!r}, expected one of {', '.join(ATTENTION)}")
+        if problems:
+            raise ConfigError(problems)
+        place = pick_device(device)
+        return BaseModel(
+            load_family(name, revision=revision, config_folder=config_folder),
+            device=place,
+            weights=weights,
+            attention=_pick_attention(attention, place),
+            checkpointing=checkpointing,
+        )
+
+    @property
+    def name(self) -> str:
+        """What the edit file calls this base."""
+        return self.family.source.label
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """Which base this is, with the hashes of its files."""
+        return BaseIdentity(
+            source=self.name,
+            revision=self.family.source.revision,
+            family=self.family.family,
+            prediction_type=self.family.prediction_type,
+            cross_attention_dim=self.family.cross_attention_dim,
+            files=self.family.source.hashes,
+        )
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square pictures this base edits."""
+        return self.family.size_px
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """Cumulative product of alphas (num_train_timesteps,), fp32 on the CPU."""
+        return self.family.alpha_bar
+
+    @property
+    def unet(self) -> nn.Module:
+        """The frozen UNet, loaded and quantised at the first use."""
+        if self._unet is None:
+            unet = self.family.load_unet(weights=self.weights, device=self.device, dtype=self.dtype)
+            if self.attention == "xformers":
+                unet.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
+            if self.checkpointing:
+                unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            log.info(
+                "UNet of %s: %s weights, %.0f MB, %s attention, checkpointing %s",
+                self.name,
+                self.weights,
+                weight_bytes(unet) / 1e6,
+                self.attention,
+                "on" if self.checkpointing else "off",
+            )
+            self._unet = unet
+        return self._unet
+
+    def release(self) -> None:
+        """Drops the UNet; the next `predict` loads it again."""
+        self._unet = None
+
+    @contextlib.contextmanager
+    def _part(self, load: Any, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """A part for the length of a ``with`` block; nothing of it stays on the device."""
+        part: nn.Module = load(device=self.device, dtype=dtype)
+        try:
+            yield part
+        finally:
+            del part
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @property
+    def _part_dtype(self) -> torch.dtype:
+        """Half precision on GPUs: these parts are used once and their fp32 activations would set the peak."""
+        return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings (B, T, D), fp32 on the CPU; each sentence is encoded once and remembered."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if new:
+            with self._part(self.family.load_text_encoder, self._part_dtype) as text_encoder:
+                for prompt, embedding in zip(new, self.family.encode_text(text_encoder, new), strict=True):
+                    self._embeddings[prompt] = embedding
+        return torch.stack([self._embeddings[prompt] for prompt in prompts])
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1]."""
+        with self._part(self.family.load_vae, self._part_dtype) as vae:
+            return self.family.encode_images(vae, images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, size, size) in [-1, 1], fp32 on the CPU."""
+        with self._part(self.family.load_vae, self._part_dtype) as vae:
+            images = self.family.decode(vae, latents)
+        if not images.isfinite().all():
+            # Some autoencoders overflow in half precision.
+            with self._part(self.family.load_vae, torch.float32) as vae:
+                images = self.family.decode(vae, latents)
+        return images
+
+    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """The UNet's prediction (R, C, H, W) for noisy latents (R, C, H, W), timesteps (R,), text (R, T, D)."""
+        noisy = latents.to(self.device, self.dtype, memory_format=torch.channels_last)
+        prediction: Tensor = self.unet(
+            noisy, timesteps.to(self.device), encoder_hidden_states=embeddings.to(self.device, self.dtype)
+        ).sample
+        return prediction
+
+
+def _pick_attention(name: str, device: torch.device) -> str:
+    """``"xformers"`` or ``"sdpa"``; "auto" takes xformers on CUDA where it is installed."""
+    if name == "sdpa":
+        return name
+    usable = device.type == "cuda" and _has_xformers()
+    if name == "xformers" and not usable:
+        reason = "it has no CPU kernels" if device.type == "cpu" else "it is not installed (pip install xformers)"
+        raise BackendUnavailableError(f"attention xformers was asked for, but {reason}; use --attention auto or sdpa")
+    return "xformers" if usable else "sdpa"
+
+
+def _has_xformers() -> bool:
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,251 @@
+"""Settings of the three stages as frozen values, with presets and validation.
+
+Every problem of a set of settings is reported at once (`ConfigError.problems`). Passes are counted as
+forward-and-backward passes of one row through the UNet: ``steps * draws``.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import ConfigError
+
+ADAPT_TARGETS = ("attn", "attn+ff", "all")
+"""Layers an adapter may cover: attention; plus feed-forward and projections; plus every convolution."""
+MAX_RANK = 256
+MAX_SEED = 2**63 - 1
+ETA_RANGE = (-1.0, 3.0)
+PRESETS = ("balanced", "fast", "paper")
+
+
+class _Check:
+    """Collects what is wrong with the fields of one settings value."""
+
+    def __init__(self, owner: object) -> None:
+        self._owner, self.problems = owner, list[str]()
+
+    def number(self, name: str, low: float, high: float, *, whole: bool = False, above: bool = False) -> None:
+        value = getattr(self._owner, name)
+        kind = "a whole number" if whole else "a number"
+        right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not right_type or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            limits = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
+            self.problems.append(f"{name} is {value!r}, expected {kind} {limits}")
+
+    def choice(self, name: str, allowed: Iterable[str]) -> None:
+        value = getattr(self._owner, name)
+        if value not in tuple(allowed):
+            self.problems.append(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+    def done(self) -> None:
+        if self.problems:
+            raise ConfigError(self.problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What both training stages share: Adam on the denoising loss, several draws a step."""
+
+    steps: int
+    """Optimiser steps."""
+    learning_rate: float
+    """Adam's step size."""
+    draws: int = 8
+    """(timestep, noise) draws per edit and step; timesteps are stratified over the schedule. Paper: 1."""
+    max_grad_norm: float = 0.0
+    """Gradients of an edit are scaled down to this norm; 0 leaves them alone, as in the paper."""
+    patience: int = 0
+    """An edit stops early when its mean loss over this many steps is no better than over the
+    same number before (see `min_improvement`); 0 never stops early."""
+    min_improvement: float = 0.01
+    """Relative improvement between the two windows that counts as progress."""
+
+    def __post_init__(self) -> None:
+        check = _Check(self)
+        self._check(check)
+        check.done()
+
+    def _check(self, check: _Check) -> None:
+        check.number("steps", 0, 100_000, whole=True)
+        check.number("learning_rate", 0, 1, above=True)
+        check.number("draws", 1, 1024, whole=True)
+        check.number("max_grad_norm", 0, 1e6)
+        check.number("patience", 0, 100_000, whole=True)
+        check.number("min_improvement", 0, 1)
+
+    @property
+    def passes(self) -> int:
+        """Rows that go forward and backward through the UNet for one edit, without early stop."""
+        return self.steps * self.draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(StageConfig):
+    """Stage 1: the text embedding is optimised, everything else is frozen (paper section 3.2, eq. 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(StageConfig):
+    """Stage 2: the model is tuned on the photo with the embedding fixed; here, LoRA adapters only."""
+
+    adapt: str = "all"
+    """Layers that get an adapter, one of `ADAPT_TARGETS`. The paper tunes all weights."""
+    lora_rank: int = 8
+    lora_alpha: float = 8.0
+    """The adapter's output is scaled by ``lora_alpha / lora_rank``."""
+
+    def _check(self, check: _Check) -> None:
+        super()._check(check)
+        check.choice("adapt", ADAPT_TARGETS)
+        check.number("lora_rank", 1, MAX_RANK, whole=True)
+        check.number("lora_alpha", 0, 10_000, above=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Stage 3: images along ``eta * e_tgt + (1 - eta) * e_opt`` (paper eq. 3)."""
+
+    etas: tuple[float, ...] = (0.0, 0.4, 0.6, 0.8, 1.0)
+    """Interpolation: 0 is the photo, 1 the target text, above 1 beyond it. Paper: useful from 0.6 to 0.8."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the starting noise; every eta is rendered with every seed."""
+    num_inference_steps: int = 30
+    guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 switches it off and halves the work."""
+    negative_prompt: str = ""
+    scheduler: str = "DDIM"
+    """Name of a diffusers scheduler class, with or without "Scheduler"."""
+    ddim_eta: float = 0.0
+    """Noise added by DDIM at each step (the eta of the DDIM paper, not Imagic's)."""
+    strength: float = 1.0
+    """Factor on the adapter: 0 is the base model alone."""
+    batch_rows: int = 32
+    """UNet rows (images, twice that many with guidance) in one batch at most."""
+
+    def __post_init__(self) -> None:
+        check = _Check(self)
+        for name, low, high in (("etas", *ETA_RANGE), ("seeds", 0, MAX_SEED)):
+            values = getattr(self, name)
+            if not values:
+                check.problems.append(f"{name} is empty, expected at least one number")
+            for value in values:
+                whole = name == "seeds"
+                good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+                if not good or not math.isfinite(value) or not low <= value <= high:
+                    check.problems.append(f"{name} has {value!r}, expected numbers from {low:g} to {high:g}")
+        check.number("num_inference_steps", 1, 1000, whole=True)
+        check.number("guidance_scale", 0, 100)
+        check.number("ddim_eta", 0, 1)
+        check.number("strength", 0, 2)
+        check.number("batch_rows", 1, 4096, whole=True)
+        if not isinstance(self.scheduler, str) or not self.scheduler.isidentifier():
+            check.problems.append(f"scheduler is {self.scheduler!r}, expected a diffusers scheduler such as DDIM")
+        check.done()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """All settings of one edit."""
+
+    embed: EmbedConfig
+    finetune: FinetuneConfig
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    seed: int = 0
+    """Seed of everything drawn while training."""
+
+    def __post_init__(self) -> None:
+        check = _Check(self)
+        check.number("seed", 0, MAX_SEED, whole=True)
+        check.done()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values; `from_dict` gives an equal config back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "EditConfig":
+        """The config described by nested plain values.
+
+        Raises:
+            ConfigError: unknown or missing names, values out of range; all problems at once.
+        """
+        return _build(lambda stage: values.get(stage, {}), values)
+
+
+def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | None = None) -> EditConfig:
+    """The settings of a preset, with `overrides` as ``{"embed": {"steps": 10}, "": {"seed": 1}}`` on top.
+
+    Raises:
+        ConfigError: unknown preset, unknown names, values out of range; all problems at once.
+    """
+    if name not in _PRESET_VALUES:
+        raise ConfigError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
+    given = overrides or {}
+    base = _PRESET_VALUES[name]
+    top: dict[str, Any] = {stage: {} for stage in given if stage}
+    return _build(lambda stage: {**base[stage], **given.get(stage, {})}, {**top, **base, **given.get("", {})})
+
+
+def _build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, Any]) -> EditConfig:
+    """An `EditConfig` from per-stage values, collecting the problems of all stages."""
+    problems, stages = [], {}
+    kinds: dict[str, type[Any]] = {"embed": EmbedConfig, "finetune": FinetuneConfig, "sample": SampleConfig}
+    for stage, kind in kinds.items():
+        values = dict(stage_values(stage))
+        known = {f.name for f in fields(kind)}
+        problems += [f"{stage}.{name} is not a setting" for name in sorted(set(values) - known)]
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known}
+        try:
+            stages[stage] = kind(**values)
+        except ConfigError as error:
+            problems += [f"{stage}.{problem}" for problem in error.problems]
+        except TypeError as error:
+            problems.append(f"{stage}: {error}")
+    problems += [f"{name} is not a setting" for name in sorted(set(top) - set(kinds) - {"seed"})]
+    seed = top.get("seed", 0)
+    try:
+        if not problems:
+            return EditConfig(**stages, seed=seed)
+        _SeedOnly(seed=seed)
+    except ConfigError as error:
+        problems += error.problems
+    raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SeedOnly:
+    """Checks the seed when the stages cannot be built, so that its problem is reported with theirs."""
+
+    seed: int
+
+    __post_init__ = EditConfig.__post_init__
+
+
+_PRESET_VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    # 200 + 480 passes on all layers.
+    "balanced": {
+        "embed": {"steps": 25, "learning_rate": 1e-2},
+        "finetune": {"steps": 60, "learning_rate": 1e-3, "adapt": "all", "lora_rank": 4, "lora_alpha": 4.0},
+        "sample": {},
+    },
+    "fast": {
+        "embed": {"steps": 15, "learning_rate": 1e-2},
+        "finetune": {"steps": 30, "learning_rate": 1.5e-3, "adapt": "all", "lora_rank": 4, "lora_alpha": 4.0},
+        "sample": {"num_inference_steps": 20},
+    },
+    # Section 3.3, "Stable Diffusion": 1000 steps at 2e-3, then 1500 steps, one draw each. The paper's 5e-7
+    # moves all weights; an adapter of rank 16 needs a rate of the order other one-image adapters use.
+    "paper": {
+        "embed": {"steps": 1000, "learning_rate": 2e-3, "draws": 1},
+        "finetune": {
+            "steps": 1500,
+            "learning_rate": 1e-4,
+            "draws": 1,
+            "adapt": "all",
+            "lora_rank": 16,
+            "lora_alpha": 16.0,
+        },
+        "sample": {"etas": (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "num_inference_steps": 50, "guidance_scale": 7.5},
+    },
+}

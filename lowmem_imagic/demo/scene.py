@@ -1,0 +1,235 @@
+"""A scene of the bundled world as a value: drawn at random, described in words, edited, read from a sentence.
+
+The picture of a scene is a pure function of the value (`lowmem_imagic.demo.render`), so
+``scene.edit(color="blue")`` gives the ground truth of the edit "make it blue": the same camera,
+light, floor texture and everything else, with one attribute changed.
+"""
+
+import math
+import random
+import re
+from dataclasses import dataclass, replace
+
+from ..errors import ConfigError, PromptError
+
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.80, 0.10, 0.09),
+    "green": (0.10, 0.58, 0.17),
+    "blue": (0.10, 0.23, 0.82),
+    "yellow": (0.93, 0.80, 0.10),
+    "purple": (0.50, 0.14, 0.66),
+    "orange": (0.96, 0.45, 0.04),
+    "white": (0.93, 0.93, 0.91),
+    "black": (0.055, 0.055, 0.065),
+}
+"""Linear-light base colours by name."""
+
+SHAPES = ("sphere", "cube", "cylinder", "cone")
+MATERIALS = ("rubber", "metal")
+SIZES: dict[str, float] = {"small": 0.52, "large": 0.90}
+"""Nominal radius of an object in scene units, by name."""
+FLOORS = ("wooden", "stone", "grass", "tiled")
+POSES = ("standing", "lying")
+LYING_SHAPES = ("cylinder", "cone")
+"""Shapes whose pose can be seen; the others are always standing."""
+
+_FLOOR_WORDS = {"wood": "wooden", "tile": "tiled", "tiles": "tiled", "rock": "stone", "lawn": "grass"}
+_SHAPE_WORDS = {"ball": "sphere", "box": "cube", "block": "cube"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneObject:
+    """One solid on the floor."""
+
+    shape: str
+    color: str
+    material: str = "rubber"
+    size: str = "large"
+    pose: str = "standing"
+    x: float = 0.0
+    """Position to the right of the centre, scene units."""
+    z: float = 0.0
+    """Position away from the camera, scene units."""
+    rotation: float = 0.0
+    """Turn about the vertical axis, radians."""
+    jitter: float = 1.0
+    """Factor on the nominal radius of its size."""
+
+    def __post_init__(self) -> None:
+        allowed = {"shape": SHAPES, "color": COLORS, "material": MATERIALS, "size": SIZES, "pose": POSES}
+        problems = [
+            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(words)}"
+            for name, words in allowed.items()
+            if getattr(self, name) not in words
+        ]
+        if self.pose == "lying" and self.shape not in LYING_SHAPES:
+            problems.append(f"a {self.shape} cannot lie, only {' and '.join(LYING_SHAPES)} can")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def radius(self) -> float:
+        """Radius in scene units."""
+        return SIZES[self.size] * self.jitter
+
+    def words(self, *, size: bool, material: bool, color: bool = True, pose: bool = True) -> str:
+        """The noun phrase for this object with the chosen attributes, e.g. "a small lying red metal cone"."""
+        parts = [
+            self.size if size else "",
+            self.pose if pose and self.shape in LYING_SHAPES else "",
+            self.color if color else "",
+            self.material if material else "",
+            self.shape,
+        ]
+        phrase = " ".join(part for part in parts if part)
+        return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One or two objects on a floor, with a camera, a light and a sky; renders to a picture."""
+
+    objects: tuple[SceneObject, ...]
+    floor: str
+    azimuth: float = 0.0
+    """Camera turned about the vertical axis through the centre, radians."""
+    elevation: float = 0.44
+    """Camera angle above the floor, radians."""
+    distance: float = 5.0
+    """Camera distance from the centre, scene units."""
+    light: tuple[float, float, float] = (-0.5, 1.0, -0.6)
+    """Direction towards the light (not normalised)."""
+    sky: tuple[float, float, float] = (0.62, 0.74, 0.90)
+    """Sky colour, linear light in [0, 1]."""
+    texture_seed: int = 0
+    """Chooses planks, stones, blades of grass and tiles."""
+
+    def __post_init__(self) -> None:
+        if self.floor not in FLOORS:
+            raise ConfigError(f"floor is {self.floor!r}, expected one of {', '.join(FLOORS)}")
+        if not 1 <= len(self.objects) <= 2:
+            raise ConfigError(f"a scene has one or two objects, found {len(self.objects)}")
+
+    @staticmethod
+    def draw(rng: random.Random, *, objects: int | None = None) -> "Scene":
+        """A scene drawn from the training distribution; attributes are independent of each other."""
+        count = objects or (1 if rng.random() < 0.65 else 2)
+        solids = []
+        for index in range(count):
+            shape = rng.choice(SHAPES)
+            if count == 1:
+                size = rng.choice(tuple(SIZES))
+                x, z = rng.uniform(-0.85, 0.85), rng.uniform(-0.6, 0.6)
+            else:
+                size = "small" if rng.random() < 0.6 else "large"
+                x, z = (-1 if index == 0 else 1) * rng.uniform(0.8, 1.2), rng.uniform(-0.5, 0.5)
+            solids.append(
+                SceneObject(
+                    shape=shape,
+                    color=rng.choice(tuple(COLORS)),
+                    material=rng.choice(MATERIALS),
+                    size=size,
+                    pose="lying" if shape in LYING_SHAPES and rng.random() < 0.35 else "standing",
+                    x=x,
+                    z=z,
+                    rotation=rng.uniform(0, 2 * math.pi),
+                    jitter=rng.uniform(0.93, 1.07),
+                )
+            )
+        bright, tint = rng.uniform(0.45, 0.9), [rng.uniform(-0.18, 0.18) for _ in range(3)]
+        return Scene(
+            objects=tuple(solids),
+            floor=rng.choice(FLOORS),
+            azimuth=rng.uniform(-0.22, 0.22),
+            elevation=rng.uniform(0.36, 0.52),
+            distance=rng.uniform(4.8, 5.2),
+            light=(rng.uniform(-0.8, 0.8), 1.0, rng.uniform(-0.9, -0.1)),
+            sky=(
+                min(1.0, max(0.1, bright + tint[0])),
+                min(1.0, max(0.1, bright + tint[1])),
+                min(1.0, max(0.1, bright + tint[2])),
+            ),
+            texture_seed=rng.randrange(1 << 30),
+        )
+
+    def edit(self, *, object_index: int = 0, **changes: str) -> "Scene":
+        """This scene with attributes of one object (shape, color, material, size, pose) or the floor changed.
+
+        Raises:
+            ConfigError: unknown attribute or value. A shape that cannot lie becomes standing.
+        """
+        unknown = set(changes) - {"shape", "color", "material", "size", "pose", "floor"}
+        if unknown:
+            raise ConfigError(f"a scene has no attribute {', '.join(sorted(unknown))}")
+        if not 0 <= object_index < len(self.objects):
+            raise ConfigError(f"object {object_index} of {len(self.objects)} does not exist")
+        scene = replace(self, floor=changes.pop("floor", self.floor))
+        if changes:
+            solid = self.objects[object_index]
+            if changes.get("shape", solid.shape) not in LYING_SHAPES and "pose" not in changes:
+                changes["pose"] = "standing"
+            solids = list(self.objects)
+            solids[object_index] = replace(solid, **changes)  # type: ignore[arg-type]
+            scene = replace(scene, objects=tuple(solids))
+        return scene
+
+    def add(self, solid: SceneObject) -> "Scene":
+        """This scene with a second object."""
+        return replace(self, objects=(*self.objects, solid))
+
+    def caption(self, rng: random.Random | None = None) -> str:
+        """A sentence that describes the scene; with `rng`, attributes are left out at random.
+
+        Without `rng` everything is said. With it, size, material, pose, colour and floor are each
+        sometimes left out, so that a model learns what each word means on its own.
+        """
+        if rng is None:
+            phrases = [solid.words(size=True, material=True) for solid in self.objects]
+            return f"a photo of {' and '.join(phrases)} on a {self.floor} floor"
+        phrases = []
+        for solid in self.objects:
+            say_pose = rng.random() < (0.85 if solid.pose == "lying" else 0.3)
+            phrases.append(
+                solid.words(
+                    size=rng.random() < 0.4,
+                    material=rng.random() < 0.5,
+                    color=rng.random() < 0.94,
+                    pose=say_pose,
+                )
+            )
+        opening = "a photo of " if rng.random() < 0.7 else ""
+        place = f" on a {self.floor} floor" if rng.random() < 0.75 else ""
+        return opening + " and ".join(phrases) + place
+
+    @staticmethod
+    def from_sentence(sentence: str, *, seed: int = 0) -> "Scene":
+        """The scene a sentence describes; what it leaves open is drawn with `seed`.
+
+        Raises:
+            PromptError: no known shape in the sentence, or more than two.
+        """
+        words = re.findall(r"[a-z]+", sentence.lower())
+        words = [_SHAPE_WORDS.get(_FLOOR_WORDS.get(word, word), _FLOOR_WORDS.get(word, word)) for word in words]
+        count = sum(word in SHAPES for word in words)
+        if not 1 <= count <= 2:
+            raise PromptError(
+                f"found {count} shapes in {sentence!r}; a scene has one or two of {', '.join(SHAPES)}, "
+                'as in "a red cube on a wooden floor"'
+            )
+        rng = random.Random(seed)
+        scene = Scene.draw(rng, objects=count)
+        floor = next((word for word in words if word in FLOORS), scene.floor)
+        solids, said = [], {}  # type: ignore[var-annotated]
+        vocabulary = {"color": COLORS, "material": MATERIALS, "size": SIZES, "pose": POSES}
+        for word in words:
+            for attribute, values in vocabulary.items():
+                if word in values:
+                    said[attribute] = word
+            if word in SHAPES:
+                drawn = scene.objects[len(solids)]
+                pose = said.get("pose", "standing")
+                if word not in LYING_SHAPES:
+                    pose = "standing"
+                solids.append(replace(drawn, **{"material": "rubber", **said, "shape": word, "pose": pose}))
+                said = {}
+        return replace(scene, objects=tuple(solids), floor=floor)

@@ -1,0 +1,297 @@
+"""Trains the bundled model from nothing but the renderer: ``python -m lowmem_imagic.demo.train --out DIR``.
+
+Four steps, each resumable (run the same command again) and seeded: render scenes; train the VAE;
+encode the pictures; train UNet and text encoder together, with 10 % empty captions. The result is a
+diffusers ``StableDiffusionPipeline`` folder in fp16. About 90 minutes on two CPU cores.
+
+What a step draws depends only on (seed, step), so a resumed training draws what an uninterrupted
+one would have drawn. Checkpoints are safetensors: weights, averages and optimiser moments.
+"""
+
+import argparse
+import logging
+import math
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from . import architecture
+from .render import render
+from .scene import Scene
+
+log = logging.getLogger("lowmem_imagic.demo.train")
+
+EMPTY_CAPTION_SHARE = 0.1
+
+
+def scene_at(seed: int, index: int) -> Scene:
+    """Scene number `index` of the set with this seed."""
+    return Scene.draw(random.Random(f"{seed}/{index}"))
+
+
+def _render_at(item: tuple[int, int]) -> np.ndarray:
+    return np.asarray(render(scene_at(*item), architecture.SIZE_PX))
+
+
+def rendered(path: Path, *, seed: int, count: int, processes: int) -> np.ndarray:
+    """Pictures (count, 64, 64, 3) uint8 of scenes 0..count-1, from `path` where they were rendered before."""
+    if path.exists():
+        pictures = np.load(path, allow_pickle=False)
+        if len(pictures) >= count:
+            return pictures[:count]
+    size = architecture.SIZE_PX
+    pictures = np.empty((count, size, size, 3), np.uint8)
+    with multiprocessing.get_context("spawn").Pool(processes, _one_thread) as pool:
+        work = pool.imap(_render_at, ((seed, index) for index in range(count)), chunksize=32)
+        for index, picture in enumerate(tqdm(work, total=count, desc="rendering", mininterval=5)):
+            pictures[index] = picture
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, pictures, allow_pickle=False)
+    os.replace(partial, path)
+    return pictures
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def to_tensor(pictures: np.ndarray, device: torch.device) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] from (B, H, W, 3) uint8."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay, an exponential average of the weights, and checkpoints on disk."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module], *, path: Path, steps: int, learning_rate: float) -> None:
+        self.path, self.steps, self.step = path, steps, 0
+        self.parameters = {
+            f"{prefix}.{name}": parameter
+            for prefix, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True
+        )
+        warmup = max(1, min(300, steps // 10))
+
+        def rate(step: int) -> float:
+            progress = max(0.0, (step / steps - 0.25) / 0.75)
+            return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+        self.rate, self.base_rate = rate, learning_rate
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        if path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        state = load_file(self.path)
+        self.step = int(state["step"])
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[f"weight/{name}"])
+                self.average[name].copy_(state[f"average/{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": state[f"m/{name}"].to(parameter.device),
+                    "exp_avg_sq": state[f"v/{name}"].to(parameter.device),
+                }
+
+    def save(self) -> None:
+        """Writes the checkpoint; an interrupted write leaves the old one."""
+        state: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state[parameter]
+            state[f"weight/{name}"] = parameter.detach().contiguous()
+            state[f"average/{name}"] = self.average[name].contiguous()
+            state[f"m/{name}"] = moments["exp_avg"].contiguous()
+            state[f"v/{name}"] = moments["exp_avg_sq"].contiguous()
+        partial = self.path.with_suffix(".partial")
+        save_file(state, partial)
+        os.replace(partial, self.path)
+
+    def __iter__(self) -> Iterator[int]:
+        """The steps still to do; saves every 250 and at the end."""
+        bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.path.stem, mininterval=5)
+        for step in bar:
+            yield step
+            self.step = step + 1
+            if self.step % 250 == 0 or self.step == self.steps:
+                self.save()
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step on `loss`, and the average follows."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.base_rate * self.rate(self.step)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0, foreach=True)
+        self.optimizer.step()
+        decay = min(0.999, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay
+            )
+
+    def use_average(self) -> None:
+        """Puts the averaged weights into the modules."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average[name])
+
+
+def train_vae(pictures: np.ndarray, work: Path, *, steps: int, batch: int, seed: int, device: torch.device) -> AutoencoderKL:
+    """The autoencoder trained on `pictures`, its `scaling_factor` set so that latents have unit variance."""
+    torch.manual_seed(seed)
+    vae = architecture.new_vae().to(device, memory_format=torch.channels_last)
+    trainer = Trainer({"vae": vae}, path=work / "vae.safetensors", steps=steps, learning_rate=1.5e-3)
+    started = time.monotonic()
+    for step in trainer:
+        draw = np.random.default_rng([seed, step])
+        x = to_tensor(pictures[draw.integers(len(pictures), size=batch)], device)
+        x = (x.flip(-1) if draw.random() < 0.5 else x).contiguous(memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        y = vae.decode(posterior.mean + posterior.std * noise).sample
+        edges = sum(
+            F.l1_loss(torch.diff(y, dim=dim), torch.diff(x, dim=dim)) for dim in (-1, -2)
+        )
+        mse = F.mse_loss(y, x)
+        trainer.update(0.5 * F.l1_loss(y, x) + 3 * mse + 0.25 * edges + 2e-6 * posterior.kl().mean())
+        if step % 100 == 0:
+            psnr = 10 * math.log10(4 / mse.item())
+            log.info("vae step %d: %.2f dB, %.0f s", step, psnr, time.monotonic() - started)
+    trainer.use_average()
+    means = encoded(vae, pictures[:512], device)
+    vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
+    return vae.eval()
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """Posterior means (B, 4, 16, 16) of the pictures, not scaled."""
+    parts = [
+        vae.encode(to_tensor(pictures[i : i + 64], device).contiguous(memory_format=torch.channels_last))
+        .latent_dist.mean.cpu()
+        .contiguous()
+        for i in range(0, len(pictures), 64)
+    ]
+    return torch.cat(parts)
+
+
+def train_unet(
+    vae: AutoencoderKL,
+    pictures: np.ndarray,
+    work: Path,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    device: torch.device,
+) -> StableDiffusionPipeline:
+    """The whole pipeline: UNet and text encoder trained together on latents and captions of the scenes."""
+    torch.manual_seed(seed + 1)
+    scenes = [scene_at(seed, index) for index in range(len(pictures))]
+    rng = random.Random(seed)
+    tokenizer = architecture.train_tokenizer([scene.caption(rng) for scene in scenes[:4000]])
+    text_encoder = architecture.new_text_encoder(tokenizer).to(device)
+    unet = architecture.new_unet().to(device, memory_format=torch.channels_last)
+    scheduler = architecture.new_scheduler()
+    scale = vae.config.scaling_factor
+    latents = encoded(vae, pictures, device) * scale
+    mirrored = encoded(vae, np.ascontiguousarray(pictures[:, :, ::-1]), device) * scale
+
+    trainer = Trainer(
+        {"unet": unet, "text_encoder": text_encoder},
+        path=work / "unet.safetensors",
+        steps=steps,
+        learning_rate=1e-3,
+    )
+    started, losses = time.monotonic(), []
+    for step in trainer:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        flip = torch.rand(batch, generator=generator) < 0.5
+        rng = random.Random(f"{seed}/captions/{step}")
+        captions = [
+            "" if rng.random() < EMPTY_CAPTION_SHARE else scenes[index].caption(rng) for index in chosen.tolist()
+        ]
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=architecture.TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids.to(device)
+        x = torch.where(flip[:, None, None, None], mirrored[chosen], latents[chosen]).to(device)
+        noise = torch.randn(x.shape, generator=generator).to(device)
+        # Stratified timesteps: one from each of `batch` equal parts of the schedule.
+        parts = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        timesteps = (parts * scheduler.config.num_train_timesteps).long().to(device)
+        noisy = scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        noise_pred = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
+        loss = F.mse_loss(noise_pred, noise)
+        trainer.update(loss)
+        losses.append(loss.item())
+        if step % 100 == 0:
+            mean = sum(losses[-100:]) / len(losses[-100:])
+            log.info("unet step %d: loss %.4f, %.0f s", step, mean, time.monotonic() - started)
+    trainer.use_average()
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def main() -> None:
+    """Command line of the training script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished pipeline")
+    parser.add_argument("--work", type=Path, help="folder for pictures and checkpoints [OUT.work]")
+    parser.add_argument("--scenes", type=int, default=14000, help="training scenes [14000]")
+    parser.add_argument("--vae-steps", type=int, default=1500, help="autoencoder steps [1500]")
+    parser.add_argument("--vae-batch", type=int, default=20, help="pictures per autoencoder step [20]")
+    parser.add_argument("--unet-steps", type=int, default=4500, help="UNet and text encoder steps [4500]")
+    parser.add_argument("--unet-batch", type=int, default=32, help="pictures per UNet step [32]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and draws [0]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rendering processes")
+    parser.add_argument(
+        "--now", action="store_true", help="train no further: write the pipeline from the checkpoints as they are"
+    )
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    work = args.work or args.out.with_name(args.out.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+
+    pictures = rendered(work / "pictures.npy", seed=args.seed, count=args.scenes, processes=args.processes)
+    vae_steps, unet_steps = args.vae_steps, args.unet_steps
+    if args.now:
+        vae_steps, unet_steps = (
+            int(load_file(work / f"{part}.safetensors")["step"]) for part in ("vae", "unet")
+        )
+    vae = train_vae(pictures, work, steps=vae_steps, batch=args.vae_batch, seed=args.seed, device=device)
+    pipeline = train_unet(
+        vae, pictures, work, steps=unet_steps, batch=args.unet_batch, seed=args.seed, device=device
+    )
+    pipeline.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    log.info("wrote %s", args.out)
+
+
+if __name__ == "__main__":
+    main()

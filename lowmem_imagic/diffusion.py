@@ -1,0 +1,56 @@
+"""The mathematics of the three stages, on plain tensors.
+
+Symbols follow the paper (arXiv 2210.09276) and DDPM: ``x`` clean latents, ``epsilon`` noise, ``t``
+timesteps, ``alpha_bar`` the cumulative product of alphas.
+"""
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def draw_timesteps(draws: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (draws,) int64, one from each of `draws` equal parts of the schedule, uniform within its part.
+
+    Each is uniform over the whole schedule in expectation, as in eq. 2, but a step sees all noise levels.
+    """
+    parts = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    return (parts * num_train_timesteps).long().clamp_(max=num_train_timesteps - 1)
+
+
+def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """``sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) epsilon`` (eq. 1); latents and noise (R, C, H, W), timesteps (R,)."""
+    a = alpha_bar[timesteps].view(-1, 1, 1, 1)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def training_target(
+    latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor, prediction_type: str
+) -> Tensor:
+    """What the UNet should predict (R, C, H, W): the noise, or v (Salimans & Ho 2022, appendix D)."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        a = alpha_bar[timesteps].view(-1, 1, 1, 1)
+        return a.sqrt() * noise - (1 - a).sqrt() * latents
+    raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+
+
+def loss_per_edit(prediction: Tensor, target: Tensor, edits: int) -> Tensor:
+    """Mean squared error (N,) of each edit over its rows (eq. 2); rows (R, C, H, W) lie edit by edit.
+
+    Edits never mix: the sum over N has, for each edit's parameters, exactly that edit's gradient.
+    """
+    error = (prediction.float() - target.float()).square()
+    return error.reshape(edits, -1).mean(1)
+
+
+def interpolate(target_embedding: Tensor, optimized_embedding: Tensor, eta: float) -> Tensor:
+    """``eta * e_tgt + (1 - eta) * e_opt`` (eq. 3)."""
+    return eta * target_embedding + (1 - eta) * optimized_embedding
+
+
+def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022)."""
+    return unconditional + guidance_scale * (conditional - unconditional)

@@ -1,0 +1,46 @@
+"""Stage 1: the text embedding is optimised until it describes the photo (paper section 3.2, "Text embedding optimization")."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base_model import BaseModel
+from .config import EmbedConfig
+from .training import Losses, Progress, train
+
+
+def embed(
+    base: BaseModel,
+    latents: Tensor,
+    target_embeddings: Tensor,
+    config: EmbedConfig,
+    generators: Sequence[torch.Generator],
+    progress: Progress | None = None,
+) -> tuple[Tensor, Losses]:
+    """The optimised embeddings e_opt (N, T, D), fp32 on the CPU, and the losses on the way.
+
+    Minimises the denoising loss (eq. 2) over the embedding alone, from e_tgt, few steps so that it stays
+    close to it and interpolation remains meaningful.
+
+    Args:
+        base: the frozen base.
+        latents: the photos, (N, C, H, W), fp32 on the CPU.
+        target_embeddings: e_tgt, (N, T, D).
+        config: steps, learning rate, draws per step.
+        generators: one CPU generator per edit.
+        progress: called after every step.
+    """
+    optimized = target_embeddings.to(base.device, torch.float32).clone().requires_grad_()
+    optimized.grad = torch.zeros_like(optimized)
+    losses = train(
+        base,
+        latents,
+        lambda: optimized,
+        weights=optimized.detach().flatten(1),
+        grads=optimized.grad.flatten(1),
+        config=config,
+        generators=generators,
+        progress=progress,
+    )
+    return optimized.detach().cpu(), losses

@@ -1,0 +1,307 @@
+"""Stable Diffusion 1.x and 2.x: CLIP text conditioning, 4-channel latents, epsilon or v prediction.
+
+The only place that knows diffusers' and transformers' classes.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..diffusion import PREDICTION_TYPES
+from ..errors import ConfigError, IncompleteModelError, PromptError, WrongFamilyError
+from ..quantize import load_frozen
+from .source import Folder, SingleFile
+
+_FAMILIES = {768: "sd1", 1024: "sd2"}
+"""Family by width of the text conditioning; others are of the same make but another size."""
+
+
+class StableDiffusion:
+    """The parts of one Stable Diffusion model, each loaded when asked for and owned by the caller.
+
+    Raises:
+        WrongFamilyError: another kind of model (SDXL, inpainting, transformers).
+        IncompleteModelError: parts are missing.
+    """
+
+    def __init__(self, source: Folder | SingleFile) -> None:
+        self.source = source
+        self._single = _SingleFileParts(source) if isinstance(source, SingleFile) else None
+        if isinstance(source, Folder):
+            index = source.config(".", "model_index.json")
+            kind = index.get("_class_name")
+            if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+                raise WrongFamilyError(
+                    f"{source.label} is a {kind or 'model without a pipeline class'}; this version edits with "
+                    "StableDiffusionPipeline models (Stable Diffusion 1.x and 2.x)"
+                )
+        unet = self.unet_config
+        if unet.get("in_channels") != 4 or unet.get("addition_embed_type") or not unet.get("cross_attention_dim"):
+            raise WrongFamilyError(
+                f"{source.label} has a UNet with {unet.get('in_channels')} input channels and "
+                f"addition_embed_type {unet.get('addition_embed_type')}; expected a plain text-to-image "
+                "Stable Diffusion 1.x or 2.x (not inpainting, not SDXL)"
+            )
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise WrongFamilyError(
+                f"{source.label} predicts {self.prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}"
+            )
+
+    def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+        if isinstance(self.source, Folder):
+            return self.source.config(component, name)
+        assert self._single is not None
+        return self._single.config(component)
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        """The UNet's configuration."""
+        return self._config("unet")
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The autoencoder's configuration."""
+        return self._config("vae")
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The noise schedule's configuration."""
+        return self._config("scheduler", "scheduler_config.json")
+
+    @cached_property
+    def family(self) -> str:
+        """``sd1``, ``sd2``, or ``sd-<width>`` for models of the same make and another size."""
+        return _FAMILIES.get(self.cross_attention_dim, f"sd-{self.cross_attention_dim}")
+
+    @property
+    def cross_attention_dim(self) -> int:
+        """Width D of the text conditioning."""
+        return int(self.unet_config["cross_attention_dim"])
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts, one of `PREDICTION_TYPES`."""
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def vae_factor(self) -> int:
+        """Picture pixels per latent pixel, each way."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square pictures the model was made for."""
+        return int(self.unet_config["sample_size"]) * self.vae_factor
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Steps of the noise schedule."""
+        return int(self.scheduler_config.get("num_train_timesteps", 1000))
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """Cumulative product of alphas (num_train_timesteps,), fp32."""
+        alphas: Tensor = self.scheduler("DDIM").alphas_cumprod
+        return alphas
+
+    def scheduler(self, name: str) -> Any:
+        """A diffusers scheduler by class name, with or without "Scheduler", on this model's noise schedule.
+
+        Raises:
+            ConfigError: there is no such scheduler for this kind of model.
+        """
+        kind = getattr(diffusers, name if name.endswith("Scheduler") else name + "Scheduler", None)
+        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles}
+        if not inspect.isclass(kind) or kind.__name__ not in compatible:
+            names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
+            raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
+        try:
+            return kind.from_config(self.scheduler_config)  # type: ignore[attr-defined]
+        except ImportError as error:
+            raise ConfigError(f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}") from error
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer."""
+        if self._single is not None:
+            return self._single.part("tokenizer")
+        with _quiet(), _complete(self.source, "tokenizer"):
+            return CLIPTokenizer.from_pretrained(self._folder, subfolder="tokenizer", local_files_only=True)
+
+    @property
+    def _folder(self) -> Path:
+        assert isinstance(self.source, Folder)
+        return self.source.path
+
+    def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen UNet with weights in the given format (`quantize.WEIGHT_FORMATS`), in eval mode."""
+        with init_empty_weights(include_buffers=False):
+            unet = UNet2DConditionModel.from_config(self.unet_config)
+        if self._single is not None:
+            tensors: Iterator[tuple[str, Tensor]] = iter(self._single.part("unet").state_dict().items())
+        else:
+            assert isinstance(self.source, Folder)
+            tensors = self.source.tensors("unet")
+        try:
+            load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
+        except ValueError as error:
+            raise IncompleteModelError(f"{self.source.label}: the UNet's {error}") from error
+        return unet
+
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen CLIP text encoder."""
+        return self._frozen(CLIPTextModel, "text_encoder", device, dtype)
+
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen autoencoder."""
+        return self._frozen(AutoencoderKL, "vae", device, dtype)
+
+    def _frozen(self, kind: Any, component: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        if self._single is not None:
+            part: nn.Module = self._single.part(component)
+        else:
+            assert isinstance(self.source, Folder)
+            self.source.weight_files(component)
+            with _quiet(), _complete(self.source, component):
+                part = kind.from_pretrained(
+                    self._folder,
+                    subfolder=component,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    variant=self.source.variant(component),
+                )
+        with _quiet():
+            return part.to(device, dtype).requires_grad_(False).eval()
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """Token ids (B, T), and for each prompt the words that no longer fit ("" when all do).
+
+        Raises:
+            PromptError: a prompt with no words.
+        """
+        limit = self.tokenizer.model_max_length
+        cut = []
+        for prompt in prompts:
+            ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+            cut.append(self.tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else "")
+        encoded = self.tokenizer(
+            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        ids: Tensor = encoded.input_ids
+        return ids, cut
+
+    def check_prompt(self, prompt: str) -> str:
+        """The words of `prompt` that do not fit into the text encoder ("" when all do).
+
+        Raises:
+            PromptError: nothing to encode.
+        """
+        if not prompt.strip():
+            raise PromptError('the sentence is empty; say what the picture should show, such as "a blue cube"')
+        return self.tokenize([prompt])[1][0]
+
+    @torch.no_grad()
+    def encode_text(self, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings (B, T, D), fp32 on the CPU."""
+        ids, _ = self.tokenize(prompts)
+        device = next(text_encoder.parameters()).device
+        embeddings: Tensor = text_encoder(ids.to(device))[0]
+        return embeddings.float().cpu()
+
+    @torch.no_grad()
+    def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
+        """Latents (B, 4, H/f, W/f), fp32 on the CPU: the posterior's mean, scaled; images (B, 3, H, W) in [-1, 1]."""
+        first = next(vae.parameters())
+        parts = [vae.encode(image[None].to(first)).latent_dist.mean for image in images]  # type: ignore[operator]
+        return torch.cat(parts).float().cpu() * self._scaling
+
+    @torch.no_grad()
+    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, decoded one by one to bound memory."""
+        first = next(vae.parameters())
+        parts = [vae.decode((z[None] / self._scaling).to(first)).sample for z in latents]  # type: ignore[operator]
+        return torch.cat(parts).float().cpu().clamp_(-1, 1)
+
+    @property
+    def _scaling(self) -> float:
+        # Old configurations leave it out; then diffusers' own default holds.
+        default = inspect.signature(AutoencoderKL).parameters["scaling_factor"].default
+        return float(self.vae_config.get("scaling_factor", default))
+
+
+class _SingleFileParts:
+    """The parts of a single checkpoint, converted once by diffusers and handed out one by one.
+
+    **Memory**: until a part is asked for it stays in RAM in 16 bit.
+    """
+
+    def __init__(self, source: SingleFile) -> None:
+        self._source = source
+        self._pipeline: Any = None
+
+    def _load(self) -> Any:
+        if self._pipeline is None:
+            config = None if self._source.config_folder is None else str(self._source.config_folder)
+            try:
+                with _quiet():
+                    self._pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+                        str(self._source.path),
+                        config=config,
+                        torch_dtype=torch.float16,
+                        safety_checker=None,
+                        use_safetensors=True,
+                    )
+            except Exception as error:
+                # diffusers raises a dozen kinds here, from KeyError to its own; all mean the same to a user.
+                raise IncompleteModelError(
+                    f"{self._source.path.name} could not be read as a Stable Diffusion checkpoint "
+                    f"({type(error).__name__}: {str(error).splitlines()[0][:160]}); its configuration is looked up "
+                    "on the Hub, or given as a diffusers folder of the same family (--model-config)"
+                ) from error
+        return self._pipeline
+
+    def config(self, component: str) -> dict[str, Any]:
+        return dict(getattr(self._load(), component).config)
+
+    def part(self, component: str) -> Any:
+        return getattr(self._load(), component)
+
+
+@contextlib.contextmanager
+def _complete(source: Folder | SingleFile, component: str) -> Iterator[None]:
+    """Turns what the libraries raise for a damaged folder into one named error."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise IncompleteModelError(
+            f"{source.label}: {component} cannot be loaded ({str(error).splitlines()[0][:160]}); download it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own progress bars and advice; their settings are put back afterwards."""
+    logs = (transformers.utils.logging, diffusers.utils.logging)
+    levels = [log.get_verbosity() for log in logs]
+    bars = [log.is_progress_bar_enabled() for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        yield
+    finally:
+        for log, level, bar in zip(logs, levels, bars, strict=True):
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()

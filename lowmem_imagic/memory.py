@@ -1,0 +1,58 @@
+"""Seconds and peak bytes of each stage, measured."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Meter:
+    """Collects what each stage took on one device.
+
+    On CUDA the peak is the allocator's. On Linux CPUs it is the process's resident peak, Python and torch
+    included; elsewhere it is not known and None.
+    """
+
+    device: torch.device
+    stages: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures the ``with`` block under `name`."""
+        reset_peak(self.device)
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = round(time.perf_counter() - started, 3)
+        self.stages[name] = {"seconds": seconds, "peak_bytes": peak_bytes(self.device)}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new peak measurement."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        # "5" resets the resident high-water mark (proc(5), clear_refs).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak bytes since `reset_peak`: allocated on CUDA, resident on Linux, None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,260 @@
+"""The order of the stages for a pack: photos and sentences to edits, edits to pictures."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .adapters import AdapterPack
+from .base_model import BaseModel
+from .config import EditConfig, SampleConfig
+from .edit_file import Edit, LoraFactors, SourcePicture
+from .embed import embed
+from .errors import BaseMismatchError, ConfigError, MemoryLimitError, TensorShapeError
+from .finetune import finetune
+from .images import Letterbox, Photo, from_square, to_images, to_square, to_tensor
+from .memory import Meter
+from .sample import Cell, sample
+from .training import Losses
+
+StageProgress = Callable[[str, int, int, str], None]
+"""Called as ``progress(stage, step, steps, remark)``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit to make."""
+
+    photo: Photo
+    prompt: str
+
+
+def make_edits(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    config: EditConfig,
+    *,
+    progress: StageProgress | None = None,
+    meter: Meter | None = None,
+) -> list[Edit]:
+    """The edits of a pack of jobs, trained side by side over one frozen base.
+
+    Every edit is what it would have been alone, to rounding; one alone is reproducible bit for bit on a CPU.
+
+    Args:
+        base: the frozen base.
+        jobs: photos and sentences.
+        config: settings of all three stages (the third is recorded in the edits).
+        progress: called after every step of every stage.
+        meter: collects seconds and peak bytes of each stage.
+
+    Raises:
+        PromptError: a sentence with nothing to encode.
+        MemoryLimitError: a stage does not fit.
+
+    **Memory**: text encoder and VAE are gone before the UNet trains.
+    """
+    meter = meter or Meter(base.device)
+    base.family.scheduler(config.sample.scheduler)
+    for job in jobs:
+        base.family.check_prompt(job.prompt)
+    boxes = [Letterbox.fit(*job.photo.image.size, base.size_px) for job in jobs]
+    with _stage(meter, "encode", "a smaller picture size"):
+        target = base.encode_text([job.prompt for job in jobs])
+        base.encode_text([config.sample.negative_prompt])
+        squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
+        latents = base.encode_images(torch.cat([to_tensor(square) for square in squares]))
+    with _stage(meter, "load", "--base-weights int8"):
+        base.unet.eval()
+    generators = [torch.Generator().manual_seed(config.seed) for _ in jobs]
+    with _stage(meter, "embed", "--checkpointing, or fewer draws a step"):
+        optimized, embed_losses = embed(base, latents, target, config.embed, generators, _named(progress, "embed"))
+    # Rounded as the file stores it, so that an edit and its file give the same pictures.
+    optimized = optimized.half().float()
+    with _stage(meter, "finetune", "--checkpointing, fewer draws a step, or --adapt attn"):
+        pack, losses = finetune(
+            base, latents, optimized, config.finetune, generators, _named(progress, "finetune")
+        )
+    return [
+        Edit(
+            adapter={key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in pack.export(i).items()},
+            optimized_embedding=optimized[i].half(),
+            target_prompt=job.prompt,
+            base=base.identity,
+            settings=_settings(config, [embed_losses, losses], i),
+            seed=config.seed,
+            etas=config.sample.etas,
+            eta_default=1.0,
+            source=_source(job.photo, boxes[i]),
+            base_weights=base.weights,
+            versions=versions(),
+            measured={"device": _device_name(base.device), "dtype": str(base.dtype), "stages": dict(meter.stages)},
+            title=job.prompt,
+        )
+        for i, job in enumerate(jobs)
+    ]
+
+
+def apply_edits(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    cells: Sequence[Cell],
+    config: SampleConfig,
+    *,
+    prompts: Sequence[str] | None = None,
+    progress: StageProgress | None = None,
+    meter: Meter | None = None,
+) -> list[Image.Image]:
+    """The pictures of `cells`, each at its photo's own size and aspect.
+
+    Args:
+        base: the base the edits were made for (see `check_base`).
+        edits: finished edits.
+        cells: which edit, eta, seed and strength to render.
+        config: steps, guidance, scheduler; its own etas and seeds are not read.
+        prompts: a new sentence for each edit, instead of the one it was made for.
+        progress: called after every step.
+        meter: collects seconds and peak bytes.
+
+    Raises:
+        TensorShapeError: an adapter or embedding does not fit the base.
+        MemoryLimitError: does not fit.
+    """
+    latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
+    with _stage(meter or Meter(base.device), "decode", "a smaller picture size"):
+        squares = to_images(base.decode(latents))
+    return [from_square(square, letterbox(edits[cell.edit])) for square, cell in zip(squares, cells, strict=True)]
+
+
+def render_latents(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    cells: Sequence[Cell],
+    config: SampleConfig,
+    *,
+    prompts: Sequence[str] | None = None,
+    progress: StageProgress | None = None,
+    meter: Meter | None = None,
+) -> Tensor:
+    """The latents (len(cells), C, H, W) of `cells`; see `apply_edits`."""
+    target = base.encode_text(prompts if prompts is not None else [edit.target_prompt for edit in edits])
+    for edit, embedding in zip(edits, target, strict=True):
+        if edit.optimized_embedding.shape != embedding.shape:
+            raise TensorShapeError(
+                f"the edit's embedding has shape {tuple(edit.optimized_embedding.shape)}, "
+                f"the base's text encoder gives {tuple(embedding.shape)}; use the base the edit was made for"
+            )
+    optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
+    with _stage(meter or Meter(base.device), "sample", "fewer rows a batch (--batch-rows)"):
+        adapters = [
+            {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits
+        ]
+        try:
+            pack = AdapterPack.load(base.unet, adapters, device=base.device)
+        except ValueError as error:
+            raise TensorShapeError(f"the edit does not fit {base.name}: {error}") from error
+        return sample(base, pack, target, optimized, cells, config, _named(progress, "sample"))
+
+
+def check_base(edit: Edit, base: BaseModel) -> str:
+    """A warning to show before `edit` is used on `base`, "" when they belong together exactly.
+
+    Raises:
+        BaseMismatchError: another architecture; nothing sensible could come out.
+    """
+    match edit.base.match(base.identity):
+        case "exact":
+            return ""
+        case "revision":
+            return f"{base.name} is the model of this edit in other files (precision or variant); small differences"
+        case "architecture":
+            return (
+                f"this edit was made for {edit.base.source}, not {base.name}; "
+                "they share an architecture, so it runs, but expect another picture"
+            )
+    raise BaseMismatchError(
+        f"this edit was made for {edit.base.source} ({edit.base.family}, {edit.base.prediction_type}, "
+        f"width {edit.base.cross_attention_dim}) and cannot be used on {base.name} ({base.family.family}, "
+        f"{base.family.prediction_type}, width {base.family.cross_attention_dim}); name its own base with --model"
+    )
+
+
+def letterbox(edit: Edit) -> Letterbox:
+    """Where the photo of an edit lies in the model's square."""
+    left, top, right, bottom = edit.source.box
+    return Letterbox(
+        width_px=edit.source.width_px,
+        height_px=edit.source.height_px,
+        size_px=edit.source.size_px,
+        left=left,
+        top=top,
+        right=right,
+        bottom=bottom,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of what it computes with, and of Python."""
+    packages = ("lowmem_imagic", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+    found = {"python": platform.python_version()}
+    for package in (*packages, "safetensors", "xformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _settings(config: EditConfig, losses: Sequence[Losses], edit: int) -> dict[str, Any]:
+    """The settings of all stages, with what happened to this edit under "result"."""
+    values = config.to_dict()
+    del values["seed"]
+    embed_losses, finetune_losses = losses
+    values["result"] = {
+        "embed_steps": embed_losses.steps_run[edit],
+        "embed_loss": embed_losses.tail(edit),
+        "finetune_steps": finetune_losses.steps_run[edit],
+        "finetune_loss": finetune_losses.tail(edit),
+    }
+    return values
+
+
+def _source(photo: Photo, box: Letterbox) -> SourcePicture:
+    return SourcePicture(
+        sha256=photo.sha256,
+        width_px=box.width_px,
+        height_px=box.height_px,
+        size_px=box.size_px,
+        box=(box.left, box.top, box.right, box.bottom),
+    )
+
+
+def _named(progress: StageProgress | None, stage: str) -> Callable[[int, int, str], None] | None:
+    if progress is None:
+        return None
+    return lambda step, steps, remark: progress(stage, step, steps, remark)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+class _stage:
+    """Measures a stage and turns running out of memory into one clear error."""
+
+    def __init__(self, meter: Meter, name: str, cheaper: str) -> None:
+        self._context, self._name, self._cheaper = meter.stage(name), name, cheaper
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._context.__exit__(None, None, None)
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise MemoryLimitError(f"out of memory in stage {self._name}; next cheaper setting: {self._cheaper}") from error

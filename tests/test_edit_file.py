@@ -1,0 +1,989 @@
+"""Facts about the edit file: what is written, what is read back, and how everything else is refused."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lowmem_imagic import edit_file, safetensors_codec
+from lowmem_imagic.edit_file import (
+    BaseIdentity,
+    Edit,
+    LoraFactors,
+    SourcePicture,
+    decode,
+    encode,
+    read,
+    safe_stem,
+    write,
+)
+from lowmem_imagic.errors import (
+    EditFileError,
+    EditHeaderError,
+    EditLayoutError,
+    EditNotFoundError,
+    EditTooLargeError,
+    MissingTensorError,
+    NonFiniteTensorError,
+    NotAnEditFileError,
+    OutputExistsError,
+    OutputUnwritableError,
+    TensorDtypeError,
+    TensorShapeError,
+    TruncatedEditError,
+    UnknownTensorError,
+    UnsupportedEditVersionError,
+)
+
+LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+CONV = "lora_unet_conv_in"
+
+
+def small_edit(**changes: Any) -> Edit:
+    """Returns an edit of two layers whose every value is spelled out here."""
+    values: dict[str, Any] = {
+        "adapter": {
+            LINEAR: LoraFactors(
+                down=torch.tensor([[0.5, -1.0, 2.0]]), up=torch.tensor([[1.0], [0.25]]), alpha=0.1
+            ),
+            CONV: LoraFactors(
+                down=torch.arange(16.0).reshape(2, 2, 2, 2) / 8, up=torch.ones(3, 2, 1, 1), alpha=2.0
+            ),
+        },
+        "optimized_embedding": torch.tensor([[0.0, 1.0, -2.0], [0.5, 0.25, 3.0]]),
+        "target_prompt": "a blue cube, größer ☂",
+        "base": BaseIdentity(
+            source="demo",
+            revision=None,
+            family="demo",
+            prediction_type="epsilon",
+            cross_attention_dim=3,
+            files={"unet": "a" * 64, "vae": "0" * 64},
+        ),
+        "settings": {
+            "finetune": {"steps": 10, "learning_rate": 1e-4},
+            "adapter": {"targets": ["attn"], "rank": 2},
+        },
+        "seed": 7,
+        "etas": (0.0, 0.7, 1.25),
+        "eta_default": 0.7,
+        "source": SourcePicture(sha256="b" * 64, width_px=640, height_px=480, size_px=64, box=(0, 8, 64, 56)),
+        "base_weights": "int8",
+        "versions": {"torch": "2.0"},
+        "measured": {"embed": {"seconds": 1.5, "peak_bytes": 123}},
+        "title": "Blue cube",
+    }
+    return Edit(**(values | changes))
+
+
+def pieces(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Returns header and tensor data of a file, by the format's definition."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header: dict[str, Any] | bytes, data: bytes) -> bytes:
+    """Returns a file of this header and tensor data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+VALID = encode(small_edit())
+
+
+def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
+    """Returns the valid file after `change` worked on its header."""
+    header, data = pieces(VALID)
+    change(header)
+    return joined(header, data)
+
+
+def with_meta(key: str, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """Returns the valid file after `change` worked on the JSON object in a header string."""
+
+    def inner(header: dict[str, Any]) -> None:
+        value = json.loads(header["__metadata__"][key])
+        change(value)
+        header["__metadata__"][key] = json.dumps(value)
+
+    return with_header(inner)
+
+
+def with_values(name: str, values: torch.Tensor) -> bytes:
+    """Returns the valid file after the bytes of one tensor were replaced (and the hash set right)."""
+    header, data = pieces(VALID)
+    begin, end = header[name]["data_offsets"]
+    raw = bytes(safetensors_codec.tensor_bytes(values))
+    assert len(raw) == end - begin
+    data = data[:begin] + raw + data[end:]
+    header["__metadata__"]["modelspec.hash_sha256"] = "0x" + hashlib.sha256(data).hexdigest()
+    return joined(header, data)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_an_edit_are_pinned() -> None:
+    """The file of a hand-made edit is, byte for byte, the one this format has always had."""
+    data = VALID
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    assert data[8:].startswith(
+        b'{"__metadata__":{"format":"pt","imagic.base":"{\\"cross_attention_dim\\":3,\\"family\\":\\"demo\\",'
+        b'\\"files\\":{\\"unet\\":\\"aaaaaaaa'
+    )
+    assert '"modelspec.trigger_phrase":"a blue cube, größer ☂"'.encode() in data
+    assert len(data) == 8 + length + 2 * 4 + 2 * (3 + 2 + 16 + 6)
+    assert (
+        hashlib.sha256(data).hexdigest() == "fe742e9292dbbab35c7d40aac79398e4f1d4af0968cf2794c4f0ca6e7f4d7684"
+    )
+
+
+def test_equal_edits_give_identical_bytes() -> None:
+    """Order of mappings, tuple or list, fp32 or fp16: none of these show in the file."""
+    edit = small_edit()
+    other = dataclasses.replace(
+        edit,
+        adapter=dict(reversed(list(edit.adapter.items()))),
+        optimized_embedding=edit.optimized_embedding.double().t().contiguous().t(),
+        settings={"adapter": {"rank": 2, "targets": ("attn",)}, "finetune": edit.settings["finetune"]},
+        etas=[0, 0.7, 1.25],
+    )
+    assert encode(edit) == encode(other) == VALID
+    assert edit == other
+    assert edit != small_edit(seed=8)
+    assert edit != "an edit"
+
+
+def test_an_edit_keeps_its_own_copies() -> None:
+    """Changing what an edit was made from does not change the edit."""
+    embedding, steps = torch.ones(2, 3, dtype=torch.float16), {"steps": [1]}
+    edit = small_edit(optimized_embedding=embedding, settings=steps)
+    before = encode(edit)
+    embedding.zero_()
+    steps["steps"].append(2)
+    assert encode(edit) == before
+
+
+def test_the_library_reads_our_bytes(tmp_path: Path) -> None:
+    """safetensors' own loader sees exactly the kohya tensors, and the header's strings."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(VALID)
+    tensors = load_file(path)
+    assert sorted(tensors) == sorted(
+        f"{layer}.{part}"
+        for layer in (LINEAR, CONV)
+        for part in ("alpha", "lora_down.weight", "lora_up.weight")
+    )
+    assert torch.equal(tensors[f"{LINEAR}.lora_down.weight"], torch.tensor([[0.5, -1.0, 2.0]]).half())
+    assert tensors[f"{CONV}.alpha"].item() == 2.0 and tensors[f"{CONV}.alpha"].shape == ()
+    assert tensors[f"{LINEAR}.alpha"].item() == pytest.approx(0.1, rel=1e-7)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(pieces(VALID)[1]).hexdigest()
+    assert "lora_adapter_metadata" not in metadata
+
+
+def test_our_reader_reads_the_librarys_file(tmp_path: Path) -> None:
+    """A file saved by safetensors with the same metadata, its header in any order, is the same edit."""
+    (tmp_path / "ours").write_bytes(VALID)
+    with safe_open(tmp_path / "ours", "pt") as file:
+        metadata = file.metadata()
+    for attempt in range(4):
+        save_file(load_file(tmp_path / "ours"), tmp_path / f"{attempt}", metadata)
+        assert read(tmp_path / f"{attempt}") == small_edit()
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "architecture", "version", "v2"),
+    [
+        ("sd1", "epsilon", "stable-diffusion-v1/lora", "sd_v1", "False"),
+        ("sd2", "epsilon", "stable-diffusion-v2-512/lora", "sd_v2", "True"),
+        ("sd2", "v_prediction", "stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
+        ("demo", "epsilon", "lowmem-imagic-demo/lora", "lowmem_imagic_demo", "False"),
+    ],
+)
+def test_other_programs_see_the_right_family(
+    family: str, prediction: str, architecture: str, version: str, v2: str
+) -> None:
+    """modelspec and ss_* name the architecture in the words ComfyUI, Forge and kohya filter by."""
+    base = dataclasses.replace(small_edit().base, family=family, prediction_type=prediction)
+    metadata = pieces(encode(small_edit(base=base)))[0]["__metadata__"]
+    assert metadata["modelspec.architecture"] == architecture
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["ss_v2"] == v2
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "2.0")
+
+
+def test_the_rank_of_an_edit_is_its_largest() -> None:
+    """Layers may differ in rank; the edit's is the maximum."""
+    assert small_edit().rank == 2
+
+
+# --- round trip -----------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(blacklist_categories=("Cc", "Cs")), min_size=1, max_size=30).filter(
+    lambda text: not text.isspace()
+)
+TOKEN = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,10}", fullmatch=True)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+DIGEST = st.binary(min_size=32, max_size=32).map(bytes.hex)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | FINITE | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def halves(draw: st.DrawFn, *shape: int) -> torch.Tensor:
+    """Draws finite fp16 tensors, subnormals and signed zeros included."""
+    bits = draw(st.lists(st.integers(0, 0x7BFF), min_size=math.prod(shape), max_size=math.prod(shape)))
+    return torch.tensor(bits, dtype=torch.int16).view(torch.float16).reshape(shape) * draw(
+        st.sampled_from([1, -1])
+    )
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> LoraFactors:
+    """Draws the factors of a linear layer or a convolution."""
+    size = st.integers(1, 3)
+    rank, wide, out = draw(size), draw(size), draw(size)
+    kernel = draw(st.sampled_from([(), (1, 1), (3, 3), (1, 2)]))
+    alpha = draw(st.floats(2**-20, 2**20, width=32))
+    down = draw(halves(rank, wide, *kernel))
+    return LoraFactors(down, draw(halves(out, rank, *[1 for _ in kernel])), alpha)
+
+
+@st.composite
+def edits(draw: st.DrawFn) -> Edit:
+    """Draws whole edits."""
+    width = draw(st.integers(1, 4))
+    picture = draw(st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])) + draw(st.binary(max_size=20))
+    left, top, wide, high = (draw(st.integers(1, 500)) for _ in range(4))
+    return Edit(
+        adapter=draw(
+            st.dictionaries(
+                st.from_regex(r"lora_unet_[a-z0-9_]{1,8}", fullmatch=True), layers(), min_size=1, max_size=3
+            )
+        ),
+        optimized_embedding=draw(halves(draw(st.integers(1, 3)), width)),
+        target_prompt=draw(TEXT),
+        base=BaseIdentity(
+            source=draw(st.sampled_from(["demo", "someone/some-model", "my models' folder", "größe"])),
+            revision=draw(st.none() | TEXT),
+            family=draw(TOKEN),
+            prediction_type=draw(TOKEN),
+            cross_attention_dim=width,
+            files=draw(st.dictionaries(TOKEN, DIGEST, min_size=1, max_size=3)),
+        ),
+        settings=draw(st.dictionaries(TEXT, JSON, max_size=3)),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        etas=tuple(draw(st.lists(FINITE, max_size=4))),
+        eta_default=draw(FINITE),
+        source=SourcePicture(
+            sha256=draw(DIGEST),
+            width_px=wide,
+            height_px=high,
+            size_px=64,
+            box=(left, top, left + wide, top + high),
+        ),
+        base_weights=draw(TOKEN),
+        versions=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
+        measured=draw(st.dictionaries(TEXT, JSON, max_size=2)),
+        title=draw(TEXT),
+        created=draw(
+            st.none()
+            | st.dates().map(str)
+            | st.datetimes().map(lambda d: f"{d.isoformat(timespec='seconds')}Z")
+        ),
+        license=draw(st.none() | TEXT),
+        thumbnail=draw(st.none() | st.just(picture)),
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(edits())
+def test_what_is_read_is_what_was_written(edit: Edit) -> None:
+    """Every edit comes back equal, field by field, and gives the same bytes again."""
+    data = encode(edit)
+    back = decode(data)
+    assert back == edit and encode(back) == data
+    for field in dataclasses.fields(Edit):
+        if field.name not in ("adapter", "optimized_embedding"):
+            assert getattr(back, field.name) == getattr(edit, field.name)
+    assert torch.equal(back.optimized_embedding, edit.optimized_embedding)
+    assert back.adapter.keys() == edit.adapter.keys()
+    for layer, factors in edit.adapter.items():
+        assert torch.equal(back.adapter[layer].down, factors.down)
+        assert torch.equal(back.adapter[layer].up, factors.up)
+        assert back.adapter[layer].alpha == factors.alpha
+
+
+def test_a_file_round_trips_through_the_disk(tmp_path: Path) -> None:
+    """write returns the size of a file that read turns into the same edit."""
+    path = tmp_path / "a.safetensors"
+    assert write(small_edit(), path) == path.stat().st_size == len(VALID)
+    assert read(path) == small_edit()
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_factors_in_other_float_types_are_read(tmp_path: Path) -> None:
+    """A file whose tensors are fp32 or bf16 reads as the same values in fp16."""
+    tensors = {
+        f"{layer}.{part}": tensor.to(torch.bfloat16 if layer == CONV else torch.float32)
+        for layer, factors in small_edit().adapter.items()
+        for part, tensor in (("lora_down.weight", factors.down), ("lora_up.weight", factors.up))
+    } | {f"{LINEAR}.alpha": torch.tensor(1.0), f"{CONV}.alpha": torch.tensor(2.0).half()}
+    metadata = pieces(VALID)[0]["__metadata__"]
+    edit = decode(safetensors_codec.serialize(tensors, metadata, hash_key="modelspec.hash_sha256"))
+    assert torch.equal(edit.adapter[CONV].down, small_edit().adapter[CONV].down)
+    assert edit.adapter[LINEAR].down.dtype == torch.float16
+    assert (edit.adapter[LINEAR].alpha, edit.adapter[CONV].alpha) == (1.0, 2.0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
+    """An edit is as readable as any new file, unlike what the library writes (0600)."""
+    before = os.umask(0o022)
+    try:
+        write(small_edit(), tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_an_existing_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    """write refuses an existing path, and replaces it with overwrite=True."""
+    path = tmp_path / "a"
+    path.write_bytes(b"precious")
+    with pytest.raises(OutputExistsError):
+        write(small_edit(), path)
+    assert path.read_bytes() == b"precious"
+    write(small_edit(), path, overwrite=True)
+    assert path.read_bytes() == VALID
+    with pytest.raises(OutputUnwritableError):
+        write(small_edit(), tmp_path / "missing" / "a")
+
+
+# --- refusing files -------------------------------------------------------------------------------
+
+
+def _offsets(name: str, begin: int, end: int) -> bytes:
+    return with_header(lambda header: header[name].update(data_offsets=[begin, end]))
+
+
+def _drop(name: str) -> bytes:
+    """Returns the valid file without one tensor, still covered without holes."""
+    tensors = {
+        key: container.tensor(key)
+        for container in [safetensors_codec.parse(VALID)]
+        for key in container.entries
+    }
+    del tensors[name]
+    return safetensors_codec.serialize(
+        tensors, pieces(VALID)[0]["__metadata__"], hash_key="modelspec.hash_sha256"
+    )
+
+
+def _rename(old: str, new: str) -> bytes:
+    return with_header(lambda header: header.update({new: header.pop(old)}))
+
+
+def _metadata(**changes: Any) -> bytes:
+    return with_header(
+        lambda header: header["__metadata__"].update({k.replace("__", "."): v for k, v in changes.items()})
+    )
+
+
+DOWN, ALPHA = f"{LINEAR}.lora_down.weight", f"{LINEAR}.alpha"
+HUGE = 2**60
+DEEP = "[" * 100_000
+
+HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
+    "empty": (TruncatedEditError, "0 bytes", b""),
+    "short": (TruncatedEditError, "9 bytes", b"\x02\0\0\0\0\0\0\0{"),
+    "png": (NotAnEditFileError, "not a safetensors file", b"\x89PNG\r\n\x1a\n" + b"IHDR" * 10),
+    "zip (pickle)": (NotAnEditFileError, "not a safetensors file", b"PK\x03\x04" + bytes(100)),
+    "header in an array": (NotAnEditFileError, "not a safetensors file", joined(b"[]", b"")),
+    "header beyond the cap": (EditTooLargeError, "header claims", (2**63).to_bytes(8, "little") + b'{"a":1}'),
+    "header beyond the end": (
+        TruncatedEditError,
+        "header claims 1000",
+        (1000).to_bytes(8, "little") + b'{"a":1}',
+    ),
+    "data cut off": (TruncatedEditError, "the file ends", VALID[:-1]),
+    "header not UTF-8": (EditHeaderError, "UTF-8", joined(b'{"\xff":1}', b"")),
+    "header not JSON": (EditHeaderError, "not valid JSON", joined(b'{"a":', b"")),
+    "text after the header": (EditHeaderError, "not valid JSON", joined(b'{"a":1} x', b"")),
+    "duplicate tensor": (EditHeaderError, "'a' occurs twice", joined(b'{"a":1,"b":2,"a":3}', b"")),
+    "duplicate metadata": (
+        EditHeaderError,
+        "'format' occurs twice",
+        VALID[:8] + VALID[8:].replace(b'"modelspec.implementation"', b'"format"                  ', 1),
+    ),
+    "duplicate deep inside": (
+        EditHeaderError,
+        "imagic.meta: key 'steps' occurs twice",
+        _metadata(imagic__meta='{"settings":{"steps":1,"steps":2}}'),
+    ),
+    "deep header": (EditHeaderError, "levels deep", joined(b'{"a":' + DEEP.encode(), b"")),
+    "deep meta": (EditHeaderError, "imagic.meta: nested", _metadata(imagic__meta='{"a":' + DEEP)),
+    "many values": (EditHeaderError, "tokens", joined(b'{"a":[' + b"0," * 1_100_000, b"")),
+    "huge integer": (EditHeaderError, "too large", joined(b'{"a":' + b"9" * 5000 + b"}", b"")),
+    "huge float": (EditHeaderError, "too large", joined(b'{"a":1e999}', b"")),
+    "NaN in JSON": (EditHeaderError, "NaN", joined(b'{"a":NaN}', b"")),
+    "metadata not text": (
+        EditHeaderError,
+        "__metadata__",
+        with_header(lambda h: h["__metadata__"].update(a=1)),
+    ),
+    "metadata a list": (EditHeaderError, "__metadata__", with_header(lambda h: h.update(__metadata__=[]))),
+    "entry not an object": (EditHeaderError, "data_offsets", with_header(lambda h: h.update({DOWN: 1}))),
+    "entry with more": (EditHeaderError, "data_offsets", with_header(lambda h: h[DOWN].update(extra=1))),
+    "shape not integers": (EditHeaderError, "shape", with_header(lambda h: h[DOWN].update(shape=[1.0, 3]))),
+    "shape of booleans": (EditHeaderError, "shape", with_header(lambda h: h[DOWN].update(shape=[True, 3]))),
+    "negative shape": (EditHeaderError, "shape", with_header(lambda h: h[DOWN].update(shape=[-1, -3]))),
+    "negative offset": (EditHeaderError, "data_offsets", _offsets(DOWN, -6, 0)),
+    "unknown type": (TensorDtypeError, "F128", with_header(lambda h: h[DOWN].update(dtype="F128"))),
+    "type not text": (TensorDtypeError, "found type", with_header(lambda h: h[DOWN].update(dtype=["F16"]))),
+    "integer factors": (TensorDtypeError, "I16", with_header(lambda h: h[DOWN].update(dtype="I16"))),
+    "double factors": (
+        TensorDtypeError,
+        "F64",
+        with_header(lambda h: h[f"{CONV}.lora_down.weight"].update(dtype="F64", shape=[2, 2])),
+    ),
+    "shape against bytes": (TensorShapeError, "span", with_header(lambda h: h[DOWN].update(shape=[1, 4]))),
+    "huge shape": (
+        TensorShapeError,
+        "beyond any file",
+        with_header(lambda h: h[DOWN].update(shape=[HUGE, HUGE])),
+    ),
+    "huge empty shape": (
+        TensorShapeError,
+        "beyond any file",
+        with_header(lambda h: h[DOWN].update(shape=[0, HUGE, HUGE], data_offsets=[0, 0])),
+    ),
+    "many dimensions": (
+        TensorShapeError,
+        "beyond",
+        with_header(lambda h: h[DOWN].update(shape=[1] * 1000 + [3])),
+    ),
+    "huge offsets": (EditLayoutError, "hole", _offsets(DOWN, HUGE, HUGE + 6)),
+    "offsets reversed": (EditLayoutError, "begin, end", _offsets(DOWN, 6, 0)),
+    "overlap": (EditLayoutError, "overlaps", _offsets(DOWN, 4, 10)),
+    "stray bytes": (EditLayoutError, "2 stray bytes", VALID + b"xx"),
+    "hole": (
+        EditLayoutError,
+        "hole",
+        joined(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', b"xx"),
+    ),
+    "plain LoRA": (
+        NotAnEditFileError,
+        "this is a LoRA but not an edit",
+        joined(b'{"lora_unet_x.alpha":{"dtype":"F16","shape":[],"data_offsets":[0,2]}}', b"\0\0"),
+    ),
+    "PEFT LoRA": (
+        NotAnEditFileError,
+        "this is a LoRA but not an edit",
+        joined(b'{"unet.to_q.lora_A.weight":{"dtype":"F16","shape":[1,1],"data_offsets":[0,2]}}', b"\0\0"),
+    ),
+    "model": (
+        NotAnEditFileError,
+        "this is a safetensors file but not an edit",
+        joined(b'{"conv_in.weight":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"),
+    ),
+    "newer format": (UnsupportedEditVersionError, "format 2, .*upgrade", _metadata(imagic__spec="2")),
+    "strange version": (EditHeaderError, "imagic.spec", _metadata(imagic__spec="1.0")),
+    "no version": (
+        EditHeaderError,
+        "imagic.spec: missing",
+        with_header(lambda h: h["__metadata__"].pop("imagic.spec")),
+    ),
+    "no base": (
+        EditHeaderError,
+        "imagic.base: missing",
+        with_header(lambda h: h["__metadata__"].pop("imagic.base")),
+    ),
+    "no title": (
+        EditHeaderError,
+        "modelspec.title: missing",
+        with_header(lambda h: h["__metadata__"].pop("modelspec.title")),
+    ),
+    "no hash": (
+        EditHeaderError,
+        "modelspec.hash_sha256: missing",
+        with_header(lambda h: h["__metadata__"].pop("modelspec.hash_sha256")),
+    ),
+    "unknown imagic key": (EditHeaderError, "imagic.new", _metadata(imagic__new="x")),
+    "meta not an object": (
+        EditHeaderError,
+        "imagic.meta: expected a JSON object",
+        _metadata(imagic__meta="[1]"),
+    ),
+    "meta with more": (
+        EditHeaderError,
+        "'path' is not a member",
+        with_meta("imagic.meta", lambda m: m.update(path="/")),
+    ),
+    "meta with less": (
+        EditHeaderError,
+        "'seed' is missing",
+        with_meta("imagic.meta", lambda m: m.pop("seed")),
+    ),
+    "source not an object": (
+        EditHeaderError,
+        "source",
+        with_meta("imagic.meta", lambda m: m.update(source=[])),
+    ),
+    "seed negative": (
+        EditHeaderError,
+        "imagic.meta seed: found -1",
+        with_meta("imagic.meta", lambda m: m.update(seed=-1)),
+    ),
+    "seed too large": (EditHeaderError, "seed", with_meta("imagic.meta", lambda m: m.update(seed=2**63))),
+    "seed not an integer": (EditHeaderError, "seed", with_meta("imagic.meta", lambda m: m.update(seed=True))),
+    "eta not a number": (EditHeaderError, "etas", with_meta("imagic.meta", lambda m: m.update(etas=["1"]))),
+    "etas not a list": (EditHeaderError, "etas", with_meta("imagic.meta", lambda m: m.update(etas=1))),
+    "settings not an object": (
+        EditHeaderError,
+        "settings",
+        with_meta("imagic.meta", lambda m: m.update(settings=3)),
+    ),
+    "prompt blank": (
+        EditHeaderError,
+        "target_prompt",
+        with_meta("imagic.meta", lambda m: m.update(target_prompt=" ")),
+    ),
+    "prompt too long": (
+        EditHeaderError,
+        "4096",
+        with_meta("imagic.meta", lambda m: m.update(target_prompt="a" * 5000)),
+    ),
+    "prompt with escapes": (
+        EditHeaderError,
+        "control characters",
+        with_meta("imagic.meta", lambda m: m.update(target_prompt="a\x1b[2J")),
+    ),
+    "prompt with half a character": (
+        EditHeaderError,
+        "control characters",
+        with_meta("imagic.meta", lambda m: m.update(target_prompt="a\ud800")),
+    ),
+    "title of two lines": (EditHeaderError, "one line", _metadata(modelspec__title="a\nb")),
+    "base a path": (
+        EditHeaderError,
+        "not a path",
+        with_meta("imagic.base", lambda m: m.update(source="/home/me/sd")),
+    ),
+    "base a parent": (
+        EditHeaderError,
+        "not a path",
+        with_meta("imagic.base", lambda m: m.update(source="a/..")),
+    ),
+    "base on a drive": (
+        EditHeaderError,
+        "not a path",
+        with_meta("imagic.base", lambda m: m.update(source="C:\\sd")),
+    ),
+    "hash not hex": (
+        EditHeaderError,
+        "64 lower-case",
+        with_meta("imagic.base", lambda m: m["files"].update(unet="g" * 64)),
+    ),
+    "no files": (EditHeaderError, "files", with_meta("imagic.base", lambda m: m.update(files={}))),
+    "box reversed": (
+        EditHeaderError,
+        "left < right",
+        with_meta("imagic.meta", lambda m: m["source"].update(box=[5, 0, 5, 9])),
+    ),
+    "date impossible": (EditHeaderError, "modelspec.date", _metadata(modelspec__date="2025-02-30")),
+    "thumbnail elsewhere": (
+        EditHeaderError,
+        "thumbnail",
+        _metadata(modelspec__thumbnail="https://example.com/a.jpg"),
+    ),
+    "thumbnail not a picture": (
+        EditHeaderError,
+        "thumbnail",
+        _metadata(modelspec__thumbnail="data:image/png;base64,AAAA"),
+    ),
+    "thumbnail mislabelled": (
+        EditHeaderError,
+        "thumbnail",
+        _metadata(modelspec__thumbnail="data:image/png;base64," + base64.b64encode(b"\xff\xd8\xff").decode()),
+    ),
+    "e_opt type": (TensorDtypeError, "F32", with_meta("imagic.e_opt", lambda m: m.update(dtype="F32"))),
+    "e_opt shape": (
+        TensorShapeError,
+        "imagic.e_opt",
+        with_meta("imagic.e_opt", lambda m: m.update(shape=[6])),
+    ),
+    "e_opt huge": (
+        TensorShapeError,
+        "imagic.e_opt",
+        with_meta("imagic.e_opt", lambda m: m.update(shape=[2**40, 3])),
+    ),
+    "e_opt width": (
+        TensorShapeError,
+        r"\(T, 3\)",
+        with_meta("imagic.e_opt", lambda m: m.update(shape=[3, 2])),
+    ),
+    "e_opt short": (
+        TensorShapeError,
+        "imagic.e_opt",
+        with_meta("imagic.e_opt", lambda m: m.update(data="AAAA")),
+    ),
+    "e_opt not base64": (
+        EditHeaderError,
+        "base64",
+        with_meta("imagic.e_opt", lambda m: m.update(data="AAAA AAAAAAAAAAA")),
+    ),
+    "e_opt not ASCII": (
+        EditHeaderError,
+        "base64",
+        with_meta("imagic.e_opt", lambda m: m.update(data="ÄÄÄÄ")),
+    ),
+    "e_opt NaN": (
+        NonFiniteTensorError,
+        "imagic.e_opt",
+        with_meta("imagic.e_opt", lambda m: m.update(data=base64.b64encode(b"\xff\x7f" * 6).decode())),
+    ),
+    "unknown tensor": (UnknownTensorError, "lora_te", _rename(ALPHA, "lora_te_x.alpha")),
+    "tensor name with a path": (UnknownTensorError, "passwd", _rename(ALPHA, "lora_unet_../passwd.alpha")),
+    "tensor name with a line": (UnknownTensorError, r"alpha\\n", _rename(ALPHA, ALPHA + "\n")),
+    "down missing": (MissingTensorError, "lora_down.weight is missing", _drop(DOWN)),
+    "alpha missing": (MissingTensorError, "alpha is missing", _drop(ALPHA)),
+    "no layers": (
+        MissingTensorError,
+        "no layers",
+        with_header(lambda h: [h.pop(k) for k in list(h) if k != "__metadata__"])[: -len(pieces(VALID)[1])],
+    ),
+    "alpha a vector": (TensorShapeError, "scalar", with_header(lambda h: h[ALPHA].update(shape=[1]))),
+    "down a vector": (TensorShapeError, "expected", with_header(lambda h: h[DOWN].update(shape=[3]))),
+    "ranks differ": (TensorShapeError, "same rank", with_header(lambda h: h[DOWN].update(shape=[3, 1]))),
+    "up with a kernel": (
+        TensorShapeError,
+        "expected",
+        with_header(lambda h: h[f"{CONV}.lora_up.weight"].update(shape=[1, 2, 3, 1])),
+    ),
+    "down NaN": (
+        NonFiniteTensorError,
+        "lora_down",
+        with_values(DOWN, torch.tensor([[math.nan, 1, 1]]).half()),
+    ),
+    "down infinite": (
+        NonFiniteTensorError,
+        "lora_down",
+        with_values(DOWN, torch.tensor([[1, -math.inf, 1]]).half()),
+    ),
+    "alpha NaN": (NonFiniteTensorError, "alpha", with_values(ALPHA, torch.tensor(math.nan))),
+    "alpha infinite": (NonFiniteTensorError, "alpha", with_values(ALPHA, torch.tensor(math.inf))),
+    "alpha zero": (EditHeaderError, "above 0", with_values(ALPHA, torch.tensor(0.0))),
+    "alpha negative": (EditHeaderError, "above 0", with_values(ALPHA, torch.tensor(-1.0))),
+    "a flipped bit": (EditHeaderError, "damaged", VALID[:-1] + bytes([VALID[-1] ^ 1])),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_each_way_to_be_wrong_has_its_error(case: str) -> None:
+    """The file is refused by exactly this class, in one short line that names the place."""
+    error, message, data = HOSTILE[case]
+    with pytest.raises(EditFileError, match=message) as caught:
+        decode(data)
+    assert type(caught.value) is error
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_every_error_of_the_tree_has_a_hostile_file() -> None:
+    """All EditFileErrors but 'not found' are reached by bytes alone."""
+    assert {error for error, _, _ in HOSTILE.values()} == set(EditFileError.__subclasses__()) - {
+        EditNotFoundError
+    }
+
+
+def test_unknown_header_keys_of_others_are_tolerated() -> None:
+    """Keys that other programs add to a LoRA's header do not matter."""
+    assert decode(_metadata(sshs_model_hash="abc", ss_tag="{}")) == small_edit()
+
+
+def test_huge_claims_allocate_nothing() -> None:
+    """Refusing a terabyte-sized claim takes less than a megabyte."""
+    data = [
+        HOSTILE[case][2] for case in ("huge shape", "huge offsets", "header beyond the cap", "e_opt huge")
+    ]
+    tracemalloc.start()
+    for item in data:
+        with pytest.raises(EditFileError):
+            decode(item)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+# --- refusing paths -------------------------------------------------------------------------------
+
+
+def test_unusable_paths_are_refused_at_once(tmp_path: Path) -> None:
+    """A missing file, a folder, a NUL name and a pipe nobody writes to are refused without waiting."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    started = time.monotonic()
+    for name in ("missing", "", "nul\0", "pipe", "loop", "n" * 300):
+        with pytest.raises(EditNotFoundError):
+            read(f"{tmp_path}/{name}")
+    assert time.monotonic() - started < 2
+
+
+def test_refusing_a_path_leaves_no_open_file(tmp_path: Path) -> None:
+    """However read fails, it closes what it opened."""
+    (tmp_path / "bad").write_bytes(b"bad")
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for path in (tmp_path, tmp_path / "bad"):
+        with pytest.raises(EditFileError):
+            read(path)
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_huge_file_is_refused_by_its_size(tmp_path: Path) -> None:
+    """A sparse file above the cap is not read."""
+    with open(tmp_path / "a", "wb") as file:
+        file.truncate(edit_file.MAX_FILE_BYTES + 1)
+    with pytest.raises(EditTooLargeError, match="at most"):
+        read(tmp_path / "a")
+
+
+def test_errors_of_read_begin_with_the_path(tmp_path: Path) -> None:
+    """The message of a bad file says which file."""
+    (tmp_path / "a").write_bytes(VALID[:-1])
+    with pytest.raises(TruncatedEditError, match=f"^{re.escape(str(tmp_path / 'a'))}: "):
+        read(tmp_path / "a")
+
+
+# --- fuzz -----------------------------------------------------------------------------------------
+
+
+def refuses_or_reads(data: bytes) -> None:
+    """Decodes; a success must be a valid edit that can be written and read again."""
+    try:
+        edit = decode(data)
+    except EditFileError as error:
+        assert str(error) and "\n" not in str(error) and len(str(error)) < 1000
+    else:
+        assert decode(encode(edit)) == edit
+
+
+POSITION = st.integers(0, len(VALID) - 1)
+MUTATION = st.one_of(
+    st.tuples(st.just("flip"), POSITION, st.integers(0, 7)),
+    st.tuples(st.just("cut"), POSITION, st.integers(1, 50)),
+    st.tuples(st.just("end"), POSITION, st.just(0)),
+    st.tuples(st.just("insert"), POSITION, st.binary(min_size=1, max_size=20)),
+    st.tuples(st.just("splice"), POSITION, POSITION),
+    st.tuples(
+        st.just("put"),
+        POSITION,
+        st.sampled_from([b"NaN", b"1e999", b"[[[[", b"\xff", b'"', b"\\", b"-1", b"{}"]),
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(MUTATION, min_size=1, max_size=3), st.booleans())
+def test_mutated_bytes_are_refused_or_read(mutations: list[tuple[str, int, Any]], mend: bool) -> None:
+    """Whatever happens to the bytes, it is a valid edit or an EditFileError, length mended or not."""
+    data = bytearray(VALID)
+    tensors = len(pieces(VALID)[1])
+    for kind, at, detail in mutations:
+        if kind == "flip" and at < len(data):
+            data[at] ^= 1 << detail
+        elif kind == "cut":
+            del data[at : at + detail]
+        elif kind == "end":
+            del data[at:]
+        elif kind == "insert":
+            data[at:at] = detail
+        elif kind == "splice":
+            data[at : at + 16] = data[detail : detail + 16]
+        elif kind == "put":
+            data[at : at + len(detail)] = detail
+    if mend and len(data) > 8 + tensors:
+        data[:8] = (len(data) - 8 - tensors).to_bytes(8, "little")
+    refuses_or_reads(bytes(data))
+
+
+ODD = JSON | st.sampled_from(
+    ["", "\ud800", "\x00", -1, 2**63, 2**70, [[]], {"a": {}}, "F16", [0, 0], [2**62, 0]]
+)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path] if path else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        found += _paths(inner, (*path, key))
+    return found
+
+
+def _opened(data: bytes) -> dict[str, Any]:
+    header = pieces(data)[0]
+    for key in ("imagic.meta", "imagic.base", "imagic.e_opt"):
+        header["__metadata__"][key] = json.loads(header["__metadata__"][key])
+    return header
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(_paths(_opened(VALID))), st.sampled_from(["set", "delete", "add"]), ODD)
+def test_any_header_value_changed_is_refused_or_read(path: tuple[Any, ...], action: str, value: Any) -> None:
+    """Replacing, deleting or adding any value of the header gives a valid edit or an EditFileError."""
+    header, tensors = _opened(VALID), pieces(VALID)[1]
+    place: Any = header
+    for key in path[:-1]:
+        place = place[key]
+    if action == "delete":
+        del place[path[-1]]
+    elif action == "add" and isinstance(place, dict):
+        place[f"{path[-1]}x"] = value
+    else:
+        place[path[-1]] = value
+    if isinstance(header.get("__metadata__"), dict):
+        for key in ("imagic.meta", "imagic.base", "imagic.e_opt"):
+            if key in header["__metadata__"]:
+                header["__metadata__"][key] = json.dumps(header["__metadata__"][key])
+    refuses_or_reads(joined(header, tensors))
+
+
+def test_the_worst_header_takes_bounded_time() -> None:
+    """16 MiB of escapes, brackets, quotes or commas are refused within seconds."""
+    started = time.monotonic()
+    for filler in (b'\\"', b"[]", b'""', b"0,", b"{},", b'"'):
+        text = b'{"a":' + filler * ((2**24 - 64) // len(filler))
+        with pytest.raises(EditFileError):
+            decode(joined(text, b""))
+    assert time.monotonic() - started < 10
+
+
+# --- the value ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"adapter": {}}, MissingTensorError, "no layers"),
+        ({"adapter": []}, EditHeaderError, "mapping"),
+        ({"adapter": {"unet.x": small_edit().adapter[CONV]}}, UnknownTensorError, "lora_unet_"),
+        ({"adapter": {CONV: None}}, EditHeaderError, "LoraFactors"),
+        (
+            {"adapter": {CONV: LoraFactors(torch.ones(257, 1), torch.ones(1, 257), 1.0)}},
+            TensorShapeError,
+            "at most 256",
+        ),
+        (
+            {"adapter": {CONV: LoraFactors(torch.ones(1, 1) * 1e6, torch.ones(1, 1), 1.0)}},
+            NonFiniteTensorError,
+            "fp16",
+        ),
+        (
+            {"adapter": {CONV: LoraFactors(torch.ones(1, 0), torch.ones(1, 1), 1.0)}},
+            TensorShapeError,
+            "empty side",
+        ),
+        (
+            {"adapter": {CONV: LoraFactors(torch.ones(1, 1).int(), torch.ones(1, 1), 1.0)}},
+            TensorDtypeError,
+            "int32",
+        ),
+        (
+            {"adapter": {CONV: LoraFactors(torch.ones(1, 1), torch.ones(1, 1), 1e300)}},
+            NonFiniteTensorError,
+            "alpha",
+        ),
+        ({"optimized_embedding": torch.ones(3)}, TensorShapeError, "e_opt"),
+        ({"optimized_embedding": torch.ones(2**21, 3)}, TensorShapeError, "above"),
+        ({"settings": {"x": math.nan}}, EditHeaderError, "settings.x"),
+        ({"settings": {"x": {1: 2}}}, EditHeaderError, "settings.x"),
+        ({"settings": {"x": [object()]}}, EditHeaderError, r"settings.x\[0\]: found a object"),
+        ({"settings": {"x": 10**400}}, EditHeaderError, "too large"),
+        ({"measured": {"x": torch.ones(1)}}, EditHeaderError, "measured.x"),
+        ({"eta_default": math.inf}, EditHeaderError, "eta_default"),
+        ({"seed": 1.0}, EditHeaderError, "seed"),
+        ({"versions": {"torch": 2}}, EditHeaderError, "versions.torch"),
+        ({"base": "demo"}, EditHeaderError, "imagic.base"),
+        ({"source": None}, EditHeaderError, "source"),
+        ({"thumbnail": b"\xff\xd8\xff" + bytes(20_000)}, EditHeaderError, "20000"),
+        ({"created": "yesterday"}, EditHeaderError, "modelspec.date"),
+        ({"license": ""}, EditHeaderError, "modelspec.license"),
+    ],
+)
+def test_an_unusable_edit_cannot_be_made(changes: dict[str, Any], error: type, message: str) -> None:
+    """The constructor refuses by the same errors as the reader, so that what exists can be written."""
+    with pytest.raises(error, match=message):
+        small_edit(**changes)
+
+
+def test_the_deepest_settings_that_can_be_made_can_be_read() -> None:
+    """The depth cap of the constructor is not above the reader's; a circular mapping is refused by it."""
+    nested: Any = 1
+    for _ in range(safetensors_codec.MAX_JSON_DEPTH - 1):
+        nested = {"a": nested}
+    edit = small_edit(settings=nested)
+    assert decode(encode(edit)) == edit
+    with pytest.raises(EditHeaderError, match="levels deep"):
+        small_edit(settings={"a": nested})
+    circular: dict[str, Any] = {}
+    circular["a"] = circular
+    with pytest.raises(EditHeaderError, match="levels deep"):
+        small_edit(settings=circular)
+
+
+def test_bases_match_in_three_degrees() -> None:
+    """The same files, the same source and revision, or only the same architecture; otherwise none."""
+    base = dataclasses.replace(small_edit().base, source="a/b", revision="1")
+    other = {"unet": "c" * 64}
+    assert base.match(dataclasses.replace(base, source="elsewhere", revision=None)) == "exact"
+    assert base.match(dataclasses.replace(base, files=other)) == "revision"
+    assert base.match(dataclasses.replace(base, files=other, revision="2")) == "architecture"
+    unknown = dataclasses.replace(base, revision=None)
+    assert unknown.match(dataclasses.replace(unknown, files=other)) == "architecture"
+    for change in ({"family": "sd1"}, {"prediction_type": "v_prediction"}, {"cross_attention_dim": 4}):
+        assert base.match(dataclasses.replace(base, files=other, revision="2", **change)) == "none"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_gives_a_portable_stem(text: str) -> None:
+    """A stem is 1 to 60 of a-z, 0-9 and inner hyphens, and no device name of Windows."""
+    stem = safe_stem(text)
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,58}[a-z0-9])?", stem)
+    assert not re.fullmatch(r"con|prn|aux|nul|com\d|lpt\d", stem)
+
+
+def test_stems_are_readable() -> None:
+    """Accents fold, separators become one hyphen, paths lose their meaning, devices get a prefix."""
+    assert safe_stem("A photo of a Café!  At night") == "a-photo-of-a-cafe-at-night"
+    assert safe_stem("../../etc/passwd") == "etc-passwd"
+    assert safe_stem("CON") == "edit-con"
+    assert safe_stem("com¹") == "edit-com1"
+    assert safe_stem("東京") == safe_stem("") == safe_stem("...") == "edit"
+    assert len(safe_stem("long " * 100)) <= 60
