@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
-_CONVOLUTION = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+_CONVOLUTION = (
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+)
 TARGETS: dict[str, tuple[str, ...]] = {
     "attn": _ATTENTION,
     "attn+ff": _ATTENTION + _FEED_FORWARD,
@@ -155,7 +162,14 @@ class AdapterPack:
     """
 
     def __init__(
-        self, network: nn.Module, *, edits: int, adapt: str, rank: int, alpha: float, device: torch.device | str = "cpu"
+        self,
+        network: nn.Module,
+        *,
+        edits: int,
+        adapt: str,
+        rank: int,
+        alpha: float,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._create(target_modules(network, adapt), edits, rank, device)
         self.alphas = {name: [float(alpha)] * edits for name in self._shapes}

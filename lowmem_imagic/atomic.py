@@ -28,18 +28,14 @@ _REASONS = {
 }
 
 # What file systems without hard links (FAT, some network and container mounts) answer to link().
-_NO_LINKS = frozenset(
-    {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
-)
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
 
 # A folder that cannot be opened for reading, or a file system that has no fsync for folders. By then the file
 # is in place and its bytes are on disk, so this is no reason to report a failure.
 _NO_FOLDER_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 
 
-def write_bytes(
-    path: str | os.PathLike[str], data: bytes | bytearray | memoryview, *, overwrite: bool
-) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryview, *, overwrite: bool) -> None:
     """Guarantees that `path` holds exactly `data` on disk, or that nothing there has changed.
 
     The file's mode is ``0o666 & ~umask``, as for any file a program creates. A symbolic link at `path` is

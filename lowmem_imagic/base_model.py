@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edit_file import BaseIdentity
 from .errors import BackendUnavailableError, ConfigError
 from .families import DEMO, StableDiffusion, load_family
+from .identity import BaseIdentity
 from .quantize import WEIGHT_FORMATS, weight_bytes
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class BaseModel:
             load_family(name, revision=revision, config_folder=config_folder),
             device=place,
             weights=weights,
-            attention=_pick_attention(attention, place),
+            attention=resolve_attention(attention, place),
             checkpointing=checkpointing,
         )
 
@@ -222,7 +222,7 @@ class BaseModel:
         return prediction
 
 
-def _pick_attention(name: str, device: torch.device) -> str:
+def resolve_attention(name: str, device: torch.device) -> str:
     """``"xformers"`` or ``"sdpa"``; "auto" takes xformers on CUDA where it is installed."""
     if name == "sdpa":
         return name

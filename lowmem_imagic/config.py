@@ -155,9 +155,8 @@ class EditConfig:
     """Seed of everything drawn while training."""
 
     def __post_init__(self) -> None:
-        check = _Check(self)
-        check.number("seed", 0, MAX_SEED, whole=True)
-        check.done()
+        if problems := _seed_problems(self.seed):
+            raise ConfigError(problems)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values; `from_dict` gives an equal config back."""
@@ -204,22 +203,16 @@ def _build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, A
             problems.append(f"{stage}: {error}")
     problems += [f"{name} is not a setting" for name in sorted(set(top) - set(kinds) - {"seed"})]
     seed = top.get("seed", 0)
-    try:
-        if not problems:
-            return EditConfig(**stages, seed=seed)
-        _SeedOnly(seed=seed)
-    except ConfigError as error:
-        problems += error.problems
-    raise ConfigError(problems)
+    problems += _seed_problems(seed)
+    if problems:
+        raise ConfigError(problems)
+    return EditConfig(**stages, seed=seed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _SeedOnly:
-    """Checks the seed when the stages cannot be built, so that its problem is reported with theirs."""
-
-    seed: int
-
-    __post_init__ = EditConfig.__post_init__
+def _seed_problems(seed: object) -> list[str]:
+    if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed <= MAX_SEED:
+        return []
+    return [f"seed is {seed!r}, expected a whole number from 0 to {MAX_SEED}"]
 
 
 _PRESET_VALUES: dict[str, dict[str, dict[str, Any]]] = {
@@ -246,6 +239,10 @@ _PRESET_VALUES: dict[str, dict[str, dict[str, Any]]] = {
             "lora_rank": 16,
             "lora_alpha": 16.0,
         },
-        "sample": {"etas": (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "num_inference_steps": 50, "guidance_scale": 7.5},
+        "sample": {
+            "etas": (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+            "num_inference_steps": 50,
+            "guidance_scale": 7.5,
+        },
     },
 }

@@ -20,7 +20,10 @@ def draw_timesteps(draws: int, num_train_timesteps: int, generator: torch.Genera
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """``sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) epsilon`` (eq. 1); latents and noise (R, C, H, W), timesteps (R,)."""
+    """``sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) epsilon`` (eq. 1).
+
+    Latents and noise are (R, C, H, W), timesteps (R,).
+    """
     a = alpha_bar[timesteps].view(-1, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 

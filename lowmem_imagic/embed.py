@@ -1,4 +1,4 @@
-"""Stage 1: the text embedding is optimised until it describes the photo (paper section 3.2, "Text embedding optimization")."""
+"""Stage 1: the text embedding is optimised until it describes the photo (paper section 3.2)."""
 
 from collections.abc import Sequence
 

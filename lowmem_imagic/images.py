@@ -1,4 +1,4 @@
-"""Any picture file to an upright 8-bit sRGB picture, to a square tensor in [-1, 1], and back.
+"""Any picture file to an upright 8-bit sRGB picture.
 
 Reading is the part that meets files nobody checked, so every refusal is one of four named errors, the pixel
 count is known before anything is decoded, and nothing but Pillow's own decoders runs: no network, no helper
@@ -6,21 +6,16 @@ program (EPS would start Ghostscript), no process-wide Pillow setting.
 """
 
 import hashlib
-import math
 import os
 import stat
 import threading
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
-import torch
-from PIL import Image, ImageCms, ImageColor, ImageFile, ImageFilter
-from torch import Tensor
+from PIL import Image, ImageCms, ImageColor, ImageFile
 
 from .errors import (
     ConfigError,
@@ -81,9 +76,7 @@ class Photo:
     icc_profile: bytes | None
 
 
-def load_photo(
-    path: str | os.PathLike[str], *, background: str = "white", max_pixels: int = MAX_PIXELS
-) -> Photo:
+def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Photo:
     """The picture in a file as upright 8-bit sRGB, whatever its colour mode, depth or format.
 
     The file is read once: the digest and the pixels come from the same bytes.
@@ -100,14 +93,12 @@ def load_photo(
         TruncatedImageError: The picture ends early or its data are damaged.
         ImageTooLargeError: More than `max_pixels` pixels or `MAX_FILE_BYTES` bytes.
 
-    Memory: at most about 12 bytes per pixel while converting, 4 afterwards.
+    **Memory**: beside the file's bytes 8 (RGB) to 17 (RGBA, float) bytes per pixel while converting, 4 then.
     """
     try:
         backdrop = ImageColor.getrgb(background)[:3]
     except ValueError:
-        raise ConfigError(
-            f"background is {background!r}; expected a colour such as 'white' or '#808080'"
-        ) from None
+        raise ConfigError(f"background is {background!r}; expected a colour such as 'white' or '#808080'") from None
     shown = repr(os.fspath(path))
     data = _read(path, shown)
     image, bits, notes = _decode(data, shown, max_pixels)
@@ -136,9 +127,12 @@ def _read(path: str | os.PathLike[str], shown: str) -> bytes:
     """The bytes of a regular file; never waits on a pipe or a device."""
     try:
         # O_NONBLOCK: opening a pipe without a writer would wait for ever before its kind can be asked.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb", closefd=True) as file:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags)
+        try:
             status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(f"{shown} is a folder")
             if not stat.S_ISREG(status.st_mode):
                 raise ImageNotFoundError(
                     f"{shown} is a pipe or device; expected a picture file, copy the picture to a file first"
@@ -147,12 +141,15 @@ def _read(path: str | os.PathLike[str], shown: str) -> bytes:
                 raise ImageTooLargeError(
                     f"{shown} has {status.st_size} bytes, the cap is {MAX_FILE_BYTES}; save a smaller copy"
                 )
-            return file.read(MAX_FILE_BYTES)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(MAX_FILE_BYTES)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         hint = "download the picture first" if "://" in shown else "check the path"
         raise ImageNotFoundError(f"there is no file {shown}; expected a local picture file, {hint}") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, IsADirectoryError | PermissionError) and os.path.isdir(path):
+        if os.path.isdir(path):  # on Windows opening one is already an error, and a misleading one
             raise ImageNotFoundError(f"{shown} is a folder; name one picture file inside it") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageNotFoundError(
@@ -192,7 +189,9 @@ def _decode(data: bytes, shown: str, max_pixels: int) -> tuple[ImageFile.ImageFi
         except Exception as error:  # on damaged data Pillow's plugins raise nearly any built-in exception
             reason = " ".join(str(error).split()) or type(error).__name__
             kind = (image.format if image is not None else None) or "picture"
-            if any(word in reason.lower() for word in ("unknown", "unsupported", "not support", "not avail")):
+            # Two letters make a BMP or PPM, so prose may have been taken for one.
+            prose = image is None and _is_text(data)
+            if prose or any(word in reason.lower() for word in ("unknown", "unsupported", "not support", "not avail")):
                 raise NotAnImageError(
                     f"{shown} is of a kind that cannot be decoded here ({reason}); "
                     f"expected a {_KINDS} picture, convert it to PNG or JPEG"
@@ -240,9 +239,12 @@ def _describe(data: bytes) -> str:
         return "a web page"
     if head.startswith((b"<svg", b"<?xml")):
         return "an SVG drawing or XML text"
-    if all(byte >= 32 or byte in b"\t\r\n" for byte in head):
-        return "a text file"
-    return "of no known picture format"
+    return "a text file" if _is_text(data) else "of no known picture format"
+
+
+def _is_text(data: bytes) -> bool:
+    """Whether the first bytes are free of control characters, as no binary format's are."""
+    return all(byte >= 32 or byte in b"\t\r\n" for byte in data[:512])
 
 
 def _orientation(image: Image.Image) -> int:
@@ -316,13 +318,11 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         rgba = image.convert("RGBA")
         return rgba.convert("RGB"), rgba.getchannel("A")
     if image.mode in ("L", "RGB", "CMYK", "LAB"):
-        return image.copy(), None
+        return image, None
     return image.convert("L" if image.mode == "1" else "RGB"), None
 
 
-def _to_srgb(
-    colour: Image.Image, profile: bytes | None, notes: list[str]
-) -> tuple[Image.Image, bytes | None]:
+def _to_srgb(colour: Image.Image, profile: bytes | None, notes: list[str]) -> tuple[Image.Image, bytes | None]:
     """The picture as sRGB, through its own colour profile where it has a usable one.
 
     The second value is the embedded profile if it still describes the result, that is if it was sRGB already.
@@ -381,184 +381,3 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     moved = ImageCms.applyTransform(probe, transform)
     difference = np.asarray(moved, dtype=np.int16) - np.asarray(probe.convert("RGB"), dtype=np.int16)
     return bool(np.abs(difference).max() <= 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Letterbox:
-    """Where a photo of `width_px` x `height_px` lies inside the model's square; all integers.
-
-    Attributes:
-        width_px: The photo's own width.
-        height_px: The photo's own height.
-        size_px: Side of the square.
-        left: First column of the photo in the square.
-        top: First row.
-        right: Column after the last.
-        bottom: Row after the last.
-    """
-
-    width_px: int
-    height_px: int
-    size_px: int
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int:
-                raise ValueError(f"letterbox {field.name} is {value!r}; expected an integer")
-        if min(self.width_px, self.height_px, self.size_px) < 1:
-            raise ValueError(
-                f"letterbox of {self.width_px} x {self.height_px} in {self.size_px}; expected 1 or more each"
-            )
-        if not (0 <= self.left < self.right <= self.size_px and 0 <= self.top < self.bottom <= self.size_px):
-            raise ValueError(
-                f"letterbox box is {self.box}; expected left < right, top < bottom within 0..{self.size_px}"
-            )
-
-    @classmethod
-    def fit(cls, width_px: int, height_px: int, size_px: int) -> Self:
-        """The largest centred box of the photo's aspect, at least one pixel each way.
-
-        Raises:
-            ValueError: A size below 1.
-        """
-        longest = max(width_px, height_px, 1)
-        # Integers throughout: halves round up, the same on every machine.
-        across = max(1, (2 * width_px * size_px + longest) // (2 * longest))
-        down = max(1, (2 * height_px * size_px + longest) // (2 * longest))
-        left, top = (size_px - across) // 2, (size_px - down) // 2
-        return cls(
-            width_px=width_px,
-            height_px=height_px,
-            size_px=size_px,
-            left=left,
-            top=top,
-            right=left + across,
-            bottom=top + down,
-        )
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        """`(left, top, right, bottom)`, as Pillow's `crop` takes it."""
-        return self.left, self.top, self.right, self.bottom
-
-    def to_dict(self) -> dict[str, int]:
-        """The fields by name, fit for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> Self:
-        """The letterbox that `to_dict` described.
-
-        Raises:
-            ValueError: Entries missing, unknown, not integers, or a box outside the square.
-        """
-        expected, found = {field.name for field in fields(cls)}, set(entries)
-        if found != expected:
-            raise ValueError(
-                f"letterbox entries: missing {sorted(expected - found)}, "
-                f"unknown {sorted(map(str, found - expected))}; expected exactly {sorted(expected)}"
-            )
-        return cls(**entries)
-
-
-def to_square(image: Image.Image, letterbox: Letterbox) -> Image.Image:
-    """The photo inside the model's square, the rest filled with its own edge, ever softer further out.
-
-    Hard bars would cost the VAE detail at their border and give the diffusion model a frame to draw.
-
-    Raises:
-        ValueError: The picture is not RGB or not of the letterbox's photo size.
-    """
-    _require_rgb(image)
-    if image.size != (letterbox.width_px, letterbox.height_px):
-        raise ValueError(
-            f"picture is {image.size[0]} x {image.size[1]}; "
-            f"the letterbox is for {letterbox.width_px} x {letterbox.height_px}"
-        )
-    left, top, right, bottom = letterbox.box
-    size = letterbox.size_px
-    inner = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if inner.size == (size, size):
-        return inner
-    margins = ((top, size - bottom), (left, size - right), (0, 0))
-    replicated = Image.fromarray(np.pad(np.asarray(inner), margins, mode="edge"))
-    blurred = replicated.filter(ImageFilter.GaussianBlur(size / 24))
-    index = np.arange(size)
-    outside_x = np.maximum(left - index, index - (right - 1)).clip(0)
-    outside_y = np.maximum(top - index, index - (bottom - 1)).clip(0)
-    distance = np.maximum(outside_x[None, :], outside_y[:, None])
-    softness = (
-        (distance * (255 * 12 / size)).clip(0, 255).astype(np.uint8)
-    )  # full after a twelfth of the side
-    return Image.composite(blurred, replicated, Image.fromarray(softness))
-
-
-def from_square(square: Image.Image, letterbox: Letterbox) -> Image.Image:
-    """The photo's part of the square at the photo's own size and aspect.
-
-    Raises:
-        ValueError: The picture is not a square of the letterbox's side.
-    """
-    if square.size != (letterbox.size_px, letterbox.size_px):
-        raise ValueError(
-            f"picture is {square.size[0]} x {square.size[1]}; "
-            f"expected {letterbox.size_px} x {letterbox.size_px} as in its letterbox"
-        )
-    # Cropped first: the resampling filter would reach beyond a `box` and blend padding into the border.
-    return square.crop(letterbox.box).resize(
-        (letterbox.width_px, letterbox.height_px), Image.Resampling.LANCZOS
-    )
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """The picture as (1, 3, H, W) float32 in [-1, 1]; `to_images` gives back the very same bytes.
-
-    Raises:
-        ValueError: The picture is not RGB.
-    """
-    _require_rgb(image)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return pixels.to(torch.float32).div_(127.5).sub_(1.0).contiguous()
-
-
-def to_images(tensor: Tensor) -> list[Image.Image]:
-    """The pictures of a (B, 3, H, W) tensor in [-1, 1], clamped and rounded to 8-bit RGB.
-
-    Raises:
-        ValueError: Another shape, or NaN, which would otherwise become an arbitrary colour.
-    """
-    if tensor.ndim != 4 or tensor.shape[1] != 3:
-        raise ValueError(f"tensor has shape {tuple(tensor.shape)}; expected (B, 3, H, W)")
-    values = tensor.detach().to("cpu", torch.float32)
-    if values.isnan().any():
-        raise ValueError("tensor holds NaN; expected numbers in [-1, 1]")
-    pixels = values.clamp(-1.0, 1.0).add(1.0).mul_(127.5).round_().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pixels]
-
-
-def psnr(a: Image.Image | Tensor, b: Image.Image | Tensor) -> float:
-    """Peak signal-to-noise ratio in dB between two RGB pictures or tensors in [-1, 1]; `inf` when equal.
-
-    Raises:
-        ValueError: Shapes differ.
-    """
-    first, second = (
-        (to_tensor(item) if isinstance(item, Image.Image) else item).detach().to("cpu", torch.float64)
-        for item in (a, b)
-    )
-    if first.shape != second.shape:
-        raise ValueError(
-            f"shapes {tuple(first.shape)} and {tuple(second.shape)} differ; expected equal sizes"
-        )
-    mean_square = (first - second).square().mean().item()
-    return math.inf if mean_square == 0 else 10.0 * math.log10(4.0 / mean_square)  # the peak is 2
-
-
-def _require_rgb(image: Image.Image) -> None:
-    if image.mode != "RGB":
-        raise ValueError(f"picture has mode {image.mode}; expected RGB, read it with load_photo")

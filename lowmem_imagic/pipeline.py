@@ -13,11 +13,13 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
-from .edit_file import Edit, LoraFactors, SourcePicture
+from .edit import Edit, LoraFactors
 from .embed import embed
-from .errors import BaseMismatchError, ConfigError, MemoryLimitError, TensorShapeError
+from .errors import BaseMismatchError, MemoryLimitError, TensorShapeError
 from .finetune import finetune
-from .images import Letterbox, Photo, from_square, to_images, to_square, to_tensor
+from .identity import SourcePicture
+from .images import Photo
+from .letterbox import Letterbox, from_square, to_images, to_square, to_tensor
 from .memory import Meter
 from .sample import Cell, sample
 from .training import Losses
@@ -77,12 +79,12 @@ def make_edits(
     # Rounded as the file stores it, so that an edit and its file give the same pictures.
     optimized = optimized.half().float()
     with _stage(meter, "finetune", "--checkpointing, fewer draws a step, or --adapt attn"):
-        pack, losses = finetune(
-            base, latents, optimized, config.finetune, generators, _named(progress, "finetune")
-        )
+        pack, losses = finetune(base, latents, optimized, config.finetune, generators, _named(progress, "finetune"))
     return [
         Edit(
-            adapter={key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in pack.export(i).items()},
+            adapter={
+                key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in pack.export(i).items()
+            },
             optimized_embedding=optimized[i].half(),
             target_prompt=job.prompt,
             base=base.identity,
@@ -93,7 +95,11 @@ def make_edits(
             source=_source(job.photo, boxes[i]),
             base_weights=base.weights,
             versions=versions(),
-            measured={"device": _device_name(base.device), "dtype": str(base.dtype), "stages": dict(meter.stages)},
+            measured={
+                "device": _device_name(base.device),
+                "dtype": str(base.dtype),
+                "stages": dict(meter.stages),
+            },
             title=job.prompt,
         )
         for i, job in enumerate(jobs)
@@ -151,9 +157,7 @@ def render_latents(
             )
     optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
     with _stage(meter or Meter(base.device), "sample", "fewer rows a batch (--batch-rows)"):
-        adapters = [
-            {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits
-        ]
+        adapters = [{key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits]
         try:
             pack = AdapterPack.load(base.unet, adapters, device=base.device)
         except ValueError as error:
@@ -257,4 +261,6 @@ class _stage:
         if kind is None:
             self._context.__exit__(None, None, None)
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            raise MemoryLimitError(f"out of memory in stage {self._name}; next cheaper setting: {self._cheaper}") from error
+            raise MemoryLimitError(
+                f"out of memory in stage {self._name}; next cheaper setting: {self._cheaper}"
+            ) from error

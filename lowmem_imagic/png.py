@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from types import MappingProxyType
@@ -131,9 +132,7 @@ def contact_sheet(
     labels = [_wrap(label, label_font, cell_px, 3) for label, _ in cells]
     starts = range(0, len(cells), columns)
     picture_heights = [max(p.height for p in pictures[s : s + columns]) for s in starts]
-    label_heights = [
-        max(len(lines) for lines in labels[s : s + columns]) * _pitch(label_font) for s in starts
-    ]
+    label_heights = [max(len(lines) for lines in labels[s : s + columns]) * _pitch(label_font) for s in starts]
 
     height = 2 * margin + sum(picture_heights) + sum(label_heights) + (len(starts) - 1) * gap
     height += len(starts) * (gap // 2)
@@ -214,18 +213,13 @@ def _write(
 
 def _drawable(text: str) -> str:
     """The text in characters the font has: accents dropped, common signs spelled out, `?` for the rest."""
-    letters = (
-        c for c in unicodedata.normalize("NFKD", text.translate(_SPELLED)) if not unicodedata.combining(c)
-    )
+    letters = (c for c in unicodedata.normalize("NFKD", text.translate(_SPELLED)) if not unicodedata.combining(c))
     return "".join(
-        c if c.isspace() or (c.isascii() and c.isprintable()) or c in _DRAWN_BEYOND_ASCII else "?"
-        for c in letters
+        c if c.isspace() or (c.isascii() and c.isprintable()) or c in _DRAWN_BEYOND_ASCII else "?" for c in letters
     )
 
 
-def _wrap(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, max_lines: int
-) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, max_lines: int) -> list[str]:
     """Lines no wider than `width_px`, broken at spaces or inside long words; `...` ends a cut text."""
     lines: list[str] = []
     # No letter is narrower than a pixel, so more of them than this cannot be shown and need no measuring.
@@ -239,9 +233,9 @@ def _wrap(
             if line:
                 lines.append(line)
             while font.getlength(word) > width_px and len(word) > 1:
-                fitting = next(
-                    n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width_px
-                )
+                lengths = range(1, len(word))
+                fitting = bisect_right(lengths, width_px, key=lambda n: math.ceil(font.getlength(word[:n])))
+                fitting = max(1, fitting)
                 lines.append(word[:fitting])
                 word = word[fitting:]
             line = word

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
-"""``int8``: this module's layers. ``bnb-int8``: stock bitsandbytes, linear layers only. The rest: no quantisation."""
+"""``int8``: this module's layers. ``bnb-int8``: stock bitsandbytes, linear layers only. The rest are float."""
 
 MIN_CONV_CHANNELS = 5
 """Convolutions from or to the latents (4 channels) stay as they are: a few kB, and the most sensitive."""
@@ -39,7 +39,14 @@ class _FrozenLinear(torch.autograd.Function):
 class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None, stride: Any, padding: Any, groups: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        absmax: Tensor,
+        bias: Tensor | None,
+        stride: Any,
+        padding: Any,
+        groups: int,
     ) -> Tensor:
         ctx.save_for_backward(weight, absmax)
         ctx.geometry, ctx.input_shape = (list(stride), list(padding), groups), x.shape
@@ -74,6 +81,11 @@ def _expand(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_((absmax / 127).to(dtype).view(shape))
 
 
+def _own(bias: Tensor, device: torch.device) -> nn.Parameter:
+    """A frozen copy: a tensor read from a safetensors file keeps the mapping of the whole file alive."""
+    return nn.Parameter(bias.to(device, copy=True), requires_grad=False)
+
+
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
@@ -88,7 +100,12 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     def from_weights(weight: Tensor, bias: Tensor | None, device: torch.device) -> "FrozenLinear8bit":
         """The layer for a weight (out, in), quantised on `device`."""
         layer = FrozenLinear8bit(
-            weight.shape[1], weight.shape[0], bias is not None, has_fp16_weights=False, threshold=0.0, device="meta"
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
+            has_fp16_weights=False,
+            threshold=0.0,
+            device="meta",
         )
         _set_bnb_weights(layer, weight, bias, device)
         return layer
@@ -97,7 +114,9 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         if self.weight.CB is not None:
             self.init_8bit_state()
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _FrozenLinear.apply(rows, self.weight.data, self.state.SCB, _cast(self.bias, x.dtype))
+        y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
+            rows, self.weight.data, self.state.SCB, _cast(self.bias, x.dtype)
+        )
         # The view is taken outside the Function, so that callers may add to the result in place.
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -126,7 +145,7 @@ class Int8Conv2d(nn.Conv2d):
         )
         layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.to(device), requires_grad=False)
+            layer.bias = _own(bias, device)
         return layer.quantize_()
 
     def quantize_(self) -> "Int8Conv2d":
@@ -142,7 +161,7 @@ class Int8Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if "absmax" not in self._buffers:
             return super().forward(x)
-        result: Tensor = _FrozenConv2d.apply(
+        result: Tensor = _FrozenConv2d.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.absmax, _cast(self.bias, x.dtype), self.stride, self.padding, self.groups
         )
         return result
@@ -151,12 +170,17 @@ class Int8Conv2d(nn.Conv2d):
 def _set_bnb_weights(layer: nn.Module, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
     layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.to(device), requires_grad=False)
+        layer.bias = _own(bias, device)
 
 
 def _stock_linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Module:
-    layer = bnb.nn.Linear8bitLt(
-        weight.shape[1], weight.shape[0], bias is not None, has_fp16_weights=False, threshold=0.0, device="meta"
+    layer: nn.Module = bnb.nn.Linear8bitLt(
+        weight.shape[1],
+        weight.shape[0],
+        bias is not None,
+        has_fp16_weights=False,
+        threshold=0.0,
+        device="meta",
     )
     _set_bnb_weights(layer, weight, bias, device)
     return layer
@@ -177,6 +201,28 @@ def _quantized(module: nn.Module, state: dict[str, Tensor], weights: str, device
         if plain and min(module.in_channels, module.out_channels) >= MIN_CONV_CHANNELS:
             return Int8Conv2d.from_weights(module, weight, bias, device)
     return None
+
+
+def _fill(
+    modules: dict[str, nn.Module],
+    path: str,
+    state: dict[str, Tensor],
+    weights: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Gives the module at `path` its weights, putting an 8-bit layer in its place where there is one."""
+    layer = _quantized(modules[path], state, weights, device)
+    if layer is not None:
+        parent, _, child = path.rpartition(".")
+        setattr(modules[parent], child, layer)
+        modules[path] = layer
+        return
+    for leaf, value in state.items():
+        value = value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
+        if value.dim() == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        setattr(modules[path], leaf, nn.Parameter(value, requires_grad=False))
 
 
 def load_frozen(
@@ -212,23 +258,11 @@ def load_frozen(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the configured network {expected[name]}")
         missing.discard(name)
         path, _, leaf = name.rpartition(".")
-        state = pending.setdefault(path, {})
-        state[leaf] = tensor
-        module = modules[path]
-        if len(state) < sum(1 for _ in module.parameters(recurse=False)):
-            continue
-        del pending[path]
-        layer = _quantized(module, state, weights, device)
-        if layer is not None:
-            parent, _, child = path.rpartition(".")
-            setattr(modules[parent], child, layer)
-            modules[path] = layer
-            continue
-        for leaf_name, value in state.items():
-            value = value.to(device, dtype if value.is_floating_point() else value.dtype, copy=True)
-            if value.dim() == 4:
-                value = value.contiguous(memory_format=torch.channels_last)
-            setattr(module, leaf_name, nn.Parameter(value, requires_grad=False))
+        pending.setdefault(path, {})[leaf] = tensor
+        # The loop must not hold this tensor while the next one is read.
+        del tensor
+        if len(pending[path]) >= sum(1 for _ in modules[path].parameters(recurse=False)):
+            _fill(modules, path, pending.pop(path), weights, device, dtype)
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(f"weights lack {len(missing)} tensors of the configured network, such as {some}")

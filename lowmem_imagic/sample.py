@@ -58,9 +58,8 @@ def sample(
     negative = base.encode_text([config.negative_prompt])[0]
     images = max(1, config.batch_rows // (2 if guided else 1))
     batches = list(_batches(cells, images))
-    steps, done = config.num_inference_steps * len(batches), 0
-    results: dict[int, Tensor] = {}
-    for numbers in batches:
+    steps, results = config.num_inference_steps, dict[int, Tensor]()
+    for batch, numbers in enumerate(batches):
         chosen = [cells[number] for number in numbers]
         text = torch.stack(
             [interpolate(target_embeddings[cell.edit], optimized_embeddings[cell.edit], cell.eta) for cell in chosen]
@@ -69,13 +68,15 @@ def sample(
         if guided:
             text = torch.cat([negative.expand_as(text), text])
             rows = rows.repeat(2)
+
+        def on_step(step: int, before: int = batch * steps) -> None:
+            if progress is not None:
+                progress(before + step, steps * len(batches), f"{len(results)} of {len(cells)} images done")
+
         pack.set_rows(rows)
         pack.strength(chosen[0].strength)
         with torch.no_grad(), pack.attached(base.unet):
-            for latents in _denoise(base, text, [cell.seed for cell in chosen], config, guided):
-                done += 1
-                if progress is not None:
-                    progress(done, steps, f"{len(results)} of {len(cells)} images done")
+            latents = _denoise(base, text, [cell.seed for cell in chosen], config, guided, on_step)
         results.update(zip(numbers, latents.float().cpu(), strict=True))
     return torch.stack([results[number] for number in range(len(cells))])
 
@@ -90,9 +91,14 @@ def _batches(cells: Sequence[Cell], size: int) -> Iterator[list[int]]:
 
 
 def _denoise(
-    base: BaseModel, text: Tensor, seeds: Sequence[int], config: SampleConfig, guided: bool
-) -> Iterator[Tensor]:
-    """The latents (B, C, H, W) after each step of the scheduler."""
+    base: BaseModel,
+    text: Tensor,
+    seeds: Sequence[int],
+    config: SampleConfig,
+    guided: bool,
+    on_step: Callable[[int], None],
+) -> Tensor:
+    """Latents (B, C, H, W) from noise; text (B, T, D), or (2 B, T, D) with the unconditional half first."""
     scheduler = base.family.scheduler(config.scheduler)
     scheduler.set_timesteps(config.num_inference_steps, device=base.device)
     # One generator a row: equal seeds see equal noise, whatever the batch and the device.
@@ -102,13 +108,15 @@ def _denoise(
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     options = _step_options(scheduler, config, generators)
     text = text.to(base.device)
-    for timestep in scheduler.timesteps:
+    for step, timestep in enumerate(scheduler.timesteps, start=1):
         scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
         prediction = base.predict(scaled, timestep.expand(len(scaled)), text).float()
         if guided:
-            prediction = guide(*prediction.chunk(2), config.guidance_scale)
+            unconditional, conditional = prediction.chunk(2)
+            prediction = guide(unconditional, conditional, config.guidance_scale)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
-        yield latents
+        on_step(min(step, config.num_inference_steps))
+    return latents
 
 
 def _step_options(scheduler: Any, config: SampleConfig, generators: list[torch.Generator]) -> dict[str, Any]:

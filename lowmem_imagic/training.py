@@ -37,7 +37,11 @@ class Losses:
 
 
 def draw_rows(
-    latents: Tensor, draws: int, alpha_bar: Tensor, prediction_type: str, generators: Sequence[torch.Generator]
+    latents: Tensor,
+    draws: int,
+    alpha_bar: Tensor,
+    prediction_type: str,
+    generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents (R, C, H, W), timesteps (R,) and targets (R, C, H, W) for one step, edit by edit.
 

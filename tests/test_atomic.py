@@ -88,9 +88,7 @@ def test_a_file_that_appears_during_the_write_is_kept(
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_of_many_writers_at_once_exactly_one_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
+def test_of_many_writers_at_once_exactly_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     """Eight threads write the same new name: one returns, seven are refused, the content is the winner's."""
     if not links:
         monkeypatch.setattr(os, "link", _no_links)
@@ -191,9 +189,7 @@ def test_an_interrupt_leaves_no_temporary(
     assert os.listdir(tmp_path) == []
 
 
-def test_an_interrupt_after_publishing_keeps_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_after_publishing_keeps_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no links, an interrupt just after the replace leaves the finished file."""
     real = os.replace
 
@@ -242,7 +238,7 @@ def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytes
 
 
 def test_impossible_places_are_named(tmp_path: Path) -> None:
-    """A missing folder, a file used as a folder, a folder in the way, an overlong and a NUL name are named."""
+    """A missing folder, a file used as one, a folder in the way, an overlong and a NUL name are named."""
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
     places = {

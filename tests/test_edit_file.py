@@ -23,18 +23,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lowmem_imagic import edit_file, safetensors_codec
-from lowmem_imagic.edit_file import (
-    BaseIdentity,
-    Edit,
-    LoraFactors,
-    SourcePicture,
-    decode,
-    encode,
-    read,
-    safe_stem,
-    write,
-)
+from lowmem_imagic import container, safetensors_codec, strict_json
+from lowmem_imagic.edit import Edit, LoraFactors
+from lowmem_imagic.edit_file import decode, encode, read, write
 from lowmem_imagic.errors import (
     EditFileError,
     EditHeaderError,
@@ -52,6 +43,8 @@ from lowmem_imagic.errors import (
     UnknownTensorError,
     UnsupportedEditVersionError,
 )
+from lowmem_imagic.identity import BaseIdentity, SourcePicture
+from lowmem_imagic.names import safe_stem
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_conv_in"
@@ -61,12 +54,8 @@ def small_edit(**changes: Any) -> Edit:
     """Returns an edit of two layers whose every value is spelled out here."""
     values: dict[str, Any] = {
         "adapter": {
-            LINEAR: LoraFactors(
-                down=torch.tensor([[0.5, -1.0, 2.0]]), up=torch.tensor([[1.0], [0.25]]), alpha=0.1
-            ),
-            CONV: LoraFactors(
-                down=torch.arange(16.0).reshape(2, 2, 2, 2) / 8, up=torch.ones(3, 2, 1, 1), alpha=2.0
-            ),
+            LINEAR: LoraFactors(down=torch.tensor([[0.5, -1.0, 2.0]]), up=torch.tensor([[1.0], [0.25]]), alpha=0.1),
+            CONV: LoraFactors(down=torch.arange(16.0).reshape(2, 2, 2, 2) / 8, up=torch.ones(3, 2, 1, 1), alpha=2.0),
         },
         "optimized_embedding": torch.tensor([[0.0, 1.0, -2.0], [0.5, 0.25, 3.0]]),
         "target_prompt": "a blue cube, größer ☂",
@@ -152,9 +141,7 @@ def test_the_bytes_of_an_edit_are_pinned() -> None:
     )
     assert '"modelspec.trigger_phrase":"a blue cube, größer ☂"'.encode() in data
     assert len(data) == 8 + length + 2 * 4 + 2 * (3 + 2 + 16 + 6)
-    assert (
-        hashlib.sha256(data).hexdigest() == "fe742e9292dbbab35c7d40aac79398e4f1d4af0968cf2794c4f0ca6e7f4d7684"
-    )
+    assert hashlib.sha256(data).hexdigest() == "fe742e9292dbbab35c7d40aac79398e4f1d4af0968cf2794c4f0ca6e7f4d7684"
 
 
 def test_equal_edits_give_identical_bytes() -> None:
@@ -173,6 +160,22 @@ def test_equal_edits_give_identical_bytes() -> None:
     assert edit != "an edit"
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"settings": {"steps": 1}}, {"settings": {"steps": 1.0}}),
+        ({"settings": {"steps": 1}}, {"settings": {"steps": True}}),
+        ({"eta_default": 0.0}, {"eta_default": -0.0}),
+        ({"optimized_embedding": torch.zeros(2, 3)}, {"optimized_embedding": -torch.zeros(2, 3)}),
+        ({"thumbnail": b"\xff\xd8\xff"}, {"thumbnail": None}),
+    ],
+)
+def test_edits_whose_files_differ_are_unequal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Equality is that of the bytes, also where Python or torch call different values equal."""
+    assert encode(small_edit(**one)) != encode(small_edit(**other))
+    assert small_edit(**one) != small_edit(**other)
+
+
 def test_an_edit_keeps_its_own_copies() -> None:
     """Changing what an edit was made from does not change the edit."""
     embedding, steps = torch.ones(2, 3, dtype=torch.float16), {"steps": [1]}
@@ -189,9 +192,7 @@ def test_the_library_reads_our_bytes(tmp_path: Path) -> None:
     path.write_bytes(VALID)
     tensors = load_file(path)
     assert sorted(tensors) == sorted(
-        f"{layer}.{part}"
-        for layer in (LINEAR, CONV)
-        for part in ("alpha", "lora_down.weight", "lora_up.weight")
+        f"{layer}.{part}" for layer in (LINEAR, CONV) for part in ("alpha", "lora_down.weight", "lora_up.weight")
     )
     assert torch.equal(tensors[f"{LINEAR}.lora_down.weight"], torch.tensor([[0.5, -1.0, 2.0]]).half())
     assert tensors[f"{CONV}.alpha"].item() == 2.0 and tensors[f"{CONV}.alpha"].shape == ()
@@ -260,9 +261,7 @@ JSON = st.recursive(
 def halves(draw: st.DrawFn, *shape: int) -> torch.Tensor:
     """Draws finite fp16 tensors, subnormals and signed zeros included."""
     bits = draw(st.lists(st.integers(0, 0x7BFF), min_size=math.prod(shape), max_size=math.prod(shape)))
-    return torch.tensor(bits, dtype=torch.int16).view(torch.float16).reshape(shape) * draw(
-        st.sampled_from([1, -1])
-    )
+    return torch.tensor(bits, dtype=torch.int16).view(torch.float16).reshape(shape) * draw(st.sampled_from([1, -1]))
 
 
 @st.composite
@@ -314,9 +313,7 @@ def edits(draw: st.DrawFn) -> Edit:
         measured=draw(st.dictionaries(TEXT, JSON, max_size=2)),
         title=draw(TEXT),
         created=draw(
-            st.none()
-            | st.dates().map(str)
-            | st.datetimes().map(lambda d: f"{d.isoformat(timespec='seconds')}Z")
+            st.none() | st.dates().map(str) | st.datetimes().map(lambda d: f"{d.isoformat(timespec='seconds')}Z")
         ),
         license=draw(st.none() | TEXT),
         thumbnail=draw(st.none() | st.just(picture)),
@@ -396,15 +393,10 @@ def _offsets(name: str, begin: int, end: int) -> bytes:
 
 def _drop(name: str) -> bytes:
     """Returns the valid file without one tensor, still covered without holes."""
-    tensors = {
-        key: container.tensor(key)
-        for container in [safetensors_codec.parse(VALID)]
-        for key in container.entries
-    }
+    parsed = container.parse(VALID)
+    tensors = {key: safetensors_codec.container_tensor(parsed, key) for key in parsed.entries}
     del tensors[name]
-    return safetensors_codec.serialize(
-        tensors, pieces(VALID)[0]["__metadata__"], hash_key="modelspec.hash_sha256"
-    )
+    return safetensors_codec.serialize(tensors, pieces(VALID)[0]["__metadata__"], hash_key="modelspec.hash_sha256")
 
 
 def _rename(old: str, new: str) -> bytes:
@@ -718,9 +710,7 @@ def test_each_way_to_be_wrong_has_its_error(case: str) -> None:
 
 def test_every_error_of_the_tree_has_a_hostile_file() -> None:
     """All EditFileErrors but 'not found' are reached by bytes alone."""
-    assert {error for error, _, _ in HOSTILE.values()} == set(EditFileError.__subclasses__()) - {
-        EditNotFoundError
-    }
+    assert {error for error, _, _ in HOSTILE.values()} == set(EditFileError.__subclasses__()) - {EditNotFoundError}
 
 
 def test_unknown_header_keys_of_others_are_tolerated() -> None:
@@ -730,9 +720,7 @@ def test_unknown_header_keys_of_others_are_tolerated() -> None:
 
 def test_huge_claims_allocate_nothing() -> None:
     """Refusing a terabyte-sized claim takes less than a megabyte."""
-    data = [
-        HOSTILE[case][2] for case in ("huge shape", "huge offsets", "header beyond the cap", "e_opt huge")
-    ]
+    data = [HOSTILE[case][2] for case in ("huge shape", "huge offsets", "header beyond the cap", "e_opt huge")]
     tracemalloc.start()
     for item in data:
         with pytest.raises(EditFileError):
@@ -769,7 +757,7 @@ def test_refusing_a_path_leaves_no_open_file(tmp_path: Path) -> None:
 def test_a_huge_file_is_refused_by_its_size(tmp_path: Path) -> None:
     """A sparse file above the cap is not read."""
     with open(tmp_path / "a", "wb") as file:
-        file.truncate(edit_file.MAX_FILE_BYTES + 1)
+        file.truncate(container.MAX_FILE_BYTES + 1)
     with pytest.raises(EditTooLargeError, match="at most"):
         read(tmp_path / "a")
 
@@ -833,9 +821,7 @@ def test_mutated_bytes_are_refused_or_read(mutations: list[tuple[str, int, Any]]
     refuses_or_reads(bytes(data))
 
 
-ODD = JSON | st.sampled_from(
-    ["", "\ud800", "\x00", -1, 2**63, 2**70, [[]], {"a": {}}, "F16", [0, 0], [2**62, 0]]
-)
+ODD = JSON | st.sampled_from(["", "\ud800", "\x00", -1, 2**63, 2**70, [[]], {"a": {}}, "F16", [0, 0], [2**62, 0]])
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -945,7 +931,7 @@ def test_an_unusable_edit_cannot_be_made(changes: dict[str, Any], error: type, m
 def test_the_deepest_settings_that_can_be_made_can_be_read() -> None:
     """The depth cap of the constructor is not above the reader's; a circular mapping is refused by it."""
     nested: Any = 1
-    for _ in range(safetensors_codec.MAX_JSON_DEPTH - 1):
+    for _ in range(strict_json.MAX_JSON_DEPTH - 1):
         nested = {"a": nested}
     edit = small_edit(settings=nested)
     assert decode(encode(edit)) == edit

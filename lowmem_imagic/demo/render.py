@@ -8,6 +8,7 @@ Conventions: y is up, the camera looks along +z at the centre of the floor; all 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from PIL import Image
 
 from .scene import COLORS, FLOORS, Scene, SceneObject
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 _FAR = np.float32(1e4)
 _FIELD = 0.40
@@ -121,7 +122,9 @@ def _cap(o: Array, d: Array, r: float, y: float) -> tuple[Array, Array]:
 
 def _cylinder(o: Array, d: Array, r: float, h: float) -> tuple[Array, Array]:
     near, _far = _quadratic(
-        d[:, 0] ** 2 + d[:, 2] ** 2, o[:, 0] * d[:, 0] + o[:, 2] * d[:, 2], o[:, 0] ** 2 + o[:, 2] ** 2 - r * r
+        d[:, 0] ** 2 + d[:, 2] ** 2,
+        o[:, 0] * d[:, 0] + o[:, 2] * d[:, 2],
+        o[:, 0] ** 2 + o[:, 2] ** 2 - r * r,
     )
     p = o + near[:, None] * d
     normal = p * np.array([1 / r, 0, 1 / r], np.float32)
@@ -166,12 +169,13 @@ def _smooth_noise(x: Array, z: Array, seed: float) -> Array:
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
     top = _noise(fx, fz, seed) * (1 - u) + _noise(fx + 1, fz, seed) * u
     bottom = _noise(fx, fz + 1, seed) * (1 - u) + _noise(fx + 1, fz + 1, seed) * u
-    return top * (1 - v) + bottom * v
+    smooth: Array = top * (1 - v) + bottom * v
+    return smooth
 
 
 def _floor_color(scene: Scene, x: Array, z: Array, distance: Array) -> Array:
     """Floor colours (P, 3) at floor points; contrast fades with distance as pixels cover more of the floor."""
-    phase = np.float32(scene.texture_seed % 10007) / 97.0
+    phase = scene.texture_seed % 10007 / 97.0
     turn = phase % 1.2 - 0.6
     x, z = math.cos(turn) * x + math.sin(turn) * z, math.cos(turn) * z - math.sin(turn) * x
     fade = np.clip(1.25 - distance / 11.0, 0.0, 1.0)
@@ -201,18 +205,24 @@ def _floor_color(scene: Scene, x: Array, z: Array, distance: Array) -> Array:
         check = (np.floor(x * 1.15 + phase) + np.floor(z * 1.15)) % 2
         tone = 0.58 + 0.54 * fade * (check - 0.5)
         base = (0.90, 0.94, 1.0)
-    return (tone[:, None] * np.array(base, np.float32)).astype(np.float32)
+    colors: Array = (tone[:, None] * np.array(base, np.float32)).astype(np.float32)
+    return colors
 
 
 def _unit(v: Array) -> Array:
-    return (v / (np.linalg.norm(v, axis=-1, keepdims=True) + 1e-9)).astype(np.float32)
+    unit: Array = (v / (np.linalg.norm(v, axis=-1, keepdims=True) + 1e-9)).astype(np.float32)
+    return unit
 
 
 def _camera(scene: Scene, side: int) -> tuple[Array, Array]:
     """Camera position (3,) and ray directions (side * side, 3), row by row from the top left."""
     flat = scene.distance * math.cos(scene.elevation)
     eye = np.array(
-        [flat * math.sin(scene.azimuth), scene.distance * math.sin(scene.elevation), -flat * math.cos(scene.azimuth)]
+        [
+            flat * math.sin(scene.azimuth),
+            scene.distance * math.sin(scene.elevation),
+            -flat * math.cos(scene.azimuth),
+        ]
     )
     forward = np.array([0.0, 0.42, 0.0]) - eye
     forward /= np.linalg.norm(forward)

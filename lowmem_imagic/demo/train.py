@@ -47,7 +47,7 @@ def _render_at(item: tuple[int, int]) -> np.ndarray:
 def rendered(path: Path, *, seed: int, count: int, processes: int) -> np.ndarray:
     """Pictures (count, 64, 64, 3) uint8 of scenes 0..count-1, from `path` where they were rendered before."""
     if path.exists():
-        pictures = np.load(path, allow_pickle=False)
+        pictures: np.ndarray = np.load(path, allow_pickle=False)
         if len(pictures) >= count:
             return pictures[:count]
     size = architecture.SIZE_PX
@@ -123,7 +123,13 @@ class Trainer:
 
     def __iter__(self) -> Iterator[int]:
         """The steps still to do; saves every 250 and at the end."""
-        bar = tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.path.stem, mininterval=5)
+        bar = tqdm(
+            range(self.step, self.steps),
+            initial=self.step,
+            total=self.steps,
+            desc=self.path.stem,
+            mininterval=5,
+        )
         for step in bar:
             yield step
             self.step = step + 1
@@ -140,9 +146,7 @@ class Trainer:
         self.optimizer.step()
         decay = min(0.999, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay
-            )
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
     def use_average(self) -> None:
         """Puts the averaged weights into the modules."""
@@ -151,7 +155,9 @@ class Trainer:
                 parameter.copy_(self.average[name])
 
 
-def train_vae(pictures: np.ndarray, work: Path, *, steps: int, batch: int, seed: int, device: torch.device) -> AutoencoderKL:
+def train_vae(
+    pictures: np.ndarray, work: Path, *, steps: int, batch: int, seed: int, device: torch.device
+) -> AutoencoderKL:
     """The autoencoder trained on `pictures`, its `scaling_factor` set so that latents have unit variance."""
     torch.manual_seed(seed)
     vae = architecture.new_vae().to(device, memory_format=torch.channels_last)
@@ -165,9 +171,7 @@ def train_vae(pictures: np.ndarray, work: Path, *, steps: int, batch: int, seed:
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         y = vae.decode(posterior.mean + posterior.std * noise).sample
-        edges = sum(
-            F.l1_loss(torch.diff(y, dim=dim), torch.diff(x, dim=dim)) for dim in (-1, -2)
-        )
+        edges = sum(F.l1_loss(torch.diff(y, dim=dim), torch.diff(x, dim=dim)) for dim in (-1, -2))
         mse = F.mse_loss(y, x)
         trainer.update(0.5 * F.l1_loss(y, x) + 3 * mse + 0.25 * edges + 2e-6 * posterior.kl().mean())
         if step % 100 == 0:
@@ -229,7 +233,11 @@ def train_unet(
             "" if rng.random() < EMPTY_CAPTION_SHARE else scenes[index].caption(rng) for index in chosen.tolist()
         ]
         tokens = tokenizer(
-            captions, padding="max_length", max_length=architecture.TOKENS, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length",
+            max_length=architecture.TOKENS,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids.to(device)
         x = torch.where(flip[:, None, None, None], mirrored[chosen], latents[chosen]).to(device)
         noise = torch.randn(x.shape, generator=generator).to(device)
@@ -271,7 +279,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rendering processes")
     parser.add_argument(
-        "--now", action="store_true", help="train no further: write the pipeline from the checkpoints as they are"
+        "--now",
+        action="store_true",
+        help="train no further: write the pipeline from the checkpoints as they are",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -282,13 +292,9 @@ def main() -> None:
     pictures = rendered(work / "pictures.npy", seed=args.seed, count=args.scenes, processes=args.processes)
     vae_steps, unet_steps = args.vae_steps, args.unet_steps
     if args.now:
-        vae_steps, unet_steps = (
-            int(load_file(work / f"{part}.safetensors")["step"]) for part in ("vae", "unet")
-        )
+        vae_steps, unet_steps = (int(load_file(work / f"{part}.safetensors")["step"]) for part in ("vae", "unet"))
     vae = train_vae(pictures, work, steps=vae_steps, batch=args.vae_batch, seed=args.seed, device=device)
-    pipeline = train_unet(
-        vae, pictures, work, steps=unet_steps, batch=args.unet_batch, seed=args.seed, device=device
-    )
+    pipeline = train_unet(vae, pictures, work, steps=unet_steps, batch=args.unet_batch, seed=args.seed, device=device)
     pipeline.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
     log.info("wrote %s", args.out)
 

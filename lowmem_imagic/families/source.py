@@ -185,7 +185,11 @@ def _download(repository: str, revision: str | None) -> Folder:
 
     patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
     for component, stem in WEIGHTS_STEM.items():
-        patterns += [f"{component}/config.json", f"{component}/{stem}.safetensors", f"{component}/{stem}-*.safetensors"]
+        patterns += [
+            f"{component}/config.json",
+            f"{component}/{stem}.safetensors",
+            f"{component}/{stem}-*.safetensors",
+        ]
         patterns += [f"{component}/{stem}.safetensors.index.json"]
     try:
         path = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))

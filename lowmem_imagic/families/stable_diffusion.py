@@ -129,7 +129,9 @@ class StableDiffusion:
         try:
             return kind.from_config(self.scheduler_config)  # type: ignore[attr-defined]
         except ImportError as error:
-            raise ConfigError(f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}") from error
+            raise ConfigError(
+                f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}"
+            ) from error
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -168,8 +170,9 @@ class StableDiffusion:
         return self._frozen(AutoencoderKL, "vae", device, dtype)
 
     def _frozen(self, kind: Any, component: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        part: nn.Module
         if self._single is not None:
-            part: nn.Module = self._single.part(component)
+            part = self._single.part(component)
         else:
             assert isinstance(self.source, Folder)
             self.source.weight_files(component)
@@ -182,7 +185,8 @@ class StableDiffusion:
                     variant=self.source.variant(component),
                 )
         with _quiet():
-            return part.to(device, dtype).requires_grad_(False).eval()
+            part.to(device, dtype)
+        return part.requires_grad_(False).eval()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """Token ids (B, T), and for each prompt the words that no longer fit ("" when all do).
@@ -198,8 +202,8 @@ class StableDiffusion:
         encoded = self.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )
-        ids: Tensor = encoded.input_ids
-        return ids, cut
+        kept: Tensor = encoded.input_ids
+        return kept, cut
 
     def check_prompt(self, prompt: str) -> str:
         """The words of `prompt` that do not fit into the text encoder ("" when all do).

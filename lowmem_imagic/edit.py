@@ -1,0 +1,246 @@
+"""The `Edit`: one photo's adapter and optimised embedding, as a value.
+
+The checks sit in the constructors, so an edit that exists can be written to a file, and one that was read
+is as good as a new one. Messages name a value as the file does (see `edit_file`).
+"""
+
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .errors import (
+    EditHeaderError,
+    MissingTensorError,
+    NonFiniteTensorError,
+    TensorDtypeError,
+    TensorShapeError,
+    UnknownTensorError,
+)
+from .identity import TOKEN, BaseIdentity, SourcePicture
+from .strict_json import canonical_json, plain_json
+
+MAX_RANK = 256
+"""Largest LoRA rank."""
+MAX_LAYERS = 4096
+"""Most adapted layers."""
+MAX_PROMPT_CHARS = 4096
+"""Longest target sentence."""
+MAX_EMBEDDING_BYTES = 8 * 2**20
+"""Largest optimised embedding; base64 makes it a third longer in the file's header."""
+MAX_THUMBNAIL_BYTES = 20_000
+"""Largest thumbnail; programs that list LoRA files keep every header in memory."""
+
+_LAYER = re.compile(r"lora_unet_[a-z0-9_]{1,200}")
+_MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
+_BINARY = ("adapter", "optimized_embedding", "thumbnail")
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """The low-rank update of one layer: ``alpha / r * up @ down`` is added to its weight."""
+
+    down: Tensor
+    """``(r, in)`` or, for a convolution, ``(r, in, kh, kw)``."""
+    up: Tensor
+    """``(out, r)`` or ``(out, r, 1, 1)``."""
+    alpha: float
+    """Scale before division by the rank; above 0."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LoraFactors):
+            return NotImplemented
+        same = self.alpha == other.alpha and _same_bits(self.down, other.down)
+        return same and _same_bits(self.up, other.up)
+
+    @property
+    def rank(self) -> int:
+        """Returns r."""
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edit:
+    """One finished edit, valid by construction; treat its mappings and tensors as read-only.
+
+    Construction copies what it is given into the form the file holds: factors and embedding become fp16 on
+    the CPU, alpha is rounded to fp32, tuples inside `settings` and `measured` become lists. Two edits are
+    equal exactly if their files are, byte for byte.
+
+    Raises:
+        EditHeaderError: A field of the wrong type or out of range; named as in the file.
+        MissingTensorError: No layers.
+        UnknownTensorError, TensorDtypeError, TensorShapeError, NonFiniteTensorError: A bad layer or e_opt.
+    """
+
+    adapter: Mapping[str, LoraFactors] = field(repr=False)
+    """Kohya module key without suffix, as ``lora_unet_mid_block_attentions_0_proj_in``, to its factors."""
+    optimized_embedding: Tensor = field(repr=False)
+    """e_opt, ``(T, D)``: what stage 1 found, in the space of the text encoder's output."""
+    target_prompt: str
+    """The sentence the photo is edited towards."""
+    base: BaseIdentity
+    """The base model the edit was made for."""
+    settings: Mapping[str, Any]
+    """Settings per stage (``embed``, ``finetune``, ``sample``, ``adapter``), JSON-able."""
+    seed: int
+    """Seed of the edit's generator, 0 to 2**63 - 1."""
+    etas: tuple[float, ...]
+    """Interpolation factors that were tried: 0 is the photo, 1 the target sentence."""
+    eta_default: float
+    """The factor to render with unless told otherwise."""
+    source: SourcePicture
+    """The photo, by hash and geometry."""
+    base_weights: str
+    """How the base was stored while training: ``int8``, ``bnb-int8``, ``bf16``, ``fp32``."""
+    versions: Mapping[str, str]
+    """Package name to version."""
+    measured: Mapping[str, Any]
+    """Seconds and peak bytes per stage, JSON-able."""
+    title: str
+    """One line for people."""
+    created: str | None = None
+    """ISO 8601 date or date and time; None keeps the bytes of a repeated run the same."""
+    license: str | None = None
+    """Licence, inherited from the base."""
+    thumbnail: bytes | None = field(default=None, repr=False)
+    """Small JPEG or PNG, before and after."""
+
+    def __post_init__(self) -> None:
+        checks.require(isinstance(self.base, BaseIdentity), "imagic.base", self.base, "a BaseIdentity")
+        is_source = isinstance(self.source, SourcePicture)
+        checks.require(is_source, "imagic.meta source", self.source, "a SourcePicture")
+        checks.text(self.target_prompt, "imagic.meta target_prompt", MAX_PROMPT_CHARS, lines=True)
+        checks.text(self.title, "modelspec.title", 200)
+        checks.matches(self.base_weights, TOKEN, "imagic.meta base_weights", "a short lower-case token")
+        if self.license is not None:
+            checks.text(self.license, "modelspec.license", 200)
+        if self.created is not None:
+            checks.date(self.created)
+        if self.thumbnail is not None:
+            picture_kind(self.thumbnail)
+        versions = dict(checks.mapping(self.versions, "imagic.meta versions"))
+        for name, version in versions.items():
+            checks.text(name, "imagic.meta versions", 100)
+            checks.text(version, f"imagic.meta versions.{name}", 100)
+        is_list = isinstance(self.etas, list | tuple) and len(self.etas) <= 256
+        checks.require(is_list, "imagic.meta etas", self.etas, "a list")
+        checked = {
+            "adapter": _check_adapter(self.adapter),
+            "optimized_embedding": _check_embedding(self.optimized_embedding, self.base),
+            "settings": _check_json(self.settings, "imagic.meta settings"),
+            "measured": _check_json(self.measured, "imagic.meta measured"),
+            "seed": checks.integer(self.seed, "imagic.meta seed", 0, 2**63 - 1),
+            "etas": tuple(checks.number(eta, "imagic.meta etas") for eta in self.etas),
+            "eta_default": checks.number(self.eta_default, "imagic.meta eta_default"),
+            "versions": versions,
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Edit):
+            return NotImplemented
+        # Through JSON, because the numbers 1, 1.0 and True differ in the file and compare equal here.
+        return (
+            canonical_json(self._facts()) == canonical_json(other._facts())
+            and self.thumbnail == other.thumbnail
+            and _same_bits(self.optimized_embedding, other.optimized_embedding)
+            and self.adapter == other.adapter
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """Returns the fields that are neither tensors nor pictures, as JSON-able values."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _BINARY}
+        return facts | {"base": asdict(self.base), "source": asdict(self.source)}
+
+    @property
+    def rank(self) -> int:
+        """Returns the largest rank among the layers."""
+        return max(factors.rank for factors in self.adapter.values())
+
+
+def _check_json(value: object, key: str) -> Any:
+    """Returns a plain copy of a mapping at the second level of the header's JSON."""
+    return plain_json(checks.mapping(value, key), key, 2)
+
+
+def _check_adapter(adapter: object) -> dict[str, LoraFactors]:
+    """Returns a copy of the adapter in the form of the file, sorted by layer."""
+    factors_by_layer = dict(checks.mapping(adapter, "adapter"))
+    if not factors_by_layer:
+        raise MissingTensorError("the adapter has no layers, expected at least one")
+    checks.require(
+        len(factors_by_layer) <= MAX_LAYERS, "adapter", len(factors_by_layer), f"at most {MAX_LAYERS} layers"
+    )
+    checked = {}
+    for layer, factors in sorted(factors_by_layer.items()):
+        if not isinstance(layer, str) or not _LAYER.fullmatch(layer):
+            raise UnknownTensorError(f"layer {reprlib.repr(layer)}: expected a key of the form lora_unet_*")
+        checks.require(isinstance(factors, LoraFactors), layer, factors, "LoraFactors")
+        down = _half(factors.down, f"{layer}.lora_down.weight")
+        up = _half(factors.up, f"{layer}.lora_up.weight")
+        shapes = f"{layer}: lora_down is {tuple(down.shape)} and lora_up is {tuple(up.shape)}"
+        if down.dim() not in (2, 4) or up.dim() != down.dim() or tuple(up.shape[2:]) not in ((), (1, 1)):
+            raise TensorShapeError(f"{shapes}, expected (r, in) and (out, r), or (r, in, kh, kw) and (out, r, 1, 1)")
+        if up.shape[1] != down.shape[0] or min(*down.shape, *up.shape) < 1:
+            raise TensorShapeError(f"{shapes}, expected the same rank and no empty side")
+        if down.shape[0] > MAX_RANK:
+            raise TensorShapeError(f"{shapes}: rank {down.shape[0]}, at most {MAX_RANK} is allowed")
+        checked[layer] = LoraFactors(down, up, _check_alpha(factors.alpha, f"{layer}.alpha"))
+    return checked
+
+
+def _check_alpha(alpha: object, name: str) -> float:
+    """Returns alpha rounded to fp32, known to be finite and above 0."""
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise checks.wrong(f"tensor {name}", alpha, "a number")
+    rounded = float(torch.tensor(float(alpha), dtype=torch.float32))
+    if not math.isfinite(rounded):
+        raise NonFiniteTensorError(f"tensor {name}: found {rounded}, expected a finite number")
+    if rounded <= 0:
+        raise checks.wrong(f"tensor {name}", rounded, "a number above 0")
+    return rounded
+
+
+def _check_embedding(embedding: object, base: BaseIdentity) -> Tensor:
+    """Returns an fp16 copy of the embedding, of the width that the base has."""
+    checked = _half(embedding, "imagic.e_opt")
+    shape = tuple(checked.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != base.cross_attention_dim:
+        raise TensorShapeError(f"imagic.e_opt: found shape {shape}, expected (T, {base.cross_attention_dim})")
+    if checked.nbytes > MAX_EMBEDDING_BYTES:
+        raise TensorShapeError(f"imagic.e_opt: shape {shape} is above {MAX_EMBEDDING_BYTES} bytes")
+    return checked
+
+
+def picture_kind(picture: object) -> str:
+    """Returns ``jpeg`` or ``png``, by the picture's first bytes."""
+    if isinstance(picture, bytes) and len(picture) <= MAX_THUMBNAIL_BYTES:
+        for kind, magic in _MAGIC.items():
+            if picture.startswith(magic):
+                return kind
+    raise EditHeaderError(f"modelspec.thumbnail: expected a JPEG or PNG of at most {MAX_THUMBNAIL_BYTES} bytes")
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors are stored alike; by value, -0 and 0 would be."""
+    bits = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    return one.dtype == other.dtype and torch.equal(*bits)
+
+
+def _half(tensor: object, name: str) -> Tensor:
+    """Returns a contiguous fp16 copy on the CPU; its values are finite."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TensorDtypeError(f"tensor {name}: found {found}, expected floating point")
+    copied = tensor.detach().to("cpu", torch.float16, copy=True).contiguous()
+    if not bool(torch.isfinite(copied).all()):
+        raise NonFiniteTensorError(f"tensor {name}: found NaN, infinity or values beyond fp16, expected finite ones")
+    return copied

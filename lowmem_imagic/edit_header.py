@@ -1,0 +1,229 @@
+"""The header of an edit file, read strictly and without torch; the format is described in `edit_file`."""
+
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import checks
+from .container import MAX_FILE_BYTES, Container, parse
+from .errors import (
+    EditFileError,
+    EditHeaderError,
+    EditNotFoundError,
+    EditTooLargeError,
+    MissingTensorError,
+    NotAnEditFileError,
+    TensorDtypeError,
+    UnknownTensorError,
+    UnsupportedEditVersionError,
+)
+from .identity import BaseIdentity, SourcePicture
+from .strict_json import load_json
+
+SPEC_VERSION = 1
+"""Version of the format written here; any change that an older reader would misread or drop raises it."""
+
+_TENSOR = re.compile(r"(lora_unet_[a-z0-9_]{1,200})\.(lora_down\.weight|lora_up\.weight|alpha)")
+PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+_FLOATS = {"F16", "BF16", "F32"}
+HASH_KEY = "modelspec.hash_sha256"
+META_KEYS = frozenset(
+    (
+        "base_weights",
+        "eta_default",
+        "etas",
+        "measured",
+        "seed",
+        "settings",
+        "source",
+        "target_prompt",
+        "versions",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an edit file says, its own structure checked."""
+
+    container: Container
+    """The parsed file; no tensor has been made yet."""
+    layers: list[str]
+    """Adapted layers, sorted."""
+    base: BaseIdentity
+    source: SourcePicture
+    meta: dict[str, Any]
+    """``imagic.meta`` without ``source``; its values are checked when an `Edit` is made of them."""
+
+
+def read_header(data: bytes) -> Header:
+    """Returns the header of a whole file, or refuses it with an error that names what is wrong.
+
+    Raises:
+        EditFileError: One subclass per way to be wrong; nothing else is raised for any bytes.
+    """
+    container = parse(data)
+    check_version(container)
+    metadata = container.metadata
+    known = {"imagic.spec", "imagic.meta", "imagic.base", "imagic.e_opt"}
+    for key in sorted(name for name in metadata if name.startswith("imagic.") and name not in known):
+        raise EditHeaderError(f"{reprlib.repr(key)}: not a key of format {SPEC_VERSION}")
+    layers = layer_names(container)
+    base = BaseIdentity(**fields_of(metadata, "imagic.base", BaseIdentity.__dataclass_fields__.keys()))
+    meta = fields_of(metadata, "imagic.meta", META_KEYS)
+    source = exactly(meta.pop("source"), "imagic.meta source", SourcePicture.__dataclass_fields__.keys())
+    return Header(container, layers, base, SourcePicture(**source), meta)
+
+
+def check_hash(container: Container) -> None:
+    """Guarantees that the tensor data are those the file was written with."""
+    if entry_of(container.metadata, HASH_KEY) != "0x" + container.sha256():
+        raise EditHeaderError(f"{HASH_KEY}: does not match the tensor data; the file is damaged, fetch it again")
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Returns the bytes of an edit file.
+
+    Raises:
+        EditNotFoundError: No such file, not a regular file (a pipe is refused, not waited for), not readable.
+        EditTooLargeError: Above the cap, by its size, before anything is read.
+    """
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise EditNotFoundError(f"{path}: not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise EditTooLargeError(f"{path}: {status.st_size} bytes, at most {MAX_FILE_BYTES} are allowed")
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(status.st_size + 1)  # one more, to notice a file that grows meanwhile
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise EditNotFoundError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+    except ValueError as error:  # a NUL character in the path
+        raise EditNotFoundError(f"{str(path)!r}: {error}") from error
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what an edit file says, as plain values; its structure, names and hash are checked, no tensor is made.
+
+    Raises:
+        EditFileError: See :func:`read_bytes` and :func:`read_header`; messages begin with the path.
+    """
+    data = read_bytes(path)
+    try:
+        header = read_header(data)
+        check_hash(header.container)
+        embedding = fields_of(header.container.metadata, "imagic.e_opt", {"dtype", "shape", "data"})
+    except EditFileError as error:
+        raise type(error)(f"{path}: {error}") from error
+    entries = header.container.entries
+    ranks = sorted({entries[f"{layer}.lora_down.weight"].shape[0] for layer in header.layers})
+    return {
+        "sentence": header.meta["target_prompt"],
+        "base": asdict(header.base),
+        "base_weights": header.meta["base_weights"],
+        "adapter": {
+            "layers": len(header.layers),
+            "ranks": ranks,
+            "bytes": len(header.container.data),
+        },
+        "embedding": {"shape": embedding["shape"], "dtype": embedding["dtype"]},
+        "seed": header.meta["seed"],
+        "etas": header.meta["etas"],
+        "eta_default": header.meta["eta_default"],
+        "source": asdict(header.source),
+        "settings": header.meta["settings"],
+        "measured": header.meta["measured"],
+        "versions": header.meta["versions"],
+        "title": header.container.metadata.get("modelspec.title"),
+        "created": header.container.metadata.get("modelspec.date"),
+        "license": header.container.metadata.get("modelspec.license"),
+        "format": int(header.container.metadata["imagic.spec"]),
+        "file_bytes": len(data),
+    }
+
+
+def summary(contents: Mapping[str, Any]) -> str:
+    """Returns the lines that show :func:`describe`'s result to a person."""
+    base, source, adapter = contents["base"], contents["source"], contents["adapter"]
+    revision = f" at {base['revision']}" if base["revision"] else ""
+    lines = {
+        "sentence": contents["sentence"],
+        "photo": f"{source['width_px']} x {source['height_px']} px, sha256 {source['sha256'][:12]}...",
+        "base": f"{base['source']}{revision} ({base['family']}, {base['prediction_type']}), "
+        f"{contents['base_weights']} while training",
+        "adapter": f"rank {', '.join(map(str, adapter['ranks']))} on {adapter['layers']} layers",
+        "embedding": " x ".join(str(n) for n in contents["embedding"]["shape"]),
+        "etas": ", ".join(f"{eta:g}" for eta in contents["etas"]),
+        "seed": contents["seed"],
+        "format": f"{contents['format']}, {contents['file_bytes']} bytes",
+    }
+    settings = contents["settings"]
+    for stage in ("embed", "finetune"):
+        if isinstance(settings.get(stage), dict):
+            shown = ("steps", "draws", "learning_rate", "adapt")
+            values = [f"{name} {settings[stage][name]}" for name in shown if name in settings[stage]]
+            lines[stage] = ", ".join(values)
+    return "\n".join(f"{name + ':':<11}{value}" for name, value in lines.items())
+
+
+def check_version(container: Container) -> None:
+    """Guarantees that the file is an edit of this version of the format."""
+    metadata = container.metadata
+    if not any(key.startswith("imagic.") for key in metadata):
+        what = "a LoRA" if any("lora" in name for name in container.entries) else "a safetensors file"
+        raise NotAnEditFileError(f"this is {what} but not an edit: its header has no imagic.* entries")
+    spec = entry_of(metadata, "imagic.spec")
+    checks.require(re.fullmatch("[1-9][0-9]{0,5}", spec), "imagic.spec", spec, "a version number")
+    if int(spec) > SPEC_VERSION:
+        raise UnsupportedEditVersionError(
+            f"imagic.spec: written in format {spec}, expected at most {SPEC_VERSION}; upgrade lowmem-imagic"
+        )
+
+
+def layer_names(container: Container) -> list[str]:
+    """Returns the layers of the adapter, each known to have its three tensors in an allowed type."""
+    layers = set()
+    for name, entry in container.entries.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise UnknownTensorError(f"tensor {reprlib.repr(name)}: not part of an edit file")
+        if entry.dtype not in _FLOATS:
+            raise TensorDtypeError(f"tensor {name}: found type {entry.dtype}, expected one of F16, BF16, F32")
+        layers.add(match[1])
+    for layer in sorted(layers):
+        for part in PARTS:
+            if f"{layer}.{part}" not in container.entries:
+                raise MissingTensorError(f"tensor {layer}.{part} is missing")
+    return sorted(layers)
+
+
+def entry_of(metadata: Mapping[str, str], key: str) -> str:
+    """Returns a header string that must be there."""
+    if key not in metadata:
+        raise EditHeaderError(f"{key}: missing from the header")
+    return metadata[key]
+
+
+def fields_of(metadata: Mapping[str, str], key: str, names: Set[str]) -> dict[str, Any]:
+    """Returns the JSON object in a header string, which has exactly the named members."""
+    return exactly(load_json(entry_of(metadata, key), key), key, names)
+
+
+def exactly(value: object, key: str, names: Set[str]) -> dict[str, Any]:
+    """Returns `value`, known to be a JSON object with exactly the named members."""
+    if not isinstance(value, dict):
+        raise EditHeaderError(f"{key}: expected a JSON object")
+    if wrong := sorted(set(value) ^ names):
+        what = "missing" if wrong[0] in names else "not a member of this format"
+        raise EditHeaderError(f"{key}: {reprlib.repr(wrong[0])} is {what}")
+    return value

@@ -1,0 +1,127 @@
+"""What several test files share: a tiny Stable Diffusion with random weights in diffusers' folder layout."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before any library reads it: no test needs the network, and none may wait for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CAPTIONS = ("a photo of a red cube on the grass", "a blue sphere on a wooden floor", "two birds kissing")
+TEXT_WIDTH = 16
+"""Width D of the tiny model's text conditioning."""
+LATENT_SIDE = 8
+
+
+def new_tiny_unet(**changes: Any) -> Any:
+    """An untrained UNet for (4, 8, 8) latents with every layer type of Stable Diffusion 1.x; 0.8 M weights."""
+    from diffusers import UNet2DConditionModel
+
+    config: dict[str, Any] = {
+        "sample_size": LATENT_SIDE,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def away_from_start(network: Any) -> Any:
+    """The network with every vector that starts as zeros or ones moved off it, so that all of them matter."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete diffusers folder with random weights: 16 px pictures, (4, 8, 8) latents, width 16."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from lowmem_imagic.demo.architecture import TOKENS, new_scheduler, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=700)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        unet = away_from_start(new_tiny_unet())
+        vae = away_from_start(
+            AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=16,
+            )
+        )
+        text_encoder = away_from_start(
+            CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=TEXT_WIDTH,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=TOKENS,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            )
+        )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder_copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_folder` that a test may damage."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def load_base(tiny_folder: Path) -> Callable[..., Any]:
+    """Loads the tiny model on the CPU as a fresh `BaseModel`, with `BaseModel.load`'s options."""
+    from lowmem_imagic.base_model import BaseModel
+
+    def load(**options: Any) -> BaseModel:
+        return BaseModel.load(str(tiny_folder), device="cpu", **options)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def relative() -> Callable[[Any, Any], float]:
+    """Measures the distance of a tensor from a reference, as a share of the reference's norm."""
+
+    def distance(tensor: Any, reference: Any) -> float:
+        return float((tensor.float() - reference.float()).norm() / reference.float().norm())
+
+    return distance

@@ -1,0 +1,105 @@
+"""Other programs can use an edit file as an ordinary LoRA."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from lowmem_imagic import edit_file
+from lowmem_imagic.adapters import TARGETS, AdapterPack, kohya_key, target_modules
+from lowmem_imagic.container import parse
+from lowmem_imagic.edit import Edit, LoraFactors
+from lowmem_imagic.identity import SourcePicture
+
+# The UNet part of ComfyUI's map from diffusers names (comfy/utils.py, unet_to_diffusers), as kohya spells it.
+_TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
+_ATTENTION = rf"attentions_\d+_(proj_in|proj_out|{_TRANSFORMER})"
+_RESNET = r"resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)"
+_COMFY = re.compile(
+    rf"lora_unet_((down|up)_blocks_\d+|mid_block)_({_ATTENTION}|{_RESNET})"
+    r"|lora_unet_down_blocks_\d+_downsamplers_0_conv|lora_unet_up_blocks_\d+_upsamplers_0_conv"
+)
+# A1111 and Forge: convert_diffusers_name_to_compvis (extensions-builtin/Lora/networks.py).
+_A1111 = [
+    re.compile(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)"),
+    re.compile(r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)"),
+    re.compile(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv"),
+    re.compile(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv"),
+]
+
+
+def _edit(base, adapt: str) -> Edit:
+    """An edit with random factors and an alpha that differs from its rank."""
+    generator = torch.Generator().manual_seed(3)
+    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=4, alpha=3.0)
+    pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
+    tokens, width = base.encode_text(["a"]).shape[1:]
+    return Edit(
+        adapter={key: LoraFactors(*factors) for key, factors in pack.export(0).items()},
+        optimized_embedding=torch.randn(tokens, width, generator=generator),
+        target_prompt="a blue sphere",
+        base=base.identity,
+        settings={},
+        seed=0,
+        etas=(0.0, 1.0),
+        eta_default=1.0,
+        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size_px=16, box=(0, 0, 16, 16)),
+        base_weights="fp32",
+        versions={},
+        measured={},
+        title="a blue sphere",
+    )
+
+
+@pytest.mark.parametrize("adapt", sorted(TARGETS))
+def test_diffusers_loads_an_edit_as_a_lora(adapt, load_base, tiny_folder, tmp_path):
+    """diffusers' load_lora_weights gives the same UNet as ours on an fp32 base, at an embedding given by hand."""
+    from diffusers import StableDiffusionPipeline
+
+    base = load_base(weights="fp32")
+    edit = _edit(base, adapt)
+    edit_file.write(edit, tmp_path / "edit.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None, use_safetensors=True)
+        pipeline.load_lora_weights(tmp_path, weight_name="edit.safetensors", use_safetensors=True)
+
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    timesteps = torch.tensor([10, 700])
+    eta = 0.7
+    target = base.encode_text([edit.target_prompt])[0]
+    embedding = (eta * target + (1 - eta) * edit.optimized_embedding.float()).expand(2, -1, -1)
+    factors = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
+    pack = AdapterPack.load(base.unet, [factors])
+    with torch.no_grad():
+        alone = base.predict(latents, timesteps, embedding)
+        with pack.attached(base.unet):
+            ours = base.predict(latents, timesteps, embedding)
+        theirs = pipeline.unet(latents, timesteps, encoder_hidden_states=embedding).sample
+    assert (ours - alone).norm() > 0.01 * alone.norm()
+    assert (ours - theirs).norm() <= 1e-5 * ours.norm()
+
+
+@pytest.mark.parametrize("adapt", sorted(TARGETS))
+def test_keys_are_ones_that_comfyui_and_a1111_map(adapt):
+    """On the real SD 1.5 UNet, every adapted layer's key is in ComfyUI's map and in A1111's patterns."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights():
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    keys = [kohya_key(name) for name in target_modules(unet, adapt)]
+    assert len(keys) == len(set(keys))
+    assert [key for key in keys if not _COMFY.fullmatch(key)] == []
+    assert [key for key in keys if not any(pattern.fullmatch(key) for pattern in _A1111)] == []
+
+
+def test_file_holds_no_tensor_beside_the_lora(load_base):
+    """The tensors are kohya's three per layer and nothing else: an extra one makes diffusers load nothing."""
+    edit = _edit(load_base(weights="fp32"), "attn")
+    names = set(parse(edit_file.encode(edit)).entries)
+    assert names == {
+        f"{layer}.{part}" for layer in edit.adapter for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
