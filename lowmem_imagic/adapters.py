@@ -128,21 +128,16 @@ class PackedLoraConv2d(PackedLoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         down, up = self._group(x)
-        groups, rank = down.shape[:2]
-        each = x.shape[0] // groups
+        groups, each = down.shape[0], x.shape[0] // down.shape[0]
         conv = self.base
         assert isinstance(conv, nn.Conv2d)
-        kernel = down.reshape(groups * rank, *down.shape[2:])
-        if groups == 1:
-            hidden = F.conv2d(x, kernel, None, conv.stride, conv.padding)
-        else:
-            # Every group's channels side by side, one grouped convolution for all edits.
-            side_by_side = x.view(groups, each, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-            hidden = F.conv2d(side_by_side, kernel, None, conv.stride, conv.padding, 1, groups)
-            hidden = hidden.view(each, groups, rank, *hidden.shape[2:]).transpose(0, 1)
-        hidden = hidden.reshape(groups, each, rank, -1)
-        delta = torch.matmul(up.unsqueeze(1), hidden)
-        return y + delta.view(y.shape)
+        # Every group's channels side by side: one grouped convolution serves all edits.
+        beside = x if groups == 1 else x.view(groups, each, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+        hidden = F.conv2d(beside, down.flatten(0, 1), None, conv.stride, conv.padding, 1, groups)
+        delta = F.conv2d(hidden, up.flatten(0, 1)[..., None, None], groups=groups)
+        if groups > 1:
+            delta = delta.view(each, groups, *y.shape[1:]).transpose(0, 1).reshape(y.shape)
+        return y + delta
 
 
 class AdapterPack:

@@ -1,5 +1,7 @@
 """Adam for a pack: one update for all edits, with rate, clipping, step count and stop mask of each its own."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ class PackedAdam:
         self.first.lerp_(grads, (1 - b1) * mask)
         self.second.lerp_(grads * grads, (1 - b2) * mask)
         count = self.steps.clamp(min=1)
-        bias1, bias2 = 1 - b1**count, 1 - b2**count
+        # 1 - beta ** count; taken literally, fp32 leaves 1 - 0.999 with four digits.
+        bias1, bias2 = (-torch.expm1(count * math.log(beta)) for beta in self.BETAS)
         denominator = (self.second / bias2).sqrt_().add_(self.EPSILON)
         self.weights.addcdiv_(self.first * (mask * self.learning_rate / bias1), denominator, value=-1)

@@ -105,7 +105,7 @@ def _denoise(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (base.family.unet_config["in_channels"], *[base.family.unet_config["sample_size"]] * 2)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents = noise.to(base.device) * scheduler.init_noise_sigma
+    latents: Tensor = noise.to(base.device) * scheduler.init_noise_sigma
     options = _step_options(scheduler, config, generators)
     text = text.to(base.device)
     for step, timestep in enumerate(scheduler.timesteps, start=1):

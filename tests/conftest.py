@@ -122,6 +122,7 @@ def relative() -> Callable[[Any, Any], float]:
     """Measures the distance of a tensor from a reference, as a share of the reference's norm."""
 
     def distance(tensor: Any, reference: Any) -> float:
-        return float((tensor.float() - reference.float()).norm() / reference.float().norm())
+        tensor, reference = tensor.detach().double(), reference.detach().double()
+        return float((tensor - reference).norm() / reference.norm())
 
     return distance

@@ -5,6 +5,7 @@ The only place that knows diffusers' and transformers' classes.
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -170,7 +171,6 @@ class StableDiffusion:
         return self._frozen(AutoencoderKL, "vae", device, dtype)
 
     def _frozen(self, kind: Any, component: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        part: nn.Module
         if self._single is not None:
             part = self._single.part(component)
         else:
@@ -186,7 +186,7 @@ class StableDiffusion:
                 )
         with _quiet():
             part.to(device, dtype)
-        return part.requires_grad_(False).eval()
+        return part.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """Token ids (B, T), and for each prompt the words that no longer fit ("" when all do).
@@ -300,10 +300,12 @@ def _quiet() -> Iterator[None]:
     levels = [log.get_verbosity() for log in logs]
     bars = [log.is_progress_bar_enabled() for log in logs]
     try:
-        for log in logs:
-            log.set_verbosity_error()
-            log.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for log in logs:
+                log.set_verbosity_error()
+                log.disable_progress_bar()
+            yield
     finally:
         for log, level, bar in zip(logs, levels, bars, strict=True):
             log.set_verbosity(level)

@@ -1,0 +1,246 @@
+"""Resident bytes of Stable Diffusion 1.5's UNet, and the peak of training one photo, per weight format.
+
+Weights are random (`sd15`), everything else is the product: `quantize.load_frozen` fills the network layer by
+layer, `finetune.finetune` trains attention adapters of rank 4 on one row at 512 px with gradient checkpointing,
+in bfloat16 for every format. Memory is the process's resident memory on a Linux CPU, over what Python and the
+imports take; the numbers of a GPU differ by its kernels' workspaces.
+
+``malloc`` says what becomes of freed memory. By default glibc keeps freed blocks of up to 32 MiB for reuse, and
+layers of many sizes rarely fit into one another's; with the threshold fixed at 1 MiB, larger blocks go back
+to the system at once, and the resident memory is what is in use.
+"""
+
+import ctypes
+import gc
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import FinetuneConfig
+from lowmem_imagic.families import StableDiffusion
+from lowmem_imagic.finetune import finetune
+from lowmem_imagic.memory import peak_bytes, reset_peak
+from lowmem_imagic.quantize import load_frozen, weight_bytes
+
+from . import sd15
+from .goals import Line, fresh, in_gib
+
+CPU = torch.device("cpu")
+MALLOC = {"default": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
+"""Environment of each way to treat freed memory."""
+WEIGHTS_GOAL_GIB, PEAK_GOAL_GIB = 0.82, 1.2
+"""Of ``int8``."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured in one process."""
+
+    weights: str = "int8"
+    compute: str = "bfloat16"
+    malloc: str = "default"
+    latent_side: int = 64
+    """64 is 512 px."""
+    rows: int = 2
+    """Training steps of one row each; the time is that of the last."""
+    rank: int = 4
+    adapt: str = "attn"
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        compute = "" if self.compute == "bfloat16" else f", {self.compute} arithmetic"
+        malloc = "" if self.malloc == "default" else ", freed memory returned"
+        return self.weights + compute + malloc
+
+
+CASES = [
+    *(Case(weights, malloc=malloc) for malloc in MALLOC for weights in ("bf16", "bnb-int8", "int8")),
+    *(Case("int8", compute="float32", malloc=malloc) for malloc in MALLOC),
+]
+QUICK_CASES = [Case(latent_side=16, rows=1, malloc=malloc) for malloc in MALLOC]
+
+
+def measure(*, quick: bool) -> tuple[dict[str, Any], list[Line]]:
+    """The result and its table; every case in a process of its own."""
+    cases, found, lines = QUICK_CASES if quick else CASES, [], list[Line]()
+    for case in cases:
+        print(f"memory: {case.name}", file=sys.stderr)
+        result = fresh("benchmarks.engine_memory", json.dumps(asdict(case)), environment=MALLOC[case.malloc])
+        found.append({"name": case.name, "case": asdict(case), "measured": result})
+        lines += _lines(case, result or {}, judged=not quick)
+    return {"cases": found}, lines
+
+
+def _lines(case: Case, measured: dict[str, Any], *, judged: bool) -> list[Line]:
+    """The lines of one case; goals hold for our format in the arithmetic of a GPU, at full size."""
+    ours = judged and case.weights == "int8" and case.compute == "bfloat16"
+    saved = measured.get("saved_for_backward_bytes") or {}
+    return [
+        Line(f"{case.name}: weights", in_gib(measured.get("weight_bytes")), "GiB", WEIGHTS_GOAL_GIB if ours else None),
+        Line(f"{case.name}: loaded, over baseline", in_gib(measured.get("loaded_bytes")), "GiB"),
+        Line(
+            f"{case.name}: peak of a row, over baseline",
+            in_gib(measured.get("peak_bytes")),
+            "GiB",
+            PEAK_GOAL_GIB if ours else None,
+        ),
+        Line(f"{case.name}: saved for backward", in_gib(saved.get("checkpointing")), "GiB"),
+        Line(f"{case.name}: held by the graph", in_gib(measured.get("held_bytes")), "GiB"),
+        Line(f"{case.name}: a row", measured.get("row_s"), "s"),
+    ]
+
+
+class RandomUnet:
+    """The UNet of Stable Diffusion 1.5 as a model family, as far as training needs one."""
+
+    family = "sd1"
+    prediction_type = "epsilon"
+    cross_attention_dim = 768
+    source = SimpleNamespace(label="random-sd15", revision=None)
+    # The noise schedule of Stable Diffusion.
+    alpha_bar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
+
+    def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen UNet, as `StableDiffusion.load_unet`."""
+        unet = sd15.meta_unet()
+        load_frozen(unet, sd15.random_weights(unet), weights=weights, device=device, dtype=dtype)
+        return unet
+
+
+def run(case: Case) -> dict[str, Any]:
+    """What `case` takes, in bytes over the resident memory at the start, and seconds; Linux only."""
+    baseline = resident_bytes()
+    base = BaseModel(
+        cast(StableDiffusion, RandomUnet()), device=CPU, weights=case.weights, attention="sdpa", checkpointing=True
+    )
+    base.dtype = getattr(torch, case.compute)
+    with _peak() as load_peak:
+        started = time.perf_counter()
+        unet = base.unet
+        load_s = time.perf_counter() - started
+    loaded = resident_bytes()
+
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, case.latent_side, case.latent_side, generator=generator)
+    e_opt = torch.randn(1, sd15.TOKENS, base.family.cross_attention_dim, generator=generator)
+    config = FinetuneConfig(
+        steps=case.rows, learning_rate=1e-4, draws=1, adapt=case.adapt, lora_rank=case.rank, lora_alpha=case.rank
+    )
+    ends = [time.perf_counter()]
+    with _peak() as row_peak:
+        pack, losses = finetune(base, latents, e_opt, config, [generator], lambda *_: ends.append(time.perf_counter()))
+    assert losses.per_step.isfinite().all()
+    return {
+        "baseline_bytes": baseline,
+        "weight_bytes": weight_bytes(unet),
+        "loaded_bytes": loaded - baseline,
+        "load_peak_bytes": _over(load_peak, baseline),
+        "load_s": round(load_s, 2),
+        "peak_bytes": _over(row_peak, baseline),
+        "row_s": round(ends[-1] - ends[-2], 2),
+        "adapter_weights": pack.weights.numel(),
+        "threads": torch.get_num_threads(),
+        "libc": " ".join(platform.libc_ver()),
+        **_graph(base, pack, latents, e_opt),
+    }
+
+
+def _graph(base: BaseModel, pack: AdapterPack, latents: Tensor, e_opt: Tensor) -> dict[str, Any]:
+    """What a forward pass leaves behind for the backward pass: as autograd counts it, and as the system does."""
+    for parameter in pack.parameters:
+        parameter.requires_grad_(True)
+    saved = {}
+    with pack.attached(base.unet):
+        return_freed()
+        before = resident_bytes()
+        prediction = base.predict(latents, torch.tensor([500]), e_opt)
+        return_freed()
+        held = resident_bytes() - before
+        del prediction
+        for name, checkpointing in (("checkpointing", True), ("plain", False)):
+            if not checkpointing:
+                cast(Any, base.unet).disable_gradient_checkpointing()
+            with _saved_bytes(_storages(base.unet, pack)) as count:
+                base.predict(latents, torch.tensor([500]), e_opt)
+            saved[name] = count[0]
+    return {"held_bytes": held, "saved_for_backward_bytes": saved}
+
+
+@contextmanager
+def _saved_bytes(known: set[int]) -> Iterator[list[int]]:
+    """Counts the bytes of the storages that autograd saves in the block, each once and without those `known`.
+
+    What a layer keeps on its context by itself is not seen (stock bitsandbytes does so with every input).
+    """
+    count, kept = [0], list[Tensor]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            # Kept, so that no other storage gets its address while we count; detached, so as to make no cycle.
+            kept.append(tensor.detach())
+            count[0] += storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count
+    kept.clear()
+
+
+def _storages(network: nn.Module, pack: AdapterPack) -> set[int]:
+    """Addresses of everything that is there without a graph: weights, scales, adapters."""
+    tensors = [*network.parameters(), *network.buffers(), pack.weights]
+    for module in network.modules():
+        state = getattr(module, "state", None)
+        tensors += [t for t in (getattr(state, "CB", None), getattr(state, "SCB", None)) if t is not None]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@contextmanager
+def _peak() -> Iterator[list[int | None]]:
+    """Collects the peak of resident bytes in the block; None where the system cannot tell."""
+    found: list[int | None] = [None]
+    reset_peak(CPU)
+    start = peak_bytes(CPU)
+    # A peak that was not reset would be an older one.
+    known = start is not None and start < resident_bytes() + 2**25
+    yield found
+    found[0] = peak_bytes(CPU) if known else None
+
+
+def _over(found: list[int | None], baseline: int) -> int | None:
+    return None if found[0] is None else found[0] - baseline
+
+
+def resident_bytes() -> int:
+    """Resident bytes of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the system does not tell the resident memory of a process")
+
+
+def return_freed() -> None:
+    """Gives freed memory back to the system, where that is possible, so that it is not counted."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Case(**json.loads(sys.argv[1])))))

@@ -1,0 +1,144 @@
+"""Bytes of edit files.
+
+Of the bundled model, real edits with one training step: the size does not depend on how long it trained. Of
+Stable Diffusion 1.5, edits of its shape with random factors and a random embedding, written as any other.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_imagic import edit_file
+from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, EditConfig, preset
+from lowmem_imagic.demo.render import render
+from lowmem_imagic.demo.scene import Scene
+from lowmem_imagic.edit import Edit, LoraFactors
+from lowmem_imagic.families import DEMO
+from lowmem_imagic.identity import BaseIdentity, SourcePicture
+from lowmem_imagic.images import Photo
+from lowmem_imagic.pipeline import Job, make_edits, versions
+
+from . import sd15
+from .goals import Line, fresh
+
+GOAL_MB = 1.9
+"""Of an edit of Stable Diffusion 1.5 with attention adapters of rank 4."""
+RANK = 4
+
+
+def measure(*, quick: bool, model: str = DEMO) -> tuple[dict[str, Any], list[Line]]:
+    """The result and its table; sizes do not depend on `quick`."""
+    wanted = [(f"sd15, {adapt}, rank {RANK}", ("sd15", adapt)) for adapt in ADAPT_TARGETS]
+    if has_model(model):
+        wanted += [(f"{DEMO}, preset {name}", ("model", model, name)) for name in PRESETS]
+        wanted += [(f"{DEMO}, attn, rank {RANK}", ("model", model, "attn"))]
+    else:
+        print("size: the bundled model is not there; skipped", file=sys.stderr)
+    found, lines = {}, []
+    for name, words in wanted:
+        print(f"size: {name}", file=sys.stderr)
+        found[name] = fresh("benchmarks.engine_size", *words)
+        size = None if found[name] is None else found[name]["file_bytes"] / 1e6
+        lines.append(Line(name, size, "MB", GOAL_MB if words == ("sd15", "attn") else None))
+    return {"files": found}, lines
+
+
+def has_model(model: str) -> bool:
+    """Whether a base can be loaded."""
+    try:
+        BaseModel.load(model, device="cpu")
+    except Exception:
+        return False
+    return True
+
+
+def of_sd15(adapt: str, path: Path) -> dict[str, Any]:
+    """Sizes of an edit of Stable Diffusion 1.5's shape, which is left at `path`."""
+    unet = sd15.meta_unet()
+    pack = AdapterPack(unet, edits=1, adapt=adapt, rank=RANK, alpha=RANK)
+    generator = torch.Generator().manual_seed(0)
+    pack.weights.normal_(0.0, 0.02, generator=generator)
+    config = _config("balanced", adapt=adapt)
+    sentence = "a photo of a sleeping cat on a wooden floor"
+    made = Edit(
+        adapter={key: LoraFactors(*factors) for key, factors in pack.export(0).items()},
+        optimized_embedding=torch.randn(sd15.TOKENS, 768, generator=generator),
+        target_prompt=sentence,
+        base=BaseIdentity(
+            source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            revision=hashlib.sha1(b"revision").hexdigest(),
+            family="sd1",
+            prediction_type="epsilon",
+            cross_attention_dim=768,
+            files={name: _digest(name) for name in ("unet", "vae", "text_encoder", "tokenizer")},
+        ),
+        settings={**config.to_dict(), "result": {"embed_steps": 25, "finetune_steps": 60}},
+        seed=0,
+        etas=config.sample.etas,
+        eta_default=1.0,
+        source=SourcePicture(
+            sha256=_digest("photo"), width_px=4032, height_px=3024, size_px=512, box=(0, 64, 512, 448)
+        ),
+        base_weights="int8",
+        versions=versions(),
+        measured={
+            "stages": {name: {"seconds": 12.345, "peak_bytes": 2**30} for name in ("encode", "embed", "finetune")}
+        },
+        title=sentence,
+    )
+    edit_file.write(made, path, overwrite=True)
+    return _sizes(made, path)
+
+
+def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
+    """Sizes of an edit of a base by the settings of a preset, or ``attn``; the edit is left at `path`."""
+    config = _config(name) if name in PRESETS else _config("balanced", adapt=name)
+    base = BaseModel.load(model, device="cpu")
+    image = render(Scene.from_sentence("a red cube on a wooden floor", seed=0), base.size_px)
+    photo = Photo(image=image, sha256=_digest("photo"), name="scene", notes=(), icc_profile=None)
+    made = make_edits(base, [Job(photo, "a blue cube on a wooden floor")], config)[0]
+    edit_file.write(made, path, overwrite=True)
+    return _sizes(made, path)
+
+
+def _config(name: str, adapt: str | None = None) -> EditConfig:
+    """A preset with one step a stage, or with adapters of rank 4 on the layers of `adapt`."""
+    short = {"steps": 1, "draws": 1}
+    changes: dict[str, Any] = {"embed": short, "finetune": dict(short)}
+    if adapt is not None:
+        changes["finetune"] |= {"adapt": adapt, "lora_rank": RANK, "lora_alpha": float(RANK)}
+    return preset(name, changes)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sizes(made: Edit, path: Path) -> dict[str, Any]:
+    """How large the file is and what takes the room."""
+    return {
+        "file_bytes": path.stat().st_size,
+        "factor_bytes": sum(f.down.nbytes + f.up.nbytes for f in made.adapter.values()),
+        "embedding_bytes": made.optimized_embedding.nbytes,
+        "layers": len(made.adapter),
+        "rank": made.rank,
+    }
+
+
+def main(words: list[str]) -> None:
+    """One measurement in this process: ``sd15 ADAPT`` or ``model MODEL NAME``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "edit.safetensors"
+        result = of_sd15(words[1], path) if words[0] == "sd15" else of_model(words[1], words[2], path)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
