@@ -31,7 +31,9 @@ def embed(
         generators: one CPU generator per edit.
         progress: called after every step.
     """
-    optimized = target_embeddings.to(base.device, torch.float32).clone().requires_grad_()
+    # Contiguous, or its rows below would be copies and training them would change nothing.
+    optimized = target_embeddings.to(base.device, torch.float32).clone(memory_format=torch.contiguous_format)
+    optimized.requires_grad_()
     optimized.grad = torch.zeros_like(optimized)
     losses = train(
         base,

@@ -1,0 +1,84 @@
+"""Settings: presets, overrides, and every problem reported at once."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, EditConfig, SampleConfig, preset
+from lowmem_imagic.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    """A preset written as JSON and read back is the same value."""
+    config = preset(name)
+    assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_paper_preset_has_the_papers_settings():
+    """Section 3.3: 1000 steps at 2e-3 on the embedding, then 1500 steps, one draw each."""
+    config = preset("paper")
+    assert (config.embed.steps, config.embed.learning_rate, config.embed.draws) == (1000, 2e-3, 1)
+    assert (config.finetune.steps, config.finetune.draws) == (1500, 1)
+
+
+def test_fast_is_cheaper_than_balanced_and_both_than_paper():
+    """UNet passes grow from fast over balanced to paper."""
+    passes = [sum(stage.passes for stage in (c.embed, c.finetune)) for c in map(preset, ("fast", "balanced", "paper"))]
+    assert passes == sorted(passes) and len(set(passes)) == 3
+
+
+def test_overrides_change_only_what_they_name():
+    """An override changes its setting; everything else is the preset's."""
+    base, changed = preset("balanced"), preset("balanced", {"embed": {"steps": 7}, "": {"seed": 9}})
+    assert changed == dataclasses.replace(base, embed=dataclasses.replace(base.embed, steps=7), seed=9)
+
+
+def test_settings_are_frozen():
+    """A config cannot be changed after it was made."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset("fast").embed.steps = 1  # type: ignore[misc]
+
+
+def test_every_problem_of_every_stage_is_named():
+    """One error lists the problems of all stages, unknown names and the seed."""
+    with pytest.raises(ConfigError) as caught:
+        preset(
+            "balanced",
+            {
+                "": {"seed": -1, "sede": 3},
+                "embed": {"steps": 1.5, "learning_rate": 0},
+                "finetune": {"adapt": "some", "lora_rank": 1000},
+                "sample": {"etas": (), "sheduler": "DDIM", "scheduler": "os.system('x')"},
+            },
+        )
+    text = str(caught.value)
+    for part in ("embed.steps", "embed.learning_rate", "finetune.adapt", "finetune.lora_rank", "sample.etas"):
+        assert part in text
+    assert "sample.sheduler is not a setting" in text and "sede is not a setting" in text and "seed is -1" in text
+    assert all(", expected" in problem or "not a setting" in problem for problem in caught.value.problems)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["steps", "learning_rate", "draws", "adapt", "lora_rank", "lora_alpha", "patience"]),
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers())),
+    )
+)
+def test_any_values_give_a_config_or_a_config_error(values):
+    """Whatever the values, the result is a valid config or a ConfigError, nothing else."""
+    try:
+        config = preset("balanced", {"finetune": values})
+    except ConfigError:
+        return
+    assert config.finetune.adapt in ADAPT_TARGETS and 1 <= config.finetune.lora_rank <= 256
+
+
+@pytest.mark.parametrize("etas", [(float("nan"),), (float("inf"),), ("1",), (True,), (9.0,)])
+def test_etas_out_of_range(etas):
+    """Etas that are not finite numbers within the range are refused."""
+    with pytest.raises(ConfigError, match="etas"):
+        SampleConfig(etas=etas)
