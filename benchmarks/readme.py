@@ -1,0 +1,106 @@
+"""Fills the README's tables from the committed results and from the presets: ``python -m benchmarks.readme``.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``. A test holds the README equal to what
+this writes, so that a number in it is always one that was measured.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lowmem_imagic.config import PRESETS, preset
+
+from .goals import REPOSITORY
+from .results import RESULTS
+
+README = REPOSITORY / "README.md"
+
+USES = {
+    "balanced": "default",
+    "fast": "a first look",
+    "paper": "the paper's Stable Diffusion schedule, as far as LoRA allows",
+}
+
+
+def presets() -> list[str]:
+    """Rows: preset, what each stage does, use."""
+    rows = []
+    for name in PRESETS:
+        config = preset(name)
+        embed, finetune = config.embed, config.finetune
+        rows.append(
+            f"| `{name}` | {embed.steps} steps x {embed.draws} draws, rate {embed.learning_rate:g} "
+            f"| {finetune.steps} steps x {finetune.draws} draws, rate {finetune.learning_rate:g}, "
+            f"rank {finetune.lora_rank} on `{finetune.adapt}` | {USES[name]} |"
+        )
+    return rows
+
+
+def measured() -> list[str]:
+    """The whole table of measured figures, goals beside them."""
+    rows = ["| figure | measured | goal |", "|---|---|---|"]
+    for part in ("memory", "size", "speed"):
+        rows += [_engine_row(line) for line in _result(f"engine_{part}").get("lines", []) if line["goal"] is not None]
+    return rows + _quality_rows(_result("demo_quality"))
+
+
+def _result(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _engine_row(line: dict[str, Any]) -> str:
+    value = "not measured" if line["value"] is None else f"{line['value']:.3g} {line['unit']}"
+    missed = " (missed)" if line["passed"] is False else ""
+    return f"| {line['name']} | {value}{missed} | at most {line['goal']:g} {line['unit']} |"
+
+
+def _quality_rows(result: dict[str, Any]) -> list[str]:
+    """How good the bundled model is, as its judge sees it."""
+    if not result:
+        return []
+    one, vae, judge = result["samples"]["one_object"], result["vae"], result["judge"]
+    rows = []
+    for name, part in one["attributes"].items():
+        goal = f"at least {100 * part['target']:.0f} %" if "target" in part else ""
+        missed = " (missed)" if goal and not part["passed"] else ""
+        rows.append(
+            f"| bundled model: {name} right where the caption names it ({part['of']} captions) "
+            f"| {100 * part['share']:.1f} %{missed} | {goal} |"
+        )
+    missed = "" if vae["passed"] else " (missed)"
+    rows.append(
+        f"| bundled autoencoder, mean PSNR on {vae['scenes']} held-out scenes "
+        f"| {vae['mean_db']:.1f} dB{missed} | at least {vae['target_db']:.0f} dB |"
+    )
+    lowest = min(judge["renders"]["one_object"].values())
+    missed = "" if judge["passed"] else " (missed)"
+    rows.append(
+        f"| the judge's own accuracy on held-out renders, lowest attribute "
+        f"| {100 * lowest:.1f} %{missed} | at least {100 * judge['target']:.0f} % |"
+    )
+    return rows
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"presets": presets, "measured": measured}
+
+
+def filled(text: str) -> str:
+    """`text` with every table replaced by what the results say now."""
+    for name, rows in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- /table -->)", re.DOTALL)
+        body = "".join(row + "\n" for row in rows())
+        text, found = pattern.subn(lambda match, body=body: match[1] + body + match[2], text)
+        if found != 1:
+            raise ValueError(f"the README has {found} tables called {name}, expected one")
+    return text
+
+
+def main() -> None:
+    """Rewrites the README's tables."""
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The README is true: its tables are the committed results, its commands are the ones CI runs."""
+
+import re
+from pathlib import Path
+
+from benchmarks import readme
+
+REPOSITORY = Path(__file__).parent.parent
+TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_the_committed_results():
+    """Every number in the README's tables is what `benchmarks.readme` writes from the result files and presets."""
+    assert readme.filled(TEXT) == TEXT
+
+
+def test_there_are_two_commands_and_ci_runs_one_of_them():
+    """One command tries the tool, one tests it, each one line; CI takes the latter from the README itself."""
+    commands = re.findall(r"<!-- command: (\w+) -->\n```sh\n([^\n]+)\n```", TEXT)
+    assert [name for name, _ in commands] == ["try", "tests"]
+    assert all(line.startswith("python3 -m venv .venv && ") for _, line in commands)
+    assert "<!-- command: tests -->" in (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_linked_files_exist():
+    """Every relative link and picture in the README leads to a file of the repository."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_every_constraint_is_exact():
+    """constraints.txt pins exact versions."""
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").split()
+    assert lines and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
