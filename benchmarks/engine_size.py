@@ -37,8 +37,9 @@ def measure(*, quick: bool, model: str = DEMO) -> tuple[dict[str, Any], list[Lin
     """The result and its table; sizes do not depend on `quick`."""
     wanted = [(f"sd15, {adapt}, rank {RANK}", ("sd15", adapt)) for adapt in ADAPT_TARGETS]
     if has_model(model):
-        wanted += [(f"{DEMO}, preset {name}", ("model", model, name)) for name in PRESETS]
-        wanted += [(f"{DEMO}, attn, rank {RANK}", ("model", model, "attn"))]
+        label = Path(model).name
+        wanted += [(f"{label}, preset {name}", ("model", model, name)) for name in PRESETS]
+        wanted += [(f"{label}, attn, rank {RANK}", ("model", model, "attn"))]
     else:
         print("size: the bundled model is not there; skipped", file=sys.stderr)
     found, lines = {}, []

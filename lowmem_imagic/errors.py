@@ -32,6 +32,7 @@
     ├── OutputError                  the result cannot be written
     │   ├── OutputExistsError        something is there already; nothing is overwritten unasked
     │   └── OutputUnwritableError    no space left, read-only, not a folder
+    ├── DivergenceError              a training stage blew up
     └── MemoryLimitError             does not fit; names the stage and the next cheaper setting
 
 Catch the base class to catch them all::
@@ -167,6 +168,10 @@ class OutputExistsError(OutputError):
 
 class OutputUnwritableError(OutputError):
     """No space left, a read-only place, or not a folder."""
+
+
+class DivergenceError(LowmemImagicError):
+    """A training stage's loss is no longer finite; a lower learning rate helps."""
 
 
 class MemoryLimitError(LowmemImagicError):

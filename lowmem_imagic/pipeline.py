@@ -1,10 +1,12 @@
 """The order of the stages for a pack: photos and sentences to edits, edits to pictures."""
 
+import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import category
 
 import torch
 from PIL import Image
@@ -13,9 +15,9 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
-from .edit import Edit, LoraFactors
+from .edit import MAX_PROMPT_CHARS, Edit, LoraFactors
 from .embed import embed
-from .errors import BaseMismatchError, MemoryLimitError, TensorShapeError
+from .errors import BaseMismatchError, MemoryLimitError, PromptError, TensorShapeError
 from .finetune import finetune
 from .identity import SourcePicture
 from .images import Photo
@@ -56,19 +58,23 @@ def make_edits(
         meter: collects seconds and peak bytes of each stage.
 
     Raises:
-        PromptError: a sentence with nothing to encode.
+        PromptError: a sentence with nothing to encode, or one no edit file can hold.
+        DivergenceError: a stage's loss is no longer finite.
         MemoryLimitError: a stage does not fit.
 
     **Memory**: text encoder and VAE are gone before the UNet trains.
     """
     meter = meter or Meter(base.device)
+    # Whatever would make the finished edit unwritable is found before any time is spent on it.
+    identity = base.identity
     base.family.scheduler(config.sample.scheduler)
     for job in jobs:
+        check_sentence(job.prompt)
         base.family.check_prompt(job.prompt)
     boxes = [Letterbox.fit(*job.photo.image.size, base.size_px) for job in jobs]
     with _stage(meter, "encode", "a smaller picture size"):
-        target = base.encode_text([job.prompt for job in jobs])
-        base.encode_text([config.sample.negative_prompt])
+        # The negative prompt is for sampling; with it, the text encoder is loaded once.
+        target = base.encode_text([*(job.prompt for job in jobs), config.sample.negative_prompt])[: len(jobs)]
         squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
         latents = base.encode_images(torch.cat([to_tensor(square) for square in squares]))
     with _stage(meter, "load", "--base-weights int8"):
@@ -87,7 +93,7 @@ def make_edits(
             },
             optimized_embedding=optimized[i].half(),
             target_prompt=job.prompt,
-            base=base.identity,
+            base=identity,
             settings=_settings(config, [embed_losses, losses], i),
             seed=config.seed,
             etas=config.sample.etas,
@@ -100,7 +106,7 @@ def make_edits(
                 "dtype": str(base.dtype),
                 "stages": dict(meter.stages),
             },
-            title=job.prompt,
+            title=" ".join(job.prompt.split())[:200],
         )
         for i, job in enumerate(jobs)
     ]
@@ -163,6 +169,19 @@ def render_latents(
         except ValueError as error:
             raise TensorShapeError(f"the edit does not fit {base.name}: {error}") from error
         return sample(base, pack, target, optimized, cells, config, _named(progress, "sample"))
+
+
+def check_sentence(sentence: str) -> None:
+    """Makes sure that an edit file can hold the sentence.
+
+    Raises:
+        PromptError: too long, or with characters that cannot be shown.
+    """
+    if len(sentence) > MAX_PROMPT_CHARS:
+        raise PromptError(f"the sentence has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
+    hidden = [letter for letter in sentence if category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
+    if hidden:
+        raise PromptError(f"the sentence has the unprintable character {hidden[0]!r}; expected plain text")
 
 
 def check_base(edit: Edit, base: BaseModel) -> str:
@@ -248,19 +267,14 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-class _stage:
-    """Measures a stage and turns running out of memory into one clear error."""
-
-    def __init__(self, meter: Meter, name: str, cheaper: str) -> None:
-        self._context, self._name, self._cheaper = meter.stage(name), name, cheaper
-
-    def __enter__(self) -> None:
-        self._context.__enter__()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self._context.__exit__(None, None, None)
-        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            raise MemoryLimitError(
-                f"out of memory in stage {self._name}; next cheaper setting: {self._cheaper}"
-            ) from error
+@contextlib.contextmanager
+def _stage(meter: Meter, name: str, cheaper: str) -> Iterator[None]:
+    """Measures a stage, and turns running out of memory in it into one clear error."""
+    try:
+        with meter.stage(name):
+            yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # On a CPU torch raises a bare RuntimeError.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise MemoryLimitError(f"out of memory in stage {name}; next cheaper setting: {cheaper}") from error

@@ -13,6 +13,7 @@ from torch import Tensor
 from .base_model import BaseModel
 from .config import StageConfig
 from .diffusion import add_noise, draw_timesteps, loss_per_edit, training_target
+from .errors import DivergenceError
 from .optimizer import PackedAdam
 
 Progress = Callable[[int, int, str], None]
@@ -85,6 +86,9 @@ def train(
         generators: one CPU generator per edit.
         progress: called after every step.
 
+    Raises:
+        DivergenceError: a loss is no longer finite.
+
     **Memory**: the activations of N * draws rows, freed before the optimiser steps.
     """
     edits = len(latents)
@@ -102,6 +106,11 @@ def train(
         losses.sum().backward()
         optimizer.step(grads, active)
         history[step] = torch.where(active, losses.detach().cpu(), torch.nan)
+        if not history[step][active].isfinite().all():
+            raise DivergenceError(
+                f"the loss is {history[step][active].max():g} after {step + 1} of {config.steps} steps at learning "
+                f"rate {config.learning_rate:g}; lower the learning rate of this stage"
+            )
         for edit in range(edits):
             if active[edit] and _stalled(history[: step + 1, edit], config):
                 active[edit], steps_run[edit] = False, step + 1

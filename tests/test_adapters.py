@@ -151,7 +151,9 @@ def test_a_pack_equals_separate_peft_runs(
         for edit in range(3):
             rows = (torch.tensor(order) == edit).nonzero().flatten()
             expected, expected_grads = peft_run(pack.export(edit), rows, inputs, cotangent)
-            pairs = [(p.grad[edit].flatten(), q.flatten()) for p, q in zip(pack.parameters, expected_grads, strict=True)]
+            pairs = [
+                (p.grad[edit].flatten(), q.flatten()) for p, q in zip(pack.parameters, expected_grads, strict=True)
+            ]
             if precision == "double":
                 assert relative(output[rows], expected) < 1e-7
                 assert max(relative(ours, theirs) for ours, theirs in pairs) < 1e-6

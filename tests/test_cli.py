@@ -230,6 +230,29 @@ def test_overlong_sentence_says_what_is_cut(run, photo):
     assert "cut from the sentence" in result.stderr and "zebra" in result.stderr
 
 
+@pytest.mark.parametrize("sentence", ["a cube\x07", "red " * 1500])
+def test_sentence_that_no_edit_file_can_hold(run, photo, sentence):
+    """Control characters and thousands of characters are refused before training, not after it."""
+    _fails(run("edit", photo, sentence, "--out", "made", *QUICK), 2, "sentence")
+    assert not Path("made").exists()
+
+
+def test_long_and_foreign_sentences_are_kept_whole(run, photo):
+    """A sentence of several lines, accents and emoji longer than a title is stored as it is."""
+    sentence = "a photo of a café\n" + "très très long \U0001f469\u200d\U0001f680 " * 12
+    assert run("train", photo, sentence, "--out", "e.safetensors", *QUICK[:6], "--quiet").exit_code == 0
+    assert edit_file.read("e.safetensors").target_prompt == sentence
+
+
+def test_divergence_ends_with_what_to_change(run, photo, monkeypatch):
+    """A loss that is no longer finite ends the run with one line that says to lower the learning rate."""
+    from lowmem_imagic import training
+
+    monkeypatch.setattr(training, "loss_per_edit", lambda prediction, target, n: prediction.sum().expand(n) * float("nan"))
+    _fails(run("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK[:6], "--quiet"), 1, "lower the learning rate")
+    assert not Path("e.safetensors").exists()
+
+
 def test_all_settings_problems_at_once(run, photo):
     """Every setting out of range is named in one message, before anything is loaded."""
     words = ["--etas", "0,nan,9", "--rank", 0, "--steps-embed", -1, "--draws", 0, "--seed", -5, "--guidance", -1]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowmem_imagic import quantize
 from lowmem_imagic.adapters import AdapterPack
@@ -231,12 +232,17 @@ class HeldBytes(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            StorageWeakRef(t.untyped_storage()).cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 ref = StorageWeakRef(storage)
-                self._made[ref.cdata] = (ref, storage.nbytes())
+                # A view of a weight is not made here.
+                if ref.cdata not in given:
+                    self._made[ref.cdata] = (ref, storage.nbytes())
         return result
 
     def total(self) -> int:

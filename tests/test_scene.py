@@ -67,7 +67,9 @@ def test_objects_rest_on_the_floor():
             for rotation in (0.0, 1.1):
                 solid = _Solid.of(SceneObject(shape=shape, color="red", pose=pose, rotation=rotation))
                 # Rays straight up from below: the lowest surface point is where they first hit.
-                grid = np.stack(np.meshgrid(np.linspace(-1.2, 1.2, 301), np.linspace(-1.2, 1.2, 301)), -1).reshape(-1, 2)
+                grid = np.stack(np.meshgrid(np.linspace(-1.2, 1.2, 301), np.linspace(-1.2, 1.2, 301)), -1).reshape(
+                    -1, 2
+                )
                 origin = np.column_stack([grid[:, 0], np.full(len(grid), -1.0), grid[:, 1]]).astype(np.float32)
                 up = np.broadcast_to(np.array([0, 1, 0], np.float32), origin.shape)
                 lowest = solid.hit(origin, up)[0].min() - 1.0

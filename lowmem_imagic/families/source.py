@@ -133,6 +133,11 @@ class SingleFile:
         return {"checkpoint": _hash_files([self.path])}
 
 
+def _label(name: str) -> str:
+    """A file's or folder's own name as an edit file may hold it: nothing that could be read as a path."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
 def _hash_files(paths: list[Path]) -> str:
     """sha256 of one file, or of the hashes of several; the Hub's cache names large files by it already."""
     digests = []
@@ -161,14 +166,14 @@ def locate(name: str, *, revision: str | None = None, config_folder: Path | None
         return Folder(Path(__file__).parent.parent / "demo" / "model", DEMO)
     path = Path(name)
     if path.is_dir():
-        return Folder(path, path.resolve().name)
+        return Folder(path, _label(path.resolve().name))
     if path.is_file():
         if path.suffix in _PICKLES:
             raise UnknownModelError(
                 f"{path.name} is a pickle, which can run code when loaded and never is; "
                 "expected a .safetensors checkpoint, so convert it"
             )
-        return SingleFile(path, path.stem, config_folder)
+        return SingleFile(path, _label(path.stem), config_folder)
     repository = SHORT_NAMES.get(name, name)
     if _HUB_ID.fullmatch(repository) and not name.startswith((".", "/", "~")):
         return _download(repository, revision)

@@ -1,0 +1,115 @@
+"""The bundled model end to end: what the tool is for happens, on photos of the bundled world."""
+
+import numpy as np
+import pytest
+import torch
+
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import preset
+from lowmem_imagic.demo.render import object_mask, render
+from lowmem_imagic.demo.scene import Scene
+from lowmem_imagic.families.source import Folder
+from lowmem_imagic.images import load_photo
+from lowmem_imagic.letterbox import psnr
+from lowmem_imagic.pipeline import Job, apply_edits, make_edits
+from lowmem_imagic.png import encode_png
+from lowmem_imagic.sample import Cell
+
+SEED = 11
+SCENES = [
+    (Scene.from_sentence("a large red rubber cube on a wooden floor", seed=3), "blue"),
+    (Scene.from_sentence("a large yellow rubber sphere on a tiled floor", seed=8), "red"),
+    (Scene.from_sentence("a large green rubber cylinder on a stone floor", seed=5), "purple"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, list]:
+    """Three colour edits trained as one pack, rendered at eta 0 and 1 and by the sentence alone."""
+    folder = tmp_path_factory.mktemp("photos")
+    base = BaseModel.load("demo", device="cpu")
+    settings = preset("balanced")
+    jobs = []
+    for number, (scene, color) in enumerate(SCENES):
+        path = folder / f"{number}.png"
+        path.write_bytes(encode_png(render(scene, 64), provenance=None))
+        target = scene.edit(color=color)
+        jobs.append(Job(load_photo(path), f"a photo of a {color} {target.objects[0].shape} on a {scene.floor} floor"))
+    edits = make_edits(base, jobs, settings)
+    cells = [Cell(edit, eta, SEED, strength) for edit in range(3) for eta, strength in ((0, 1), (1, 1), (1, 0))]
+    pictures = apply_edits(base, edits, cells, settings.sample)
+    return {
+        "photo": [job.photo.image for job in jobs],
+        "edits": edits,
+        "eta 0": pictures[0::3],
+        "eta 1": pictures[1::3],
+        "sentence alone": pictures[2::3],
+    }
+
+
+def test_eta_0_reproduces_the_photo_better_than_the_sentence_alone(results):
+    """At eta 0 every photo comes back closer (PSNR) than what the base draws for the sentence, by 3 dB or more."""
+    for photo, mine, alone in zip(results["photo"], results["eta 0"], results["sentence alone"], strict=True):
+        assert psnr(mine, photo) > psnr(alone, photo) + 3
+
+
+def test_eta_1_changes_the_named_colour(results):
+    """At eta 1 the object's mean colour is nearer to the ground-truth edit's than to the photo's."""
+    for (scene, color), photo, edited in zip(SCENES, results["photo"], results["eta 1"], strict=True):
+        inside = object_mask(scene, 64) > 0
+        asked = np.asarray(render(scene.edit(color=color), 64), float)[inside].mean(0)
+        before, after = (np.asarray(picture, float)[inside].mean(0) for picture in (photo, edited))
+        assert np.linalg.norm(after - asked) < np.linalg.norm(after - before)
+
+
+def test_eta_1_keeps_the_scene_better_than_the_sentence_alone(results):
+    """At eta 1 the floor and sky are closer to the photo's than in a picture drawn from the sentence."""
+    gains = []
+    for (scene, _), photo, mine, alone in zip(
+        SCENES, results["photo"], results["eta 1"], results["sentence alone"], strict=True
+    ):
+        outside = object_mask(scene, 64) == 0
+
+        def error(picture, photo=photo, outside=outside):
+            return ((np.asarray(picture, float) - np.asarray(photo, float))[outside] ** 2).mean()
+
+        gains.append(error(alone) / error(mine))
+    assert np.median(gains) > 1.5
+
+
+def test_losses_fall_from_stage_to_stage(results):
+    """Fine-tuning ends at a lower loss than the embedding alone, for every edit."""
+    for edit in results["edits"]:
+        assert edit.settings["result"]["finetune_loss"] < edit.settings["result"]["embed_loss"]
+
+
+def test_the_bundled_model_is_small_and_readable():
+    """The model ships as fp16 safetensors of at most 20 MB in all, without pickles, readable by everyone."""
+    base = BaseModel.load("demo", device="cpu")
+    assert isinstance(base.family.source, Folder)
+    files = [path for path in base.family.source.path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
+    for component in ("unet", "vae", "text_encoder"):
+        from safetensors.torch import load_file
+
+        for path in base.family.source.weight_files(component):
+            assert {t.dtype for t in load_file(path).values()} == {torch.float16}
+
+
+def test_the_sentence_decides_what_the_base_draws():
+    """The base alone draws a red and a blue object for "red" and "blue", with the same noise."""
+    base = BaseModel.load("demo", device="cpu")
+    settings = preset("balanced").sample
+    prompts = ["a photo of a large red cube on a stone floor", "a photo of a large blue cube on a stone floor"]
+    from lowmem_imagic.sample import _denoise
+
+    text = torch.cat([base.encode_text([""]).expand(2, -1, -1), base.encode_text(prompts)])
+    with torch.no_grad():
+        latents = _denoise(base, text, [SEED, SEED], settings, True, lambda step: None)
+    red, blue = base.decode(latents)
+    excess = [picture[0] - picture[2] for picture in (red, blue)]
+    # The colour shows where the object is: the most coloured tenth of the picture.
+    assert excess[0].flatten().topk(400).values.mean() > 0.5
+    assert excess[1].flatten().neg().topk(400).values.mean() > 0.5

@@ -1,0 +1,562 @@
+"""Facts about the three stages: who is trained, what a pack changes, what sampling computes, what stays allocated."""
+
+import gc
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lowmem_imagic import training
+from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig, StageConfig
+from lowmem_imagic.diffusion import interpolate, loss_per_edit
+from lowmem_imagic.embed import embed
+from lowmem_imagic.finetune import finetune
+from lowmem_imagic.images import Photo
+from lowmem_imagic.optimizer import PackedAdam
+from lowmem_imagic.pipeline import Job, make_edits
+from lowmem_imagic.sample import Cell, sample
+from lowmem_imagic.training import draw_rows, train
+
+PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
+SEEDS = (3, 4, 5)
+EMBED = EmbedConfig(steps=3, learning_rate=1e-2, draws=2)
+FINETUNE = FinetuneConfig(steps=3, learning_rate=1e-3, draws=2, lora_rank=2, lora_alpha=3.0)
+SCHEDULERS = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "DDPM")
+
+
+def latents_of(edits: Sequence[int] = (0, 1, 2)) -> Tensor:
+    """Latents (N, 4, 8, 8) that stand for photos."""
+    drawn = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(11))
+    return drawn[list(edits)]
+
+
+def generators(edits: Sequence[int] = (0, 1, 2)) -> list[torch.Generator]:
+    """Each edit's own generator."""
+    return [torch.Generator().manual_seed(SEEDS[edit]) for edit in edits]
+
+
+@pytest.fixture(scope="module")
+def base(load_base: Callable[..., Any]) -> Any:
+    """The tiny model in 8 bit, shared by tests that leave it as it was."""
+    return load_base()
+
+
+@pytest.fixture(scope="module")
+def text(base: Any) -> Tensor:
+    """Target embeddings (3, T, D)."""
+    return base.encode_text(PROMPTS)
+
+
+@pytest.fixture
+def first_steps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Collects the gradients (N, P) of the first step of every training run."""
+    seen: list[Tensor] = []
+
+    class Recording(PackedAdam):
+        def step(self, grads: Tensor, active: Tensor) -> None:
+            if not self.steps.any():
+                seen.append(grads.clone())
+            super().step(grads, active)
+
+    monkeypatch.setattr(training, "PackedAdam", Recording)
+    return seen
+
+
+def trained(network: nn.Module) -> list[str]:
+    """Names of the parameters that have a gradient or ask for one."""
+    return [name for name, p in network.named_parameters() if p.requires_grad or p.grad is not None]
+
+
+# Who is trained
+
+
+def test_embedding_stage_trains_the_embedding_only(base: Any, text: Tensor) -> None:
+    """In stage 1 no parameter of the UNet has a gradient or asks for one, during or after; e_tgt stays as it was."""
+    before = text.clone()
+    during = []
+    optimized, losses = embed(
+        base, latents_of(), text, EMBED, generators(), lambda *_: during.extend(trained(base.unet))
+    )
+    assert not during and not trained(base.unet)
+    assert torch.equal(text, before) and not text.requires_grad
+    assert not optimized.requires_grad and optimized.shape == text.shape
+    assert all(not torch.equal(optimized[edit], text[edit]) for edit in range(3))
+    assert losses.per_step.shape == (3, 3) and losses.steps_run == (3, 3, 3)
+
+
+def test_finetuning_trains_the_adapters_only(base: Any, text: Tensor) -> None:
+    """In stage 2 gradients exist on adapter factors only; e_opt and the UNet's own parameters get none."""
+    before = text.clone()
+    during: set[str] = set()
+    pack, _ = finetune(base, latents_of(), text, FINETUNE, generators(), lambda *_: during.update(trained(base.unet)))
+    assert len(during) == 2 * 79
+    assert all(name.endswith((".down", ".up")) for name in during)
+    assert not trained(base.unet)
+    assert torch.equal(text, before) and text.grad is None
+    assert not any(p.requires_grad or p.grad is not None for p in pack.parameters)
+    assert all(bool(pack.weights[edit].any()) for edit in range(3))
+
+
+def test_the_base_is_bit_equal_after_both_stages(base: Any, text: Tensor) -> None:
+    """Before and after training the UNet gives the same bits and holds the same tensors."""
+    noisy, timesteps = latents_of(), torch.tensor([1, 500, 900])
+
+    def predict() -> Tensor:
+        with torch.no_grad():
+            return base.predict(noisy, timesteps, text)
+
+    before = predict()
+    state = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    optimized, _ = embed(base, latents_of(), text, EMBED, generators())
+    finetune(base, latents_of(), optimized, FINETUNE, generators())
+    assert torch.equal(predict(), before)
+    now = base.unet.state_dict()
+    assert list(now) == list(state) and all(torch.equal(now[name], tensor) for name, tensor in state.items())
+
+
+def test_an_error_in_training_leaves_the_base(base: Any, text: Tensor) -> None:
+    """A stage that is interrupted leaves the network it found."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    modules = list(base.unet.modules())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(base, latents_of(), text, FINETUNE, generators(), interrupt)
+    assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+
+
+def test_embeddings_of_any_memory_layout_are_trained(base: Any, text: Tensor) -> None:
+    """A target embedding that does not lie row by row in memory is optimised like any other."""
+    scattered = text.transpose(0, 2).contiguous().transpose(0, 2)
+    assert not scattered.is_contiguous() and torch.equal(scattered, text)
+    expected, _ = embed(base, latents_of(), text, EMBED, generators())
+    optimized, _ = embed(base, latents_of(), scattered, EMBED, generators())
+    assert torch.equal(optimized, expected)
+
+
+@pytest.mark.parametrize("stage", ["embed", "finetune"])
+def test_no_steps_train_nothing(base: Any, text: Tensor, stage: str) -> None:
+    """A stage of 0 steps gives back e_tgt, or adapters that change nothing, and has no loss to report."""
+    if stage == "embed":
+        optimized, losses = embed(base, latents_of(), text, EmbedConfig(steps=0, learning_rate=1.0), generators())
+        assert torch.equal(optimized, text)
+    else:
+        pack, losses = finetune(base, latents_of(), text, FinetuneConfig(steps=0, learning_rate=1.0), generators())
+        assert not any(up.any() for up in pack.parameters[1::2])
+    assert losses.steps_run == (0, 0, 0) and losses.tail(0) is None
+
+
+# An edit in a pack is what it is alone
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_draws_of_a_pack_are_those_alone(base: Any, prediction_type: str) -> None:
+    """Timesteps, noisy latents and targets of an edit have the same bits in a pack of 3 as alone, step after step."""
+    together, alone = generators(), [generators([edit]) for edit in range(3)]
+    for _ in range(3):
+        pack = draw_rows(latents_of(), 4, base.alpha_bar, prediction_type, together)
+        for edit in range(3):
+            own = draw_rows(latents_of([edit]), 4, base.alpha_bar, prediction_type, alone[edit])
+            for part, expected in zip(pack, own, strict=True):
+                assert torch.equal(part[4 * edit : 4 * edit + 4], expected)
+
+
+def test_draws_are_the_documented_ones(base: Any) -> None:
+    """Of an edit's generator the timesteps are drawn first, one in each part of the schedule, then the noise."""
+    noisy, timesteps, target = draw_rows(latents_of([1]), 4, base.alpha_bar, "epsilon", generators([1]))
+    generator = torch.Generator().manual_seed(SEEDS[1])
+    parts = (torch.arange(4) + torch.rand(4, generator=generator)) / 4
+    noise = torch.randn(4, 4, 8, 8, generator=generator)
+    assert timesteps.tolist() == (parts * 1000).long().tolist()
+    assert torch.equal(target, noise)
+    scheduler = base.family.scheduler("DDPM")
+    torch.testing.assert_close(noisy, scheduler.add_noise(latents_of([1] * 4), noise, timesteps))
+
+
+@pytest.mark.parametrize("stage", ["embed", "finetune"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_a_pack_trains_each_edit_as_alone(
+    stage: str,
+    checkpointing: bool,
+    load_base: Callable[..., Any],
+    text: Tensor,
+    first_steps: list[Tensor],
+    relative: Callable[..., float],
+) -> None:
+    """First losses and gradients of each edit of a pack of 3 are those alone, and its results stay close."""
+    base = load_base(checkpointing=checkpointing)
+
+    def run(edits: Sequence[int]) -> tuple[Tensor, Any]:
+        arguments = (base, latents_of(edits), text[list(edits)])
+        if stage == "embed":
+            return embed(*arguments, EMBED, generators(edits))
+        pack, losses = finetune(*arguments, FINETUNE, generators(edits))
+        return pack.weights, losses
+
+    results, losses = run((0, 1, 2))
+    for edit in range(3):
+        result, own = run((edit,))
+        assert relative(losses.per_step[0, edit], own.per_step[0, 0]) < 1e-5
+        assert relative(first_steps[0][edit], first_steps[1 + edit][0]) < 1e-5
+        assert relative(losses.per_step[:, edit], own.per_step[:, 0]) < 1e-3
+        assert relative(results[edit], result[0]) < 1e-3
+
+
+def test_a_broken_edit_does_not_spoil_the_pack(base: Any, text: Tensor, relative: Callable[..., float]) -> None:
+    """An edit whose latents are not numbers leaves the results of the others as they were."""
+    latents = latents_of()
+    expected, _ = finetune(base, latents, text, FINETUNE, generators())
+    latents[1] = torch.nan
+    pack, losses = finetune(base, latents, text, FINETUNE, generators())
+    for edit in (0, 2):
+        assert relative(pack.weights[edit], expected.weights[edit]) < 1e-5
+    assert losses.per_step[:, 1].isnan().all() and losses.per_step[:, [0, 2]].isfinite().all()
+
+
+def test_the_same_seed_gives_the_same_bytes(load_base: Callable[..., Any]) -> None:
+    """Two runs from the same seeds give e_opt, adapters and sampled latents that agree bit for bit."""
+
+    def run() -> list[bytes]:
+        base = load_base()
+        text = base.encode_text(PROMPTS)
+        edits = generators()
+        optimized, _ = embed(base, latents_of(), text, EMBED, edits)
+        pack, _ = finetune(base, latents_of(), optimized, FINETUNE, edits)
+        cells = [Cell(edit=edit, eta=0.7, seed=1) for edit in range(3)]
+        images = sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=3))
+        return [tensor.numpy().tobytes() for tensor in (optimized, pack.weights, images)]
+
+    assert run() == run()
+
+
+def test_another_seed_gives_another_edit(base: Any, text: Tensor) -> None:
+    """The seed of an edit changes its result."""
+    one, _ = embed(base, latents_of([0]), text[:1], EMBED, generators([0]))
+    other, _ = embed(base, latents_of([0]), text[:1], EMBED, generators([1]))
+    assert not torch.equal(one, other)
+
+
+# What training does
+
+
+def test_each_stage_lowers_the_loss(base: Any, text: Tensor) -> None:
+    """On draws that training did not see, e_opt has a lower loss than e_tgt, and the adapters a lower one still."""
+
+    def evaluate(embeddings: Tensor) -> Tensor:
+        noisy, timesteps, target = draw_rows(
+            latents_of(), 16, base.alpha_bar, "epsilon", [torch.Generator().manual_seed(99)] * 3
+        )
+        with torch.no_grad():
+            return loss_per_edit(base.predict(noisy, timesteps, embeddings.repeat_interleave(16, 0)), target, 3)
+
+    optimized, _ = embed(base, latents_of(), text, EmbedConfig(steps=15, learning_rate=0.03, draws=4), generators())
+    config = FinetuneConfig(steps=15, learning_rate=1e-2, draws=4, lora_rank=2, lora_alpha=2.0)
+    pack, losses = finetune(base, latents_of(), optimized, config, generators())
+    before, embedded = evaluate(text), evaluate(optimized)
+    pack.set_rows(None)
+    with pack.attached(base.unet):
+        tuned = evaluate(optimized)
+    assert (embedded < 0.99 * before).all()
+    assert (tuned < 0.9 * embedded).all()
+    assert all(losses.tail(edit) < losses.per_step[0, edit] for edit in range(3))
+
+
+class Stub:
+    """A base whose prediction for edit `i` is ``gains[i] * mean(conditioning) * noisy``: almost pure noise in."""
+
+    alpha_bar = torch.full((1000,), 1e-6)
+    family = types.SimpleNamespace(prediction_type="epsilon")
+    device = torch.device("cpu")
+
+    def __init__(self, gains: Sequence[float], draws: int) -> None:
+        self._gains = torch.tensor(gains).repeat_interleave(draws).view(-1, 1, 1, 1)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        return self._gains * embeddings.mean((1, 2)).view(-1, 1, 1, 1) * latents
+
+
+def run_stub(gains: Sequence[float], config: StageConfig) -> tuple[Any, Tensor, list[Tensor]]:
+    """Losses, final weights and the weights after each step of a training run on `Stub`."""
+    edits = len(gains)
+    weights = torch.zeros(edits, 6, requires_grad=True)
+    weights.grad = torch.zeros_like(weights)
+    after_step: list[Tensor] = []
+    losses = train(
+        Stub(gains, config.draws),
+        torch.zeros(edits, 4, 8, 8),
+        lambda: weights.view(edits, 2, 3),
+        weights=weights.detach(),
+        grads=weights.grad,
+        config=config,
+        generators=[torch.Generator().manual_seed(edit) for edit in range(edits)],
+        progress=lambda *_: after_step.append(weights.detach().clone()),
+    )
+    return losses, weights.detach(), after_step
+
+
+STOPPING = StageConfig(steps=30, learning_rate=0.02, draws=8, patience=4, min_improvement=0.05)
+
+
+def test_an_edit_that_cannot_improve_stops_alone() -> None:
+    """An edit whose loss stalls stops by itself; its weights stay bit for bit while the others go on."""
+    losses, weights, after_step = run_stub([1e-4, 1.0], STOPPING)
+    stopped = losses.steps_run[0]
+    assert 2 * STOPPING.patience <= stopped < 30 and losses.steps_run[1] == 30
+    assert len(after_step) == 30
+    assert weights[0].any() and torch.equal(after_step[stopped - 1][0], weights[0])
+    assert not torch.equal(after_step[stopped - 2][0], weights[0])
+    assert not torch.equal(after_step[-2][1], weights[1])
+    assert losses.per_step[:stopped].isfinite().all()
+    assert losses.per_step[stopped:, 0].isnan().all() and losses.per_step[stopped:, 1].isfinite().all()
+    assert 0.9 < losses.tail(0) < 1.1 and losses.tail(1) < 0.5
+
+
+def test_early_stop_does_not_depend_on_the_pack() -> None:
+    """An edit stops after the same step, with the same weights, alone and beside one that never stops."""
+    together, weights, _ = run_stub([1e-4, 1.0], STOPPING)
+    alone, own, _ = run_stub([1e-4], STOPPING)
+    assert alone.steps_run[0] == together.steps_run[0]
+    torch.testing.assert_close(own[0], weights[0], atol=1e-6, rtol=1e-5)
+
+
+def test_training_ends_when_all_edits_stopped() -> None:
+    """When no edit improves any more the stage is over, with as many steps on record as it took."""
+    losses, _, after_step = run_stub([1e-4, 1e-4], STOPPING)
+    assert len(after_step) == max(losses.steps_run) < 30
+
+
+def test_patience_zero_never_stops() -> None:
+    """Without patience every edit takes every step, improving or not."""
+    losses, _, _ = run_stub([1e-4, 1.0], StageConfig(steps=30, learning_rate=0.02, draws=8))
+    assert losses.steps_run == (30, 30)
+
+
+# Sampling
+
+
+@pytest.fixture(scope="module")
+def edits(base: Any, text: Tensor) -> tuple[AdapterPack, Tensor]:
+    """Adapters (3 edits) and e_opt, away from zero and from e_tgt."""
+    generator = torch.Generator().manual_seed(21)
+    pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
+    pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
+    return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_sampling_is_the_loop_written_out(
+    scheduler: str,
+    guidance_scale: float,
+    base: Any,
+    text: Tensor,
+    edits: tuple[AdapterPack, Tensor],
+    relative: Callable[..., float],
+) -> None:
+    """Latents equal a loop by hand over diffusers' scheduler with guidance, from the same noise and embedding."""
+    pack, optimized = edits
+    config = SampleConfig(num_inference_steps=5, guidance_scale=guidance_scale, scheduler=scheduler)
+    result = sample(base, pack, text, optimized, [Cell(edit=1, eta=0.6, seed=8)], config)
+
+    steps = getattr(diffusers, f"{scheduler}Scheduler").from_config(base.family.scheduler_config)
+    steps.set_timesteps(5)
+    generator = torch.Generator().manual_seed(8)
+    latents = torch.randn(1, 4, 8, 8, generator=generator) * steps.init_noise_sigma
+    extra = {"eta": 0.0} if scheduler == "DDIM" else {}
+    if scheduler == "DDPM":
+        extra = {"generator": generator}
+    embedding = 0.6 * text[1:2] + 0.4 * optimized[1:2]
+    unconditional = base.encode_text([""])
+    pack.strength(1.0)
+    pack.set_rows(torch.tensor([1]))
+    with torch.no_grad(), pack.attached(base.unet):
+        for t in steps.timesteps:
+            x = steps.scale_model_input(latents, t)
+            prediction = base.unet(x, t, encoder_hidden_states=embedding).sample
+            if guidance_scale != 1:
+                without = base.unet(x, t, encoder_hidden_states=unconditional).sample
+                prediction = without + guidance_scale * (prediction - without)
+            latents = steps.step(prediction, t, latents, **extra).prev_sample
+    assert relative(result, latents) < 1e-5
+
+
+CELLS = [
+    Cell(edit=2, eta=0.0, seed=0),
+    Cell(edit=0, eta=1.0, seed=1),
+    Cell(edit=2, eta=0.7, seed=1, strength=0.5),
+    Cell(edit=1, eta=0.7, seed=0),
+    Cell(edit=0, eta=0.5, seed=0),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_image_does_not_depend_on_its_batch(
+    scheduler: str,
+    base: Any,
+    text: Tensor,
+    edits: tuple[AdapterPack, Tensor],
+    relative: Callable[..., float],
+) -> None:
+    """An image is the same rendered alone, with all others at once, and in batches of 1 and 5 rows."""
+    pack, optimized = edits
+
+    def render(cells: Sequence[Cell], batch_rows: int) -> Tensor:
+        config = SampleConfig(num_inference_steps=3, scheduler=scheduler, ddim_eta=0.5, batch_rows=batch_rows)
+        return sample(base, pack, text, optimized, cells, config)
+
+    together = render(CELLS, 64)
+    for batch_rows in (1, 5):
+        assert relative(render(CELLS, batch_rows), together) < 1e-4
+    for number, cell in enumerate(CELLS):
+        assert relative(render([cell], 64)[0], together[number]) < 1e-4
+    assert min(relative(a, b) for i, a in enumerate(together) for b in together[:i]) > 1e-2
+
+
+def test_eta_ends_at_the_embeddings(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
+    """At eta 0 the target embedding plays no part, at eta 1 the optimised one plays none."""
+    pack, optimized = edits
+    config, cells = SampleConfig(num_inference_steps=2), [[Cell(edit=0, eta=eta, seed=0)] for eta in (0.0, 1.0)]
+    photo = sample(base, pack, text, optimized, cells[0], config)
+    target = sample(base, pack, text, optimized, cells[1], config)
+    assert torch.equal(sample(base, pack, text + 1, optimized, cells[0], config), photo)
+    assert torch.equal(sample(base, pack, text, optimized + 1, cells[1], config), target)
+    assert not torch.equal(photo, target)
+
+
+@pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, 3), (3.0, 6)])
+def test_guidance_one_runs_no_unconditional_rows(
+    guidance_scale: float,
+    rows: int,
+    base: Any,
+    text: Tensor,
+    edits: tuple[AdapterPack, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At guidance scale 1 a step runs one row an image, at any other two: one with the negative prompt."""
+    pack, optimized = edits
+    seen = []
+    predict = base.predict
+
+    def counting(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        seen.append((len(latents), len(timesteps), embeddings))
+        return predict(latents, timesteps, embeddings)
+
+    monkeypatch.setattr(base, "predict", counting)
+    cells = [Cell(edit=edit, eta=0.5, seed=0) for edit in range(3)]
+    config = SampleConfig(num_inference_steps=2, guidance_scale=guidance_scale, negative_prompt="a blue sphere")
+    sample(base, pack, text, optimized, cells, config)
+    assert [(x, t) for x, t, _ in seen] == [(rows, rows)] * 2
+    expected = interpolate(text, optimized, 0.5)
+    if rows == 6:
+        expected = torch.cat([base.encode_text(["a blue sphere"] * 3), expected])
+    assert torch.equal(seen[0][2], expected)
+
+
+def test_no_batch_exceeds_the_limit(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch has at most `batch_rows` rows, guidance included, and one step is reported for each of its steps."""
+    pack, optimized = edits
+    seen, reports = [], []
+    predict = base.predict
+    monkeypatch.setattr(base, "predict", lambda x, t, e: seen.append(len(x)) or predict(x, t, e))
+    config = SampleConfig(num_inference_steps=2, batch_rows=5)
+    cells = [Cell(edit=0, eta=0.5, seed=seed) for seed in range(5)]
+    sample(base, pack, text, optimized, cells, config, lambda *report: reports.append(report[:2]))
+    assert seen == [4, 4, 4, 4, 2, 2]
+    assert reports == [(step, 6) for step in range(1, 7)]
+
+
+def test_sampling_restores_the_base(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
+    """After sampling, also after an interrupted one, the UNet is the network it was."""
+    pack, optimized = edits
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    modules = list(base.unet.modules())
+    config = SampleConfig(num_inference_steps=1)
+    sample(base, pack, text, optimized, CELLS[:1], config)
+    with pytest.raises(KeyboardInterrupt):
+        sample(base, pack, text, optimized, CELLS[:1], config, interrupt)
+    assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+
+
+# What stays allocated
+
+
+class Parts:
+    """Weak references to every part a family hands out, and which were alive when the UNet was asked for."""
+
+    def __init__(self, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loaded: list[tuple[str, weakref.ref[nn.Module]]] = []
+        self.alive_at_unet: list[str] = []
+        for name in ("load_text_encoder", "load_vae", "load_unet"):
+            monkeypatch.setattr(family, name, self._watched(name.removeprefix("load_"), getattr(family, name)))
+
+    def _watched(self, name: str, load: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        def watched(**options: Any) -> nn.Module:
+            if name == "unet":
+                self.alive_at_unet += self.alive()
+            part = load(**options)
+            self.loaded.append((name, weakref.ref(part)))
+            return part
+
+        return watched
+
+    def alive(self) -> list[str]:
+        """Names of the parts that are alive, after a garbage collection."""
+        gc.collect()
+        return [name for name, ref in self.loaded if ref() is not None]
+
+
+def test_text_encoder_and_vae_die_after_use(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text encoder and VAE are dead once encoding or decoding is done; the UNet lives until it is released."""
+    base = load_base()
+    parts = Parts(base.family, monkeypatch)
+    base.encode_text(PROMPTS)
+    assert parts.alive() == []
+    encoded = base.encode_images(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert parts.alive() == []
+    base.decode(encoded)
+    assert parts.alive() == []
+    base.predict(encoded, torch.tensor([1, 2]), base.encode_text(PROMPTS[:2]))
+    assert parts.alive() == ["unet"]
+    base.release()
+    assert parts.alive() == []
+    assert [name for name, _ in parts.loaded] == ["text_encoder", "vae", "vae", "unet"]
+
+
+def test_encoders_die_even_when_encoding_fails(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while encoding leaves neither text encoder nor VAE behind."""
+    base = load_base()
+    parts = Parts(base.family, monkeypatch)
+    with pytest.raises(RuntimeError):
+        base.encode_images(torch.zeros(1, 7, 16, 16))
+    assert parts.loaded and parts.alive() == []
+
+
+def test_a_pack_is_encoded_before_the_unet_is_loaded(
+    load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making edits loads text encoder and VAE once each, for all photos, and both are dead when the UNet comes."""
+    base = load_base()
+    parts = Parts(base.family, monkeypatch)
+    photos = [
+        Photo(image=Image.new("RGB", size, color), sha256="0" * 64, name="photo", notes=(), icc_profile=None)
+        for size, color in (((20, 12), "red"), ((9, 16), "green"))
+    ]
+    jobs = [Job(photo, prompt) for photo, prompt in zip(photos, PROMPTS, strict=False)]
+    edits = make_edits(base, jobs, EditConfig(embed=EMBED, finetune=FINETUNE))
+    assert len(edits) == 2
+    assert sorted(name for name, _ in parts.loaded if name != "unet") == ["text_encoder", "vae"]
+    assert parts.alive_at_unet == []
+    assert parts.alive() == ["unet"]
