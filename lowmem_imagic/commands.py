@@ -229,6 +229,7 @@ def _open_base(options: BaseOptions, console: Console, sentences: list[str]) -> 
             "for real photos name one, e.g. --model sd15"
         )
     base = options.load()
+    console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
     for number, sentence in enumerate(sentences):
         if number and not sentence:
             continue  # an empty negative sentence is the usual one

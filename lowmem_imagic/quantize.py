@@ -99,16 +99,7 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     @staticmethod
     def from_weights(weight: Tensor, bias: Tensor | None, device: torch.device) -> "FrozenLinear8bit":
         """The layer for a weight (out, in), quantised on `device`."""
-        layer = FrozenLinear8bit(
-            weight.shape[1],
-            weight.shape[0],
-            bias is not None,
-            has_fp16_weights=False,
-            threshold=0.0,
-            device="meta",
-        )
-        _set_bnb_weights(layer, weight, bias, device)
-        return layer
+        return _in_bnb_storage(FrozenLinear8bit, weight, bias, device)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.CB is not None:
@@ -167,22 +158,13 @@ class Int8Conv2d(nn.Conv2d):
         return result
 
 
-def _set_bnb_weights(layer: nn.Module, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torch.device) -> Any:
+    """A layer of `kind` (`Linear8bitLt` or ours) with the weight (out, in) quantised by bitsandbytes."""
+    outputs, inputs = weight.shape
+    layer = kind(inputs, outputs, bias is not None, has_fp16_weights=False, threshold=0.0, device="meta")
     layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     if bias is not None:
         layer.bias = _own(bias, device)
-
-
-def _stock_linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Module:
-    layer: nn.Module = bnb.nn.Linear8bitLt(
-        weight.shape[1],
-        weight.shape[0],
-        bias is not None,
-        has_fp16_weights=False,
-        threshold=0.0,
-        device="meta",
-    )
-    _set_bnb_weights(layer, weight, bias, device)
     return layer
 
 
@@ -195,7 +177,7 @@ def _quantized(module: nn.Module, state: dict[str, Tensor], weights: str, device
         if weights == "int8":
             return FrozenLinear8bit.from_weights(weight, bias, device)
         if weights == "bnb-int8":
-            return _stock_linear(weight, bias, device)
+            return _in_bnb_storage(bnb.nn.Linear8bitLt, weight, bias, device)  # type: ignore[no-any-return]
     elif type(module) is nn.Conv2d and weights == "int8":
         plain = module.padding_mode == "zeros" and module.dilation == (1, 1) and not isinstance(module.padding, str)
         if plain and min(module.in_channels, module.out_channels) >= MIN_CONV_CHANNELS:

@@ -108,12 +108,27 @@ class Folder:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
                     yield name, file.get_tensor(name)
 
+    def vocabulary(self) -> Path:
+        """The tokenizer's vocabulary file.
+
+        Raises:
+            IncompleteModelError: there is none.
+        """
+        for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+            paths = [self.path / "tokenizer" / name for name in names]
+            if all(path.exists() for path in paths):
+                return paths[0]
+        # transformers would make up an empty vocabulary.
+        raise IncompleteModelError(
+            f"{self.label} has neither tokenizer/tokenizer.json nor tokenizer/vocab.json with merges.txt; "
+            "download it again"
+        )
+
     @cached_property
     def hashes(self) -> dict[str, str]:
         """sha256 of each component's weights; of the vocabulary for the tokenizer."""
         hashes = {component: _hash_files(self.weight_files(component)) for component in WEIGHTS_STEM}
-        vocabulary = [self.path / "tokenizer" / name for name in ("tokenizer.json", "vocab.json", "merges.txt")]
-        hashes["tokenizer"] = _hash_files([path for path in vocabulary if path.exists()][:1])
+        hashes["tokenizer"] = _hash_files([self.vocabulary()])
         return hashes
 
 
@@ -135,7 +150,7 @@ class SingleFile:
 
 def _label(name: str) -> str:
     """A file's or folder's own name as an edit file may hold it: nothing that could be read as a path."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100] or "model"
 
 
 def _hash_files(paths: list[Path]) -> str:
@@ -165,7 +180,7 @@ def locate(name: str, *, revision: str | None = None, config_folder: Path | None
     if name == DEMO:
         return Folder(Path(__file__).parent.parent / "demo" / "model", DEMO)
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
         return Folder(path, _label(path.resolve().name))
     if path.is_file():
         if path.suffix in _PICKLES:

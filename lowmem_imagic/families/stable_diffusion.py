@@ -139,6 +139,9 @@ class StableDiffusion:
         """The tokenizer."""
         if self._single is not None:
             return self._single.part("tokenizer")
+        assert isinstance(self.source, Folder)
+        self.source.vocabulary()
+        self.source.config("tokenizer", "tokenizer_config.json")
         with _quiet(), _complete(self.source, "tokenizer"):
             return CLIPTokenizer.from_pretrained(self._folder, subfolder="tokenizer", local_files_only=True)
 
@@ -177,12 +180,20 @@ class StableDiffusion:
             assert isinstance(self.source, Folder)
             self.source.weight_files(component)
             with _quiet(), _complete(self.source, component):
-                part = kind.from_pretrained(
+                part, report = kind.from_pretrained(
                     self._folder,
                     subfolder=component,
                     use_safetensors=True,
                     local_files_only=True,
                     variant=self.source.variant(component),
+                    output_loading_info=True,
+                )
+            if report["missing_keys"]:
+                # The libraries fill these with random numbers, or leave them without any.
+                some = ", ".join(sorted(report["missing_keys"])[:3])
+                raise IncompleteModelError(
+                    f"{self.source.label}: {component} lacks {len(report['missing_keys'])} tensors, such as {some}; "
+                    "download it again"
                 )
         with _quiet():
             part.to(device, dtype)
@@ -270,7 +281,7 @@ class _SingleFileParts:
                 # diffusers raises a dozen kinds here, from KeyError to its own; all mean the same to a user.
                 raise IncompleteModelError(
                     f"{self._source.path.name} could not be read as a Stable Diffusion checkpoint "
-                    f"({type(error).__name__}: {str(error).splitlines()[0][:160]}); its configuration is looked up "
+                    f"({_first_line(error)}); its configuration is looked up "
                     "on the Hub, or given as a diffusers folder of the same family (--model-config)"
                 ) from error
         return self._pipeline
@@ -287,10 +298,18 @@ def _complete(source: Folder | SingleFile, component: str) -> Iterator[None]:
     """Turns what the libraries raise for a damaged folder into one named error."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Among them plain Exceptions, which is what tokenizers raises for a damaged vocabulary.
         raise IncompleteModelError(
-            f"{source.label}: {component} cannot be loaded ({str(error).splitlines()[0][:160]}); download it again"
+            f"{source.label}: {component} cannot be loaded ({_first_line(error)}); download it again"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its text, if it has one."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:160]
 
 
 @contextlib.contextmanager
