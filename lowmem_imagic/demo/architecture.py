@@ -106,12 +106,12 @@ def train_tokenizer(captions: Sequence[str], *, vocab_size: int = 900) -> CLIPTo
             show_progress=False,
         ),
     )
-    learnt = json.loads(learner.to_str())["model"]
-    vocab = learnt["vocab"]
-    # A word may end in any byte, seen in the captions or not.
-    for letter in alphabet:
-        vocab.setdefault(letter + "</w>", len(vocab))
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in learnt["merges"]]
+    learnt = json.loads(learner.to_str())["model"]["merges"]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in learnt]
+    # The trainer numbers last letters in an order that differs from run to run; and a word may end in any
+    # byte, seen in the captions or not. So the numbers are given here.
+    words = [_BOS, _EOS, *alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)]
+    vocab = {word: number for number, word in enumerate(dict.fromkeys(words))}
     with tempfile.TemporaryDirectory() as folder:
         vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocab_file.write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")

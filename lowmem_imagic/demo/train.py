@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from . import architecture
 from .render import render
@@ -208,8 +209,7 @@ def train_unet(
     """The whole pipeline: UNet and text encoder trained together on latents and captions of the scenes."""
     torch.manual_seed(seed + 1)
     scenes = [scene_at(seed, index) for index in range(len(pictures))]
-    rng = random.Random(seed)
-    tokenizer = architecture.train_tokenizer([scene.caption(rng) for scene in scenes[:4000]])
+    tokenizer = _tokenizer(scenes[:4000], work / "tokenizer", seed)
     text_encoder = architecture.new_text_encoder(tokenizer).to(device)
     unet = architecture.new_unet().to(device, memory_format=torch.channels_last)
     scheduler = architecture.new_scheduler()
@@ -265,6 +265,29 @@ def train_unet(
     )
 
 
+def _tokenizer(scenes: list[Scene], folder: Path, seed: int) -> CLIPTokenizer:
+    """The tokenizer learnt from captions of `scenes`; the one in `folder` where it was learnt before.
+
+    Kept, because merges of equal frequency may be learnt in another order when training resumes.
+    """
+    if not folder.exists():
+        rng = random.Random(seed)
+        partial = folder.with_suffix(".partial")
+        architecture.train_tokenizer([scene.caption(rng) for scene in scenes]).save_pretrained(partial)
+        os.replace(partial, folder)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
+    """Writes the pipeline in fp16 into the folder `out`, readable by everyone and by older transformers."""
+    pipeline.to("cpu", torch.float16).save_pretrained(out, safe_serialization=True)
+    # transformers 4 reads the vocabulary from these two files, transformers 5 from tokenizer.json.
+    pipeline.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
+    for path in out.rglob("*"):
+        # safetensors makes files that only their owner may read.
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def main() -> None:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -295,7 +318,7 @@ def main() -> None:
         vae_steps, unet_steps = (int(load_file(work / f"{part}.safetensors")["step"]) for part in ("vae", "unet"))
     vae = train_vae(pictures, work, steps=vae_steps, batch=args.vae_batch, seed=args.seed, device=device)
     pipeline = train_unet(vae, pictures, work, steps=unet_steps, batch=args.unet_batch, seed=args.seed, device=device)
-    pipeline.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    save(pipeline, args.out)
     log.info("wrote %s", args.out)
 
 
