@@ -35,6 +35,7 @@ RANK = 4
 
 def measure(*, quick: bool, model: str = DEMO) -> tuple[dict[str, Any], list[Line]]:
     """The result and its table; sizes do not depend on `quick`."""
+    wanted: list[tuple[str, tuple[str, ...]]]
     wanted = [(f"sd15, {adapt}, rank {RANK}", ("sd15", adapt)) for adapt in ADAPT_TARGETS]
     if has_model(model):
         label = Path(model).name
@@ -45,8 +46,8 @@ def measure(*, quick: bool, model: str = DEMO) -> tuple[dict[str, Any], list[Lin
     found, lines = {}, []
     for name, words in wanted:
         print(f"size: {name}", file=sys.stderr)
-        found[name] = fresh("benchmarks.engine_size", *words)
-        size = None if found[name] is None else found[name]["file_bytes"] / 1e6
+        found[name] = result = fresh("benchmarks.engine_size", *words)
+        size = None if result is None else result["file_bytes"] / 1e6
         lines.append(Line(name, size, "MB", GOAL_MB if words == ("sd15", "attn") else None))
     return {"files": found}, lines
 

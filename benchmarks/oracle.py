@@ -145,8 +145,14 @@ class Oracle:
     @torch.no_grad()
     def _attributes(self, views: Tensor) -> list[Attributes]:
         found = []
+        mirror = torch.ones(len(NUMBERS))
+        mirror[0] = -1
         for part in views.split(256):
+            # A picture and its mirror image show the same attributes; two looks are steadier than one.
             words, numbers = _split(self._network(part))
+            again, numbers_again = _split(self._network(part.flip(-1)))
+            words = {name: logits.softmax(1) + again[name].softmax(1) for name, logits in words.items()}
+            numbers = (numbers + numbers_again * mirror) / 2
             chosen = {name: logits.argmax(1).tolist() for name, logits in words.items()}
             for row, (x, z, radius) in enumerate((numbers * _SPREAD + _CENTER).tolist()):
                 said = {name: WORDS[name][number[row]] for name, number in chosen.items()}
@@ -372,7 +378,7 @@ def main() -> int:
     parser.add_argument("--renders", type=Path, help="keep the renders in this .npy file, or take them from it")
     parser.add_argument("--scenes", type=int, default=14000, help="scenes in all [14000]")
     parser.add_argument("--held-out", type=int, default=2000, help="scenes kept for measuring [2000]")
-    parser.add_argument("--epochs", type=int, default=7, help="passes over the training scenes [7]")
+    parser.add_argument("--epochs", type=int, default=16, help="passes over the training scenes [16]")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and draws [0]")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rendering processes")
     args = parser.parse_args()

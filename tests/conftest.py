@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before any library reads it: no test needs the network, and none may wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A busy machine is no reason to fail: no test of behaviour depends on how long its examples take.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 CAPTIONS = ("a photo of a red cube on the grass", "a blue sphere on a wooden floor", "two birds kissing")
 TEXT_WIDTH = 16

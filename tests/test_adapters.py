@@ -114,7 +114,8 @@ class PeftRun:
 
 
 PEFT_CASES = [
-    *itertools.product(ADAPT_TARGETS, ("fp32", "int8"), (False, True), ("double",)),
+    *itertools.product(ADAPT_TARGETS, ("fp32", "int8"), (False,), ("double",)),
+    *itertools.product(("all",), ("fp32", "int8"), (True,), ("double",)),
     *itertools.product(("all",), ("fp32", "int8"), (False,), ("single",)),
 ]
 

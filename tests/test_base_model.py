@@ -77,7 +77,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("name", ["no-such-model", "./nothing/here", "someone/nothing", "a/b/c", ""])
 def test_unknown_names(name: str) -> None:
     """A name that is no model, folder, file or downloadable Hub id is refused by name."""
-    with pytest.raises(UnknownModelError, match="no model|nothing is not"):
+    with pytest.raises(UnknownModelError, match=r"no model|nothing is not"):
         BaseModel.load(name, device="cpu")
 
 

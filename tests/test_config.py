@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, EditConfig, SampleConfig, preset
@@ -62,6 +62,7 @@ def test_every_problem_of_every_stage_is_named():
     assert all(", expected" in problem or "not a setting" in problem for problem in caught.value.problems)
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["steps", "learning_rate", "draws", "adapt", "lora_rank", "lora_alpha", "patience"]),

@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import IncompleteModelError, UnknownModelError
+from ..errors import IncompleteModelError, UnknownModelError, WrongFamilyError
+from . import hub
 
 DEMO = "demo"
 SHORT_NAMES = {
@@ -26,6 +28,15 @@ SHORT_NAMES = {
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHTS_STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.",),
+}
+"""What the names of a component's tensors begin with in a single checkpoint."""
+_CONFIGURATIONS = {768: SHORT_NAMES["sd15"]}
+"""Whose configuration a single checkpoint has, by width of the text conditioning, where that decides it."""
+_HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -84,8 +95,11 @@ class Folder:
         index = self.path / component / f"{stem}.safetensors.index{middle}.json"
         names = [f"{stem}{middle}.safetensors"]
         if index.exists():
-            weight_map = self.config(component, index.name).get("weight_map", {})
-            names = sorted(set(weight_map.values()))
+            weight_map = self.config(component, index.name).get("weight_map")
+            names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            if not names or not all(isinstance(name, str) for name in names):
+                raise IncompleteModelError(f"{self.label}: {component}/{index.name} names no files; download it again")
+            names = sorted(set(names))
         files = []
         for name in names:
             if Path(name).name != name:
@@ -134,13 +148,93 @@ class Folder:
 
 @dataclass(frozen=True)
 class SingleFile:
-    """One ``.safetensors`` checkpoint in Stable Diffusion's original layout."""
+    """One ``.safetensors`` checkpoint in Stable Diffusion's original layout.
+
+    Raises:
+        IncompleteModelError: no such checkpoint, or without autoencoder or text encoder.
+        WrongFamilyError: a checkpoint of another kind of model.
+    """
 
     path: Path
     label: str
     config_folder: Path | None = None
     """A diffusers folder whose configurations and tokenizer to use; None looks them up on the Hub."""
     revision: None = None
+
+    def __post_init__(self) -> None:
+        unet = PREFIXES["unet"][0]
+        if not any(name.startswith(unet) for name in self._header):
+            raise IncompleteModelError(
+                f"{self.path.name} could not be read as a Stable Diffusion checkpoint (it has no tensors {unet}*); "
+                "expected one file with UNet, autoencoder and text encoder in the original layout"
+            )
+        first = self._header.get(unet + "input_blocks.0.0.weight", ("", []))[1]
+        found = []
+        if len(first) != 4 or first[1] != 4:
+            found.append(f"{first[1]} input channels" if len(first) == 4 else "another first layer")
+        if any(name.startswith(unet + "label_emb.") for name in self._header):
+            found.append("a second conditioning")
+        if not self.width:
+            found.append("no text conditioning")
+        if found:
+            raise WrongFamilyError(
+                f"{self.path.name} has a network with {' and '.join(found)}; expected a plain text-to-image "
+                "Stable Diffusion 1.x or 2.x (not inpainting, not SDXL)"
+            )
+        for component, prefixes in PREFIXES.items():
+            if not any(name.startswith(prefixes) for name in self._header):
+                raise IncompleteModelError(
+                    f"{self.path.name} lacks the {component} (no tensors {prefixes[0]}*); "
+                    "expected a checkpoint with UNet, autoencoder and text encoder in one file"
+                )
+
+    @cached_property
+    def _header(self) -> dict[str, tuple[str, list[int]]]:
+        """Type and shape of each tensor."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+                return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise IncompleteModelError(
+                f"{self.path.name} is no safetensors file or cut short; download it again"
+            ) from error
+
+    @property
+    def width(self) -> int:
+        """Width D of the text conditioning; 0 without any."""
+        shapes = (shape for name, (_, shape) in self._header.items() if name.endswith(".attn2.to_k.weight"))
+        return next((shape[-1] for shape in shapes if shape), 0)
+
+    def dtype(self, component: str) -> torch.dtype:
+        """The type that holds the component's weights without loss: half precision only where all of them are."""
+        kinds = {kind for name, (kind, _) in self._header.items() if name.startswith(PREFIXES[component])}
+        kinds -= {"I64", "I32"}
+        return _HALF.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+    @cached_property
+    def configuration(self) -> Folder:
+        """The diffusers folder with the configurations and the tokenizer.
+
+        Raises:
+            IncompleteModelError: none was given, and the Hub's cannot be used.
+        """
+        if self.config_folder is not None:
+            return Folder(self.config_folder, _label(self.config_folder.resolve().name))
+        if self.width not in _CONFIGURATIONS:
+            # Of width 1024 there are models that predict noise and models that predict velocity.
+            raise IncompleteModelError(
+                f"{self.path.name} does not say how it is configured (text width {self.width}); "
+                "give a diffusers folder of the same family, such as sd21 or sd21-base (--model-config)"
+            )
+        repository = _CONFIGURATIONS[self.width]
+        try:
+            return Folder(hub.fetch_configuration(repository), repository)
+        except UnknownModelError as error:
+            raise IncompleteModelError(
+                f"{self.path.name} needs the configuration of {repository}, which is not in the local cache and "
+                "could not be downloaded; connect once, or give a diffusers folder of the same family (--model-config)"
+            ) from error
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -183,39 +277,21 @@ def locate(name: str, *, revision: str | None = None, config_folder: Path | None
     if name and path.is_dir():
         return Folder(path, _label(path.resolve().name))
     if path.is_file():
-        if path.suffix in _PICKLES:
+        if path.suffix.lower() in _PICKLES:
             raise UnknownModelError(
                 f"{path.name} is a pickle, which can run code when loaded and never is; "
                 "expected a .safetensors checkpoint, so convert it"
             )
+        if path.suffix != ".safetensors":
+            raise UnknownModelError(
+                f"{path.name} is no model; expected a .safetensors checkpoint or a diffusers folder"
+            )
         return SingleFile(path, _label(path.stem), config_folder)
     repository = SHORT_NAMES.get(name, name)
     if _HUB_ID.fullmatch(repository) and not name.startswith((".", "/", "~")):
-        return _download(repository, revision)
+        folder = hub.fetch(repository, revision, WEIGHTS_STEM)
+        return Folder(folder, repository, revision=folder.name)
     raise UnknownModelError(
         f"no model {name!r}: expected demo, {', '.join(SHORT_NAMES)}, a diffusers folder, "
         "a .safetensors file or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
-
-
-def _download(repository: str, revision: str | None) -> Folder:
-    """The Hub model's folder in the local cache, only the files that are needed and never a pickle."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
-    for component, stem in WEIGHTS_STEM.items():
-        patterns += [
-            f"{component}/config.json",
-            f"{component}/{stem}.safetensors",
-            f"{component}/{stem}-*.safetensors",
-        ]
-        patterns += [f"{component}/{stem}.safetensors.index.json"]
-    try:
-        path = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise UnknownModelError(
-            f"model {repository} is not in the local cache and could not be downloaded ({type(error).__name__}); "
-            "check its name and the network, or give a local folder"
-        ) from error
-    return Folder(path, repository, revision=path.name)

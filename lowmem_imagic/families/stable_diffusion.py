@@ -6,9 +6,8 @@ The only place that knows diffusers' and transformers' classes.
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,15 +16,17 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from ..diffusion import PREDICTION_TYPES
 from ..errors import ConfigError, IncompleteModelError, PromptError, WrongFamilyError
 from ..quantize import load_frozen
-from .source import Folder, SingleFile
+from .source import COMPONENTS, Folder, SingleFile
 
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 """Family by width of the text conditioning; others are of the same make but another size."""
+_PIPELINE = (*COMPONENTS, "safety_checker", "feature_extractor", "image_encoder")
+"""The parts of diffusers' pipeline."""
 
 
 class StableDiffusion:
@@ -38,15 +39,13 @@ class StableDiffusion:
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
-        self._single = _SingleFileParts(source) if isinstance(source, SingleFile) else None
-        if isinstance(source, Folder):
-            index = source.config(".", "model_index.json")
-            kind = index.get("_class_name")
-            if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
-                raise WrongFamilyError(
-                    f"{source.label} is a {kind or 'model without a pipeline class'}; this version edits with "
-                    "StableDiffusionPipeline models (Stable Diffusion 1.x and 2.x)"
-                )
+        self._folder = source if isinstance(source, Folder) else source.configuration
+        kind = self._folder.config(".", "model_index.json").get("_class_name")
+        if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+            raise WrongFamilyError(
+                f"{self._folder.label} is a {kind or 'model without a pipeline class'}; this version edits with "
+                "StableDiffusionPipeline models (Stable Diffusion 1.x and 2.x)"
+            )
         unet = self.unet_config
         if unet.get("in_channels") != 4 or unet.get("addition_embed_type") or not unet.get("cross_attention_dim"):
             raise WrongFamilyError(
@@ -58,27 +57,26 @@ class StableDiffusion:
             raise WrongFamilyError(
                 f"{source.label} predicts {self.prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}"
             )
-
-    def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
-        if isinstance(self.source, Folder):
-            return self.source.config(component, name)
-        assert self._single is not None
-        return self._single.config(component)
+        if isinstance(source, SingleFile) and source.width != self.cross_attention_dim:
+            raise IncompleteModelError(
+                f"{source.label} takes text of width {source.width}, but the configuration of {self._folder.label} "
+                f"says {self.cross_attention_dim}; give a diffusers folder of the same family (--model-config)"
+            )
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
         """The UNet's configuration."""
-        return self._config("unet")
+        return self._folder.config("unet")
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The autoencoder's configuration."""
-        return self._config("vae")
+        return self._folder.config("vae")
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """The noise schedule's configuration."""
-        return self._config("scheduler", "scheduler_config.json")
+        return self._folder.config("scheduler", "scheduler_config.json")
 
     @cached_property
     def family(self) -> str:
@@ -135,29 +133,22 @@ class StableDiffusion:
             ) from error
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> CLIPTokenizerFast:
         """The tokenizer."""
-        if self._single is not None:
-            return self._single.part("tokenizer")
-        assert isinstance(self.source, Folder)
-        self.source.vocabulary()
-        self.source.config("tokenizer", "tokenizer_config.json")
-        with _quiet(), _complete(self.source, "tokenizer"):
-            return CLIPTokenizer.from_pretrained(self._folder, subfolder="tokenizer", local_files_only=True)
-
-    @property
-    def _folder(self) -> Path:
-        assert isinstance(self.source, Folder)
-        return self.source.path
+        self._folder.vocabulary()
+        self._folder.config("tokenizer", "tokenizer_config.json")
+        with _quiet(), _complete(self._folder, "tokenizer"):
+            # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
+            return CLIPTokenizerFast.from_pretrained(self._folder.path, subfolder="tokenizer", local_files_only=True)
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The frozen UNet with weights in the given format (`quantize.WEIGHT_FORMATS`), in eval mode."""
         with init_empty_weights(include_buffers=False):
-            unet = UNet2DConditionModel.from_config(self.unet_config)
-        if self._single is not None:
-            tensors: Iterator[tuple[str, Tensor]] = iter(self._single.part("unet").state_dict().items())
+            unet: nn.Module = UNet2DConditionModel.from_config(self.unet_config)
+        tensors: Iterable[tuple[str, Tensor]]
+        if isinstance(self.source, SingleFile):
+            tensors = _converted(self.source, "unet").state_dict().items()
         else:
-            assert isinstance(self.source, Folder)
             tensors = self.source.tensors("unet")
         try:
             load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
@@ -167,26 +158,29 @@ class StableDiffusion:
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The frozen CLIP text encoder."""
-        return self._frozen(CLIPTextModel, "text_encoder", device, dtype)
+        # As transformers 5.6 and later write them the names lack a prefix that earlier versions need and all take.
+        names = {r"^(?!text_model\.)": "text_model."}
+        return self._frozen(CLIPTextModel, "text_encoder", device, dtype, key_mapping=names)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The frozen autoencoder."""
         return self._frozen(AutoencoderKL, "vae", device, dtype)
 
-    def _frozen(self, kind: Any, component: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        if self._single is not None:
-            part = self._single.part(component)
+    def _frozen(self, kind: Any, component: str, device: torch.device, dtype: torch.dtype, **options: Any) -> nn.Module:
+        part: Any
+        if isinstance(self.source, SingleFile):
+            part = _converted(self.source, component)
         else:
-            assert isinstance(self.source, Folder)
             self.source.weight_files(component)
             with _quiet(), _complete(self.source, component):
                 part, report = kind.from_pretrained(
-                    self._folder,
+                    self._folder.path,
                     subfolder=component,
                     use_safetensors=True,
                     local_files_only=True,
                     variant=self.source.variant(component),
                     output_loading_info=True,
+                    **options,
                 )
             if report["missing_keys"]:
                 # The libraries fill these with random numbers, or leave them without any.
@@ -255,42 +249,37 @@ class StableDiffusion:
         return float(self.vae_config.get("scaling_factor", default))
 
 
-class _SingleFileParts:
-    """The parts of a single checkpoint, converted once by diffusers and handed out one by one.
+def _converted(source: SingleFile, component: str) -> nn.Module:
+    """One part of a single checkpoint, converted by diffusers in the file's own precision.
 
-    **Memory**: until a part is asked for it stays in RAM in 16 bit.
+    **Memory**: only this part is read, and nothing but the caller holds it; asked for again, it is read again.
     """
-
-    def __init__(self, source: SingleFile) -> None:
-        self._source = source
-        self._pipeline: Any = None
-
-    def _load(self) -> Any:
-        if self._pipeline is None:
-            config = None if self._source.config_folder is None else str(self._source.config_folder)
-            try:
-                with _quiet():
-                    self._pipeline = diffusers.StableDiffusionPipeline.from_single_file(
-                        str(self._source.path),
-                        config=config,
-                        torch_dtype=torch.float16,
-                        safety_checker=None,
-                        use_safetensors=True,
-                    )
-            except Exception as error:
-                # diffusers raises a dozen kinds here, from KeyError to its own; all mean the same to a user.
-                raise IncompleteModelError(
-                    f"{self._source.path.name} could not be read as a Stable Diffusion checkpoint "
-                    f"({_first_line(error)}); its configuration is looked up "
-                    "on the Hub, or given as a diffusers folder of the same family (--model-config)"
-                ) from error
-        return self._pipeline
-
-    def config(self, component: str) -> dict[str, Any]:
-        return dict(getattr(self._load(), component).config)
-
-    def part(self, component: str) -> Any:
-        return getattr(self._load(), component)
+    others = {name: None for name in _PIPELINE if name != component}
+    try:
+        with _quiet():
+            pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+                str(source.path),
+                config=str(source.configuration.path),
+                torch_dtype=source.dtype(component),
+                local_files_only=True,
+                **others,
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # diffusers raises a dozen kinds here, from KeyError to its own; all mean the same to a user.
+        raise IncompleteModelError(
+            f"{source.path.name}: {component} could not be converted ({_first_line(error)}); "
+            f"expected a checkpoint that fits the configuration of {source.configuration.label}"
+        ) from error
+    part: nn.Module = getattr(pipeline, component)
+    missing = sorted(name for name, tensor in part.state_dict().items() if tensor.is_meta)
+    if missing:
+        raise IncompleteModelError(
+            f"{source.path.name}: {component} lacks {len(missing)} tensors of the configuration of "
+            f"{source.configuration.label}, such as {', '.join(missing[:3])}"
+        )
+    return part
 
 
 @contextlib.contextmanager
