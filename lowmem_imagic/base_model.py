@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import BackendUnavailableError, ConfigError
 from .families import DEMO, StableDiffusion, load_family
 from .identity import BaseIdentity
+from .memory import return_freed_memory
 from .quantize import WEIGHT_FORMATS, weight_bytes
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ class BaseModel:
     def unet(self) -> nn.Module:
         """The frozen UNet, loaded and quantised at the first use."""
         if self._unet is None:
+            if self.device.type == "cpu":
+                return_freed_memory()
             unet = self.family.load_unet(weights=self.weights, device=self.device, dtype=self.dtype)
             if self.attention == "xformers":
                 unet.enable_xformers_memory_efficient_attention()  # type: ignore[operator]

@@ -1,5 +1,7 @@
-"""Seconds and peak bytes of each stage, measured."""
+"""Seconds and peak bytes of each stage, measured; and freed memory given back."""
 
+import ctypes
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +32,17 @@ class Meter:
             torch.cuda.synchronize(self.device)
         seconds = round(time.perf_counter() - started, 3)
         self.stages[name] = {"seconds": seconds, "peak_bytes": peak_bytes(self.device)}
+
+
+def return_freed_memory() -> None:
+    """Makes glibc give freed blocks of 1 MiB and more back to the system at once; nothing elsewhere.
+
+    By default it learns to keep blocks of up to 32 MiB, which are what expanded weights and activations are: one
+    training row of Stable Diffusion 1.5 at 512 px then peaks at 1.6 GiB over baseline instead of 1.1. For the process.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        m_mmap_threshold = -3
+        mallopt(m_mmap_threshold, 2**20)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -248,7 +248,9 @@ def test_divergence_ends_with_what_to_change(run, photo, monkeypatch):
     """A loss that is no longer finite ends the run with one line that says to lower the learning rate."""
     from lowmem_imagic import training
 
-    monkeypatch.setattr(training, "loss_per_edit", lambda prediction, target, n: prediction.sum().expand(n) * float("nan"))
+    monkeypatch.setattr(
+        training, "loss_per_edit", lambda prediction, target, n: prediction.sum().expand(n) * float("nan")
+    )
     _fails(run("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK[:6], "--quiet"), 1, "lower the learning rate")
     assert not Path("e.safetensors").exists()
 
