@@ -330,7 +330,7 @@ def test_output_that_cannot_be_written(run, photo, finished):
 
 
 def test_full_disk_keeps_the_finished_edit(run, photo, monkeypatch):
-    """When the edit cannot be written after training, it is kept in the temporary folder, and the message says where."""
+    """An edit that cannot be written after training is kept in the temporary folder, and the message says where."""
     from lowmem_imagic import result_folder
     from lowmem_imagic.errors import OutputUnwritableError
 
