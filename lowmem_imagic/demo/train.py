@@ -279,7 +279,7 @@ def _tokenizer(scenes: list[Scene], folder: Path, seed: int) -> CLIPTokenizer:
 
 
 def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
-    """Writes the pipeline in fp16 into the folder `out`, readable by everyone and by older transformers."""
+    """Writes the pipeline in fp16 into the folder `out`, its files readable by everyone."""
     pipeline.to("cpu", torch.float16).save_pretrained(out, safe_serialization=True)
     # transformers 4 reads the vocabulary from these two files, transformers 5 from tokenizer.json.
     pipeline.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
