@@ -191,8 +191,8 @@ class Scene:
             say_pose = rng.random() < (0.85 if solid.pose == "lying" else 0.3)
             phrases.append(
                 solid.words(
-                    size=rng.random() < 0.4,
-                    material=rng.random() < 0.5,
+                    size=rng.random() < 0.55,
+                    material=rng.random() < 0.65,
                     color=rng.random() < 0.94,
                     pose=say_pose,
                 )

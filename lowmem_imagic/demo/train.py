@@ -4,6 +4,9 @@ Four steps, each resumable (run the same command again) and seeded: render scene
 encode the pictures; train UNet and text encoder together, with 10 % empty captions. The result is a
 diffusers ``StableDiffusionPipeline`` folder in fp16. About 90 minutes on two CPU cores.
 
+``--start-from DIR`` goes on from a finished folder instead: its VAE and tokenizer are kept, its UNet and text
+encoder trained further, on scenes of another ``--seed``.
+
 What a step draws depends only on (seed, step), so a resumed training draws what an uninterrupted
 one would have drawn. Checkpoints are safetensors: weights, averages and optimiser moments.
 """
@@ -21,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 from . import architecture
 from .render import render
@@ -34,6 +37,8 @@ from .scene import Scene
 log = logging.getLogger("lowmem_imagic.demo.train")
 
 EMPTY_CAPTION_SHARE = 0.1
+MIN_SNR, MAX_WEIGHT = 5.0, 10.0
+"""Bounds of the weight of a timestep, see `loss_weights`."""
 
 
 def scene_at(seed: int, index: int) -> Scene:
@@ -70,6 +75,18 @@ def _one_thread() -> None:
 def to_tensor(pictures: np.ndarray, device: torch.device) -> Tensor:
     """(B, 3, H, W) in [-1, 1] from (B, H, W, 3) uint8."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def loss_weights(scheduler: DDIMScheduler) -> Tensor:
+    """Weight (1000,) of each timestep's squared error of the noise.
+
+    What and where an object is, is settled at high noise, where the plain loss is all but blind: there the weight
+    is that of the velocity, 1 + 1/SNR (Salimans and Ho 2022, equation 13 and appendix D), at most `MAX_WEIGHT`.
+    At low noise it falls as `MIN_SNR` / SNR (Hang et al. 2023, section 3.4).
+    """
+    kept = scheduler.alphas_cumprod
+    snr = kept / (1 - kept)
+    return (1 + 1 / snr).clamp_max(MAX_WEIGHT) * (MIN_SNR / snr).clamp_max(1.0)
 
 
 class Trainer:
@@ -196,23 +213,40 @@ def encoded(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> T
     return torch.cat(parts)
 
 
+def new_pipeline(vae: AutoencoderKL, scenes: list[Scene], work: Path, *, seed: int) -> StableDiffusionPipeline:
+    """The pipeline around a trained VAE, UNet and text encoder untrained."""
+    torch.manual_seed(seed + 1)
+    tokenizer = _tokenizer(scenes[:4000], work / "tokenizer", seed)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=architecture.new_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=architecture.new_unet(),
+        scheduler=architecture.new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def train_unet(
-    vae: AutoencoderKL,
+    pipeline: StableDiffusionPipeline,
     pictures: np.ndarray,
+    scenes: list[Scene],
     work: Path,
     *,
     steps: int,
     batch: int,
     seed: int,
     device: torch.device,
-) -> StableDiffusionPipeline:
-    """The whole pipeline: UNet and text encoder trained together on latents and captions of the scenes."""
-    torch.manual_seed(seed + 1)
-    scenes = [scene_at(seed, index) for index in range(len(pictures))]
-    tokenizer = _tokenizer(scenes[:4000], work / "tokenizer", seed)
-    text_encoder = architecture.new_text_encoder(tokenizer).to(device)
-    unet = architecture.new_unet().to(device, memory_format=torch.channels_last)
-    scheduler = architecture.new_scheduler()
+    compiled: bool = False,
+) -> None:
+    """Trains the pipeline's UNet and text encoder together on latents and captions of the scenes."""
+    vae, tokenizer, scheduler = pipeline.vae.to(device), pipeline.tokenizer, pipeline.scheduler
+    text_encoder = pipeline.text_encoder.to(device).train()
+    unet = pipeline.unet.to(device, memory_format=torch.channels_last).train()
+    predict = torch.compile(unet) if compiled else unet
+    weights = loss_weights(scheduler).to(device)
     scale = vae.config.scaling_factor
     latents = encoded(vae, pictures, device) * scale
     mirrored = encoded(vae, np.ascontiguousarray(pictures[:, :, ::-1]), device) * scale
@@ -245,27 +279,20 @@ def train_unet(
         parts = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = (parts * scheduler.config.num_train_timesteps).long().to(device)
         noisy = scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        noise_pred = unet(noisy, timesteps, text_encoder(tokens)[0]).sample
-        loss = F.mse_loss(noise_pred, noise)
+        noise_pred = predict(noisy, timesteps, text_encoder(tokens)[0]).sample
+        errors = F.mse_loss(noise_pred, noise, reduction="none").mean((1, 2, 3))
+        loss = (weights[timesteps] * errors).mean()
         trainer.update(loss)
         losses.append(loss.item())
         if step % 100 == 0:
             mean = sum(losses[-100:]) / len(losses[-100:])
             log.info("unet step %d: loss %.4f, %.0f s", step, mean, time.monotonic() - started)
     trainer.use_average()
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    text_encoder.eval()
+    unet.eval()
 
 
-def _tokenizer(scenes: list[Scene], folder: Path, seed: int) -> CLIPTokenizer:
+def _tokenizer(scenes: list[Scene], folder: Path, seed: int) -> CLIPTokenizerFast:
     """The tokenizer learnt from captions of `scenes`; the one in `folder` where it was learnt before.
 
     Kept, because merges of equal frequency may be learnt in another order when training resumes.
@@ -275,12 +302,16 @@ def _tokenizer(scenes: list[Scene], folder: Path, seed: int) -> CLIPTokenizer:
         partial = folder.with_suffix(".partial")
         architecture.train_tokenizer([scene.caption(rng) for scene in scenes]).save_pretrained(partial)
         os.replace(partial, folder)
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
     """Writes the pipeline in fp16 into the folder `out`, its files readable by everyone."""
     pipeline.to("cpu", torch.float16).save_pretrained(out, safe_serialization=True)
+    # transformers 5.6 and later leave out a prefix that earlier versions need and all take.
+    text_encoder = out / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(text_encoder).items()}
+    save_file(tensors, text_encoder, metadata={"format": "pt"})
     # transformers 4 reads the vocabulary from these two files, transformers 5 from tokenizer.json.
     pipeline.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
     for path in out.rglob("*"):
@@ -299,7 +330,11 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=4500, help="UNet and text encoder steps [4500]")
     parser.add_argument("--unet-batch", type=int, default=32, help="pictures per UNet step [32]")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and draws [0]")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="DIR", help="a finished pipeline whose UNet and text encoder train on"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="a quarter faster; needs a C++ compiler on CPUs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rendering processes")
     parser.add_argument(
         "--now",
@@ -313,11 +348,30 @@ def main() -> None:
     device = torch.device(args.device)
 
     pictures = rendered(work / "pictures.npy", seed=args.seed, count=args.scenes, processes=args.processes)
+    scenes = [scene_at(args.seed, index) for index in range(len(pictures))]
     vae_steps, unet_steps = args.vae_steps, args.unet_steps
     if args.now:
-        vae_steps, unet_steps = (int(load_file(work / f"{part}.safetensors")["step"]) for part in ("vae", "unet"))
-    vae = train_vae(pictures, work, steps=vae_steps, batch=args.vae_batch, seed=args.seed, device=device)
-    pipeline = train_unet(vae, pictures, work, steps=unet_steps, batch=args.unet_batch, seed=args.seed, device=device)
+        unet_steps = int(load_file(work / "unet.safetensors")["step"])
+    if args.start_from:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            args.start_from, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    else:
+        if args.now:
+            vae_steps = int(load_file(work / "vae.safetensors")["step"])
+        vae = train_vae(pictures, work, steps=vae_steps, batch=args.vae_batch, seed=args.seed, device=device)
+        pipeline = new_pipeline(vae, scenes, work, seed=args.seed)
+    train_unet(
+        pipeline,
+        pictures,
+        scenes,
+        work,
+        steps=unet_steps,
+        batch=args.unet_batch,
+        seed=args.seed,
+        device=device,
+        compiled=args.compile,
+    )
     save(pipeline, args.out)
     log.info("wrote %s", args.out)
 
