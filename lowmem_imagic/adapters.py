@@ -255,9 +255,11 @@ class AdapterPack:
                 setattr(parent, child, base)
 
     def export(self, edit: int) -> dict[str, Factors]:
-        """One edit's adapter by kohya key, as fp32 copies on the CPU."""
+        """One edit's adapter by kohya key, as fp32 copies on the CPU; without the layers that only other edits have."""
         factors = {}
         for name, (down, up) in self._parameters.items():
+            if not self.alphas[name][edit]:
+                continue
             d, u = down[edit].detach().cpu().clone(), up[edit].detach().cpu().clone()
             factors[kohya_key(name)] = (d, u if d.dim() == 2 else u[..., None, None], self.alphas[name][edit])
         return factors
@@ -269,8 +271,10 @@ class AdapterPack:
         """The pack of finished adapters; layers and ranks may differ between edits (zeros fill the gaps).
 
         Raises:
-            ValueError: a key no layer of the network has, or factors that do not fit its layer.
+            ValueError: no factors at all, a key no layer of the network has, or factors that do not fit its layer.
         """
+        if not any(adapters):
+            raise ValueError("there are no adapters to load")
         names = {
             kohya_key(name): name
             for name, module in network.named_modules()

@@ -208,13 +208,13 @@ class BaseModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, size, size) in [-1, 1], fp32 on the CPU."""
-        with self._part(self.family.load_vae, self._part_dtype) as vae:
-            images = self.family.decode(vae, latents)
-        if not images.isfinite().all():
-            # Some autoencoders overflow in half precision.
-            with self._part(self.family.load_vae, torch.float32) as vae:
-                images = self.family.decode(vae, latents)
-        return images
+        images = self._decode(latents, self._part_dtype)
+        # Some autoencoders overflow in half precision.
+        return images if images.isfinite().all() else self._decode(latents, torch.float32)
+
+    def _decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
+        with self._part(self.family.load_vae, dtype) as vae:
+            return self.family.decode(vae, latents)
 
     def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         """The UNet's prediction (R, C, H, W) for noisy latents (R, C, H, W), timesteps (R,), text (R, T, D)."""

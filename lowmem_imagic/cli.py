@@ -32,9 +32,16 @@ INTERRUPTED = 130
 
 Model = Annotated[
     str | None,
-    typer.Option(help="demo, sd14, sd15, sd21, a diffusers folder, a .safetensors file or a Hub id [default: demo]"),
+    typer.Option(
+        help="demo, sd14, sd15, sd21, sd21-base, a diffusers folder, a .safetensors file or a Hub id [default: demo]"
+    ),
 ]
-ModelConfig = Annotated[Path | None, typer.Option(help="diffusers folder whose configuration a .safetensors file uses")]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="diffusers folder whose configuration a .safetensors file uses; one of SD 2.x needs it, others offline"
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub model")]
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu")]
 BaseWeights = Annotated[str, typer.Option(help="format of the frozen UNet: int8, bnb-int8, bf16 or fp32")]

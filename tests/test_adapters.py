@@ -423,12 +423,13 @@ def test_exported_shapes_are_kohyas(unet: Any) -> None:
 
 
 def test_edits_of_other_ranks_and_layers_load_together(unet: Any, relative: Callable[..., float]) -> None:
-    """Edits of rank 1, 4 and 2 on different layers share a pack and each gives what it gives alone."""
+    """Edits of rank 1, 4 and 2 on different layers share a pack; each gives what it gives alone, in its own layers."""
     choices = (("all", 1), ("attn", 4), ("attn+ff", 2))
     exported = [trained_pack(unet, adapt=adapt, rank=rank).export(1) for adapt, rank in choices]
     together = AdapterPack.load(unet, exported)
     assert together.rank == 4
     for edit, adapter in enumerate(exported):
+        assert set(together.export(edit)) == set(adapter)
         alone = AdapterPack.load(unet, [adapter])
         index = [edit] * 3
         assert relative(predict(unet, 3, together, index), predict(unet, 3, alone)) < 1e-5
@@ -453,6 +454,13 @@ def test_factors_that_do_not_fit_are_refused(unet: Any, change: Callable[..., An
     down, up, alpha = exported[key]
     with pytest.raises(ValueError, match=f"{key} has factors"):
         AdapterPack.load(unet, [{**exported, key: (*change(down, up), alpha)}])
+
+
+@pytest.mark.parametrize("edits", [[], [{}]])
+def test_no_factors_are_refused(edits: list[Any], unet: Any) -> None:
+    """A pack of nothing is refused in words."""
+    with pytest.raises(ValueError, match="no adapters"):
+        AdapterPack.load(unet, edits)
 
 
 def test_unknown_layers_are_refused(unet: Any) -> None:

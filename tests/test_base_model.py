@@ -81,6 +81,14 @@ def test_unknown_names(name: str) -> None:
         BaseModel.load(name, device="cpu")
 
 
+@pytest.mark.parametrize("kind", ["demo", "folder", "file"])
+def test_a_revision_of_what_is_not_on_the_hub(kind: str, tiny_folder: Path) -> None:
+    """A revision of the bundled model, a folder or a file is refused, not silently left out."""
+    name = {"demo": "demo", "folder": str(tiny_folder), "file": str(tiny_folder / "model_index.json")}[kind]
+    with pytest.raises(ConfigError, match=r"revision is 'main', but .* is not on the Hub"):
+        BaseModel.load(name, revision="main", device="cpu")
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".pkl"])
 def test_pickles_are_never_opened(suffix: str, tmp_path: Path) -> None:
     """A pickled checkpoint is refused by its name alone, with the reason; its bytes are not read."""
@@ -543,6 +551,15 @@ def test_overflow_in_the_vae_is_repeated_in_fp32(tiny_folder: Path, monkeypatch:
     images = base.decode(latents)
     assert dtypes == [torch.bfloat16, torch.float32]
     assert torch.equal(images, load_and_decode(tiny_folder, latents))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_decoding_does_not_hide_overflow(value: float, tiny_folder: Path) -> None:
+    """A picture in which the autoencoder overflowed is not finite, whichever way it overflowed."""
+    family = load(tiny_folder).family
+    vae = family.load_vae(device=CPU, dtype=torch.float32)
+    vae.decoder.conv_out.bias.fill_(value)
+    assert not family.decode(vae, torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE)).isfinite().any()
 
 
 def load_and_decode(folder: Path, latents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import IncompleteModelError, UnknownModelError, WrongFamilyError
+from ..errors import ConfigError, IncompleteModelError, UnknownModelError, WrongFamilyError
 from . import hub
 
 DEMO = "demo"
@@ -270,10 +270,13 @@ def locate(name: str, *, revision: str | None = None, config_folder: Path | None
 
     Raises:
         UnknownModelError: no such model here, or it cannot be downloaded.
+        ConfigError: a revision of a model that is not on the Hub.
     """
+    path = Path(name)
+    if revision is not None and (name == DEMO or (name and path.exists())):
+        raise ConfigError(f"revision is {revision!r}, but {path.name} is not on the Hub; leave the revision out")
     if name == DEMO:
         return Folder(Path(__file__).parent.parent / "demo" / "model", DEMO)
-    path = Path(name)
     if name and path.is_dir():
         return Folder(path, _label(path.resolve().name))
     if path.is_file():

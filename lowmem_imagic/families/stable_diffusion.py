@@ -237,10 +237,15 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, decoded one by one to bound memory."""
+        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, decoded one by one to bound memory.
+
+        Not finite where the autoencoder overflows in its type.
+        """
         first = next(vae.parameters())
         parts = [vae.decode((z[None] / self._scaling).to(first)).sample for z in latents]  # type: ignore[operator]
-        return torch.cat(parts).float().cpu().clamp_(-1, 1)
+        # Clamping would hide an overflow to infinity, not one to NaN.
+        images = torch.cat(parts).float().cpu()
+        return images.where(~images.isfinite(), images.clamp(-1, 1))
 
     @property
     def _scaling(self) -> float:
