@@ -84,7 +84,7 @@ def loss_weights(scheduler: DDIMScheduler) -> Tensor:
     is that of the velocity, 1 + 1/SNR (Salimans and Ho 2022, equation 13 and appendix D), at most `MAX_WEIGHT`.
     At low noise it falls as `MIN_SNR` / SNR (Hang et al. 2023, section 3.4).
     """
-    kept = scheduler.alphas_cumprod
+    kept: Tensor = scheduler.alphas_cumprod
     snr = kept / (1 - kept)
     return (1 + 1 / snr).clamp_max(MAX_WEIGHT) * (MIN_SNR / snr).clamp_max(1.0)
 

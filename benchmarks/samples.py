@@ -1,0 +1,213 @@
+"""Pictures drawn from captions of held-out scenes, and how many show what the caption says.
+
+A caption always names colour, shape and floor, and the other attributes at random; the judge (`benchmarks.oracle`)
+reads the sample, and an attribute is right where it reads what the caption says. With two objects, either may be
+the left one (training mirrors pictures and not their captions): readings are matched to the caption's objects the
+better way round.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
+from lowmem_imagic.demo.train import scene_at
+from lowmem_imagic.diffusion import guide
+from lowmem_imagic.png import contact_sheet
+
+from .oracle import WORDS, Attributes, Oracle
+
+SCENE_SEED = 2
+"""Seed of the held-out scenes; 0 and 4 train the model, 1 the judge."""
+NAMED = ("shape", "color", "floor")
+"""Attributes every caption names."""
+SHARE_TARGET = 0.90
+"""Of samples that show what is named, for each attribute of `NAMED`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How samples are drawn."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 3.0
+    scheduler: str = "DDIM"
+    batch: int = 50
+    """Pictures sampled together; no picture depends on it."""
+    seed: int = 0
+    """Sample number i starts from the noise of seed ``seed + i``."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption and what it names."""
+
+    caption: str
+    scene: Scene
+    named: tuple[frozenset[str], ...]
+    """Attributes the caption names of each object; the floor is named with every object."""
+
+    @staticmethod
+    def of(scene: Scene, rng: random.Random) -> "Prompt":
+        """A caption of the scene that names colour, shape and floor, and each other attribute half of the time."""
+        phrases, named = [], []
+        for solid in scene.objects:
+            says = {name: rng.random() < 0.5 for name in ("size", "material", "pose")}
+            phrases.append(solid.words(size=says["size"], material=says["material"], pose=says["pose"]))
+            says["pose"] &= solid.shape in LYING_SHAPES
+            named.append(frozenset(NAMED) | {name for name, said in says.items() if said})
+        return Prompt(f"a photo of {' and '.join(phrases)} on a {scene.floor} floor", scene, tuple(named))
+
+    def verdicts(self, readings: Sequence[Attributes]) -> list[dict[str, bool]]:
+        """For each object the named attributes, and whether its reading agrees; readings in the best order."""
+        orders = [list(readings), list(readings)[::-1]][: len(readings)]
+        judged = [
+            [
+                {name: getattr(found, name) == getattr(Attributes.of(self.scene, index), name) for name in names}
+                for index, (names, found) in enumerate(zip(self.named, order, strict=True))
+            ]
+            for order in orders
+        ]
+
+        def agreement(objects: list[dict[str, bool]]) -> tuple[int, int]:
+            named = sum(verdict[name] for verdict in objects for name in NAMED)
+            return named, sum(sum(verdict.values()) for verdict in objects)
+
+        return max(judged, key=agreement)
+
+
+def held_out(singles: int, pairs: int) -> list[Scene]:
+    """The first held-out scenes that hold this many of one object and of two, in that order."""
+    wanted, found = {1: singles, 2: pairs}, {1: list[Scene](), 2: list[Scene]()}
+    index = 0
+    while any(len(found[count]) < number for count, number in wanted.items()):
+        scene = scene_at(SCENE_SEED, index)
+        kind = len(scene.objects)
+        if len(found[kind]) < wanted[kind]:
+            found[kind].append(scene)
+        index += 1
+    return found[1] + found[2]
+
+
+@torch.no_grad()
+def text_to_image(base: BaseModel, captions: Sequence[str], settings: Settings) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, by plain text-to-image with guidance; no adapters."""
+    text = base.encode_text(captions)
+    empty = base.encode_text([""])[0]
+    channels, side = base.family.unet_config["in_channels"], base.family.unet_config["sample_size"]
+    finished = []
+    numbers = list(range(len(captions)))
+    batches = [numbers[i : i + settings.batch] for i in range(0, len(numbers), settings.batch)]
+    with tqdm(total=len(batches) * settings.num_inference_steps, desc="sampling", mininterval=2) as bar:
+        for rows in batches:
+            scheduler = base.family.scheduler(settings.scheduler)
+            scheduler.set_timesteps(settings.num_inference_steps, device=base.device)
+            # One generator a picture: the batch it is sampled in cannot change it.
+            noise = [
+                torch.randn((channels, side, side), generator=torch.Generator().manual_seed(settings.seed + row))
+                for row in rows
+            ]
+            latents = torch.stack(noise).to(base.device) * scheduler.init_noise_sigma
+            embeddings = torch.cat([empty.expand_as(text[rows]), text[rows]]).to(base.device)
+            for timestep in scheduler.timesteps:
+                scaled = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+                prediction = base.predict(scaled, timestep.expand(len(scaled)), embeddings).float()
+                unconditional, conditional = prediction.chunk(2)
+                prediction = guide(unconditional, conditional, settings.guidance_scale)
+                latents = scheduler.step(prediction, timestep, latents).prev_sample
+                bar.update()
+            finished.append(latents.float().cpu())
+    return torch.cat([base.decode(latents) for latents in tqdm(finished, desc="decoding")])
+
+
+class Samples(NamedTuple):
+    """Pictures drawn from captions, and what the judge says of each."""
+
+    prompts: list[Prompt]
+    images: Tensor
+    """(B, 3, H, W) in [-1, 1]."""
+    readings: list[tuple[Attributes, ...]]
+
+    @property
+    def right(self) -> list[bool]:
+        """For each picture, whether shape, colour and floor are as its caption says."""
+        pairs = zip(self.prompts, self.readings, strict=True)
+        return [all(verdict[name] for verdict in p.verdicts(found) for name in NAMED) for p, found in pairs]
+
+    def summary(self, count: int) -> dict[str, Any] | None:
+        """`judged` for the pictures with `count` objects; None where there are none."""
+        rows = [i for i, prompt in enumerate(self.prompts) if len(prompt.scene.objects) == count]
+        if not rows:
+            return None
+        return judged([self.prompts[i] for i in rows], [self.readings[i] for i in rows], targets=count == 1)
+
+
+def read(oracle: Oracle, images: Tensor, count: int) -> list[tuple[Attributes, ...]]:
+    """For each picture with `count` objects a reading of each."""
+    if not len(images):
+        return []
+    return [(found,) for found in oracle.read(images)] if count == 1 else [*oracle.read_pairs(images)]
+
+
+def judged(prompts: Sequence[Prompt], readings: Sequence[Sequence[Attributes]], *, targets: bool) -> dict[str, Any]:
+    """Shares of named attributes that are right, one verdict an object, and of pictures right altogether."""
+    verdicts = [prompt.verdicts(found) for prompt, found in zip(prompts, readings, strict=True)]
+    by_word: dict[str, dict[str, Any]] = {}
+    attributes = {}
+    for name, values in WORDS.items():
+        rows = [
+            (getattr(Attributes.of(prompt.scene, index), name), verdict[name])
+            for prompt, objects in zip(prompts, verdicts, strict=True)
+            for index, verdict in enumerate(objects)
+            if name in verdict
+        ]
+        target = SHARE_TARGET if targets and name in NAMED else None
+        attributes[name] = share([right for _, right in rows], target)
+        by_word[name] = {value: share([right for word, right in rows if word == value]) for value in values}
+    return {
+        "captions": len(prompts),
+        "attributes": attributes,
+        "by_word": by_word,
+        "shape_color_and_floor": share([all(v[n] for v in objects for n in NAMED) for objects in verdicts]),
+        "all_that_is_named": share([all(all(v.values()) for v in objects) for objects in verdicts]),
+    }
+
+
+def share(verdicts: Sequence[bool], target: float | None = None) -> dict[str, Any] | None:
+    """How many of the verdicts are right, with the 95 % interval of the share (Wilson); None for no verdicts."""
+    of, right = len(verdicts), sum(verdicts)
+    if not of:
+        return None
+    z = 1.96
+    rate, spread = right / of, z * z / of
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / of + spread / (4 * of)) / (1 + spread)
+    result: dict[str, Any] = {
+        "right": right,
+        "of": of,
+        "share": round(rate, 4),
+        "interval_95": [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)],
+    }
+    if target is not None:
+        result |= {"target": target, "passed": rate >= target}
+    return result
+
+
+def grid(samples: Samples, rows: Sequence[int], footer: str) -> Image.Image:
+    """The chosen samples with their captions; a red frame where shape, colour or floor is not as named."""
+    cells, right = [], samples.right
+    for row in rows:
+        prompt, image = samples.prompts[row], samples.images[row]
+        pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        picture = Image.fromarray(pixels).resize((160, 160), Image.Resampling.BICUBIC)
+        picture = ImageOps.expand(picture, 4, "white" if right[row] else (220, 30, 30))
+        cells.append((prompt.caption.removeprefix("a photo of "), picture))
+    return contact_sheet(cells, columns=8, title="Samples of the bundled model", footer=footer, cell_px=168)
