@@ -1,0 +1,150 @@
+"""Whether an edited picture is what its sentence asks for, and the photo otherwise: judged on every item, together.
+
+*success*: the judge (`benchmarks.oracle`) sees every attribute that was asked for. *kept*: it sees every other
+attribute, and position and size, as they were. *background*: PSNR against the photo where the edit must leave it
+alone (`SceneEdit.kept_mask`). A picture is *good* when success, kept and a background of `BACKGROUND_DB` hold together.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+from lowmem_imagic.demo.scene import LYING_SHAPES
+from lowmem_imagic.demo.train import to_tensor
+
+from .oracle import WORDS, Attributes, Oracle
+from .scene_edits import SceneEdit
+
+BACKGROUND_DB = 22.0
+"""PSNR that the part to be left alone must reach."""
+PLACE = {"x": 0.25, "z": 0.35}
+"""How far, in scene units, an object may be read from where it was: about four mean errors of the judge."""
+RADIUS_SHARE = 0.2
+"""How far its radius may be read from what it was, as a share of it."""
+RESAMPLES = 2000
+"""Of the bootstrap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is said of one edited picture."""
+
+    success: bool
+    kept: bool
+    background_db: float
+    """PSNR against the photo where the edit must leave it alone."""
+    truth_db: float
+    """PSNR against the ground-truth render, everywhere."""
+    truth_ssim: float
+    """SSIM against the ground-truth render (Wang et al. 2004)."""
+
+    @property
+    def good(self) -> bool:
+        """Everything at once."""
+        return self.success and self.kept and self.background_db >= BACKGROUND_DB
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, rounded."""
+        values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return {**values, "good": self.good}
+
+
+def judge(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.Image]) -> list[Verdict]:
+    """A verdict on each picture, the edit of the item at the same place.
+
+    Args:
+        oracle: the reader.
+        items: what was asked.
+        pictures: RGB, squares of one size.
+    """
+    readings = _readings(oracle, items, pictures)
+    verdicts = []
+    for item, picture, found in zip(items, pictures, readings, strict=True):
+        side = picture.width
+        edited = np.asarray(picture)
+        photo, truth = np.asarray(item.photo_picture(side)), np.asarray(item.truth_picture(side))
+        mask = item.kept_mask(side)
+        success, kept = compare(item, found)
+        verdicts.append(
+            Verdict(
+                success=success,
+                kept=kept,
+                background_db=psnr_db(edited[mask], photo[mask]),
+                truth_db=psnr_db(edited, truth),
+                truth_ssim=float(structural_similarity(edited, truth, channel_axis=-1, data_range=255)),
+            )
+        )
+    return verdicts
+
+
+def compare(item: SceneEdit, found: Sequence[Attributes]) -> tuple[bool, bool]:
+    """(success, kept) of readings of the edited picture's objects, from left to right."""
+    truth = [Attributes.of(item.edited, index) for index in range(len(item.edited.objects))]
+    first = found[0]
+    agrees = {name: getattr(first, name) == getattr(truth[0], name) for name in WORDS}
+    if truth[0].shape not in LYING_SHAPES:
+        del agrees["pose"]
+    in_place = all(abs(getattr(first, axis) - getattr(truth[0], axis)) <= limit for axis, limit in PLACE.items())
+    in_place &= abs(first.radius - truth[0].radius) <= RADIUS_SHARE * truth[0].radius
+    success = all(agrees.get(name, True) for name in item.asked)
+    kept = in_place and all(right for name, right in agrees.items() if name not in item.asked)
+    if len(truth) == 2:
+        success = all(getattr(found[1], name) == getattr(truth[1], name) for name in ("shape", "color"))
+    return success, kept
+
+
+def _readings(
+    oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.Image]
+) -> list[tuple[Attributes, ...]]:
+    """For each picture a reading of each object it should show."""
+    images = to_tensor(np.stack([np.asarray(picture) for picture in pictures]), torch.device("cpu"))
+    readings: list[tuple[Attributes, ...]] = [()] * len(items)
+    singles = [i for i, item in enumerate(items) if len(item.edited.objects) == 1]
+    pairs = [i for i, item in enumerate(items) if len(item.edited.objects) == 2]
+    if singles:
+        for i, found in zip(singles, oracle.read(images[singles]), strict=True):
+            readings[i] = (found,)
+    if pairs:
+        for i, both in zip(pairs, oracle.read_pairs(images[pairs]), strict=True):
+            readings[i] = both
+    return readings
+
+
+def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 values of equal shape, dB; at most 99."""
+    error = np.square(one.astype(np.float64) - other).mean()
+    return min(99.0, 10 * math.log10(255**2 / error)) if error else 99.0
+
+
+def bootstrap(
+    verdicts: Sequence[Verdict], value: Callable[[Verdict], float], *, median: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Mean (or median) of a value over items with its 95 % percentile bootstrap interval."""
+    values = np.array([value(verdict) for verdict in verdicts], float)
+    middle = np.median if median else np.mean
+    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(middle(values[draws], axis=1), [2.5, 97.5])
+    return {
+        "value": round(float(middle(values)), 4),
+        "interval_95": [round(float(low), 4), round(float(high), 4)],
+        "of": len(values),
+    }
+
+
+def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Shares and medians over items, with their intervals."""
+    return {
+        "good": bootstrap(verdicts, lambda v: v.good),
+        "success": bootstrap(verdicts, lambda v: v.success),
+        "kept": bootstrap(verdicts, lambda v: v.kept),
+        "background": bootstrap(verdicts, lambda v: v.background_db >= BACKGROUND_DB),
+        "background_db": bootstrap(verdicts, lambda v: v.background_db, median=True),
+        "truth_db": bootstrap(verdicts, lambda v: v.truth_db, median=True),
+        "truth_ssim": bootstrap(verdicts, lambda v: v.truth_ssim, median=True),
+    }

@@ -1,0 +1,181 @@
+"""How well methods edit photos of the bundled world, judged against ground truth (`benchmarks.scene_edits`).
+
+    python -m benchmarks.edit_quality --set validation --method balanced
+    python -m benchmarks.edit_quality --set validation --method full --items 8 --grid grid.png
+
+Each method is one file ``results/edit_quality_SET_METHOD.json`` with a verdict on every item at every eta. The eta a
+method is reported at is one for all items, chosen on the validation set; the file of the test set names it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lowmem_imagic.atomic import write_bytes
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import preset
+from lowmem_imagic.png import contact_sheet, encode_png
+from lowmem_imagic.quantize import WEIGHT_FORMATS
+
+from .edit_judge import Verdict, judge, summary
+from .edit_methods import Method, Outcome, full_finetune, ours, sdedit, sentence_alone
+from .oracle import Oracle
+from .results import RESULTS, provenance, write_result
+from .scene_edits import HARD_KINDS, KINDS, SETS, VALIDATION, SceneEdit, of_kinds
+
+ETAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+"""Points of every method's slider."""
+
+_BALANCED, _FAST = preset("balanced"), preset("fast")
+METHODS: dict[str, Method] = {
+    "balanced": ours(_BALANCED),
+    "fast": ours(_FAST),
+    "balanced-attn": ours(preset("balanced", {"finetune": {"adapt": "attn"}})),
+    "balanced-attn-ff": ours(preset("balanced", {"finetune": {"adapt": "attn+ff"}})),
+    "embedding-only": ours(_BALANCED, strength=0.0),
+    "full": full_finetune(3e-5, embed_steps=60, steps=120, draws=8, config=_BALANCED),
+    "sdedit": sdedit(_BALANCED.sample),
+    "sentence-alone": sentence_alone(_BALANCED.sample),
+}
+"""What can be compared, by name."""
+
+
+def measured(
+    base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit], method: Method, etas: Sequence[float]
+) -> tuple[Outcome, dict[float, list[Verdict]]]:
+    """What a method makes of the items, and the verdicts on it."""
+    photos = [item.photo_picture(base.size_px) for item in items]
+    outcome = method(base, photos, [item.sentence for item in items], etas)
+    return outcome, {eta: judge(oracle, items, pictures) for eta, pictures in outcome.pictures.items()}
+
+
+def report(
+    items: Sequence[SceneEdit], outcome: Outcome, verdicts: dict[float, list[Verdict]], eta: float
+) -> dict[str, Any]:
+    """The result of one method: the curve along eta, and everything at the one `eta` it is reported at."""
+    main = [i for i in range(len(items)) if items[i].kind not in HARD_KINDS]
+    chosen = verdicts[eta]
+    return {
+        "eta": eta,
+        "at_eta": {
+            "all_but_" + "_and_".join(HARD_KINDS): summary([chosen[i] for i in main]),
+            "all": summary(chosen),
+            "by_kind": {
+                kind: summary([chosen[i] for i in rows]) for kind in KINDS if (rows := of_kinds(items, [kind]))
+            },
+        },
+        "curve": [{"eta": point, **summary([found[i] for i in main])} for point, found in verdicts.items()],
+        "cost": {
+            "passes": outcome.passes,
+            "train_s": round(outcome.train_s, 2),
+            "sample_s_per_picture": round(outcome.sample_s, 3),
+            "edit_bytes_mean": round(sum(outcome.edit_bytes) / len(outcome.edit_bytes)) if outcome.edit_bytes else None,
+        },
+        "items": [
+            {
+                "name": item.name,
+                "sentence": item.sentence,
+                "verdicts": {f"{point:g}": found[number].as_json() for point, found in verdicts.items()},
+            }
+            for number, item in enumerate(items)
+        ],
+    }
+
+
+def best_eta(items: Sequence[SceneEdit], verdicts: dict[float, list[Verdict]]) -> float:
+    """The eta with most good items, the hard kinds left out; of equals, the one with the better background."""
+    main = [i for i in range(len(items)) if items[i].kind not in HARD_KINDS] or list(range(len(items)))
+
+    def worth(eta: float) -> tuple[int, float]:
+        found = [verdicts[eta][i] for i in main]
+        return sum(v.good for v in found), sum(v.background_db for v in found)
+
+    return max((eta for eta in verdicts if eta > 0), key=worth)
+
+
+def chosen_eta(method: str) -> float:
+    """The eta that the validation set chose for a method.
+
+    Raises:
+        FileNotFoundError: the method has no complete result on the validation set yet.
+    """
+    path = RESULTS / f"{result_name(VALIDATION.name, method)}.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))["eta"])
+
+
+def result_name(items: str, method: str) -> str:
+    """Name of the result of a method on a set."""
+    return f"edit_quality_{items}_{method.replace('-', '_')}"
+
+
+def grid(items: Sequence[SceneEdit], outcome: Outcome, verdicts: dict[float, list[Verdict]], eta: float) -> Image.Image:
+    """A row of photo, edit and ground truth for each item, failures included."""
+    cells: list[tuple[str, Image.Image]] = []
+    for number, item in enumerate(items):
+        made = outcome.pictures[eta][number]
+        verdict = verdicts[eta][number]
+        says = "good" if verdict.good else ("" if verdict.success else "not done; ") + f"{verdict.background_db:.0f} dB"
+        cells.append((item.sentence.removeprefix("a photo of "), item.photo_picture(made.width)))
+        cells += [(f"eta {eta:g}: {says}", made), ("ground truth", item.truth_picture(made.width))]
+    return contact_sheet(cells, columns=6, title="SceneEdits", footer="", cell_px=128)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=sorted(SETS), default=VALIDATION.name, help="the items [validation]")
+    parser.add_argument("--method", choices=list(METHODS), required=True)
+    parser.add_argument("--items", type=int, metavar="N", help="only the first N items: a partial run")
+    parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of the base [int8; fp32 for full]")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of all items")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here, partial or not")
+    args = parser.parse_args()
+
+    chosen = SETS[args.set]
+    items = chosen.items()[: args.items]
+    partial = len(items) < len(chosen.items())
+    weights = args.weights or ("fp32" if args.method == "full" else "int8")
+    etas, eta = ETAS, None
+    if chosen is not VALIDATION:
+        try:
+            eta = chosen_eta(args.method)
+        except FileNotFoundError:
+            print(f"run --set validation --method {args.method} first: it chooses eta", file=sys.stderr)
+            return 2
+        etas = tuple(dict.fromkeys((*ETAS, eta)))
+    base = BaseModel.load("demo", device=args.device, weights=weights)
+    origin, oracle = provenance(base.device), Oracle.load()
+    outcome, verdicts = measured(base, oracle, items, METHODS[args.method], etas)
+    eta = best_eta(items, verdicts) if eta is None else eta
+    result = {
+        "method": args.method,
+        "set": asdict(chosen),
+        "partial": partial,
+        "base_weights": weights,
+        "torch_threads": torch.get_num_threads(),
+        "model": {"name": base.name, "sha256": base.identity.files},
+        "judge": {"sha256": oracle.sha256},
+        **report(items, outcome, verdicts, eta),
+    }
+    for part, values in result["at_eta"].items():
+        if part != "by_kind":
+            shares = "  ".join(f"{name} {value['value']:.3g}" for name, value in values.items())
+            print(f"{args.method}, eta {eta:g}, {part}: {shares}")
+    if args.out or (not partial and args.weights is None):
+        written = write_result(result_name(args.set, args.method), result, path=args.out, origin=origin)
+        print(f"result: {written.name}")
+    if args.grid:
+        write_bytes(args.grid, encode_png(grid(items, outcome, verdicts, eta)), overwrite=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,173 @@
+"""Facts about the benchmark of edits: its items, its verdicts and its methods are what they say."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import edit_judge, edit_methods, edit_quality
+from benchmarks.oracle import Attributes, Oracle
+from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import preset
+
+PX = 64
+ITEMS = VALIDATION.items()
+SMALL = preset(
+    "fast",
+    {
+        "embed": {"steps": 2, "draws": 2},
+        "finetune": {"steps": 2, "draws": 2},
+        "sample": {"num_inference_steps": 2},
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Oracle:
+    """The judge."""
+    return Oracle.load()
+
+
+def item_of(kind: str, number: int = 0) -> SceneEdit:
+    """An item of the validation set."""
+    return [item for item in ITEMS if item.kind == kind][number]
+
+
+def test_sets_are_disjoint_and_every_kind_has_its_share() -> None:
+    """32 validation and 128 test items, no scene in both, each kind an eighth of each."""
+    test = TEST.items()
+    assert (len(ITEMS), len(test)) == (32, 128)
+    assert not {item.photo for item in ITEMS} & {item.photo for item in test}
+    for items in (ITEMS, test):
+        assert {kind: sum(i.kind == kind for i in items) for kind in KINDS} == dict.fromkeys(KINDS, len(items) // 8)
+    assert [item.kind for item in test[:8]] == list(KINDS)
+
+
+def test_items_are_fixed() -> None:
+    """The same items are drawn again, in another process and another year."""
+    assert VALIDATION.items() == ITEMS
+    assert [item.sentence for item in ITEMS[:3]] == [
+        "a photo of a lying red cone on a grass floor",
+        "a photo of a black sphere on a grass floor",
+        "a photo of a purple metal cone on a stone floor",
+    ]
+
+
+def test_only_what_is_asked_changes() -> None:
+    """Photo and ground truth differ in the attributes asked for and in nothing else, and the sentence names them."""
+    for item in [*ITEMS, *TEST.items()]:
+        before, after = item.photo, item.edited
+        assert replace(before, objects=after.objects, floor=after.floor) == after
+        names = ["floor"] * (before.floor != after.floor)
+        fields = ("shape", "color", "material", "size")
+        names += [n for n in fields if getattr(before.objects[0], n) != getattr(after.objects[0], n)]
+        if before.objects[0].pose != after.objects[0].pose and "shape" not in names:
+            names.append("pose")
+        assert set(names) == set(item.asked)
+        assert (len(after.objects) == 2) == (item.kind == "add")
+        for name in item.asked:
+            assert (after.floor if name == "floor" else getattr(after.objects[0], name)) in item.sentence.split()
+
+
+def test_what_must_be_kept_is_the_same_in_the_ground_truth() -> None:
+    """Where an edit must leave the photo alone, ground truth and photo agree above the limit for every item."""
+    for item in ITEMS:
+        mask = item.kept_mask(PX)
+        assert mask.mean() > 0.01
+        photo, truth = np.asarray(item.photo_picture(PX)), np.asarray(item.truth_picture(PX))
+        assert edit_judge.psnr_db(photo[mask], truth[mask]) > edit_judge.BACKGROUND_DB
+
+
+def test_ground_truth_is_good_and_the_photo_is_not(oracle: Oracle) -> None:
+    """Nine in ten ground-truth renders are called good; the unchanged photo never, though it keeps its background."""
+    truth = edit_judge.judge(oracle, ITEMS, [item.truth_picture(PX) for item in ITEMS])
+    assert np.mean([verdict.good for verdict in truth]) >= 0.9
+    assert all(verdict.truth_db == 99 and verdict.truth_ssim == pytest.approx(1) for verdict in truth)
+    photos = edit_judge.judge(oracle, ITEMS, [item.photo_picture(PX) for item in ITEMS])
+    assert not any(verdict.success for item, verdict in zip(ITEMS, photos, strict=True) if item.kind != "add")
+    assert all(verdict.background_db == 99 for verdict in photos)
+
+
+@pytest.mark.parametrize(
+    ("change", "success", "kept"),
+    [
+        ({}, True, True),
+        ({"color": "black"}, False, True),
+        ({"shape": "sphere"}, True, False),
+        ({"floor": "tiled"}, True, False),
+        ({"x": 0.4}, True, False),
+        ({"radius": 1.4}, True, False),
+    ],
+)
+def test_comparing_readings(change: dict[str, Any], success: bool, kept: bool) -> None:
+    """A colour edit succeeds by its colour alone, and keeps by everything else."""
+    item = item_of("color")
+    truth = Attributes.of(item.edited)
+    moved = {n: getattr(truth, n) + v if isinstance(v, float) else v for n, v in change.items()}
+    assert edit_judge.compare(item, [replace(truth, **moved)]) == (success, kept)
+
+
+def test_comparing_a_second_object() -> None:
+    """Adding succeeds by the new object's shape and colour, and keeps by the old one."""
+    item = item_of("add")
+    old, new = (Attributes.of(item.edited, index) for index in (0, 1))
+    assert edit_judge.compare(item, [old, new]) == (True, True)
+    assert edit_judge.compare(item, [old, replace(new, color="black")]) == (False, True)
+    assert edit_judge.compare(item, [replace(old, color="black"), new]) == (True, False)
+
+
+def test_bootstrap_intervals_hold_the_value() -> None:
+    """A share's interval holds it, is the same each time, and is a point when all items agree."""
+    verdict = edit_judge.Verdict(success=True, kept=True, background_db=30, truth_db=20, truth_ssim=0.5)
+    mixed = [verdict] * 6 + [replace(verdict, success=False)] * 2
+    share = edit_judge.bootstrap(mixed, lambda v: v.good)
+    assert share["value"] == 0.75 and share == edit_judge.bootstrap(mixed, lambda v: v.good)
+    assert share["interval_95"][0] < 0.75 < share["interval_95"][1] <= 1
+    assert edit_judge.bootstrap([verdict] * 4, lambda v: v.good)["interval_95"] == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    """The bundled model in fp32."""
+    return BaseModel.load("demo", device="cpu", weights="fp32")
+
+
+@pytest.mark.parametrize("name", ["ours", "full", "sdedit", "sentence-alone"])
+def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: BaseModel, oracle: Oracle) -> None:
+    """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
+    method = {
+        "ours": edit_methods.ours(SMALL, pack=2),
+        "full": edit_methods.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, config=SMALL),
+        "sdedit": edit_methods.sdedit(SMALL.sample),
+        "sentence-alone": edit_methods.sentence_alone(SMALL.sample),
+    }[name]
+    before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
+    items, etas = ITEMS[:3], (0.0, 0.5, 1.0)
+    outcome, verdicts = edit_quality.measured(base, oracle, items, method, etas)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.unet.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
+    assert outcome.passes == (8 if name in ("ours", "full") else 0)
+    assert set(verdicts) == set(etas) and all(len(found) == 3 for found in verdicts.values())
+    result = edit_quality.report(items, outcome, verdicts, edit_quality.best_eta(items, verdicts))
+    assert result["eta"] in (0.5, 1.0)
+    assert len(result["curve"]) == 3 and len(result["items"]) == 3
+    assert isinstance(edit_quality.grid(items, outcome, verdicts, 1.0), Image.Image)
+
+
+def test_sdedit_of_no_steps_is_the_photo(base: BaseModel) -> None:
+    """SDEdit at 0 gives the photo's round trip through the autoencoder, and at 1 another picture."""
+    photo = ITEMS[0].photo_picture(PX)
+    made = edit_methods.sdedit(SMALL.sample)(base, [photo], [ITEMS[0].sentence], (0.0, 1.0)).pictures
+    assert edit_judge.psnr_db(np.asarray(made[0.0][0]), np.asarray(photo)) > 25
+    assert edit_judge.psnr_db(np.asarray(made[1.0][0]), np.asarray(photo)) < 25
+
+
+def test_full_finetuning_needs_fp32() -> None:
+    """Weights that cannot be trained are refused."""
+    method = edit_methods.full_finetune(1e-4, embed_steps=1, steps=1, draws=1, config=SMALL)
+    with pytest.raises(ValueError, match="needs weights in fp32"):
+        method(BaseModel.load("demo", device="cpu"), [ITEMS[0].photo_picture(PX)], ["a cube"], (1.0,))
