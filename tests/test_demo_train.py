@@ -87,8 +87,13 @@ def test_a_trained_folder_is_a_plain_diffusers_folder(trained_on: Path) -> None:
 
 
 def test_scenes_are_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rendered pictures are those of their scenes, and are taken from the file when there are enough."""
-    first = train.rendered(tmp_path / "pictures.npy", seed=5, count=3, processes=1)
-    assert np.array_equal(first[2], np.asarray(train.render(train.scene_at(5, 2), architecture.SIZE_PX)))
+    """Rendered pictures are those of their scenes; those in the file are not rendered again, others are added."""
+    path = tmp_path / "pictures.npy"
+    kept = train.rendered(path, seed=5, count=2, processes=1)
+    kept[1] = 7
+    np.save(path, kept)
+    more = train.rendered(path, seed=5, count=3, processes=1)
+    assert np.array_equal(more[:2], kept)
+    assert np.array_equal(more[2], np.asarray(train.render(train.scene_at(5, 2), architecture.SIZE_PX)))
     monkeypatch.setattr(train.multiprocessing, "get_context", None)
-    assert np.array_equal(train.rendered(tmp_path / "pictures.npy", seed=5, count=2, processes=1), first[:2])
+    assert np.array_equal(train.rendered(path, seed=5, count=2, processes=1), kept)

@@ -51,16 +51,20 @@ def _render_at(item: tuple[int, int]) -> np.ndarray:
 
 
 def rendered(path: Path, *, seed: int, count: int, processes: int) -> np.ndarray:
-    """Pictures (count, 64, 64, 3) uint8 of scenes 0..count-1, from `path` where they were rendered before."""
-    if path.exists():
-        pictures: np.ndarray = np.load(path, allow_pickle=False)
-        if len(pictures) >= count:
-            return pictures[:count]
+    """Pictures (count, 64, 64, 3) uint8 of scenes 0..count-1; those that `path` holds are not rendered again."""
     size = architecture.SIZE_PX
     pictures = np.empty((count, size, size, 3), np.uint8)
+    there = 0
+    if path.exists():
+        before = np.load(path, allow_pickle=False)[:count]
+        there = len(before)
+        pictures[:there] = before
+    if there == count:
+        return pictures
     with multiprocessing.get_context("spawn").Pool(processes, _one_thread) as pool:
-        work = pool.imap(_render_at, ((seed, index) for index in range(count)), chunksize=32)
-        for index, picture in enumerate(tqdm(work, total=count, desc="rendering", mininterval=5)):
+        work = pool.imap(_render_at, ((seed, index) for index in range(there, count)), chunksize=32)
+        bar = tqdm(work, initial=there, total=count, desc="rendering", mininterval=5)
+        for index, picture in enumerate(bar, start=there):
             pictures[index] = picture
     partial = path.with_suffix(".partial.npy")
     np.save(partial, pictures, allow_pickle=False)
