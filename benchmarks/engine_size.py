@@ -23,7 +23,7 @@ from lowmem_imagic.edit import Edit, LoraFactors
 from lowmem_imagic.families import DEMO
 from lowmem_imagic.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.images import Photo
-from lowmem_imagic.pipeline import Job, make_edits, versions
+from lowmem_imagic.pipeline import COARSE_SIDE, Job, make_edits, versions
 
 from . import sd15
 from .goals import Line, fresh
@@ -72,6 +72,7 @@ def of_sd15(adapt: str, path: Path) -> dict[str, Any]:
     made = Edit(
         adapter={key: LoraFactors(*factors) for key, factors in pack.export(0).items()},
         optimized_embedding=torch.randn(sd15.TOKENS, 768, generator=generator),
+        coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
         target_prompt=sentence,
         base=BaseIdentity(
             source="stable-diffusion-v1-5/stable-diffusion-v1-5",

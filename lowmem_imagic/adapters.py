@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import BLOCKS
+
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 _CONVOLUTION = (
@@ -54,14 +56,23 @@ def target_modules(network: nn.Module, adapt: str) -> dict[str, nn.Module]:
     }
 
 
+def block_of(module_name: str) -> int:
+    """The number in `BLOCKS` of the part of the UNet a module belongs to; what stands before the middle is encoder."""
+    if module_name.startswith("mid_block"):
+        return BLOCKS.index("mid")
+    return BLOCKS.index("up" if module_name.startswith(("up_blocks", "conv_out")) else "down")
+
+
 class Rows:
-    """Which edit each row of the batch belongs to; shared by all layers of a pack.
+    """Which edit each row of the batch belongs to and how strongly it is adapted; shared by all layers of a pack.
 
     `index` is None when the rows lie edit by edit in equal shares, which needs no gathering of factors.
+    `strengths` (R, 3), a factor for each row and each of `BLOCKS`, is None when all are 1.
     """
 
     def __init__(self) -> None:
         self.index: Tensor | None = None
+        self.strengths: Tensor | None = None
 
     def select(self, factors: Tensor) -> Tensor:
         """The factors (G, ...) for G equal groups of rows: one group an edit, or one a row."""
@@ -97,18 +108,25 @@ class _Shape:
 class PackedLoraLayer(nn.Module):
     """A frozen layer with the adapters of N edits; stands in the network in the layer's place while attached."""
 
-    def __init__(self, base: nn.Module, down: nn.Parameter, up: nn.Parameter, scale: Tensor, rows: Rows) -> None:
+    def __init__(
+        self, base: nn.Module, down: nn.Parameter, up: nn.Parameter, scale: Tensor, rows: Rows, block: int
+    ) -> None:
         super().__init__()
         self.base = base
         self.down, self.up = down, up
-        # Not a buffer: the pack owns it and changes it between passes (adapter strength).
+        # Not a buffer: it is the pack's, and alike for all layers of equal alpha.
         self.scale = scale
-        self.rows = rows
+        self.rows, self.block = rows, block
 
     def _group(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Down and scaled up factors for groups of rows, in x's type."""
         down, up = self.rows.select(self.down), self.rows.select(self.up * self.scale.view(-1, 1, 1))
         return down.to(x.dtype), up.to(x.dtype)
+
+    def _strengths(self, x: Tensor) -> Tensor | None:
+        """The factor (R,) on each row's adapter in this layer, in x's type; None when all are 1."""
+        strengths = self.rows.strengths
+        return None if strengths is None else strengths[:, self.block].to(x.dtype)
 
 
 class PackedLoraLinear(PackedLoraLayer):
@@ -118,8 +136,10 @@ class PackedLoraLinear(PackedLoraLayer):
         y: Tensor = self.base(x)
         down, up = self._group(x)
         rows = x.reshape(down.shape[0], -1, x.shape[-1])
-        delta = torch.bmm(torch.bmm(rows, down.transpose(1, 2)), up.transpose(1, 2))
-        return y + delta.view(y.shape)
+        hidden = torch.bmm(rows, down.transpose(1, 2))
+        if (strengths := self._strengths(x)) is not None:
+            hidden = (hidden.view(len(x), -1) * strengths[:, None]).view(hidden.shape)
+        return y + torch.bmm(hidden, up.transpose(1, 2)).view(y.shape)
 
 
 class PackedLoraConv2d(PackedLoraLayer):
@@ -134,6 +154,9 @@ class PackedLoraConv2d(PackedLoraLayer):
         # Every group's channels side by side: one grouped convolution serves all edits.
         beside = x if groups == 1 else x.view(groups, each, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
         hidden = F.conv2d(beside, down.flatten(0, 1), None, conv.stride, conv.padding, 1, groups)
+        if (strengths := self._strengths(x)) is not None:
+            shares = strengths.view(groups, each).T[..., None, None, None]
+            hidden = (hidden.unflatten(1, (groups, -1)) * shares).flatten(1, 2)
         delta = F.conv2d(hidden, up.flatten(0, 1)[..., None, None], groups=groups)
         if groups > 1:
             delta = delta.view(each, groups, *y.shape[1:]).transpose(0, 1).reshape(y.shape)
@@ -167,8 +190,7 @@ class AdapterPack:
         device: torch.device | str = "cpu",
     ) -> None:
         self._create(target_modules(network, adapt), edits, rank, device)
-        self.alphas = {name: [float(alpha)] * edits for name in self._shapes}
-        self.strength(1.0)
+        self._set_alphas({name: [float(alpha)] * edits for name in self._shapes})
 
     def _create(self, modules: Mapping[str, nn.Module], edits: int, rank: int, device: torch.device | str) -> None:
         if not modules:
@@ -179,7 +201,14 @@ class AdapterPack:
         size = sum(shape.size for shape in self._shapes.values())
         self.weights = torch.zeros(edits, size, device=device)
         self._parameters = {name: (nn.Parameter(d), nn.Parameter(u)) for name, d, u in self._views(self.weights)}
-        self._scales = {name: torch.ones(edits, device=device) for name in self._shapes}
+
+    def _set_alphas(self, alphas: dict[str, list[float]]) -> None:
+        """Of each layer, the alpha of every edit; 0 where an edit lacks the layer."""
+        self.alphas = alphas
+        self._scales = {
+            name: torch.tensor([alpha / self.rank for alpha in values], device=self.weights.device)
+            for name, values in alphas.items()
+        }
 
     def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, down (N, r, in...), up (N, out, r)) views of a flat (N, P) tensor."""
@@ -223,19 +252,18 @@ class AdapterPack:
             parameter.grad = None
             parameter.requires_grad_(False)
 
-    def strength(self, value: float) -> None:
-        """Sets the factor on all adapters: 1 as trained, 0 the base alone."""
-        for name, scale in self._scales.items():
-            scale.copy_(torch.tensor([value * alpha / self.rank for alpha in self.alphas[name]]))
-
-    def set_rows(self, index: Tensor | None) -> None:
-        """Says which edit each row of the following passes belongs to.
+    def set_rows(self, index: Tensor | None, strengths: Tensor | None = None) -> None:
+        """Says which edit each row of the following passes belongs to, and how strongly it is adapted.
 
         Args:
             index: (R,) int64 edit numbers, or None when rows lie edit by edit in equal shares.
+            strengths: (R, 3) factors on the adapters of each row in each of `BLOCKS`: 1 as trained, 0 the base
+                alone. None when all are 1.
         """
-        uniform = index is None or self.edits == 1
-        self.rows.index = None if uniform else index.to(self.weights.device)  # type: ignore[union-attr]
+        device = self.weights.device
+        self.rows.index = None if index is None or self.edits == 1 else index.to(device)
+        plain = strengths is None or bool((strengths == 1).all())
+        self.rows.strengths = None if plain else strengths.to(device)  # type: ignore[union-attr]
 
     @contextmanager
     def attached(self, network: nn.Module) -> Iterator[None]:
@@ -247,7 +275,7 @@ class AdapterPack:
                 parent = network.get_submodule(parent_name)
                 base = parent.get_submodule(child)
                 kind = PackedLoraConv2d if isinstance(base, nn.Conv2d) else PackedLoraLinear
-                setattr(parent, child, kind(base, down, up, self._scales[name], self.rows))
+                setattr(parent, child, kind(base, down, up, self._scales[name], self.rows, block_of(name)))
                 originals.append((parent, child, base))
             yield
         finally:
@@ -288,7 +316,7 @@ class AdapterPack:
         rank = max(down.shape[0] for adapter in adapters for down, _, _ in adapter.values())
         pack = AdapterPack.__new__(AdapterPack)
         pack._create(modules, len(adapters), rank, device)
-        pack.alphas = {name: [0.0] * len(adapters) for name in modules}
+        alphas = {name: [0.0] * len(adapters) for name in modules}
         with torch.no_grad():
             for edit, adapter in enumerate(adapters):
                 for key, (down, up, alpha) in adapter.items():
@@ -302,6 +330,6 @@ class AdapterPack:
                     own_down, own_up = pack._parameters[name]
                     own_down[edit, :r].copy_(down)
                     own_up[edit, :, :r].copy_(up.reshape(fits.up))
-                    pack.alphas[name][edit] = alpha * rank / r
-        pack.strength(1.0)
+                    alphas[name][edit] = alpha * rank / r
+        pack._set_alphas(alphas)
         return pack

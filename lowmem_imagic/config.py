@@ -16,7 +16,48 @@ ADAPT_TARGETS = ("attn", "attn+ff", "all")
 MAX_RANK = 256
 MAX_SEED = 2**63 - 1
 ETA_RANGE = (-1.0, 3.0)
+STRENGTH_RANGE = (0.0, 2.0)
+INTERPOLATIONS = ("linear", "projection")
+"""Ways from e_opt to e_tgt; see `diffusion.PATHS`."""
+BLOCKS = ("down", "mid", "up")
+"""Parts of the UNet with a strength of their own: encoder, middle, decoder."""
+STARTS = ("noise", "photo")
+"""What sampling starts from: pure noise, as in the paper, or noise over the photo's low frequencies."""
 PRESETS = ("balanced", "fast", "paper")
+
+Strength = float | tuple[float, float, float]
+"""Factor on an adapter: 1 as trained, 0 the base alone; one number, or one for each of `BLOCKS` (encoder: layout,
+decoder: appearance; Forgedit's "forgetting", arXiv 2309.10556, as a scale)."""
+
+
+def strengths(value: Strength) -> tuple[float, float, float]:
+    """The factor for each of `BLOCKS`."""
+    return value if isinstance(value, tuple) else (value, value, value)
+
+
+def parse_strength(text: str) -> Strength:
+    """The strength that words describe: ``0.8``, or ``down=0.5,up=1.2`` with 1 for a block that is left out.
+
+    Raises:
+        ConfigError: neither.
+    """
+    try:
+        if "=" not in text:
+            return float(text)
+        given = dict(part.split("=") for part in text.replace(" ", "").split(","))
+        factors = {block: float(given.pop(block, "1")) for block in BLOCKS}
+        if given:
+            raise ValueError(f"no block {', '.join(given)}")
+    except ValueError as error:
+        raise ConfigError(f"strength is {text!r} ({error}), expected 0.8 or down=0.5,mid=1,up=1.2") from None
+    return factors["down"], factors["mid"], factors["up"]
+
+
+def strength_text(value: Strength) -> str:
+    """The strength as a person reads it."""
+    if not isinstance(value, tuple):
+        return f"{value:g}"
+    return " ".join(f"{block}={factor:g}" for block, factor in zip(BLOCKS, value, strict=True))
 
 
 class _Check:
@@ -32,6 +73,12 @@ class _Check:
         if not right_type or not math.isfinite(value) or not low <= value <= high or (above and value == low):
             limits = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
             self.problems.append(f"{name} is {value!r}, expected {kind} {limits}")
+
+    def numbers(self, name: str, low: float, high: float, *, whole: bool = False) -> None:
+        for value in getattr(self._owner, name):
+            good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not good or not math.isfinite(value) or not low <= value <= high:
+                self.problems.append(f"{name} has {value!r}, expected numbers from {low:g} to {high:g}")
 
     def choice(self, name: str, allowed: Iterable[str]) -> None:
         value = getattr(self._owner, name)
@@ -118,26 +165,33 @@ class SampleConfig:
     """Name of a diffusers scheduler class, with or without "Scheduler"."""
     ddim_eta: float = 0.0
     """Noise added by DDIM at each step (the eta of the DDIM paper, not Imagic's)."""
-    strength: float = 1.0
+    strength: Strength = 1.0
     """Factor on the adapter: 0 is the base model alone."""
+    interpolation: str = "linear"
+    """Way from e_opt to e_tgt, one of `INTERPOLATIONS`; the paper's is linear."""
+    start: str = "noise"
+    """What sampling starts from, one of `STARTS`. A Stable Diffusion schedule never reaches pure noise in training, so
+    a model started from it gives every picture the same middling brightness; "photo" carries the photo's own."""
     batch_rows: int = 32
     """UNet rows (images, twice that many with guidance) in one batch at most."""
 
     def __post_init__(self) -> None:
         check = _Check(self)
         for name, low, high in (("etas", *ETA_RANGE), ("seeds", 0, MAX_SEED)):
-            values = getattr(self, name)
-            if not values:
+            if not getattr(self, name):
                 check.problems.append(f"{name} is empty, expected at least one number")
-            for value in values:
-                whole = name == "seeds"
-                good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-                if not good or not math.isfinite(value) or not low <= value <= high:
-                    check.problems.append(f"{name} has {value!r}, expected numbers from {low:g} to {high:g}")
+            check.numbers(name, low, high, whole=name == "seeds")
         check.number("num_inference_steps", 1, 1000, whole=True)
         check.number("guidance_scale", 0, 100)
         check.number("ddim_eta", 0, 1)
-        check.number("strength", 0, 2)
+        if isinstance(self.strength, tuple):
+            check.numbers("strength", *STRENGTH_RANGE)
+            if len(self.strength) != 3:
+                check.problems.append(f"strength has {len(self.strength)} numbers, expected one, or down, mid and up")
+        else:
+            check.number("strength", *STRENGTH_RANGE)
+        check.choice("interpolation", INTERPOLATIONS)
+        check.choice("start", STARTS)
         check.number("batch_rows", 1, 4096, whole=True)
         if not isinstance(self.scheduler, str) or not self.scheduler.isidentifier():
             check.problems.append(f"scheduler is {self.scheduler!r}, expected a diffusers scheduler such as DDIM")

@@ -7,6 +7,8 @@ timesteps, ``alpha_bar`` the cumulative product of alphas.
 import torch
 from torch import Tensor
 
+from .config import INTERPOLATIONS
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -54,6 +56,32 @@ def interpolate(target_embedding: Tensor, optimized_embedding: Tensor, eta: floa
     return eta * target_embedding + (1 - eta) * optimized_embedding
 
 
-def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022)."""
+def project(target_embedding: Tensor, optimized_embedding: Tensor, eta: float) -> Tensor:
+    """``e_opt + eta * (e_tgt - (e_tgt . u) u)``, u = e_opt / ``|e_opt|``, token by token.
+
+    Forgedit's vector projection (arXiv 2309.10556, ``alpha e_src + beta e_edit`` as in its released code) with
+    alpha = 1 and beta = eta: the photo's own direction is kept whole, and only what the sentence adds at a right
+    angle to it is turned up. Embeddings are (..., T, D).
+    """
+    direction = torch.nn.functional.normalize(optimized_embedding, dim=-1)
+    along = (target_embedding * direction).sum(-1, keepdim=True) * direction
+    return optimized_embedding + eta * (target_embedding - along)
+
+
+PATHS = dict(zip(INTERPOLATIONS, (interpolate, project), strict=True))
+"""Ways from e_opt (eta 0) towards e_tgt, by name."""
+
+
+def coarse(latents: Tensor, side: int) -> Tensor:
+    """The low spatial frequencies of latents (B, C, H, W): means over side x side equal cells, (B, C, side, side)."""
+    return torch.nn.functional.adaptive_avg_pool2d(latents, side)
+
+
+def refined(coarse_latents: Tensor, height: int, width: int) -> Tensor:
+    """Smooth latents (B, C, height, width) with the given cell values, bilinear in between."""
+    return torch.nn.functional.interpolate(coarse_latents, size=(height, width), mode="bilinear")
+
+
+def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022); the scale may differ by row, (B, 1, 1, 1)."""
     return unconditional + guidance_scale * (conditional - unconditional)

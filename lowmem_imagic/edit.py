@@ -34,12 +34,14 @@ MAX_PROMPT_CHARS = 4096
 """Longest target sentence."""
 MAX_EMBEDDING_BYTES = 8 * 2**20
 """Largest optimised embedding; base64 makes it a third longer in the file's header."""
+MAX_COARSE_SIDE = 16
+"""Most cells each way of the photo's low frequencies: more would show the photo."""
 MAX_THUMBNAIL_BYTES = 20_000
 """Largest thumbnail; programs that list LoRA files keep every header in memory."""
 
 _LAYER = re.compile(r"lora_unet_[a-z0-9_]{1,200}")
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
-_BINARY = ("adapter", "optimized_embedding", "thumbnail")
+_BINARY = ("adapter", "optimized_embedding", "coarse_latents", "thumbnail")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +71,8 @@ class LoraFactors:
 class Edit:
     """One finished edit, valid by construction; treat its mappings and tensors as read-only.
 
-    Construction copies what it is given into the form the file holds: factors and embedding become fp16 on
-    the CPU, alpha is rounded to fp32, tuples inside `settings` and `measured` become lists. Two edits are
+    Construction copies what it is given into the form the file holds: factors, embedding and coarse latents become
+    fp16 on the CPU, alpha is rounded to fp32, tuples inside `settings` and `measured` become lists. Two edits are
     equal exactly if their files are, byte for byte.
 
     Raises:
@@ -83,6 +85,9 @@ class Edit:
     """Kohya module key without suffix, as ``lora_unet_mid_block_attentions_0_proj_in``, to its factors."""
     optimized_embedding: Tensor = field(repr=False)
     """e_opt, ``(T, D)``: what stage 1 found, in the space of the text encoder's output."""
+    coarse_latents: Tensor = field(repr=False)
+    """The photo's latents averaged over a few large cells, ``(C, h, w)``: its overall brightness and colours, which
+    sampling may start from (`config.SampleConfig.start`)."""
     target_prompt: str
     """The sentence the photo is edited towards."""
     base: BaseIdentity
@@ -134,6 +139,7 @@ class Edit:
         checked = {
             "adapter": _check_adapter(self.adapter),
             "optimized_embedding": _check_embedding(self.optimized_embedding, self.base),
+            "coarse_latents": _check_coarse(self.coarse_latents),
             "settings": _check_json(self.settings, "imagic.meta settings"),
             "measured": _check_json(self.measured, "imagic.meta measured"),
             "seed": checks.integer(self.seed, "imagic.meta seed", 0, 2**63 - 1),
@@ -152,6 +158,7 @@ class Edit:
             canonical_json(self._facts()) == canonical_json(other._facts())
             and self.thumbnail == other.thumbnail
             and _same_bits(self.optimized_embedding, other.optimized_embedding)
+            and _same_bits(self.coarse_latents, other.coarse_latents)
             and self.adapter == other.adapter
         )
 
@@ -217,6 +224,15 @@ def _check_embedding(embedding: object, base: BaseIdentity) -> Tensor:
         raise TensorShapeError(f"imagic.e_opt: found shape {shape}, expected (T, {base.cross_attention_dim})")
     if checked.nbytes > MAX_EMBEDDING_BYTES:
         raise TensorShapeError(f"imagic.e_opt: shape {shape} is above {MAX_EMBEDDING_BYTES} bytes")
+    return checked
+
+
+def _check_coarse(latents: object) -> Tensor:
+    """Returns an fp16 copy of the low frequencies, known to be few."""
+    checked = _half(latents, "imagic.coarse_latents")
+    shape, most = tuple(checked.shape), MAX_COARSE_SIDE
+    if len(shape) != 3 or not 1 <= shape[0] <= 64 or not all(1 <= side <= most for side in shape[1:]):
+        raise TensorShapeError(f"imagic.coarse_latents: found shape {shape}, expected (C, h, w), h and w up to {most}")
     return checked
 
 

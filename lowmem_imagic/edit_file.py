@@ -4,14 +4,15 @@ Physical layout: the tensors are exactly a kohya LoRA (``lora_unet_*.lora_down.w
 ``.lora_up.weight``, ``.alpha``), because only these keys load in diffusers, ComfyUI, A1111/Forge and InvokeAI
 alike, and any tensor beside them makes diffusers load nothing without saying so. The rest is in the header:
 
-==================  ====================================================================================
-``imagic.spec``     version of this format, ``1``; a reader refuses a higher one
-``imagic.meta``     JSON: sentence, settings, seed, etas, source picture, base weights, versions, measurements
-``imagic.base``     JSON: the base model the edit was made for
-``imagic.e_opt``    JSON: ``{"dtype": "F16", "shape": [T, D], "data": base64}``
-``modelspec.*``     title, date, licence, thumbnail, SHA-256 of the tensor data (verified); rest for others
-``ss_*``            what other programs show and filter by; never read back
-==================  ====================================================================================
+=========================  ====================================================================================
+``imagic.spec``            version of this format, ``1``; a reader refuses a higher one
+``imagic.meta``            JSON: sentence, settings, seed, etas, source picture, base weights, versions, measurements
+``imagic.base``            JSON: the base model the edit was made for
+``imagic.e_opt``           JSON: ``{"dtype": "F16", "shape": [T, D], "data": base64}``
+``imagic.coarse_latents``  the same for the photo's low frequencies, ``[C, h, w]``
+``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); rest for others
+``ss_*``                   what other programs show and filter by; never read back
+=========================  ====================================================================================
 
 Every field has one home in the header; copies for other programs are ignored by the reader.
 """
@@ -23,7 +24,6 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +74,8 @@ def decode(data: bytes) -> Edit:
     container, metadata = header.container, header.container.metadata
     edit = Edit(
         adapter={layer: _factors(container, layer) for layer in header.layers},
-        optimized_embedding=_embedding(fields_of(metadata, "imagic.e_opt", {"dtype", "shape", "data"})),
+        optimized_embedding=_stored(metadata, "imagic.e_opt", ("T", "D")),
+        coarse_latents=_stored(metadata, "imagic.coarse_latents", ("C", "h", "w")),
         base=header.base,
         source=header.source,
         title=entry_of(metadata, "modelspec.title"),
@@ -129,15 +130,13 @@ def _header(edit: Edit) -> dict[str, str]:
         architecture = sd2 if is_sd2 else "stable-diffusion-v1"
         version = ("sd_v2" if is_sd2 else "sd_v1") + ("_v" if is_v else "")
     widest = max(edit.adapter.values(), key=lambda factors: factors.rank)
-    data = base64.b64encode(tensor_bytes(edit.optimized_embedding)).decode()
     meta = {name: getattr(edit, name) for name in META_KEYS} | {"source": asdict(edit.source)}
     header = {
         "format": "pt",
         "imagic.spec": str(SPEC_VERSION),
         "imagic.base": dump_json(asdict(base), "imagic.base"),
-        "imagic.e_opt": dump_json(
-            {"dtype": "F16", "shape": list(edit.optimized_embedding.shape), "data": data}, "imagic.e_opt"
-        ),
+        "imagic.coarse_latents": _storable(edit.coarse_latents, "imagic.coarse_latents"),
+        "imagic.e_opt": _storable(edit.optimized_embedding, "imagic.e_opt"),
         "imagic.meta": dump_json(meta, "imagic.meta"),
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.description": f"Imagic edit of one photo: {edit.target_prompt}",
@@ -178,20 +177,28 @@ def _factors(container: Container, layer: str) -> LoraFactors:
     return LoraFactors(down, up, float(alpha))
 
 
-def _embedding(stored: Mapping[str, Any]) -> Tensor:
-    """Returns the tensor that ``imagic.e_opt`` describes."""
+def _storable(tensor: Tensor, key: str) -> str:
+    """Returns the header string of an fp16 tensor; see `_stored`."""
+    data = base64.b64encode(tensor_bytes(tensor)).decode()
+    return dump_json({"dtype": "F16", "shape": list(tensor.shape), "data": data}, key)
+
+
+def _stored(metadata: Mapping[str, str], key: str, sides: tuple[str, ...]) -> Tensor:
+    """Returns the fp16 tensor that a header string describes, with one dimension for each of `sides`."""
+    stored = fields_of(metadata, key, {"dtype", "shape", "data"})
     dtype, shape, data = stored["dtype"], stored["shape"], stored["data"]
     if dtype != "F16":
-        raise TensorDtypeError(f"imagic.e_opt: found type {reprlib.repr(dtype)}, expected F16")
+        raise TensorDtypeError(f"{key}: found type {reprlib.repr(dtype)}, expected F16")
     limit = MAX_EMBEDDING_BYTES
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 1 <= n <= limit for n in shape)):
-        raise TensorShapeError(f"imagic.e_opt: found shape {reprlib.repr(shape)}, expected [T, D]")
+    is_shape = isinstance(shape, list) and len(shape) == len(sides)
+    if not (is_shape and all(type(n) is int and 1 <= n <= limit for n in shape)):
+        raise TensorShapeError(f"{key}: found shape {reprlib.repr(shape)}, expected [{', '.join(sides)}]")
     try:
-        raw = base64.b64decode(checks.text(data, "imagic.e_opt data", 2 * limit), validate=True)
+        raw = base64.b64decode(checks.text(data, f"{key} data", 2 * limit), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise EditHeaderError(f"imagic.e_opt data: not base64 ({error})") from error
+        raise EditHeaderError(f"{key} data: not base64 ({error})") from error
     if len(raw) != 2 * math.prod(shape):
-        raise TensorShapeError(f"imagic.e_opt: shape {shape} takes {2 * math.prod(shape)} bytes, found {len(raw)}")
+        raise TensorShapeError(f"{key}: shape {shape} takes {2 * math.prod(shape)} bytes, found {len(raw)}")
     return bytes_tensor(bytearray(raw), "F16", tuple(shape))
 
 

@@ -69,7 +69,7 @@ def read_header(data: bytes) -> Header:
     container = parse(data)
     check_version(container)
     metadata = container.metadata
-    known = {"imagic.spec", "imagic.meta", "imagic.base", "imagic.e_opt"}
+    known = {"imagic.spec", "imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents"}
     for key in sorted(name for name in metadata if name.startswith("imagic.") and name not in known):
         raise EditHeaderError(f"{reprlib.repr(key)}: not a key of format {SPEC_VERSION}")
     layers = layer_names(container)

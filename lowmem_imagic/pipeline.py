@@ -15,6 +15,7 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
+from .diffusion import coarse
 from .edit import MAX_PROMPT_CHARS, Edit, LoraFactors
 from .embed import embed
 from .errors import BaseMismatchError, MemoryLimitError, PromptError, TensorShapeError
@@ -25,6 +26,9 @@ from .letterbox import Letterbox, from_square, to_images, to_square, to_tensor
 from .memory import Meter
 from .sample import Cell, sample
 from .training import Losses
+
+COARSE_SIDE = 4
+"""Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
 
 StageProgress = Callable[[str, int, int, str], None]
 """Called as ``progress(stage, step, steps, remark)``."""
@@ -92,6 +96,7 @@ def make_edits(
                 key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in pack.export(i).items()
             },
             optimized_embedding=optimized[i].half(),
+            coarse_latents=coarse(latents[i : i + 1], COARSE_SIDE)[0].half(),
             target_prompt=job.prompt,
             base=identity,
             settings=_settings(config, [embed_losses, losses], i),
@@ -162,13 +167,34 @@ def render_latents(
                 f"the base's text encoder gives {tuple(embedding.shape)}; use the base the edit was made for"
             )
     optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
+    coarse_latents = torch.cat([_coarse_latents(edit, base) for edit in edits])
     with _stage(meter or Meter(base.device), "sample", "fewer rows a batch (--batch-rows)"):
         adapters = [{key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits]
         try:
             pack = AdapterPack.load(base.unet, adapters, device=base.device)
         except ValueError as error:
             raise TensorShapeError(f"the edit does not fit {base.name}: {error}") from error
-        return sample(base, pack, target, optimized, cells, config, _named(progress, "sample"))
+        return sample(
+            base,
+            pack,
+            target,
+            optimized,
+            cells,
+            config,
+            _named(progress, "sample"),
+            coarse_latents=coarse_latents,
+        )
+
+
+def _coarse_latents(edit: Edit, base: BaseModel) -> Tensor:
+    """The photo's low frequencies (1, C, COARSE_SIDE, COARSE_SIDE), whatever their cells in the file."""
+    channels, stored = base.family.unet_config["in_channels"], edit.coarse_latents.float()[None]
+    if stored.shape[1] != channels:
+        raise TensorShapeError(
+            f"the edit's coarse latents have {stored.shape[1]} channels, the base's have {channels}; "
+            "use the base the edit was made for"
+        )
+    return coarse(stored, COARSE_SIDE)
 
 
 def check_sentence(sentence: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from .atomic import write_bytes
+from .config import strength_text
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
 from .png import contact_sheet, encode_png
 from .sample import Cell
@@ -113,6 +114,16 @@ def check_writable(path: Path) -> None:
         )
 
 
+def must_not_exist(path: Path) -> None:
+    """Makes sure that nothing is at `path`.
+
+    Raises:
+        OutputExistsError: something is.
+    """
+    if path.exists():
+        raise OutputExistsError(f"{path} exists already; name another with --out, or use --force")
+
+
 def rescue(name: str, data: bytes, error: OutputError) -> OutputError:
     """The error to raise when a finished edit cannot be written: it is kept in the temporary folder if possible."""
     try:
@@ -132,11 +143,13 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     entries = {
         "Steps": parameters["num_inference_steps"],
         "Sampler": parameters["scheduler"],
-        "CFG scale": parameters["guidance_scale"],
+        "CFG scale": parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale,
         "Seed": cell.seed,
         "Model": parameters["model"],
         "Imagic eta": cell.eta,
-        "Imagic strength": cell.strength,
+        "Imagic strength": strength_text(cell.strength),
+        "Imagic interpolation": parameters["interpolation"],
+        "Imagic start": parameters["start"],
         "Version": f"lowmem-imagic {parameters['version']}",
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in entries.items()))

@@ -1,4 +1,4 @@
-"""Stage 3: images along the line between the optimised and the target embedding (paper section 3.2, eq. 3)."""
+"""Stage 3: images on the way from the optimised to the target embedding (paper section 3.2, eq. 3)."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .adapters import AdapterPack
 from .base_model import BaseModel
-from .config import SampleConfig
-from .diffusion import guide, interpolate
+from .config import SampleConfig, Strength, strengths
+from .diffusion import PATHS, guide, refined
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
@@ -27,8 +27,10 @@ class Cell:
     """Interpolation: 0 is the photo, 1 the target sentence."""
     seed: int
     """Seed of the starting noise."""
-    strength: float = 1.0
+    strength: Strength = 1.0
     """Factor on the adapter; 0 is the base alone."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; None takes the configuration's."""
 
 
 def sample(
@@ -39,11 +41,13 @@ def sample(
     cells: Sequence[Cell],
     config: SampleConfig,
     progress: Progress | None = None,
+    *,
+    coarse_latents: Tensor | None = None,
 ) -> Tensor:
     """Latents (len(cells), C, H, W), fp32 on the CPU, one for each cell, in the order of `cells`.
 
-    Starts from noise, as the paper does, and uses classifier-free guidance. Rows are (edit, eta, seed)
-    and never influence each other: an image does not depend on what it was rendered with.
+    Uses classifier-free guidance, and starts as `SampleConfig.start` says. Rows are (edit, eta, seed, strength,
+    guidance) and never influence each other: an image does not depend on what it was rendered with.
 
     Args:
         base: the frozen base.
@@ -51,43 +55,55 @@ def sample(
         target_embeddings: e_tgt, (N, T, D).
         optimized_embeddings: e_opt, (N, T, D).
         cells: what to render.
-        config: steps, guidance, scheduler, rows per batch.
+        config: steps, scheduler, start, interpolation, rows per batch; guidance where a cell has none of its own.
         progress: called after every step of every batch.
+        coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from the photo.
     """
-    guided = config.guidance_scale != 1
+    if config.start == "photo" and coarse_latents is None:
+        raise ValueError("sampling starts from the photo and its coarse latents are not given")
+    if config.start == "noise":
+        coarse_latents = None
     negative = base.encode_text([config.negative_prompt])[0]
-    images = max(1, config.batch_rows // (2 if guided else 1))
-    batches = list(_batches(cells, images))
+    mix = PATHS[config.interpolation]
+    scales = [config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale for cell in cells]
+    batches = list(_batches(cells, scales, config.batch_rows))
     steps, results = config.num_inference_steps, dict[int, Tensor]()
     for batch, numbers in enumerate(batches):
         chosen = [cells[number] for number in numbers]
         text = torch.stack(
-            [interpolate(target_embeddings[cell.edit], optimized_embeddings[cell.edit], cell.eta) for cell in chosen]
+            [mix(target_embeddings[cell.edit], optimized_embeddings[cell.edit], cell.eta) for cell in chosen]
         )
         rows = torch.tensor([cell.edit for cell in chosen])
-        if guided:
+        factors = torch.tensor([strengths(cell.strength) for cell in chosen])
+        start = coarse_latents[rows] if coarse_latents is not None else None
+        guidance = None
+        if scales[numbers[0]] != 1:
+            guidance = torch.tensor([scales[number] for number in numbers]).view(-1, 1, 1, 1)
             text = torch.cat([negative.expand_as(text), text])
-            rows = rows.repeat(2)
+            rows, factors = rows.repeat(2), factors.repeat(2, 1)
 
         def on_step(step: int, before: int = batch * steps) -> None:
             if progress is not None:
                 progress(before + step, steps * len(batches), f"{len(results)} of {len(cells)} images done")
 
-        pack.set_rows(rows)
-        pack.strength(chosen[0].strength)
+        pack.set_rows(rows, factors)
         with torch.no_grad(), pack.attached(base.unet):
-            latents = _denoise(base, text, [cell.seed for cell in chosen], config, guided, on_step)
+            latents = _denoise(base, text, [cell.seed for cell in chosen], config, guidance, start, on_step)
         results.update(zip(numbers, latents.float().cpu(), strict=True))
     return torch.stack([results[number] for number in range(len(cells))])
 
 
-def _batches(cells: Sequence[Cell], size: int) -> Iterator[list[int]]:
-    """Numbers of the cells rendered together: equal strength, edits side by side, at most `size`."""
-    for strength in dict.fromkeys(cell.strength for cell in cells):
-        order = [number for number, cell in enumerate(cells) if cell.strength == strength]
+def _batches(cells: Sequence[Cell], scales: Sequence[float], batch_rows: int) -> Iterator[list[int]]:
+    """Numbers of the cells rendered together: edits side by side, at most `batch_rows` rows.
+
+    Guidance 1 takes one row an image, any other two, so the two kinds are kept apart.
+    """
+    for guided in (False, True):
+        order = [number for number in range(len(cells)) if (scales[number] != 1) == guided]
         order.sort(key=lambda number: cells[number].edit)
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+        size = max(1, batch_rows // (2 if guided else 1))
+        for begin in range(0, len(order), size):
+            yield order[begin : begin + size]
 
 
 def _denoise(
@@ -95,25 +111,40 @@ def _denoise(
     text: Tensor,
     seeds: Sequence[int],
     config: SampleConfig,
-    guided: bool,
+    guidance: Tensor | None,
+    coarse_latents: Tensor | None,
     on_step: Callable[[int], None],
 ) -> Tensor:
-    """Latents (B, C, H, W) from noise; text (B, T, D), or (2 B, T, D) with the unconditional half first."""
+    """Latents (B, C, H, W) from noise.
+
+    Args:
+        base: the frozen base, with adapters in place.
+        text: conditioning (B, T, D), or (2 B, T, D) with the unconditional half first.
+        seeds: of each row's starting noise.
+        config: steps, scheduler.
+        guidance: scale of each row (B, 1, 1, 1), None without guidance.
+        coarse_latents: what the starting noise lies over (B, C, h, w), None for nothing.
+        on_step: called after every step.
+    """
     scheduler = base.family.scheduler(config.scheduler)
     scheduler.set_timesteps(config.num_inference_steps, device=base.device)
     # One generator a row: equal seeds see equal noise, whatever the batch and the device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (base.family.unet_config["in_channels"], *[base.family.unet_config["sample_size"]] * 2)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents: Tensor = noise.to(base.device) * scheduler.init_noise_sigma
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(base.device)
+    latents: Tensor = noise * scheduler.init_noise_sigma
+    if coarse_latents is not None:
+        below = refined(coarse_latents.to(base.device), *shape[1:])
+        latents = scheduler.add_noise(below, noise, scheduler.timesteps[:1].expand(len(noise)))
     options = _step_options(scheduler, config, generators)
     text = text.to(base.device)
+    guidance = None if guidance is None else guidance.to(base.device)
     for step, timestep in enumerate(scheduler.timesteps, start=1):
-        scaled = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
+        scaled = scheduler.scale_model_input(latents if guidance is None else torch.cat([latents, latents]), timestep)
         prediction = base.predict(scaled, timestep.expand(len(scaled)), text).float()
-        if guided:
+        if guidance is not None:
             unconditional, conditional = prediction.chunk(2)
-            prediction = guide(unconditional, conditional, config.guidance_scale)
+            prediction = guide(unconditional, conditional, guidance)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         on_step(min(step, config.num_inference_steps))
     return latents

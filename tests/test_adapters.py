@@ -44,12 +44,18 @@ def trained_pack(network: nn.Module, *, edits: int = 3, adapt: str = "all", rank
     return pack
 
 
-def predict(network: Any, rows: int, pack: AdapterPack | None = None, index: list[int] | None = None) -> Tensor:
+def predict(
+    network: Any,
+    rows: int,
+    pack: AdapterPack | None = None,
+    index: list[int] | None = None,
+    strengths: Tensor | None = None,
+) -> Tensor:
     """The network's output on fixed inputs, with a pack's adapters if one is given."""
     with torch.no_grad():
         if pack is None:
             return network(*inputs_of_unet(rows)).sample
-        pack.set_rows(None if index is None else torch.tensor(index))
+        pack.set_rows(None if index is None else torch.tensor(index), strengths)
         with pack.attached(network):
             return network(*inputs_of_unet(rows)).sample
 
@@ -475,28 +481,50 @@ def test_unknown_layers_are_refused(unet: Any) -> None:
 
 
 def test_strength_zero_is_the_base(unet: Any) -> None:
-    """At strength 0 the output has the bits of the base, at 1 again those of the adapter."""
+    """At strength 0 the output has the bits of the base, at 1 those of the adapter, row by row in one batch."""
     pack = trained_pack(unet)
-    full = predict(unet, 6, pack)
-    pack.strength(0.0)
-    assert torch.equal(predict(unet, 6, pack), predict(unet, 6))
-    pack.strength(1.0)
-    assert torch.equal(predict(unet, 6, pack), full)
+    full, base = predict(unet, 6, pack), predict(unet, 6)
+    assert torch.equal(predict(unet, 6, pack, strengths=torch.zeros(6, 3)), base)
+    assert torch.equal(predict(unet, 6, pack, strengths=torch.ones(6, 3)), full)
+    some = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])[:, None].expand(6, 3)
+    mixed = predict(unet, 6, pack, strengths=some)
+    for row in range(6):
+        torch.testing.assert_close(mixed[row], (full if row in (0, 2, 3) else base)[row], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strength", [0.25, 2.0])
-def test_strength_is_linear_in_the_change(strength: float, relative: Callable[..., float]) -> None:
-    """A layer's output moves away from the base by strength times what the adapter moves it."""
+@pytest.mark.parametrize("index", [None, [2, 0, 1, 1, 0, 2]], ids=["edit by edit", "mixed"])
+def test_strength_is_linear_in_the_change(index: list[int] | None, relative: Callable[..., float]) -> None:
+    """Each row of a layer's output moves away from the base by its strength times what the adapter moves it."""
     network = Small()
     pack = trained_pack(network)
     x = torch.randn(6, 6, 8, 8)
     base = network(x)
+    rows = None if index is None else torch.tensor(index)
+    strengths = torch.tensor([0.25, 2.0, 0.0, 1.0, 0.5, 1.5])
     with torch.no_grad(), pack.attached(network):
+        pack.set_rows(rows)
         full = network(x)
-        pack.strength(strength)
+        pack.set_rows(rows, strengths[:, None].expand(6, 3))
         scaled = network(x)
     for b, f, s in zip(base, full, scaled, strict=True):
-        assert relative(s - b, strength * (f - b)) < 1e-5
+        for row, strength in enumerate(strengths.tolist()):
+            if strength:
+                assert relative(s[row] - b[row], strength * (f[row] - b[row])) < 1e-5
+            else:
+                assert torch.equal(s[row], b[row])
+
+
+def test_strengths_are_those_of_the_blocks(unet: Any) -> None:
+    """Strength 0 in a block is the adapter without that block's layers; every layer of the UNet is in one block."""
+    pack = trained_pack(unet)
+    whole = [pack.export(edit) for edit in range(3)]
+    for block, part in enumerate(("down_blocks", "mid_block", "up_blocks")):
+        without = [{k: v for k, v in layers.items() if part not in k} for layers in whole]
+        assert all(0 < len(some) < len(layers) for some, layers in zip(without, whole, strict=True))
+        strengths = torch.ones(6, 3)
+        strengths[:, block] = 0
+        expected = predict(unet, 6, AdapterPack.load(unet, without))
+        torch.testing.assert_close(predict(unet, 6, pack, strengths=strengths), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_scale_is_alpha_over_rank(relative: Callable[..., float]) -> None:

@@ -141,6 +141,88 @@ def test_sample_takes_other_etas_seeds_and_strengths(run, finished):
     assert Path("full", names[0]).read_bytes() != Path("none", names[0]).read_bytes()
 
 
+def test_sample_under_another_sentence(run, finished):
+    """`sample --prompt` renders another picture, and pictures and report name the new sentence, not the trained one."""
+    words = ["--etas", "1", "--steps-sample", 2, "--quiet"]
+    assert run("sample", finished, "--out", "own", *words).exit_code == 0
+    assert run("sample", finished, "--out", "new", "--prompt", "two birds", *words).exit_code == 0
+    assert Path("own/eta_1.00.png").read_bytes() != Path("new/eta_1.00.png").read_bytes()
+    assert _picture("new/eta_1.00.png").text["parameters"].startswith("two birds\n")
+    report = json.loads(Path("new/report.json").read_text(encoding="utf-8"))
+    assert report["sentence"] == "two birds"
+    _fails(run("sample", finished, "--out", "empty", "--prompt", " "), 2, "empty")
+
+
+def test_sample_takes_every_knob(run, finished):
+    """Strength by block, interpolation, start and guidance each change the picture, and are named in it."""
+    knobs = {
+        "strength": ("--strength", "down=0,up=1.5"),
+        "interpolation": ("--interpolation", "projection"),
+        "start": ("--start", "photo"),
+        "guidance": ("--guidance", "7"),
+        "negative": ("--negative", "a red cube"),
+    }
+    for out, knob in {"plain": (), **knobs}.items():
+        result = run("sample", finished, "--out", out, "--etas", "0.5", "--steps-sample", 2, "--quiet", *knob)
+        assert result.exit_code == 0, result.output
+    pixels = {out: _picture(f"{out}/eta_0.50.png").tobytes() for out in ("plain", *knobs)}
+    assert len(set(pixels.values())) == len(pixels)
+    said = {out: _picture(f"{out}/eta_0.50.png").text["parameters"] for out in knobs}
+    assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
+    assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: photo" in said["start"]
+
+
+def test_sheet_shows_two_axes(run, finished, photo, monkeypatch):
+    """`sheet` renders rows x columns with the photo, the sentence alone and the reconstruction in front, at once."""
+    from lowmem_imagic import sheet
+
+    shown, batches = [], []
+    drawn, rendered = sheet.contact_sheet, sheet.pictures_of
+    monkeypatch.setattr(sheet, "contact_sheet", lambda cells, **how: shown.append((cells, how)) or drawn(cells, **how))
+    monkeypatch.setattr(
+        sheet, "pictures_of", lambda b, e, s, cells, *rest: batches.append(cells) or rendered(b, e, s, cells, *rest)
+    )
+    words = ["--rows", "strength", "--columns", "eta", "--strengths", "0.5,1", "--etas", "0.5,1", "--steps-sample", 2]
+    result = run("sheet", finished, *words, "--photo", photo, "--out", "s.png", "--quiet")
+    assert result.exit_code == 0, result.output
+    [(cells, how)] = shown
+    assert how["columns"] == 5
+    assert [label for label, _ in cells] == [
+        "photo",
+        "no adapter, strength 0.5",
+        "reconstruction, strength 0.5",
+        "strength 0.5, eta 0.5",
+        "strength 0.5, eta 1",
+        "photo",
+        "no adapter, strength 1",
+        "reconstruction, strength 1",
+        "strength 1, eta 0.5",
+        "strength 1, eta 1",
+    ]
+    assert len(batches) == 1
+    pictures = [picture.tobytes() for _, picture in cells]
+    assert pictures[1] == pictures[6] and len(set(pictures)) == 8
+    assert "is not the file this edit was made from" in result.stderr
+    assert _picture("s.png").width > _picture("s.png").height
+    _fails(run("sheet", finished, *words, "--out", "s.png"), 1, "s.png exists already")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--rows", "eta"], ("both 'eta'",)),
+        (["--rows", "rank"], ("rows is 'rank'", "eta, strength, seed, guidance")),
+        (["--guidances", "3,5"], ("guidance has 2 values", "neither rows nor columns")),
+        (["--etas", "0,9", "--seeds", "-1", "--strengths", "5"], ("etas has 9", "seeds has -1", "strength is 5")),
+        (["--etas", ","], ("eta is empty",)),
+        (["--out", "sheet.jpg"], ("ending in .png",)),
+    ],
+)
+def test_sheet_that_cannot_be(run, finished, words, parts):
+    """A sheet over no two axes, or with values out of range, is refused before anything is loaded."""
+    _fails(run("sheet", finished, *words), 2, *parts)
+
+
 def test_json_is_the_only_thing_on_standard_output(run, photo):
     """With --json, standard output is one JSON object with seconds, stages and files."""
     result = run("edit", photo, SENTENCE, "--out", "made", "--etas", "1", "--json", *QUICK)
@@ -187,14 +269,14 @@ def test_doctor_names_versions_and_paths(run):
 
 def test_model_left_out_is_the_bundled_one_and_said_so(photo, monkeypatch):
     """Without --model one line says that the bundled model is used and how to name a real one."""
-    from lowmem_imagic import commands
+    from lowmem_imagic import commands, console, rendering
 
     said = []
-    monkeypatch.setattr(commands.Console, "say", lambda self, text: said.append(text))
-    monkeypatch.setattr(commands.BaseModel, "load", lambda name, **options: pytest.fail(f"loads {name}"))
+    monkeypatch.setattr(console.Console, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(rendering.BaseModel, "load", lambda name, **options: pytest.fail(f"loads {name}"))
     with pytest.raises(pytest.fail.Exception, match="loads demo"):
-        options = commands.BaseOptions(None, None, "cpu", "int8", "auto", False, None)
-        commands._open_base(options, commands.Console(), [SENTENCE])
+        options = rendering.BaseOptions(None, None, "cpu", "int8", "auto", False, None)
+        commands._open_base(options, console.Console(), [SENTENCE])
     assert len(said) == 1 and "bundled" in said[0] and "--model" in said[0]
 
 
@@ -398,13 +480,13 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
     # A real process and a real signal; the stage announces itself through a file and then takes its time.
     script.write_text(
         "import sys, time, pathlib\n"
-        "from lowmem_imagic import commands\n"
-        "real = commands.Console.progress\n"
+        "from lowmem_imagic import console\n"
+        "real = console.Console.progress\n"
         "def slow(self, name, step, steps, remark):\n"
-        f"    if {stage!r} in commands.STAGES.get(name, ''):\n"
+        f"    if {stage!r} in console.STAGES.get(name, ''):\n"
         "        pathlib.Path('ready').touch(); time.sleep(30)\n"
         "    real(self, name, step, steps, remark)\n"
-        "commands.Console.progress = slow\n"
+        "console.Console.progress = slow\n"
         "from lowmem_imagic.cli import main\n"
         "main()\n"
     )
@@ -432,7 +514,7 @@ def test_every_command_is_documented():
     from typer.main import get_command
 
     group = get_command(app)
-    assert set(group.commands) == {"edit", "train", "sample", "inspect", "scene", "doctor"}
+    assert set(group.commands) == {"edit", "train", "sample", "sheet", "inspect", "scene", "doctor"}
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     for name, command in group.commands.items():
         assert command.help and "Example" in (command.epilog or ""), name

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, EditConfig, SampleConfig, preset
+from lowmem_imagic.config import (
+    ADAPT_TARGETS,
+    BLOCKS,
+    PRESETS,
+    EditConfig,
+    SampleConfig,
+    parse_strength,
+    preset,
+    strengths,
+)
 from lowmem_imagic.errors import ConfigError
 
 
@@ -83,3 +92,34 @@ def test_etas_out_of_range(etas):
     """Etas that are not finite numbers within the range are refused."""
     with pytest.raises(ConfigError, match="etas"):
         SampleConfig(etas=etas)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), True, "1", (1.0, 1.0), (1.0, 1.0, 3.0)])
+def test_strength_out_of_range(strength):
+    """A strength is one number from 0 to 2, or three of them."""
+    with pytest.raises(ConfigError, match="strength"):
+        SampleConfig(strength=strength)
+
+
+@pytest.mark.parametrize("text", ["", "half", "down=", "left=1", "down=1,2", "down=0.5;up=1", "down=1=2"])
+def test_strength_that_cannot_be_read(text):
+    """Words that are no strength are refused with both forms it may take."""
+    with pytest.raises(ConfigError, match=r"0.8 or down=0.5,mid=1,up=1.2"):
+        parse_strength(text)
+
+
+@given(st.floats(0, 2), st.permutations(["down", "mid", "up"]), st.integers(0, 3))
+def test_strength_of_blocks(factor, order, named):
+    """Blocks may be named in any order; those left out keep strength 1; a plain number holds for all."""
+    assert parse_strength(repr(factor)) == factor and strengths(factor) == (factor,) * 3
+    text = ", ".join(f"{block}={factor!r}" for block in order[:named])
+    if named:
+        expected = tuple(factor if block in order[:named] else 1.0 for block in BLOCKS)
+        assert parse_strength(text) == expected == strengths(expected)
+        assert SampleConfig(strength=expected).strength == expected
+
+
+def test_strength_of_blocks_survives_json():
+    """A strength for each block comes back from plain values as it was."""
+    config = preset("balanced", {"sample": {"strength": (0.5, 1.0, 1.5)}})
+    assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

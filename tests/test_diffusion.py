@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from lowmem_imagic.diffusion import (
     PREDICTION_TYPES,
     add_noise,
+    coarse,
     draw_timesteps,
     guide,
     interpolate,
     loss_per_edit,
+    project,
+    refined,
     training_target,
 )
 
@@ -97,6 +100,28 @@ def test_interpolation_ends() -> None:
     torch.testing.assert_close(interpolate(target, optimized, 1.5), optimized + 1.5 * (target - optimized))
 
 
+def test_projection_adds_what_is_at_a_right_angle() -> None:
+    """Projection at eta 0 is e_opt; what eta adds is orthogonal to e_opt token by token, and with its part along e_opt
+    makes up e_tgt."""
+    target, optimized = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    assert torch.equal(project(target, optimized, 0.0), optimized)
+    added = project(target, optimized, 0.7) - optimized
+    assert (added * optimized).sum(-1).abs().max() < 1e-12
+    along = target - added / 0.7
+    cosine = torch.nn.functional.cosine_similarity(along, optimized, dim=-1)
+    torch.testing.assert_close(cosine.abs(), torch.ones_like(cosine))
+
+
+def test_coarse_latents_are_cell_means() -> None:
+    """Coarse latents are the means of equal cells; refined again, a flat picture is itself and means are kept."""
+    latents = torch.randn(2, 4, 8, 8)
+    cells = coarse(latents, 4)
+    torch.testing.assert_close(cells[1, 2, 0, 3], latents[1, 2, 0:2, 6:8].mean())
+    flat = torch.full((1, 4, 8, 8), 0.7)
+    torch.testing.assert_close(refined(coarse(flat, 4), 8, 8), flat)
+    torch.testing.assert_close(refined(cells, 8, 8).mean((2, 3)), cells.mean((2, 3)), atol=1e-5, rtol=1e-5)
+
+
 def test_guidance() -> None:
     """Scale 0 is the unconditional prediction, 1 the conditional one; higher goes further the same way."""
     unconditional, conditional = torch.randn(2, 3, 4, 5, 5)
@@ -104,6 +129,10 @@ def test_guidance() -> None:
     torch.testing.assert_close(guide(unconditional, conditional, 1.0), conditional)
     further = guide(unconditional, conditional, 7.5) - unconditional
     torch.testing.assert_close(further, 7.5 * (conditional - unconditional))
+    scales = torch.tensor([0.0, 7.5, 2.0]).view(-1, 1, 1, 1)
+    together = guide(unconditional, conditional, scales)
+    for row, scale in enumerate(scales.flatten().tolist()):
+        assert torch.equal(together[row], guide(unconditional[row], conditional[row], scale))
 
 
 def test_loss_of_each_edit_is_its_own_mean() -> None:

@@ -58,6 +58,7 @@ def small_edit(**changes: Any) -> Edit:
             CONV: LoraFactors(down=torch.arange(16.0).reshape(2, 2, 2, 2) / 8, up=torch.ones(3, 2, 1, 1), alpha=2.0),
         },
         "optimized_embedding": torch.tensor([[0.0, 1.0, -2.0], [0.5, 0.25, 3.0]]),
+        "coarse_latents": torch.tensor([[[0.5, -1.5]], [[2.0, 0.125]]]),
         "target_prompt": "a blue cube, größer ☂",
         "base": BaseIdentity(
             source="demo",
@@ -141,7 +142,7 @@ def test_the_bytes_of_an_edit_are_pinned() -> None:
     )
     assert '"modelspec.trigger_phrase":"a blue cube, größer ☂"'.encode() in data
     assert len(data) == 8 + length + 2 * 4 + 2 * (3 + 2 + 16 + 6)
-    assert hashlib.sha256(data).hexdigest() == "fe742e9292dbbab35c7d40aac79398e4f1d4af0968cf2794c4f0ca6e7f4d7684"
+    assert hashlib.sha256(data).hexdigest() == "1f80e556696bec2cc013d5b96a49e8b283ebdf71d97b79a2f154f0eec4f1106f"
 
 
 def test_equal_edits_give_identical_bytes() -> None:
@@ -167,6 +168,7 @@ def test_equal_edits_give_identical_bytes() -> None:
         ({"settings": {"steps": 1}}, {"settings": {"steps": True}}),
         ({"eta_default": 0.0}, {"eta_default": -0.0}),
         ({"optimized_embedding": torch.zeros(2, 3)}, {"optimized_embedding": -torch.zeros(2, 3)}),
+        ({"coarse_latents": torch.zeros(1, 1, 1)}, {"coarse_latents": -torch.zeros(1, 1, 1)}),
         ({"thumbnail": b"\xff\xd8\xff"}, {"thumbnail": None}),
     ],
 )
@@ -288,6 +290,7 @@ def edits(draw: st.DrawFn) -> Edit:
             )
         ),
         optimized_embedding=draw(halves(draw(st.integers(1, 3)), width)),
+        coarse_latents=draw(halves(*(draw(st.integers(1, 3)) for _ in range(3)))),
         target_prompt=draw(TEXT),
         base=BaseIdentity(
             source=draw(st.sampled_from(["demo", "someone/some-model", "my models' folder", "größe"])),
@@ -328,9 +331,10 @@ def test_what_is_read_is_what_was_written(edit: Edit) -> None:
     back = decode(data)
     assert back == edit and encode(back) == data
     for field in dataclasses.fields(Edit):
-        if field.name not in ("adapter", "optimized_embedding"):
+        if field.name not in ("adapter", "optimized_embedding", "coarse_latents"):
             assert getattr(back, field.name) == getattr(edit, field.name)
     assert torch.equal(back.optimized_embedding, edit.optimized_embedding)
+    assert torch.equal(back.coarse_latents, edit.coarse_latents)
     assert back.adapter.keys() == edit.adapter.keys()
     for layer, factors in edit.adapter.items():
         assert torch.equal(back.adapter[layer].down, factors.down)
@@ -662,6 +666,24 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
         "imagic.e_opt",
         with_meta("imagic.e_opt", lambda m: m.update(data=base64.b64encode(b"\xff\x7f" * 6).decode())),
     ),
+    "coarse latents missing": (
+        EditHeaderError,
+        "coarse_latents: missing",
+        with_header(lambda h: h["__metadata__"].pop("imagic.coarse_latents")),
+    ),
+    "coarse latents flat": (
+        TensorShapeError,
+        r"\[C, h, w\]",
+        with_meta("imagic.coarse_latents", lambda m: m.update(shape=[2, 2])),
+    ),
+    "coarse latents too fine": (
+        TensorShapeError,
+        "up to 16",
+        with_meta(
+            "imagic.coarse_latents",
+            lambda m: m.update(shape=[1, 17, 1], data=base64.b64encode(b"\0" * 34).decode()),
+        ),
+    ),
     "unknown tensor": (UnknownTensorError, "lora_te", _rename(ALPHA, "lora_te_x.alpha")),
     "tensor name with a path": (UnknownTensorError, "passwd", _rename(ALPHA, "lora_unet_../passwd.alpha")),
     "tensor name with a line": (UnknownTensorError, r"alpha\\n", _rename(ALPHA, ALPHA + "\n")),
@@ -834,7 +856,7 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def _opened(data: bytes) -> dict[str, Any]:
     header = pieces(data)[0]
-    for key in ("imagic.meta", "imagic.base", "imagic.e_opt"):
+    for key in ("imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents"):
         header["__metadata__"][key] = json.loads(header["__metadata__"][key])
     return header
 
@@ -854,7 +876,7 @@ def test_any_header_value_changed_is_refused_or_read(path: tuple[Any, ...], acti
     else:
         place[path[-1]] = value
     if isinstance(header.get("__metadata__"), dict):
-        for key in ("imagic.meta", "imagic.base", "imagic.e_opt"):
+        for key in ("imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents"):
             if key in header["__metadata__"]:
                 header["__metadata__"][key] = json.dumps(header["__metadata__"][key])
     refuses_or_reads(joined(header, tensors))
@@ -906,6 +928,8 @@ def test_the_worst_header_takes_bounded_time() -> None:
             "alpha",
         ),
         ({"optimized_embedding": torch.ones(3)}, TensorShapeError, "e_opt"),
+        ({"coarse_latents": torch.ones(4, 17, 4)}, TensorShapeError, "coarse_latents"),
+        ({"coarse_latents": torch.ones(65, 4, 4)}, TensorShapeError, "coarse_latents"),
         ({"optimized_embedding": torch.ones(2**21, 3)}, TensorShapeError, "above"),
         ({"settings": {"x": math.nan}}, EditHeaderError, "settings.x"),
         ({"settings": {"x": {1: 2}}}, EditHeaderError, "settings.x"),

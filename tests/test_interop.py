@@ -38,6 +38,7 @@ def _edit(base, adapt: str) -> Edit:
     return Edit(
         adapter={key: LoraFactors(*factors) for key, factors in pack.export(0).items()},
         optimized_embedding=torch.randn(tokens, width, generator=generator),
+        coarse_latents=torch.randn(4, 4, 4, generator=generator),
         target_prompt="a blue sphere",
         base=base.identity,
         settings={},

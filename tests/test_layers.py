@@ -25,6 +25,7 @@ LAYERS = {
         "memory",
         "container",
         "checks",
+        "cli_options",
     ),
     3: ("identity", "safetensors_codec"),
     4: ("edit_header", "edit", "families"),
@@ -32,10 +33,11 @@ LAYERS = {
     6: ("training", "sample"),
     7: ("embed", "finetune"),
     8: ("pipeline",),
-    9: ("result_folder", "doctor"),
-    10: ("commands",),
-    11: ("cli",),
-    12: ("__main__",),
+    9: ("result_folder", "doctor", "console", "cli_frame"),
+    10: ("rendering",),
+    11: ("commands", "sheet"),
+    12: ("cli",),
+    13: ("__main__",),
 }
 """Layer to modules; a module imports modules of lower layers only. `demo` stands apart: it imports errors alone."""
 

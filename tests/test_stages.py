@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowmem_imagic import training
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig, StageConfig
-from lowmem_imagic.diffusion import interpolate, loss_per_edit
+from lowmem_imagic.diffusion import coarse, interpolate, loss_per_edit, project, refined
 from lowmem_imagic.embed import embed
 from lowmem_imagic.errors import DivergenceError
 from lowmem_imagic.finetune import finetune
@@ -385,7 +385,6 @@ def test_sampling_is_the_loop_written_out(
         extra = {"generator": generator}
     embedding = 0.6 * text[1:2] + 0.4 * optimized[1:2]
     unconditional = base.encode_text([""])
-    pack.strength(1.0)
     pack.set_rows(torch.tensor([1]))
     with torch.no_grad(), pack.attached(base.unet):
         for t in steps.timesteps:
@@ -400,10 +399,10 @@ def test_sampling_is_the_loop_written_out(
 
 CELLS = [
     Cell(edit=2, eta=0.0, seed=0),
-    Cell(edit=0, eta=1.0, seed=1),
+    Cell(edit=0, eta=1.0, seed=1, guidance_scale=1.0),
     Cell(edit=2, eta=0.7, seed=1, strength=0.5),
-    Cell(edit=1, eta=0.7, seed=0),
-    Cell(edit=0, eta=0.5, seed=0),
+    Cell(edit=1, eta=0.7, seed=0, strength=(0.0, 1.0, 2.0)),
+    Cell(edit=0, eta=0.5, seed=0, guidance_scale=5.0),
 ]
 
 
@@ -415,18 +414,77 @@ def test_an_image_does_not_depend_on_its_batch(
     edits: tuple[AdapterPack, Tensor],
     relative: Callable[..., float],
 ) -> None:
-    """An image is the same rendered alone, with all others at once, and in batches of 1 and 5 rows."""
+    """An image is the same rendered alone, with all others at once, and in batches of 1 and 5 rows.
+
+    Whatever the edits, etas, seeds, strengths and guidance of the others.
+    """
     pack, optimized = edits
 
     def render(cells: Sequence[Cell], batch_rows: int) -> Tensor:
-        config = SampleConfig(num_inference_steps=3, scheduler=scheduler, ddim_eta=0.5, batch_rows=batch_rows)
-        return sample(base, pack, text, optimized, cells, config)
+        config = SampleConfig(
+            num_inference_steps=3, scheduler=scheduler, ddim_eta=0.5, batch_rows=batch_rows, start="photo"
+        )
+        return sample(base, pack, text, optimized, cells, config, coarse_latents=coarse(latents_of(), 4))
 
     together = render(CELLS, 64)
     for batch_rows in (1, 5):
         assert relative(render(CELLS, batch_rows), together) < 1e-4
-    assert relative(render(CELLS[2:3], 64)[0], together[2]) < 1e-4
+    for number, cell in enumerate(CELLS):
+        assert relative(render([cell], 64)[0], together[number]) < 1e-4
     assert min(relative(a, b) for i, a in enumerate(together) for b in together[:i]) > 1e-2
+
+
+def test_a_cells_own_guidance_is_the_configurations(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
+    """Guidance and strength of a cell do what the configuration's guidance, and an adapter scaled, would do."""
+    pack, optimized = edits
+    own = sample(
+        base,
+        pack,
+        text,
+        optimized,
+        [Cell(edit=1, eta=0.5, seed=0, guidance_scale=6.0, strength=0.5)],
+        SampleConfig(num_inference_steps=2),
+    )
+    scaled = [{key: (d, 0.5 * u, alpha) for key, (d, u, alpha) in pack.export(edit).items()} for edit in range(3)]
+    config = SampleConfig(num_inference_steps=2, guidance_scale=6.0)
+    halved = AdapterPack.load(base.unet, scaled)
+    expected = sample(base, halved, text, optimized, [Cell(edit=1, eta=0.5, seed=0)], config)
+    torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_starting_from_the_photo_carries_its_low_frequencies(
+    scheduler: str, base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first latents the UNet sees are diffusers' `add_noise` of the photo's cell means; without those, an error."""
+    pack, optimized = edits
+    seen: list[Tensor] = []
+    predict = base.predict
+    monkeypatch.setattr(base, "predict", lambda x, t, e: seen.append(x.clone()) or predict(x, t, e))
+    config = SampleConfig(num_inference_steps=1, guidance_scale=1.0, scheduler=scheduler, start="photo")
+    cells = [Cell(edit=2, eta=0.5, seed=5)]
+    low = coarse(latents_of(), 4)
+    sample(base, pack, text, optimized, cells, config, coarse_latents=low)
+    steps = base.family.scheduler(scheduler)
+    steps.set_timesteps(1)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = steps.add_noise(refined(low[2:], 8, 8), noise, steps.timesteps[:1])
+    torch.testing.assert_close(seen[0], steps.scale_model_input(expected, steps.timesteps[0]))
+    with pytest.raises(ValueError, match="coarse latents"):
+        sample(base, pack, text, optimized, cells, config)
+
+
+def test_projection_is_another_way(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
+    """With projection, sampling is conditioned on the projected embedding: the linear one at eta 0, another at 1."""
+    pack, optimized = edits
+
+    def render(interpolation: str, eta: float, target: Tensor = text) -> Tensor:
+        config = SampleConfig(num_inference_steps=2, interpolation=interpolation)
+        return sample(base, pack, target, optimized, [Cell(edit=0, eta=eta, seed=0)], config)
+
+    assert torch.equal(render("linear", 0.0), render("projection", 0.0))
+    torch.testing.assert_close(render("projection", 0.8), render("linear", 1.0, project(text, optimized, 0.8)))
+    assert not torch.allclose(render("linear", 0.8), render("projection", 0.8))
 
 
 def test_eta_ends_at_the_embeddings(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:

@@ -1,0 +1,48 @@
+"""Standard error of the commands: remarks, warnings, progress bars."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+STAGES = {"embed": "1/3 embedding", "finetune": "2/3 adapter", "sample": "3/3 pictures"}
+
+
+class Console:
+    """Standard error: remarks, and progress bars with the time left (on a terminal)."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bar: tqdm[Any] | None = None
+        self._stage = ""
+        self.warnings: list[str] = []
+
+    def say(self, text: str) -> None:
+        """A remark."""
+        if not self._quiet:
+            print(text, file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """A warning: shown even when quiet, and kept for the report."""
+        if text:
+            self.warnings.append(text)
+            print(f"warning: {text}", file=sys.stderr)
+
+    def progress(self, stage: str, step: int, steps: int, remark: str) -> None:
+        """A step of a stage is done."""
+        if self._quiet:
+            return
+        if self._bar is None or stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(total=steps, desc=STAGES.get(stage, stage), unit="step", disable=None, leave=True)
+        self._bar.set_postfix_str(remark, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if step >= steps:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the current bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,174 @@
+"""Pictures of finished edits: opening an edit and its base, rendering cells into a folder or onto a sheet."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .base_model import BaseModel
+from .config import SampleConfig, strength_text
+from .console import Console
+from .edit import Edit
+from .errors import ModelError
+from .families import DEMO, SHORT_NAMES
+from .images import Photo
+from .letterbox import Letterbox, from_square, to_images, to_square, to_tensor
+from .memory import Meter
+from .pipeline import apply_edits, check_base, check_sentence, letterbox, versions
+from .result_folder import ResultFolder
+from .sample import Cell
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """Which base model to load, and how."""
+
+    model: str | None
+    revision: str | None
+    device: str
+    weights: str | None
+    attention: str
+    checkpointing: bool
+    config_folder: Path | None
+
+    def load(self) -> BaseModel:
+        """The base model."""
+        return BaseModel.load(
+            self.model or DEMO,
+            revision=self.revision,
+            device=self.device,
+            weights=self.weights or "int8",
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+            config_folder=self.config_folder,
+        )
+
+
+def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
+    """The sampling settings an edit was made with, as far as this version knows them, with `overrides` on top.
+
+    Strength and batch size are choices of the moment, not of the edit.
+    """
+    recorded = edit.settings.get("sample")
+    names = set(SampleConfig.__dataclass_fields__) - {"strength", "batch_rows"}
+    values = recorded if isinstance(recorded, dict) else {}
+    known = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
+    return SampleConfig(**{**known, **overrides})
+
+
+def open_edit(
+    edit: Edit, options: BaseOptions, config: SampleConfig, prompt: str | None, console: Console
+) -> tuple[BaseModel, str]:
+    """The base to render an edit on, and the sentence to render it under: `prompt`, or the edit's own.
+
+    Raises:
+        ModelError: the base is not named and not one of those that may be taken from a file.
+        BaseMismatchError: another architecture than the edit's.
+        PromptError: an empty prompt.
+    """
+    chosen = options
+    if options.model is None:
+        if edit.base.source != DEMO and edit.base.source not in SHORT_NAMES.values():
+            raise ModelError(
+                f"this edit was made for {edit.base.source}; a file is not trusted to name a download, "
+                f"so say which base to use, as in --model {edit.base.source}"
+            )
+        chosen = replace(chosen, model=edit.base.source, revision=options.revision or edit.base.revision)
+    if options.weights is None:
+        chosen = replace(chosen, weights=edit.base_weights)
+    base = chosen.load()
+    base.family.scheduler(config.scheduler)
+    console.warn(check_base(edit, base))
+    if prompt is not None:
+        check_sentence(prompt)
+        check_sentences(base, [prompt, config.negative_prompt], console)
+        console.say(f"trained for {edit.target_prompt!r}, rendered under {prompt!r}")
+    return base, edit.target_prompt if prompt is None else prompt
+
+
+def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console) -> None:
+    """Warns of what the text encoder cuts off; all but the first sentence may be empty.
+
+    Raises:
+        PromptError: the first is empty.
+    """
+    for number, sentence in enumerate(sentences):
+        if number and not sentence:
+            continue  # an empty negative sentence is the usual one
+        cut = base.family.check_prompt(sentence)
+        if cut:
+            limit = base.family.tokenizer.model_max_length - 2
+            console.warn(f"the text encoder reads {limit} tokens; cut from the sentence: {cut!r}")
+
+
+def render(
+    base: BaseModel,
+    edit: Edit,
+    sentence: str,
+    config: SampleConfig,
+    folder: ResultFolder,
+    meter: Meter,
+    console: Console,
+    *,
+    photo: Photo | None,
+) -> tuple[list[Cell], list[Image.Image], dict[str, Any]]:
+    """Renders all cells and the sheet into the folder: the cells, their pictures and the report's part on them."""
+    cells = [Cell(0, eta, seed, config.strength) for seed in config.seeds for eta in config.etas]
+    alone = Cell(0, 1.0, config.seeds[0], strength=0.0)
+    rendered = pictures_of(base, edit, sentence, [*cells, alone], config, meter, console)
+    pictures = [rendered[cell] for cell in cells]
+    names = folder.write_pictures(cells, pictures, parameters_of(edit, sentence, config))
+
+    sheet = []
+    if photo is not None:
+        round_trip = _round_trip(base, photo, letterbox(edit))
+        sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
+    sheet.append(("sentence alone (no training)", rendered[alone]))
+    many_seeds = len(config.seeds) > 1
+    for cell, picture in zip(cells, pictures, strict=True):
+        label = f"eta {cell.eta:g}" + (" (reconstruction)" if cell.eta == 0 else "")
+        sheet.append((label + (f", seed {cell.seed}" if many_seeds else ""), picture))
+    footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
+    folder.write_sheet(sheet, columns=None if many_seeds else min(len(sheet), 8), title=sentence, footer=footer)
+    return cells, pictures, {"sentence": sentence, "pictures": names}
+
+
+def pictures_of(
+    base: BaseModel,
+    edit: Edit,
+    sentence: str,
+    cells: Sequence[Cell],
+    config: SampleConfig,
+    meter: Meter,
+    console: Console,
+) -> dict[Cell, Image.Image]:
+    """The picture of each cell; equal cells are rendered once."""
+    unique = list(dict.fromkeys(cells))
+    try:
+        pictures = apply_edits(base, [edit], unique, config, prompts=[sentence], progress=console.progress, meter=meter)
+    finally:
+        console.close()
+    return dict(zip(unique, pictures, strict=True))
+
+
+def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, Any]:
+    """What a picture says of how it was made."""
+    version = versions().get("lowmem_imagic", "unknown")
+    return {**config.__dict__, "prompt": sentence, "model": edit.base.source, "version": version}
+
+
+def footer_of(base: BaseModel, edit: Edit, config: SampleConfig) -> str:
+    """The settings under a sheet that all its pictures share."""
+    return (
+        f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
+        f"guidance {config.guidance_scale:g} | {config.interpolation} | adapter of rank {edit.rank} on "
+        f"{len(edit.adapter)} layers, strength {strength_text(config.strength)} | base in {base.weights}"
+    )
+
+
+def _round_trip(base: BaseModel, photo: Photo, box: Letterbox) -> Image.Image:
+    """The photo through the autoencoder: the best any reconstruction can be."""
+    decoded = base.decode(base.encode_images(to_tensor(to_square(photo.image, box))))
+    return from_square(to_images(decoded)[0], box)
