@@ -136,7 +136,9 @@ def run(case: Case) -> dict[str, Any]:
     )
     ends = [time.perf_counter()]
     with _peak() as row_peak:
-        pack, losses = finetune(base, latents, e_opt, config, [generator], lambda *_: ends.append(time.perf_counter()))
+        pack, losses, _ = finetune(
+            base, latents, e_opt, config, [generator], lambda *_: ends.append(time.perf_counter())
+        )
     assert losses.per_step.isfinite().all()
     return {
         "baseline_bytes": baseline,

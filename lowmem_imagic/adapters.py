@@ -46,21 +46,23 @@ def kohya_key(module_name: str) -> str:
     return "lora_unet_" + module_name.replace(".", "_")
 
 
-def target_modules(network: nn.Module, adapt: str) -> dict[str, nn.Module]:
-    """The layers of `network` that ``adapt`` (a key of `TARGETS`) covers, by name, in the network's order."""
-    endings = tuple("." + ending for ending in TARGETS[adapt])
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if ("." + name).endswith(endings) and isinstance(module, (nn.Linear, nn.Conv2d))
-    }
-
-
 def block_of(module_name: str) -> int:
     """The number in `BLOCKS` of the part of the UNet a module belongs to; what stands before the middle is encoder."""
     if module_name.startswith("mid_block"):
         return BLOCKS.index("mid")
     return BLOCKS.index("up" if module_name.startswith(("up_blocks", "conv_out")) else "down")
+
+
+def target_modules(network: nn.Module, adapt: str, blocks: Sequence[str] = BLOCKS) -> dict[str, nn.Module]:
+    """The layers of `network` that ``adapt`` (a key of `TARGETS`) covers in `blocks`, by name, in its order."""
+    endings = tuple("." + ending for ending in TARGETS[adapt])
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if ("." + name).endswith(endings)
+        and isinstance(module, (nn.Linear, nn.Conv2d))
+        and BLOCKS[block_of(name)] in blocks
+    }
 
 
 class Rows:
@@ -170,6 +172,7 @@ class AdapterPack:
         network: a frozen network; it is not changed until `attach`.
         edits: N.
         adapt: key of `TARGETS`.
+        blocks: parts of the UNet to adapt, some of `BLOCKS`.
         rank: r.
         alpha: the output is scaled by ``alpha / r``.
 
@@ -187,9 +190,10 @@ class AdapterPack:
         adapt: str,
         rank: int,
         alpha: float,
+        blocks: Sequence[str] = BLOCKS,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._create(target_modules(network, adapt), edits, rank, device)
+        self._create(target_modules(network, adapt, blocks), edits, rank, device)
         self._set_alphas({name: [float(alpha)] * edits for name in self._shapes})
 
     def _create(self, modules: Mapping[str, nn.Module], edits: int, rank: int, device: torch.device | str) -> None:

@@ -107,6 +107,11 @@ class StageConfig:
     same number before (see `min_improvement`); 0 never stops early."""
     min_improvement: float = 0.01
     """Relative improvement between the two windows that counts as progress."""
+    average: float = 0.0
+    """Decay of a running average of what is trained, which is then the result; 0 takes the last step's, as the paper
+    does."""
+    timesteps: tuple[float, float] = (0.0, 1.0)
+    """Part of the noise schedule that draws come from: 0 is the clean end, 1 the noisy one. Paper: all of it."""
 
     def __post_init__(self) -> None:
         check = _Check(self)
@@ -120,6 +125,15 @@ class StageConfig:
         check.number("max_grad_norm", 0, 1e6)
         check.number("patience", 0, 100_000, whole=True)
         check.number("min_improvement", 0, 1)
+        check.number("average", 0, 0.9999)
+        span = self.timesteps
+        if not isinstance(span, tuple) or len(span) != 2:
+            check.problems.append(f"timesteps is {span!r}, expected two numbers such as 0,1")
+        else:
+            before = len(check.problems)
+            check.numbers("timesteps", 0, 1)
+            if len(check.problems) == before and not span[0] < span[1]:
+                check.problems.append(f"timesteps is {span!r}, expected the first below the second")
 
     @property
     def passes(self) -> int:
@@ -141,12 +155,22 @@ class FinetuneConfig(StageConfig):
     lora_rank: int = 8
     lora_alpha: float = 8.0
     """The adapter's output is scaled by ``lora_alpha / lora_rank``."""
+    blocks: tuple[str, ...] = BLOCKS
+    """Parts of the UNet that get adapters."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the adapter's factors, a unit of learning rate (AdamW's)."""
+    embedding_learning_rate: float = 0.0
+    """Rate at which e_opt goes on training beside the adapter; 0 keeps it fixed, as in the paper."""
 
     def _check(self, check: _Check) -> None:
         super()._check(check)
         check.choice("adapt", ADAPT_TARGETS)
         check.number("lora_rank", 1, MAX_RANK, whole=True)
         check.number("lora_alpha", 0, 10_000, above=True)
+        check.number("weight_decay", 0, 1000)
+        check.number("embedding_learning_rate", 0, 1)
+        if not isinstance(self.blocks, tuple) or not self.blocks or not all(b in BLOCKS for b in self.blocks):
+            check.problems.append(f"blocks is {self.blocks!r}, expected some of {', '.join(BLOCKS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,17 @@ from .config import INTERPOLATIONS
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-def draw_timesteps(draws: int, num_train_timesteps: int, generator: torch.Generator) -> Tensor:
+def draw_timesteps(
+    draws: int, num_train_timesteps: int, generator: torch.Generator, span: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
     """Timesteps (draws,) int64, one from each of `draws` equal parts of the schedule, uniform within its part.
 
-    Each is uniform over the whole schedule in expectation, as in eq. 2, but a step sees all noise levels.
+    Each is uniform over the whole schedule in expectation, as in eq. 2, but a step sees all noise levels. `span` is
+    the part of the schedule they come from, (0, 1) for all of it.
     """
     parts = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    if span != (0.0, 1.0):
+        parts = span[0] + (span[1] - span[0]) * parts
     return (parts * num_train_timesteps).long().clamp_(max=num_train_timesteps - 1)
 
 

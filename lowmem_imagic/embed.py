@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .config import EmbedConfig
-from .training import Losses, Progress, train
+from .training import Losses, Progress, Trained, train
 
 
 def embed(
@@ -39,8 +39,7 @@ def embed(
         base,
         latents,
         lambda: optimized,
-        weights=optimized.detach().flatten(1),
-        grads=optimized.grad.flatten(1),
+        trained=[Trained(optimized.detach().flatten(1), optimized.grad.flatten(1), config.learning_rate)],
         config=config,
         generators=generators,
         progress=progress,

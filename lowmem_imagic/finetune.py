@@ -1,6 +1,7 @@
 """Stage 2: the model is tuned on the photo with e_opt fixed (paper section 3.2, "Model fine-tuning"); here by LoRA."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +9,16 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import FinetuneConfig
-from .training import Losses, Progress, train
+from .training import Losses, Progress, Trained, train
+
+
+class Finetuned(NamedTuple):
+    """What stage 2 leaves."""
+
+    adapters: AdapterPack
+    losses: Losses
+    optimized_embeddings: Tensor
+    """e_opt, (N, T, D), fp32 on the CPU: as given, unless it was trained on."""
 
 
 def finetune(
@@ -18,10 +28,11 @@ def finetune(
     config: FinetuneConfig,
     generators: Sequence[torch.Generator],
     progress: Progress | None = None,
-) -> tuple[AdapterPack, Losses]:
+) -> Finetuned:
     """The trained adapters of all edits, and the losses on the way; the base is left as it was.
 
-    Same loss as stage 1 (eq. 2), over the adapters' weights instead of the embedding.
+    Same loss as stage 1 (eq. 2), over the adapters' weights instead of the embedding. With an
+    `embedding_learning_rate`, the embedding goes on training beside them (as in Forgedit, arXiv 2309.10556).
 
     Args:
         base: the frozen base.
@@ -31,30 +42,37 @@ def finetune(
         generators: one CPU generator per edit.
         progress: called after every step.
 
-    **Memory**: adapters in fp32, their gradients and two Adam moments: 16 bytes a weight.
+    **Memory**: adapters in fp32, their gradients and two Adam moments: 16 bytes a weight, 4 more with averaging.
     """
     pack = AdapterPack(
         base.unet,
         edits=len(latents),
         adapt=config.adapt,
+        blocks=config.blocks,
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         device=base.device,
     )
     pack.initialize(generators)
-    grads = pack.enable_gradients()
+    trained = [Trained(pack.weights, pack.enable_gradients(), config.learning_rate, config.weight_decay)]
     pack.set_rows(None)
-    embeddings = optimized_embeddings.to(base.device)
+    # Contiguous, or its rows below would be copies and training them would change nothing.
+    embeddings = optimized_embeddings.to(base.device, torch.float32).clone(memory_format=torch.contiguous_format)
+    if config.embedding_learning_rate:
+        embeddings.requires_grad_()
+        embeddings.grad = torch.zeros_like(embeddings)
+        trained.append(
+            Trained(embeddings.detach().flatten(1), embeddings.grad.flatten(1), config.embedding_learning_rate)
+        )
     with pack.attached(base.unet):
         losses = train(
             base,
             latents,
             lambda: embeddings,
-            weights=pack.weights,
-            grads=grads,
+            trained=trained,
             config=config,
             generators=generators,
             progress=progress,
         )
     pack.disable_gradients()
-    return pack, losses
+    return Finetuned(pack, losses, embeddings.detach().cpu())

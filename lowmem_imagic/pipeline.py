@@ -89,17 +89,19 @@ def make_edits(
     # Rounded as the file stores it, so that an edit and its file give the same pictures.
     optimized = optimized.half().float()
     with _stage(meter, "finetune", "--checkpointing, fewer draws a step, or --adapt attn"):
-        pack, losses = finetune(base, latents, optimized, config.finetune, generators, _named(progress, "finetune"))
+        tuned = finetune(base, latents, optimized, config.finetune, generators, _named(progress, "finetune"))
+    optimized = tuned.optimized_embeddings
     return [
         Edit(
             adapter={
-                key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in pack.export(i).items()
+                key: LoraFactors(down.half(), up.half(), alpha)
+                for key, (down, up, alpha) in tuned.adapters.export(i).items()
             },
             optimized_embedding=optimized[i].half(),
             coarse_latents=coarse(latents[i : i + 1], COARSE_SIDE)[0].half(),
             target_prompt=job.prompt,
             base=identity,
-            settings=_settings(config, [embed_losses, losses], i),
+            settings=_settings(config, [embed_losses, tuned.losses], i),
             seed=config.seed,
             etas=config.sample.etas,
             eta_default=1.0,

@@ -21,6 +21,18 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A tensor that training changes in place."""
+
+    weights: Tensor
+    """(N, P): everything that is trained of an edit in one row."""
+    grads: Tensor
+    """(N, P), where backward passes leave the gradient of `weights`."""
+    learning_rate: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
 class Losses:
     """What a training stage saw."""
 
@@ -43,6 +55,7 @@ def draw_rows(
     alpha_bar: Tensor,
     prediction_type: str,
     generators: Sequence[torch.Generator],
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents (R, C, H, W), timesteps (R,) and targets (R, C, H, W) for one step, edit by edit.
 
@@ -52,10 +65,11 @@ def draw_rows(
         alpha_bar: (num_train_timesteps,).
         prediction_type: what the UNet predicts.
         generators: one CPU generator per edit; of each, the timesteps are drawn first, then the noise.
+        span: part of the schedule that timesteps come from; 0 is the clean end.
     """
     timesteps, noise = [], []
     for generator in generators:
-        timesteps.append(draw_timesteps(draws, len(alpha_bar), generator))
+        timesteps.append(draw_timesteps(draws, len(alpha_bar), generator, span))
         noise.append(torch.randn((draws, *latents.shape[1:]), generator=generator))
     t, epsilon = torch.cat(timesteps), torch.cat(noise)
     x = latents.repeat_interleave(draws, 0)
@@ -68,21 +82,19 @@ def train(
     latents: Tensor,
     embeddings: Callable[[], Tensor],
     *,
-    weights: Tensor,
-    grads: Tensor,
+    trained: Sequence[Trained],
     config: StageConfig,
     generators: Sequence[torch.Generator],
     progress: Progress | None = None,
 ) -> Losses:
-    """Minimises the denoising loss (paper eq. 2) of every edit over the rows of `weights`, in place.
+    """Minimises the denoising loss (paper eq. 2) of every edit over what is trained, in place.
 
     Args:
         base: the frozen base, with whatever is trained already in it.
         latents: (N, C, H, W), fp32 on the CPU.
         embeddings: gives the text conditioning (N, T, D) of the step.
-        weights: (N, P), what is trained.
-        grads: (N, P), where backward passes leave the gradient of `weights`.
-        config: steps, rate, draws, clipping, early stop.
+        trained: what is trained, each with a rate of its own.
+        config: steps, draws, their timesteps, clipping, averaging, early stop.
         generators: one CPU generator per edit.
         progress: called after every step.
 
@@ -92,19 +104,32 @@ def train(
     **Memory**: the activations of N * draws rows, freed before the optimiser steps.
     """
     edits = len(latents)
-    optimizer = PackedAdam(weights, learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm)
+    optimizers = [
+        PackedAdam(
+            part.weights,
+            learning_rate=part.learning_rate,
+            max_grad_norm=config.max_grad_norm,
+            weight_decay=part.weight_decay,
+        )
+        for part in trained
+    ]
+    averages = [part.weights.clone() for part in trained] if config.average else []
     history = torch.full((config.steps, edits), float("nan"))
     active = torch.ones(edits, dtype=torch.bool)
     steps_run = [config.steps] * edits
     for step in range(config.steps):
         noisy, timesteps, target = draw_rows(
-            latents, config.draws, base.alpha_bar, base.family.prediction_type, generators
+            latents, config.draws, base.alpha_bar, base.family.prediction_type, generators, config.timesteps
         )
         conditioning = embeddings().repeat_interleave(config.draws, 0)
         losses = loss_per_edit(base.predict(noisy, timesteps, conditioning), target.to(base.device), edits)
-        grads.zero_()
+        for part in trained:
+            part.grads.zero_()
         losses.sum().backward()
-        optimizer.step(grads, active)
+        for part, optimizer in zip(trained, optimizers, strict=True):
+            optimizer.step(part.grads, active)
+        for part, average in zip(trained, averages, strict=False):
+            _follow(average, part.weights, config.average, step, active)
         history[step] = torch.where(active, losses.detach().cpu(), torch.nan)
         if not history[step][active].isfinite().all():
             raise DivergenceError(
@@ -118,7 +143,16 @@ def train(
             progress(step + 1, config.steps, f"loss {history[step].nanmean():.4f}")
         if not active.any():
             break
+    for part, average in zip(trained, averages, strict=False):
+        part.weights.copy_(average)
     return Losses(history, tuple(steps_run))
+
+
+@torch.no_grad()
+def _follow(average: Tensor, weights: Tensor, decay: float, step: int, active: Tensor) -> None:
+    """Moves the running average (N, P) of the weights on; early steps count less, so that the start is forgotten."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    average.lerp_(weights, share * active.to(weights).unsqueeze(1))
 
 
 def _stalled(losses: Tensor, config: StageConfig) -> bool:

@@ -123,3 +123,24 @@ def test_strength_of_blocks_survives_json():
     """A strength for each block comes back from plain values as it was."""
     config = preset("balanced", {"sample": {"strength": (0.5, 1.0, 1.5)}})
     assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"timesteps": (0.5, 0.5)},
+        {"timesteps": (0.9, 0.1)},
+        {"timesteps": (0.0, 2.0)},
+        {"timesteps": 0.5},
+        {"blocks": ()},
+        {"blocks": ("left",)},
+        {"blocks": "up"},
+        {"average": 1.0},
+        {"weight_decay": -1},
+        {"embedding_learning_rate": 2},
+    ],
+)
+def test_training_settings_out_of_range(values):
+    """Each setting of stage 2 is refused by its own name where it makes no sense."""
+    with pytest.raises(ConfigError, match=f"finetune.{next(iter(values))}"):
+        preset("balanced", {"finetune": values})

@@ -22,12 +22,17 @@ def problem() -> tuple[Tensor, Tensor]:
 
 
 def torch_adam(
-    row: int, rate: float = 1e-2, *, taken: list[bool] | None = None, max_grad_norm: float = 0.0
+    row: int,
+    rate: float = 1e-2,
+    *,
+    taken: list[bool] | None = None,
+    max_grad_norm: float = 0.0,
+    weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """What torch's own Adam makes of one row over the steps that are taken: weights and first moment."""
+    """What torch's own AdamW makes of one row over the steps that are taken: weights and first moment."""
     start, grads = problem()
     weights = start[row].clone().requires_grad_()
-    optimizer = torch.optim.Adam([weights], lr=rate)
+    optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=weight_decay)
     for step in range(STEPS):
         if taken is None or taken[step]:
             weights.grad = grads[step, row].clone()
@@ -57,6 +62,18 @@ def test_every_row_is_torchs_adam() -> None:
         optimizer.step(grads[step], everyone())
     for row in range(ROWS):
         check_row(optimizer, row, torch_adam(row))
+
+
+def test_decay_is_torchs_adamw() -> None:
+    """With weight decay every row that is not frozen equals a run of torch.optim.AdamW; a frozen one does not decay."""
+    weights, grads = problem()
+    optimizer = PackedAdam(weights, learning_rate=1e-2, weight_decay=3.0)
+    still = weights[2].clone()
+    for step in range(STEPS):
+        optimizer.step(grads[step], torch.tensor([True, True, False]))
+    for row in (0, 1):
+        check_row(optimizer, row, torch_adam(row, weight_decay=3.0))
+    assert torch.equal(optimizer.weights[2], still)
 
 
 def test_rows_may_have_rates_of_their_own() -> None:

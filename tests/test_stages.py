@@ -1,5 +1,6 @@
 """Facts about the three stages: who is trained, what a pack changes, what sampling computes, what stays allocated."""
 
+import dataclasses
 import gc
 import types
 import weakref
@@ -96,7 +97,9 @@ def test_finetuning_trains_the_adapters_only(base: Any, text: Tensor) -> None:
     """In stage 2 gradients exist on adapter factors only; e_opt and the UNet's own parameters get none."""
     before = text.clone()
     during: set[str] = set()
-    pack, _ = finetune(base, latents_of(), text, FINETUNE, generators(), lambda *_: during.update(trained(base.unet)))
+    pack, _, _ = finetune(
+        base, latents_of(), text, FINETUNE, generators(), lambda *_: during.update(trained(base.unet))
+    )
     assert len(during) == 2 * 79
     assert all(name.endswith((".down", ".up")) for name in during)
     assert not trained(base.unet)
@@ -150,7 +153,7 @@ def test_no_steps_train_nothing(base: Any, text: Tensor, stage: str) -> None:
         optimized, losses = embed(base, latents_of(), text, EmbedConfig(steps=0, learning_rate=1.0), generators())
         assert torch.equal(optimized, text)
     else:
-        pack, losses = finetune(base, latents_of(), text, FinetuneConfig(steps=0, learning_rate=1.0), generators())
+        pack, losses, _ = finetune(base, latents_of(), text, FinetuneConfig(steps=0, learning_rate=1.0), generators())
         assert not any(up.any() for up in pack.parameters[1::2])
     assert losses.steps_run == (0, 0, 0) and losses.tail(0) is None
 
@@ -202,7 +205,7 @@ def test_a_pack_trains_each_edit_as_alone(
         arguments = (base, latents_of(edits), text[list(edits)])
         if stage == "embed":
             return embed(*arguments, EMBED, generators(edits))
-        pack, losses = finetune(*arguments, FINETUNE, generators(edits))
+        pack, losses, _ = finetune(*arguments, FINETUNE, generators(edits))
         return pack.weights, losses
 
     results, losses = run((0, 1, 2))
@@ -239,7 +242,7 @@ def test_the_same_seed_gives_the_same_bytes(load_base: Callable[..., Any]) -> No
         text = base.encode_text(PROMPTS)
         edits = generators()
         optimized, _ = embed(base, latents_of(), text, EMBED, edits)
-        pack, _ = finetune(base, latents_of(), optimized, FINETUNE, edits)
+        pack, _, _ = finetune(base, latents_of(), optimized, FINETUNE, edits)
         cells = [Cell(edit=edit, eta=0.7, seed=1) for edit in range(3)]
         images = sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=3))
         return [tensor.numpy().tobytes() for tensor in (optimized, pack.weights, images)]
@@ -269,7 +272,7 @@ def test_each_stage_lowers_the_loss(base: Any, text: Tensor) -> None:
 
     optimized, _ = embed(base, latents_of(), text, EmbedConfig(steps=8, learning_rate=0.05, draws=2), generators())
     config = FinetuneConfig(steps=8, learning_rate=0.02, draws=2, lora_rank=2, lora_alpha=2.0)
-    pack, losses = finetune(base, latents_of(), optimized, config, generators())
+    pack, losses, _ = finetune(base, latents_of(), optimized, config, generators())
     before, embedded = evaluate(text), evaluate(optimized)
     pack.set_rows(None)
     with pack.attached(base.unet):
@@ -303,8 +306,7 @@ def run_stub(gains: Sequence[float], config: StageConfig) -> tuple[Any, Tensor, 
         Stub(gains, config.draws),
         torch.zeros(edits, 4, 8, 8),
         lambda: weights.view(edits, 2, 3),
-        weights=weights.detach(),
-        grads=weights.grad,
+        trained=[training.Trained(weights.detach(), weights.grad, config.learning_rate)],
         config=config,
         generators=[torch.Generator().manual_seed(edit) for edit in range(edits)],
         progress=lambda *_: after_step.append(weights.detach().clone()),
@@ -347,6 +349,51 @@ def test_patience_zero_never_stops() -> None:
     """Without patience every edit takes every step, improving or not."""
     losses, _, _ = run_stub([1e-4, 1.0], StageConfig(steps=30, learning_rate=0.02, draws=8))
     assert losses.steps_run == (30, 30)
+
+
+def test_the_average_is_of_the_steps_taken() -> None:
+    """With averaging the result is the running average of the weights after each step, frozen with its edit."""
+    decay = 0.6
+    config = dataclasses.replace(STOPPING, average=decay)
+    losses, averaged, after_step = run_stub([1e-4, 1.0], config)
+    for edit in range(2):
+        expected = torch.zeros(6)
+        for step in range(losses.steps_run[edit]):
+            expected.lerp_(after_step[step][edit], 1 - min(decay, (1 + step) / (10 + step)))
+        torch.testing.assert_close(averaged[edit], expected)
+        assert not torch.allclose(averaged[edit], after_step[-1][edit])
+
+
+def test_draws_come_from_their_part_of_the_schedule(base: Any) -> None:
+    """Timesteps stay within the configured part, one in each of its equal parts; the noise is that of the whole."""
+    _, timesteps, noise = draw_rows(latents_of([1]), 4, base.alpha_bar, "epsilon", generators([1]), (0.5, 0.9))
+    _, anywhere, same = draw_rows(latents_of([1]), 4, base.alpha_bar, "epsilon", generators([1]))
+    assert [int((t - 500) // 100) for t in timesteps] == [0, 1, 2, 3]
+    assert torch.equal(noise, same) and not torch.equal(timesteps, anywhere)
+
+
+def test_adapters_may_be_the_decoders_only(base: Any, text: Tensor) -> None:
+    """Blocks left out of the settings get no adapters, all layers of the others do."""
+    some = dataclasses.replace(FINETUNE, blocks=("up",))
+    pack, _, _ = finetune(base, latents_of(), text, some, generators())
+    whole, _, _ = finetune(base, latents_of(), text, FINETUNE, generators())
+    expected = {key for key in whole.export(0) if key.startswith("lora_unet_up_blocks")}
+    assert set(pack.export(0)) == expected and 0 < len(expected) < len(whole.export(0))
+
+
+def test_the_embedding_may_train_beside_the_adapter(base: Any, text: Tensor) -> None:
+    """With a rate for the embedding, e_opt moves in stage 2 as alone as in a pack; without, it comes back as it was."""
+    before = text.clone()
+    assert torch.equal(finetune(base, latents_of(), text, FINETUNE, generators()).optimized_embeddings, text)
+    joint = dataclasses.replace(FINETUNE, embedding_learning_rate=1e-2)
+    _, _, embeddings = finetune(base, latents_of(), text, joint, generators())
+    assert torch.equal(text, before) and not embeddings.requires_grad and not trained(base.unet)
+    assert all(not torch.equal(embeddings[edit], text[edit]) for edit in range(3))
+    alone = finetune(base, latents_of([1]), text[1:2], joint, generators([1]))
+    torch.testing.assert_close(alone.optimized_embeddings[0], embeddings[1], atol=1e-3, rtol=1e-3)
+    config = dataclasses.replace(joint, steps=12, learning_rate=0.02)
+    _, longer, _ = finetune(base, latents_of(), text, config, generators())
+    assert all(longer.tail(edit) < longer.per_step[0, edit] for edit in range(3))
 
 
 # Sampling
