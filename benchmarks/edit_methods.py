@@ -6,24 +6,31 @@ Every item starts from the same noise; what a method may choose, it chooses for 
 
 import copy
 import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lowmem_imagic import edit_file
+from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig, SampleConfig
-from lowmem_imagic.diffusion import add_noise, guide, interpolate, loss_per_edit
+from lowmem_imagic.config import EditConfig
+from lowmem_imagic.diffusion import coarse, loss_per_edit
 from lowmem_imagic.embed import embed
 from lowmem_imagic.images import Photo
 from lowmem_imagic.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline import Job, apply_edits, make_edits
+from lowmem_imagic.pipeline import COARSE_SIDE, Job, apply_edits, make_edits
 from lowmem_imagic.png import encode_png
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.safetensors_codec import serialize
+from lowmem_imagic.sample import Cell, sample
 from lowmem_imagic.training import draw_rows
 
 SEED = 0
@@ -50,24 +57,36 @@ Method = Callable[[BaseModel, Sequence[Image.Image], Sequence[str], Sequence[flo
 """``method(base, photos, sentences, etas)``."""
 
 
-def ours(config: EditConfig, *, pack: int = 8, strength: float = 1.0) -> Method:
-    """This package, `pack` items at a time."""
+def ours(config: EditConfig, *, pack: int = 8, edits: Path | None = None, retarget_from: str | None = None) -> Method:
+    """This package, `pack` items at a time.
+
+    Args:
+        config: settings of all stages; of the third, etas and seeds are the protocol's.
+        pack: items trained together.
+        edits: folder of edit files: what is there already is not trained again, so that ways of sampling share
+            their edits.
+        retarget_from: train for this sentence, render under the item's.
+    """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         pictures: dict[float, list[Image.Image]] = {eta: [] for eta in etas}
         sizes: list[int] = []
         train_s = sample_s = 0.0
         for start in range(0, len(photos), pack):
-            jobs = [Job(_photo(p), s) for p, s in zip(photos[start:][:pack], sentences[start:][:pack], strict=True)]
+            targets = sentences[start:][:pack]
+            jobs = [
+                Job(_photo(p), s if retarget_from is None else retarget_from)
+                for p, s in zip(photos[start:][:pack], targets, strict=True)
+            ]
             started = time.perf_counter()
             # Read back, because what is rendered later is the file.
-            files = [edit_file.encode(edit) for edit in make_edits(base, jobs, config)]
-            train_s += time.perf_counter() - started
-            edits = [edit_file.decode(data) for data in files]
+            files, seconds = _edit_files(base, jobs, config, edits)
+            train_s += seconds
+            made_from = [edit_file.decode(data) for data in files]
             sizes += map(len, files)
             started = time.perf_counter()
-            cells = [Cell(number, eta, SEED, strength) for eta in etas for number in range(len(jobs))]
-            made = apply_edits(base, edits, cells, config.sample)
+            cells = [Cell(number, eta, SEED, config.sample.strength) for eta in etas for number in range(len(jobs))]
+            made = apply_edits(base, made_from, cells, config.sample, prompts=targets)
             sample_s += time.perf_counter() - started
             for cell, picture in zip(cells, made, strict=True):
                 pictures[cell.eta].append(picture)
@@ -77,7 +96,43 @@ def ours(config: EditConfig, *, pack: int = 8, strength: float = 1.0) -> Method:
     return run
 
 
-def full_finetune(learning_rate: float, *, embed_steps: int, steps: int, draws: int, config: EditConfig) -> Method:
+def _edit_files(
+    base: BaseModel, jobs: Sequence[Job], config: EditConfig, folder: Path | None
+) -> tuple[list[bytes], float]:
+    """Edit files of the jobs, and the seconds that training them takes or took; from `folder` where it has them all."""
+    if folder is None:
+        started = time.perf_counter()
+        files = [edit_file.encode(edit) for edit in make_edits(base, jobs, config)]
+        return files, time.perf_counter() - started
+    facts = {
+        "embed": asdict(config.embed),
+        "finetune": asdict(config.finetune),
+        "seed": config.seed,
+        "base": [base.identity.files, base.weights],
+        "jobs": [(job.photo.sha256, job.prompt) for job in jobs],
+    }
+    place = folder / f"edits-{_digest(facts)}"
+    paths = [place / f"{number}.safetensors" for number in range(len(jobs))]
+    clock = place / "seconds.json"
+    if not clock.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        files, seconds = _edit_files(base, jobs, config, None)
+        for path, data in zip(paths, files, strict=True):
+            write_bytes(path, data, overwrite=True)
+        # Last: what it stands beside is complete.
+        write_bytes(clock, json.dumps(seconds).encode(), overwrite=True)
+    return [path.read_bytes() for path in paths], json.loads(clock.read_text())
+
+
+def full_finetune(
+    learning_rate: float,
+    *,
+    embed_steps: int,
+    steps: int,
+    draws: int,
+    config: EditConfig,
+    folder: Path | None = None,
+) -> Method:
     """Imagic as published: the embedding, then every weight of the UNet (paper section 3.2), with Adam.
 
     Needs a base in fp32, whose UNet comes back unchanged.
@@ -88,8 +143,10 @@ def full_finetune(learning_rate: float, *, embed_steps: int, steps: int, draws: 
         steps: of stage 2.
         draws: (timestep, noise) draws a step, both stages.
         config: stage 1's rate and how to sample.
+        folder: keeps each item's latents, and what it keeps is not made again: a stopped run goes on.
     """
     first = replace(config.embed, steps=embed_steps, draws=draws)
+    schedule = {"rate": learning_rate, "steps": steps, "embed": asdict(first), "sample": asdict(config.sample)}
 
     def one(base: BaseModel, photo: Image.Image, sentence: str, etas: Sequence[float]) -> tuple[list[Tensor], float]:
         generator = torch.Generator().manual_seed(SEED)
@@ -109,8 +166,26 @@ def full_finetune(learning_rate: float, *, embed_steps: int, steps: int, draws: 
             optimizer.step()
         base.unet.requires_grad_(False)
         train_s = time.perf_counter() - started
-        text = torch.cat([interpolate(target, optimized, eta) for eta in etas])
-        return list(denoised(base, text, config.sample, _noise(base, len(etas)))), train_s
+        # An adapter of zeros, so that sampling is this package's own in every respect.
+        nothing = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0, device=base.device)
+        cells = [Cell(0, eta, SEED) for eta in etas]
+        low = coarse(latents, COARSE_SIDE)
+        return list(sample(base, nothing, target, optimized, cells, config.sample, coarse_latents=low)), train_s
+
+    def remembered(
+        base: BaseModel, photo: Image.Image, sentence: str, etas: Sequence[float]
+    ) -> tuple[Sequence[Tensor], float]:
+        if folder is None:
+            return one(base, photo, sentence, etas)
+        facts = {**schedule, "base": base.identity.files, "photo": _photo(photo).sha256, "sentence": sentence}
+        path = folder / f"full-{_digest({**facts, 'etas': etas})}.safetensors"
+        if not path.exists():
+            made, seconds = one(base, photo, sentence, etas)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {"latents": torch.stack(made), "seconds": torch.tensor(seconds)}
+            write_bytes(path, serialize(tensors, {}), overwrite=True)
+        kept = load_file(path)
+        return list(kept["latents"]), float(kept["seconds"])
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         if base.weights != "fp32":
@@ -120,7 +195,7 @@ def full_finetune(learning_rate: float, *, embed_steps: int, steps: int, draws: 
         train_s, started = 0.0, time.perf_counter()
         try:
             for photo, sentence in zip(photos, sentences, strict=True):
-                made, seconds = one(base, photo, sentence, etas)
+                made, seconds = remembered(base, photo, sentence, etas)
                 train_s += seconds
                 for eta, z in zip(etas, made, strict=True):
                     latents[eta].append(z)
@@ -135,83 +210,12 @@ def full_finetune(learning_rate: float, *, embed_steps: int, steps: int, draws: 
     return run
 
 
-def sentence_alone(config: SampleConfig) -> Method:
-    """Text-to-image from the target sentence: how well the base itself follows it; the slider does nothing."""
-
-    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
-        started = time.perf_counter()
-        latents = denoised(base, base.encode_text(sentences), config, _noise(base, len(sentences)))
-        pictures = to_images(base.decode(latents))
-        seconds = (time.perf_counter() - started) / len(sentences)
-        return Outcome(dict.fromkeys(etas, pictures), 0, 0.0, seconds)
-
-    return run
+def _digest(facts: Mapping[str, Any]) -> str:
+    """A short name for what something was made from."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def sdedit(config: SampleConfig) -> Method:
-    """SDEdit (Meng et al. 2022): noise the photo part of the way, denoise it under the sentence.
-
-    The slider is the share of the steps: 0 gives the photo back, 1 starts from all but pure noise.
-    """
-
-    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
-        started = time.perf_counter()
-        clean = base.encode_images(torch.cat([to_tensor(photo) for photo in photos]))
-        text, noise = base.encode_text(sentences), _noise(base, len(photos))
-        pictures = {}
-        for eta in etas:
-            steps = round(eta * config.num_inference_steps)
-            latents = denoised(base, text, config, noise, start=clean, last_steps=steps) if steps else clean
-            pictures[eta] = to_images(base.decode(latents))
-        seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
-        return Outcome(pictures, 0, 0.0, seconds)
-
-    return run
-
-
-@torch.no_grad()
-def denoised(
-    base: BaseModel,
-    text: Tensor,
-    config: SampleConfig,
-    noise: Tensor,
-    *,
-    start: Tensor | None = None,
-    last_steps: int | None = None,
-    batch: int = 32,
-) -> Tensor:
-    """Latents (B, C, H, W) denoised under text (B, T, D) with guidance, no adapters.
-
-    Args:
-        base: the base.
-        text: conditioning of each row.
-        config: scheduler, steps, guidance; its seeds, etas and strength are not read.
-        noise: (B, C, H, W), standard normal.
-        start: latents that carry the noise at the first step; pure noise by default.
-        last_steps: how many of the steps to take, from the end; all by default.
-        batch: rows sampled together.
-    """
-    negative = base.encode_text([config.negative_prompt])[0]
-    finished = []
-    for i in range(0, len(text), batch):
-        scheduler = base.family.scheduler(config.scheduler)
-        scheduler.set_timesteps(config.num_inference_steps)
-        timesteps = scheduler.timesteps[-(last_steps or config.num_inference_steps) :]
-        rows = text[i : i + batch]
-        latents = noise[i : i + batch] * scheduler.init_noise_sigma
-        if start is not None:
-            first = timesteps[:1].expand(len(rows))
-            latents = add_noise(start[i : i + batch], noise[i : i + batch], first, base.alpha_bar)
-        both = torch.cat([negative.expand_as(rows), rows])
-        for timestep in timesteps:
-            predicted = base.predict(torch.cat([latents, latents]), timestep.expand(2 * len(rows)), both).float()
-            guided = guide(*predicted.cpu().chunk(2), config.guidance_scale)
-            latents = scheduler.step(guided, timestep, latents).prev_sample
-        finished.append(latents)
-    return torch.cat(finished)
-
-
-def _noise(base: BaseModel, rows: int) -> Tensor:
+def same_noise(base: BaseModel, rows: int) -> Tensor:
     """The same starting noise (C, H, W) for every row: (B, C, H, W), as `lowmem_imagic.sample` draws it."""
     unet = base.family.unet_config
     shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])

@@ -20,31 +20,18 @@ from PIL import Image
 
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import preset
 from lowmem_imagic.png import contact_sheet, encode_png
 from lowmem_imagic.quantize import WEIGHT_FORMATS
 
+from .compared import FULL_RATES, compared
 from .edit_judge import Verdict, judge, summary
-from .edit_methods import Method, Outcome, full_finetune, ours, sdedit, sentence_alone
+from .edit_methods import Method, Outcome
 from .oracle import Oracle
 from .results import RESULTS, provenance, write_result
 from .scene_edits import HARD_KINDS, KINDS, SETS, VALIDATION, SceneEdit, of_kinds
 
 ETAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 """Points of every method's slider."""
-
-_BALANCED, _FAST = preset("balanced"), preset("fast")
-METHODS: dict[str, Method] = {
-    "balanced": ours(_BALANCED),
-    "fast": ours(_FAST),
-    "balanced-attn": ours(preset("balanced", {"finetune": {"adapt": "attn"}})),
-    "balanced-attn-ff": ours(preset("balanced", {"finetune": {"adapt": "attn+ff"}})),
-    "embedding-only": ours(_BALANCED, strength=0.0),
-    "full": full_finetune(3e-5, embed_steps=60, steps=120, draws=8, config=_BALANCED),
-    "sdedit": sdedit(_BALANCED.sample),
-    "sentence-alone": sentence_alone(_BALANCED.sample),
-}
-"""What can be compared, by name."""
 
 
 def measured(
@@ -131,7 +118,8 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=sorted(SETS), default=VALIDATION.name, help="the items [validation]")
-    parser.add_argument("--method", choices=list(METHODS), required=True)
+    parser.add_argument("--method", choices=list(compared()), required=True)
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what training makes here, or take it from here")
     parser.add_argument("--items", type=int, metavar="N", help="only the first N items: a partial run")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of the base [int8; fp32 for full]")
     parser.add_argument("--device", default="auto")
@@ -142,7 +130,7 @@ def main() -> int:
     chosen = SETS[args.set]
     items = chosen.items()[: args.items]
     partial = len(items) < len(chosen.items())
-    weights = args.weights or ("fp32" if args.method == "full" else "int8")
+    weights = args.weights or ("fp32" if args.method in FULL_RATES else "int8")
     etas, eta = ETAS, None
     if chosen is not VALIDATION:
         try:
@@ -153,7 +141,7 @@ def main() -> int:
         etas = tuple(dict.fromkeys((*ETAS, eta)))
     base = BaseModel.load("demo", device=args.device, weights=weights)
     origin, oracle = provenance(base.device), Oracle.load()
-    outcome, verdicts = measured(base, oracle, items, METHODS[args.method], etas)
+    outcome, verdicts = measured(base, oracle, items, compared(args.work)[args.method], etas)
     eta = best_eta(items, verdicts) if eta is None else eta
     result = {
         "method": args.method,

@@ -25,6 +25,7 @@ from .cli_options import (
     Force,
     Guidance,
     Interpolation,
+    Keep,
     LearningRate,
     Model,
     ModelConfig,
@@ -69,6 +70,7 @@ def edit(
     draws: Draws = None,
     adapt: Adapt = None,
     rank: Rank = None,
+    keep: Keep = None,
     steps_sample: StepsSample = None,
     guidance: Guidance = None,
     negative: Negative = None,
@@ -110,6 +112,7 @@ def edit(
         draws=draws,
         adapt=adapt,
         rank=rank,
+        keep=keep,
         sampling=sampling,
     )
     from . import commands, console, rendering
@@ -146,6 +149,7 @@ def train(
     draws: Draws = None,
     adapt: Adapt = None,
     rank: Rank = None,
+    keep: Keep = None,
     background: Background = "white",
     device: Device = "auto",
     base_weights: BaseWeights = "int8",
@@ -167,6 +171,7 @@ def train(
         draws=draws,
         adapt=adapt,
         rank=rank,
+        keep=keep,
     )
     from . import commands, console, rendering
 

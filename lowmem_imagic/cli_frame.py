@@ -93,6 +93,7 @@ def edit_config(
     draws: int | None,
     adapt: str | None,
     rank: int | None,
+    keep: float | None,
     sampling: dict[str, Any] | None = None,
 ) -> EditConfig:
     """The settings of the preset `name` with the given options on top; all problems at once."""
@@ -101,6 +102,7 @@ def edit_config(
         learning_rate=learning_rate,
         draws=draws,
         adapt=adapt,
+        keep=keep,
         lora_rank=rank,
         lora_alpha=None if rank is None else float(rank),
     )

@@ -12,7 +12,6 @@ from .console import Console
 from .edit import Edit
 from .errors import ConfigError, OutputError
 from .images import Photo, load_photo
-from .letterbox import psnr
 from .memory import Meter
 from .names import safe_stem
 from .pipeline import Job, make_edits, versions
@@ -41,12 +40,10 @@ def edit(
     made = _train(base, source, sentence, config, meter, console)
     name = f"{_default_name(source, sentence)}.safetensors"
     edit_path = _write_edit(folder, name, made)
-    cells, pictures, report = render(base, made, sentence, config.sample, folder, meter, console, photo=source)
-    fidelity = [p for cell, p in zip(cells, pictures, strict=True) if cell.eta == 0 and cell.seed == cells[0].seed]
+    report = render(base, made, sentence, config.sample, folder, meter, console, photo=source)
     report |= {
         "edit_file": name,
         "edit_bytes": edit_path.stat().st_size,
-        "psnr_eta_0_db": round(psnr(fidelity[0], source.image), 2) if fidelity else None,
         "seconds": {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)},
         "photo_notes": list(source.notes),
         "settings": config.to_dict(),
@@ -109,7 +106,7 @@ def sample(
     folder = ResultFolder.prepare(out or Path(safe_stem(path.stem) + "-samples"), overwrite=force)
     base, sentence = open_edit(opened, options, config, prompt, console)
     meter = Meter(base.device)
-    _, _, report = render(base, opened, sentence, config, folder, meter, console, photo=None)
+    report = render(base, opened, sentence, config, folder, meter, console, photo=None)
     report |= {
         "edit_file": path.name,
         "seconds": {"total": round(time.perf_counter() - started, 3)},

@@ -157,6 +157,8 @@ class FinetuneConfig(StageConfig):
     """The adapter's output is scaled by ``lora_alpha / lora_rank``."""
     blocks: tuple[str, ...] = BLOCKS
     """Parts of the UNet that get adapters."""
+    keep: float = 1.0
+    """Share of the trained adapter's bytes that the edit keeps (see `truncation`)."""
     weight_decay: float = 0.0
     """Decoupled decay of the adapter's factors, a unit of learning rate (AdamW's)."""
     embedding_learning_rate: float = 0.0
@@ -167,6 +169,7 @@ class FinetuneConfig(StageConfig):
         check.choice("adapt", ADAPT_TARGETS)
         check.number("lora_rank", 1, MAX_RANK, whole=True)
         check.number("lora_alpha", 0, 10_000, above=True)
+        check.number("keep", 0, 1, above=True)
         check.number("weight_decay", 0, 1000)
         check.number("embedding_learning_rate", 0, 1)
         if not isinstance(self.blocks, tuple) or not self.blocks or not all(b in BLOCKS for b in self.blocks):

@@ -26,6 +26,7 @@ from .letterbox import Letterbox, from_square, to_images, to_square, to_tensor
 from .memory import Meter
 from .sample import Cell, sample
 from .training import Losses
+from .truncation import truncated
 
 COARSE_SIDE = 4
 """Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
@@ -95,7 +96,7 @@ def make_edits(
         Edit(
             adapter={
                 key: LoraFactors(down.half(), up.half(), alpha)
-                for key, (down, up, alpha) in tuned.adapters.export(i).items()
+                for key, (down, up, alpha) in truncated(tuned.adapters.export(i), config.finetune.keep).items()
             },
             optimized_embedding=optimized[i].half(),
             coarse_latents=coarse(latents[i : i + 1], COARSE_SIDE)[0].half(),

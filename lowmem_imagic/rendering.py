@@ -13,8 +13,9 @@ from .console import Console
 from .edit import Edit
 from .errors import ModelError
 from .families import DEMO, SHORT_NAMES
+from .fit import Fit, embedding_distance
 from .images import Photo
-from .letterbox import Letterbox, from_square, to_images, to_square, to_tensor
+from .letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
 from .memory import Meter
 from .pipeline import apply_edits, check_base, check_sentence, letterbox, versions
 from .result_folder import ResultFolder
@@ -113,18 +114,23 @@ def render(
     console: Console,
     *,
     photo: Photo | None,
-) -> tuple[list[Cell], list[Image.Image], dict[str, Any]]:
-    """Renders all cells and the sheet into the folder: the cells, their pictures and the report's part on them."""
+) -> dict[str, Any]:
+    """Renders all cells and the sheet into the folder, and returns the report's part on them."""
     cells = [Cell(0, eta, seed, config.strength) for seed in config.seeds for eta in config.etas]
     alone = Cell(0, 1.0, config.seeds[0], strength=0.0)
     rendered = pictures_of(base, edit, sentence, [*cells, alone], config, meter, console)
     pictures = [rendered[cell] for cell in cells]
     names = folder.write_pictures(cells, pictures, parameters_of(edit, sentence, config))
 
-    sheet = []
+    sheet: list[tuple[str, Image.Image]] = []
+    report: dict[str, Any] = {"sentence": sentence, "pictures": names}
     if photo is not None:
         round_trip = _round_trip(base, photo, letterbox(edit))
         sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
+        by_eta = {cell.eta: rendered[cell] for cell in cells if cell.seed == config.seeds[0]}
+        fit = _fit(base, edit, by_eta, round_trip)
+        console.warn(fit.hint)
+        report["fit"] = fit.as_json()
     sheet.append(("sentence alone (no training)", rendered[alone]))
     many_seeds = len(config.seeds) > 1
     for cell, picture in zip(cells, pictures, strict=True):
@@ -132,7 +138,18 @@ def render(
         sheet.append((label + (f", seed {cell.seed}" if many_seeds else ""), picture))
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
     folder.write_sheet(sheet, columns=None if many_seeds else min(len(sheet), 8), title=sentence, footer=footer)
-    return cells, pictures, {"sentence": sentence, "pictures": names}
+    return report
+
+
+def _fit(base: BaseModel, edit: Edit, by_eta: Mapping[float, Image.Image], round_trip: Image.Image) -> Fit:
+    """How well the edit is fitted, from its pictures with one seed."""
+    reconstruction, furthest = by_eta.get(0.0), max(by_eta)
+    change = None if reconstruction is None or furthest < 1 else psnr(by_eta[furthest], reconstruction)
+    return Fit(
+        reconstruction_db=None if reconstruction is None else psnr(reconstruction, round_trip),
+        change_db=change,
+        embedding_distance=embedding_distance(edit.optimized_embedding, base.encode_text([edit.target_prompt])[0]),
+    )
 
 
 def pictures_of(

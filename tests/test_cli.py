@@ -89,6 +89,9 @@ def test_edit_writes_everything_it_promises(run, photo):
     assert set(report["stages"]) == {"encode", "load", "embed", "finetune", "sample", "decode"}
     assert all(stage["seconds"] >= 0 for stage in report["stages"].values())
     assert edit_path.name in result.stdout
+    # Two steps on a random model cannot give the photo back.
+    assert "under-fitted" in report["fit"]["hint"] and report["fit"]["hint"] in report["warnings"]
+    assert report["fit"]["reconstruction_db"] < 20 < 99
 
 
 def test_png_says_how_it_was_made(run, photo):

@@ -1,6 +1,7 @@
 """Facts about the benchmark of edits: its items, its verdicts and its methods are what they say."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import edit_judge, edit_methods, edit_quality
+from benchmarks import compared, edit_judge, edit_methods, edit_quality, training_free
 from benchmarks.oracle import Attributes, Oracle
 from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
 from lowmem_imagic.base_model import BaseModel
@@ -136,14 +137,15 @@ def base() -> BaseModel:
     return BaseModel.load("demo", device="cpu", weights="fp32")
 
 
-@pytest.mark.parametrize("name", ["ours", "full", "sdedit", "sentence-alone"])
+@pytest.mark.parametrize("name", ["ours", "full", "sdedit", "ddim-inversion", "sentence-alone"])
 def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: BaseModel, oracle: Oracle) -> None:
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
     method = {
         "ours": edit_methods.ours(SMALL, pack=2),
         "full": edit_methods.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, config=SMALL),
-        "sdedit": edit_methods.sdedit(SMALL.sample),
-        "sentence-alone": edit_methods.sentence_alone(SMALL.sample),
+        "sdedit": training_free.sdedit(SMALL.sample),
+        "ddim-inversion": training_free.ddim_inversion(SMALL.sample),
+        "sentence-alone": training_free.sentence_alone(SMALL.sample),
     }[name]
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     items, etas = ITEMS[:3], (0.0, 0.5, 1.0)
@@ -158,10 +160,11 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     assert isinstance(edit_quality.grid(items, outcome, verdicts, 1.0), Image.Image)
 
 
-def test_sdedit_of_no_steps_is_the_photo(base: BaseModel) -> None:
-    """SDEdit at 0 gives the photo's round trip through the autoencoder, and at 1 another picture."""
+@pytest.mark.parametrize("method", [training_free.sdedit, training_free.ddim_inversion])
+def test_no_steps_give_the_photo_back(method: Any, base: BaseModel) -> None:
+    """What trains nothing gives at 0 the photo's round trip through the autoencoder, and at 1 another picture."""
     photo = ITEMS[0].photo_picture(PX)
-    made = edit_methods.sdedit(SMALL.sample)(base, [photo], [ITEMS[0].sentence], (0.0, 1.0)).pictures
+    made = method(SMALL.sample)(base, [photo], [ITEMS[0].sentence], (0.0, 1.0)).pictures
     assert edit_judge.psnr_db(np.asarray(made[0.0][0]), np.asarray(photo)) > 25
     assert edit_judge.psnr_db(np.asarray(made[1.0][0]), np.asarray(photo)) < 25
 
@@ -171,3 +174,52 @@ def test_full_finetuning_needs_fp32() -> None:
     method = edit_methods.full_finetune(1e-4, embed_steps=1, steps=1, draws=1, config=SMALL)
     with pytest.raises(ValueError, match="needs weights in fp32"):
         method(BaseModel.load("demo", device="cpu"), [ITEMS[0].photo_picture(PX)], ["a cube"], (1.0,))
+
+
+def test_inversion_comes_back(base: BaseModel) -> None:
+    """A photo inverted and denoised without text or guidance is nearly the photo: the inversion is of that sampler."""
+    photo = ITEMS[0].photo_picture(PX)
+    config = replace(SMALL.sample, num_inference_steps=40, guidance_scale=1.0)
+    made = training_free.ddim_inversion(config)(base, [photo], [""], (0.0, 0.7)).pictures
+    assert edit_judge.psnr_db(np.asarray(made[0.7][0]), np.asarray(made[0.0][0])) > 25
+
+
+def test_kept_edits_are_not_trained_again(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a folder keeps is rendered without training, under any way of sampling; other training settings are not."""
+    photos, sentences = [item.photo_picture(PX) for item in ITEMS[:2]], [item.sentence for item in ITEMS[:2]]
+    runs: list[int] = []
+    train = edit_methods.make_edits
+    monkeypatch.setattr(edit_methods, "make_edits", lambda b, jobs, c: runs.append(len(jobs)) or train(b, jobs, c))
+
+    def run(**changes: Any) -> edit_methods.Outcome:
+        config = replace(SMALL, **changes)
+        return edit_methods.ours(config, edits=tmp_path)(base, photos, sentences, (0.5,))
+
+    first, again = run(), run()
+    other = run(sample=replace(SMALL.sample, strength=0.5))
+    assert runs == [2]
+    assert [p.tobytes() for p in first.pictures[0.5]] == [p.tobytes() for p in again.pictures[0.5]]
+    assert [p.tobytes() for p in first.pictures[0.5]] != [p.tobytes() for p in other.pictures[0.5]]
+    assert first.train_s == again.train_s and first.edit_bytes == other.edit_bytes
+    run(finetune=replace(SMALL.finetune, keep=0.5))
+    assert runs == [2, 2]
+
+
+def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path) -> None:
+    """Full fine-tuning takes finished items from its folder: the same pictures and seconds, and the base untouched."""
+    photos, sentences = [ITEMS[0].photo_picture(PX)], [ITEMS[0].sentence]
+    method = edit_methods.full_finetune(1e-4, embed_steps=1, steps=1, draws=1, config=SMALL, folder=tmp_path)
+    first, again = (method(base, photos, sentences, (0.0, 1.0)) for _ in range(2))
+    assert first.pictures[1.0][0].tobytes() == again.pictures[1.0][0].tobytes()
+    assert first.train_s == pytest.approx(again.train_s)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_variants_differ_from_balanced(tmp_path: Path) -> None:
+    """Every variant's name stands for settings other than those of `balanced`, except what `balanced` already does."""
+    balanced = preset("balanced")
+    assert set(compared.FULL_RATES) < set(compared.compared())
+    for name, values in {**compared._TRAINING, **{n: {"sample": v} for n, v in compared._SAMPLING.items()}}.items():
+        variant = preset("balanced", values)
+        if name not in ("start-noise", "start-photo"):
+            assert variant != balanced, name

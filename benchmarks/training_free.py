@@ -1,0 +1,143 @@
+"""Ways to edit a photo without training: the sentence alone, SDEdit, DDIM inversion; see `benchmarks.edit_methods`."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import SampleConfig
+from lowmem_imagic.diffusion import add_noise, guide
+from lowmem_imagic.letterbox import to_images, to_tensor
+
+from .edit_methods import Method, Outcome, same_noise
+
+BATCH = 32
+"""Pictures sampled together."""
+
+
+def sentence_alone(config: SampleConfig) -> Method:
+    """Text-to-image from the target sentence: how well the base itself follows it; the slider does nothing."""
+
+    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
+        started = time.perf_counter()
+        latents = denoised(base, base.encode_text(sentences), config, same_noise(base, len(sentences)))
+        pictures = to_images(base.decode(latents))
+        seconds = (time.perf_counter() - started) / len(sentences)
+        return Outcome(dict.fromkeys(etas, pictures), 0, 0.0, seconds)
+
+    return run
+
+
+def sdedit(config: SampleConfig) -> Method:
+    """SDEdit (Meng et al. 2022): noise the photo part of the way, denoise it under the sentence.
+
+    The slider is the share of the steps: 0 gives the photo back, 1 starts from all but pure noise.
+    """
+
+    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
+        started = time.perf_counter()
+        clean = _encoded(base, photos)
+        text, noise = base.encode_text(sentences), same_noise(base, len(photos))
+        pictures = {}
+        for eta in etas:
+            steps = _share_of(eta, config)
+            latents = clean
+            if steps:
+                first = _timesteps(base, config)[-steps].expand(len(clean))
+                latents = denoised(base, text, config, add_noise(clean, noise, first, base.alpha_bar), last_steps=steps)
+            pictures[eta] = to_images(base.decode(latents))
+        seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
+        return Outcome(pictures, 0, 0.0, seconds)
+
+    return run
+
+
+def ddim_inversion(config: SampleConfig) -> Method:
+    """DDIM inversion (Song et al. 2021, section 4.3): the photo is run backwards without text, then denoised under the
+    sentence.
+
+    The slider is the share of the steps that are inverted: 0 gives the photo back. Needs DDIM.
+    """
+
+    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
+        started = time.perf_counter()
+        text = base.encode_text(sentences)
+        latents = _encoded(base, photos)
+        timesteps = _timesteps(base, config)
+        inverted = {0: latents}
+        for steps, timestep in enumerate(timesteps.flip(0), start=1):
+            before = None if steps == 1 else timesteps[-steps + 1]
+            latents = _one_step_back(base, latents, before, timestep)
+            inverted[steps] = latents
+        pictures = {}
+        for eta in etas:
+            steps = _share_of(eta, config)
+            made = denoised(base, text, config, inverted[steps], last_steps=steps) if steps else inverted[0]
+            pictures[eta] = to_images(base.decode(made))
+        seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
+        return Outcome(pictures, 0, 0.0, seconds)
+
+    return run
+
+
+@torch.no_grad()
+def _one_step_back(base: BaseModel, latents: Tensor, before: Tensor | None, timestep: Tensor) -> Tensor:
+    """The latents (B, C, H, W) at `timestep`, from those one step cleaner, at `before` (None: the photo's)."""
+    empty = base.encode_text([""]).expand(len(latents), -1, -1)
+    now = before if before is not None else torch.zeros_like(timestep)
+    noise = torch.cat(
+        [
+            base.predict(x, now.expand(len(x)), e).float().cpu()
+            for x, e in zip(latents.split(BATCH), empty.split(BATCH), strict=True)
+        ]
+    )
+    a_now = base.alpha_bar[now] if before is not None else torch.tensor(1.0)
+    clean = (latents - (1 - a_now).sqrt() * noise) / a_now.sqrt()
+    return add_noise(clean, noise, timestep.expand(len(latents)), base.alpha_bar)
+
+
+@torch.no_grad()
+def denoised(
+    base: BaseModel, text: Tensor, config: SampleConfig, latents: Tensor, *, last_steps: int | None = None
+) -> Tensor:
+    """Latents (B, C, H, W) denoised under text (B, T, D) with guidance, no adapters.
+
+    Args:
+        base: the base.
+        text: conditioning of each row.
+        config: scheduler, steps, guidance; nothing else of it is read.
+        latents: (B, C, H, W) at the noise level of the first step taken.
+        last_steps: how many of the steps to take, from the end; all by default.
+    """
+    negative = base.encode_text([config.negative_prompt])[0]
+    finished = []
+    for rows, x in zip(text.split(BATCH), latents.split(BATCH), strict=True):
+        scheduler = base.family.scheduler(config.scheduler)
+        scheduler.set_timesteps(config.num_inference_steps)
+        both = torch.cat([negative.expand_as(rows), rows])
+        for timestep in scheduler.timesteps[-(last_steps or config.num_inference_steps) :]:
+            predicted = base.predict(torch.cat([x, x]), timestep.expand(2 * len(rows)), both).float()
+            guided = guide(*predicted.cpu().chunk(2), config.guidance_scale)
+            x = scheduler.step(guided, timestep, x).prev_sample
+        finished.append(x)
+    return torch.cat(finished)
+
+
+def _encoded(base: BaseModel, photos: Sequence[Image.Image]) -> Tensor:
+    return base.encode_images(torch.cat([to_tensor(photo) for photo in photos]))
+
+
+def _timesteps(base: BaseModel, config: SampleConfig) -> Tensor:
+    """The steps of a whole denoising, from noisy to clean."""
+    scheduler = base.family.scheduler(config.scheduler)
+    scheduler.set_timesteps(config.num_inference_steps)
+    timesteps: Tensor = scheduler.timesteps
+    return timesteps
+
+
+def _share_of(eta: float, config: SampleConfig) -> int:
+    """Steps that a point of the slider stands for; beyond 1 there are no more."""
+    return min(config.num_inference_steps, max(0, round(eta * config.num_inference_steps)))
