@@ -45,6 +45,7 @@ from .cli_options import (
     StepsFinetune,
     StepsSample,
     StrengthText,
+    SuggestEta,
 )
 
 
@@ -79,6 +80,7 @@ def edit(
     strength: StrengthText = None,
     interpolation: Interpolation = None,
     start: Start = None,
+    suggest_eta: SuggestEta = False,
     background: Background = "white",
     device: Device = "auto",
     base_weights: BaseWeights = "int8",
@@ -124,6 +126,7 @@ def edit(
         rendering.BaseOptions(model, revision, device, base_weights, attention, checkpointing, model_config),
         out=out,
         background=background,
+        suggest=suggest_eta,
         force=force,
         console=console.Console(quiet=quiet),
     )
@@ -200,6 +203,7 @@ def sample(
     strength: StrengthText = None,
     interpolation: Interpolation = None,
     start: Start = None,
+    suggest_eta: SuggestEta = False,
     steps_sample: StepsSample = None,
     guidance: Guidance = None,
     negative: Negative = None,
@@ -235,6 +239,7 @@ def sample(
         rendering.BaseOptions(model, revision, device, base_weights, attention, False, model_config),
         prompt=prompt,
         out=out,
+        suggest=suggest_eta,
         force=force,
         console=console.Console(quiet=quiet),
     )

@@ -66,3 +66,6 @@ Draws = Annotated[int | None, typer.Option(help="(timestep, noise) draws a step,
 Adapt = Annotated[str | None, typer.Option(help=f"layers to adapt: {', '.join(ADAPT_TARGETS)}")]
 Rank = Annotated[int | None, typer.Option(help="LoRA rank, 1 to 256; alpha follows it")]
 Keep = Annotated[float | None, typer.Option(help="share of the adapter's bytes to keep in the edit file, up to 1")]
+SuggestEta = Annotated[
+    bool, typer.Option("--suggest-eta", help="mark the eta that the base model itself would take; advisory")
+]

@@ -15,7 +15,7 @@ from .images import Photo, load_photo
 from .memory import Meter
 from .names import safe_stem
 from .pipeline import Job, make_edits, versions
-from .rendering import BaseOptions, check_sentences, open_edit, render, sampling_of
+from .rendering import BaseOptions, check_sentences, check_suggestable, open_edit, render, sampling_of
 from .result_folder import ResultFolder, check_writable, must_not_exist, rescue
 
 
@@ -27,11 +27,14 @@ def edit(
     *,
     out: Path | None,
     background: str,
+    suggest: bool,
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
     """Trains and renders an edit into a folder, and returns the report."""
     started = time.perf_counter()
+    if suggest:
+        check_suggestable(config.sample)
     source = load_photo(photo, background=background)
     folder = ResultFolder.prepare(out or Path(_default_name(source, sentence)), overwrite=force)
     base = _open_base(options, console, [sentence, config.sample.negative_prompt])
@@ -40,7 +43,7 @@ def edit(
     made = _train(base, source, sentence, config, meter, console)
     name = f"{_default_name(source, sentence)}.safetensors"
     edit_path = _write_edit(folder, name, made)
-    report = render(base, made, sentence, config.sample, folder, meter, console, photo=source)
+    report = render(base, made, sentence, config.sample, folder, meter, console, photo=source, suggest=suggest)
     report |= {
         "edit_file": name,
         "edit_bytes": edit_path.stat().st_size,
@@ -96,6 +99,7 @@ def sample(
     *,
     prompt: str | None,
     out: Path | None,
+    suggest: bool,
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
@@ -103,10 +107,12 @@ def sample(
     started = time.perf_counter()
     opened = edit_file.read(path)
     config = sampling_of(opened, overrides)
+    if suggest:
+        check_suggestable(config)
     folder = ResultFolder.prepare(out or Path(safe_stem(path.stem) + "-samples"), overwrite=force)
     base, sentence = open_edit(opened, options, config, prompt, console)
     meter = Meter(base.device)
-    report = render(base, opened, sentence, config, folder, meter, console, photo=None)
+    report = render(base, opened, sentence, config, folder, meter, console, photo=None, suggest=suggest)
     report |= {
         "edit_file": path.name,
         "seconds": {"total": round(time.perf_counter() - started, 3)},

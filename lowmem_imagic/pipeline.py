@@ -146,6 +146,13 @@ def apply_edits(
         MemoryLimitError: does not fit.
     """
     latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
+    return decode_cells(base, edits, cells, latents, meter=meter)
+
+
+def decode_cells(
+    base: BaseModel, edits: Sequence[Edit], cells: Sequence[Cell], latents: Tensor, *, meter: Meter | None = None
+) -> list[Image.Image]:
+    """The pictures of rendered latents (len(cells), C, H, W), each at its photo's own size and aspect."""
     with _stage(meter or Meter(base.device), "decode", "a smaller picture size"):
         squares = to_images(base.decode(latents))
     return [from_square(square, letterbox(edits[cell.edit])) for square, cell in zip(squares, cells, strict=True)]

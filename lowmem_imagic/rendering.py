@@ -3,23 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from .base_model import BaseModel
 from .config import SampleConfig, strength_text
 from .console import Console
 from .edit import Edit
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 from .families import DEMO, SHORT_NAMES
 from .fit import Fit, embedding_distance
 from .images import Photo
 from .letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
 from .memory import Meter
-from .pipeline import apply_edits, check_base, check_sentence, letterbox, versions
+from .pipeline import check_base, check_sentence, decode_cells, letterbox, render_latents, versions
 from .result_folder import ResultFolder
 from .sample import Cell
+from .suggest import Suggestion, suggest_eta
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ def open_edit(
     return base, edit.target_prompt if prompt is None else prompt
 
 
+def check_suggestable(config: SampleConfig) -> None:
+    """Makes sure that there are etas to choose from.
+
+    Raises:
+        ConfigError: fewer than two.
+    """
+    if (found := len(set(config.etas))) < 2:
+        raise ConfigError(f"--suggest-eta chooses among --etas, found {found}; give two or more, 0 among them")
+
+
 def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console) -> None:
     """Warns of what the text encoder cuts off; all but the first sentence may be empty.
 
@@ -114,31 +127,54 @@ def render(
     console: Console,
     *,
     photo: Photo | None,
+    suggest: bool = False,
 ) -> dict[str, Any]:
-    """Renders all cells and the sheet into the folder, and returns the report's part on them."""
+    """Renders all cells and the sheet into the folder, and returns the report's part on them.
+
+    With `suggest` the sheet marks and the report explains the suggested eta (see `lowmem_imagic.suggest`).
+    """
     cells = [Cell(0, eta, seed, config.strength) for seed in config.seeds for eta in config.etas]
     alone = Cell(0, 1.0, config.seeds[0], strength=0.0)
     rendered = pictures_of(base, edit, sentence, [*cells, alone], config, meter, console)
-    pictures = [rendered[cell] for cell in cells]
+    pictures = [rendered[cell].picture for cell in cells]
     names = folder.write_pictures(cells, pictures, parameters_of(edit, sentence, config))
 
     sheet: list[tuple[str, Image.Image]] = []
     report: dict[str, Any] = {"sentence": sentence, "pictures": names}
+    by_eta = {cell.eta: rendered[cell] for cell in cells if cell.seed == config.seeds[0]}
+    suggested = None
+    if suggest:
+        suggested = _suggestion(base, edit, sentence, by_eta, meter)
+        report["suggestion"] = suggested.as_json()
     if photo is not None:
         round_trip = _round_trip(base, photo, letterbox(edit))
         sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
-        by_eta = {cell.eta: rendered[cell] for cell in cells if cell.seed == config.seeds[0]}
-        fit = _fit(base, edit, by_eta, round_trip)
+        fit = _fit(base, edit, {eta: made.picture for eta, made in by_eta.items()}, round_trip)
         console.warn(fit.hint)
         report["fit"] = fit.as_json()
-    sheet.append(("sentence alone (no training)", rendered[alone]))
+    sheet.append(("sentence alone (no training)", rendered[alone].picture))
     many_seeds = len(config.seeds) > 1
     for cell, picture in zip(cells, pictures, strict=True):
         label = f"eta {cell.eta:g}" + (" (reconstruction)" if cell.eta == 0 else "")
+        label += " (suggested)" if suggested is not None and cell.eta == suggested.eta else ""
         sheet.append((label + (f", seed {cell.seed}" if many_seeds else ""), picture))
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
     folder.write_sheet(sheet, columns=None if many_seeds else min(len(sheet), 8), title=sentence, footer=footer)
     return report
+
+
+def _suggestion(
+    base: BaseModel, edit: Edit, sentence: str, by_eta: Mapping[float, "Rendered"], meter: Meter
+) -> Suggestion:
+    """The suggested eta among those rendered with one seed."""
+    with meter.stage("suggest"):
+        return suggest_eta(
+            base,
+            torch.stack([made.latents for made in by_eta.values()]),
+            list(by_eta),
+            base.encode_text([sentence])[0],
+            edit.optimized_embedding.float(),
+        )
 
 
 def _fit(base: BaseModel, edit: Edit, by_eta: Mapping[float, Image.Image], round_trip: Image.Image) -> Fit:
@@ -152,6 +188,14 @@ def _fit(base: BaseModel, edit: Edit, by_eta: Mapping[float, Image.Image], round
     )
 
 
+class Rendered(NamedTuple):
+    """A cell's result."""
+
+    latents: Tensor
+    """(C, H, W)."""
+    picture: Image.Image
+
+
 def pictures_of(
     base: BaseModel,
     edit: Edit,
@@ -160,14 +204,17 @@ def pictures_of(
     config: SampleConfig,
     meter: Meter,
     console: Console,
-) -> dict[Cell, Image.Image]:
-    """The picture of each cell; equal cells are rendered once."""
+) -> dict[Cell, Rendered]:
+    """What each cell shows; equal cells are rendered once."""
     unique = list(dict.fromkeys(cells))
     try:
-        pictures = apply_edits(base, [edit], unique, config, prompts=[sentence], progress=console.progress, meter=meter)
+        latents = render_latents(
+            base, [edit], unique, config, prompts=[sentence], progress=console.progress, meter=meter
+        )
+        pictures = decode_cells(base, [edit], unique, latents, meter=meter)
     finally:
         console.close()
-    return dict(zip(unique, pictures, strict=True))
+    return {cell: Rendered(*made) for cell, *made in zip(unique, latents, pictures, strict=True)}
 
 
 def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, Any]:

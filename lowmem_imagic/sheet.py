@@ -90,10 +90,10 @@ def sheet(
     cells = []
     for down, row, (alone, reconstruction) in zip(points[rows], grid, first, strict=True):
         label = f"{rows} {_text(down)}"
-        cells += [*shown, (f"no adapter, {label}", rendered[alone])]
-        cells.append((f"reconstruction, {label}", rendered[reconstruction]))
+        cells += [*shown, (f"no adapter, {label}", rendered[alone].picture)]
+        cells.append((f"reconstruction, {label}", rendered[reconstruction].picture))
         for across, cell in zip(points[columns], row, strict=True):
-            cells.append((f"{label}, {columns} {_text(across)}", rendered[cell]))
+            cells.append((f"{label}, {columns} {_text(across)}", rendered[cell].picture))
     shared = ", ".join(f"{name} {_text(value)}" for name, value in fixed.items())
     picture = contact_sheet(
         cells,

@@ -175,6 +175,33 @@ def test_sample_takes_every_knob(run, finished):
     assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: photo" in said["start"]
 
 
+def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
+    """With --suggest-eta the report gives one of the etas with its scores and the sheet marks it; otherwise neither."""
+    from lowmem_imagic import result_folder
+
+    labels = []
+    drawn = result_folder.contact_sheet
+
+    def watched(cells, **how):
+        labels.append([label for label, _ in cells])
+        return drawn(cells, **how)
+
+    monkeypatch.setattr(result_folder, "contact_sheet", watched)
+    words = ["--etas", "0,0.5,1", "--steps-sample", 2, "--quiet"]
+    assert run("sample", finished, "--out", "with", "--suggest-eta", *words).exit_code == 0
+    assert run("sample", finished, "--out", "without", *words).exit_code == 0
+    suggestion = json.loads(Path("with/report.json").read_text(encoding="utf-8"))["suggestion"]
+    assert suggestion["eta"] in (0, 0.5, 1) and len(suggestion["scores"]) == 3
+    assert [label for label in labels[0] if "suggested" in label] == [
+        f"eta {suggestion['eta']:g}" + (" (reconstruction)" if suggestion["eta"] == 0 else "") + " (suggested)"
+    ]
+    assert "suggestion" not in json.loads(Path("without/report.json").read_text(encoding="utf-8"))
+    assert not [label for label in labels[1] if "suggested" in label]
+    _fails(
+        run("sample", finished, "--out", "one", "--suggest-eta", "--etas", "1", "--steps-sample", 2), 2, "two or more"
+    )
+
+
 def test_sheet_shows_two_axes(run, finished, photo, monkeypatch):
     """`sheet` renders rows x columns with the photo, the sentence alone and the reconstruction in front, at once."""
     from lowmem_imagic import sheet

@@ -31,7 +31,7 @@ LAYERS = {
     3: ("identity", "safetensors_codec", "truncation"),
     4: ("edit_header", "edit", "families"),
     5: ("edit_file", "base_model"),
-    6: ("training", "sample"),
+    6: ("training", "sample", "suggest"),
     7: ("embed", "finetune"),
     8: ("pipeline",),
     9: ("result_folder", "doctor", "console", "cli_frame"),
