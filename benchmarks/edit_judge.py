@@ -6,7 +6,7 @@ alone (`SceneEdit.kept_mask`). A picture is *good* when success, kept and a back
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,29 +122,27 @@ def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
     return min(99.0, 10 * math.log10(255**2 / error)) if error else 99.0
 
 
-def bootstrap(
-    verdicts: Sequence[Verdict], value: Callable[[Verdict], float], *, median: bool = False, seed: int = 0
-) -> dict[str, Any]:
-    """Mean (or median) of a value over items with its 95 % percentile bootstrap interval."""
-    values = np.array([value(verdict) for verdict in verdicts], float)
+def bootstrap(values: Sequence[float], *, median: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Mean (or median) of a value of each item, with its 95 % percentile bootstrap interval."""
+    measured = np.array(values, float)
     middle = np.median if median else np.mean
-    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(middle(values[draws], axis=1), [2.5, 97.5])
+    draws = np.random.default_rng(seed).integers(len(measured), size=(RESAMPLES, len(measured)))
+    low, high = np.percentile(middle(measured[draws], axis=1), [2.5, 97.5])
     return {
-        "value": round(float(middle(values)), 4),
+        "value": round(float(middle(measured)), 4),
         "interval_95": [round(float(low), 4), round(float(high), 4)],
-        "of": len(values),
+        "of": len(measured),
     }
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Shares and medians over items, with their intervals."""
     return {
-        "good": bootstrap(verdicts, lambda v: v.good),
-        "success": bootstrap(verdicts, lambda v: v.success),
-        "kept": bootstrap(verdicts, lambda v: v.kept),
-        "background": bootstrap(verdicts, lambda v: v.background_db >= BACKGROUND_DB),
-        "background_db": bootstrap(verdicts, lambda v: v.background_db, median=True),
-        "truth_db": bootstrap(verdicts, lambda v: v.truth_db, median=True),
-        "truth_ssim": bootstrap(verdicts, lambda v: v.truth_ssim, median=True),
+        "good": bootstrap([v.good for v in verdicts]),
+        "success": bootstrap([v.success for v in verdicts]),
+        "kept": bootstrap([v.kept for v in verdicts]),
+        "background": bootstrap([v.background_db >= BACKGROUND_DB for v in verdicts]),
+        "background_db": bootstrap([v.background_db for v in verdicts], median=True),
+        "truth_db": bootstrap([v.truth_db for v in verdicts], median=True),
+        "truth_ssim": bootstrap([v.truth_ssim for v in verdicts], median=True),
     }

@@ -13,18 +13,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.letterbox import to_images, to_tensor
 from lowmem_imagic.png import contact_sheet, encode_png
 from lowmem_imagic.quantize import WEIGHT_FORMATS
 
 from .compared import FULL_RATES, compared
-from .edit_judge import Verdict, judge, summary
+from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary
 from .edit_methods import Method, Outcome
 from .oracle import Oracle
 from .results import RESULTS, provenance, write_result
@@ -34,19 +36,31 @@ ETAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 """Points of every method's slider."""
 
 
+class Measured(NamedTuple):
+    """What a method made of the items, and what is said of it."""
+
+    outcome: Outcome
+    verdicts: dict[float, list[Verdict]]
+    """For each eta a verdict on each item."""
+    reconstruction_db: list[float]
+    """PSNR of each item's picture at eta 0 to its photo's round trip through the autoencoder."""
+
+
 def measured(
     base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit], method: Method, etas: Sequence[float]
-) -> tuple[Outcome, dict[float, list[Verdict]]]:
-    """What a method makes of the items, and the verdicts on it."""
+) -> Measured:
+    """A method applied to the items and judged; `etas` begin with 0."""
     photos = [item.photo_picture(base.size_px) for item in items]
     outcome = method(base, photos, [item.sentence for item in items], etas)
-    return outcome, {eta: judge(oracle, items, pictures) for eta, pictures in outcome.pictures.items()}
+    verdicts = {eta: judge(oracle, items, pictures) for eta, pictures in outcome.pictures.items()}
+    best = to_images(base.decode(base.encode_images(torch.cat([to_tensor(photo) for photo in photos]))))
+    pairs = zip(outcome.pictures[0.0], best, strict=True)
+    return Measured(outcome, verdicts, [psnr_db(np.asarray(made), np.asarray(photo)) for made, photo in pairs])
 
 
-def report(
-    items: Sequence[SceneEdit], outcome: Outcome, verdicts: dict[float, list[Verdict]], eta: float
-) -> dict[str, Any]:
+def report(items: Sequence[SceneEdit], found: Measured, eta: float) -> dict[str, Any]:
     """The result of one method: the curve along eta, and everything at the one `eta` it is reported at."""
+    outcome, verdicts, reconstruction_db = found
     main = [i for i in range(len(items)) if items[i].kind not in HARD_KINDS]
     chosen = verdicts[eta]
     return {
@@ -58,7 +72,8 @@ def report(
                 kind: summary([chosen[i] for i in rows]) for kind in KINDS if (rows := of_kinds(items, [kind]))
             },
         },
-        "curve": [{"eta": point, **summary([found[i] for i in main])} for point, found in verdicts.items()],
+        "reconstruction_db": bootstrap(reconstruction_db, median=True),
+        "curve": [{"eta": point, **summary([judged[i] for i in main])} for point, judged in verdicts.items()],
         "cost": {
             "passes": outcome.passes,
             "train_s": round(outcome.train_s, 2),
@@ -69,7 +84,8 @@ def report(
             {
                 "name": item.name,
                 "sentence": item.sentence,
-                "verdicts": {f"{point:g}": found[number].as_json() for point, found in verdicts.items()},
+                "reconstruction_db": round(reconstruction_db[number], 3),
+                "verdicts": {f"{point:g}": judged[number].as_json() for point, judged in verdicts.items()},
             }
             for number, item in enumerate(items)
         ],
@@ -141,8 +157,8 @@ def main() -> int:
         etas = tuple(dict.fromkeys((*ETAS, eta)))
     base = BaseModel.load("demo", device=args.device, weights=weights)
     origin, oracle = provenance(base.device), Oracle.load()
-    outcome, verdicts = measured(base, oracle, items, compared(args.work)[args.method], etas)
-    eta = best_eta(items, verdicts) if eta is None else eta
+    found = measured(base, oracle, items, compared(args.work)[args.method], etas)
+    eta = best_eta(items, found.verdicts) if eta is None else eta
     result = {
         "method": args.method,
         "set": asdict(chosen),
@@ -151,7 +167,7 @@ def main() -> int:
         "torch_threads": torch.get_num_threads(),
         "model": {"name": base.name, "sha256": base.identity.files},
         "judge": {"sha256": oracle.sha256},
-        **report(items, outcome, verdicts, eta),
+        **report(items, found, eta),
     }
     for part, values in result["at_eta"].items():
         if part != "by_kind":
@@ -161,7 +177,7 @@ def main() -> int:
         written = write_result(result_name(args.set, args.method), result, path=args.out, origin=origin)
         print(f"result: {written.name}")
     if args.grid:
-        write_bytes(args.grid, encode_png(grid(items, outcome, verdicts, eta)), overwrite=True)
+        write_bytes(args.grid, encode_png(grid(items, found.outcome, found.verdicts, eta)), overwrite=True)
     return 0
 
 

@@ -125,10 +125,10 @@ def test_bootstrap_intervals_hold_the_value() -> None:
     """A share's interval holds it, is the same each time, and is a point when all items agree."""
     verdict = edit_judge.Verdict(success=True, kept=True, background_db=30, truth_db=20, truth_ssim=0.5)
     mixed = [verdict] * 6 + [replace(verdict, success=False)] * 2
-    share = edit_judge.bootstrap(mixed, lambda v: v.good)
-    assert share["value"] == 0.75 and share == edit_judge.bootstrap(mixed, lambda v: v.good)
+    share = edit_judge.bootstrap([v.good for v in mixed])
+    assert share["value"] == 0.75 and share == edit_judge.bootstrap([v.good for v in mixed])
     assert share["interval_95"][0] < 0.75 < share["interval_95"][1] <= 1
-    assert edit_judge.bootstrap([verdict] * 4, lambda v: v.good)["interval_95"] == [1, 1]
+    assert edit_judge.bootstrap([verdict.good] * 4)["interval_95"] == [1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +149,14 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     }[name]
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     items, etas = ITEMS[:3], (0.0, 0.5, 1.0)
-    outcome, verdicts = edit_quality.measured(base, oracle, items, method, etas)
+    found = edit_quality.measured(base, oracle, items, method, etas)
+    outcome, verdicts, reconstruction_db = found
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.unet.state_dict().items())
     assert not any(parameter.requires_grad for parameter in base.unet.parameters())
     assert outcome.passes == (8 if name in ("ours", "full") else 0)
     assert set(verdicts) == set(etas) and all(len(found) == 3 for found in verdicts.values())
-    result = edit_quality.report(items, outcome, verdicts, edit_quality.best_eta(items, verdicts))
+    assert len(reconstruction_db) == 3
+    result = edit_quality.report(items, found, edit_quality.best_eta(items, verdicts))
     assert result["eta"] in (0.5, 1.0)
     assert len(result["curve"]) == 3 and len(result["items"]) == 3
     assert isinstance(edit_quality.grid(items, outcome, verdicts, 1.0), Image.Image)

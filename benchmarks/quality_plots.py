@@ -1,0 +1,79 @@
+"""Draws the plots of ``docs`` from the committed results: ``python -m benchmarks.quality_plots``.
+
+The first is the paper's figure 9 with ground truth in place of CLIP and LPIPS: along eta, the share of edits that show
+what was asked for against what is left alone. The second sets quality against the size of the edit file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot
+
+from .goals import REPOSITORY
+from .quality_tables import MAIN, results
+from .scene_edits import TEST, VALIDATION
+
+DOCS = REPOSITORY / "docs"
+CURVES = ("full-3e-5", "balanced", "fast", "embedding-only", "sdedit", "ddim-inversion")
+"""Methods whose curve is drawn."""
+SIZES = ("balanced", "adapt-attn", "adapt-attn-ff", "rank-2", "rank-8", "rank-16", "keep-45", "keep-20")
+"""Variants that differ in what the edit file holds."""
+
+
+def curves(found: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Success against background along eta, a line for each method; labels are etas."""
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    for name in CURVES:
+        if name not in found:
+            continue
+        points = [point for point in found[name]["curve"] if point["eta"] > 0]
+        x = [point["background_db"]["value"] for point in points]
+        y = [100 * point["success"]["value"] for point in points]
+        [line] = axes.plot(x, y, marker="o", label=name)
+        for point, left, height in zip(points, x, y, strict=True):
+            axes.annotate(f"{point['eta']:g}", (left, height), fontsize=7, color=line.get_color())
+    axes.set_xlabel("median background PSNR to the photo, dB")
+    axes.set_ylabel("edits that show what was asked for, %")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _saved(figure, path)
+
+
+def sizes(found: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Share of good items against bytes of the edit file."""
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name in SIZES:
+        if name not in found:
+            continue
+        kilobytes = found[name]["cost"]["edit_bytes_mean"] / 1000
+        good = found[name]["at_eta"][MAIN]["good"]
+        low, high = (100 * bound for bound in good["interval_95"])
+        middle = 100 * good["value"]
+        axes.errorbar(kilobytes, middle, [[middle - low], [high - middle]], marker="o", capsize=3)
+        axes.annotate(name, (kilobytes, middle), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    axes.set_xlabel("edit file, kB")
+    axes.set_ylabel("good items, %")
+    axes.grid(alpha=0.3)
+    _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> None:
+    """Writes the figure; without a date, equal figures are equal files."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Draws every plot there are results for."""
+    pyplot.switch_backend("agg")
+    test, validation = results(TEST.name), results(VALIDATION.name)
+    if found := test or validation:
+        curves(found, DOCS / "quality_curves.png")
+    if set(SIZES) & set(validation):
+        sizes(validation, DOCS / "quality_sizes.png")
+
+
+if __name__ == "__main__":
+    main()
