@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import DEVICES, BaseModel
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import WEIGHT_FORMATS
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.demo.train import to_tensor
 from lowmem_imagic.families import DEMO
 from lowmem_imagic.png import encode_png
-from lowmem_imagic.quantize import WEIGHT_FORMATS
 
 from .oracle import ORACLE, Attributes, Oracle, accuracy
 from .oracle import TARGET as ORACLE_TARGET
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale [3]")
     parser.add_argument("--batch", type=int, default=50, help="pictures sampled together [50]")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, default="int8", help="format of the UNet [int8]")
-    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)} or cuda:N [auto]")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of samples")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here, partial or not")
     args = parser.parse_args()

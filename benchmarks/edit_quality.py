@@ -21,9 +21,9 @@ from PIL import Image
 
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import WEIGHT_FORMATS
 from lowmem_imagic.letterbox import to_images, to_tensor
 from lowmem_imagic.png import contact_sheet, encode_png
-from lowmem_imagic.quantize import WEIGHT_FORMATS
 
 from .compared import FULL_RATES, compared
 from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import base_problems
 from .errors import BackendUnavailableError, ConfigError
 from .families import DEMO, StableDiffusion, load_family
 from .identity import BaseIdentity
 from .memory import return_freed_memory
-from .quantize import WEIGHT_FORMATS, weight_bytes
+from .quantize import weight_bytes
 
 log = logging.getLogger(__name__)
-
-ATTENTION = ("auto", "xformers", "sdpa")
-DEVICES = ("auto", "cuda", "cpu")
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,14 +31,11 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}, expected one of {', '.join(DEVICES)} or cuda:N") from error
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
-    if device.type not in ("cuda", "cpu"):
-        raise ConfigError(f"device is {name!r}, expected one of {', '.join(DEVICES)} or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailableError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device
 
 
@@ -60,7 +55,7 @@ class BaseModel:
     Attributes:
         family: what is particular to its model family.
         device, dtype: where and in which type the UNet computes.
-        weights: format of the UNet's weights, one of `quantize.WEIGHT_FORMATS`.
+        weights: format of the UNet's weights, one of `config.WEIGHT_FORMATS`.
         attention: ``"xformers"`` or ``"sdpa"``, as resolved.
         checkpointing: whether activations are recomputed in the backward pass.
     """
@@ -107,12 +102,7 @@ class BaseModel:
             ModelError: unknown, incomplete or wrong model; a backend that is missing.
             ConfigError: unknown option values.
         """
-        problems = []
-        if weights not in WEIGHT_FORMATS:
-            problems.append(f"base weights are {weights!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
-        if attention not in ATTENTION:
-            problems.append(f"attention is {attention!r}, expected one of {', '.join(ATTENTION)}")
-        if problems:
+        if problems := base_problems(device=device, weights=weights, attention=attention):
             raise ConfigError(problems)
         place = pick_device(device)
         return BaseModel(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_frame import app, edit_config, given, guarded, numbers, print_report, sampling_settings
+from .cli_frame import Words, app, given, guarded, importing, print_report
 from .cli_options import (
     Adapt,
     AsJson,
@@ -93,7 +93,8 @@ def edit(
     quiet: Quiet = False,
 ) -> None:
     """Edit a photo: train, render along eta, and write the edit file, pictures, a sheet and a report."""
-    sampling = sampling_settings(
+    words = Words(device=device, weights=base_weights, attention=attention)
+    sampling = words.sampling(
         etas=etas,
         seeds=seeds,
         strength=strength,
@@ -105,7 +106,7 @@ def edit(
         interpolation=interpolation,
         start=start,
     )
-    config = edit_config(
+    config = words.edit(
         preset,
         seed=seed,
         steps_embed=steps_embed,
@@ -117,7 +118,8 @@ def edit(
         keep=keep,
         sampling=sampling,
     )
-    from . import commands, console, rendering
+    with importing():
+        from . import commands, console, rendering
 
     report = commands.edit(
         photo,
@@ -165,7 +167,8 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train an edit and write its file; render it with `sample`."""
-    config = edit_config(
+    words = Words(device=device, weights=base_weights, attention=attention)
+    config = words.edit(
         preset,
         seed=seed,
         steps_embed=steps_embed,
@@ -176,7 +179,8 @@ def train(
         rank=rank,
         keep=keep,
     )
-    from . import commands, console, rendering
+    with importing():
+        from . import commands, console, rendering
 
     report = commands.train(
         photo,
@@ -219,7 +223,8 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     """Render an edit at other etas, seeds or strengths, or under another sentence; needs only the file and its base."""
-    overrides = sampling_settings(
+    words = Words(device=device, weights=base_weights, attention=attention)
+    overrides = words.sampling(
         etas=etas,
         seeds=seeds,
         strength=strength,
@@ -231,7 +236,9 @@ def sample(
         interpolation=interpolation,
         start=start,
     )
-    from . import commands, console, rendering
+    words.check(overrides)
+    with importing():
+        from . import commands, console, rendering
 
     report = commands.sample(
         edit_file,
@@ -278,13 +285,14 @@ def sheet(
     quiet: Quiet = False,
 ) -> None:
     """Render an edit over any two of eta, strength, seed and guidance, on one labelled sheet."""
+    words = Words(device=device, weights=base_weights, attention=attention)
     values = given(
-        eta=numbers(etas, "etas", float),
-        strength=numbers(strengths, "strengths", float),
-        seed=numbers(seeds, "seeds", int),
-        guidance=numbers(guidances, "guidances", float),
+        eta=words.numbers(etas, "etas", float),
+        strength=words.numbers(strengths, "strengths", float),
+        seed=words.numbers(seeds, "seeds", int),
+        guidance=words.numbers(guidances, "guidances", float),
     )
-    overrides = sampling_settings(
+    overrides = words.sampling(
         num_inference_steps=steps_sample,
         negative_prompt=negative,
         scheduler=scheduler,
@@ -292,8 +300,10 @@ def sheet(
         interpolation=interpolation,
         start=start,
     )
-    from . import console, rendering
-    from . import sheet as sheets
+    words.check(overrides)
+    with importing():
+        from . import console, rendering
+        from . import sheet as sheets
 
     report = sheets.sheet(
         edit_file,
@@ -329,16 +339,19 @@ def inspect(
 def scene(
     sentence: Annotated[str, typer.Argument(help="one or two of sphere, cube, cylinder, cone on a floor")],
     out: Annotated[Path, typer.Argument(help="PNG file to write")],
-    seed: Annotated[int, typer.Option(help="seed of everything the sentence leaves open")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of everything the sentence leaves open")] = 0,
     size: Annotated[int, typer.Option(min=16, max=2048, help="side of the picture in pixels")] = 64,
     force: Force = False,
 ) -> None:
     """Render a photo of the bundled world, to try edits on."""
-    from .atomic import write_bytes
-    from .demo.render import render
-    from .demo.scene import Scene
-    from .png import encode_png
+    with importing():
+        from .atomic import write_bytes
+        from .demo.render import render
+        from .demo.scene import Scene
+        from .png import encode_png
+        from .writable import check_target
 
+    check_target(out, overwrite=force)
     drawn = Scene.from_sentence(sentence, seed=seed)
     picture = render(drawn, size)
     write_bytes(
@@ -353,7 +366,8 @@ def scene(
 @guarded
 def doctor(as_json: AsJson = False) -> None:
     """Show versions, devices and memory, and which 8-bit and attention paths are used here."""
-    from .doctor import examine
+    with importing():
+        from .doctor import examine
 
     findings = examine()
     if as_json:

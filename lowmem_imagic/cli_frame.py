@@ -4,16 +4,19 @@ Exit codes: 0 done, 1 failure, 2 usage (settings, sentence), 130 stopped by Ctrl
 output (with ``--json`` as one JSON object), everything else to standard error.
 """
 
+import contextlib
 import functools
 import json
 import logging
+import reprlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import typer
 
-from .config import EditConfig, parse_strength, preset
+from .config import EditConfig, SampleConfig, base_problems, parse_strength, preset
 from .errors import ConfigError, LowmemImagicError, PromptError
 
 app = typer.Typer(
@@ -41,6 +44,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except LowmemImagicError as error:
             _fail(str(error), 2 if isinstance(error, (ConfigError, PromptError)) else 1)
+        except MemoryError:
+            _fail("out of memory; a smaller photo, or fewer etas and seeds, take less", 1)
         except KeyboardInterrupt:
             _fail("stopped; nothing half-written was left behind", INTERRUPTED)
         except BrokenPipeError:
@@ -52,62 +57,113 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"lowmem-imagic: {message}", err=True)
+    typer.echo(_printable(f"lowmem-imagic: {message}"), err=True)
     raise typer.Exit(code)
 
 
-def numbers(text: str | None, name: str, kind: type) -> tuple[Any, ...] | None:
-    """The numbers of a comma-separated option; None where it was not given."""
-    if text is None:
-        return None
+def _printable(text: str) -> str:
+    """The text with what no terminal takes, such as the bytes of a file name that is no text, replaced."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around imports of large libraries: Ctrl-C ends the process at once.
+
+    Python's own handler raises KeyboardInterrupt in whatever code runs, which compiled modules abort on or swallow.
+    """
     try:
-        return tuple(kind(part) for part in text.replace(" ", "").split(",") if part)
-    except ValueError:
-        raise ConfigError(f"{name} is {text!r}, expected comma-separated numbers such as 0,0.6,1") from None
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Words:
+    """Turns the words of a command into settings; what is wrong with any of them is reported together by `check`."""
+
+    def __init__(self, *, device: str, weights: str | None, attention: str) -> None:
+        self._problems = base_problems(device=device, weights=weights, attention=attention)
+
+    def numbers(self, text: str | None, name: str, kind: type) -> tuple[Any, ...] | None:
+        """The numbers of a comma-separated option; None where it was not given."""
+        if text is None:
+            return None
+        try:
+            return tuple(kind(part) for part in text.replace(" ", "").split(",") if part)
+        except ValueError:
+            self._problems.append(f"{name} is {reprlib.repr(text)}, expected comma-separated numbers such as 0,0.6,1")
+            return None
+
+    def sampling(
+        self, *, etas: str | None = None, seeds: str | None = None, strength: str | None = None, **others: Any
+    ) -> dict[str, Any]:
+        """The fields of `config.SampleConfig` that were given; their ranges are not checked yet."""
+        factor = None
+        try:
+            factor = None if strength is None else parse_strength(strength)
+        except ConfigError as error:
+            self._problems += error.problems
+        numbers = {"etas": self.numbers(etas, "etas", float), "seeds": self.numbers(seeds, "seeds", int)}
+        return given(**numbers, strength=factor, **others)
+
+    def edit(
+        self,
+        name: str,
+        *,
+        seed: int,
+        steps_embed: int | None,
+        steps_finetune: int | None,
+        learning_rate: float | None,
+        draws: int | None,
+        adapt: str | None,
+        rank: int | None,
+        keep: float | None,
+        sampling: dict[str, Any] | None = None,
+    ) -> EditConfig:
+        """The settings of the preset `name` with the given options on top.
+
+        Raises:
+            ConfigError: with all that is wrong with any word so far.
+        """
+        finetune = given(
+            steps=steps_finetune,
+            learning_rate=learning_rate,
+            draws=draws,
+            adapt=adapt,
+            keep=keep,
+            lora_rank=rank,
+            lora_alpha=None if rank is None else float(rank),
+        )
+        embed = given(steps=steps_embed, draws=draws)
+        try:
+            made = preset(name, {"": {"seed": seed}, "embed": embed, "finetune": finetune, "sample": sampling or {}})
+        except ConfigError as error:
+            self._problems += error.problems
+        self.check()
+        return made
+
+    def check(self, sampling: dict[str, Any] | None = None) -> None:
+        """Reports what is wrong with any word so far, and with the ranges of `sampling`.
+
+        Raises:
+            ConfigError: with all problems.
+        """
+        try:
+            SampleConfig(**sampling or {})
+        except ConfigError as error:
+            self._problems += error.problems
+        if self._problems:
+            raise ConfigError(self._problems)
 
 
 def given(**values: Any) -> dict[str, Any]:
     """The values that were given."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def sampling_settings(
-    *, etas: str | None = None, seeds: str | None = None, strength: str | None = None, **others: Any
-) -> dict[str, Any]:
-    """The fields of `config.SampleConfig` that were given, words turned into numbers."""
-    return given(
-        etas=numbers(etas, "etas", float),
-        seeds=numbers(seeds, "seeds", int),
-        strength=None if strength is None else parse_strength(strength),
-        **others,
-    )
-
-
-def edit_config(
-    name: str,
-    *,
-    seed: int,
-    steps_embed: int | None,
-    steps_finetune: int | None,
-    learning_rate: float | None,
-    draws: int | None,
-    adapt: str | None,
-    rank: int | None,
-    keep: float | None,
-    sampling: dict[str, Any] | None = None,
-) -> EditConfig:
-    """The settings of the preset `name` with the given options on top; all problems at once."""
-    finetune = given(
-        steps=steps_finetune,
-        learning_rate=learning_rate,
-        draws=draws,
-        adapt=adapt,
-        keep=keep,
-        lora_rank=rank,
-        lora_alpha=None if rank is None else float(rank),
-    )
-    embed = given(steps=steps_embed, draws=draws)
-    return preset(name, {"": {"seed": seed}, "embed": embed, "finetune": finetune, "sample": sampling or {}})
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:
@@ -116,4 +172,4 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(report, indent=2))
         return
     for line in report["summary"]:
-        typer.echo(line)
+        typer.echo(_printable(line))

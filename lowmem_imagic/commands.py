@@ -1,5 +1,6 @@
 """What the commands of the command line do, once their words are understood."""
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,14 @@ from .base_model import BaseModel
 from .config import EditConfig
 from .console import Console
 from .edit import Edit
-from .errors import ConfigError, OutputError
+from .errors import ConfigError, LowmemImagicError, OutputError
 from .images import Photo, load_photo
 from .memory import Meter
 from .names import safe_stem
 from .pipeline import Job, make_edits, versions
 from .rendering import BaseOptions, check_sentences, check_suggestable, open_edit, render, sampling_of
-from .result_folder import ResultFolder, check_writable, must_not_exist, rescue
+from .result_folder import ResultFolder, rescue
+from .writable import check_target
 
 
 def edit(
@@ -43,7 +45,11 @@ def edit(
     made = _train(base, source, sentence, config, meter, console)
     name = f"{_default_name(source, sentence)}.safetensors"
     edit_path = _write_edit(folder, name, made)
-    report = render(base, made, sentence, config.sample, folder, meter, console, photo=source, suggest=suggest)
+    try:
+        report = render(base, made, sentence, config.sample, folder, meter, console, photo=source, suggest=suggest)
+    except (KeyboardInterrupt, LowmemImagicError, MemoryError):
+        console.say(f"the edit itself is finished; render it with: lowmem-imagic sample {edit_path}", always=True)
+        raise
     report |= {
         "edit_file": name,
         "edit_bytes": edit_path.stat().st_size,
@@ -70,13 +76,11 @@ def train(
     started = time.perf_counter()
     source = load_photo(photo, background=background)
     path = out or Path(f"{_default_name(source, sentence)}.safetensors")
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / f"{_default_name(source, sentence)}.safetensors"
     if path.suffix != ".safetensors":
         raise ConfigError(f"--out is {path}, expected a name ending in .safetensors")
-    check_writable(path.parent)
-    if not force:
-        must_not_exist(path)
+    check_target(path, overwrite=force)
     base = _open_base(options, console, [sentence])
     meter = Meter(base.device)
     made = _train(base, source, sentence, config, meter, console)
@@ -170,7 +174,7 @@ def _finish(
         "versions": versions(),
         "warnings": console.warnings,
     }
-    folder.write_json("report.json", report)
+    folder.write_report(report)
     seconds = report["seconds"]["total"]
     report["files"] = folder.files
     report["summary"] = [f"{folder.path}: {len(report['pictures'])} pictures, sheet.png, report.json ({seconds:.0f} s)"]

@@ -4,7 +4,8 @@ Every problem of a set of settings is reported at once (`ConfigError.problems`).
 forward-and-backward passes of one row through the UNet: ``steps * draws``.
 """
 
-import math
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -13,7 +14,15 @@ from .errors import ConfigError
 
 ADAPT_TARGETS = ("attn", "attn+ff", "all")
 """Layers an adapter may cover: attention; plus feed-forward and projections; plus every convolution."""
+WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
+"""Of the frozen UNet. ``int8``: `quantize`'s layers. ``bnb-int8``: stock bitsandbytes, linear layers only."""
+ATTENTION = ("auto", "xformers", "sdpa")
+_DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
 MAX_RANK = 256
+MAX_VALUES = 256
+"""Most etas, and most seeds, of one edit."""
+MAX_PHOTO_PIXELS = 100_000_000
+MAX_PHOTO_SIDE_PX = 1_000_000
 MAX_SEED = 2**63 - 1
 ETA_RANGE = (-1.0, 3.0)
 STRENGTH_RANGE = (0.0, 2.0)
@@ -33,6 +42,18 @@ decoder: appearance; Forgedit's "forgetting", arXiv 2309.10556, as a scale)."""
 def strengths(value: Strength) -> tuple[float, float, float]:
     """The factor for each of `BLOCKS`."""
     return value if isinstance(value, tuple) else (value, value, value)
+
+
+def base_problems(*, device: str, weights: str | None, attention: str) -> list[str]:
+    """What is wrong with how a base is asked for, as far as words show it; `weights` None is left open."""
+    problems = []
+    if not _DEVICE.fullmatch(device):
+        problems.append(f"device is {device!r}, expected one of auto, cuda, cpu or cuda:N")
+    if weights is not None and weights not in WEIGHT_FORMATS:
+        problems.append(f"base weights are {weights!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
+    if attention not in ATTENTION:
+        problems.append(f"attention is {attention!r}, expected one of {', '.join(ATTENTION)}")
+    return problems
 
 
 def parse_strength(text: str) -> Strength:
@@ -60,6 +81,11 @@ def strength_text(value: Strength) -> str:
     return " ".join(f"{block}={factor:g}" for block, factor in zip(BLOCKS, value, strict=True))
 
 
+def _within(value: object, low: float, high: float, whole: bool) -> bool:
+    """Whether `value` is a number of the right kind in the closed range; NaN is in none."""
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
 class _Check:
     """Collects what is wrong with the fields of one settings value."""
 
@@ -69,21 +95,25 @@ class _Check:
     def number(self, name: str, low: float, high: float, *, whole: bool = False, above: bool = False) -> None:
         value = getattr(self._owner, name)
         kind = "a whole number" if whole else "a number"
-        right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not right_type or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        if not _within(value, low, high, whole) or (above and value == low):
             limits = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
-            self.problems.append(f"{name} is {value!r}, expected {kind} {limits}")
+            self.problems.append(f"{name} is {reprlib.repr(value)}, expected {kind} {limits}")
 
     def numbers(self, name: str, low: float, high: float, *, whole: bool = False) -> None:
-        for value in getattr(self._owner, name):
-            good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            if not good or not math.isfinite(value) or not low <= value <= high:
-                self.problems.append(f"{name} has {value!r}, expected numbers from {low:g} to {high:g}")
+        values = getattr(self._owner, name)
+        if not isinstance(values, tuple) or not 1 <= len(values) <= MAX_VALUES:
+            found = f"{len(values)} values" if isinstance(values, tuple) else reprlib.repr(values)
+            self.problems.append(f"{name} has {found}, expected 1 to {MAX_VALUES} numbers")
+            return
+        for value in values:
+            if not _within(value, low, high, whole):
+                kind = "whole numbers" if whole else "numbers"
+                self.problems.append(f"{name} has {reprlib.repr(value)}, expected {kind} from {low:g} to {high:g}")
 
     def choice(self, name: str, allowed: Iterable[str]) -> None:
         value = getattr(self._owner, name)
         if value not in tuple(allowed):
-            self.problems.append(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+            self.problems.append(f"{name} is {reprlib.repr(value)}, expected one of {', '.join(allowed)}")
 
     def done(self) -> None:
         if self.problems:
@@ -205,9 +235,11 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check = _Check(self)
         for name, low, high in (("etas", *ETA_RANGE), ("seeds", 0, MAX_SEED)):
-            if not getattr(self, name):
-                check.problems.append(f"{name} is empty, expected at least one number")
+            known = len(check.problems)
             check.numbers(name, low, high, whole=name == "seeds")
+            values = getattr(self, name)
+            if len(check.problems) == known and len(set(values)) < len(values):
+                check.problems.append(f"{name} has a number twice, expected each once")
         check.number("num_inference_steps", 1, 1000, whole=True)
         check.number("guidance_scale", 0, 100)
         check.number("ddim_eta", 0, 1)
@@ -217,6 +249,8 @@ class SampleConfig:
                 check.problems.append(f"strength has {len(self.strength)} numbers, expected one, or down, mid and up")
         else:
             check.number("strength", *STRENGTH_RANGE)
+        if not isinstance(self.negative_prompt, str):
+            check.problems.append(f"negative_prompt is {reprlib.repr(self.negative_prompt)}, expected text")
         check.choice("interpolation", INTERPOLATIONS)
         check.choice("start", STARTS)
         check.number("batch_rows", 1, 4096, whole=True)

@@ -17,9 +17,9 @@ class Console:
         self._stage = ""
         self.warnings: list[str] = []
 
-    def say(self, text: str) -> None:
-        """A remark."""
-        if not self._quiet:
+    def say(self, text: str, *, always: bool = False) -> None:
+        """A remark; `always` shows it even when quiet."""
+        if always or not self._quiet:
             print(text, file=sys.stderr)
 
     def warn(self, text: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .config import MAX_RANK
 from .errors import (
     EditHeaderError,
     MissingTensorError,
@@ -23,15 +24,12 @@ from .errors import (
     TensorShapeError,
     UnknownTensorError,
 )
-from .identity import TOKEN, BaseIdentity, SourcePicture
-from .strict_json import canonical_json, plain_json
+from .facts import META_KEYS, check_title, checked_meta
+from .identity import BaseIdentity, SourcePicture
+from .strict_json import canonical_json
 
-MAX_RANK = 256
-"""Largest LoRA rank."""
 MAX_LAYERS = 4096
 """Most adapted layers."""
-MAX_PROMPT_CHARS = 4096
-"""Longest target sentence."""
 MAX_EMBEDDING_BYTES = 8 * 2**20
 """Largest optimised embedding; base64 makes it a third longer in the file's header."""
 MAX_COARSE_SIDE = 16
@@ -121,31 +119,13 @@ class Edit:
         checks.require(isinstance(self.base, BaseIdentity), "imagic.base", self.base, "a BaseIdentity")
         is_source = isinstance(self.source, SourcePicture)
         checks.require(is_source, "imagic.meta source", self.source, "a SourcePicture")
-        checks.text(self.target_prompt, "imagic.meta target_prompt", MAX_PROMPT_CHARS, lines=True)
-        checks.text(self.title, "modelspec.title", 200)
-        checks.matches(self.base_weights, TOKEN, "imagic.meta base_weights", "a short lower-case token")
-        if self.license is not None:
-            checks.text(self.license, "modelspec.license", 200)
-        if self.created is not None:
-            checks.date(self.created)
+        check_title(self.title, self.license, self.created)
         if self.thumbnail is not None:
             picture_kind(self.thumbnail)
-        versions = dict(checks.mapping(self.versions, "imagic.meta versions"))
-        for name, version in versions.items():
-            checks.text(name, "imagic.meta versions", 100)
-            checks.text(version, f"imagic.meta versions.{name}", 100)
-        is_list = isinstance(self.etas, list | tuple) and len(self.etas) <= 256
-        checks.require(is_list, "imagic.meta etas", self.etas, "a list")
-        checked = {
+        checked = checked_meta({name: getattr(self, name) for name in META_KEYS}) | {
             "adapter": _check_adapter(self.adapter),
             "optimized_embedding": _check_embedding(self.optimized_embedding, self.base),
             "coarse_latents": _check_coarse(self.coarse_latents),
-            "settings": _check_json(self.settings, "imagic.meta settings"),
-            "measured": _check_json(self.measured, "imagic.meta measured"),
-            "seed": checks.integer(self.seed, "imagic.meta seed", 0, 2**63 - 1),
-            "etas": tuple(checks.number(eta, "imagic.meta etas") for eta in self.etas),
-            "eta_default": checks.number(self.eta_default, "imagic.meta eta_default"),
-            "versions": versions,
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -171,11 +151,6 @@ class Edit:
     def rank(self) -> int:
         """Returns the largest rank among the layers."""
         return max(factors.rank for factors in self.adapter.values())
-
-
-def _check_json(value: object, key: str) -> Any:
-    """Returns a plain copy of a mapping at the second level of the header's JSON."""
-    return plain_json(checks.mapping(value, key), key, 2)
 
 
 def _check_adapter(adapter: object) -> dict[str, LoraFactors]:

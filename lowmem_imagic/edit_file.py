@@ -34,16 +34,16 @@ from .container import Container
 from .edit import MAX_EMBEDDING_BYTES, MAX_THUMBNAIL_BYTES, Edit, LoraFactors, picture_kind
 from .edit_header import (
     HASH_KEY,
-    META_KEYS,
     PARTS,
     SPEC_VERSION,
     check_hash,
-    entry_of,
     fields_of,
     read_bytes,
     read_header,
+    shape_of,
 )
 from .errors import EditFileError, EditHeaderError, TensorDtypeError, TensorShapeError
+from .facts import META_KEYS
 from .names import safe_stem
 from .safetensors_codec import bytes_tensor, container_tensor, serialize, tensor_bytes
 from .strict_json import dump_json
@@ -78,9 +78,9 @@ def decode(data: bytes) -> Edit:
         coarse_latents=_stored(metadata, "imagic.coarse_latents", ("C", "h", "w")),
         base=header.base,
         source=header.source,
-        title=entry_of(metadata, "modelspec.title"),
-        created=metadata.get("modelspec.date"),
-        license=metadata.get("modelspec.license"),
+        title=header.title,
+        created=header.created,
+        license=header.license,
         thumbnail=_thumbnail_bytes(metadata.get("modelspec.thumbnail")),
         **header.meta,
     )
@@ -186,15 +186,12 @@ def _storable(tensor: Tensor, key: str) -> str:
 def _stored(metadata: Mapping[str, str], key: str, sides: tuple[str, ...]) -> Tensor:
     """Returns the fp16 tensor that a header string describes, with one dimension for each of `sides`."""
     stored = fields_of(metadata, key, {"dtype", "shape", "data"})
-    dtype, shape, data = stored["dtype"], stored["shape"], stored["data"]
+    dtype, data = stored["dtype"], stored["data"]
     if dtype != "F16":
         raise TensorDtypeError(f"{key}: found type {reprlib.repr(dtype)}, expected F16")
-    limit = MAX_EMBEDDING_BYTES
-    is_shape = isinstance(shape, list) and len(shape) == len(sides)
-    if not (is_shape and all(type(n) is int and 1 <= n <= limit for n in shape)):
-        raise TensorShapeError(f"{key}: found shape {reprlib.repr(shape)}, expected [{', '.join(sides)}]")
+    shape = shape_of(stored["shape"], key, sides)
     try:
-        raw = base64.b64decode(checks.text(data, f"{key} data", 2 * limit), validate=True)
+        raw = base64.b64decode(checks.text(data, f"{key} data", 2 * MAX_EMBEDDING_BYTES), validate=True)
     except (binascii.Error, ValueError) as error:
         raise EditHeaderError(f"{key} data: not base64 ({error})") from error
     if len(raw) != 2 * math.prod(shape):

@@ -18,9 +18,11 @@ from .errors import (
     MissingTensorError,
     NotAnEditFileError,
     TensorDtypeError,
+    TensorShapeError,
     UnknownTensorError,
     UnsupportedEditVersionError,
 )
+from .facts import META_KEYS, check_title, checked_meta
 from .identity import BaseIdentity, SourcePicture
 from .strict_json import load_json
 
@@ -31,19 +33,8 @@ _TENSOR = re.compile(r"(lora_unet_[a-z0-9_]{1,200})\.(lora_down\.weight|lora_up\
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 _FLOATS = {"F16", "BF16", "F32"}
 HASH_KEY = "modelspec.hash_sha256"
-META_KEYS = frozenset(
-    (
-        "base_weights",
-        "eta_default",
-        "etas",
-        "measured",
-        "seed",
-        "settings",
-        "source",
-        "target_prompt",
-        "versions",
-    )
-)
+MAX_SIDE = 2**23
+"""Longest side of a tensor in the header."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,10 @@ class Header:
     base: BaseIdentity
     source: SourcePicture
     meta: dict[str, Any]
-    """``imagic.meta`` without ``source``; its values are checked when an `Edit` is made of them."""
+    """``imagic.meta`` without ``source``, its values checked."""
+    title: str
+    created: str | None
+    license: str | None
 
 
 def read_header(data: bytes) -> Header:
@@ -74,9 +68,12 @@ def read_header(data: bytes) -> Header:
         raise EditHeaderError(f"{reprlib.repr(key)}: not a key of format {SPEC_VERSION}")
     layers = layer_names(container)
     base = BaseIdentity(**fields_of(metadata, "imagic.base", BaseIdentity.__dataclass_fields__.keys()))
-    meta = fields_of(metadata, "imagic.meta", META_KEYS)
+    meta = fields_of(metadata, "imagic.meta", META_KEYS | {"source"})
     source = exactly(meta.pop("source"), "imagic.meta source", SourcePicture.__dataclass_fields__.keys())
-    return Header(container, layers, base, SourcePicture(**source), meta)
+    title = entry_of(metadata, "modelspec.title")
+    created, license_name = metadata.get("modelspec.date"), metadata.get("modelspec.license")
+    check_title(title, license_name, created)
+    return Header(container, layers, base, SourcePicture(**source), checked_meta(meta), title, created, license_name)
 
 
 def check_hash(container: Container) -> None:
@@ -113,18 +110,29 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns what an edit file says, as plain values; its structure, names and hash are checked, no tensor is made.
+    """Returns what an edit file says, see `contents`.
 
     Raises:
         EditFileError: See :func:`read_bytes` and :func:`read_header`; messages begin with the path.
     """
     data = read_bytes(path)
     try:
-        header = read_header(data)
-        check_hash(header.container)
-        embedding = fields_of(header.container.metadata, "imagic.e_opt", {"dtype", "shape", "data"})
+        return contents(data)
     except EditFileError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def contents(data: bytes) -> dict[str, Any]:
+    """Returns what a whole file says, as plain values; names, values and hash are checked, no tensor is made.
+
+    Raises:
+        EditFileError: See :func:`read_header`.
+    """
+    header = read_header(data)
+    check_hash(header.container)
+    embedding = fields_of(header.container.metadata, "imagic.e_opt", {"dtype", "shape", "data"})
+    shape = shape_of(embedding["shape"], "imagic.e_opt", ("T", "D"))
+    checks.text(embedding["dtype"], "imagic.e_opt dtype", 10)
     entries = header.container.entries
     ranks = sorted({entries[f"{layer}.lora_down.weight"].shape[0] for layer in header.layers})
     return {
@@ -136,17 +144,17 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "ranks": ranks,
             "bytes": len(header.container.data),
         },
-        "embedding": {"shape": embedding["shape"], "dtype": embedding["dtype"]},
+        "embedding": {"shape": shape, "dtype": embedding["dtype"]},
         "seed": header.meta["seed"],
-        "etas": header.meta["etas"],
+        "etas": list(header.meta["etas"]),
         "eta_default": header.meta["eta_default"],
         "source": asdict(header.source),
         "settings": header.meta["settings"],
         "measured": header.meta["measured"],
         "versions": header.meta["versions"],
-        "title": header.container.metadata.get("modelspec.title"),
-        "created": header.container.metadata.get("modelspec.date"),
-        "license": header.container.metadata.get("modelspec.license"),
+        "title": header.title,
+        "created": header.created,
+        "license": header.license,
         "format": int(header.container.metadata["imagic.spec"]),
         "file_bytes": len(data),
     }
@@ -217,6 +225,15 @@ def entry_of(metadata: Mapping[str, str], key: str) -> str:
 def fields_of(metadata: Mapping[str, str], key: str, names: Set[str]) -> dict[str, Any]:
     """Returns the JSON object in a header string, which has exactly the named members."""
     return exactly(load_json(entry_of(metadata, key), key), key, names)
+
+
+def shape_of(shape: object, key: str, sides: tuple[str, ...]) -> list[int]:
+    """Returns the shape that a header states for a tensor, one number for each of `sides`."""
+    if isinstance(shape, list) and len(shape) == len(sides) and all(type(n) is int for n in shape):
+        numbers = [int(n) for n in shape]
+        if all(1 <= n <= MAX_SIDE for n in numbers):
+            return numbers
+    raise TensorShapeError(f"{key}: found shape {reprlib.repr(shape)}, expected [{', '.join(sides)}]")
 
 
 def exactly(value: object, key: str, names: Set[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import checks
+from .config import MAX_PHOTO_PIXELS, MAX_PHOTO_SIDE_PX
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 TOKEN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -53,17 +54,19 @@ class BaseIdentity:
     def match(self, other: "BaseIdentity") -> Literal["exact", "revision", "architecture", "none"]:
         """Returns how closely two bases agree.
 
-        ``exact``: the same files. ``revision``: the same source and known revision, though not the same files
-        (another variant or precision). ``architecture``: adapters fit, results differ. ``none``: unusable.
+        ``exact``: the same files, configured alike. ``revision``: the same source and known revision, though not
+        the same files (another variant or precision). ``architecture``: adapters fit, results differ. ``none``:
+        unusable.
         """
+        # First, because one checkpoint file can be configured to predict noise or velocity.
+        mine = (self.family, self.prediction_type, self.cross_attention_dim)
+        if mine != (other.family, other.prediction_type, other.cross_attention_dim):
+            return "none"
         if self.files == other.files:
             return "exact"
         if self.revision is not None and (self.source, self.revision) == (other.source, other.revision):
             return "revision"
-        mine = (self.family, self.prediction_type, self.cross_attention_dim)
-        if mine == (other.family, other.prediction_type, other.cross_attention_dim):
-            return "architecture"
-        return "none"
+        return "architecture"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +82,16 @@ class SourcePicture:
     size_px: int
     """Side of the training square."""
     box: tuple[int, int, int, int]
-    """Left, top, right, bottom of the rectangle that relates picture and training square, in pixels."""
+    """Left, top, right, bottom of the picture's place in the training square, in pixels."""
 
     def __post_init__(self) -> None:
         key = "imagic.meta source"
         checks.matches(self.sha256, SHA256, f"{key}.sha256", "64 lower-case hex digits")
         for name in ("width_px", "height_px", "size_px"):
-            checks.integer(getattr(self, name), f"{key}.{name}", 1, 2**20)
+            checks.integer(getattr(self, name), f"{key}.{name}", 1, MAX_PHOTO_SIDE_PX)
+        pixels = self.width_px * self.height_px
+        checks.require(pixels <= MAX_PHOTO_PIXELS, f"{key} pixels", pixels, f"at most {MAX_PHOTO_PIXELS}")
         checks.require(isinstance(self.box, list | tuple) and len(self.box) == 4, f"{key}.box", self.box, "4 integers")
-        left, top, right, bottom = (checks.integer(side, f"{key}.box", 0, 2**20) for side in self.box)
+        left, top, right, bottom = (checks.integer(side, f"{key}.box", 0, self.size_px) for side in self.box)
         checks.require(left < right and top < bottom, f"{key}.box", self.box, "left < right and top < bottom")
         object.__setattr__(self, "box", (left, top, right, bottom))

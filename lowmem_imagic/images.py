@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile
 
+from .config import MAX_PHOTO_PIXELS, MAX_PHOTO_SIDE_PX
 from .errors import (
     ConfigError,
     ImageError,
@@ -26,7 +27,6 @@ from .errors import (
     TruncatedImageError,
 )
 
-MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30
 
 # Formats Pillow decodes by itself from bytes with a signature. EPS and WMF (helper programs), stubs such as
@@ -76,7 +76,7 @@ class Photo:
     icc_profile: bytes | None
 
 
-def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Photo:
+def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_pixels: int = MAX_PHOTO_PIXELS) -> Photo:
     """The picture in a file as upright 8-bit sRGB, whatever its colour mode, depth or format.
 
     The file is read once: the digest and the pixels come from the same bytes.
@@ -91,7 +91,7 @@ def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_p
         ImageNotFoundError: Missing, unreadable, or not a regular file (folder, pipe, device).
         NotAnImageError: Not a picture of a supported kind.
         TruncatedImageError: The picture ends early or its data are damaged.
-        ImageTooLargeError: More than `max_pixels` pixels or `MAX_FILE_BYTES` bytes.
+        ImageTooLargeError: More than `max_pixels` pixels, `MAX_PHOTO_SIDE_PX` on a side or `MAX_FILE_BYTES` bytes.
 
     **Memory**: beside the file's bytes 8 (RGB) to 17 (RGBA, float) bytes per pixel while converting, 4 then.
     """
@@ -174,6 +174,10 @@ def _decode(data: bytes, shown: str, max_pixels: int) -> tuple[ImageFile.ImageFi
                 raise ImageTooLargeError(
                     f"{shown} has {width} x {height} pixels ({width * height / 1e6:.1f} million), "
                     f"the cap is {max_pixels / 1e6:.1f} million; scale it down first"
+                )
+            if max(width, height) > MAX_PHOTO_SIDE_PX:
+                raise ImageTooLargeError(
+                    f"{shown} has {width} x {height} pixels, a side may have {MAX_PHOTO_SIDE_PX}; cut or scale it first"
                 )
             frames = getattr(image, "n_frames", 1)
             orientation = _orientation(image)

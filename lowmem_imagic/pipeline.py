@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
 from .diffusion import coarse
-from .edit import MAX_PROMPT_CHARS, Edit, LoraFactors
+from .edit import Edit, LoraFactors
 from .embed import embed
 from .errors import BaseMismatchError, MemoryLimitError, PromptError, TensorShapeError
+from .facts import MAX_PROMPT_CHARS
 from .finetune import finetune
 from .identity import SourcePicture
 from .images import Photo
@@ -30,6 +32,8 @@ from .truncation import truncated
 
 COARSE_SIDE = 4
 """Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 StageProgress = Callable[[str, int, int, str], None]
 """Called as ``progress(stage, step, steps, remark)``."""
@@ -72,17 +76,18 @@ def make_edits(
     meter = meter or Meter(base.device)
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
-    base.family.scheduler(config.sample.scheduler)
+    base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
     for job in jobs:
         check_sentence(job.prompt)
         base.family.check_prompt(job.prompt)
     boxes = [Letterbox.fit(*job.photo.image.size, base.size_px) for job in jobs]
-    with _stage(meter, "encode", "a smaller picture size"):
+    sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
+    with _stage(meter, "encode", "--device cpu"):
         # The negative prompt is for sampling; with it, the text encoder is loaded once.
         target = base.encode_text([*(job.prompt for job in jobs), config.sample.negative_prompt])[: len(jobs)]
         squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
         latents = base.encode_images(torch.cat([to_tensor(square) for square in squares]))
-    with _stage(meter, "load", "--base-weights int8"):
+    with _stage(meter, "load", "--base-weights int8, or --device cpu"):
         base.unet.eval()
     generators = [torch.Generator().manual_seed(config.seed) for _ in jobs]
     with _stage(meter, "embed", "--checkpointing, or fewer draws a step"):
@@ -106,7 +111,7 @@ def make_edits(
             seed=config.seed,
             etas=config.sample.etas,
             eta_default=1.0,
-            source=_source(job.photo, boxes[i]),
+            source=sources[i],
             base_weights=base.weights,
             versions=versions(),
             measured={
@@ -153,9 +158,16 @@ def decode_cells(
     base: BaseModel, edits: Sequence[Edit], cells: Sequence[Cell], latents: Tensor, *, meter: Meter | None = None
 ) -> list[Image.Image]:
     """The pictures of rendered latents (len(cells), C, H, W), each at its photo's own size and aspect."""
-    with _stage(meter or Meter(base.device), "decode", "a smaller picture size"):
+    with _stage(meter or Meter(base.device), "decode", "--device cpu"):
         squares = to_images(base.decode(latents))
-    return [from_square(square, letterbox(edits[cell.edit])) for square, cell in zip(squares, cells, strict=True)]
+    boxes = [letterbox(edits[cell.edit]) for cell in cells]
+    # A base of the same architecture may have been made for another size than the edit's own.
+    sizes = [(box.size_px, box.size_px) for box in boxes]
+    squares = [
+        square if square.size == size else square.resize(size, Image.Resampling.BICUBIC)
+        for square, size in zip(squares, sizes, strict=True)
+    ]
+    return [from_square(square, box) for square, box in zip(squares, boxes, strict=True)]
 
 
 def render_latents(
@@ -217,7 +229,7 @@ def check_sentence(sentence: str) -> None:
         raise PromptError(f"the sentence has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
     hidden = [letter for letter in sentence if category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
     if hidden:
-        raise PromptError(f"the sentence has the unprintable character {hidden[0]!r}; expected plain text")
+        raise PromptError(f"the sentence has the unprintable character {hidden[0]!a}; expected plain text")
 
 
 def check_base(edit: Edit, base: BaseModel) -> str:
@@ -310,7 +322,7 @@ def _stage(meter: Meter, name: str, cheaper: str) -> Iterator[None]:
         with meter.stage(name):
             yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU torch raises a bare RuntimeError.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        # On a CPU torch raises a bare RuntimeError ("can't allocate memory", "not enough memory").
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
             raise
         raise MemoryLimitError(f"out of memory in stage {name}; next cheaper setting: {cheaper}") from error

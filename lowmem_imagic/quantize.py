@@ -17,9 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
-"""``int8``: this module's layers. ``bnb-int8``: stock bitsandbytes, linear layers only. The rest are float."""
-
 MIN_CONV_CHANNELS = 5
 """Convolutions from or to the latents (4 channels) stay as they are: a few kB, and the most sensitive."""
 
@@ -220,7 +217,7 @@ def load_frozen(
     Args:
         model: a network on the meta device; linear layers and convolutions are replaced in place.
         tensors: (name, tensor) pairs in any order, each read when it is asked for.
-        weights: one of `WEIGHT_FORMATS`.
+        weights: one of `config.WEIGHT_FORMATS`.
         device: where the weights go.
         dtype: type of everything that is not quantised.
 

@@ -13,7 +13,7 @@ from .base_model import BaseModel
 from .config import SampleConfig, strength_text
 from .console import Console
 from .edit import Edit
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, EditHeaderError, ModelError
 from .families import DEMO, SHORT_NAMES
 from .fit import Fit, embedding_distance
 from .images import Photo
@@ -40,7 +40,7 @@ class BaseOptions:
     def load(self) -> BaseModel:
         """The base model."""
         return BaseModel.load(
-            self.model or DEMO,
+            DEMO if self.model is None else self.model,
             revision=self.revision,
             device=self.device,
             weights=self.weights or "int8",
@@ -54,12 +54,22 @@ def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
     """The sampling settings an edit was made with, as far as this version knows them, with `overrides` on top.
 
     Strength and batch size are choices of the moment, not of the edit.
+
+    Raises:
+        EditHeaderError: the recorded settings are none.
+        ConfigError: the overrides are out of range.
     """
     recorded = edit.settings.get("sample")
     names = set(SampleConfig.__dataclass_fields__) - {"strength", "batch_rows"}
     values = recorded if isinstance(recorded, dict) else {}
-    known = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
-    return SampleConfig(**{**known, **overrides})
+    known: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names
+    }
+    try:
+        settings = SampleConfig(**known)
+    except (ConfigError, TypeError) as error:
+        raise EditHeaderError(f"imagic.meta settings sample: {error}") from error
+    return replace(settings, **overrides)
 
 
 def open_edit(
@@ -83,11 +93,10 @@ def open_edit(
     if options.weights is None:
         chosen = replace(chosen, weights=edit.base_weights)
     base = chosen.load()
-    base.family.scheduler(config.scheduler)
+    base.family.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
+    check_sentences(base, [edit.target_prompt if prompt is None else prompt, config.negative_prompt], console)
     if prompt is not None:
-        check_sentence(prompt)
-        check_sentences(base, [prompt, config.negative_prompt], console)
         console.say(f"trained for {edit.target_prompt!r}, rendered under {prompt!r}")
     return base, edit.target_prompt if prompt is None else prompt
 
@@ -106,8 +115,10 @@ def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console)
     """Warns of what the text encoder cuts off; all but the first sentence may be empty.
 
     Raises:
-        PromptError: the first is empty.
+        PromptError: the first is empty, or one has characters that are no text.
     """
+    for sentence in sentences:
+        check_sentence(sentence)
     for number, sentence in enumerate(sentences):
         if number and not sentence:
             continue  # an empty negative sentence is the usual one

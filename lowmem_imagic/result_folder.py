@@ -6,7 +6,7 @@ not at all.
 
 import json
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +20,10 @@ from .config import strength_text
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
 from .png import contact_sheet, encode_png
 from .sample import Cell
+from .writable import check_writable, unusable
 
-MIN_FREE_BYTES = 32 * 2**20
+REPORT = "report.json"
+_PICTURE = re.compile(r"eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
 
 
 @dataclass
@@ -32,6 +34,8 @@ class ResultFolder:
     overwrite: bool
     files: list[str] = field(default_factory=list)
     """Names written so far."""
+    stale: frozenset[str] = frozenset()
+    """Pictures of an earlier run in this folder, which this one replaces."""
 
     @staticmethod
     def prepare(path: Path, *, overwrite: bool) -> "ResultFolder":
@@ -42,40 +46,43 @@ class ResultFolder:
             OutputUnwritableError: it cannot be made or written, or the disk is full.
         """
         check_writable(path)
-        if path.exists() and not path.is_dir():
-            raise OutputExistsError(f"{path} is a file; name a folder with --out")
-        if path.is_dir() and any(path.iterdir()) and not overwrite:
-            raise OutputExistsError(f"{path} holds files already; name another folder with --out, or use --force")
-        return ResultFolder(path, overwrite)
+        try:
+            if os.path.lexists(path) and not path.is_dir():
+                raise OutputExistsError(f"{path} is no folder; name a folder with --out")
+            if path.is_dir() and any(path.iterdir()) and not overwrite:
+                raise OutputExistsError(f"{path} holds files already; name another folder with --out, or use --force")
+        except OSError as error:
+            raise unusable(path, error) from error
+        return ResultFolder(path, overwrite, stale=_pictures_of_report(path / REPORT))
 
     def write(self, name: str, data: bytes) -> Path:
         """Writes one file into the folder, making it first, and returns its path."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputUnwritableError(
-                f"{self.path} cannot be made ({error.strerror}); choose another --out"
-            ) from error
+            raise unusable(self.path, error) from error
         target = self.path / name
         write_bytes(target, data, overwrite=self.overwrite)
         self.files.append(name)
         return target
 
-    def write_json(self, name: str, value: Mapping[str, Any]) -> Path:
-        """Writes a JSON file."""
-        return self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    def write_report(self, value: Mapping[str, Any]) -> Path:
+        """Writes the report, and removes the pictures that an earlier run's report named and this run did not make."""
+        # A file name that is no text, which Linux allows, becomes JSON's escapes.
+        data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+        target = self.write(REPORT, data)
+        for name in self.stale - set(self.files):
+            (self.path / name).unlink(missing_ok=True)
+        return target
 
     def write_pictures(
         self, cells: Sequence[Cell], pictures: Sequence[Image.Image], parameters: Mapping[str, Any]
     ) -> list[str]:
         """Writes one PNG per cell with its generation parameters, and returns their names."""
-        many_seeds = len({cell.seed for cell in cells}) > 1
-        names = []
-        for cell, picture in zip(cells, pictures, strict=True):
-            name = f"eta_{cell.eta:.2f}" + (f"_seed_{cell.seed}" if many_seeds else "") + ".png"
+        names = picture_names(cells)
+        for cell, picture, name in zip(cells, pictures, names, strict=True):
             text = {"parameters": generation_parameters(cell, parameters), "Software": "lowmem-imagic"}
             self.write(name, encode_png(picture, text=text))
-            names.append(name)
         return names
 
     def write_sheet(
@@ -86,42 +93,23 @@ class ResultFolder:
         return self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic"}))
 
 
-def check_writable(path: Path) -> None:
-    """Makes sure that something can be written at `path`: an existing folder above it, not read-only, not full.
+def picture_names(cells: Sequence[Cell]) -> list[str]:
+    """A file name for each cell: its eta, with digits enough to tell all apart, and its seed if there are several."""
+    many_seeds = len({cell.seed for cell in cells}) > 1
+    etas = {cell.eta for cell in cells}
+    digits = next(d for d in range(2, 400) if len({f"{eta:.{d}f}" for eta in etas}) == len(etas))
+    seeds = [f"_seed_{cell.seed}" if many_seeds else "" for cell in cells]
+    return [f"eta_{cell.eta:.{digits}f}{seed}.png" for cell, seed in zip(cells, seeds, strict=True)]
 
-    Raises:
-        OutputUnwritableError: with the reason.
-    """
-    folder = path
-    while not folder.exists():
-        if folder.parent == folder:
-            break
-        folder = folder.parent
-    if not folder.is_dir():
-        folder = folder.parent if folder == path else folder
-    if not folder.is_dir():
-        raise OutputUnwritableError(f"{folder} is a file, expected a folder; choose another --out")
+
+def _pictures_of_report(path: Path) -> frozenset[str]:
+    """Names of the pictures that an earlier report says it wrote; nothing that is not such a name."""
     try:
-        # Permission bits do not tell the truth for root or on read-only mounts; a real file does.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputUnwritableError(f"{folder} cannot be written ({error.strerror}); choose another --out") from error
-    free = shutil.disk_usage(folder).free
-    if free < MIN_FREE_BYTES:
-        raise OutputUnwritableError(
-            f"{folder} has {free / 2**20:.0f} MB free, expected at least {MIN_FREE_BYTES / 2**20:.0f} MB; make room"
-        )
-
-
-def must_not_exist(path: Path) -> None:
-    """Makes sure that nothing is at `path`.
-
-    Raises:
-        OutputExistsError: something is.
-    """
-    if path.exists():
-        raise OutputExistsError(f"{path} exists already; name another with --out, or use --force")
+        names = json.loads(path.read_text(encoding="utf-8"))["pictures"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return frozenset()
+    found = names if isinstance(names, list) else []
+    return frozenset(name for name in found if isinstance(name, str) and _PICTURE.fullmatch(name))
 
 
 def rescue(name: str, data: bytes, error: OutputError) -> OutputError:

@@ -16,8 +16,9 @@ from .memory import Meter
 from .names import safe_stem
 from .png import contact_sheet, encode_png
 from .rendering import BaseOptions, footer_of, open_edit, parameters_of, pictures_of, sampling_of
-from .result_folder import check_writable, generation_parameters, must_not_exist
+from .result_folder import generation_parameters
 from .sample import Cell
+from .writable import check_target
 
 AXES: dict[str, tuple[Any, ...]] = {
     "eta": (0.4, 0.6, 0.8, 1.0),
@@ -70,9 +71,7 @@ def sheet(
     target = out or Path(safe_stem(path.stem) + "-sheet.png")
     if target.suffix.lower() != ".png":
         raise ConfigError(f"--out is {target}, expected a name ending in .png")
-    check_writable(target.parent)
-    if not force:
-        must_not_exist(target)
+    check_target(target, overwrite=force)
     source = None if photo is None else _photo_of(photo, opened.source.sha256, console)
     base, sentence = open_edit(opened, options, config, prompt, console)
     meter = Meter(base.device)

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel
 from lowmem_imagic import base_model
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.base_model import BaseModel, pick_device, pick_dtype, resolve_attention
+from lowmem_imagic.config import WEIGHT_FORMATS
 from lowmem_imagic.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -29,7 +30,6 @@ from lowmem_imagic.errors import (
     UnknownModelError,
     WrongFamilyError,
 )
-from lowmem_imagic.quantize import WEIGHT_FORMATS
 
 PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "")
 WEIGHTS = {
@@ -263,10 +263,13 @@ def test_cuda_without_cuda(name: str, tiny_folder: Path, monkeypatch: pytest.Mon
 
 
 def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine with a GPU "auto" is CUDA, and "cpu" still the CPU."""
+    """On a machine with two GPUs "auto" is CUDA, "cpu" still the CPU, and a third GPU is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("auto") == CUDA and pick_device("cpu") == CPU
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(BackendUnavailableError, match="sees 2 GPUs"):
+        pick_device("cuda:2")
 
 
 @pytest.mark.parametrize(
@@ -592,6 +595,46 @@ def test_schedulers_by_name(name: str, tiny_folder: Path) -> None:
     scheduler = base.family.scheduler(name)
     assert type(scheduler).__name__ == name.removesuffix("Scheduler") + "Scheduler"
     assert torch.equal(scheduler.alphas_cumprod, base.alpha_bar)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "part"),
+    [("DDIM", 1000, "it begins at timestep 1000 of 1000"), ("PNDM", 1, "cannot take")],
+)
+def test_steps_a_scheduler_cannot_take(name: str, steps: int, part: str, tiny_folder: Path) -> None:
+    """A number of steps that would fail in the middle of sampling is refused beforehand, in words."""
+    family = BaseModel.load(str(tiny_folder), device="cpu").family
+    with pytest.raises(ConfigError, match=f"num_inference_steps is {steps}.*{part}"):
+        family.check_steps(name, steps)
+    family.check_steps(name, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("unet/config.json", {"sample_size": None}),
+        ("unet/config.json", {"cross_attention_dim": [16, 16]}),
+        ("unet/config.json", {"down_block_types": ["Nothing", "Nothing"]}),
+        ("vae/config.json", {"block_out_channels": None}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "unheard-of"}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}),
+    ],
+)
+def test_configurations_that_make_no_sense(name: str, changes: dict[str, Any], folder_copy: Path) -> None:
+    """A value no such model can have is reported as a damaged folder, whichever library would trip over it."""
+    edit_json(folder_copy / name, **changes)
+    with pytest.raises(IncompleteModelError, match=r"tiny-sd.*download it again"):
+        base = BaseModel.load(str(folder_copy), device="cpu")
+        base.family.check_prompt("a cube")
+        base.family.check_steps("DDIM", 5)
+        _ = base.unet
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "", "a\0b"])
+def test_names_that_cannot_be_looked_up(name: str) -> None:
+    """A name too long for the file system, an empty one and one with a NUL are unknown models, not crashes."""
+    with pytest.raises(UnknownModelError, match="no model"):
+        BaseModel.load(name, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["Nothing", "FlowMatchEulerDiscrete", "UNet2DConditionModel", "AutoencoderKL"])

@@ -294,7 +294,7 @@ def test_doctor_names_versions_and_paths(run):
     findings = json.loads(run("doctor", "--json", model=False).stdout)
     assert {"torch", "diffusers", "bitsandbytes"} <= set(findings["versions"])
     assert findings["attention"]["used by default"] in ("sdpa", "xformers")
-    assert "convolutions" in findings["8-bit"]
+    assert all("work on" in findings["8-bit"][layers] for layers in ("linear layers", "convolutions"))
 
 
 def test_model_left_out_is_the_bundled_one_and_said_so(photo, monkeypatch):
@@ -441,6 +441,84 @@ def test_output_that_cannot_be_written(run, photo, finished):
     _fails(run("sample", finished, "--out", "/proc/here", "--quiet"), 1, "/proc")
 
 
+def test_outputs_the_system_cannot_name(run, photo, finished):
+    """A name too long for the file system, and a link to nowhere, are refused before any training."""
+    _fails(run("edit", photo, SENTENCE, "--out", "x" * 300, *QUICK), 1, "cannot be written")
+    _fails(run("train", photo, SENTENCE, "--out", "x" * 300 + ".safetensors", *QUICK[:6]), 1, "cannot be written")
+    Path("link").symlink_to("nowhere")
+    _fails(run("edit", photo, SENTENCE, "--out", "link", *QUICK), 1, "link is no folder")
+    _fails(run("sample", finished, "--out", "link", "--quiet"), 1, "link is no folder")
+
+
+def test_etas_that_are_close_have_names_of_their_own(run, finished):
+    """Etas that agree to two decimals are written under names with more of them."""
+    words = ["--etas", "0.601,0.604,1", "--steps-sample", 1, "--quiet"]
+    assert run("sample", finished, "--out", "close", *words).exit_code == 0
+    assert {path.name for path in Path("close").glob("eta*")} == {"eta_0.601.png", "eta_0.604.png", "eta_1.000.png"}
+
+
+def test_force_leaves_no_pictures_of_an_earlier_run(run, finished):
+    """With --force the pictures that the folder's report names are gone unless made again; nothing else is touched."""
+    words = ["--steps-sample", 1, "--quiet", "--out", "made"]
+    assert run("sample", finished, "--etas", "0.2,1", *words).exit_code == 0
+    Path("made/eta_0.77.png").write_bytes(b"mine")
+    report = json.loads(Path("made/report.json").read_text(encoding="utf-8"))
+    report["pictures"] += ["../precious.png", "sheet.png", 5]
+    Path("made/report.json").write_text(json.dumps(report), encoding="utf-8")
+    Path("precious.png").write_bytes(b"mine")
+    assert run("sample", finished, "--etas", "0.4,1", "--force", *words).exit_code == 0
+    assert {path.name for path in Path("made").glob("eta*")} == {"eta_0.40.png", "eta_1.00.png", "eta_0.77.png"}
+    assert Path("precious.png").exists() and Path("made/sheet.png").exists()
+
+
+def test_all_wrong_words_at_once(photo):
+    """Words that are no numbers, values out of range and unknown choices are reported together, before any import."""
+    words = ["--etas", "x", "--strength", "y", "--guidance", "nan", "--learning-rate", "9", "--device", "gpu"]
+    result = CliRunner().invoke(app, ["edit", str(photo), SENTENCE, "--attention", "flash", *words])
+    _fails(result, 2, "etas", "strength", "guidance_scale", "learning_rate", "device", "attention")
+    result = CliRunner().invoke(app, ["sample", "none.safetensors", "--seeds", "x", "--etas", "9", "--start", "here"])
+    _fails(result, 2, "seeds", "etas", "start")
+
+
+def test_steps_a_scheduler_cannot_take(run, photo, finished):
+    """What would fail in the middle of sampling is refused before training."""
+    words = ["--scheduler", "DDIM", "--steps-sample", "1000"]
+    _fails(run("edit", photo, SENTENCE, "--out", "made", *QUICK[:6], *words), 2, "timestep 1000 of 1000")
+    assert not Path("made").exists()
+    _fails(run("sample", finished, "--scheduler", "PNDM", "--steps-sample", 2), 2, "PNDM cannot take")
+
+
+@pytest.mark.parametrize("words", [["--negative", "\udcff"], ["--prompt", "a \udcff cube"]])
+def test_words_that_are_no_text(run, finished, words):
+    """Bytes of the command line that are no text are refused as such."""
+    _fails(run("sample", finished, *words), 2, "unprintable character '\\udcff'")
+
+
+def test_a_model_of_no_name_is_not_the_bundled_one(photo):
+    """An empty --model, as from an unset variable, is an error, not the default."""
+    _fails(CliRunner().invoke(app, ["edit", str(photo), SENTENCE, "--model", ""]), 1, "no model ''")
+
+
+def test_scene_that_cannot_be(run):
+    """A seed below 0 is a usage error, and an existing file is left alone."""
+    assert run("scene", "a red cube", "s.png", "--seed", "-1", model=False).exit_code == 2
+    Path("s.png").write_bytes(b"mine")
+    _fails(run("scene", "a red cube", "s.png", model=False), 1, "--force")
+
+
+def test_a_base_of_another_size(run, finished, tiny_folder, tmp_path):
+    """A base of the same architecture made for larger pictures renders the edit at the photo's own size."""
+    import shutil
+
+    larger = Path(shutil.copytree(tiny_folder, tmp_path / "larger"))
+    config = json.loads((larger / "unet/config.json").read_text(encoding="utf-8"))
+    (larger / "unet/config.json").write_text(json.dumps({**config, "sample_size": 16}), encoding="utf-8")
+    words = ["sample", str(finished), "--model", str(larger), "--device", "cpu", "--out", "made", "--etas", "1"]
+    result = CliRunner().invoke(app, [*words, "--steps-sample", "1", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert _picture("made/eta_1.00.png").size == (20, 16)
+
+
 def test_full_disk_keeps_the_finished_edit(run, photo, monkeypatch):
     """An edit that cannot be written after training is kept in the temporary folder, and the message says where."""
     from lowmem_imagic import result_folder
@@ -503,20 +581,28 @@ def test_truncated_edit_file(run, finished):
     _fails(run("sample", "cut.safetensors", "--quiet"), 1, "cut.safetensors")
 
 
-@pytest.mark.parametrize("stage", ["embedding", "adapter", "pictures"])
+@pytest.mark.parametrize("stage", ["encode", "load", "embedding", "adapter", "pictures", "decode"])
 def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
     """Ctrl-C while a stage runs ends with code 130, one line, and no half file; a finished edit file is kept."""
     script = tmp_path / "run.py"
     # A real process and a real signal; the stage announces itself through a file and then takes its time.
     script.write_text(
-        "import sys, time, pathlib\n"
-        "from lowmem_imagic import console\n"
+        "import contextlib, time, pathlib\n"
+        "from lowmem_imagic import console, memory\n"
+        "def wait():\n"
+        "    pathlib.Path('ready').touch(); time.sleep(30)\n"
         "real = console.Console.progress\n"
         "def slow(self, name, step, steps, remark):\n"
-        f"    if {stage!r} in console.STAGES.get(name, ''):\n"
-        "        pathlib.Path('ready').touch(); time.sleep(30)\n"
+        f"    if {stage!r} in console.STAGES.get(name, ''): wait()\n"
         "    real(self, name, step, steps, remark)\n"
         "console.Console.progress = slow\n"
+        "measured = memory.Meter.stage\n"
+        "@contextlib.contextmanager\n"
+        "def stage(self, name):\n"
+        "    with measured(self, name):\n"
+        f"        if name == {stage!r}: wait()\n"
+        "        yield\n"
+        "memory.Meter.stage = stage\n"
         "from lowmem_imagic.cli import main\n"
         "main()\n"
     )
@@ -532,11 +618,36 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
     assert process.returncode == 130, stderr
     assert "stopped" in stderr and "Traceback" not in stderr
     left = {path.name for path in Path("made").glob("*")} if Path("made").exists() else set()
-    if stage == "pictures":
+    if stage in ("pictures", "decode"):
         [name] = left
         assert edit_file.read(Path("made", name)).target_prompt == SENTENCE
+        assert f"lowmem-imagic sample {Path('made', name)}" in stderr
     else:
         assert left == set()
+
+
+@pytest.mark.parametrize("after_s", [0.1, 0.6, 1.5])
+def test_ctrl_c_while_libraries_are_imported(after_s, photo):
+    """Ctrl-C before there is anything to lose ends the process without a traceback, whatever is being imported."""
+    words = ["edit", str(photo), SENTENCE, "--out", "made", *QUICK]
+    # From the package's first line on; before it the interpreter itself would speak.
+    script = (
+        "import sys, pathlib\n"
+        f"sys.argv = ['lowmem-imagic', *{words!r}]\n"
+        "from lowmem_imagic.__main__ import main\n"
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "pathlib.Path('started').touch()\n"
+        "main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not Path("started").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode in (-signal.SIGINT, 130), stderr
+    assert "Traceback" not in stderr and not list(Path().glob("made/*"))
 
 
 def test_every_command_is_documented():

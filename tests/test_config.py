@@ -94,6 +94,43 @@ def test_etas_out_of_range(etas):
         SampleConfig(etas=etas)
 
 
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(list(SampleConfig.__dataclass_fields__)),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.sampled_from([10**400, -(10**400), 2**63]),
+            st.floats(),
+            st.text(max_size=5),
+            st.lists(st.one_of(st.integers(), st.floats(), st.text(max_size=2), st.none()), max_size=4),
+        ),
+    )
+)
+def test_any_sampling_values_give_a_config_or_a_config_error(values):
+    """Whatever the values, numbers beyond any float among them, sampling gets valid settings or one error."""
+    try:
+        config = preset("balanced", {"sample": values}).sample
+    except ConfigError as error:
+        assert all(len(problem) < 300 for problem in error.problems)
+        return
+    assert 1 <= config.num_inference_steps <= 1000 and len(set(config.etas)) == len(config.etas) <= 256
+
+
+@pytest.mark.parametrize("values", [{"etas": (0, 0.5, 0.0)}, {"seeds": (1, 2, 1)}])
+def test_a_number_twice(values):
+    """An eta or a seed given twice would be one picture under one name, so it is refused."""
+    with pytest.raises(ConfigError, match="twice"):
+        SampleConfig(**values)
+
+
+def test_too_many_values():
+    """More etas than an edit file can hold are refused before anything is trained."""
+    with pytest.raises(ConfigError, match="257 values, expected 1 to 256"):
+        SampleConfig(etas=tuple(number / 1000 for number in range(257)))
+
+
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan"), True, "1", (1.0, 1.0), (1.0, 1.0, 3.0)])
 def test_strength_out_of_range(strength):
     """A strength is one number from 0 to 2, or three of them."""

@@ -26,7 +26,9 @@ from safetensors.torch import load_file, save_file
 from lowmem_imagic import container, safetensors_codec, strict_json
 from lowmem_imagic.edit import Edit, LoraFactors
 from lowmem_imagic.edit_file import decode, encode, read, write
+from lowmem_imagic.edit_header import contents, summary
 from lowmem_imagic.errors import (
+    ConfigError,
     EditFileError,
     EditHeaderError,
     EditLayoutError,
@@ -45,6 +47,8 @@ from lowmem_imagic.errors import (
 )
 from lowmem_imagic.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.names import safe_stem
+from lowmem_imagic.pipeline import letterbox
+from lowmem_imagic.rendering import sampling_of
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_conv_in"
@@ -308,7 +312,7 @@ def edits(draw: st.DrawFn) -> Edit:
             sha256=draw(DIGEST),
             width_px=wide,
             height_px=high,
-            size_px=64,
+            size_px=1000,
             box=(left, top, left + wide, top + high),
         ),
         base_weights=draw(TOKEN),
@@ -684,6 +688,28 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
             lambda m: m.update(shape=[1, 17, 1], data=base64.b64encode(b"\0" * 34).decode()),
         ),
     ),
+    "box beyond the square": (
+        EditHeaderError,
+        "from 0 to 64",
+        with_meta("imagic.meta", lambda m: m["source"].update(box=[0, 0, 5000, 5000])),
+    ),
+    "photo of a million by a million": (
+        EditHeaderError,
+        "at most 100000000",
+        with_meta("imagic.meta", lambda m: m["source"].update(width_px=10**6, height_px=10**6)),
+    ),
+    "etas no list": (EditHeaderError, "imagic.meta etas", with_meta("imagic.meta", lambda m: m.update(etas="abc"))),
+    "too many etas": (EditHeaderError, "at most 256", with_meta("imagic.meta", lambda m: m.update(etas=[0] * 257))),
+    "settings no object": (
+        EditHeaderError,
+        "imagic.meta settings",
+        with_meta("imagic.meta", lambda m: m.update(settings=[1])),
+    ),
+    "terminal codes in the sentence": (
+        EditHeaderError,
+        "target_prompt",
+        with_meta("imagic.meta", lambda m: m.update(target_prompt="\x1b[2Jhello")),
+    ),
     "unknown tensor": (UnknownTensorError, "lora_te", _rename(ALPHA, "lora_te_x.alpha")),
     "tensor name with a path": (UnknownTensorError, "passwd", _rename(ALPHA, "lora_unet_../passwd.alpha")),
     "tensor name with a line": (UnknownTensorError, r"alpha\\n", _rename(ALPHA, ALPHA + "\n")),
@@ -728,6 +754,18 @@ def test_each_way_to_be_wrong_has_its_error(case: str) -> None:
         decode(data)
     assert type(caught.value) is error
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("etas", 5), ("etas", [9]), ("negative_prompt", 5), ("scheduler", []), ("seeds", ["1"])]
+)
+def test_recorded_settings_that_are_none(key: str, value: Any) -> None:
+    """Sampling settings in a file that sampling cannot take are an error of the file, not of the user's words."""
+    edit = small_edit(settings={"sample": {key: value}})
+    with pytest.raises(EditHeaderError, match=f"imagic.meta settings sample.*{key}"):
+        sampling_of(decode(encode(edit)), {})
+    with pytest.raises(ConfigError, match="etas has 9"):
+        sampling_of(small_edit(), {"etas": (9.0,)})
 
 
 def test_every_error_of_the_tree_has_a_hostile_file() -> None:
@@ -795,13 +833,19 @@ def test_errors_of_read_begin_with_the_path(tmp_path: Path) -> None:
 
 
 def refuses_or_reads(data: bytes) -> None:
-    """Decodes; a success must be a valid edit that can be written and read again."""
-    try:
-        edit = decode(data)
-    except EditFileError as error:
-        assert str(error) and "\n" not in str(error) and len(str(error)) < 1000
-    else:
-        assert decode(encode(edit)) == edit
+    """Decodes and shows; a success must be a valid edit that can be written, read again and used."""
+    for use in (_decoded_and_used, lambda data: summary(json.loads(json.dumps(contents(data), allow_nan=False)))):
+        try:
+            use(data)
+        except EditFileError as error:
+            assert str(error) and "\n" not in str(error) and len(str(error)) < 1000
+
+
+def _decoded_and_used(data: bytes) -> None:
+    edit = decode(data)
+    assert decode(encode(edit)) == edit
+    assert letterbox(edit).size_px == edit.source.size_px
+    assert sampling_of(edit, {}).etas
 
 
 POSITION = st.integers(0, len(VALID) - 1)
@@ -968,7 +1012,10 @@ def test_the_deepest_settings_that_can_be_made_can_be_read() -> None:
 
 
 def test_bases_match_in_three_degrees() -> None:
-    """The same files, the same source and revision, or only the same architecture; otherwise none."""
+    """The same files, the same source and revision, or only the same architecture; otherwise none.
+
+    Equal files configured for another prediction are another base: one checkpoint can be given either way.
+    """
     base = dataclasses.replace(small_edit().base, source="a/b", revision="1")
     other = {"unet": "c" * 64}
     assert base.match(dataclasses.replace(base, source="elsewhere", revision=None)) == "exact"
@@ -977,6 +1024,7 @@ def test_bases_match_in_three_degrees() -> None:
     unknown = dataclasses.replace(base, revision=None)
     assert unknown.match(dataclasses.replace(unknown, files=other)) == "architecture"
     for change in ({"family": "sd1"}, {"prediction_type": "v_prediction"}, {"cross_attention_dim": 4}):
+        assert base.match(dataclasses.replace(base, **change)) == "none"
         assert base.match(dataclasses.replace(base, files=other, revision="2", **change)) == "none"
 
 

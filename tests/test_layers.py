@@ -13,7 +13,7 @@ PACKAGE = Path(lowmem_imagic.__file__).parent
 
 LAYERS = {
     0: ("errors",),
-    1: ("config", "atomic", "names", "strict_json"),
+    1: ("config", "atomic", "names", "strict_json", "writable"),
     2: (
         "images",
         "letterbox",
@@ -29,9 +29,9 @@ LAYERS = {
         "cli_options",
     ),
     3: ("identity", "safetensors_codec", "truncation"),
-    4: ("edit_header", "edit", "families"),
-    5: ("edit_file", "base_model"),
-    6: ("training", "sample", "suggest"),
+    4: ("facts", "families"),
+    5: ("edit_header", "edit", "base_model"),
+    6: ("edit_file", "training", "sample", "suggest"),
     7: ("embed", "finetune"),
     8: ("pipeline",),
     9: ("result_folder", "doctor", "console", "cli_frame"),

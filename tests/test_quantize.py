@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem_imagic import quantize
 from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.quantize import WEIGHT_FORMATS, FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
+from lowmem_imagic.config import WEIGHT_FORMATS
+from lowmem_imagic.quantize import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
 
 CPU = torch.device("cpu")
 CONVOLUTIONS: dict[str, dict[str, Any]] = {

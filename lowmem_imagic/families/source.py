@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -273,6 +274,11 @@ def locate(name: str, *, revision: str | None = None, config_folder: Path | None
         ConfigError: a revision of a model that is not on the Hub.
     """
     path = Path(name)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be searched, a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnknownModelError(f"no model {reprlib.repr(name)}: it cannot be looked up ({reason})") from error
     if revision is not None and (name == DEMO or (name and path.exists())):
         raise ConfigError(f"revision is {revision!r}, but {path.name} is not on the Hub; leave the revision out")
     if name == DEMO:

@@ -47,6 +47,7 @@ class StableDiffusion:
                 "StableDiffusionPipeline models (Stable Diffusion 1.x and 2.x)"
             )
         unet = self.unet_config
+        self._check_configurations()
         if unet.get("in_channels") != 4 or unet.get("addition_embed_type") or not unet.get("cross_attention_dim"):
             raise WrongFamilyError(
                 f"{source.label} has a UNet with {unet.get('in_channels')} input channels and "
@@ -61,6 +62,30 @@ class StableDiffusion:
             raise IncompleteModelError(
                 f"{source.label} takes text of width {source.width}, but the configuration of {self._folder.label} "
                 f"says {self.cross_attention_dim}; give a diffusers folder of the same family (--model-config)"
+            )
+
+    def _check_configurations(self) -> None:
+        """Makes sure of what is read off the configurations below.
+
+        Raises:
+            IncompleteModelError: a value is missing or of the wrong kind.
+        """
+
+        def positive(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+        channels = self.vae_config.get("block_out_channels")
+        width = self.unet_config.get("cross_attention_dim")
+        wrong = {
+            "unet/config.json: sample_size": not positive(self.unet_config.get("sample_size")),
+            # None is left to the check of the family: that is a UNet that takes no text.
+            "unet/config.json: cross_attention_dim": width is not None and not positive(width),
+            "vae/config.json: block_out_channels": not isinstance(channels, list) or not channels,
+        }
+        if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+            raise IncompleteModelError(
+                f"{self._folder.label} has no usable {', '.join(found)}; expected a Stable Diffusion folder as "
+                "diffusers writes it, so download it again"
             )
 
     @cached_property
@@ -121,7 +146,8 @@ class StableDiffusion:
             ConfigError: there is no such scheduler for this kind of model.
         """
         kind = getattr(diffusers, name if name.endswith("Scheduler") else name + "Scheduler", None)
-        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles}
+        # EDM's are for models that take log(sigma) for the time.
+        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles if not k.__name__.startswith("EDM")}
         if not inspect.isclass(kind) or kind.__name__ not in compatible:
             names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
             raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
@@ -131,6 +157,34 @@ class StableDiffusion:
             raise ConfigError(
                 f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}"
             ) from error
+        except Exception as error:
+            # Whatever diffusers raises for values it does not know.
+            raise IncompleteModelError(
+                f"{self._folder.label}: scheduler/scheduler_config.json cannot be used ({_first_line(error)}); "
+                "download it again"
+            ) from error
+
+    def check_steps(self, name: str, steps: int) -> None:
+        """Makes sure that a scheduler can take this many steps, by taking the first.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        scheduler = self.scheduler(name)
+        try:
+            scheduler.set_timesteps(steps)
+            furthest = float(scheduler.timesteps.max())
+            if furthest >= self.num_train_timesteps:
+                raise ValueError(f"it begins at timestep {furthest:.0f} of {self.num_train_timesteps}")
+            first, latents = scheduler.timesteps[0], torch.zeros(1, 4, 8, 8)
+            scheduler.scale_model_input(latents, first)
+            scheduler.step(latents, first, latents)
+        except Exception as error:
+            # From ValueError to IndexError; all mean the same to a user.
+            raise ConfigError(
+                f"num_inference_steps is {steps}, which scheduler {name} cannot take ({_first_line(error)}); "
+                "take more or fewer, or another scheduler"
+            ) from error
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizerFast:
@@ -139,11 +193,17 @@ class StableDiffusion:
         self._folder.config("tokenizer", "tokenizer_config.json")
         with _quiet(), _complete(self._folder, "tokenizer"):
             # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
-            return CLIPTokenizerFast.from_pretrained(self._folder.path, subfolder="tokenizer", local_files_only=True)
+            tokenizer = CLIPTokenizerFast.from_pretrained(
+                self._folder.path, subfolder="tokenizer", local_files_only=True
+            )
+            # transformers takes 1e30 where the configuration does not say.
+            if not 3 <= tokenizer.model_max_length <= 10_000:
+                raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
+            return tokenizer
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen UNet with weights in the given format (`quantize.WEIGHT_FORMATS`), in eval mode."""
-        with init_empty_weights(include_buffers=False):
+        """The frozen UNet with weights in the given format (`config.WEIGHT_FORMATS`), in eval mode."""
+        with init_empty_weights(include_buffers=False), _complete(self._folder, "unet"):
             unet: nn.Module = UNet2DConditionModel.from_config(self.unet_config)
         tensors: Iterable[tuple[str, Tensor]]
         if isinstance(self.source, SingleFile):
