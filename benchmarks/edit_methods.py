@@ -35,6 +35,8 @@ from lowmem_imagic.training import draw_rows
 
 SEED = 0
 """Of every item's training and starting noise."""
+PACK = 8
+"""Items trained together."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ Method = Callable[[BaseModel, Sequence[Image.Image], Sequence[str], Sequence[flo
 """``method(base, photos, sentences, etas)``."""
 
 
-def ours(config: EditConfig, *, pack: int = 8, edits: Path | None = None, retarget_from: str | None = None) -> Method:
+def ours(
+    config: EditConfig, *, pack: int = PACK, edits: Path | None = None, retarget_from: str | None = None
+) -> Method:
     """This package, `pack` items at a time.
 
     Args:
@@ -74,13 +78,11 @@ def ours(config: EditConfig, *, pack: int = 8, edits: Path | None = None, retarg
         train_s = sample_s = 0.0
         for start in range(0, len(photos), pack):
             targets = sentences[start:][:pack]
-            jobs = [
-                Job(_photo(p), s if retarget_from is None else retarget_from)
-                for p, s in zip(photos[start:][:pack], targets, strict=True)
-            ]
+            trained_for = targets if retarget_from is None else [retarget_from] * len(targets)
+            jobs = jobs_of(photos[start:][:pack], trained_for)
             started = time.perf_counter()
             # Read back, because what is rendered later is the file.
-            files, seconds = _edit_files(base, jobs, config, edits)
+            files, seconds = edit_files(base, jobs, config, edits)
             train_s += seconds
             made_from = [edit_file.decode(data) for data in files]
             sizes += map(len, files)
@@ -96,7 +98,12 @@ def ours(config: EditConfig, *, pack: int = 8, edits: Path | None = None, retarg
     return run
 
 
-def _edit_files(
+def jobs_of(photos: Sequence[Image.Image], sentences: Sequence[str]) -> list[Job]:
+    """Photos and sentences as this package takes them."""
+    return [Job(_photo(photo), sentence) for photo, sentence in zip(photos, sentences, strict=True)]
+
+
+def edit_files(
     base: BaseModel, jobs: Sequence[Job], config: EditConfig, folder: Path | None
 ) -> tuple[list[bytes], float]:
     """Edit files of the jobs, and the seconds that training them takes or took; from `folder` where it has them all."""
@@ -116,7 +123,7 @@ def _edit_files(
     clock = place / "seconds.json"
     if not clock.exists():
         place.mkdir(parents=True, exist_ok=True)
-        files, seconds = _edit_files(base, jobs, config, None)
+        files, seconds = edit_files(base, jobs, config, None)
         for path, data in zip(paths, files, strict=True):
             write_bytes(path, data, overwrite=True)
         # Last: what it stands beside is complete.

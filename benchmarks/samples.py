@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import SampleConfig
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
 from lowmem_imagic.demo.train import scene_at
-from lowmem_imagic.diffusion import guide
 from lowmem_imagic.png import contact_sheet
 
 from .oracle import WORDS, Attributes, Oracle
+from .training_free import denoised
 
 SCENE_SEED = 2
 """Seed of the held-out scenes; 0 and 4 train the model, 1 the judge."""
@@ -97,35 +98,26 @@ def held_out(singles: int, pairs: int) -> list[Scene]:
     return found[1] + found[2]
 
 
-@torch.no_grad()
 def text_to_image(base: BaseModel, captions: Sequence[str], settings: Settings) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, by plain text-to-image with guidance; no adapters."""
     text = base.encode_text(captions)
-    empty = base.encode_text([""])[0]
-    channels, side = base.family.unet_config["in_channels"], base.family.unet_config["sample_size"]
-    finished = []
-    numbers = list(range(len(captions)))
-    batches = [numbers[i : i + settings.batch] for i in range(0, len(numbers), settings.batch)]
-    with tqdm(total=len(batches) * settings.num_inference_steps, desc="sampling", mininterval=2) as bar:
-        for rows in batches:
-            scheduler = base.family.scheduler(settings.scheduler)
-            scheduler.set_timesteps(settings.num_inference_steps, device=base.device)
-            # One generator a picture: the batch it is sampled in cannot change it.
-            noise = [
-                torch.randn((channels, side, side), generator=torch.Generator().manual_seed(settings.seed + row))
-                for row in rows
-            ]
-            latents = torch.stack(noise).to(base.device) * scheduler.init_noise_sigma
-            embeddings = torch.cat([empty.expand_as(text[rows]), text[rows]]).to(base.device)
-            for timestep in scheduler.timesteps:
-                scaled = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-                prediction = base.predict(scaled, timestep.expand(len(scaled)), embeddings).float()
-                unconditional, conditional = prediction.chunk(2)
-                prediction = guide(unconditional, conditional, settings.guidance_scale)
-                latents = scheduler.step(prediction, timestep, latents).prev_sample
-                bar.update()
-            finished.append(latents.float().cpu())
-    return torch.cat([base.decode(latents) for latents in tqdm(finished, desc="decoding")])
+    shape = (base.family.unet_config["in_channels"], *[base.family.unet_config["sample_size"]] * 2)
+    # One generator a picture: the batch it is sampled in cannot change it.
+    noise = torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed + row)) for row in range(len(text))]
+    )
+    config = SampleConfig(
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        scheduler=settings.scheduler,
+    )
+    batches = zip(text.split(settings.batch), noise.split(settings.batch), strict=True)
+    return torch.cat(
+        [
+            base.decode(denoised(base, rows, config, start))
+            for rows, start in tqdm(batches, desc="sampling", total=-(-len(text) // settings.batch))
+        ]
+    )
 
 
 class Samples(NamedTuple):

@@ -109,14 +109,16 @@ def denoised(
         base: the base.
         text: conditioning of each row.
         config: scheduler, steps, guidance; nothing else of it is read.
-        latents: (B, C, H, W) at the noise level of the first step taken.
+        latents: (B, C, H, W) at the noise level of the first step taken; standard normal where that is the first of
+            all.
         last_steps: how many of the steps to take, from the end; all by default.
     """
     negative = base.encode_text([config.negative_prompt])[0]
     finished = []
-    for rows, x in zip(text.split(BATCH), latents.split(BATCH), strict=True):
+    for rows, start in zip(text.split(BATCH), latents.split(BATCH), strict=True):
         scheduler = base.family.scheduler(config.scheduler)
         scheduler.set_timesteps(config.num_inference_steps)
+        x = start if last_steps else start * scheduler.init_noise_sigma
         both = torch.cat([negative.expand_as(rows), rows])
         for timestep in scheduler.timesteps[-(last_steps or config.num_inference_steps) :]:
             predicted = base.predict(torch.cat([x, x]), timestep.expand(2 * len(rows)), both).float()

@@ -85,11 +85,15 @@ def suggest_eta(
     follows = losses[0] - losses[1]
     photo = latents[min(range(len(etas)), key=etas.__getitem__)]
     distance = (latents - photo).square().flatten(1).mean(1).sqrt()
-    worth = _share(follows) - PRICE * _share(distance)
-    scores = tuple(
-        EtaScore(eta, *map(float, values)) for eta, *values in zip(etas, follows, distance, worth, strict=True)
-    )
+    parts = follows.tolist(), distance.tolist()
+    scores = tuple(EtaScore(*values) for values in zip(etas, *parts, worth(*parts), strict=True))
     return Suggestion(max(scores, key=lambda score: score.worth).eta, scores)
+
+
+def worth(follows: Sequence[float], distance: Sequence[float], price: float = PRICE) -> list[float]:
+    """What each picture is worth: how it follows less `price` times how far it is, as shares of their ranges."""
+    pairs = zip(_shares(follows), _shares(distance), strict=True)
+    return [followed - price * left for followed, left in pairs]
 
 
 def _losses(base: BaseModel, latents: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def _losses(base: BaseModel, latents: Tensor, timesteps: Tensor, noise: Tensor, 
     return loss_per_edit(torch.cat(predicted), target, pictures)
 
 
-def _share(values: Tensor) -> Tensor:
-    """Values (K,) as shares of their range, from 0 to 1; all 0 where they are equal."""
-    span = values.max() - values.min()
-    return (values - values.min()) / span if span > 0 else torch.zeros_like(values)
+def _shares(values: Sequence[float]) -> list[float]:
+    """Values as shares of their range, from 0 to 1; all 0 where they are equal."""
+    low, span = min(values), max(values) - min(values)
+    return [(value - low) / span if span else 0.0 for value in values]

@@ -1,9 +1,11 @@
 """The bundled model end to end: what the tool is for happens, on photos of the bundled world."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-import torch
 
+from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import preset
 from lowmem_imagic.demo.render import object_mask, render
@@ -13,7 +15,7 @@ from lowmem_imagic.images import load_photo
 from lowmem_imagic.letterbox import psnr
 from lowmem_imagic.pipeline import Job, apply_edits, make_edits
 from lowmem_imagic.png import encode_png
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.sample import Cell, sample
 
 SEED = 11
 SCENES = [
@@ -108,13 +110,11 @@ def test_the_bundled_model_is_small_and_readable():
 def test_the_sentence_decides_what_the_base_draws():
     """The base alone draws a red and a blue object for "red" and "blue", with the same noise."""
     base = BaseModel.load("demo", device="cpu")
-    settings = preset("balanced").sample
+    settings = replace(preset("balanced").sample, start="noise")
     prompts = ["a photo of a large red cube on a stone floor", "a photo of a large blue cube on a stone floor"]
-    from lowmem_imagic.sample import _denoise
-
-    text = torch.cat([base.encode_text([""]).expand(2, -1, -1), base.encode_text(prompts)])
-    with torch.no_grad():
-        latents = _denoise(base, text, [SEED, SEED], settings, True, lambda step: None)
+    text = base.encode_text(prompts)
+    nothing = AdapterPack(base.unet, edits=2, adapt="attn", rank=1, alpha=1.0)
+    latents = sample(base, nothing, text, text, [Cell(edit, 1.0, SEED) for edit in range(2)], settings)
     red, blue = base.decode(latents)
     excess = [picture[0] - picture[2] for picture in (red, blue)]
     # The colour shows where the object is: the most coloured tenth of the picture.

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import compared, edit_judge, edit_methods, edit_quality, training_free
+from benchmarks import compared, edit_judge, edit_methods, edit_quality, suggestion, training_free
 from benchmarks.oracle import Attributes, Oracle
 from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import preset
+from lowmem_imagic.suggest import EtaScore, Suggestion
 
 PX = 64
 ITEMS = VALIDATION.items()
@@ -225,3 +226,21 @@ def test_variants_differ_from_balanced(tmp_path: Path) -> None:
         variant = preset("balanced", values)
         if name not in ("start-noise", "start-photo"):
             assert variant != balanced, name
+
+
+def test_suggestions_are_compared_like_with_like() -> None:
+    """Good items are counted at the fixed eta, at each item's best, and at the eta each price suggests; never at 0."""
+    items = [item_of("color"), item_of("shape"), item_of("add")]
+    verdict = edit_judge.Verdict(success=True, kept=True, background_db=30, truth_db=20, truth_ssim=0.5)
+    bad = replace(verdict, success=False)
+    # The first is good from 0.8 on, the second up to 0.6, the third is of a hard kind and does not count.
+    verdicts = {eta: [verdict if eta >= 0.8 else bad, verdict if eta <= 0.6 else bad, bad] for eta in edit_quality.ETAS}
+    follows = [[eta for eta in edit_quality.ETAS], [min(eta, 0.6) for eta in edit_quality.ETAS]]
+    suggestions = [
+        Suggestion(0.0, tuple(EtaScore(eta, f, eta, 0.0) for eta, f in zip(edit_quality.ETAS, line, strict=True)))
+        for line in (*follows, follows[0])
+    ]
+    result = suggestion.report(items, suggestions, verdicts, 1.0)
+    assert result["fixed"]["value"] == 0.5 and result["best_of_each"]["value"] == 1.0
+    assert {price: share["value"] for price, share in result["suggested"].items()}["0.5"] == 1.0
+    assert result["suggested"]["1"]["value"] <= 1.0 and len(result["items"]) == 2

@@ -1,0 +1,109 @@
+"""Whether the suggested eta is worth following: good items at it, at one fixed eta, and at the best eta of each item.
+
+    python -m benchmarks.suggestion --set validation --work DIR
+
+Edits are those of `benchmarks.edit_quality --method balanced` (kept in ``--work``, or trained again). The price of
+leaving the photo (`lowmem_imagic.suggest.PRICE`) is tried at several values, for the validation set to choose from.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_imagic import edit_file
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import preset
+from lowmem_imagic.pipeline import decode_cells, render_latents
+from lowmem_imagic.sample import Cell
+from lowmem_imagic.suggest import PRICE, Suggestion, suggest_eta, worth
+
+from .edit_judge import Verdict, bootstrap, judge
+from .edit_methods import PACK, SEED, edit_files, jobs_of
+from .edit_quality import ETAS, best_eta
+from .oracle import Oracle
+from .results import provenance, write_result
+from .scene_edits import HARD_KINDS, SETS, VALIDATION, SceneEdit
+
+PRICES = (0.0, 0.25, PRICE, 0.75, 1.0)
+
+
+def suggested(
+    base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit], folder: Path | None
+) -> tuple[list[Suggestion], dict[float, list[Verdict]]]:
+    """For each item a suggestion, and for each eta the verdicts on all items."""
+    config = preset("balanced")
+    suggestions: list[Suggestion] = []
+    verdicts: dict[float, list[Verdict]] = {eta: [] for eta in ETAS}
+    for start in range(0, len(items), PACK):
+        some = items[start : start + PACK]
+        jobs = jobs_of([item.photo_picture(base.size_px) for item in some], [item.sentence for item in some])
+        files, _ = edit_files(base, jobs, config, folder)
+        edits = [edit_file.decode(data) for data in files]
+        cells = [Cell(number, eta, SEED) for number in range(len(some)) for eta in ETAS]
+        latents = render_latents(base, edits, cells, config.sample)
+        pictures = decode_cells(base, edits, cells, latents)
+        for place, eta in enumerate(ETAS):
+            verdicts[eta] += judge(oracle, some, pictures[place :: len(ETAS)])
+        targets = base.encode_text([item.sentence for item in some])
+        for edit, target, mine in zip(edits, targets, latents.split(len(ETAS)), strict=True):
+            suggestions.append(suggest_eta(base, mine, ETAS, target, edit.optimized_embedding.float()))
+    return suggestions, verdicts
+
+
+def report(
+    items: Sequence[SceneEdit],
+    suggestions: Sequence[Suggestion],
+    verdicts: Mapping[float, Sequence[Verdict]],
+    fixed: float,
+) -> dict[str, Any]:
+    """Shares of good items, the hard kinds left out."""
+    main = [number for number, item in enumerate(items) if item.kind not in HARD_KINDS]
+
+    def share(etas: Sequence[float]) -> dict[str, Any]:
+        return bootstrap([verdicts[eta][number].good for number, eta in zip(main, etas, strict=True)])
+
+    chosen = {price: [_at_price(suggestions[number], price) for number in main] for price in PRICES}
+    best = [max(ETAS[1:], key=lambda eta, number=number: verdicts[eta][number].good) for number in main]
+    return {
+        "fixed": {"eta": fixed, **share([fixed] * len(main))},
+        "best_of_each": share(best),
+        "suggested": {f"{price:g}": share(etas) for price, etas in chosen.items()},
+        "items": [
+            {"name": items[number].name, "suggestion": suggestions[number].as_json(), "best": eta}
+            for number, eta in zip(main, best, strict=True)
+        ],
+    }
+
+
+def _at_price(suggestion: Suggestion, price: float) -> float:
+    """The eta that a suggestion's scores give at another price; never the photo itself."""
+    scores = suggestion.scores
+    values = worth([s.follows for s in scores], [s.distance for s in scores], price)
+    return max((v, s.eta) for v, s in zip(values, scores, strict=True) if s.eta > 0)[1]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=sorted(SETS), default=VALIDATION.name, help="the items [validation]")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where the edits are kept")
+    parser.add_argument("--eta", type=float, help="the fixed eta [the best one of this set]")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    items = SETS[args.set].items()
+    base = BaseModel.load("demo", device=args.device)
+    origin = provenance(base.device)
+    suggestions, verdicts = suggested(base, Oracle.load(), items, args.work)
+    fixed = best_eta(items, verdicts) if args.eta is None else args.eta
+    result = report(items, suggestions, verdicts, fixed)
+    for name in ("fixed", "best_of_each"):
+        print(f"{name}: {result[name]}")
+    for price, share in result["suggested"].items():
+        print(f"suggested at price {price}: {share}")
+    written = write_result(f"suggestion_{args.set}", {"set": args.set, **result}, origin=origin)
+    print(f"result: {written.name}")
+
+
+if __name__ == "__main__":
+    main()
