@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.base_model import BaseModel
