@@ -4,6 +4,7 @@ A batch row is (edit, timestep, noise). Each edit draws from its own generator i
 pack it travels in cannot change what it sees.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -125,7 +126,10 @@ def train(
         losses = loss_per_edit(base.predict(noisy, timesteps, conditioning), target.to(base.device), edits)
         for part in trained:
             part.grads.zero_()
-        losses.sum().backward()
+        with warnings.catch_warnings():
+            # The factors of several edits are strided views of one buffer, and so are their gradients, on purpose.
+            warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
+            losses.sum().backward()
         for part, optimizer in zip(trained, optimizers, strict=True):
             optimizer.step(part.grads, active)
         for part, average in zip(trained, averages, strict=False):
