@@ -1,7 +1,7 @@
 """How well methods edit photos of the bundled world, judged against ground truth (`benchmarks.scene_edits`).
 
     python -m benchmarks.edit_quality --set validation --method balanced
-    python -m benchmarks.edit_quality --set validation --method full --items 8 --grid grid.png
+    python -m benchmarks.edit_quality --set validation --method full-3e-5 --items 8 --grid grid.png
 
 Each method is one file ``results/edit_quality_SET_METHOD.json`` with a verdict on every item at every eta. The eta a
 method is reported at is one for all items, chosen on the validation set; the file of the test set names it.
