@@ -27,10 +27,11 @@ from lowmem_imagic.png import contact_sheet, encode_png
 
 from .compared import FULL_RATES, compared
 from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary
-from .edit_methods import Method, Outcome
+from .edit_methods import Method, Outcome, joined
 from .oracle import Oracle
 from .results import RESULTS, provenance, write_result
 from .scene_edits import HARD_KINDS, KINDS, SETS, VALIDATION, SceneEdit, of_kinds
+from .workers import each
 
 ETAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 """Points of every method's slider."""
@@ -46,16 +47,35 @@ class Measured(NamedTuple):
     """PSNR of each item's picture at eta 0 to its photo's round trip through the autoencoder."""
 
 
-def measured(
-    base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit], method: Method, etas: Sequence[float]
-) -> Measured:
-    """A method applied to the items and judged; `etas` begin with 0."""
+def measured(oracle: Oracle, items: Sequence[SceneEdit], outcome: Outcome, base: BaseModel) -> Measured:
+    """What a method made of the items, judged; its etas hold 0."""
     photos = [item.photo_picture(base.size_px) for item in items]
-    outcome = method(base, photos, [item.sentence for item in items], etas)
     verdicts = {eta: judge(oracle, items, pictures) for eta, pictures in outcome.pictures.items()}
     best = to_images(base.decode(base.encode_images(torch.cat([to_tensor(photo) for photo in photos]))))
     pairs = zip(outcome.pictures[0.0], best, strict=True)
     return Measured(outcome, verdicts, [psnr_db(np.asarray(made), np.asarray(photo)) for made, photo in pairs])
+
+
+class _Bench(NamedTuple):
+    """What a process needs to apply a method."""
+
+    base: BaseModel
+    method: Method
+    etas: Sequence[float]
+
+
+_bench: list[_Bench] = []
+
+
+def _start(method: str, work: Path | None, device: str, weights: str, etas: Sequence[float]) -> None:
+    """Loads the base, once in each process."""
+    _bench[:] = [_Bench(BaseModel.load("demo", device=device, weights=weights), compared(work)[method], etas)]
+
+
+def _apply(item: SceneEdit) -> Outcome:
+    """The method applied to one item."""
+    [(base, method, etas)] = _bench
+    return method(base, [item.photo_picture(base.size_px)], [item.sentence], etas)
 
 
 def report(items: Sequence[SceneEdit], found: Measured, eta: float) -> dict[str, Any]:
@@ -139,6 +159,9 @@ def main() -> int:
     parser.add_argument("--items", type=int, metavar="N", help="only the first N items: a partial run")
     parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of the base [int8; fp32 for full]")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="work on N items at once, on one thread each [1]"
+    )
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of all items")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here, partial or not")
     args = parser.parse_args()
@@ -157,14 +180,17 @@ def main() -> int:
         etas = tuple(dict.fromkeys((*ETAS, eta)))
     base = BaseModel.load("demo", device=args.device, weights=weights)
     origin, oracle = provenance(base.device), Oracle.load()
-    found = measured(base, oracle, items, compared(args.work)[args.method], etas)
+    start = (args.method, args.work, args.device, weights, etas)
+    outcomes = each(_apply, items, processes=args.processes, start=_start, args=start)
+    found = measured(oracle, items, joined(outcomes), base)
     eta = best_eta(items, found.verdicts) if eta is None else eta
     result = {
         "method": args.method,
         "set": asdict(chosen),
         "partial": partial,
         "base_weights": weights,
-        "torch_threads": torch.get_num_threads(),
+        "processes": args.processes,
+        "torch_threads": torch.get_num_threads() if args.processes == 1 else 1,
         "model": {"name": base.name, "sha256": base.identity.files},
         "judge": {"sha256": oracle.sha256},
         **report(items, found, eta),

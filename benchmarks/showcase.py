@@ -11,11 +11,11 @@ from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import preset
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.pipeline import apply_edits, make_edits
+from lowmem_imagic.pipeline import Job, apply_edits, make_edits
 from lowmem_imagic.png import contact_sheet, encode_png
 from lowmem_imagic.sample import Cell
 
-from .edit_methods import SEED, jobs_of
+from .edit_methods import SEED, as_photo
 from .goals import REPOSITORY
 
 PICTURE = REPOSITORY / "docs" / "edits.png"
@@ -37,7 +37,9 @@ def main(path: Path = PICTURE) -> None:
     photos = [Scene.from_sentence(words, seed=seed) for words, seed, _ in EDITS]
     edited = [scene.edit(**change) for scene, (_, _, change) in zip(photos, EDITS, strict=True)]
     sentences = [_sentence(scene) for scene in edited]
-    edits = make_edits(base, jobs_of([render(scene, base.size_px) for scene in photos], sentences), settings)
+    pairs = zip(photos, sentences, strict=True)
+    jobs = [Job(as_photo(render(scene, base.size_px)), sentence) for scene, sentence in pairs]
+    edits = make_edits(base, jobs, settings)
     cells = [Cell(number, eta, SEED) for number in range(len(edits)) for eta in ETAS]
     pictures = iter(apply_edits(base, edits, cells, settings.sample))
     shown = []

@@ -14,12 +14,12 @@ from typing import Any
 from lowmem_imagic import edit_file
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import preset
-from lowmem_imagic.pipeline import decode_cells, render_latents
+from lowmem_imagic.pipeline import Job, decode_cells, render_latents
 from lowmem_imagic.sample import Cell
 from lowmem_imagic.suggest import PRICE, Suggestion, suggest_eta, worth
 
 from .edit_judge import Verdict, bootstrap, judge
-from .edit_methods import PACK, SEED, edit_files, jobs_of
+from .edit_methods import SEED, as_photo, trained
 from .edit_quality import ETAS, best_eta
 from .oracle import Oracle
 from .results import provenance, write_result
@@ -35,19 +35,16 @@ def suggested(
     config = preset("balanced")
     suggestions: list[Suggestion] = []
     verdicts: dict[float, list[Verdict]] = {eta: [] for eta in ETAS}
-    for start in range(0, len(items), PACK):
-        some = items[start : start + PACK]
-        jobs = jobs_of([item.photo_picture(base.size_px) for item in some], [item.sentence for item in some])
-        files, _ = edit_files(base, jobs, config, folder)
-        edits = [edit_file.decode(data) for data in files]
-        cells = [Cell(number, eta, SEED) for number in range(len(some)) for eta in ETAS]
-        latents = render_latents(base, edits, cells, config.sample)
-        pictures = decode_cells(base, edits, cells, latents)
-        for place, eta in enumerate(ETAS):
-            verdicts[eta] += judge(oracle, some, pictures[place :: len(ETAS)])
-        targets = base.encode_text([item.sentence for item in some])
-        for edit, target, mine in zip(edits, targets, latents.split(len(ETAS)), strict=True):
-            suggestions.append(suggest_eta(base, mine, ETAS, target, edit.optimized_embedding.float()))
+    for item in items:
+        data, _ = trained(base, Job(as_photo(item.photo_picture(base.size_px)), item.sentence), config, folder)
+        edit = edit_file.decode(data)
+        cells = [Cell(0, eta, SEED) for eta in ETAS]
+        latents = render_latents(base, [edit], cells, config.sample)
+        pictures = decode_cells(base, [edit], cells, latents)
+        for eta, picture in zip(ETAS, pictures, strict=True):
+            verdicts[eta] += judge(oracle, [item], [picture])
+        [target] = base.encode_text([item.sentence])
+        suggestions.append(suggest_eta(base, latents, ETAS, target, edit.optimized_embedding.float()))
     return suggestions, verdicts
 
 
