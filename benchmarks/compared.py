@@ -9,7 +9,8 @@ from typing import Any
 
 from lowmem_imagic.config import preset
 
-from .edit_methods import Method, full_finetune, ours
+from .edit_methods import Method, ours
+from .full_finetuning import full_finetune
 from .training_free import ddim_inversion, sdedit, sentence_alone
 
 FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import compared, edit_judge, edit_methods, edit_quality, suggestion, training_free
+from benchmarks import compared, edit_judge, edit_methods, edit_quality, full_finetuning, suggestion, training_free
 from benchmarks.oracle import Attributes, Oracle
 from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
 from lowmem_imagic.base_model import BaseModel
@@ -143,7 +143,7 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
     method = {
         "ours": edit_methods.ours(SMALL),
-        "full": edit_methods.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, config=SMALL),
+        "full": full_finetuning.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, config=SMALL),
         "sdedit": training_free.sdedit(SMALL.sample),
         "ddim-inversion": training_free.ddim_inversion(SMALL.sample),
         "sentence-alone": training_free.sentence_alone(SMALL.sample),
@@ -203,14 +203,21 @@ def test_kept_edits_are_not_trained_again(base: BaseModel, tmp_path: Path, monke
     assert runs == [1, 1, 1, 1]
 
 
-def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path) -> None:
+def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full fine-tuning takes finished items from its folder: the same pictures and seconds, and the base untouched."""
     photos, sentences = [ITEMS[0].photo_picture(PX)], [ITEMS[0].sentence]
-    method = edit_methods.full_finetune(1e-4, embed_steps=1, steps=1, draws=1, config=SMALL, folder=tmp_path)
-    first, again = (method(base, photos, sentences, (0.0, 1.0)) for _ in range(2))
-    assert first.pictures[1.0][0].tobytes() == again.pictures[1.0][0].tobytes()
+
+    def run(rate: float, folder: Path | None) -> edit_methods.Outcome:
+        kept = {"embed_steps": 1, "steps": 1, "draws": 1, "config": SMALL, "folder": folder}
+        return full_finetuning.full_finetune(rate, **kept)(base, photos, sentences, (0.0, 1.0))
+
+    first = run(1e-3, tmp_path)
+    monkeypatch.setattr(full_finetuning, "embed", None)
+    again, other = run(1e-3, tmp_path), run(1e-2, tmp_path)
+    assert first.pictures[1.0][0].tobytes() == again.pictures[1.0][0].tobytes() != other.pictures[1.0][0].tobytes()
     assert first.train_s == pytest.approx(again.train_s)
-    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    assert run(1e-3, None).pictures[1.0][0].tobytes() == first.pictures[1.0][0].tobytes()
 
 
 def test_variants_differ_from_balanced(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Imagic as published: the embedding, then every weight of the UNet (paper section 3.2), with Adam.
+
+The opponent of this package's adapters; it needs a base in fp32, and leaves a whole UNet behind per edit.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.atomic import write_bytes
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import EditConfig, EmbedConfig
+from lowmem_imagic.diffusion import coarse, loss_per_edit
+from lowmem_imagic.embed import embed
+from lowmem_imagic.letterbox import to_images, to_tensor
+from lowmem_imagic.pipeline import COARSE_SIDE
+from lowmem_imagic.sample import Cell, sample
+from lowmem_imagic.training import draw_rows
+
+from .edit_methods import SEED, Method, Outcome, as_photo, digest
+
+
+def full_finetune(
+    learning_rate: float,
+    *,
+    embed_steps: int,
+    steps: int,
+    draws: int,
+    config: EditConfig,
+    folder: Path | None = None,
+) -> Method:
+    """The method; the base's UNet comes back unchanged.
+
+    Args:
+        learning_rate: of the weights; the paper's is for a batch of its own size and to be tuned here.
+        embed_steps: of stage 1; its rate is the configuration's.
+        steps: of stage 2.
+        draws: (timestep, noise) draws a step, both stages.
+        config: stage 1's rate and how to sample.
+        folder: keeps each item's embedding and weights (about twice the base's file), so that a stopped run goes on
+            and ways of sampling share them.
+    """
+    first = replace(config.embed, steps=embed_steps, draws=draws)
+
+    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
+        if base.weights != "fp32":
+            raise ValueError(f"full fine-tuning needs weights in fp32, the base has {base.weights}")
+        untouched = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
+        pictures: dict[float, list[Image.Image]] = {eta: [] for eta in etas}
+        train_s = sample_s = 0.0
+        for photo, sentence in zip(photos, sentences, strict=True):
+            latents = base.encode_images(to_tensor(photo))
+            target = base.encode_text([sentence, config.sample.negative_prompt])[:1]
+            facts: dict[str, Any] = {
+                "embed": asdict(first),
+                "base": base.identity.files,
+                "photo": as_photo(photo).sha256,
+                "sentence": sentence,
+            }
+            stage1 = _remembered(folder, facts, partial(_embed, base, latents, target, first))
+            facts |= {"rate": learning_rate, "steps": steps, "draws": draws}
+            tune = partial(_finetune, base, latents, stage1, learning_rate, steps, draws)
+            stage2 = _remembered(folder, facts, tune)
+            train_s += sum(float(stage.pop("seconds")) for stage in (stage1, stage2))
+            started = time.perf_counter()
+            base.unet.load_state_dict(stage2)
+            # An adapter of zeros, so that sampling is this package's own in every respect.
+            nothing = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0, device=base.device)
+            cells, low = [Cell(0, eta, SEED) for eta in etas], coarse(latents, COARSE_SIDE)
+            made = sample(base, nothing, target, stage1["embedding"], cells, config.sample, coarse_latents=low)
+            for eta, picture in zip(etas, to_images(base.decode(made)), strict=True):
+                pictures[eta].append(picture)
+            base.unet.load_state_dict(untouched)
+            sample_s += time.perf_counter() - started
+        passes, rendered = (embed_steps + steps) * draws, len(photos) * len(etas)
+        return Outcome(pictures, passes, train_s / len(photos), sample_s / rendered)
+
+    return run
+
+
+def _embed(base: BaseModel, latents: Tensor, target: Tensor, config: EmbedConfig) -> dict[str, Tensor]:
+    """e_opt (1, T, D), and where its generator stands."""
+    generator = torch.Generator().manual_seed(SEED)
+    optimized, _ = embed(base, latents, target, config, [generator])
+    return {"embedding": optimized, "generator": generator.get_state()}
+
+
+def _finetune(
+    base: BaseModel, latents: Tensor, stage1: Mapping[str, Tensor], learning_rate: float, steps: int, draws: int
+) -> dict[str, Tensor]:
+    """The UNet's weights after stage 2; the base's own are changed."""
+    generator = torch.Generator()
+    generator.set_state(stage1["generator"])
+    text = stage1["embedding"].repeat_interleave(draws, 0)
+    weights = list(base.unet.parameters())
+    optimizer = torch.optim.Adam([w.requires_grad_() for w in weights], lr=learning_rate, foreach=True)
+    for _ in range(steps):
+        noisy, timesteps, wanted = draw_rows(latents, draws, base.alpha_bar, base.family.prediction_type, [generator])
+        optimizer.zero_grad()
+        loss_per_edit(base.predict(noisy, timesteps, text), wanted, 1).sum().backward()
+        optimizer.step()
+    base.unet.requires_grad_(False)
+    return {
+        name: weight.clone(memory_format=torch.contiguous_format) for name, weight in base.unet.state_dict().items()
+    }
+
+
+def _remembered(
+    folder: Path | None, facts: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `make` gives and the "seconds" it takes; from `folder` where it is kept there."""
+    path = None if folder is None else folder / f"full-{digest(facts)}.safetensors"
+    if path is not None and path.exists():
+        return load_file(path)
+    started = time.perf_counter()
+    made = make()
+    made["seconds"] = torch.tensor(time.perf_counter() - started)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save(made), overwrite=True)
+    return made
