@@ -6,7 +6,7 @@ alone (`SceneEdit.kept_mask`). A picture is *good* when success, kept and a back
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,6 +133,14 @@ def bootstrap(values: Sequence[float], *, median: bool = False, seed: int = 0) -
         "interval_95": [round(float(low), 4), round(float(high), 4)],
         "of": len(measured),
     }
+
+
+def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, Any]:
+    """Mean of a value of each item less another method's on the same item, with its bootstrap interval.
+
+    Paired, so that what makes an item hard for both does not widen the interval. Items that only one has are left out.
+    """
+    return bootstrap([value - theirs[name] for name, value in ours.items() if name in theirs])
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lowmem_imagic import edit_file
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import EditConfig
+from lowmem_imagic.diffusion import starting_noise
 from lowmem_imagic.images import Photo
 from lowmem_imagic.pipeline import Job, apply_edits, make_edits
 from lowmem_imagic.png import encode_png
@@ -100,7 +101,7 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
     facts = {
         "embed": asdict(config.embed),
         "finetune": asdict(config.finetune),
-        "seed": config.seed,
+        "seeds": [config.seed, config.sample.seeds[0]],
         "base": [base.identity.files, base.weights],
         "job": [job.photo.sha256, job.prompt],
     }
@@ -122,9 +123,8 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 def same_noise(base: BaseModel, rows: int) -> Tensor:
     """The same starting noise (C, H, W) for every row: (B, C, H, W), as `lowmem_imagic.sample` draws it."""
-    unet = base.family.unet_config
-    shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).expand(rows, *shape).contiguous()
+    noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(SEED))
+    return noise.expand(rows, *noise.shape).contiguous()
 
 
 def as_photo(picture: Image.Image) -> Photo:

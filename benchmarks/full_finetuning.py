@@ -5,7 +5,7 @@ The opponent of this package's adapters; it needs a base in fp32, and leaves a w
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def full_finetune(
         folder: keeps each item's embedding and weights (about twice the base's file), so that a stopped run goes on
             and ways of sampling share them.
     """
-    first = replace(config.embed, steps=embed_steps, draws=draws)
+    first = EmbedConfig(steps=embed_steps, draws=draws, learning_rate=config.embed.learning_rate)
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         if base.weights != "fp32":

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .compared import compared
+from .edit_judge import difference
 from .edit_quality import result_name
 from .results import RESULTS
 from .scene_edits import HARD_KINDS, KINDS, TEST, VALIDATION
@@ -12,17 +13,19 @@ from .scene_edits import HARD_KINDS, KINDS, TEST, VALIDATION
 MAIN = "all_but_" + "_and_".join(HARD_KINDS)
 """Key of a result's figures over all kinds but the hard ones."""
 
-SHOWN = ("full-3e-5", "balanced", "fast", "embedding-only", "sdedit", "ddim-inversion", "sentence-alone")
+FULL = "full-3e-5"
+"""Full fine-tuning at the rate that validation chose."""
+SHOWN = (FULL, "balanced", "fast", "small", "embedding-only", "sdedit", "ddim-inversion", "sentence-alone")
 """Methods whose results on the test set the README shows."""
 
 
 def results(items: str) -> dict[str, dict[str, Any]]:
-    """The complete results on a set ("validation" or "test"), by method, in the order of `compared`."""
+    """The committed results on a set ("validation" or "test"), by method, in the order of `compared`."""
     found = {}
     for name in compared():
-        path = RESULTS / f"{result_name(items, name)}.json"
-        if path.exists():
-            found[name] = json.loads(path.read_text(encoding="utf-8"))
+        result = _result(result_name(items, name))
+        if result:
+            found[name] = result
     return found
 
 
@@ -30,20 +33,21 @@ def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
     """Rows: a method each, with everything that is judged together and what it costs."""
     found = results(items)
     rows = [
-        "| method | eta | good items (95 %) | success | kept | background | at eta 0 | passes | s | kB |",
+        "| method | items | eta | good (95 %) | success | kept | background | at eta 0 | passes | edit file |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in found if names is None else names:
         if name not in found:
-            rows.append(f"| `{name}` | | not measured | | | | | | | |")
+            rows.append(f"| `{name}` | | | not measured | | | | | | |")
             continue
         result = found[name]
         at, cost = result["at_eta"][MAIN], result["cost"]
-        size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f}"
+        size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"
         rows.append(
-            f"| `{name}` | {result['eta']:g} | {_share(at['good'])} | {100 * at['success']['value']:.0f} % "
-            f"| {100 * at['kept']['value']:.0f} % | {at['background_db']['value']:.1f} dB "
-            f"| {result['reconstruction_db']['value']:.1f} dB | {cost['passes']} | {cost['train_s']:.0f} | {size} |"
+            f"| `{name}` | {at['good']['of']} | {result['eta']:g} | {_share(at['good'])} "
+            f"| {100 * at['success']['value']:.0f} % | {100 * at['kept']['value']:.0f} % "
+            f"| {at['background_db']['value']:.1f} dB | {result['reconstruction_db']['value']:.1f} dB "
+            f"| {cost['passes']} | {size} |"
         )
     return rows
 
@@ -54,13 +58,18 @@ def kinds(items: str, names: Iterable[str]) -> list[str]:
     rows = ["| kind | " + " | ".join(f"`{name}`" for name in found) + " |", "|---" * (1 + len(found)) + "|"]
     for kind in KINDS:
         shares = [result["at_eta"]["by_kind"][kind]["good"] for result in found.values()]
-        rows.append(f"| {kind} | " + " | ".join(_share(share) for share in shares) + " |")
+        rows.append(f"| {kind} | " + " | ".join(f"{100 * share['value']:.0f} %" for share in shares) + " |")
     return rows
 
 
 def readme() -> list[str]:
     """The README's table: the test set."""
     return methods(TEST.name, SHOWN)
+
+
+def test() -> list[str]:
+    """Everything measured on the test set."""
+    return methods(TEST.name)
 
 
 def validation() -> list[str]:
@@ -73,6 +82,81 @@ def by_kind() -> list[str]:
     return kinds(TEST.name, SHOWN)
 
 
+def goals() -> list[str]:
+    """Rows: what was to be reached on the test set, and what was."""
+    found = results(TEST.name)
+    rows = ["| | goal | measured |", "|---|---|---|"]
+
+    def row(name: str, goal: str, measured: str | None, passed: bool | None = None) -> None:
+        missed = " (missed)" if passed is False else ""
+        rows.append(f"| {name} | {goal} | {'not measured' if measured is None else measured + missed} |")
+
+    balanced, full, fp32 = (found.get(name) for name in ("balanced", FULL, "balanced-fp32"))
+    if balanced:
+        good = balanced["at_eta"][MAIN]["good"]
+        row("good items, `balanced`", "at least 60 %", _share(good), good["value"] >= 0.6)
+        db = balanced["reconstruction_db"]["value"]
+        row("picture at eta 0 to the photo's round trip, median", "at least 24 dB", f"{db:.1f} dB", db >= 24)
+    if balanced and full:
+        gap = difference(_good(balanced), _good(full))
+        row(
+            f"good items, `balanced` less full fine-tuning, same {gap['of']} items",
+            "at least 0, the interval not below",
+            _points(gap),
+            gap["value"] >= 0,
+        )
+        for name, share in (("balanced", 4), ("fast", 10)):
+            if name in found:
+                passes = found[name]["cost"]["passes"], full["cost"]["passes"]
+                row(
+                    f"passes, `{name}` of full fine-tuning's",
+                    f"at most 1/{share}",
+                    f"{passes[0]} of {passes[1]}",
+                    passes[0] * share <= passes[1],
+                )
+    if balanced and fp32:
+        gap = difference(_good(balanced), _good(fp32))
+        row("good items, 8-bit base less fp32 base", "within 2 points", _points(gap), abs(gap["value"]) <= 0.02)
+    return rows
+
+
+def suggestion() -> list[str]:
+    """Rows: good items at the suggested eta, at one for all, and at the best of each."""
+    rows = ["| eta | validation | test |", "|---|---|---|"]
+    found = [_result(f"suggestion_{items}") for items in (VALIDATION.name, TEST.name)]
+    names = list(next((result["suggested"] for result in found if result), {}))
+    shares: dict[str, list[Any]] = {
+        "one for all": [result.get("fixed") for result in found],
+        **{
+            f"suggested, price {price}": [result.get("suggested", {}).get(price) for result in found] for price in names
+        },
+        "the best of each": [result.get("best_of_each") for result in found],
+    }
+    for name, values in shares.items():
+        rows.append(f"| {name} | " + " | ".join("" if value is None else _share(value) for value in values) + " |")
+    return rows
+
+
+def _good(result: dict[str, Any]) -> dict[str, float]:
+    """Whether each item is good at the eta of the result, by name, the hard kinds left out."""
+    eta = f"{result['eta']:g}"
+    return {
+        item["name"]: float(item["verdicts"][eta]["good"])
+        for item in result["items"]
+        if item["name"].split("-")[0] not in HARD_KINDS
+    }
+
+
+def _result(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def _share(value: dict[str, Any]) -> str:
     low, high = value["interval_95"]
     return f"{100 * value['value']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _points(value: dict[str, Any]) -> str:
+    low, high = value["interval_95"]
+    return f"{100 * value['value']:+.1f} points ({100 * low:+.0f} to {100 * high:+.0f})"

@@ -1,20 +1,19 @@
-"""Fills the README's tables from the committed results and from the presets: ``python -m benchmarks.readme``.
+"""Fills the documents' tables from the committed results and from the presets: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``. A test holds the README equal to what
-this writes, so that a number in it is always one that was measured.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``. A test holds the documents equal to what
+this writes, so that a number in a table is always one that was measured.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowmem_imagic.config import PRESETS, preset
 
+from . import quality_tables
 from .goals import REPOSITORY
 from .results import RESULTS
-
-README = REPOSITORY / "README.md"
 
 USES = {
     "balanced": "default",
@@ -83,23 +82,41 @@ def _quality_rows(result: dict[str, Any]) -> list[str]:
     return rows
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"presets": presets, "measured": measured}
+Table = Callable[[], list[str]]
+
+DOCUMENTS: dict[str, dict[str, Table]] = {
+    "README.md": {"presets": presets, "quality": quality_tables.readme, "measured": measured},
+    "docs/quality.md": {
+        "test": quality_tables.test,
+        "kinds": quality_tables.by_kind,
+        "goals": quality_tables.goals,
+        "validation": quality_tables.validation,
+        "suggestion": quality_tables.suggestion,
+    },
+}
+"""The tables of each document."""
 
 
-def filled(text: str) -> str:
-    """`text` with every table replaced by what the results say now."""
-    for name, rows in TABLES.items():
+def filled(text: str, tables: Mapping[str, Table]) -> str:
+    """`text` with every table replaced by what the results say now.
+
+    Raises:
+        ValueError: a table is not there exactly once.
+    """
+    for name, rows in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- /table -->)", re.DOTALL)
         body = "".join(row + "\n" for row in rows())
         text, found = pattern.subn(lambda match, body=body: match[1] + body + match[2], text)
         if found != 1:
-            raise ValueError(f"the README has {found} tables called {name}, expected one")
+            raise ValueError(f"the text has {found} tables called {name}, expected one")
     return text
 
 
 def main() -> None:
-    """Rewrites the README's tables."""
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrites the tables."""
+    for name, tables in DOCUMENTS.items():
+        path = REPOSITORY / name
+        path.write_text(filled(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,11 @@ class StageConfig:
     does."""
     timesteps: tuple[float, float] = (0.0, 1.0)
     """Part of the noise schedule that draws come from: 0 is the clean end, 1 the noisy one. Paper: all of it."""
+    anchor: float = 0.0
+    """Share of a step's draws whose noise is the one that sampling starts from with the first of its seeds, so that
+    the way from that noise to the photo is learnt first of all. Paper: 0."""
+    final_rate: float = 1.0
+    """Learning rate of the last step as a share of the first's, falling evenly in between. Paper: 1."""
 
     def __post_init__(self) -> None:
         check = _Check(self)
@@ -156,14 +161,16 @@ class StageConfig:
         check.number("patience", 0, 100_000, whole=True)
         check.number("min_improvement", 0, 1)
         check.number("average", 0, 0.9999)
+        check.number("anchor", 0, 1)
+        check.number("final_rate", 0, 1)
         span = self.timesteps
         if not isinstance(span, tuple) or len(span) != 2:
-            check.problems.append(f"timesteps is {span!r}, expected two numbers such as 0,1")
+            check.problems.append(f"timesteps is {reprlib.repr(span)}, expected two numbers such as 0,1")
         else:
             before = len(check.problems)
             check.numbers("timesteps", 0, 1)
             if len(check.problems) == before and not span[0] < span[1]:
-                check.problems.append(f"timesteps is {span!r}, expected the first below the second")
+                check.problems.append(f"timesteps is {reprlib.repr(span)}, expected the first below the second")
 
     @property
     def passes(self) -> int:
@@ -203,7 +210,7 @@ class FinetuneConfig(StageConfig):
         check.number("weight_decay", 0, 1000)
         check.number("embedding_learning_rate", 0, 1)
         if not isinstance(self.blocks, tuple) or not self.blocks or not all(b in BLOCKS for b in self.blocks):
-            check.problems.append(f"blocks is {self.blocks!r}, expected some of {', '.join(BLOCKS)}")
+            check.problems.append(f"blocks is {reprlib.repr(self.blocks)}, expected some of {', '.join(BLOCKS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +262,9 @@ class SampleConfig:
         check.choice("start", STARTS)
         check.number("batch_rows", 1, 4096, whole=True)
         if not isinstance(self.scheduler, str) or not self.scheduler.isidentifier():
-            check.problems.append(f"scheduler is {self.scheduler!r}, expected a diffusers scheduler such as DDIM")
+            check.problems.append(
+                f"scheduler is {reprlib.repr(self.scheduler)}, expected a diffusers scheduler such as DDIM"
+            )
         check.done()
 
 

@@ -4,6 +4,8 @@ Symbols follow the paper (arXiv 2210.09276) and DDPM: ``x`` clean latents, ``eps
 timesteps, ``alpha_bar`` the cumulative product of alphas.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,11 @@ def draw_timesteps(
     if span != (0.0, 1.0):
         parts = span[0] + (span[1] - span[0]) * parts
     return (parts * num_train_timesteps).long().clamp_(max=num_train_timesteps - 1)
+
+
+def starting_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """The standard normal noise (C, H, W) that sampling starts from: the first that a fresh CPU generator gives."""
+    return torch.randn(tuple(shape), generator=generator)
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Tensor:

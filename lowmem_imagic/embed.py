@@ -17,6 +17,8 @@ def embed(
     config: EmbedConfig,
     generators: Sequence[torch.Generator],
     progress: Progress | None = None,
+    *,
+    start_noise: Tensor | None = None,
 ) -> tuple[Tensor, Losses]:
     """The optimised embeddings e_opt (N, T, D), fp32 on the CPU, and the losses on the way.
 
@@ -30,6 +32,7 @@ def embed(
         config: steps, learning rate, draws per step.
         generators: one CPU generator per edit.
         progress: called after every step.
+        start_noise: what sampling will start from, (C, H, W); see `StageConfig.anchor`.
     """
     # Contiguous, or its rows below would be copies and training them would change nothing.
     optimized = target_embeddings.to(base.device, torch.float32).clone(memory_format=torch.contiguous_format)
@@ -42,6 +45,7 @@ def embed(
         trained=[Trained(optimized.detach().flatten(1), optimized.grad.flatten(1), config.learning_rate)],
         config=config,
         generators=generators,
+        start_noise=start_noise,
         progress=progress,
     )
     return optimized.detach().cpu(), losses

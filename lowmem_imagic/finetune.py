@@ -28,6 +28,8 @@ def finetune(
     config: FinetuneConfig,
     generators: Sequence[torch.Generator],
     progress: Progress | None = None,
+    *,
+    start_noise: Tensor | None = None,
 ) -> Finetuned:
     """The trained adapters of all edits, and the losses on the way; the base is left as it was.
 
@@ -41,6 +43,7 @@ def finetune(
         config: steps, learning rate, draws per step, layers, rank, alpha.
         generators: one CPU generator per edit.
         progress: called after every step.
+        start_noise: what sampling will start from, (C, H, W); see `StageConfig.anchor`.
 
     **Memory**: adapters in fp32, their gradients and two Adam moments: 16 bytes a weight, 4 more with averaging.
     """
@@ -72,6 +75,7 @@ def finetune(
             trained=trained,
             config=config,
             generators=generators,
+            start_noise=start_noise,
             progress=progress,
         )
     pack.disable_gradients()

@@ -42,8 +42,9 @@ class PackedAdam:
         self.second = torch.zeros_like(weights)
 
     @torch.no_grad()
-    def step(self, grads: Tensor, active: Tensor) -> None:
-        """One update with gradients (N, P) for the rows where `active` (N,) is true."""
+    def step(self, grads: Tensor, active: Tensor, share: float = 1.0) -> None:
+        """One update with gradients (N, P) for the rows where `active` (N,) is true, at `share` of the rate."""
+        rate = self.learning_rate * share
         mask = active.to(self.weights).unsqueeze(1)
         if self.max_grad_norm:
             norms = grads.norm(dim=1, keepdim=True)
@@ -57,5 +58,5 @@ class PackedAdam:
         bias1, bias2 = (-torch.expm1(count * math.log(beta)) for beta in self.BETAS)
         denominator = (self.second / bias2).sqrt_().add_(self.EPSILON)
         if self.weight_decay:
-            self.weights.mul_(1 - mask * self.learning_rate * self.weight_decay)
-        self.weights.addcdiv_(self.first * (mask * self.learning_rate / bias1), denominator, value=-1)
+            self.weights.mul_(1 - mask * rate * self.weight_decay)
+        self.weights.addcdiv_(self.first * (mask * rate / bias1), denominator, value=-1)

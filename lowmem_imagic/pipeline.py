@@ -16,7 +16,7 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
-from .diffusion import coarse
+from .diffusion import coarse, starting_noise
 from .edit import Edit, LoraFactors
 from .embed import embed
 from .errors import BaseMismatchError, MemoryLimitError, PromptError, TensorShapeError
@@ -90,12 +90,23 @@ def make_edits(
     with _stage(meter, "load", "--base-weights int8, or --device cpu"):
         base.unet.eval()
     generators = [torch.Generator().manual_seed(config.seed) for _ in jobs]
+    noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(config.sample.seeds[0]))
     with _stage(meter, "embed", "--checkpointing, or fewer draws a step"):
-        optimized, embed_losses = embed(base, latents, target, config.embed, generators, _named(progress, "embed"))
+        optimized, embed_losses = embed(
+            base, latents, target, config.embed, generators, _named(progress, "embed"), start_noise=noise
+        )
     # Rounded as the file stores it, so that an edit and its file give the same pictures.
     optimized = optimized.half().float()
     with _stage(meter, "finetune", "--checkpointing, fewer draws a step, or --adapt attn"):
-        tuned = finetune(base, latents, optimized, config.finetune, generators, _named(progress, "finetune"))
+        tuned = finetune(
+            base,
+            latents,
+            optimized,
+            config.finetune,
+            generators,
+            _named(progress, "finetune"),
+            start_noise=noise,
+        )
     optimized = tuned.optimized_embeddings
     return [
         Edit(

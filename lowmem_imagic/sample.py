@@ -11,7 +11,7 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import SampleConfig, Strength, strengths
-from .diffusion import PATHS, guide, refined
+from .diffusion import PATHS, guide, refined, starting_noise
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
@@ -128,10 +128,10 @@ def _denoise(
     """
     scheduler = base.family.scheduler(config.scheduler)
     scheduler.set_timesteps(config.num_inference_steps, device=base.device)
+    shape = base.family.latent_shape
     # One generator a row: equal seeds see equal noise, whatever the batch and the device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    shape = (base.family.unet_config["in_channels"], *[base.family.unet_config["sample_size"]] * 2)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(base.device)
+    noise = torch.stack([starting_noise(shape, generator) for generator in generators]).to(base.device)
     latents: Tensor = noise * scheduler.init_noise_sigma
     if coarse_latents is not None:
         below = refined(coarse_latents.to(base.device), *shape[1:])

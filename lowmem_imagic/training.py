@@ -57,6 +57,8 @@ def draw_rows(
     prediction_type: str,
     generators: Sequence[torch.Generator],
     span: tuple[float, float] = (0.0, 1.0),
+    anchor: Tensor | None = None,
+    anchored: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents (R, C, H, W), timesteps (R,) and targets (R, C, H, W) for one step, edit by edit.
 
@@ -65,13 +67,18 @@ def draw_rows(
         draws: rows per edit; R = N * draws.
         alpha_bar: (num_train_timesteps,).
         prediction_type: what the UNet predicts.
-        generators: one CPU generator per edit; of each, the timesteps are drawn first, then the noise.
+        generators: one CPU generator per edit; of each, the timesteps are drawn first, then the noise, then which
+            rows have the noise `anchor` instead.
         span: part of the schedule that timesteps come from; 0 is the clean end.
+        anchor: noise (C, H, W) that some rows have.
+        anchored: how many of each edit's.
     """
     timesteps, noise = [], []
     for generator in generators:
         timesteps.append(draw_timesteps(draws, len(alpha_bar), generator, span))
         noise.append(torch.randn((draws, *latents.shape[1:]), generator=generator))
+        if anchor is not None and anchored:
+            noise[-1][torch.randperm(draws, generator=generator)[:anchored]] = anchor
     t, epsilon = torch.cat(timesteps), torch.cat(noise)
     x = latents.repeat_interleave(draws, 0)
     noisy = add_noise(x, epsilon, t, alpha_bar)
@@ -86,6 +93,7 @@ def train(
     trained: Sequence[Trained],
     config: StageConfig,
     generators: Sequence[torch.Generator],
+    start_noise: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Losses:
     """Minimises the denoising loss (paper eq. 2) of every edit over what is trained, in place.
@@ -95,8 +103,9 @@ def train(
         latents: (N, C, H, W), fp32 on the CPU.
         embeddings: gives the text conditioning (N, T, D) of the step.
         trained: what is trained, each with a rate of its own.
-        config: steps, draws, their timesteps, clipping, averaging, early stop.
+        config: steps, draws, their timesteps and noise, fall of the rate, clipping, averaging, early stop.
         generators: one CPU generator per edit.
+        start_noise: what sampling will start from (C, H, W); only read with `StageConfig.anchor`.
         progress: called after every step.
 
     Raises:
@@ -120,10 +129,18 @@ def train(
     steps_run = [config.steps] * edits
     for step in range(config.steps):
         noisy, timesteps, target = draw_rows(
-            latents, config.draws, base.alpha_bar, base.family.prediction_type, generators, config.timesteps
+            latents,
+            config.draws,
+            base.alpha_bar,
+            base.family.prediction_type,
+            generators,
+            config.timesteps,
+            start_noise,
+            round(config.anchor * config.draws),
         )
         conditioning = embeddings().repeat_interleave(config.draws, 0)
         losses = loss_per_edit(base.predict(noisy, timesteps, conditioning), target.to(base.device), edits)
+        share = 1 - (1 - config.final_rate) * step / max(1, config.steps - 1)
         for part in trained:
             part.grads.zero_()
         with warnings.catch_warnings():
@@ -131,7 +148,7 @@ def train(
             warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
             losses.sum().backward()
         for part, optimizer in zip(trained, optimizers, strict=True):
-            optimizer.step(part.grads, active)
+            optimizer.step(part.grads, active, share)
         for part, average in zip(trained, averages, strict=False):
             _follow(average, part.weights, config.average, step, active)
         history[step] = torch.where(active, losses.detach().cpu(), torch.nan)

@@ -169,6 +169,8 @@ def test_strength_of_blocks_survives_json():
         {"timesteps": (0.9, 0.1)},
         {"timesteps": (0.0, 2.0)},
         {"timesteps": 0.5},
+        {"anchor": 1.5},
+        {"final_rate": -0.1},
         {"blocks": ()},
         {"blocks": ("left",)},
         {"blocks": "up"},

@@ -62,10 +62,10 @@ def first_steps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
 
     class Recording(PackedAdam):
-        def step(self, grads: Tensor, active: Tensor) -> None:
+        def step(self, grads: Tensor, active: Tensor, share: float = 1.0) -> None:
             if not self.steps.any():
                 seen.append(grads.clone())
-            super().step(grads, active)
+            super().step(grads, active, share)
 
     monkeypatch.setattr(training, "PackedAdam", Recording)
     return seen
@@ -370,6 +370,48 @@ def test_draws_come_from_their_part_of_the_schedule(base: Any) -> None:
     _, anywhere, same = draw_rows(latents_of([1]), 4, base.alpha_bar, "epsilon", generators([1]))
     assert [int((t - 500) // 100) for t in timesteps] == [0, 1, 2, 3]
     assert torch.equal(noise, same) and not torch.equal(timesteps, anywhere)
+
+
+def test_anchored_draws_have_the_starting_noise(base: Any) -> None:
+    """Exactly as many draws of each edit as asked for have the anchor's noise; the timesteps are those of any step."""
+    anchor = torch.randn(4, 8, 8)
+    plain = draw_rows(latents_of([0, 1]), 4, base.alpha_bar, "epsilon", generators([0, 1]))
+    some = draw_rows(latents_of([0, 1]), 4, base.alpha_bar, "epsilon", generators([0, 1]), anchor=anchor, anchored=3)
+    assert torch.equal(plain[1], some[1])
+    is_anchor = [torch.equal(noise, anchor) for noise in some[2]]
+    assert sum(is_anchor[:4]) == sum(is_anchor[4:]) == 3
+    assert all(torch.equal(some[2][row], plain[2][row]) for row in range(8) if not is_anchor[row])
+
+
+def test_anchored_training_learns_the_way_from_the_starting_noise(base: Any, text: Tensor) -> None:
+    """What is trained on the starting noise alone predicts it better than what is trained on any noise."""
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    config = FinetuneConfig(steps=20, learning_rate=5e-3, draws=2, lora_rank=4, lora_alpha=4.0)
+    photo, words = latents_of([0]), text[:1]
+
+    def error(share: float) -> float:
+        tuned = dataclasses.replace(config, anchor=share)
+        pack, *_ = finetune(base, photo, words, tuned, generators([0]), start_noise=noise)
+        noisy, timesteps, target = draw_rows(
+            photo, 8, base.alpha_bar, "epsilon", generators([1]), anchor=noise, anchored=8
+        )
+        with torch.no_grad(), pack.attached(base.unet):
+            return float((base.predict(noisy, timesteps, words.repeat(8, 1, 1)) - target).square().mean())
+
+    assert error(1.0) < 0.9 * error(0.0)
+
+
+def test_the_rate_falls_evenly_to_its_share() -> None:
+    """With constant gradients Adam's step is the rate: from the whole at first to the configured share."""
+    weights, grads = torch.zeros(1, 3), torch.ones(1, 3)
+    optimizer = PackedAdam(weights, learning_rate=0.1)
+    for share in (1.0, 0.5):
+        before = weights.clone()
+        optimizer.step(grads, torch.tensor([True]), share)
+        torch.testing.assert_close(before - weights, torch.full((1, 3), 0.1 * share), rtol=1e-4, atol=0)
+    _, _, after_step = run_stub([1.0], StageConfig(steps=5, learning_rate=1e-3, draws=2, final_rate=0.2))
+    moves = torch.stack([torch.zeros(1, 6), *after_step]).diff(dim=0).abs().mean((1, 2))
+    torch.testing.assert_close(moves, 1e-3 * torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2]), rtol=0.02, atol=0)
 
 
 def test_adapters_may_be_the_decoders_only(base: Any, text: Tensor) -> None:

@@ -88,6 +88,12 @@ class StableDiffusion:
                 "diffusers writes it, so download it again"
             )
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image's latents."""
+        side = int(self.unet_config["sample_size"])
+        return int(self.unet_config["in_channels"]), side, side
+
     @cached_property
     def unet_config(self) -> dict[str, Any]:
         """The UNet's configuration."""
