@@ -24,6 +24,7 @@ from .cli_options import (
     Etas,
     Force,
     Guidance,
+    Hold,
     Interpolation,
     Keep,
     LearningRate,
@@ -34,6 +35,7 @@ from .cli_options import (
     Prompt,
     Quiet,
     Rank,
+    Release,
     Revision,
     SampleModel,
     SampleWeights,
@@ -80,6 +82,8 @@ def edit(
     strength: StrengthText = None,
     interpolation: Interpolation = None,
     start: Start = None,
+    hold: Hold = None,
+    release: Release = None,
     suggest_eta: SuggestEta = False,
     background: Background = "white",
     device: Device = "auto",
@@ -105,6 +109,8 @@ def edit(
         batch_rows=batch_rows,
         interpolation=interpolation,
         start=start,
+        hold=hold,
+        release=release,
     )
     config = words.edit(
         preset,
@@ -207,6 +213,8 @@ def sample(
     strength: StrengthText = None,
     interpolation: Interpolation = None,
     start: Start = None,
+    hold: Hold = None,
+    release: Release = None,
     suggest_eta: SuggestEta = False,
     steps_sample: StepsSample = None,
     guidance: Guidance = None,
@@ -235,6 +243,8 @@ def sample(
         batch_rows=batch_rows,
         interpolation=interpolation,
         start=start,
+        hold=hold,
+        release=release,
     )
     words.check(overrides)
     with importing():
@@ -271,6 +281,8 @@ def sheet(
     prompt: Prompt = None,
     interpolation: Interpolation = None,
     start: Start = None,
+    hold: Hold = None,
+    release: Release = None,
     steps_sample: StepsSample = None,
     negative: Negative = None,
     scheduler: Scheduler = None,
@@ -299,6 +311,8 @@ def sheet(
         batch_rows=batch_rows,
         interpolation=interpolation,
         start=start,
+        hold=hold,
+        release=release,
     )
     words.check(overrides)
     with importing():

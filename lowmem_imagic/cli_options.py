@@ -48,6 +48,12 @@ Interpolation = Annotated[
 Start = Annotated[
     str | None, typer.Option(help="what denoising starts from: noise, or photo (noise over its overall colours)")
 ]
+Hold = Annotated[
+    float | None, typer.Option(help="share of the denoising steps, up to 1, that first settle the photo's layout")
+]
+Release = Annotated[
+    float | None, typer.Option(help="how far the adapter is let go at eta 1, up to 1: more follows the sentence more")
+]
 Prompt = Annotated[
     str | None, typer.Option(help="another sentence than the one the edit was trained for; nothing is trained")
 ]

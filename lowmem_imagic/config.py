@@ -231,6 +231,12 @@ class SampleConfig:
     """Noise added by DDIM at each step (the eta of the DDIM paper, not Imagic's)."""
     strength: Strength = 1.0
     """Factor on the adapter: 0 is the base model alone."""
+    release: float = 0.0
+    """How far the adapter is let go on the way to the sentence: its strength is times ``1 - release * eta``, so that
+    eta 0 is the photo as trained and the sentence meets a model that still follows text. Paper: 0."""
+    hold: float = 0.0
+    """Share of the steps, from the noisiest, that are taken towards the photo (eta 0) before any towards the sentence:
+    they settle where things are. Paper: 0."""
     interpolation: str = "linear"
     """Way from e_opt to e_tgt, one of `INTERPOLATIONS`; the paper's is linear."""
     start: str = "noise"
@@ -256,6 +262,8 @@ class SampleConfig:
                 check.problems.append(f"strength has {len(self.strength)} numbers, expected one, or down, mid and up")
         else:
             check.number("strength", *STRENGTH_RANGE)
+        check.number("release", 0, 1)
+        check.number("hold", 0, 1)
         if not isinstance(self.negative_prompt, str):
             check.problems.append(f"negative_prompt is {reprlib.repr(self.negative_prompt)}, expected text")
         check.choice("interpolation", INTERPOLATIONS)

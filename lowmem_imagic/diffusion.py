@@ -63,12 +63,12 @@ def loss_per_edit(prediction: Tensor, target: Tensor, edits: int) -> Tensor:
     return error.reshape(edits, -1).mean(1)
 
 
-def interpolate(target_embedding: Tensor, optimized_embedding: Tensor, eta: float) -> Tensor:
+def interpolate(target_embedding: Tensor, optimized_embedding: Tensor, eta: float | Tensor) -> Tensor:
     """``eta * e_tgt + (1 - eta) * e_opt`` (eq. 3)."""
     return eta * target_embedding + (1 - eta) * optimized_embedding
 
 
-def project(target_embedding: Tensor, optimized_embedding: Tensor, eta: float) -> Tensor:
+def project(target_embedding: Tensor, optimized_embedding: Tensor, eta: float | Tensor) -> Tensor:
     """``e_opt + eta * (e_tgt - (e_tgt . u) u)``, u = e_opt / ``|e_opt|``, token by token.
 
     Forgedit's vector projection (arXiv 2309.10556, ``alpha e_src + beta e_edit`` as in its released code) with

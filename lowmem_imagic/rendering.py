@@ -238,7 +238,8 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig) -> str:
     """The settings under a sheet that all its pictures share."""
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
-        f"guidance {config.guidance_scale:g} | {config.interpolation} | adapter of rank {edit.rank} on "
+        f"guidance {config.guidance_scale:g} | {config.interpolation}, hold {config.hold:g}, "
+        f"release {config.release:g} | adapter of rank {edit.rank} on "
         f"{len(edit.adapter)} layers, strength {strength_text(config.strength)} | base in {base.weights}"
     )
 

@@ -138,6 +138,8 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
         "Imagic strength": strength_text(cell.strength),
         "Imagic interpolation": parameters["interpolation"],
         "Imagic start": parameters["start"],
+        "Imagic hold": parameters["hold"],
+        "Imagic release": parameters["release"],
         "Version": f"lowmem-imagic {parameters['version']}",
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in entries.items()))

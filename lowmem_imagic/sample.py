@@ -33,6 +33,35 @@ class Cell:
     """Classifier-free guidance; None takes the configuration's."""
 
 
+@dataclass(frozen=True)
+class _Way:
+    """The ways of B images from their photos to their sentences."""
+
+    pack: AdapterPack
+    rows: Tensor
+    """(B,) the edit of each."""
+    strengths: Tensor
+    """(B, 3) factors on its adapter."""
+    optimized: Tensor
+    """e_opt of each, (B, T, D)."""
+    target: Tensor
+    """e_tgt of each, (B, T, D)."""
+    negative: Tensor | None
+    """(1, T, D); None without guidance."""
+    config: SampleConfig
+
+    def at(self, etas: Sequence[float]) -> Tensor:
+        """Sets the adapters for these etas, and gives the text: (B, T, D), or (2 B, T, D) with the negative first."""
+        eta = torch.tensor(etas).view(-1, 1, 1)
+        text = PATHS[self.config.interpolation](self.target, self.optimized, eta)
+        factors = self.strengths * (1 - self.config.release * eta.view(-1, 1).clamp(0, 1))
+        if self.negative is None:
+            self.pack.set_rows(self.rows, factors)
+            return text
+        self.pack.set_rows(self.rows.repeat(2), factors.repeat(2, 1))
+        return torch.cat([self.negative.expand_as(text), text])
+
+
 def sample(
     base: BaseModel,
     pack: AdapterPack,
@@ -63,32 +92,33 @@ def sample(
         raise ValueError("sampling starts from the photo and its coarse latents are not given")
     if config.start == "noise":
         coarse_latents = None
-    negative = base.encode_text([config.negative_prompt])[0]
-    mix = PATHS[config.interpolation]
+    negative = base.encode_text([config.negative_prompt])[:1]
     scales = [config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale for cell in cells]
     batches = list(_batches(cells, scales, config.batch_rows))
     steps, results = config.num_inference_steps, dict[int, Tensor]()
     for batch, numbers in enumerate(batches):
         chosen = [cells[number] for number in numbers]
-        text = torch.stack(
-            [mix(target_embeddings[cell.edit], optimized_embeddings[cell.edit], cell.eta) for cell in chosen]
-        )
         rows = torch.tensor([cell.edit for cell in chosen])
-        factors = torch.tensor([strengths(cell.strength) for cell in chosen])
         start = coarse_latents[rows] if coarse_latents is not None else None
         guidance = None
         if scales[numbers[0]] != 1:
             guidance = torch.tensor([scales[number] for number in numbers]).view(-1, 1, 1, 1)
-            text = torch.cat([negative.expand_as(text), text])
-            rows, factors = rows.repeat(2), factors.repeat(2, 1)
+        way = _Way(
+            pack,
+            rows,
+            torch.tensor([strengths(cell.strength) for cell in chosen]),
+            optimized_embeddings[rows],
+            target_embeddings[rows],
+            negative if guidance is not None else None,
+            config,
+        )
 
         def on_step(step: int, before: int = batch * steps) -> None:
             if progress is not None:
                 progress(before + step, steps * len(batches), f"{len(results)} of {len(cells)} images done")
 
-        pack.set_rows(rows, factors)
         with torch.no_grad(), pack.attached(base.unet):
-            latents = _denoise(base, text, [cell.seed for cell in chosen], config, guidance, start, on_step)
+            latents = _denoise(base, way, chosen, config, guidance, start, on_step)
         results.update(zip(numbers, latents.float().cpu(), strict=True))
     return torch.stack([results[number] for number in range(len(cells))])
 
@@ -108,8 +138,8 @@ def _batches(cells: Sequence[Cell], scales: Sequence[float], batch_rows: int) ->
 
 def _denoise(
     base: BaseModel,
-    text: Tensor,
-    seeds: Sequence[int],
+    way: "_Way",
+    cells: Sequence[Cell],
     config: SampleConfig,
     guidance: Tensor | None,
     coarse_latents: Tensor | None,
@@ -119,9 +149,9 @@ def _denoise(
 
     Args:
         base: the frozen base, with adapters in place.
-        text: conditioning (B, T, D), or (2 B, T, D) with the unconditional half first.
-        seeds: of each row's starting noise.
-        config: steps, scheduler.
+        way: sets adapters and text for an eta of each cell.
+        cells: B of them: their etas, and the seeds of their starting noise.
+        config: steps, scheduler, how many steps are held.
         guidance: scale of each row (B, 1, 1, 1), None without guidance.
         coarse_latents: what the starting noise lies over (B, C, h, w), None for nothing.
         on_step: called after every step.
@@ -130,16 +160,20 @@ def _denoise(
     scheduler.set_timesteps(config.num_inference_steps, device=base.device)
     shape = base.family.latent_shape
     # One generator a row: equal seeds see equal noise, whatever the batch and the device.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
     noise = torch.stack([starting_noise(shape, generator) for generator in generators]).to(base.device)
     latents: Tensor = noise * scheduler.init_noise_sigma
     if coarse_latents is not None:
         below = refined(coarse_latents.to(base.device), *shape[1:])
         latents = scheduler.add_noise(below, noise, scheduler.timesteps[:1].expand(len(noise)))
     options = _step_options(scheduler, config, generators)
-    text = text.to(base.device)
+    held = round(config.hold * len(scheduler.timesteps))
     guidance = None if guidance is None else guidance.to(base.device)
     for step, timestep in enumerate(scheduler.timesteps, start=1):
+        if step == 1 and held:
+            text = way.at([0.0] * len(cells)).to(base.device)
+        elif step in (1, held + 1):
+            text = way.at([cell.eta for cell in cells]).to(base.device)
         scaled = scheduler.scale_model_input(latents if guidance is None else torch.cat([latents, latents]), timestep)
         prediction = base.predict(scaled, timestep.expand(len(scaled)), text).float()
         if guidance is not None:

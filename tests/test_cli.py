@@ -157,11 +157,13 @@ def test_sample_under_another_sentence(run, finished):
 
 
 def test_sample_takes_every_knob(run, finished):
-    """Strength by block, interpolation, start and guidance each change the picture, and are named in it."""
+    """Strength by block, interpolation, start, hold, release and guidance each change the picture, and are named in it."""
     knobs = {
         "strength": ("--strength", "down=0,up=1.5"),
         "interpolation": ("--interpolation", "projection"),
         "start": ("--start", "photo"),
+        "hold": ("--hold", "0.5"),
+        "release": ("--release", "0.6"),
         "guidance": ("--guidance", "7"),
         "negative": ("--negative", "a red cube"),
     }
@@ -173,6 +175,7 @@ def test_sample_takes_every_knob(run, finished):
     said = {out: _picture(f"{out}/eta_0.50.png").text["parameters"] for out in knobs}
     assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
     assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: photo" in said["start"]
+    assert "Imagic hold: 0.5" in said["hold"] and "Imagic release: 0.6" in said["release"]
 
 
 def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):

@@ -576,6 +576,38 @@ def test_projection_is_another_way(base: Any, text: Tensor, edits: tuple[Adapter
     assert not torch.allclose(render("linear", 0.8), render("projection", 0.8))
 
 
+def test_release_lets_the_adapter_go_along_eta(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
+    """With release, eta 0 is rendered as without it, and eta 0.5 as with an adapter weakened by half of it."""
+    pack, optimized = edits
+
+    def render(eta: float, strength: float = 1.0, release: float = 0.0) -> Tensor:
+        config = SampleConfig(num_inference_steps=2, release=release)
+        return sample(base, pack, text, optimized, [Cell(edit=0, eta=eta, seed=0, strength=strength)], config)
+
+    assert torch.equal(render(0.0, release=0.6), render(0.0))
+    torch.testing.assert_close(render(0.5, release=0.6), render(0.5, strength=0.7))
+    torch.testing.assert_close(render(1.5, 0.5, release=1.0), render(1.5, strength=0.0))
+    assert not torch.allclose(render(0.5, release=0.6), render(0.5))
+
+
+def test_held_steps_go_towards_the_photo(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held share of the steps is conditioned on e_opt with the whole adapter, the others as without holding."""
+    pack, optimized = edits
+    seen: list[tuple[Tensor, Any]] = []
+    predict = base.predict
+    monkeypatch.setattr(
+        base, "predict", lambda x, t, e: seen.append((e.clone(), pack.rows.strengths)) or predict(x, t, e)
+    )
+    config = SampleConfig(num_inference_steps=4, hold=0.5, release=0.5, guidance_scale=1.0)
+    sample(base, pack, text, optimized, [Cell(edit=1, eta=1.0, seed=0)], config)
+    assert len(seen) == 4
+    for step, (embedding, strengths) in enumerate(seen):
+        torch.testing.assert_close(embedding[0], optimized[1] if step < 2 else text[1])
+        assert strengths is None if step < 2 else bool((strengths == 0.5).all())
+
+
 def test_eta_ends_at_the_embeddings(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
     """At eta 0 the target embedding plays no part, at eta 1 the optimised one plays none."""
     pack, optimized = edits
