@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic.config import preset
+from lowmem_imagic.config import SampleConfig, preset
 
 from .edit_methods import Method, ours
 from .full_finetuning import full_finetune
@@ -17,43 +17,61 @@ FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8
 """Full fine-tuning: 480 + 960 passes, in the paper's proportion of 1000 steps to 1500, several draws a step."""
 FULL_RATES = {"full-1e-5": 1e-5, "full-3e-5": 3e-5, "full-1e-4": 1e-4}
 """Rates of full fine-tuning that are tried."""
+FP32 = (*FULL_RATES, "balanced-fp32")
+"""Methods on the base in fp32; all others have it in int8."""
 RETARGET_FROM = "a photo of an object"
 """The sentence that an edit is trained for before another is asked of it."""
 
+_PAPER: dict[str, Any] = {"start": "noise", "hold": 0.0, "release": 0.0}
+"""Sampling as the paper has it, apart from its settings of degree."""
 _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
-    "adapt-attn": {"finetune": {"adapt": "attn"}},
+    "small": {"finetune": {"adapt": "attn"}},
     "adapt-attn-ff": {"finetune": {"adapt": "attn+ff"}},
     "rank-2": {"finetune": {"lora_rank": 2, "lora_alpha": 2.0}},
     "rank-8": {"finetune": {"lora_rank": 8, "lora_alpha": 8.0}},
     "rank-16": {"finetune": {"lora_rank": 16, "lora_alpha": 16.0}},
-    "rate-5e-4": {"finetune": {"learning_rate": 5e-4}},
-    "rate-2e-3": {"finetune": {"learning_rate": 2e-3}},
+    "rate-1e-3": {"finetune": {"learning_rate": 1e-3}},
     "rate-4e-3": {"finetune": {"learning_rate": 4e-3}},
-    "embed-5": {"embed": {"steps": 5}},
-    "embed-60": {"embed": {"steps": 60}},
-    "embed-rate-3e-3": {"embed": {"learning_rate": 3e-3}},
-    "embed-rate-3e-2": {"embed": {"learning_rate": 3e-2}},
-    "finetune-20": {"finetune": {"steps": 20}},
-    "finetune-120": {"finetune": {"steps": 120}},
-    "joint": {"embed": {"steps": 0}, "finetune": {"steps": 85, "embedding_learning_rate": 1e-2}},
+    "rate-constant": {"finetune": {"final_rate": 1.0}},
+    "draws-8": {"embed": {"steps": 15, "draws": 8}, "finetune": {"steps": 30, "draws": 8}},
+    "any-noise": {"embed": {"anchor": 0.0}, "finetune": {"anchor": 0.0}},
+    "any-noise-embed": {"embed": {"anchor": 0.0}},
+    "all-timesteps": {"embed": {"timesteps": (0.0, 1.0)}, "finetune": {"timesteps": (0.0, 1.0)}},
+    "embed-20": {"embed": {"steps": 20}, "finetune": {"steps": 160}},
+    "embed-100": {"embed": {"steps": 100}, "finetune": {"steps": 80}},
+    "joint": {"embed": {"steps": 0}, "finetune": {"steps": 180, "embedding_learning_rate": 1e-2}},
     "decoder-only": {"finetune": {"blocks": ("up",)}},
-    "noisy-half": {"finetune": {"timesteps": (0.4, 1.0)}},
     "average": {"finetune": {"average": 0.9}},
     "decay": {"finetune": {"weight_decay": 30.0}},
     "keep-45": {"finetune": {"keep": 0.45}},
     "keep-20": {"finetune": {"keep": 0.2}},
+    "lora-as-published": {
+        "embed": {"steps": 25, "draws": 8, "anchor": 0.0, "timesteps": (0.0, 1.0)},
+        "finetune": {
+            "steps": 60,
+            "draws": 8,
+            "learning_rate": 1e-3,
+            "final_rate": 1.0,
+            "anchor": 0.0,
+            "timesteps": (0.0, 1.0),
+        },
+        "sample": _PAPER,
+    },
 }
+"""``lora-as-published``: LoRA in place of full fine-tuning and nothing else, 200 + 480 passes."""
 _SAMPLING: dict[str, Mapping[str, Any]] = {
     "start-noise": {"start": "noise"},
-    "start-photo": {"start": "photo"},
+    "hold-10": {"hold": 0.1},
+    "no-release": {"release": 0.0},
+    "paper-sampling": _PAPER,
     "embedding-only": {"strength": 0.0},
     "strength-80": {"strength": 0.8},
-    "strength-60": {"strength": 0.6},
     "encoder-50": {"strength": (0.5, 1.0, 1.0)},
     "decoder-50": {"strength": (1.0, 1.0, 0.5)},
     "projection": {"interpolation": "projection"},
     "guidance-2": {"guidance_scale": 2.0},
-    "guidance-5": {"guidance_scale": 5.0},
+    "guidance-3": {"guidance_scale": 3.0},
+    "guidance-6": {"guidance_scale": 6.0},
 }
 
 
@@ -65,9 +83,10 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
             To be emptied when the code that trains changes.
     """
     balanced = preset("balanced")
+    plain = SampleConfig(num_inference_steps=balanced.sample.num_inference_steps, start=balanced.sample.start)
     full = {
         name: full_finetune(
-            rate, embed_steps=FULL_EMBED_STEPS, steps=FULL_STEPS, draws=FULL_DRAWS, config=balanced, folder=folder
+            rate, embed_steps=FULL_EMBED_STEPS, steps=FULL_STEPS, draws=FULL_DRAWS, sampling=plain, folder=folder
         )
         for name, rate in FULL_RATES.items()
     }
@@ -75,10 +94,11 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
     return {
         **full,
         "balanced": ours(balanced, edits=folder),
+        "balanced-fp32": ours(balanced, edits=folder),
         "fast": ours(preset("fast"), edits=folder),
         **{name: ours(preset("balanced", values), edits=folder) for name, values in variants.items()},
         "retarget": ours(balanced, edits=folder, retarget_from=RETARGET_FROM),
-        "sdedit": sdedit(balanced.sample),
-        "ddim-inversion": ddim_inversion(balanced.sample),
-        "sentence-alone": sentence_alone(balanced.sample),
+        "sdedit": sdedit(plain),
+        "ddim-inversion": ddim_inversion(plain),
+        "sentence-alone": sentence_alone(plain),
     }

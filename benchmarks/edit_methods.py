@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import EditConfig
 from lowmem_imagic.diffusion import starting_noise
+from lowmem_imagic.edit import LoraFactors
 from lowmem_imagic.images import Photo
 from lowmem_imagic.pipeline import Job, apply_edits, make_edits
 from lowmem_imagic.png import encode_png
 from lowmem_imagic.sample import Cell
+from lowmem_imagic.truncation import truncated
 
 SEED = 0
 """Of every item's training and starting noise."""
@@ -98,6 +100,11 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
         started = time.perf_counter()
         [edit] = make_edits(base, [job], config)
         return edit_file.encode(edit), time.perf_counter() - started
+    keep = config.finetune.keep
+    if keep < 1:
+        # Truncation comes after training: all shares of an adapter are of one training.
+        whole, seconds = trained(base, job, replace(config, finetune=replace(config.finetune, keep=1.0)), folder)
+        return shortened(whole, keep), seconds
     facts = {
         "embed": asdict(config.embed),
         "finetune": asdict(config.finetune),
@@ -114,6 +121,16 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
         # Last: what it stands beside is complete.
         write_bytes(clock, json.dumps(seconds).encode(), overwrite=True)
     return path.read_bytes(), json.loads(clock.read_text())
+
+
+def shortened(data: bytes, keep: float) -> bytes:
+    """An edit file with only a share of its adapter, as `FinetuneConfig.keep` leaves it (but for a second rounding)."""
+    edit = edit_file.decode(data)
+    whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
+    kept = {
+        key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in truncated(whole, keep).items()
+    }
+    return edit_file.encode(replace(edit, adapter=kept))
 
 
 def digest(facts: Mapping[str, Any]) -> str:

@@ -21,11 +21,10 @@ from PIL import Image
 
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import WEIGHT_FORMATS
 from lowmem_imagic.letterbox import to_images, to_tensor
 from lowmem_imagic.png import contact_sheet, encode_png
 
-from .compared import FULL_RATES, compared
+from .compared import FP32, compared
 from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary
 from .edit_methods import Method, Outcome, joined
 from .oracle import Oracle
@@ -33,7 +32,7 @@ from .results import RESULTS, provenance, write_result
 from .scene_edits import HARD_KINDS, KINDS, SETS, VALIDATION, SceneEdit, of_kinds
 from .workers import each
 
-ETAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+ETAS = (0.0, 0.6, 0.8, 1.0, 1.2)
 """Points of every method's slider."""
 
 
@@ -52,7 +51,7 @@ def measured(oracle: Oracle, items: Sequence[SceneEdit], outcome: Outcome, base:
     photos = [item.photo_picture(base.size_px) for item in items]
     verdicts = {eta: judge(oracle, items, pictures) for eta, pictures in outcome.pictures.items()}
     best = to_images(base.decode(base.encode_images(torch.cat([to_tensor(photo) for photo in photos]))))
-    pairs = zip(outcome.pictures[0.0], best, strict=True)
+    pairs = zip(outcome.pictures[min(outcome.pictures)], best, strict=True)
     return Measured(outcome, verdicts, [psnr_db(np.asarray(made), np.asarray(photo)) for made, photo in pairs])
 
 
@@ -157,7 +156,6 @@ def main() -> int:
     parser.add_argument("--method", choices=list(compared()), required=True)
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep what training makes here, or take it from here")
     parser.add_argument("--items", type=int, metavar="N", help="only the first N items: a partial run")
-    parser.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of the base [int8; fp32 for full]")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="work on N items at once, on one thread each [1]"
@@ -169,7 +167,7 @@ def main() -> int:
     chosen = SETS[args.set]
     items = chosen.items()[: args.items]
     partial = len(items) < len(chosen.items())
-    weights = args.weights or ("fp32" if args.method in FULL_RATES else "int8")
+    weights = "fp32" if args.method in FP32 else "int8"
     etas, eta = ETAS, None
     if chosen is not VALIDATION:
         try:
@@ -199,7 +197,7 @@ def main() -> int:
         if part != "by_kind":
             shares = "  ".join(f"{name} {value['value']:.3g}" for name, value in values.items())
             print(f"{args.method}, eta {eta:g}, {part}: {shares}")
-    if args.out or (not partial and args.weights is None):
+    if args.out or not partial:
         written = write_result(result_name(args.set, args.method), result, path=args.out, origin=origin)
         print(f"result: {written.name}")
     if args.grid:

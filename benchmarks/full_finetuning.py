@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig, EmbedConfig
+from lowmem_imagic.config import EmbedConfig, SampleConfig
 from lowmem_imagic.diffusion import coarse, loss_per_edit
 from lowmem_imagic.embed import embed
 from lowmem_imagic.letterbox import to_images, to_tensor
@@ -28,6 +28,9 @@ from lowmem_imagic.training import draw_rows
 
 from .edit_methods import SEED, Method, Outcome, as_photo, digest
 
+EMBED_RATE = 1e-2
+"""Learning rate of stage 1, this package's own."""
+
 
 def full_finetune(
     learning_rate: float,
@@ -35,21 +38,21 @@ def full_finetune(
     embed_steps: int,
     steps: int,
     draws: int,
-    config: EditConfig,
+    sampling: SampleConfig,
     folder: Path | None = None,
 ) -> Method:
     """The method; the base's UNet comes back unchanged.
 
     Args:
         learning_rate: of the weights; the paper's is for a batch of its own size and to be tuned here.
-        embed_steps: of stage 1; its rate is the configuration's.
+        embed_steps: of stage 1, at rate `EMBED_RATE`.
         steps: of stage 2.
         draws: (timestep, noise) draws a step, both stages.
-        config: stage 1's rate and how to sample.
+        sampling: how to sample.
         folder: keeps each item's embedding and weights (about twice the base's file), so that a stopped run goes on
             and ways of sampling share them.
     """
-    first = EmbedConfig(steps=embed_steps, draws=draws, learning_rate=config.embed.learning_rate)
+    first = EmbedConfig(steps=embed_steps, draws=draws, learning_rate=EMBED_RATE)
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         if base.weights != "fp32":
@@ -59,7 +62,7 @@ def full_finetune(
         train_s = sample_s = 0.0
         for photo, sentence in zip(photos, sentences, strict=True):
             latents = base.encode_images(to_tensor(photo))
-            target = base.encode_text([sentence, config.sample.negative_prompt])[:1]
+            target = base.encode_text([sentence, sampling.negative_prompt])[:1]
             facts: dict[str, Any] = {
                 "embed": asdict(first),
                 "base": base.identity.files,
@@ -76,7 +79,7 @@ def full_finetune(
             # An adapter of zeros, so that sampling is this package's own in every respect.
             nothing = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0, device=base.device)
             cells, low = [Cell(0, eta, SEED) for eta in etas], coarse(latents, COARSE_SIDE)
-            made = sample(base, nothing, target, stage1["embedding"], cells, config.sample, coarse_latents=low)
+            made = sample(base, nothing, target, stage1["embedding"], cells, sampling, coarse_latents=low)
             for eta, picture in zip(etas, to_images(base.decode(made)), strict=True):
                 pictures[eta].append(picture)
             base.unet.load_state_dict(untouched)

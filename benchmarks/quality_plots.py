@@ -11,13 +11,13 @@ from typing import Any
 from matplotlib import pyplot
 
 from .goals import REPOSITORY
-from .quality_tables import MAIN, results
+from .quality_tables import FULL, MAIN, results
 from .scene_edits import TEST, VALIDATION
 
 DOCS = REPOSITORY / "docs"
-CURVES = ("full-3e-5", "balanced", "fast", "embedding-only", "sdedit", "ddim-inversion")
+CURVES = (FULL, "balanced", "fast", "lora-as-published", "embedding-only", "sdedit", "ddim-inversion")
 """Methods whose curve is drawn."""
-SIZES = ("balanced", "adapt-attn", "adapt-attn-ff", "rank-2", "rank-8", "rank-16", "keep-45", "keep-20")
+SIZES = ("balanced", "small", "adapt-attn-ff", "rank-2", "rank-8", "rank-16", "keep-45", "keep-20")
 """Variants that differ in what the edit file holds."""
 
 

@@ -143,7 +143,7 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
     method = {
         "ours": edit_methods.ours(SMALL),
-        "full": full_finetuning.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, config=SMALL),
+        "full": full_finetuning.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, sampling=SMALL.sample),
         "sdedit": training_free.sdedit(SMALL.sample),
         "ddim-inversion": training_free.ddim_inversion(SMALL.sample),
         "sentence-alone": training_free.sentence_alone(SMALL.sample),
@@ -199,7 +199,9 @@ def test_kept_edits_are_not_trained_again(base: BaseModel, tmp_path: Path, monke
     assert [p.tobytes() for p in first.pictures[0.5]] == [p.tobytes() for p in again.pictures[0.5]]
     assert [p.tobytes() for p in first.pictures[0.5]] != [p.tobytes() for p in other.pictures[0.5]]
     assert first.train_s == again.train_s and first.edit_bytes == other.edit_bytes
-    run(finetune=replace(SMALL.finetune, keep=0.5))
+    half = run(finetune=replace(SMALL.finetune, keep=0.5))
+    assert runs == [1, 1] and half.edit_bytes[0] < 0.7 * first.edit_bytes[0]
+    run(finetune=replace(SMALL.finetune, lora_rank=2))
     assert runs == [1, 1, 1, 1]
 
 
@@ -208,7 +210,7 @@ def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path, monkeypat
     photos, sentences = [ITEMS[0].photo_picture(PX)], [ITEMS[0].sentence]
 
     def run(rate: float, folder: Path | None) -> edit_methods.Outcome:
-        kept = {"embed_steps": 1, "steps": 1, "draws": 1, "config": SMALL, "folder": folder}
+        kept = {"embed_steps": 1, "steps": 1, "draws": 1, "sampling": SMALL.sample, "folder": folder}
         return full_finetuning.full_finetune(rate, **kept)(base, photos, sentences, (0.0, 1.0))
 
     first = run(1e-3, tmp_path)
