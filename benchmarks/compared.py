@@ -24,12 +24,15 @@ RETARGET_FROM = "a photo of an object"
 
 _PAPER: dict[str, Any] = {"start": "noise", "hold": 0.0, "release": 0.0}
 """Sampling as the paper has it, apart from its settings of degree."""
+_RANK_16: dict[str, Any] = {"lora_rank": 16, "lora_alpha": 16.0, "learning_rate": 1e-3}
 _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "small": {"finetune": {"adapt": "attn"}},
     "adapt-attn-ff": {"finetune": {"adapt": "attn+ff"}},
     "rank-2": {"finetune": {"lora_rank": 2, "lora_alpha": 2.0}},
     "rank-8": {"finetune": {"lora_rank": 8, "lora_alpha": 8.0}},
-    "rank-16": {"finetune": {"lora_rank": 16, "lora_alpha": 16.0}},
+    "rank-16": {"finetune": _RANK_16},
+    "rank-16-keep-12": {"finetune": {**_RANK_16, "keep": 0.115}},
+    "rank-16-keep-5": {"finetune": {**_RANK_16, "keep": 0.05}},
     "rate-1e-3": {"finetune": {"learning_rate": 1e-3}},
     "rate-4e-3": {"finetune": {"learning_rate": 4e-3}},
     "rate-constant": {"finetune": {"final_rate": 1.0}},
