@@ -16,7 +16,7 @@ import torch
 from lowmem_imagic import edit_file
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, EditConfig, preset
+from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, SMALL_KEEP, EditConfig, preset
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.edit import Edit, LoraFactors
@@ -24,22 +24,33 @@ from lowmem_imagic.families import DEMO
 from lowmem_imagic.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.images import Photo
 from lowmem_imagic.pipeline import COARSE_SIDE, Job, make_edits, versions
+from lowmem_imagic.truncation import truncated
 
 from . import sd15
 from .goals import Line, fresh
 
-GOAL_MB = 1.9
-"""Of an edit of Stable Diffusion 1.5 with attention adapters of rank 4."""
+SMALL = "small"
+"""The preset ``balanced`` with ``--small``."""
 RANK = 4
+"""Of the adapters whose layers are compared."""
+GOALS_MB = {
+    ("sd15", "attn"): 1.9,
+    ("sd15", "balanced"): 4.0,
+    ("sd15", SMALL): 1.9,
+    ("model", "balanced"): 0.6,
+    ("model", SMALL): 0.25,
+}
 
 
 def measure(*, quick: bool, model: str = DEMO) -> tuple[dict[str, Any], list[Line]]:
     """The result and its table; sizes do not depend on `quick`."""
     wanted: list[tuple[str, tuple[str, ...]]]
+    names = (*PRESETS, SMALL)
     wanted = [(f"sd15, {adapt}, rank {RANK}", ("sd15", adapt)) for adapt in ADAPT_TARGETS]
+    wanted += [(f"sd15, {_title(name)}", ("sd15", name)) for name in names]
     if has_model(model):
         label = Path(model).name
-        wanted += [(f"{label}, preset {name}", ("model", model, name)) for name in PRESETS]
+        wanted += [(f"{label}, {_title(name)}", ("model", model, name)) for name in names]
         wanted += [(f"{label}, attn, rank {RANK}", ("model", model, "attn"))]
     else:
         print("size: the bundled model is not there; skipped", file=sys.stderr)
@@ -48,7 +59,7 @@ def measure(*, quick: bool, model: str = DEMO) -> tuple[dict[str, Any], list[Lin
         print(f"size: {name}", file=sys.stderr)
         found[name] = result = fresh("benchmarks.engine_size", *words)
         size = None if result is None else result["file_bytes"] / 1e6
-        lines.append(Line(name, size, "MB", GOAL_MB if words == ("sd15", "attn") else None))
+        lines.append(Line(name, size, "MB", GOALS_MB.get((words[0], words[-1]))))
     return {"files": found}, lines
 
 
@@ -61,16 +72,21 @@ def has_model(model: str) -> bool:
     return True
 
 
-def of_sd15(adapt: str, path: Path) -> dict[str, Any]:
-    """Sizes of an edit of Stable Diffusion 1.5's shape, which is left at `path`."""
+def _title(name: str) -> str:
+    return "preset balanced, --small" if name == SMALL else f"preset {name}"
+
+
+def of_sd15(name: str, path: Path) -> dict[str, Any]:
+    """Sizes of an edit of Stable Diffusion 1.5's shape by the settings `_config` has, which is left at `path`."""
+    config = _config(name)
+    tuning = config.finetune
     unet = sd15.meta_unet()
-    pack = AdapterPack(unet, edits=1, adapt=adapt, rank=RANK, alpha=RANK)
+    pack = AdapterPack(unet, edits=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
     generator = torch.Generator().manual_seed(0)
     pack.weights.normal_(0.0, 0.02, generator=generator)
-    config = _config("balanced", adapt=adapt)
     sentence = "a photo of a sleeping cat on a wooden floor"
     made = Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in pack.export(0).items()},
+        adapter={key: LoraFactors(*factors) for key, factors in truncated(pack.export(0), tuning.keep).items()},
         optimized_embedding=torch.randn(sd15.TOKENS, 768, generator=generator),
         coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
         target_prompt=sentence,
@@ -82,7 +98,7 @@ def of_sd15(adapt: str, path: Path) -> dict[str, Any]:
             cross_attention_dim=768,
             files={name: _digest(name) for name in ("unet", "vae", "text_encoder", "tokenizer")},
         ),
-        settings={**config.to_dict(), "result": {"embed_steps": 25, "finetune_steps": 60}},
+        settings={**config.to_dict(), "result": {"embed_steps": config.embed.steps, "finetune_steps": tuning.steps}},
         seed=0,
         etas=config.sample.etas,
         eta_default=1.0,
@@ -101,8 +117,8 @@ def of_sd15(adapt: str, path: Path) -> dict[str, Any]:
 
 
 def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
-    """Sizes of an edit of a base by the settings of a preset, or ``attn``; the edit is left at `path`."""
-    config = _config(name) if name in PRESETS else _config("balanced", adapt=name)
+    """Sizes of an edit of a base by the settings `_config` has; the edit is left at `path`."""
+    config = _config(name)
     base = BaseModel.load(model, device="cpu")
     image = render(Scene.from_sentence("a red cube on a wooden floor", seed=0), base.size_px)
     photo = Photo(image=image, sha256=_digest("photo"), name="scene", notes=(), icc_profile=None)
@@ -111,13 +127,15 @@ def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
     return _sizes(made, path)
 
 
-def _config(name: str, adapt: str | None = None) -> EditConfig:
-    """A preset with one step a stage, or with adapters of rank 4 on the layers of `adapt`."""
+def _config(name: str) -> EditConfig:
+    """A preset with one step a stage, ``--small``, or whole adapters of `RANK` on the layers that `name` says."""
     short = {"steps": 1, "draws": 1}
     changes: dict[str, Any] = {"embed": short, "finetune": dict(short)}
-    if adapt is not None:
-        changes["finetune"] |= {"adapt": adapt, "lora_rank": RANK, "lora_alpha": float(RANK)}
-    return preset(name, changes)
+    if name == SMALL:
+        changes["finetune"] |= {"keep": SMALL_KEEP}
+    elif name not in PRESETS:
+        changes["finetune"] |= {"adapt": name, "lora_rank": RANK, "lora_alpha": float(RANK), "keep": 1.0}
+    return preset(name if name in PRESETS else "balanced", changes)
 
 
 def _digest(text: str) -> str:
@@ -136,7 +154,7 @@ def _sizes(made: Edit, path: Path) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    """One measurement in this process: ``sd15 ADAPT`` or ``model MODEL NAME``."""
+    """One measurement in this process: ``sd15 NAME`` or ``model MODEL NAME``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "edit.safetensors"
         result = of_sd15(words[1], path) if words[0] == "sd15" else of_model(words[1], words[2], path)

@@ -42,6 +42,7 @@ from .cli_options import (
     Scheduler,
     Seed,
     Seeds,
+    Small,
     Start,
     StepsEmbed,
     StepsFinetune,
@@ -74,6 +75,7 @@ def edit(
     adapt: Adapt = None,
     rank: Rank = None,
     keep: Keep = None,
+    small: Small = False,
     steps_sample: StepsSample = None,
     guidance: Guidance = None,
     negative: Negative = None,
@@ -122,6 +124,7 @@ def edit(
         adapt=adapt,
         rank=rank,
         keep=keep,
+        small=small,
         sampling=sampling,
     )
     with importing():
@@ -161,6 +164,7 @@ def train(
     adapt: Adapt = None,
     rank: Rank = None,
     keep: Keep = None,
+    small: Small = False,
     background: Background = "white",
     device: Device = "auto",
     base_weights: BaseWeights = "int8",
@@ -184,6 +188,7 @@ def train(
         adapt=adapt,
         rank=rank,
         keep=keep,
+        small=small,
     )
     with importing():
         from . import commands, console, rendering

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from .config import EditConfig, SampleConfig, base_problems, parse_strength, preset
+from .config import SMALL_KEEP, EditConfig, SampleConfig, base_problems, parse_strength, preset
 from .errors import ConfigError, LowmemImagicError, PromptError
 
 app = typer.Typer(
@@ -123,6 +123,7 @@ class Words:
         adapt: str | None,
         rank: int | None,
         keep: float | None,
+        small: bool,
         sampling: dict[str, Any] | None = None,
     ) -> EditConfig:
         """The settings of the preset `name` with the given options on top.
@@ -130,12 +131,14 @@ class Words:
         Raises:
             ConfigError: with all that is wrong with any word so far.
         """
+        if small and keep is not None:
+            self._problems.append("--keep and --small both say how much of the adapter to keep, expected one of them")
         finetune = given(
             steps=steps_finetune,
             learning_rate=learning_rate,
             draws=draws,
             adapt=adapt,
-            keep=keep,
+            keep=SMALL_KEEP if small else keep,
             lora_rank=rank,
             lora_alpha=None if rank is None else float(rank),
         )

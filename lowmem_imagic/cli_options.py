@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .config import ADAPT_TARGETS, INTERPOLATIONS, PRESETS
+from .config import ADAPT_TARGETS, INTERPOLATIONS, PRESETS, SMALL_KEEP
 
 EditFile = Annotated[Path, typer.Argument(metavar="EDIT", help="an edit file")]
 SampleModel = Annotated[str | None, typer.Option(help="base model [default: the one named in the edit]")]
@@ -72,6 +72,9 @@ Draws = Annotated[int | None, typer.Option(help="(timestep, noise) draws a step,
 Adapt = Annotated[str | None, typer.Option(help=f"layers to adapt: {', '.join(ADAPT_TARGETS)}")]
 Rank = Annotated[int | None, typer.Option(help="LoRA rank, 1 to 256; alpha follows it")]
 Keep = Annotated[float | None, typer.Option(help="share of the adapter's bytes to keep in the edit file, up to 1")]
+Small = Annotated[
+    bool, typer.Option("--small", help=f"the smallest edit file: keep {SMALL_KEEP:g} of the adapter's bytes")
+]
 SuggestEta = Annotated[
     bool, typer.Option("--suggest-eta", help="mark the eta that the base model itself would take; advisory")
 ]

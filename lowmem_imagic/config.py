@@ -33,6 +33,8 @@ BLOCKS = ("down", "mid", "up")
 STARTS = ("noise", "photo")
 """What sampling starts from: pure noise, as in the paper, or noise over the photo's low frequencies."""
 PRESETS = ("balanced", "fast", "paper")
+SMALL_KEEP = 0.05
+"""Share of the adapter's bytes that the smallest edit files keep (``--small``)."""
 
 Strength = float | tuple[float, float, float]
 """Factor on an adapter: 1 as trained, 0 the base alone; one number, or one for each of `BLOCKS` (encoder: layout,

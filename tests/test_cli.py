@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from lowmem_imagic import edit_file
 from lowmem_imagic.cli import app
+from lowmem_imagic.config import SMALL_KEEP
 
 SENTENCE = "a photo of a blue cube on the grass"
 QUICK = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2", "--steps-sample", "2", "--quiet"]
@@ -94,6 +95,20 @@ def test_edit_writes_everything_it_promises(run, photo):
     assert report["fit"]["reconstruction_db"] < 20 < 99
 
 
+def test_small_edits_are_small_and_render(run, photo):
+    """`train --small` stores a fraction of the adapter, and the file renders like any other."""
+    sizes = {}
+    for name, words in {"whole": ("--keep", 1), "usual": (), "small": ("--small",)}.items():
+        result = run("train", photo, SENTENCE, "--out", f"{name}.safetensors", *words, *QUICK[:6], "--quiet")
+        assert result.exit_code == 0, result.output
+        sizes[name] = sum(
+            f.down.nbytes + f.up.nbytes for f in edit_file.read(Path(f"{name}.safetensors")).adapter.values()
+        )
+    assert sizes["small"] <= SMALL_KEEP * sizes["whole"] < sizes["usual"]
+    result = run("sample", "small.safetensors", "--out", "made", "--etas", "0.8", "--steps-sample", 2, "--quiet")
+    assert result.exit_code == 0, result.output
+
+
 def test_png_says_how_it_was_made(run, photo):
     """A result carries its generation parameters and the mark of a picture edited with a trained model."""
     run("edit", photo, SENTENCE, "--out", "made", "--etas", "0.5", *QUICK)
@@ -161,7 +176,7 @@ def test_sample_takes_every_knob(run, finished):
     knobs = {
         "strength": ("--strength", "down=0,up=1.5"),
         "interpolation": ("--interpolation", "projection"),
-        "start": ("--start", "photo"),
+        "start": ("--start", "noise"),
         "hold": ("--hold", "0.5"),
         "release": ("--release", "0.6"),
         "guidance": ("--guidance", "7"),
@@ -174,7 +189,7 @@ def test_sample_takes_every_knob(run, finished):
     assert len(set(pixels.values())) == len(pixels)
     said = {out: _picture(f"{out}/eta_0.50.png").text["parameters"] for out in knobs}
     assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
-    assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: photo" in said["start"]
+    assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: noise" in said["start"]
     assert "Imagic hold: 0.5" in said["hold"] and "Imagic release: 0.6" in said["release"]
 
 
@@ -392,6 +407,7 @@ def test_all_settings_problems_at_once(run, photo):
     [
         (["--etas", "a,b"], "etas"),
         (["--preset", "best"], "preset"),
+        (["--small", "--keep", "0.5"], "--keep and --small"),
         (["--adapt", "everything"], "adapt"),
         (["--scheduler", "Nothing"], "scheduler"),
         (["--device", "toaster"], "device"),
