@@ -13,6 +13,8 @@ from .scene_edits import HARD_KINDS, KINDS, TEST, VALIDATION
 MAIN = "all_but_" + "_and_".join(HARD_KINDS)
 """Key of a result's figures over all kinds but the hard ones."""
 
+NOTHING = ["Not measured yet."]
+"""In place of a table without results."""
 FULL = "full-3e-5"
 """Full fine-tuning at the rate that validation chose."""
 SHOWN = (FULL, "balanced", "fast", "small", "embedding-only", "sdedit", "ddim-inversion", "sentence-alone")
@@ -36,6 +38,8 @@ def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
         "| method | items | eta | good (95 %) | success | kept | background | at eta 0 | passes | edit file |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    if not found:
+        return NOTHING
     for name in found if names is None else names:
         if name not in found:
             rows.append(f"| `{name}` | | | not measured | | | | | | |")
@@ -44,7 +48,7 @@ def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
         at, cost = result["at_eta"][MAIN], result["cost"]
         size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"
         rows.append(
-            f"| `{name}` | {at['good']['of']} | {result['eta']:g} | {_share(at['good'])} "
+            f"| `{name}` | {at['good']['of']} {items} | {result['eta']:g} | {_share(at['good'])} "
             f"| {100 * at['success']['value']:.0f} % | {100 * at['kept']['value']:.0f} % "
             f"| {at['background_db']['value']:.1f} dB | {result['reconstruction_db']['value']:.1f} dB "
             f"| {cost['passes']} | {size} |"
@@ -55,6 +59,8 @@ def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
 def kinds(items: str, names: Iterable[str]) -> list[str]:
     """Rows: a kind of edit each, the share of good items of some methods side by side."""
     found = {name: result for name, result in results(items).items() if name in set(names)}
+    if not found:
+        return NOTHING
     rows = ["| kind | " + " | ".join(f"`{name}`" for name in found) + " |", "|---" * (1 + len(found)) + "|"]
     for kind in KINDS:
         shares = [result["at_eta"]["by_kind"][kind]["good"] for result in found.values()]
@@ -63,8 +69,9 @@ def kinds(items: str, names: Iterable[str]) -> list[str]:
 
 
 def readme() -> list[str]:
-    """The README's table: the test set."""
-    return methods(TEST.name, SHOWN)
+    """The README's table: the test set; until it is measured, the validation set."""
+    items = TEST.name if results(TEST.name) else VALIDATION.name
+    return methods(items, [name for name in SHOWN if name in results(items)])
 
 
 def test() -> list[str]:
@@ -85,6 +92,8 @@ def by_kind() -> list[str]:
 def goals() -> list[str]:
     """Rows: what was to be reached on the test set, and what was."""
     found = results(TEST.name)
+    if not found:
+        return NOTHING
     rows = ["| | goal | measured |", "|---|---|---|"]
 
     def row(name: str, goal: str, measured: str | None, passed: bool | None = None) -> None:
@@ -124,6 +133,8 @@ def suggestion() -> list[str]:
     """Rows: good items at the suggested eta, at one for all, and at the best of each."""
     rows = ["| eta | validation | test |", "|---|---|---|"]
     found = [_result(f"suggestion_{items}") for items in (VALIDATION.name, TEST.name)]
+    if not any(found):
+        return NOTHING
     names = list(next((result["suggested"] for result in found if result), {}))
     shares: dict[str, list[Any]] = {
         "one for all": [result.get("fixed") for result in found],

@@ -1,5 +1,7 @@
 """Facts about the benchmark of edits: its items, its verdicts and its methods are what they say."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import compared, edit_judge, edit_methods, edit_quality, full_finetuning, suggestion, training_free
+from benchmarks import (
+    compared,
+    edit_judge,
+    edit_methods,
+    edit_quality,
+    full_finetuning,
+    quality_tables,
+    suggestion,
+    training_free,
+)
 from benchmarks.oracle import Attributes, Oracle
 from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
+from benchmarks.workers import each
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import preset
 from lowmem_imagic.suggest import EtaScore, Suggestion
@@ -130,6 +142,49 @@ def test_bootstrap_intervals_hold_the_value() -> None:
     assert share["value"] == 0.75 and share == edit_judge.bootstrap([v.good for v in mixed])
     assert share["interval_95"][0] < 0.75 < share["interval_95"][1] <= 1
     assert edit_judge.bootstrap([verdict.good] * 4)["interval_95"] == [1, 1]
+
+
+def test_differences_are_of_the_same_items() -> None:
+    """Two methods are compared item by item; an item that only one of them has is left out."""
+    gap = edit_judge.difference({"a": 1.0, "b": 0.0, "c": 1.0}, {"a": 0.0, "b": 0.0, "d": 1.0})
+    assert gap["value"] == 0.5 and gap["of"] == 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_work_is_shared_in_order(processes: int) -> None:
+    """Every item's result comes back in the items' order, whatever process worked on it; an error ends it all."""
+    assert each(math.sqrt, [9.0, 4.0, 1.0], processes=processes, start=math.floor, args=(1.0,)) == [3.0, 2.0, 1.0]
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        each(math.sqrt, [4.0, -1.0], processes=processes, start=math.floor, args=(1.0,))
+
+
+def fake_result(good: list[bool], passes: int) -> dict[str, Any]:
+    """A result as `edit_quality` writes it, with one item of a main kind for each of `good`."""
+    verdict = edit_judge.Verdict(success=True, kept=True, background_db=30, truth_db=20, truth_ssim=0.5)
+    verdicts = [verdict if each_good else replace(verdict, kept=False) for each_good in good]
+    found = edit_judge.summary(verdicts)
+    return {
+        "eta": 0.8,
+        "at_eta": {quality_tables.MAIN: found, "by_kind": dict.fromkeys(KINDS, found)},
+        "reconstruction_db": edit_judge.bootstrap([23.0, 25.0, 27.0], median=True),
+        "cost": {"passes": passes, "train_s": 1.0, "edit_bytes_mean": 123456},
+        "items": [{"name": f"color-{number}", "verdicts": {"0.8": v.as_json()}} for number, v in enumerate(verdicts)],
+    }
+
+
+def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows hold the figures of the result files, goals are called missed where they are, and nothing is made up."""
+    monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
+    assert quality_tables.test() == quality_tables.goals() == quality_tables.by_kind() == quality_tables.NOTHING
+    for name, good, passes in (("balanced", [True, True, False, False], 360), ("full-1e-4", [True] * 4, 1000)):
+        path = tmp_path / f"{edit_quality.result_name('test', name)}.json"
+        path.write_text(json.dumps(fake_result(good, passes)))
+    monkeypatch.setattr(quality_tables, "FULL", "full-1e-4")
+    [row] = [line for line in quality_tables.test() if "`balanced`" in line]
+    assert "| 4 test | 0.8 | 50 % (" in row and "| 25.0 dB | 360 | 123 kB |" in row
+    goals = "\n".join(quality_tables.goals())
+    assert "50 % (0-100) (missed)" in goals and "-50.0 points" in goals and "25.0 dB |" in goals
+    assert "360 of 1000 (missed)" in goals and "`fast`" not in goals
 
 
 @pytest.fixture(scope="module")
