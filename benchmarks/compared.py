@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic.config import SampleConfig, preset
+from lowmem_imagic.config import SMALL_KEEP, SampleConfig, preset
 
 from .edit_methods import Method, ours
 from .full_finetuning import full_finetune
@@ -24,17 +24,13 @@ RETARGET_FROM = "a photo of an object"
 
 _PAPER: dict[str, Any] = {"start": "noise", "hold": 0.0, "release": 0.0}
 """Sampling as the paper has it, apart from its settings of degree."""
-_RANK_16: dict[str, Any] = {"lora_rank": 16, "lora_alpha": 16.0, "learning_rate": 1e-3}
 _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
-    "small": {"finetune": {"adapt": "attn"}},
-    "adapt-attn-ff": {"finetune": {"adapt": "attn+ff"}},
-    "rank-2": {"finetune": {"lora_rank": 2, "lora_alpha": 2.0}},
-    "rank-8": {"finetune": {"lora_rank": 8, "lora_alpha": 8.0}},
-    "rank-16": {"finetune": _RANK_16},
-    "rank-16-keep-12": {"finetune": {**_RANK_16, "keep": 0.115}},
-    "rank-16-keep-5": {"finetune": {**_RANK_16, "keep": 0.05}},
-    "rate-1e-3": {"finetune": {"learning_rate": 1e-3}},
-    "rate-4e-3": {"finetune": {"learning_rate": 4e-3}},
+    "adapt-attn": {"finetune": {"adapt": "attn", "keep": 1.0}},
+    "adapt-attn-ff": {"finetune": {"adapt": "attn+ff", "keep": 1.0}},
+    "rank-4": {"finetune": {"lora_rank": 4, "lora_alpha": 4.0, "learning_rate": 2e-3, "keep": 1.0}},
+    "rank-32": {"finetune": {"lora_rank": 32, "lora_alpha": 32.0, "learning_rate": 7e-4, "keep": 0.054}},
+    "rate-5e-4": {"finetune": {"learning_rate": 5e-4}},
+    "rate-2e-3": {"finetune": {"learning_rate": 2e-3}},
     "rate-constant": {"finetune": {"final_rate": 1.0}},
     "draws-8": {"embed": {"steps": 15, "draws": 8}, "finetune": {"steps": 30, "draws": 8}},
     "any-noise": {"embed": {"anchor": 0.0}, "finetune": {"anchor": 0.0}},
@@ -46,14 +42,17 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "decoder-only": {"finetune": {"blocks": ("up",)}},
     "average": {"finetune": {"average": 0.9}},
     "decay": {"finetune": {"weight_decay": 30.0}},
-    "keep-45": {"finetune": {"keep": 0.45}},
-    "keep-20": {"finetune": {"keep": 0.2}},
+    "keep-all": {"finetune": {"keep": 1.0}},
+    "small": {"finetune": {"keep": SMALL_KEEP}},
     "lora-as-published": {
         "embed": {"steps": 25, "draws": 8, "anchor": 0.0, "timesteps": (0.0, 1.0)},
         "finetune": {
             "steps": 60,
             "draws": 8,
             "learning_rate": 1e-3,
+            "lora_rank": 4,
+            "lora_alpha": 4.0,
+            "keep": 1.0,
             "final_rate": 1.0,
             "anchor": 0.0,
             "timesteps": (0.0, 1.0),

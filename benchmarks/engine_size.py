@@ -6,15 +6,17 @@ Stable Diffusion 1.5, edits of its shape with random factors and a random embedd
 
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowmem_imagic import edit_file
-from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.adapters import AdapterPack, Factors
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, SMALL_KEEP, EditConfig, preset
 from lowmem_imagic.demo.render import render
@@ -84,9 +86,10 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     pack = AdapterPack(unet, edits=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
     generator = torch.Generator().manual_seed(0)
     pack.weights.normal_(0.0, 0.02, generator=generator)
+    whole = {key: _evened(*factors) for key, factors in pack.export(0).items()}
     sentence = "a photo of a sleeping cat on a wooden floor"
     made = Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in truncated(pack.export(0), tuning.keep).items()},
+        adapter={key: LoraFactors(*factors) for key, factors in truncated(whole, tuning.keep).items()},
         optimized_embedding=torch.randn(sd15.TOKENS, 768, generator=generator),
         coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
         target_prompt=sentence,
@@ -114,6 +117,15 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     )
     edit_file.write(made, path, overwrite=True)
     return _sizes(made, path)
+
+
+def _evened(down: Tensor, up: Tensor, alpha: float) -> Factors:
+    """The factors scaled so that every layer's directions are worth about as much for their bytes.
+
+    Truncation then leaves something of nearly every layer, which takes the longest header.
+    """
+    inputs, outputs = down[0].numel(), len(up)
+    return down, up * math.sqrt((inputs + outputs) / (inputs * outputs)), alpha
 
 
 def of_model(model: str, name: str, path: Path) -> dict[str, Any]:

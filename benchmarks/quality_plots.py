@@ -17,7 +17,7 @@ from .scene_edits import TEST, VALIDATION
 DOCS = REPOSITORY / "docs"
 CURVES = (FULL, "balanced", "fast", "lora-as-published", "embedding-only", "sdedit", "ddim-inversion")
 """Methods whose curve is drawn."""
-SIZES = ("balanced", "small", "adapt-attn-ff", "rank-2", "rank-8", "rank-16", "keep-45", "keep-20")
+SIZES = ("keep-all", "balanced", "small", "rank-4", "rank-32", "adapt-attn", "adapt-attn-ff")
 """Variants that differ in what the edit file holds."""
 
 

@@ -84,7 +84,8 @@ def sample(
         target_embeddings: e_tgt, (N, T, D).
         optimized_embeddings: e_opt, (N, T, D).
         cells: what to render.
-        config: steps, scheduler, start, interpolation, rows per batch; guidance where a cell has none of its own.
+        config: steps, scheduler, start, interpolation, hold, release, rows per batch; guidance where a cell has none
+            of its own.
         progress: called after every step of every batch.
         coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from the photo.
     """
@@ -138,7 +139,7 @@ def _batches(cells: Sequence[Cell], scales: Sequence[float], batch_rows: int) ->
 
 def _denoise(
     base: BaseModel,
-    way: "_Way",
+    way: _Way,
     cells: Sequence[Cell],
     config: SampleConfig,
     guidance: Tensor | None,
