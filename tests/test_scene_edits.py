@@ -254,8 +254,8 @@ def test_kept_edits_are_not_trained_again(base: BaseModel, tmp_path: Path, monke
     assert [p.tobytes() for p in first.pictures[0.5]] == [p.tobytes() for p in again.pictures[0.5]]
     assert [p.tobytes() for p in first.pictures[0.5]] != [p.tobytes() for p in other.pictures[0.5]]
     assert first.train_s == again.train_s and first.edit_bytes == other.edit_bytes
-    half = run(finetune=replace(SMALL.finetune, keep=0.5))
-    assert runs == [1, 1] and half.edit_bytes[0] < 0.7 * first.edit_bytes[0]
+    less = run(finetune=replace(SMALL.finetune, keep=0.02))
+    assert runs == [1, 1] and less.edit_bytes[0] < 0.7 * first.edit_bytes[0]
     run(finetune=replace(SMALL.finetune, lora_rank=2))
     assert runs == [1, 1, 1, 1]
 
@@ -278,13 +278,11 @@ def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path, monkeypat
 
 
 def test_variants_differ_from_balanced(tmp_path: Path) -> None:
-    """Every variant's name stands for settings other than those of `balanced`, except what `balanced` already does."""
+    """Every variant's name stands for settings other than those of `balanced`."""
     balanced = preset("balanced")
     assert set(compared.FULL_RATES) < set(compared.compared())
     for name, values in {**compared._TRAINING, **{n: {"sample": v} for n, v in compared._SAMPLING.items()}}.items():
-        variant = preset("balanced", values)
-        if name not in ():
-            assert variant != balanced, name
+        assert preset("balanced", values) != balanced, name
 
 
 def test_suggestions_are_compared_like_with_like() -> None:
