@@ -133,12 +133,17 @@ class Words:
         """
         if small and keep is not None:
             self._problems.append("--keep and --small both say how much of the adapter to keep, expected one of them")
+        if small:
+            keep = SMALL_KEEP
+        elif keep is None and (rank is not None or adapt is not None):
+            # The preset's share is of the preset's adapter; of another, all is kept unless something else is asked.
+            keep = 1.0
         finetune = given(
             steps=steps_finetune,
             learning_rate=learning_rate,
             draws=draws,
             adapt=adapt,
-            keep=SMALL_KEEP if small else keep,
+            keep=keep,
             lora_rank=rank,
             lora_alpha=None if rank is None else float(rank),
         )

@@ -71,7 +71,12 @@ LearningRate = Annotated[float | None, typer.Option(help="learning rate of stage
 Draws = Annotated[int | None, typer.Option(help="(timestep, noise) draws a step, both stages")]
 Adapt = Annotated[str | None, typer.Option(help=f"layers to adapt: {', '.join(ADAPT_TARGETS)}")]
 Rank = Annotated[int | None, typer.Option(help="LoRA rank, 1 to 256; alpha follows it")]
-Keep = Annotated[float | None, typer.Option(help="share of the adapter's bytes to keep in the edit file, up to 1")]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="share of the adapter's bytes to keep in the edit file [default: the preset's; 1 with --rank or --adapt]"
+    ),
+]
 Small = Annotated[
     bool, typer.Option("--small", help=f"the smallest edit file: keep {SMALL_KEEP:g} of the adapter's bytes")
 ]

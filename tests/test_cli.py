@@ -98,13 +98,15 @@ def test_edit_writes_everything_it_promises(run, photo):
 def test_small_edits_are_small_and_render(run, photo):
     """`train --small` stores a fraction of the adapter, and the file renders like any other."""
     sizes = {}
-    for name, words in {"whole": ("--keep", 1), "usual": (), "small": ("--small",)}.items():
+    for name, words in {"whole": ("--keep", 1), "other": ("--rank", 2), "usual": (), "small": ("--small",)}.items():
         result = run("train", photo, SENTENCE, "--out", f"{name}.safetensors", *words, *QUICK[:6], "--quiet")
         assert result.exit_code == 0, result.output
         sizes[name] = sum(
             f.down.nbytes + f.up.nbytes for f in edit_file.read(Path(f"{name}.safetensors")).adapter.values()
         )
-    assert sizes["small"] <= SMALL_KEEP * sizes["whole"] < sizes["usual"]
+    assert sizes["small"] <= SMALL_KEEP * sizes["whole"] < sizes["usual"] < sizes["whole"]
+    # Of another adapter than the preset's, nothing is taken off unasked.
+    assert sizes["other"] == sizes["whole"] / 8
     result = run("sample", "small.safetensors", "--out", "made", "--etas", "0.8", "--steps-sample", 2, "--quiet")
     assert result.exit_code == 0, result.output
 
