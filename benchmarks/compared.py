@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic.config import SMALL_KEEP, SampleConfig, preset
+from lowmem_imagic.config import SampleConfig
+from lowmem_imagic.presets import SMALL_KEEP, preset
 
 from .edit_methods import Method, ours
 from .full_finetuning import full_finetune

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowmem_imagic import edit_file
 from lowmem_imagic.adapters import AdapterPack, Factors
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import ADAPT_TARGETS, PRESETS, SMALL_KEEP, EditConfig, preset
+from lowmem_imagic.config import ADAPT_TARGETS, EditConfig
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.edit import Edit, LoraFactors
@@ -26,6 +26,7 @@ from lowmem_imagic.families import DEMO
 from lowmem_imagic.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.images import Photo
 from lowmem_imagic.pipeline import COARSE_SIDE, Job, make_edits, versions
+from lowmem_imagic.presets import PRESETS, SMALL_KEEP, preset
 from lowmem_imagic.truncation import truncated
 
 from . import sd15

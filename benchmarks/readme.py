@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lowmem_imagic.config import PRESETS, preset
+from lowmem_imagic.presets import PRESETS, preset
 
 from . import quality_tables
 from .goals import REPOSITORY

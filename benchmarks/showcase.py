@@ -8,11 +8,11 @@ from pathlib import Path
 
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import preset
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.pipeline import Job, apply_edits, make_edits
 from lowmem_imagic.png import contact_sheet, encode_png
+from lowmem_imagic.presets import preset
 from lowmem_imagic.sample import Cell
 
 from .edit_methods import SEED, as_photo

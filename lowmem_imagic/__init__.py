@@ -42,7 +42,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .adapters import AdapterPack
     from .base_model import BaseModel
-    from .config import EditConfig, SampleConfig, preset
+    from .config import EditConfig, SampleConfig
     from .edit import Edit
     from .edit_file import read as read_edit
     from .edit_file import write as write_edit
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .images import Photo, load_photo
     from .memory import Meter
     from .pipeline import Job, apply_edits, check_base, make_edits
+    from .presets import preset
     from .sample import Cell
 
 _HOMES = {
@@ -67,7 +68,7 @@ _HOMES = {
     "check_base": ("pipeline", "check_base"),
     "load_photo": ("images", "load_photo"),
     "make_edits": ("pipeline", "make_edits"),
-    "preset": ("config", "preset"),
+    "preset": ("presets", "preset"),
     "read_edit": ("edit_file", "read"),
     "write_edit": ("edit_file", "write"),
 }

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from .config import SMALL_KEEP, EditConfig, SampleConfig, base_problems, parse_strength, preset
+from .config import EditConfig, SampleConfig, base_problems, parse_strength
 from .errors import ConfigError, LowmemImagicError, PromptError
+from .presets import SMALL_KEEP, preset
 
 app = typer.Typer(
     name="lowmem-imagic",

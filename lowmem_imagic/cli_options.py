@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .config import ADAPT_TARGETS, INTERPOLATIONS, PRESETS, SMALL_KEEP
+from .config import ADAPT_TARGETS, INTERPOLATIONS
+from .presets import PRESETS, SMALL_KEEP
 
 EditFile = Annotated[Path, typer.Argument(metavar="EDIT", help="an edit file")]
 SampleModel = Annotated[str | None, typer.Option(help="base model [default: the one named in the edit]")]

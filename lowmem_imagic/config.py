@@ -1,4 +1,4 @@
-"""Settings of the three stages as frozen values, with presets and validation.
+"""Settings of the three stages as frozen values, and what is valid.
 
 Every problem of a set of settings is reported at once (`ConfigError.problems`). Passes are counted as
 forward-and-backward passes of one row through the UNet: ``steps * draws``.
@@ -32,9 +32,6 @@ BLOCKS = ("down", "mid", "up")
 """Parts of the UNet with a strength of their own: encoder, middle, decoder."""
 STARTS = ("noise", "photo")
 """What sampling starts from: pure noise, as in the paper, or noise over the photo's low frequencies."""
-PRESETS = ("balanced", "fast", "paper")
-SMALL_KEEP = 0.046
-"""Share of the adapter's bytes that the smallest edit files keep (``--small``)."""
 
 Strength = float | tuple[float, float, float]
 """Factor on an adapter: 1 as trained, 0 the base alone; one number, or one for each of `BLOCKS` (encoder: layout,
@@ -306,20 +303,6 @@ class EditConfig:
         return _build(lambda stage: values.get(stage, {}), values)
 
 
-def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | None = None) -> EditConfig:
-    """The settings of a preset, with `overrides` as ``{"embed": {"steps": 10}, "": {"seed": 1}}`` on top.
-
-    Raises:
-        ConfigError: unknown preset, unknown names, values out of range; all problems at once.
-    """
-    if name not in _PRESET_VALUES:
-        raise ConfigError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
-    given = overrides or {}
-    base = _PRESET_VALUES[name]
-    top: dict[str, Any] = {stage: {} for stage in given if stage}
-    return _build(lambda stage: {**base[stage], **given.get(stage, {})}, {**top, **base, **given.get("", {})})
-
-
 def _build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, Any]) -> EditConfig:
     """An `EditConfig` from per-stage values, collecting the problems of all stages."""
     problems, stages = [], {}
@@ -347,50 +330,3 @@ def _seed_problems(seed: object) -> list[str]:
     if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed <= MAX_SEED:
         return []
     return [f"seed is {seed!r}, expected a whole number from 0 to {MAX_SEED}"]
-
-
-_ANCHORED_EMBED: dict[str, Any] = {"draws": 2, "anchor": 0.5, "timesteps": (0.2, 1.0)}
-_ANCHORED_FINETUNE: dict[str, Any] = {
-    "draws": 2,
-    "anchor": 0.5,
-    "timesteps": (0.3, 1.0),
-    "final_rate": 0.0,
-    "adapt": "all",
-    "lora_rank": 16,
-    "lora_alpha": 16.0,
-    # Trained at a comfortable rank, stored in about the bytes of rank 2.
-    "keep": 0.108,
-}
-_RELEASING: dict[str, Any] = {"start": "photo", "release": 0.3, "guidance_scale": 4.0}
-
-_PRESET_VALUES: dict[str, dict[str, dict[str, Any]]] = {
-    # Chosen on the bundled world's validation scenes; docs/quality.md has the measurements.
-    "balanced": {
-        "embed": {"steps": 60, "learning_rate": 1e-2, **_ANCHORED_EMBED},
-        "finetune": {"steps": 120, "learning_rate": 1e-3, **_ANCHORED_FINETUNE},
-        "sample": _RELEASING,
-    },
-    "fast": {
-        "embed": {"steps": 24, "learning_rate": 1e-2, **_ANCHORED_EMBED},
-        "finetune": {"steps": 48, "learning_rate": 1.5e-3, **_ANCHORED_FINETUNE},
-        "sample": {"num_inference_steps": 20, **_RELEASING},
-    },
-    # Section 3.3, "Stable Diffusion": 1000 steps at 2e-3, then 1500 steps, one draw each. The paper's 5e-7
-    # moves all weights; an adapter of rank 16 needs a rate of the order other one-image adapters use.
-    "paper": {
-        "embed": {"steps": 1000, "learning_rate": 2e-3, "draws": 1},
-        "finetune": {
-            "steps": 1500,
-            "learning_rate": 1e-4,
-            "draws": 1,
-            "adapt": "all",
-            "lora_rank": 16,
-            "lora_alpha": 16.0,
-        },
-        "sample": {
-            "etas": (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-            "num_inference_steps": 50,
-            "guidance_scale": 7.5,
-        },
-    },
-}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lowmem_imagic import edit_file
 from lowmem_imagic.cli import app
-from lowmem_imagic.config import SMALL_KEEP
+from lowmem_imagic.presets import SMALL_KEEP
 
 SENTENCE = "a photo of a blue cube on the grass"
 QUICK = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2", "--steps-sample", "2", "--quiet"]

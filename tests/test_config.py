@@ -7,17 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.config import (
-    ADAPT_TARGETS,
-    BLOCKS,
-    PRESETS,
-    EditConfig,
-    SampleConfig,
-    parse_strength,
-    preset,
-    strengths,
-)
+from lowmem_imagic.config import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, parse_strength, strengths
 from lowmem_imagic.errors import ConfigError
+from lowmem_imagic.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,7 +8,6 @@ import torch
 
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import preset
 from lowmem_imagic.demo.render import object_mask, render
 from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.families.source import Folder
@@ -16,6 +15,7 @@ from lowmem_imagic.images import load_photo
 from lowmem_imagic.letterbox import psnr
 from lowmem_imagic.pipeline import Job, apply_edits, make_edits
 from lowmem_imagic.png import encode_png
+from lowmem_imagic.presets import preset
 from lowmem_imagic.sample import Cell, sample
 
 SEED = 11

@@ -25,7 +25,7 @@ from benchmarks.oracle import Attributes, Oracle
 from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
 from benchmarks.workers import each
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import preset
+from lowmem_imagic.presets import preset
 from lowmem_imagic.suggest import EtaScore, Suggestion
 
 PX = 64
