@@ -23,7 +23,7 @@ FP32 = (*FULL_RATES, "balanced-fp32")
 RETARGET_FROM = "a photo of an object"
 """The sentence that an edit is trained for before another is asked of it."""
 
-_PAPER: dict[str, Any] = {"start": "noise", "hold": 0.0, "release": 0.0}
+_PAPER: dict[str, Any] = {"start": "noise", "guidance_scale": 3.0}
 """Sampling as the paper has it, apart from its settings of degree."""
 _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "adapt-attn": {"finetune": {"adapt": "attn", "keep": 1.0}},
@@ -65,7 +65,7 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
 _SAMPLING: dict[str, Mapping[str, Any]] = {
     "start-noise": {"start": "noise"},
     "hold-10": {"hold": 0.1},
-    "no-release": {"release": 0.0},
+    "release-30": {"release": 0.3},
     "paper-sampling": _PAPER,
     "embedding-only": {"strength": 0.0},
     "strength-80": {"strength": 0.8},

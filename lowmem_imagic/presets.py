@@ -17,7 +17,7 @@ _ANCHORED_FINETUNE: dict[str, Any] = {
     "final_rate": 0.0,
     "adapt": "all",
 }
-_RELEASING: dict[str, Any] = {"start": "photo", "release": 0.3, "guidance_scale": 4.0}
+_SAMPLING: dict[str, Any] = {"start": "photo", "guidance_scale": 4.0}
 
 _VALUES: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on the bundled world's validation scenes; docs/quality.md has the measurements.
@@ -32,7 +32,7 @@ _VALUES: dict[str, dict[str, dict[str, Any]]] = {
             "keep": 0.108,
             **_ANCHORED_FINETUNE,
         },
-        "sample": _RELEASING,
+        "sample": _SAMPLING,
     },
     "fast": {
         "embed": {"steps": 24, "learning_rate": 1e-2, **_ANCHORED_EMBED},
@@ -45,7 +45,7 @@ _VALUES: dict[str, dict[str, dict[str, Any]]] = {
             "keep": 0.43,
             **_ANCHORED_FINETUNE,
         },
-        "sample": {"num_inference_steps": 20, **_RELEASING},
+        "sample": {"num_inference_steps": 20, **_SAMPLING},
     },
     # Section 3.3, "Stable Diffusion": 1000 steps at 2e-3, then 1500 steps, one draw each. The paper's 5e-7
     # moves all weights; an adapter of rank 16 needs a rate of the order other one-image adapters use.
