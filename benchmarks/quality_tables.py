@@ -89,9 +89,9 @@ def by_kind() -> list[str]:
     return kinds(TEST.name, SHOWN)
 
 
-def goals() -> list[str]:
-    """Rows: what was to be reached on the test set, and what was."""
-    found = results(TEST.name)
+def goals(items: str = TEST.name) -> list[str]:
+    """Rows: what was to be reached on the test set, and what was on a set."""
+    found = results(items)
     if not found:
         return NOTHING
     rows = ["| | goal | measured |", "|---|---|---|"]
@@ -127,6 +127,11 @@ def goals() -> list[str]:
         gap = difference(_good(balanced), _good(fp32))
         row("good items, 8-bit base less fp32 base", "within 2 points", _points(gap), abs(gap["value"]) <= 0.02)
     return rows
+
+
+def goals_on_validation() -> list[str]:
+    """The same on the items the settings were chosen on."""
+    return goals(VALIDATION.name)
 
 
 def suggestion() -> list[str]:

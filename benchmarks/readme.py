@@ -91,6 +91,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "kinds": quality_tables.by_kind,
         "goals": quality_tables.goals,
         "validation": quality_tables.validation,
+        "goals on validation": quality_tables.goals_on_validation,
         "suggestion": quality_tables.suggestion,
     },
 }
