@@ -54,7 +54,7 @@ def _edit(folder: Path, model: str, repeats: int, *options: str) -> dict[str, An
         print("speed: the bundled model is not there; edit skipped", file=sys.stderr)
         return None
     photo, out = folder / "photo.png", folder / "out"
-    if _run(["scene", "a red cube on a wooden floor", str(photo)]) is None:
+    if _run(["scene", "a red cube on a wooden floor", str(photo), "--force"]) is None:
         return None
     words = ["edit", str(photo), "a blue cube on a wooden floor", "--out", str(out), "--force", "--device", "cpu"]
     words += options
