@@ -51,7 +51,7 @@ def measured(oracle: Oracle, items: Sequence[SceneEdit], outcome: Outcome, base:
     photos = [item.photo_picture(base.size_px) for item in items]
     verdicts = {eta: judge(oracle, items, pictures) for eta, pictures in outcome.pictures.items()}
     best = to_images(base.decode(base.encode_images(torch.cat([to_tensor(photo) for photo in photos]))))
-    pairs = zip(outcome.pictures[min(outcome.pictures)], best, strict=True)
+    pairs = zip(outcome.pictures[0.0], best, strict=True)
     return Measured(outcome, verdicts, [psnr_db(np.asarray(made), np.asarray(photo)) for made, photo in pairs])
 
 
@@ -129,7 +129,10 @@ def chosen_eta(method: str) -> float:
         FileNotFoundError: the method has no complete result on the validation set yet.
     """
     path = RESULTS / f"{result_name(VALIDATION.name, method)}.json"
-    return float(json.loads(path.read_text(encoding="utf-8"))["eta"])
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["partial"]:
+        raise FileNotFoundError(f"{path.name} is a partial run")
+    return float(result["eta"])
 
 
 def result_name(items: str, method: str) -> str:

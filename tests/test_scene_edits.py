@@ -285,6 +285,17 @@ def test_variants_differ_from_balanced(tmp_path: Path) -> None:
         assert preset("balanced", values) != balanced, name
 
 
+def test_a_partial_run_chooses_no_eta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eta of the test set is a whole validation run's; a partial one counts as none."""
+    monkeypatch.setattr(edit_quality, "RESULTS", tmp_path)
+    path = tmp_path / f"{edit_quality.result_name('validation', 'balanced')}.json"
+    path.write_text(json.dumps({"eta": 0.8, "partial": True}))
+    with pytest.raises(FileNotFoundError, match="partial"):
+        edit_quality.chosen_eta("balanced")
+    path.write_text(json.dumps({"eta": 0.8, "partial": False}))
+    assert edit_quality.chosen_eta("balanced") == 0.8
+
+
 def test_suggestions_are_compared_like_with_like() -> None:
     """Good items are counted at the fixed eta, at each item's best, and at the eta each price suggests; never at 0."""
     items = [item_of("color"), item_of("shape"), item_of("add")]
