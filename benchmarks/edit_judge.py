@@ -54,6 +54,11 @@ class Verdict:
         values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
         return {**values, "good": self.good}
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Verdict":
+        """What `as_json` gave, but for the rounding."""
+        return Verdict(**{k: v for k, v in values.items() if k != "good"})
+
 
 def judge(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.Image]) -> list[Verdict]:
     """A verdict on each picture, the edit of the item at the same place.

@@ -48,19 +48,21 @@ class Outcome:
     """Size of each item's edit file, where the method has one."""
 
 
-def joined(parts: Sequence[Outcome]) -> Outcome:
-    """What a method made of several lots of equally many items, as one lot."""
-    return Outcome(
-        {eta: [picture for part in parts for picture in part.pictures[eta]] for eta in parts[0].pictures},
-        parts[0].passes,
-        sum(part.train_s for part in parts) / len(parts),
-        sum(part.sample_s for part in parts) / len(parts),
-        tuple(size for part in parts for size in part.edit_bytes),
-    )
+Apply = Callable[[BaseModel, Sequence[Image.Image], Sequence[str], Sequence[float]], Outcome]
 
 
-Method = Callable[[BaseModel, Sequence[Image.Image], Sequence[str], Sequence[float]], Outcome]
-"""``method(base, photos, sentences, etas)``."""
+@dataclass(frozen=True)
+class Method:
+    """A way to edit, called as ``method(base, photos, sentences, etas)``."""
+
+    settings: Mapping[str, Any]
+    """Everything it was chosen to be, as plain values: results of equal settings may be put together."""
+    apply: Apply
+
+    def __call__(
+        self, base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]
+    ) -> Outcome:
+        return self.apply(base, photos, sentences, etas)
 
 
 def ours(config: EditConfig, *, edits: Path | None = None, retarget_from: str | None = None) -> Method:
@@ -91,7 +93,7 @@ def ours(config: EditConfig, *, edits: Path | None = None, retarget_from: str | 
         passes = config.embed.passes + config.finetune.passes
         return Outcome(pictures, passes, train_s / len(photos), sample_s / (len(photos) * len(etas)), tuple(sizes))
 
-    return run
+    return Method({"edit": config.to_dict(), "retarget_from": retarget_from}, run)
 
 
 def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) -> tuple[bytes, float]:

@@ -10,7 +10,7 @@ method is reported at is one for all items, chosen on the validation set; the fi
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from lowmem_imagic.png import contact_sheet, encode_png
 
 from .compared import FP32, compared
 from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary
-from .edit_methods import Method, Outcome, joined
+from .edit_methods import Method, Outcome
 from .oracle import Oracle
 from .results import RESULTS, provenance, write_result
 from .scene_edits import HARD_KINDS, KINDS, SETS, VALIDATION, SceneEdit, of_kinds
@@ -34,25 +34,76 @@ from .workers import each
 
 ETAS = (0.0, 0.6, 0.8, 1.0, 1.2)
 """Points of every method's slider."""
+SAVE_EVERY = 4
+"""Items after which an unfinished result is written."""
 
 
-class Measured(NamedTuple):
-    """What a method made of the items, and what is said of it."""
+class Judged(NamedTuple):
+    """What is said of a method's work on one item."""
 
-    outcome: Outcome
-    verdicts: dict[float, list[Verdict]]
-    """For each eta a verdict on each item."""
-    reconstruction_db: list[float]
-    """PSNR of each item's picture at eta 0 to its photo's round trip through the autoencoder."""
+    item: SceneEdit
+    verdicts: dict[float, Verdict]
+    """For each eta."""
+    reconstruction_db: float
+    """PSNR of the picture at eta 0 to the photo's round trip through the autoencoder."""
+    passes: int
+    train_s: float
+    sample_s: float
+    """Seconds a picture."""
+    edit_bytes: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, rounded."""
+        return {
+            "name": self.item.name,
+            "sentence": self.item.sentence,
+            "reconstruction_db": round(self.reconstruction_db, 3),
+            "verdicts": {f"{eta:g}": verdict.as_json() for eta, verdict in self.verdicts.items()},
+            "passes": self.passes,
+            "train_s": round(self.train_s, 3),
+            "sample_s": round(self.sample_s, 3),
+            "edit_bytes": self.edit_bytes,
+        }
+
+    @staticmethod
+    def from_json(item: SceneEdit, values: Mapping[str, Any]) -> "Judged":
+        """What `as_json` gave for `item`, but for the rounding."""
+        return Judged(
+            item,
+            {float(eta): Verdict.from_json(verdict) for eta, verdict in values["verdicts"].items()},
+            *(values[name] for name in ("reconstruction_db", "passes", "train_s", "sample_s", "edit_bytes")),
+        )
 
 
-def measured(oracle: Oracle, items: Sequence[SceneEdit], outcome: Outcome, base: BaseModel) -> Measured:
-    """What a method made of the items, judged; its etas hold 0."""
-    photos = [item.photo_picture(base.size_px) for item in items]
-    verdicts = {eta: judge(oracle, items, pictures) for eta, pictures in outcome.pictures.items()}
-    best = to_images(base.decode(base.encode_images(torch.cat([to_tensor(photo) for photo in photos]))))
-    pairs = zip(outcome.pictures[0.0], best, strict=True)
-    return Measured(outcome, verdicts, [psnr_db(np.asarray(made), np.asarray(photo)) for made, photo in pairs])
+def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -> Judged:
+    """What a method made of one item, judged; its etas hold 0."""
+    verdicts = {eta: judge(oracle, [item], pictures)[0] for eta, pictures in outcome.pictures.items()}
+    [best] = to_images(base.decode(base.encode_images(to_tensor(item.photo_picture(base.size_px)))))
+    return Judged(
+        item,
+        verdicts,
+        psnr_db(np.asarray(outcome.pictures[0.0][0]), np.asarray(best)),
+        outcome.passes,
+        outcome.train_s,
+        outcome.sample_s,
+        outcome.edit_bytes[0] if outcome.edit_bytes else None,
+    )
+
+
+def kept(path: Path, facts: Mapping[str, Any], items: Sequence[SceneEdit]) -> tuple[list[Judged], list[dict[str, Any]]]:
+    """What the result at `path` says of `items`, and where it comes from: a provenance of each run.
+
+    Raises:
+        ValueError: it is of something else than `facts`.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    # Through JSON, which has no tuples.
+    other = [name for name, value in facts.items() if result.get(name) != json.loads(json.dumps(value))]
+    if other:
+        raise ValueError(f"{path.name} was made with other {', '.join(other)}")
+    found = {values["name"]: values for values in result["items"]}
+    results = [Judged.from_json(item, found[item.name]) for item in items if item.name in found]
+    return results, [*result["earlier_runs"], result["provenance"]]
 
 
 class _Bench(NamedTuple):
@@ -77,38 +128,43 @@ def _apply(item: SceneEdit) -> Outcome:
     return method(base, [item.photo_picture(base.size_px)], [item.sentence], etas)
 
 
-def report(items: Sequence[SceneEdit], found: Measured, eta: float) -> dict[str, Any]:
+def report(results: Sequence[Judged], eta: float) -> dict[str, Any]:
     """The result of one method: the curve along eta, and everything at the one `eta` it is reported at."""
-    outcome, verdicts, reconstruction_db = found
-    main = [i for i in range(len(items)) if items[i].kind not in HARD_KINDS]
-    chosen = verdicts[eta]
+    items = [result.item for result in results]
+    main = [result for result in results if result.item.kind not in HARD_KINDS] or results
+    sizes = [result.edit_bytes for result in results if result.edit_bytes is not None]
     return {
         "eta": eta,
         "at_eta": {
-            "all_but_" + "_and_".join(HARD_KINDS): summary([chosen[i] for i in main]),
-            "all": summary(chosen),
+            "all_but_" + "_and_".join(HARD_KINDS): summary([result.verdicts[eta] for result in main]),
+            "all": summary([result.verdicts[eta] for result in results]),
             "by_kind": {
-                kind: summary([chosen[i] for i in rows]) for kind in KINDS if (rows := of_kinds(items, [kind]))
+                kind: summary([results[i].verdicts[eta] for i in rows])
+                for kind in KINDS
+                if (rows := of_kinds(items, [kind]))
             },
         },
-        "reconstruction_db": bootstrap(reconstruction_db, median=True),
-        "curve": [{"eta": point, **summary([judged[i] for i in main])} for point, judged in verdicts.items()],
-        "cost": {
-            "passes": outcome.passes,
-            "train_s": round(outcome.train_s, 2),
-            "sample_s_per_picture": round(outcome.sample_s, 3),
-            "edit_bytes_mean": round(sum(outcome.edit_bytes) / len(outcome.edit_bytes)) if outcome.edit_bytes else None,
-        },
-        "items": [
-            {
-                "name": item.name,
-                "sentence": item.sentence,
-                "reconstruction_db": round(reconstruction_db[number], 3),
-                "verdicts": {f"{point:g}": judged[number].as_json() for point, judged in verdicts.items()},
-            }
-            for number, item in enumerate(items)
+        "reconstruction_db": bootstrap([result.reconstruction_db for result in results], median=True),
+        "curve": [
+            {"eta": point, **summary([result.verdicts[point] for result in main])} for point in results[0].verdicts
         ],
+        "cost": {
+            "passes": results[0].passes,
+            "train_s": round(_mean([result.train_s for result in results]), 2),
+            "sample_s_per_picture": round(_mean([result.sample_s for result in results]), 3),
+            "edit_bytes_mean": round(_mean(sizes)) if sizes else None,
+        },
+        "items": [result.as_json() for result in results],
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def along_eta(results: Sequence[Judged]) -> dict[float, list[Verdict]]:
+    """For each eta the verdicts on all items."""
+    return {eta: [result.verdicts[eta] for result in results] for eta in results[0].verdicts}
 
 
 def best_eta(items: Sequence[SceneEdit], verdicts: dict[float, list[Verdict]]) -> float:
@@ -140,12 +196,11 @@ def result_name(items: str, method: str) -> str:
     return f"edit_quality_{items}_{method.replace('-', '_')}"
 
 
-def grid(items: Sequence[SceneEdit], outcome: Outcome, verdicts: dict[float, list[Verdict]], eta: float) -> Image.Image:
-    """A row of photo, edit and ground truth for each item, failures included."""
+def grid(results: Sequence[Judged], pictures: Mapping[str, Image.Image], eta: float) -> Image.Image:
+    """A row of photo, edit at `eta` and ground truth for each item, failures included; `pictures` by item's name."""
     cells: list[tuple[str, Image.Image]] = []
-    for number, item in enumerate(items):
-        made = outcome.pictures[eta][number]
-        verdict = verdicts[eta][number]
+    for item, verdicts in ((result.item, result.verdicts) for result in results if result.item.name in pictures):
+        made, verdict = pictures[item.name], verdicts[eta]
         says = "good" if verdict.good else ("" if verdict.success else "not done; ") + f"{verdict.background_db:.0f} dB"
         cells.append((item.sentence.removeprefix("a photo of "), item.photo_picture(made.width)))
         cells += [(f"eta {eta:g}: {says}", made), ("ground truth", item.truth_picture(made.width))]
@@ -163,13 +218,14 @@ def main() -> int:
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="work on N items at once, on one thread each [1]"
     )
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of all items")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here, partial or not")
+    parser.add_argument("--resume", action="store_true", help="go on with a result: keep the items it has already")
+    parser.add_argument("--force", action="store_true", help="replace a result")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of the items of this run")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here [benchmarks/results]")
     args = parser.parse_args()
 
-    chosen = SETS[args.set]
+    chosen, method = SETS[args.set], compared()[args.method]
     items = chosen.items()[: args.items]
-    partial = len(items) < len(chosen.items())
     weights = "fp32" if args.method in FP32 else "int8"
     etas, eta = ETAS, None
     if chosen is not VALIDATION:
@@ -179,32 +235,67 @@ def main() -> int:
             print(f"run --set validation --method {args.method} first: it chooses eta", file=sys.stderr)
             return 2
         etas = tuple(dict.fromkeys((*ETAS, eta)))
-    base = BaseModel.load("demo", device=args.device, weights=weights)
-    origin, oracle = provenance(base.device), Oracle.load()
-    start = (args.method, args.work, args.device, weights, etas)
-    outcomes = each(_apply, items, processes=args.processes, start=_start, args=start)
-    found = measured(oracle, items, joined(outcomes), base)
-    eta = best_eta(items, found.verdicts) if eta is None else eta
-    result = {
+    base, oracle = BaseModel.load("demo", device=args.device, weights=weights), Oracle.load()
+    origin = provenance(base.device)
+    facts = {
         "method": args.method,
+        "settings": method.settings,
         "set": asdict(chosen),
-        "partial": partial,
         "base_weights": weights,
-        "processes": args.processes,
-        "torch_threads": torch.get_num_threads() if args.processes == 1 else 1,
         "model": {"name": base.name, "sha256": base.identity.files},
         "judge": {"sha256": oracle.sha256},
-        **report(items, found, eta),
     }
-    for part, values in result["at_eta"].items():
+    path = args.out or RESULTS / f"{result_name(args.set, args.method)}.json"
+    results: dict[str, Judged] = {}
+    earlier: list[dict[str, Any]] = []
+    if path.exists() and args.resume:
+        try:
+            found, earlier = kept(path, facts, items)
+        except ValueError as error:
+            print(f"{error}; start anew with --force", file=sys.stderr)
+            return 2
+        results = {result.item.name: result for result in found}
+        print(f"{len(results)} of {len(items)} items are in {path.name} already")
+    elif path.exists() and not args.force:
+        print(f"{path.name} exists; go on with it by --resume, or replace it by --force", file=sys.stderr)
+        return 2
+    pictures: dict[float, dict[str, Image.Image]] = {point: {} for point in etas}
+
+    def written() -> float:
+        """Writes what there is, and gives the eta it is reported at."""
+        done = [results[item.name] for item in items if item.name in results]
+        at = best_eta([result.item for result in done], along_eta(done)) if eta is None else eta
+        result = {
+            **facts,
+            "partial": len(done) < len(chosen.items()),
+            "earlier_runs": earlier,
+            "processes": args.processes,
+            "torch_threads": torch.get_num_threads() if args.processes == 1 else 1,
+            **report(done, at),
+        }
+        write_result(result_name(args.set, args.method), result, path=path, origin=origin)
+        return at
+
+    def take(item: SceneEdit, outcome: Outcome) -> None:
+        results[item.name] = judged(oracle, item, outcome, base)
+        for point, made in outcome.pictures.items():
+            pictures[point][item.name] = made[0]
+        # Now and then: a run that is stopped loses little.
+        if len(results) % SAVE_EVERY == 0:
+            written()
+
+    start = (args.method, args.work, args.device, weights, etas)
+    missing = [item for item in items if item.name not in results]
+    each(_apply, missing, processes=args.processes, start=_start, args=start, on_result=take)
+    eta = written()
+    done = [results[item.name] for item in items]
+    for part, values in report(done, eta)["at_eta"].items():
         if part != "by_kind":
             shares = "  ".join(f"{name} {value['value']:.3g}" for name, value in values.items())
             print(f"{args.method}, eta {eta:g}, {part}: {shares}")
-    if args.out or not partial:
-        written = write_result(result_name(args.set, args.method), result, path=args.out, origin=origin)
-        print(f"result: {written.name}")
+    print(f"result: {path.name}")
     if args.grid:
-        write_bytes(args.grid, encode_png(grid(items, found.outcome, found.verdicts, eta)), overwrite=True)
+        write_bytes(args.grid, encode_png(grid(done, pictures[eta], eta)), overwrite=True)
     return 0
 
 

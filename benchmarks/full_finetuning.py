@@ -87,7 +87,12 @@ def full_finetune(
         passes, rendered = (embed_steps + steps) * draws, len(photos) * len(etas)
         return Outcome(pictures, passes, train_s / len(photos), sample_s / rendered)
 
-    return run
+    settings = {
+        "embed": asdict(first),
+        "finetune": {"learning_rate": learning_rate, "steps": steps, "draws": draws},
+        "sample": asdict(sampling),
+    }
+    return Method(settings, run)
 
 
 def _embed(base: BaseModel, latents: Tensor, target: Tensor, config: EmbedConfig) -> dict[str, Tensor]:

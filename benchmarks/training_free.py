@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ def sentence_alone(config: SampleConfig) -> Method:
         seconds = (time.perf_counter() - started) / len(sentences)
         return Outcome(dict.fromkeys(etas, pictures), 0, 0.0, seconds)
 
-    return run
+    return Method(asdict(config), run)
 
 
 def sdedit(config: SampleConfig) -> Method:
@@ -52,7 +53,7 @@ def sdedit(config: SampleConfig) -> Method:
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
 
-    return run
+    return Method(asdict(config), run)
 
 
 def ddim_inversion(config: SampleConfig) -> Method:
@@ -80,7 +81,7 @@ def ddim_inversion(config: SampleConfig) -> Method:
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
 
-    return run
+    return Method(asdict(config), run)
 
 
 @torch.no_grad()

@@ -20,7 +20,13 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def each(
-    work: Callable[[Item], Result], items: Sequence[Item], *, processes: int, start: Callable[..., None], args: Any = ()
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    processes: int,
+    start: Callable[..., None],
+    args: Any = (),
+    on_result: Callable[[Item, Result], None] = lambda item, result: None,
 ) -> list[Result]:
     """``work(item)`` of every item, in their order; the first error ends it all.
 
@@ -30,14 +36,20 @@ def each(
         processes: how many there are; 1 works in this one, with all its threads.
         start: called with `args` once in every process, before anything else.
         args: what it needs.
+        on_result: called here with every item and its result, as they come.
     """
     bar = tqdm(total=len(items), unit="item", disable=None)
     results: dict[int, Result] = {}
+
+    def take(number: int, result: Result) -> None:
+        results[number] = result
+        on_result(items[number], result)
+        bar.update()
+
     if processes == 1:
         start(*args)
         for number, item in enumerate(items):
-            results[number] = work(item)
-            bar.update()
+            take(number, work(item))
     else:
         before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
         # Read when a process first loads torch, so set here and not in it.
@@ -49,8 +61,7 @@ def each(
                 waiting = {pool.submit(work, item): number for number, item in enumerate(items)}
                 try:
                     for done in as_completed(waiting):
-                        results[waiting[done]] = done.result()
-                        bar.update()
+                        take(waiting[done], done.result())
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise

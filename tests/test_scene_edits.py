@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,17 +207,48 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     items, etas = ITEMS[:3], (0.0, 0.5, 1.0)
     outcome = method(base, [item.photo_picture(PX) for item in items], [item.sentence for item in items], etas)
-    found = edit_quality.measured(oracle, items, outcome, base)
-    _, verdicts, reconstruction_db = found
+    results = [
+        edit_quality.judged(
+            oracle, item, replace(outcome, pictures={e: [p[i]] for e, p in outcome.pictures.items()}), base
+        )
+        for i, item in enumerate(items)
+    ]
+    verdicts = edit_quality.along_eta(results)
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.unet.state_dict().items())
     assert not any(parameter.requires_grad for parameter in base.unet.parameters())
     assert outcome.passes == (8 if name in ("ours", "full") else 0)
     assert set(verdicts) == set(etas) and all(len(found) == 3 for found in verdicts.values())
-    assert len(reconstruction_db) == 3
-    result = edit_quality.report(items, found, edit_quality.best_eta(items, verdicts))
+    result = edit_quality.report(results, edit_quality.best_eta(items, verdicts))
     assert result["eta"] in (0.5, 1.0)
     assert len(result["curve"]) == 3 and len(result["items"]) == 3
-    assert isinstance(edit_quality.grid(items, outcome, verdicts, 1.0), Image.Image)
+    pictures = {item.name: outcome.pictures[1.0][i] for i, item in enumerate(items)}
+    assert isinstance(edit_quality.grid(results, pictures, 1.0), Image.Image)
+
+
+def run_quality(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """`edit_quality`'s command line on a small method of this package."""
+    monkeypatch.setattr(edit_quality, "compared", lambda work=None: {"balanced": edit_methods.ours(SMALL)})
+    monkeypatch.setattr(sys, "argv", ["edit_quality", "--method", "balanced", "--device", "cpu", *arguments])
+    return edit_quality.main()
+
+
+def test_a_stopped_comparison_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A result keeps its items when it is resumed, counts every run, and is never replaced or mixed unasked."""
+    path = tmp_path / "result.json"
+    assert run_quality(monkeypatch, "--items", "1", "--out", str(path)) == 0
+    first = json.loads(path.read_text())
+    assert first["partial"] and first["earlier_runs"] == []
+    assert run_quality(monkeypatch, "--items", "2", "--out", str(path)) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run_quality(monkeypatch, "--items", "2", "--out", str(path), "--resume") == 0
+    second = json.loads(path.read_text())
+    assert second["items"][0] == first["items"][0] and len(second["items"]) == 2
+    assert second["earlier_runs"] == [first["provenance"]]
+    path.write_text(json.dumps({**second, "settings": {}}))
+    assert run_quality(monkeypatch, "--items", "2", "--out", str(path), "--resume") == 2
+    assert "other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", [training_free.sdedit, training_free.ddim_inversion])
