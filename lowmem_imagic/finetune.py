@@ -58,7 +58,6 @@ def finetune(
     )
     pack.initialize(generators)
     trained = [Trained(pack.weights, pack.enable_gradients(), config.learning_rate, config.weight_decay)]
-    pack.set_rows(None)
     # Contiguous, or its rows below would be copies and training them would change nothing.
     embeddings = optimized_embeddings.to(base.device, torch.float32).clone(memory_format=torch.contiguous_format)
     if config.embedding_learning_rate:
@@ -76,6 +75,7 @@ def finetune(
             config=config,
             generators=generators,
             start_noise=start_noise,
+            pack=pack,
             progress=progress,
         )
     pack.disable_gradients()

@@ -35,20 +35,32 @@ class PackedAdam:
     ) -> None:
         self.weights = weights
         rate = torch.as_tensor(learning_rate, dtype=torch.float32, device=weights.device)
-        self.learning_rate = rate.expand(weights.shape[0]).unsqueeze(1)
-        self.max_grad_norm, self.weight_decay = max_grad_norm, weight_decay
+        self.learning_rate = rate.expand(weights.shape[0]).unsqueeze(1).clone()
+        self.weight_decay = weight_decay
+        # Kept as plain numbers too: whether any row is clipped must not cost a question to the device.
+        self._limits = [max_grad_norm] * len(weights)
         self.steps = torch.zeros(weights.shape[0], 1, device=weights.device)
         self.first = torch.zeros_like(weights)
         self.second = torch.zeros_like(weights)
 
     @torch.no_grad()
-    def step(self, grads: Tensor, active: Tensor, share: float = 1.0) -> None:
-        """One update with gradients (N, P) for the rows where `active` (N,) is true, at `share` of the rate."""
+    def restart(self, row: int, *, learning_rate: float, max_grad_norm: float = 0.0) -> None:
+        """Forgets all about a row: it begins anew, with a rate and a limit of its own."""
+        self.learning_rate[row] = learning_rate
+        self._limits[row] = max_grad_norm
+        for state in (self.steps, self.first, self.second):
+            state[row].zero_()
+
+    @torch.no_grad()
+    def step(self, grads: Tensor, active: Tensor, share: float | Tensor = 1.0) -> None:
+        """One update with gradients (N, P) for the rows where `active` (N,) is true, at `share` (one for all, or (N,))
+        of the rate."""
+        share = share.to(self.weights).unsqueeze(1) if isinstance(share, Tensor) else share
         rate = self.learning_rate * share
         mask = active.to(self.weights).unsqueeze(1)
-        if self.max_grad_norm:
-            norms = grads.norm(dim=1, keepdim=True)
-            grads = grads * (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
+        if any(self._limits):
+            limits = torch.tensor([limit or math.inf for limit in self._limits]).to(self.weights).unsqueeze(1)
+            grads = grads * (limits / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
         b1, b2 = self.BETAS
         self.steps += mask
         self.first.lerp_(grads, (1 - b1) * mask)

@@ -1,16 +1,18 @@
 """The loop both training stages share: draw rows, predict, step, for a whole pack at once.
 
-A batch row is (edit, timestep, noise). Each edit draws from its own generator in its own order, so the
-pack it travels in cannot change what it sees.
+A batch row is (edit, timestep, noise). Each edit draws from its own generator in its own order, so the pack it travels
+in cannot change what it sees; it has a slot of the pack, which it enters and leaves on its own.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import StageConfig
 from .diffusion import add_noise, draw_timesteps, loss_per_edit, training_target
@@ -33,6 +35,11 @@ class Trained:
     weight_decay: float = 0.0
 
 
+def tail(losses: Sequence[float], share: float = 0.2) -> float | None:
+    """Mean of the last `share` of some losses; None when there are none."""
+    return fmean(losses[-max(1, round(len(losses) * share)) :]) if losses else None
+
+
 @dataclass(frozen=True)
 class Losses:
     """What a training stage saw."""
@@ -44,10 +51,58 @@ class Losses:
 
     def tail(self, edit: int, share: float = 0.2) -> float | None:
         """Mean loss of an edit over the last `share` of its steps; None when it took none."""
-        steps = self.steps_run[edit]
-        if not steps:
+        return tail(self.per_step[: self.steps_run[edit], edit].tolist(), share)
+
+
+@dataclass
+class Run:
+    """One edit's way through one stage."""
+
+    latents: Tensor
+    """The photo (C, H, W), fp32 on the CPU."""
+    config: StageConfig
+    """Steps, draws, their timesteps and noise, fall of the rate, averaging, early stop."""
+    generator: torch.Generator
+    """What it draws from, on the CPU."""
+    start_noise: Tensor | None = None
+    """What sampling will start from (C, H, W); only read with `StageConfig.anchor`."""
+    losses: list[float] = field(default_factory=list)
+    """Mean squared error in each step it took."""
+
+    @property
+    def rate_share(self) -> float:
+        """Share of the learning rate that its next step has."""
+        return 1 - (1 - self.config.final_rate) * len(self.losses) / max(1, self.config.steps - 1)
+
+    @property
+    def average_share(self) -> float:
+        """How far the running average moves to the weights; in early steps farther, so that the start is forgotten."""
+        step = len(self.losses)
+        return 1 - min(self.config.average, (1 + step) / (10 + step))
+
+    @property
+    def diverged(self) -> DivergenceError | None:
+        """The error to report when its loss is no longer finite."""
+        if not self.losses or torch.tensor(self.losses[-1]).isfinite():
             return None
-        return float(self.per_step[steps - max(1, round(steps * share)) : steps, edit].mean())
+        return DivergenceError(
+            f"the loss is {self.losses[-1]:g} after {len(self.losses)} of {self.config.steps} steps at learning "
+            f"rate {self.config.learning_rate:g}; lower the learning rate of this stage"
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether it took all its steps, stopped early or broke."""
+        return len(self.losses) >= self.config.steps or self._stalled or self.diverged is not None
+
+    @property
+    def _stalled(self) -> bool:
+        """Whether the mean loss over the last `patience` steps is no better than over as many before."""
+        window = self.config.patience
+        if not window or len(self.losses) < 2 * window:
+            return False
+        before, now = fmean(self.losses[-2 * window : -window]), fmean(self.losses[-window:])
+        return now > before * (1 - self.config.min_improvement)
 
 
 def draw_rows(
@@ -85,6 +140,138 @@ def draw_rows(
     return noisy, t, training_target(x, epsilon, t, alpha_bar, prediction_type)
 
 
+class Trainer:
+    """Takes steps of the denoising loss (paper eq. 2) for the edits in the slots of a pack.
+
+    Args:
+        base: the frozen base, with whatever is trained already in it.
+        trained: what is trained, N rows each: a row is a slot's.
+        embeddings: gives the text conditioning (N, T, D) of a pass.
+        pack: the adapters that are attached, to be told whose rows a pass has.
+        max_rows: most rows of a pass, but at least one of each edit; a step of more takes several passes, and their
+            gradients add up. None is no limit.
+
+    **Memory**: the activations of one pass, freed before the optimiser steps; with averaging, 4 bytes a weight.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        trained: Sequence[Trained],
+        embeddings: Callable[[], Tensor],
+        *,
+        pack: AdapterPack | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        self._base, self._trained, self._embeddings = base, trained, embeddings
+        self._pack, self._max_rows = pack, max_rows
+        self._slots = len(trained[0].weights)
+        self._optimizers = [
+            PackedAdam(part.weights, learning_rate=part.learning_rate, weight_decay=part.weight_decay)
+            for part in trained
+        ]
+        self._averages: list[Tensor | None] = [None for _ in trained]
+        self._rates: dict[int, Sequence[float]] = {}
+        self.runs: dict[int, Run] = {}
+        """What is in the slots, by their numbers."""
+
+    @torch.no_grad()
+    def begin(self, slot: int, run: Run, rates: Sequence[float] | None = None) -> None:
+        """Puts an edit into a free slot, whose row of every trained tensor holds what it begins with.
+
+        Args:
+            slot: number of the slot.
+            run: the edit.
+            rates: learning rate of each trained tensor, 0 for one that stays; by default as in `trained`.
+        """
+        self.runs[slot] = run
+        self._rates[slot] = [part.learning_rate for part in self._trained] if rates is None else rates
+        for number, (part, rate) in enumerate(zip(self._trained, self._rates[slot], strict=True)):
+            self._optimizers[number].restart(slot, learning_rate=rate, max_grad_norm=run.config.max_grad_norm)
+            if run.config.average:
+                average = self._averages[number]
+                if average is None:
+                    average = self._averages[number] = part.weights.clone()
+                average[slot].copy_(part.weights[slot])
+
+    def trains(self, part: int) -> bool:
+        """Whether the trained tensor of this number is trained by any edit that has a slot now."""
+        return any(self._rates[slot][part] for slot in self.runs)
+
+    def step(self) -> dict[int, Run]:
+        """One step of every edit that has a slot; those that finish with it leave their slots and are returned."""
+        rows = {slot: self._draw(run) for slot, run in self.runs.items()}
+        for part in self._trained:
+            part.grads.zero_()
+        losses = torch.zeros(self._slots, device=self._base.device)
+        for slots, draws in self._passes():
+            share = len(draws) / self.runs[slots[0]].config.draws
+            chosen = [[values[draws.start : draws.stop] for values in rows[slot]] for slot in slots]
+            noisy, timesteps, target = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+            index = torch.tensor(slots)
+            if self._pack is not None:
+                self._pack.set_rows(None if slots == list(range(self._slots)) else index)
+            text = self._embeddings()[index.to(self._base.device)].repeat_interleave(len(draws), 0)
+            prediction = self._base.predict(noisy, timesteps, text)
+            found = share * loss_per_edit(prediction, target.to(self._base.device), len(slots))
+            with warnings.catch_warnings():
+                # The factors of several edits are strided views of one buffer, and so are their gradients, on purpose.
+                warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
+                found.sum().backward()
+            losses[index.to(losses.device)] += found.detach()
+        self._update()
+        for slot, loss in enumerate(losses.tolist()):
+            if slot in self.runs:
+                self.runs[slot].losses.append(loss)
+        return {slot: self._leave(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
+
+    def _draw(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps and targets of an edit's next step, a row a draw."""
+        config = run.config
+        return draw_rows(
+            run.latents[None],
+            config.draws,
+            self._base.alpha_bar,
+            self._base.family.prediction_type,
+            [run.generator],
+            config.timesteps,
+            run.start_noise,
+            round(config.anchor * config.draws),
+        )
+
+    def _passes(self) -> Iterator[tuple[list[int], range]]:
+        """The passes of a step: slots, and which of their draws; in a pass all slots have equally many."""
+        for draws in sorted({run.config.draws for run in self.runs.values()}):
+            slots = [slot for slot in sorted(self.runs) if self.runs[slot].config.draws == draws]
+            at_once = draws if self._max_rows is None else max(1, min(draws, self._max_rows // len(slots)))
+            for first in range(0, draws, at_once):
+                yield slots, range(first, min(draws, first + at_once))
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Moves what is trained along its gradients, each edit at its own rate."""
+        shares, follow = torch.zeros(self._slots), torch.zeros(self._slots)
+        for slot, run in self.runs.items():
+            shares[slot], follow[slot] = run.rate_share, run.average_share
+        for number, part in enumerate(self._trained):
+            if not self.trains(number):
+                continue
+            active = torch.tensor([slot in self.runs and self._rates[slot][number] > 0 for slot in range(self._slots)])
+            self._optimizers[number].step(part.grads, active, shares)
+            if (average := self._averages[number]) is not None:
+                average.lerp_(part.weights, follow.to(average).unsqueeze(1))
+
+    @torch.no_grad()
+    def _leave(self, slot: int) -> Run:
+        """Frees a slot; its rows hold what the edit came to."""
+        run = self.runs.pop(slot)
+        if run.config.average:
+            for part, average in zip(self._trained, self._averages, strict=True):
+                if average is not None:
+                    part.weights[slot].copy_(average[slot])
+        return run
+
+
 def train(
     base: BaseModel,
     latents: Tensor,
@@ -94,92 +281,40 @@ def train(
     config: StageConfig,
     generators: Sequence[torch.Generator],
     start_noise: Tensor | None = None,
+    pack: AdapterPack | None = None,
     progress: Progress | None = None,
 ) -> Losses:
-    """Minimises the denoising loss (paper eq. 2) of every edit over what is trained, in place.
+    """Takes edits that begin together through one stage: what is trained changes in place.
 
     Args:
         base: the frozen base, with whatever is trained already in it.
         latents: (N, C, H, W), fp32 on the CPU.
-        embeddings: gives the text conditioning (N, T, D) of the step.
+        embeddings: gives the text conditioning (N, T, D) of a pass.
         trained: what is trained, each with a rate of its own.
-        config: steps, draws, their timesteps and noise, fall of the rate, clipping, averaging, early stop.
+        config: the stage.
         generators: one CPU generator per edit.
         start_noise: what sampling will start from (C, H, W); only read with `StageConfig.anchor`.
+        pack: the adapters that are attached.
         progress: called after every step.
 
     Raises:
         DivergenceError: a loss is no longer finite.
-
-    **Memory**: the activations of N * draws rows, freed before the optimiser steps.
     """
-    edits = len(latents)
-    optimizers = [
-        PackedAdam(
-            part.weights,
-            learning_rate=part.learning_rate,
-            max_grad_norm=config.max_grad_norm,
-            weight_decay=part.weight_decay,
-        )
-        for part in trained
-    ]
-    averages = [part.weights.clone() for part in trained] if config.average else []
-    history = torch.full((config.steps, edits), float("nan"))
-    active = torch.ones(edits, dtype=torch.bool)
-    steps_run = [config.steps] * edits
-    for step in range(config.steps):
-        noisy, timesteps, target = draw_rows(
-            latents,
-            config.draws,
-            base.alpha_bar,
-            base.family.prediction_type,
-            generators,
-            config.timesteps,
-            start_noise,
-            round(config.anchor * config.draws),
-        )
-        conditioning = embeddings().repeat_interleave(config.draws, 0)
-        losses = loss_per_edit(base.predict(noisy, timesteps, conditioning), target.to(base.device), edits)
-        share = 1 - (1 - config.final_rate) * step / max(1, config.steps - 1)
-        for part in trained:
-            part.grads.zero_()
-        with warnings.catch_warnings():
-            # The factors of several edits are strided views of one buffer, and so are their gradients, on purpose.
-            warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-            losses.sum().backward()
-        for part, optimizer in zip(trained, optimizers, strict=True):
-            optimizer.step(part.grads, active, share)
-        for part, average in zip(trained, averages, strict=False):
-            _follow(average, part.weights, config.average, step, active)
-        history[step] = torch.where(active, losses.detach().cpu(), torch.nan)
-        if not history[step][active].isfinite().all():
-            raise DivergenceError(
-                f"the loss is {history[step][active].max():g} after {step + 1} of {config.steps} steps at learning "
-                f"rate {config.learning_rate:g}; lower the learning rate of this stage"
-            )
-        for edit in range(edits):
-            if active[edit] and _stalled(history[: step + 1, edit], config):
-                active[edit], steps_run[edit] = False, step + 1
+    trainer = Trainer(base, trained, embeddings, pack=pack)
+    runs = [Run(x, config, generator, start_noise) for x, generator in zip(latents, generators, strict=True)]
+    if config.steps:
+        for slot, run in enumerate(runs):
+            trainer.begin(slot, run)
+    for step in range(1, config.steps + 1):
+        running = list(trainer.runs.values())
+        for run in trainer.step().values():
+            if run.diverged:
+                raise run.diverged
         if progress is not None:
-            progress(step + 1, config.steps, f"loss {history[step].nanmean():.4f}")
-        if not active.any():
+            progress(step, config.steps, f"loss {fmean(run.losses[-1] for run in running):.4f}")
+        if not trainer.runs:
             break
-    for part, average in zip(trained, averages, strict=False):
-        part.weights.copy_(average)
-    return Losses(history, tuple(steps_run))
-
-
-@torch.no_grad()
-def _follow(average: Tensor, weights: Tensor, decay: float, step: int, active: Tensor) -> None:
-    """Moves the running average (N, P) of the weights on; early steps count less, so that the start is forgotten."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    average.lerp_(weights, share * active.to(weights).unsqueeze(1))
-
-
-def _stalled(losses: Tensor, config: StageConfig) -> bool:
-    """Whether the mean loss over the last `patience` steps is no better than over as many before."""
-    window = config.patience
-    if not window or len(losses) < 2 * window:
-        return False
-    before, now = losses[-2 * window : -window].mean(), losses[-window:].mean()
-    return bool(now > before * (1 - config.min_improvement))
+    history = torch.full((config.steps, len(runs)), float("nan"))
+    for number, run in enumerate(runs):
+        history[: len(run.losses), number] = torch.tensor(run.losses)
+    return Losses(history, tuple(len(run.losses) for run in runs))
