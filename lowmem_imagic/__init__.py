@@ -36,6 +36,7 @@ __all__ = [
     "make_edits",
     "preset",
     "read_edit",
+    "stream_edits",
     "write_edit",
 ]
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from .errors import LowmemImagicError
     from .images import Photo, load_photo
     from .memory import Meter
-    from .pipeline import Job, apply_edits, check_base, make_edits
+    from .pipeline import Job, apply_edits, check_base, make_edits, stream_edits
     from .presets import preset
     from .sample import Cell
 
@@ -70,6 +71,7 @@ _HOMES = {
     "make_edits": ("pipeline", "make_edits"),
     "preset": ("presets", "preset"),
     "read_edit": ("edit_file", "read"),
+    "stream_edits": ("pipeline", "stream_edits"),
     "write_edit": ("edit_file", "write"),
 }
 

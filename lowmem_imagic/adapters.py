@@ -232,15 +232,19 @@ class AdapterPack:
         return [parameter for pair in self._parameters.values() for parameter in pair]
 
     def initialize(self, generators: Sequence[torch.Generator]) -> None:
-        """Draws A uniformly as peft does (Kaiming with a = sqrt 5) from each edit's own generator; B is zero."""
-        with torch.no_grad():
-            for edit, generator in enumerate(generators):
-                for name, shape in self._shapes.items():
-                    bound = 1 / math.sqrt(math.prod(shape.down[1:]))
-                    drawn = torch.rand(shape.down, generator=generator).mul_(2 * bound).sub_(bound)
-                    down, up = self._parameters[name]
-                    down[edit].copy_(drawn)
-                    up[edit].zero_()
+        """Draws every edit's adapter from its own generator, see `initialize_edit`."""
+        for edit, generator in enumerate(generators):
+            self.initialize_edit(edit, generator)
+
+    @torch.no_grad()
+    def initialize_edit(self, edit: int, generator: torch.Generator) -> None:
+        """Draws an edit's A uniformly as peft does (Kaiming with a = sqrt 5); its B is zero."""
+        for name, shape in self._shapes.items():
+            bound = 1 / math.sqrt(math.prod(shape.down[1:]))
+            drawn = torch.rand(shape.down, generator=generator).mul_(2 * bound).sub_(bound)
+            down, up = self._parameters[name]
+            down[edit].copy_(drawn)
+            up[edit].zero_()
 
     def enable_gradients(self) -> Tensor:
         """The flat gradient (N, P); every factor's gradient is a view of it, which backward passes fill."""

@@ -20,7 +20,7 @@ def embed(
     *,
     start_noise: Tensor | None = None,
 ) -> tuple[Tensor, Losses]:
-    """The optimised embeddings e_opt (N, T, D), fp32 on the CPU, and the losses on the way.
+    """The optimised embeddings e_opt (N, T, D), fp32 on the CPU, and the losses on the way: stage 1 by itself.
 
     Minimises the denoising loss (eq. 2) over the embedding alone, from e_tgt, few steps so that it stays
     close to it and interpolation remains meaningful.

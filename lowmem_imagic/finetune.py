@@ -31,7 +31,7 @@ def finetune(
     *,
     start_noise: Tensor | None = None,
 ) -> Finetuned:
-    """The trained adapters of all edits, and the losses on the way; the base is left as it was.
+    """The trained adapters of all edits, and the losses on the way: stage 2 by itself; the base is left as it was.
 
     Same loss as stage 1 (eq. 2), over the adapters' weights instead of the embedding. With an
     `embedding_learning_rate`, the embedding goes on training beside them (as in Forgedit, arXiv 2309.10556).

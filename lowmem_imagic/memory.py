@@ -1,6 +1,7 @@
 """Seconds and peak bytes of each stage, measured; and freed memory given back."""
 
 import ctypes
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from .errors import MemoryLimitError
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+@contextmanager
+def clear_errors(stage: str, cheaper: str) -> Iterator[None]:
+    """Turns running out of memory in the ``with`` block into one clear error.
+
+    Args:
+        stage: what the block does.
+        cheaper: settings that take less.
+
+    Raises:
+        MemoryLimitError: it ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # On a CPU torch raises a bare RuntimeError ("can't allocate memory", "not enough memory").
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise MemoryLimitError(f"out of memory in stage {stage}; next cheaper setting: {cheaper}") from error
 
 
 @dataclass

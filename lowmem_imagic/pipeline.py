@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import platform
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,25 +17,19 @@ from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
 from .diffusion import coarse, starting_noise
 from .edit import Edit, LoraFactors
-from .embed import embed
-from .errors import BaseMismatchError, MemoryLimitError, PromptError, TensorShapeError
+from .errors import BaseMismatchError, DivergenceError, PromptError, TensorShapeError
 from .facts import MAX_PROMPT_CHARS
-from .finetune import finetune
 from .identity import SourcePicture
 from .images import Photo
 from .letterbox import Letterbox, from_square, to_images, to_square, to_tensor
-from .memory import Meter
+from .memory import Meter, clear_errors
+from .packing import Pack, StageProgress, Task, TrainedEdit
 from .sample import Cell, sample
-from .training import Losses
+from .training import tail
 from .truncation import truncated
 
 COARSE_SIDE = 4
 """Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-
-StageProgress = Callable[[str, int, int, str], None]
-"""Called as ``progress(stage, step, steps, remark)``."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +45,57 @@ def make_edits(
     jobs: Sequence[Job],
     config: EditConfig,
     *,
+    slots: int | None = None,
     progress: StageProgress | None = None,
     meter: Meter | None = None,
 ) -> list[Edit]:
-    """The edits of a pack of jobs, trained side by side over one frozen base.
+    """The edits of some jobs, in their order; see `stream_edits`.
 
-    Every edit is what it would have been alone, to rounding; one alone is reproducible bit for bit on a CPU.
+    Raises:
+        DivergenceError: a stage's loss is no longer finite.
+    """
+    made: dict[int, Edit] = {}
+    for group in stream_edits(base, jobs, config, slots=slots, progress=progress, meter=meter):
+        for number, edit in group:
+            if isinstance(edit, DivergenceError):
+                raise edit
+            made[number] = edit
+    return [made[number] for number in range(len(jobs))]
+
+
+def stream_edits(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    config: EditConfig,
+    *,
+    slots: int | None = None,
+    max_rows: int | None = None,
+    progress: StageProgress | None = None,
+    meter: Meter | None = None,
+) -> Iterator[list[tuple[int, Edit | DivergenceError]]]:
+    """The edits of any number of jobs, or their failures, as they finish: groups of (number of the job, edit).
+
+    Jobs train side by side over one frozen base, and whoever is finished makes room for the next; in between, the base
+    is free to render what is there. Every edit is what it would have been alone, to rounding; one slot is
+    reproducible bit for bit on a CPU.
 
     Args:
         base: the frozen base.
         jobs: photos and sentences.
         config: settings of all three stages (the third is recorded in the edits).
-        progress: called after every step of every stage.
+        slots: how many edits train at once; None for all of them.
+        max_rows: most rows of a pass, None for no limit.
+        progress: called after every step: of every stage for one job, of the whole for several ("train").
         meter: collects seconds and peak bytes of each stage.
 
     Raises:
         PromptError: a sentence with nothing to encode, or one no edit file can hold.
-        DivergenceError: a stage's loss is no longer finite.
         MemoryLimitError: a stage does not fit.
 
-    **Memory**: text encoder and VAE are gone before the UNet trains.
+    **Memory**: text encoder and VAE are gone before the UNet trains; see `packing.Pack`.
     """
+    if not jobs:
+        return
     meter = meter or Meter(base.device)
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
@@ -89,51 +112,45 @@ def make_edits(
         latents = base.encode_images(torch.cat([to_tensor(square) for square in squares]))
     with _stage(meter, "load", "--base-weights int8, or --device cpu"):
         base.unet.eval()
-    generators = [torch.Generator().manual_seed(config.seed) for _ in jobs]
     noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(config.sample.seeds[0]))
-    with _stage(meter, "embed", "--checkpointing, or fewer draws a step"):
-        optimized, embed_losses = embed(
-            base, latents, target, config.embed, generators, _named(progress, "embed"), start_noise=noise
-        )
-    # Rounded as the file stores it, so that an edit and its file give the same pictures.
-    optimized = optimized.half().float()
-    with _stage(meter, "finetune", "--checkpointing, fewer draws a step, or --adapt attn"):
-        tuned = finetune(
-            base,
-            latents,
-            optimized,
-            config.finetune,
-            generators,
-            _named(progress, "finetune"),
-            start_noise=noise,
-        )
-    optimized = tuned.optimized_embeddings
-    return [
-        Edit(
-            adapter={
-                key: LoraFactors(down.half(), up.half(), alpha)
-                for key, (down, up, alpha) in truncated(tuned.adapters.export(i), config.finetune.keep).items()
-            },
-            optimized_embedding=optimized[i].half(),
-            coarse_latents=coarse(latents[i : i + 1], COARSE_SIDE)[0].half(),
-            target_prompt=job.prompt,
-            base=identity,
-            settings=_settings(config, [embed_losses, tuned.losses], i),
-            seed=config.seed,
-            etas=config.sample.etas,
-            eta_default=1.0,
-            source=sources[i],
-            base_weights=base.weights,
-            versions=versions(),
-            measured={
-                "device": _device_name(base.device),
-                "dtype": str(base.dtype),
-                "stages": dict(meter.stages),
-            },
-            title=" ".join(job.prompt.split())[:200],
-        )
-        for i, job in enumerate(jobs)
+    tasks = [
+        Task(x, e, torch.Generator().manual_seed(config.seed), noise) for x, e in zip(latents, target, strict=True)
     ]
+    pack = Pack(base, tasks, config, slots=min(slots or len(jobs), len(jobs)), max_rows=max_rows, progress=progress)
+    before = dict(meter.stages)
+    for group in pack.run():
+        finished: list[tuple[int, Edit | DivergenceError]] = []
+        for made in group:
+            meter.stages |= made.measured
+            job = jobs[made.number]
+            if made.error is not None:
+                finished.append((made.number, made.error))
+                continue
+            edit = Edit(
+                adapter={
+                    key: LoraFactors(down.half(), up.half(), alpha)
+                    for key, (down, up, alpha) in truncated(made.adapter, config.finetune.keep).items()
+                },
+                optimized_embedding=made.optimized_embedding.half(),
+                coarse_latents=coarse(latents[made.number][None], COARSE_SIDE)[0].half(),
+                target_prompt=job.prompt,
+                base=identity,
+                settings=_settings(config, made),
+                seed=config.seed,
+                etas=config.sample.etas,
+                eta_default=1.0,
+                source=sources[made.number],
+                base_weights=base.weights,
+                versions=versions(),
+                measured={
+                    "device": _device_name(base.device),
+                    "dtype": str(base.dtype),
+                    "stages": {**before, **made.measured},
+                },
+                title=" ".join(job.prompt.split())[:200],
+            )
+            finished.append((made.number, edit))
+        yield finished
 
 
 def apply_edits(
@@ -292,17 +309,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _settings(config: EditConfig, losses: Sequence[Losses], edit: int) -> dict[str, Any]:
+def _settings(config: EditConfig, made: TrainedEdit) -> dict[str, Any]:
     """The settings of all stages, with what happened to this edit under "result"."""
     values = config.to_dict()
     del values["seed"]
-    embed_losses, finetune_losses = losses
-    values["result"] = {
-        "embed_steps": embed_losses.steps_run[edit],
-        "embed_loss": embed_losses.tail(edit),
-        "finetune_steps": finetune_losses.steps_run[edit],
-        "finetune_loss": finetune_losses.tail(edit),
-    }
+    values["result"] = {}
+    for stage, losses in made.losses.items():
+        values["result"] |= {f"{stage}_steps": len(losses), f"{stage}_loss": tail(losses)}
     return values
 
 
@@ -329,11 +342,5 @@ def _device_name(device: torch.device) -> str:
 @contextlib.contextmanager
 def _stage(meter: Meter, name: str, cheaper: str) -> Iterator[None]:
     """Measures a stage, and turns running out of memory in it into one clear error."""
-    try:
-        with meter.stage(name):
-            yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU torch raises a bare RuntimeError ("can't allocate memory", "not enough memory").
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
-            raise
-        raise MemoryLimitError(f"out of memory in stage {name}; next cheaper setting: {cheaper}") from error
+    with clear_errors(name, cheaper), meter.stage(name):
+        yield

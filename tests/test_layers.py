@@ -32,7 +32,7 @@ LAYERS = {
     4: ("facts", "families"),
     5: ("edit_header", "edit", "base_model"),
     6: ("edit_file", "training", "sample", "suggest"),
-    7: ("embed", "finetune"),
+    7: ("embed", "finetune", "packing"),
     8: ("pipeline",),
     9: ("result_folder", "doctor", "console", "cli_frame"),
     10: ("rendering",),

@@ -22,7 +22,7 @@ from lowmem_imagic.errors import DivergenceError
 from lowmem_imagic.finetune import finetune
 from lowmem_imagic.images import Photo
 from lowmem_imagic.optimizer import PackedAdam
-from lowmem_imagic.pipeline import Job, make_edits
+from lowmem_imagic.pipeline import Job, make_edits, stream_edits
 from lowmem_imagic.sample import Cell, sample
 from lowmem_imagic.training import draw_rows, train
 
@@ -750,3 +750,28 @@ def test_a_pack_is_encoded_before_the_unet_is_loaded(
     assert sorted(name for name, _ in parts.loaded if name != "unet") == ["text_encoder", "vae"]
     assert parts.alive_at_unet == []
     assert parts.alive() == ["unet"]
+
+
+def test_edits_are_handed_over_as_they_finish(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a pack of one slot come one by one, each the edit `make_edits` gives; a broken one comes as its error."""
+    jobs = [
+        Job(Photo(image=Image.new("RGB", (16, 16), color), sha256="0" * 64, name="p", notes=(), icc_profile=None), p)
+        for color, p in zip(("red", "green", "blue"), PROMPTS, strict=True)
+    ]
+    config = EditConfig(embed=EMBED, finetune=FINETUNE)
+    expected = make_edits(base, jobs, config, slots=1)
+    groups = list(stream_edits(base, jobs, config, slots=1))
+    assert [[number for number, _ in group] for group in groups] == [[0], [1], [2]]
+    for [(number, edit)] in groups:
+        assert torch.equal(edit.optimized_embedding, expected[number].optimized_embedding)
+        assert all(torch.equal(edit.adapter[key].up, f.up) for key, f in expected[number].adapter.items())
+        assert set(edit.measured["stages"]) == {"encode", "load", "embed", "finetune"}
+    assert make_edits(base, [], config) == []
+    encode = base.encode_images
+    broken = torch.tensor([1.0, torch.nan, 1.0]).view(3, 1, 1, 1)
+    monkeypatch.setattr(base, "encode_images", lambda images: encode(images) * broken)
+    made = {number: edit for group in stream_edits(base, jobs, config, slots=2) for number, edit in group}
+    assert isinstance(made[1], DivergenceError)
+    assert all(made[number].target_prompt == PROMPTS[number] for number in (0, 2))
+    with pytest.raises(DivergenceError, match="lower the learning rate"):
+        make_edits(base, jobs, config)

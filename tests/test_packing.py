@@ -1,0 +1,268 @@
+"""Facts about packs: an edit is what it would be alone, whoever trains beside it, and nobody waits for anybody."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_imagic import training
+from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.embed import embed
+from lowmem_imagic.errors import DivergenceError
+from lowmem_imagic.finetune import finetune
+from lowmem_imagic.optimizer import PackedAdam
+from lowmem_imagic.packing import Pack, Task, TrainedEdit
+
+PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing", "a cat", "a tall green tree")
+CONFIG = EditConfig(
+    embed=EmbedConfig(steps=3, learning_rate=1e-2, draws=2, anchor=0.5),
+    finetune=FinetuneConfig(steps=4, learning_rate=1e-3, draws=2, lora_rank=2, lora_alpha=3.0, final_rate=0.0),
+)
+STEPS = CONFIG.embed.steps + CONFIG.finetune.steps
+
+
+@pytest.fixture(scope="module")
+def base(load_base: Callable[..., Any]) -> Any:
+    """The tiny model in 8 bit."""
+    return load_base()
+
+
+def tasks_of(base: Any, numbers: Sequence[int]) -> list[Task]:
+    """The tasks of these numbers: each its own photo, sentence, generator and starting noise."""
+    text = base.encode_text(PROMPTS)
+    noise = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    photos = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    return [Task(photos[n], text[n], torch.Generator().manual_seed(10 + n), noise[n]) for n in numbers]
+
+
+def train(
+    base: Any, numbers: Sequence[int], config: EditConfig = CONFIG, *, slots: int, **options: Any
+) -> dict[int, TrainedEdit]:
+    """The trained edits by the number of their task."""
+    groups = list(Pack(base, tasks_of(base, numbers), config, slots=slots, **options).run())
+    return {numbers[made.number]: made for group in groups for made in group}
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Collects every gradient (N, P) that an optimiser is given."""
+    seen: list[Tensor] = []
+
+    class Recording(PackedAdam):
+        def step(self, grads: Tensor, active: Tensor, share: Any = 1.0) -> None:
+            seen.append(grads.clone())
+            super().step(grads, active, share)
+
+    monkeypatch.setattr(training, "PackedAdam", Recording)
+    return seen
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[Tensor, ...]]]:
+    """Collects the rows every edit draws, by the first seed of its generator."""
+    seen: dict[int, list[tuple[Tensor, ...]]] = {}
+    draw_rows = training.draw_rows
+
+    def recording(latents: Tensor, draws: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rows = draw_rows(latents, draws, *rest)
+        [generator] = rest[2]
+        seen.setdefault(generator.initial_seed() - 10, []).append(rows)
+        return rows
+
+    monkeypatch.setattr(training, "draw_rows", recording)
+    return seen
+
+
+def same(one: TrainedEdit, other: TrainedEdit) -> bool:
+    """Whether two edits agree bit for bit."""
+    return torch.equal(one.optimized_embedding, other.optimized_embedding) and all(
+        torch.equal(a, b)
+        for key in one.adapter
+        for a, b in zip(one.adapter[key][:2], other.adapter[key][:2], strict=True)
+    )
+
+
+def far(one: TrainedEdit, other: TrainedEdit, relative: Callable[..., float]) -> float:
+    """The largest relative distance of the embeddings, the B factors and the losses of two edits."""
+    ups = [torch.cat([up.flatten() for _, up, _ in made.adapter.values()]) for made in (one, other)]
+    pairs = [(one.optimized_embedding, other.optimized_embedding), (ups[0], ups[1])]
+    pairs += [(torch.tensor(one.losses[s]), torch.tensor(other.losses[s])) for s in ("embed", "finetune")]
+    return max(relative(a, b) for a, b in pairs)
+
+
+def test_one_slot_is_the_stages_one_after_the_other(base: Any) -> None:
+    """With one slot an edit has the very bits of stage 1, its embedding rounded to fp16, and stage 2 after it."""
+    made = train(base, [3, 1], slots=1)
+    for number in (3, 1):
+        [task] = tasks_of(base, [number])
+        photo, text, generators = task.latents[None], task.target_embedding[None], [task.generator]
+        optimized, first = embed(base, photo, text, CONFIG.embed, generators, start_noise=task.start_noise)
+        tuned = finetune(base, photo, optimized.half().float(), CONFIG.finetune, generators)
+        assert torch.equal(made[number].optimized_embedding, tuned.optimized_embeddings[0])
+        adapter = tuned.adapters.export(0)
+        assert made[number].adapter.keys() == adapter.keys()
+        assert all(torch.equal(made[number].adapter[key][1], adapter[key][1]) for key in adapter)
+        assert made[number].losses["embed"] == first.per_step[:, 0].tolist()
+        assert made[number].losses["finetune"] == tuned.losses.per_step[:, 0].tolist()
+
+
+def test_one_slot_gives_the_same_bits_again(base: Any) -> None:
+    """One slot at a time is reproducible bit for bit, whatever was in the slot before."""
+    first, again = train(base, [0, 1, 2], slots=1), train(base, [2, 0], slots=1)
+    assert all(same(first[number], again[number]) for number in (0, 2))
+    assert not same(first[0], first[1])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "slots"), [([0, 1, 2, 3], 4), ([3, 1, 0, 2], 4), ([4, 0, 1, 2, 3], 2), ([0, 1, 2, 3, 4], 3)]
+)
+def test_an_edit_does_not_depend_on_its_pack(
+    numbers: list[int],
+    slots: int,
+    base: Any,
+    drawn: dict[int, list[tuple[Tensor, ...]]],
+    relative: Callable[..., float],
+) -> None:
+    """In a pack of 4, in another order and in a refilled pack an edit draws the same bits and ends up the same."""
+    alone = train(base, [0, 1, 2, 3], slots=1)
+    rows = {number: list(drawn[number]) for number in range(4)}
+    drawn.clear()
+    packed = train(base, numbers, slots=slots)
+    assert set(packed) == set(numbers)
+    for number in range(4):
+        assert len(drawn[number]) == len(rows[number]) == STEPS
+        for one, other in zip(drawn[number], rows[number], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert far(packed[number], alone[number], relative) < 2e-3
+
+
+def test_gradients_are_those_alone_while_stages_mix(
+    base: Any, gradients: list[Tensor], relative: Callable[..., float]
+) -> None:
+    """From equal weights an edit's gradient beside edits in another stage is its own, to rounding."""
+    # Without a rate nothing moves, so that weights are equal in every step.
+    still = dataclasses.replace(
+        CONFIG,
+        embed=dataclasses.replace(CONFIG.embed, learning_rate=1e-30),
+        finetune=dataclasses.replace(CONFIG.finetune, learning_rate=1e-30),
+    )
+    train(base, [0], still, slots=1)
+    alone = list(gradients)
+    gradients.clear()
+    # The slot of an edit that breaks in its first step goes to edit 0, one step behind edit 1.
+    tasks = tasks_of(base, [1, 2, 0])
+    tasks[1] = dataclasses.replace(tasks[1], latents=torch.full_like(tasks[1].latents, torch.nan))
+    assert len(list(Pack(base, tasks, still, slots=2).run())) == 3
+    width = alone[0].shape[1]
+    for stage, steps in ((lambda g: g.shape[1] == width, 3), (lambda g: g.shape[1] != width, 4)):
+        own = [g[0] for g in alone if stage(g)]
+        beside = [g[1] for g in gradients if stage(g)][-steps:]
+        assert len(own) == steps
+        assert all(relative(other, one) < 1e-5 for one, other in zip(own, beside, strict=True))
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 5])
+def test_splitting_a_step_changes_rounding_only(
+    max_rows: int, base: Any, relative: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass has at most `max_rows` rows but one of each edit at least; draws and results stay the same."""
+    config = EditConfig(
+        embed=dataclasses.replace(CONFIG.embed, draws=3), finetune=dataclasses.replace(CONFIG.finetune, draws=3)
+    )
+    whole = train(base, [0, 1], config, slots=2)
+    seen: list[int] = []
+    predict = base.predict
+    monkeypatch.setattr(base, "predict", lambda x, t, e: seen.append(len(x)) or predict(x, t, e))
+    split = train(base, [0, 1], config, slots=2, max_rows=max_rows)
+    assert max(seen) == {1: 2, 2: 2, 3: 2, 5: 4}[max_rows] and sum(seen) == 2 * 3 * STEPS
+    assert all(far(split[number], whole[number], relative) < 2e-3 for number in (0, 1))
+
+
+def test_stages_of_different_draws_share_a_pack(base: Any, relative: Callable[..., float]) -> None:
+    """Edits whose stages draw unequal numbers of rows still train beside each other as they would alone."""
+    config = EditConfig(
+        embed=dataclasses.replace(CONFIG.embed, draws=1, steps=2),
+        finetune=dataclasses.replace(CONFIG.finetune, draws=3, average=0.5),
+    )
+    stop = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, patience=1, min_improvement=1.0))
+    for settings in (config, stop):
+        alone, packed = (train(base, [0, 1, 2], settings, slots=slots) for slots in (1, 2))
+        assert all(far(packed[number], alone[number], relative) < 2e-3 for number in range(3))
+
+
+def test_who_stops_early_makes_room(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot is refilled in the step after its edit stopped; the pack never waits for its slowest member."""
+    rows: list[int] = []
+    predict = base.predict
+    monkeypatch.setattr(base, "predict", lambda x, t, e: rows.append(len(x)) or predict(x, t, e))
+    config = dataclasses.replace(
+        CONFIG, finetune=dataclasses.replace(CONFIG.finetune, steps=8, patience=1, min_improvement=0.0)
+    )
+    made = train(base, [0, 1, 2, 3], config, slots=2)
+    taken = [sum(len(losses) for losses in made[number].losses.values()) for number in range(4)]
+    assert len(set(taken)) > 1
+    assert sum(rows) == 2 * sum(taken)
+    busy = [0, 0]
+    for steps in taken:
+        busy[busy.index(min(busy))] += steps
+    assert len(rows) == max(busy)
+
+
+def test_a_broken_edit_leaves_the_others_alone(base: Any, relative: Callable[..., float]) -> None:
+    """An edit whose loss is no number is given back with its error; its slot and its neighbours go on unharmed."""
+    alone = train(base, [0, 2, 3], slots=1)
+    tasks = tasks_of(base, [0, 1, 2, 3])
+    tasks[1] = dataclasses.replace(tasks[1], latents=torch.full_like(tasks[1].latents, torch.nan))
+    made = {edit.number: edit for group in Pack(base, tasks, CONFIG, slots=2).run() for edit in group}
+    assert isinstance(made[1].error, DivergenceError) and "after 1 of 3 steps" in str(made[1].error)
+    assert made[1].adapter == {}
+    assert all(made[number].error is None for number in (0, 2, 3))
+    assert all(far(made[number], alone[number], relative) < 2e-3 for number in (0, 2, 3))
+
+
+def test_the_base_is_free_between_groups(base: Any) -> None:
+    """While finished edits are handed over the UNet is the network it was, and after an abandoned run, too."""
+    modules = list(base.unet.modules())
+    run = Pack(base, tasks_of(base, [0, 1, 2]), CONFIG, slots=1).run()
+    for _ in range(2):
+        next(run)
+        assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+    run.close()
+
+    def interrupt(stage: str, step: int, *_: object) -> None:
+        if step > CONFIG.embed.steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(Pack(base, tasks_of(base, [0, 1]), CONFIG, slots=2, progress=interrupt).run())
+    assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+
+
+def test_progress_says_where_everybody_is(base: Any) -> None:
+    """One edit reports its stages; several report steps of all, and how many are trained, in slots and waiting."""
+    seen: list[tuple[str, int, int, str]] = []
+    train(base, [0], slots=1, progress=lambda *report: seen.append(report))
+    assert [report[:3] for report in seen] == [("embed", n, 3) for n in (1, 2, 3)] + [
+        ("finetune", n, 4) for n in (1, 2, 3, 4)
+    ]
+    seen.clear()
+    train(base, [0, 1, 2], slots=2, progress=lambda *report: seen.append(report))
+    assert {report[0] for report in seen} == {"train"}
+    steps = [report[1] for report in seen]
+    assert steps == sorted(steps) and steps[-1] == seen[-1][2] == 3 * STEPS
+    assert "0 of 3 edits trained, 2 in slots, 1 waiting" in seen[0][3]
+    assert "3 of 3 edits trained, 0 in slots, 0 waiting" in seen[-1][3]
+
+
+def test_no_steps_give_the_sentence_and_no_change(base: Any) -> None:
+    """Without steps e_opt is e_tgt as fp16 holds it, and every B is zero."""
+    config = EditConfig(
+        embed=dataclasses.replace(CONFIG.embed, steps=0), finetune=dataclasses.replace(CONFIG.finetune, steps=0)
+    )
+    made = train(base, [0, 1], config, slots=1)
+    for number, task in zip((0, 1), tasks_of(base, [0, 1]), strict=True):
+        assert torch.equal(made[number].optimized_embedding, task.target_embedding.half().float())
+        assert not any(up.any() for _, up, _ in made[number].adapter.values())
