@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_imagic import training
 from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
@@ -255,6 +256,47 @@ def test_progress_says_where_everybody_is(base: Any) -> None:
     assert steps == sorted(steps) and steps[-1] == seen[-1][2] == 3 * STEPS
     assert "0 of 3 edits trained, 2 in slots, 1 waiting" in seen[0][3]
     assert "3 of 3 edits trained, 0 in slots, 0 waiting" in seen[-1][3]
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that are not views: what would be kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def operations(base: Any, slots: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Operations of each step of a full pack, but for drawing, which the CPU does for an edit after the other."""
+    step, draw = training.Trainer.step, training.Trainer._draw
+    counted: list[int] = []
+
+    def counting(self: training.Trainer) -> Any:
+        rows = {id(run): draw(self, run) for run in self.runs.values()}
+        with monkeypatch.context() as patch, Counting() as mode:
+            patch.setattr(training.Trainer, "_draw", lambda self, run: rows[id(run)])
+            ended = step(self)
+        counted.append(mode.count)
+        return ended
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "step", counting)
+        train(base, range(slots), slots=slots)
+    return counted
+
+
+def test_operations_do_not_grow_with_the_pack(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes about as many operations for four edits as for two, and not many more than for one, drawing aside."""
+    one, two, four = (operations(base, slots, monkeypatch) for slots in (1, 2, 4))
+    assert len(one) == len(four) == STEPS
+    for single, pair, pack in zip(one, two, four, strict=True):
+        assert 100 < single <= pair <= 1.25 * single
+        # What is left is arithmetic on a few numbers of each edit, on the CPU.
+        assert pack <= 1.03 * pair
 
 
 def test_no_steps_give_the_sentence_and_no_change(base: Any) -> None:
