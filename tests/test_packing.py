@@ -290,7 +290,7 @@ def operations(base: Any, slots: int, monkeypatch: pytest.MonkeyPatch) -> list[i
 
 
 def test_operations_do_not_grow_with_the_pack(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes about as many operations for four edits as for two, and not many more than for one, drawing aside."""
+    """A step takes about as many operations for four edits as for two, and few more than for one, drawing aside."""
     one, two, four = (operations(base, slots, monkeypatch) for slots in (1, 2, 4))
     assert len(one) == len(four) == STEPS
     for single, pair, pack in zip(one, two, four, strict=True):
