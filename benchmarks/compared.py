@@ -16,7 +16,7 @@ from .training_free import ddim_inversion, sdedit, sentence_alone
 
 FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8
 """Full fine-tuning: 480 + 960 passes, in the paper's proportion of 1000 steps to 1500, several draws a step."""
-FULL_RATES = {"full-1e-5": 1e-5, "full-3e-5": 3e-5, "full-1e-4": 1e-4}
+FULL_RATES = {"full-1e-5": 1e-5, "full-3e-5": 3e-5, "full-1e-4": 1e-4, "full-3e-4": 3e-4}
 """Rates of full fine-tuning that are tried."""
 FP32 = (*FULL_RATES, "balanced-fp32")
 """Methods on the base in fp32; all others have it in int8."""

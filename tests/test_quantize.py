@@ -133,8 +133,9 @@ def test_input_gradient_is_that_of_the_written_out_layer(
     y.backward(cotangent)
     written(theirs).backward(cotangent)
     assert ours.grad.dtype == dtype
-    # In bfloat16 the scale is rounded before it is applied, a part in 256 at most for each weight.
-    assert relative(ours.grad, theirs.grad) < (1e-6 if dtype == torch.float32 else 0.005)
+    # In bfloat16 ours rounds scale and cotangent, the other its weights, and both their sums, by a part in 512 at
+    # most each; some processors also round on the way.
+    assert relative(ours.grad, theirs.grad) < (1e-6 if dtype == torch.float32 else 5 / 512)
 
 
 @pytest.mark.parametrize("make", [frozen_linear, frozen_conv])
