@@ -141,7 +141,9 @@ class PackedLoraLinear(PackedLoraLayer):
         hidden = torch.bmm(rows, down.transpose(1, 2))
         if (strengths := self._strengths(x)) is not None:
             hidden = (hidden.view(len(x), -1) * strengths[:, None]).view(hidden.shape)
-        return y + torch.bmm(hidden, up.transpose(1, 2)).view(y.shape)
+        # In place: a base layer keeps nothing of its output, and nobody else has it.
+        y.view(down.shape[0], -1, y.shape[-1]).baddbmm_(hidden, up.transpose(1, 2))
+        return y
 
 
 class PackedLoraConv2d(PackedLoraLayer):
@@ -162,7 +164,7 @@ class PackedLoraConv2d(PackedLoraLayer):
         delta = F.conv2d(hidden, up.flatten(0, 1)[..., None, None], groups=groups)
         if groups > 1:
             delta = delta.view(each, groups, *y.shape[1:]).transpose(0, 1).reshape(y.shape)
-        return y + delta
+        return y.add_(delta)
 
 
 class AdapterPack:

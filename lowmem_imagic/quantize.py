@@ -159,7 +159,12 @@ def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torc
     """A layer of `kind` (`Linear8bitLt` or ours) with the weight (out, in) quantised by bitsandbytes."""
     outputs, inputs = weight.shape
     layer = kind(inputs, outputs, bias is not None, has_fp16_weights=False, threshold=0.0, device="meta")
-    layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    if device.type == "meta":
+        # bitsandbytes quantises on the way to a device that computes; here there is nothing to quantise.
+        stored = {"CB": torch.empty_like(weight, dtype=torch.int8), "SCB": weight.new_empty(outputs, dtype=torch.float32)}
+        layer.weight = bnb.nn.Int8Params(stored["CB"], requires_grad=False, has_fp16_weights=False, **stored)
+    else:
+        layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     if bias is not None:
         layer.bias = _own(bias, device)
     return layer

@@ -20,6 +20,7 @@ LAYERS = {
         "png",
         "diffusion",
         "quantize",
+        "frugal",
         "adapters",
         "optimizer",
         "memory",

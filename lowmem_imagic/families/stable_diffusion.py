@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizerFast
 from ..diffusion import PREDICTION_TYPES
 from ..errors import ConfigError, IncompleteModelError, PromptError, WrongFamilyError
 from ..quantize import load_frozen
+from .frugal_unet import make_frugal
 from .source import COMPONENTS, Folder, SingleFile
 
 _FAMILIES = {768: "sd1", 1024: "sd2"}
@@ -220,6 +221,7 @@ class StableDiffusion:
             load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
         except ValueError as error:
             raise IncompleteModelError(f"{self.source.label}: the UNet's {error}") from error
+        make_frugal(unet)
         return unet
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -1,0 +1,86 @@
+"""Counts the bytes of live tensors while code runs, with or without real memory behind them.
+
+On the meta device nothing is computed, yet every tensor is made and dropped as it would be, so a network's real code
+tells its peak before a weight is read. The same counting on a CPU is what a prediction is checked against.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within the ``with`` block, follows every storage that an operation makes, forward and backward.
+
+    Kernels' own scratch memory is not seen, nor what was there before. Each storage counts once, however many
+    views there are of it.
+
+    Attributes:
+        live: bytes alive now.
+        peak: most bytes alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # Whatever goes in was there before, or is known already.
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self._known:
+                    self._follow(storage)
+        return result
+
+    def _follow(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def freed(_: object) -> None:
+            del self._known[key]
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Within the ``with`` block, attention keeps what fused kernels keep: no matrix of all pairs.
+
+    The meta device has no fused kernel of its own; every device that computes has one. Not for several threads.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.device.type != "meta":
+            return plain(query, key, value, *args, **kwargs)
+        result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return result
+
+    # A torch function mode would not reach what checkpointing computes again.
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The most bytes that `run` holds at once beyond what was there before."""
+    with LiveBytes() as count:
+        run()
+    return count.peak
