@@ -5,33 +5,13 @@ Bytes do not depend on what the weights are, so memory and size can be measured 
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-CONFIG: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-"""``unet/config.json`` of Stable Diffusion 1.5."""
+from lowmem_imagic.families.published import SD15_UNET
 
 PARAMETERS = 859_520_964
 """Weights of that UNet."""
@@ -43,7 +23,7 @@ TOKENS = 77
 def meta_unet() -> nn.Module:
     """The network without weights, on the meta device; its few buffers are real."""
     with init_empty_weights(include_buffers=False):
-        unet: nn.Module = UNet2DConditionModel.from_config(CONFIG)
+        unet: nn.Module = UNet2DConditionModel.from_config(SD15_UNET)
     assert sum(p.numel() for p in unet.parameters()) == PARAMETERS
     return unet
 

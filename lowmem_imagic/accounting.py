@@ -28,7 +28,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
@@ -81,6 +81,7 @@ def fused_attention() -> Iterator[None]:
 
 def peak_of(run: Callable[[], object]) -> int:
     """The most bytes that `run` holds at once beyond what was there before."""
-    with LiveBytes() as count:
+    count = LiveBytes()
+    with count:
         run()
     return count.peak

@@ -10,6 +10,7 @@ norm or a stop mask for all edits is one operation whatever N is.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,6 +166,15 @@ class PackedLoraConv2d(PackedLoraLayer):
         if groups > 1:
             delta = delta.view(each, groups, *y.shape[1:]).transpose(0, 1).reshape(y.shape)
         return y.add_(delta)
+
+
+@contextmanager
+def strided_gradients() -> Iterator[None]:
+    """Around a backward pass: without torch's warning that factors of several edits lie apart in one buffer, as they
+    and their gradients do on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
+        yield
 
 
 class AdapterPack:

@@ -6,7 +6,8 @@ UNet stays. So encode everything first, then train (`release` drops the UNet too
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .config import base_problems
 from .errors import BackendUnavailableError, ConfigError
 from .families import DEMO, StableDiffusion, load_family
 from .identity import BaseIdentity
-from .memory import return_freed_memory
+from .memory import in_rungs, return_freed_memory
 from .quantize import weight_bytes
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class BaseModel:
         weights: format of the UNet's weights, one of `config.WEIGHT_FORMATS`.
         attention: ``"xformers"`` or ``"sdpa"``, as resolved.
         checkpointing: whether activations are recomputed in the backward pass.
+        vae_tiling: whether the autoencoder works in tiles.
+        rungs: what was made cheaper because memory ran out, in words and in order.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class BaseModel:
         self.device, self.weights = device, weights
         self.dtype = pick_dtype(device, weights)
         self.attention, self.checkpointing = attention, checkpointing
+        self.vae_tiling = False
+        self.rungs: list[str] = []
         self._unet: nn.Module | None = None
         self._embeddings: dict[str, Tensor] = {}
 
@@ -162,6 +167,17 @@ class BaseModel:
             self._unet = unet
         return self._unet
 
+    def recompute(self) -> None:
+        """Switches gradient checkpointing on."""
+        self.checkpointing = True
+        if self._unet is not None:
+            self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def step_down(self, words: str) -> None:
+        """Records a rung that was taken because memory ran out."""
+        log.warning("out of memory; going on with %s", words)
+        self.rungs.append(words)
+
     def release(self) -> None:
         """Drops the UNet; the next `predict` loads it again."""
         self._unet = None
@@ -178,7 +194,7 @@ class BaseModel:
                 torch.cuda.empty_cache()
 
     @property
-    def _part_dtype(self) -> torch.dtype:
+    def part_dtype(self) -> torch.dtype:
         """Half precision on GPUs: these parts are used once and their fp32 activations would set the peak."""
         return torch.float16 if self.device.type == "cuda" else torch.float32
 
@@ -186,25 +202,36 @@ class BaseModel:
         """Text embeddings (B, T, D), fp32 on the CPU; each sentence is encoded once and remembered."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if new:
-            with self._part(self.family.load_text_encoder, self._part_dtype) as text_encoder:
+            with self._part(self.family.load_text_encoder, self.part_dtype) as text_encoder:
                 for prompt, embedding in zip(new, self.family.encode_text(text_encoder, new), strict=True):
                     self._embeddings[prompt] = embedding
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1]."""
-        with self._part(self.family.load_vae, self._part_dtype) as vae:
-            return self.family.encode_images(vae, images)
+        return self._with_vae(self.family.encode_images, images, self.part_dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, size, size) in [-1, 1], fp32 on the CPU."""
-        images = self._decode(latents, self._part_dtype)
+        images = self._with_vae(self.family.decode, latents, self.part_dtype)
         # Some autoencoders overflow in half precision.
-        return images if images.isfinite().all() else self._decode(latents, torch.float32)
+        return images if images.isfinite().all() else self._with_vae(self.family.decode, latents, torch.float32)
 
-    def _decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
-        with self._part(self.family.load_vae, dtype) as vae:
-            return self.family.decode(vae, latents)
+    def _with_vae(self, work: Callable[[nn.Module, Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `work` makes of `x` with the autoencoder, in tiles where it does not fit."""
+
+        def run() -> Tensor:
+            with self._part(partial(self.family.load_vae, tiling=self.vae_tiling), dtype) as vae:
+                return work(vae, x)
+
+        def cheaper() -> bool:
+            if self.vae_tiling:
+                return False
+            self.vae_tiling = True
+            self.step_down("the autoencoder in tiles")
+            return True
+
+        return in_rungs(run, cheaper)
 
     def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         """The UNet's prediction (R, C, H, W) for noisy latents (R, C, H, W), timesteps (R,), text (R, T, D)."""

@@ -28,6 +28,14 @@ Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N or cpu")]
 BaseWeights = Annotated[str, typer.Option(help="format of the frozen UNet: int8, bnb-int8, bf16 or fp32")]
 Attention = Annotated[str, typer.Option(help="auto, xformers or sdpa")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="recompute activations: less memory, more time")]
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MEMORY",
+        help="stay within this much memory, such as 8GB; chooses checkpointing, rows and batches "
+        "[default: what the GPU has free]",
+    ),
+]
 Preset = Annotated[str, typer.Option(help=f"settings to start from: {', '.join(PRESETS)}")]
 Seed = Annotated[int, typer.Option(help="seed of everything drawn while training")]
 Etas = Annotated[str | None, typer.Option(help="comma-separated: 0 is the photo, 1 the sentence, above 1 beyond it")]

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .images import Photo, load_photo
 from .memory import Meter
 from .names import safe_stem
 from .pipeline import Job, make_edits, versions
+from .planning import Plan, plan_for
 from .rendering import BaseOptions, check_sentences, check_suggestable, open_edit, render, sampling_of
 from .result_folder import ResultFolder, rescue
 from .writable import check_target
@@ -28,6 +30,7 @@ def edit(
     options: BaseOptions,
     *,
     out: Path | None,
+    vram: str | None,
     background: str,
     suggest: bool,
     force: bool,
@@ -40,9 +43,10 @@ def edit(
     source = load_photo(photo, background=background)
     folder = ResultFolder.prepare(out or Path(_default_name(source, sentence)), overwrite=force)
     base = _open_base(options, console, [sentence, config.sample.negative_prompt])
+    config, planned = _plan(base, config, vram, console)
     loaded_s = time.perf_counter() - started
     meter = Meter(base.device)
-    made = _train(base, source, sentence, config, meter, console)
+    made = _train(base, source, sentence, config, planned, meter, console)
     name = f"{_default_name(source, sentence)}.safetensors"
     edit_path = _write_edit(folder, name, made)
     try:
@@ -57,6 +61,7 @@ def edit(
         "photo_notes": list(source.notes),
         "settings": config.to_dict(),
         "result": made.settings["result"],
+        "plan": planned and planned.as_json(),
     }
     return _finish(folder, report, base, meter, console)
 
@@ -68,6 +73,7 @@ def train(
     options: BaseOptions,
     *,
     out: Path | None,
+    vram: str | None,
     background: str,
     force: bool,
     console: Console,
@@ -82,13 +88,16 @@ def train(
         raise ConfigError(f"--out is {path}, expected a name ending in .safetensors")
     check_target(path, overwrite=force)
     base = _open_base(options, console, [sentence])
+    config, planned = _plan(base, config, vram, console)
     meter = Meter(base.device)
-    made = _train(base, source, sentence, config, meter, console)
+    made = _train(base, source, sentence, config, planned, meter, console)
     _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
     return {
         "edit_file": path.name,
         "edit_bytes": path.stat().st_size,
         "model": base.name,
+        "plan": planned and planned.as_json(),
+        "rungs": base.rungs,
         "stages": meter.stages,
         "seconds": {"total": round(time.perf_counter() - started, 3)},
         "warnings": console.warnings,
@@ -142,11 +151,32 @@ def _open_base(options: BaseOptions, console: Console, sentences: list[str]) -> 
     return base
 
 
-def _train(base: BaseModel, photo: Photo, sentence: str, config: EditConfig, meter: Meter, console: Console) -> Edit:
+def _plan(base: BaseModel, config: EditConfig, vram: str | None, console: Console) -> tuple[EditConfig, Plan | None]:
+    """The settings within the memory there is, and how; None where nothing limits it."""
+    made = plan_for(base, config, vram=vram)
+    if made is None:
+        return config, None
+    console.say(f"plan for {made.budget_bytes / 1e9:.2f} GB: {made}")
+    return replace(config, sample=replace(config.sample, batch_rows=made.batch_rows)), made
+
+
+def _train(
+    base: BaseModel,
+    photo: Photo,
+    sentence: str,
+    config: EditConfig,
+    planned: Plan | None,
+    meter: Meter,
+    console: Console,
+) -> Edit:
+    max_rows = None if planned is None else planned.rows
     for note in photo.notes:
         console.say(f"photo: {note}")
     try:
-        return make_edits(base, [Job(photo, sentence)], config, progress=console.progress, meter=meter)[0]
+        [made] = make_edits(
+            base, [Job(photo, sentence)], config, max_rows=max_rows, progress=console.progress, meter=meter
+        )
+        return made
     finally:
         console.close()
 
@@ -170,6 +200,7 @@ def _finish(
         "base_weights": base.weights,
         "attention": base.attention,
         "checkpointing": base.checkpointing,
+        "rungs": base.rungs,
         "stages": meter.stages,
         "versions": versions(),
         "warnings": console.warnings,

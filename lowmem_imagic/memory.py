@@ -1,17 +1,20 @@
-"""Seconds and peak bytes of each stage, measured; and freed memory given back."""
+"""Seconds and peak bytes of each stage, measured; what to do when memory runs out; freed memory given back."""
 
 import ctypes
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from .errors import MemoryLimitError
+
+T = TypeVar("T")
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
@@ -30,10 +33,32 @@ def clear_errors(stage: str, cheaper: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU torch raises a bare RuntimeError ("can't allocate memory", "not enough memory").
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
+        if not _ran_out(error):
             raise
         raise MemoryLimitError(f"out of memory in stage {stage}; next cheaper setting: {cheaper}") from error
+
+
+def in_rungs(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
+    """What `run` gives; run again, each time it runs out of memory, after a step down to something cheaper.
+
+    Args:
+        run: may be broken off anywhere and begun anew.
+        cheaper: takes that step, or says False where there is none left; then the error goes on.
+    """
+    while True:
+        try:
+            return run()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _ran_out(error) or not cheaper():
+                raise
+        # Here, where the error and with it what the attempt held is gone.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether memory ran out; on a CPU torch says so in a bare RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 @dataclass
@@ -86,11 +111,19 @@ def peak_bytes(device: torch.device) -> int | None:
     """Peak bytes since `reset_peak`: allocated on CUDA, resident on Linux, None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _of_process("VmHWM:")
+
+
+def resident_bytes() -> int | None:
+    """Resident bytes of this process on Linux, None elsewhere."""
+    return _of_process("VmRSS:")
+
+
+def _of_process(name: str) -> int | None:
+    """What the kernel says of this process, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(name)]
+    return found[0] if found else None

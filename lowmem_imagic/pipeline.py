@@ -46,6 +46,7 @@ def make_edits(
     config: EditConfig,
     *,
     slots: int | None = None,
+    max_rows: int | None = None,
     progress: StageProgress | None = None,
     meter: Meter | None = None,
 ) -> list[Edit]:
@@ -55,7 +56,7 @@ def make_edits(
         DivergenceError: a stage's loss is no longer finite.
     """
     made: dict[int, Edit] = {}
-    for group in stream_edits(base, jobs, config, slots=slots, progress=progress, meter=meter):
+    for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
         for number, edit in group:
             if isinstance(edit, DivergenceError):
                 raise edit
@@ -84,7 +85,7 @@ def stream_edits(
         jobs: photos and sentences.
         config: settings of all three stages (the third is recorded in the edits).
         slots: how many edits train at once; None for all of them.
-        max_rows: most rows of a pass, None for no limit.
+        max_rows: most rows of a pass, None for no limit; both are a `planning.Plan`'s to choose.
         progress: called after every step: of every stage for one job, of the whole for several ("train").
         meter: collects seconds and peak bytes of each stage.
 
@@ -146,6 +147,7 @@ def stream_edits(
                     "device": _device_name(base.device),
                     "dtype": str(base.dtype),
                     "stages": {**before, **made.measured},
+                    "rungs": list(base.rungs),
                 },
                 title=" ".join(job.prompt.split())[:200],
             )

@@ -161,7 +161,10 @@ def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torc
     layer = kind(inputs, outputs, bias is not None, has_fp16_weights=False, threshold=0.0, device="meta")
     if device.type == "meta":
         # bitsandbytes quantises on the way to a device that computes; here there is nothing to quantise.
-        stored = {"CB": torch.empty_like(weight, dtype=torch.int8), "SCB": weight.new_empty(outputs, dtype=torch.float32)}
+        stored = {
+            "CB": torch.empty_like(weight, dtype=torch.int8),
+            "SCB": weight.new_empty(outputs, dtype=torch.float32),
+        }
         layer.weight = bnb.nn.Int8Params(stored["CB"], requires_grad=False, has_fp16_weights=False, **stored)
     else:
         layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)

@@ -12,6 +12,7 @@ from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import SampleConfig, Strength, strengths
 from .diffusion import PATHS, guide, refined, starting_noise
+from .memory import in_rungs
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
@@ -86,7 +87,7 @@ def sample(
         cells: what to render.
         config: steps, scheduler, start, interpolation, hold, release, rows per batch; guidance where a cell has none
             of its own.
-        progress: called after every step of every batch.
+        progress: called after every step of every batch; its steps are those of all images.
         coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from the photo.
     """
     if config.start == "photo" and coarse_latents is None:
@@ -95,9 +96,11 @@ def sample(
         coarse_latents = None
     negative = base.encode_text([config.negative_prompt])[:1]
     scales = [config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale for cell in cells]
-    batches = list(_batches(cells, scales, config.batch_rows))
+    waiting = list(_batches(cells, scales, config.batch_rows))
     steps, results = config.num_inference_steps, dict[int, Tensor]()
-    for batch, numbers in enumerate(batches):
+
+    def render() -> Tensor:
+        numbers = waiting[0]
         chosen = [cells[number] for number in numbers]
         rows = torch.tensor([cell.edit for cell in chosen])
         start = coarse_latents[rows] if coarse_latents is not None else None
@@ -114,13 +117,24 @@ def sample(
             config,
         )
 
-        def on_step(step: int, before: int = batch * steps) -> None:
+        def on_step(step: int) -> None:
             if progress is not None:
-                progress(before + step, steps * len(batches), f"{len(results)} of {len(cells)} images done")
+                done = len(results) * steps + len(numbers) * step
+                progress(done, len(cells) * steps, f"{len(results)} of {len(cells)} images done")
 
         with torch.no_grad(), pack.attached(base.unet):
-            latents = _denoise(base, way, chosen, config, guidance, start, on_step)
-        results.update(zip(numbers, latents.float().cpu(), strict=True))
+            return _denoise(base, way, chosen, config, guidance, start, on_step)
+
+    def fewer() -> bool:
+        most = len(waiting[0]) // 2
+        if most:
+            waiting[:] = [numbers[i : i + most] for numbers in waiting for i in range(0, len(numbers), most)]
+            base.step_down(f"{most} images a sampling batch")
+        return bool(most)
+
+    while waiting:
+        latents = in_rungs(render, fewer)
+        results.update(zip(waiting.pop(0), latents.float().cpu(), strict=True))
     return torch.stack([results[number] for number in range(len(cells))])
 
 

@@ -4,19 +4,19 @@ A batch row is (edit, timestep, noise). Each edit draws from its own generator i
 in cannot change what it sees; it has a slot of the pack, which it enters and leaves on its own.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from .adapters import AdapterPack
+from .adapters import AdapterPack, strided_gradients
 from .base_model import BaseModel
 from .config import StageConfig
 from .diffusion import add_noise, draw_timesteps, loss_per_edit, training_target
 from .errors import DivergenceError
+from .memory import in_rungs
 from .optimizer import PackedAdam
 
 Progress = Callable[[int, int, str], None]
@@ -148,8 +148,8 @@ class Trainer:
         trained: what is trained, N rows each: a row is a slot's.
         embeddings: gives the text conditioning (N, T, D) of a pass.
         pack: the adapters that are attached, to be told whose rows a pass has.
-        max_rows: most rows of a pass, but at least one of each edit; a step of more takes several passes, and their
-            gradients add up. None is no limit.
+        max_rows: most rows of a pass; a step of more takes several passes, and their gradients add up. None is no
+            limit. Halved whenever a pass runs out of memory; when it is 1, checkpointing is switched on.
 
     **Memory**: the activations of one pass, freed before the optimiser steps; with averaging, 4 bytes a weight.
     """
@@ -199,8 +199,20 @@ class Trainer:
         return any(self._rates[slot][part] for slot in self.runs)
 
     def step(self) -> dict[int, Run]:
-        """One step of every edit that has a slot; those that finish with it leave their slots and are returned."""
+        """One step of every edit that has a slot; those that finish with it leave their slots and are returned.
+
+        Draws are made before anything that memory could fail at, so a step broken off is the same step again.
+        """
         rows = {slot: self._draw(run) for slot, run in self.runs.items()}
+        losses = in_rungs(lambda: self._gradients(rows), self._cheaper)
+        self._update()
+        for slot, loss in enumerate(losses.tolist()):
+            if slot in self.runs:
+                self.runs[slot].losses.append(loss)
+        return {slot: self._leave(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
+
+    def _gradients(self, rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """Fills the gradients of a step's rows, pass by pass; returns each slot's loss (N,)."""
         for part in self._trained:
             part.grads.zero_()
         losses = torch.zeros(self._slots, device=self._base.device)
@@ -214,16 +226,23 @@ class Trainer:
             text = self._embeddings()[index.to(self._base.device)].repeat_interleave(len(draws), 0)
             prediction = self._base.predict(noisy, timesteps, text)
             found = share * loss_per_edit(prediction, target.to(self._base.device), len(slots))
-            with warnings.catch_warnings():
-                # The factors of several edits are strided views of one buffer, and so are their gradients, on purpose.
-                warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
+            with strided_gradients():
                 found.sum().backward()
             losses[index.to(losses.device)] += found.detach()
-        self._update()
-        for slot, loss in enumerate(losses.tolist()):
-            if slot in self.runs:
-                self.runs[slot].losses.append(loss)
-        return {slot: self._leave(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
+        return losses
+
+    def _cheaper(self) -> bool:
+        """Takes fewer rows a pass, or else checkpointing; whether there was one of them left."""
+        widest = max(len(slots) * len(draws) for slots, draws in self._passes())
+        if widest > 1:
+            self._max_rows = widest // 2
+            self._base.step_down(f"{self._max_rows} rows a training pass")
+        elif not self._base.checkpointing:
+            self._base.recompute()
+            self._base.step_down("checkpointing")
+        else:
+            return False
+        return True
 
     def _draw(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents, timesteps and targets of an edit's next step, a row a draw."""
@@ -243,9 +262,11 @@ class Trainer:
         """The passes of a step: slots, and which of their draws; in a pass all slots have equally many."""
         for draws in sorted({run.config.draws for run in self.runs.values()}):
             slots = [slot for slot in sorted(self.runs) if self.runs[slot].config.draws == draws]
-            at_once = draws if self._max_rows is None else max(1, min(draws, self._max_rows // len(slots)))
+            most = len(slots) * draws if self._max_rows is None else self._max_rows
+            at_once = max(1, min(draws, most // len(slots)))
             for first in range(0, draws, at_once):
-                yield slots, range(first, min(draws, first + at_once))
+                for start in range(0, len(slots), most):
+                    yield slots[start : start + most], range(first, min(draws, first + at_once))
 
     @torch.no_grad()
     def _update(self) -> None:

@@ -5,10 +5,11 @@
 
 from pathlib import Path
 
+from .published import PUBLISHED, Published
 from .source import DEMO, SHORT_NAMES, locate
 from .stable_diffusion import StableDiffusion
 
-__all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "load_family"]
+__all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "load_architecture", "load_family"]
 
 
 def load_family(name: str, *, revision: str | None = None, config_folder: Path | None = None) -> StableDiffusion:
@@ -18,3 +19,12 @@ def load_family(name: str, *, revision: str | None = None, config_folder: Path |
         ModelError: unknown, incomplete or of another kind.
     """
     return StableDiffusion(locate(name, revision=revision, config_folder=config_folder))
+
+
+def load_architecture(name: str) -> StableDiffusion:
+    """The family object for a model of which only configurations are needed; for a short name nothing is downloaded.
+
+    Raises:
+        ModelError: as `load_family`.
+    """
+    return StableDiffusion(Published.of(name)) if name in PUBLISHED else load_family(name)

@@ -3,31 +3,27 @@
 The only place that knows diffusers' and transformers' classes.
 """
 
-import contextlib
 import inspect
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from ..diffusion import PREDICTION_TYPES
 from ..errors import ConfigError, IncompleteModelError, PromptError, WrongFamilyError
 from ..quantize import load_frozen
 from .frugal_unet import make_frugal
-from .source import COMPONENTS, Folder, SingleFile
+from .loading import complete, converted, first_line, quiet
+from .source import Folder, SingleFile
 
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 """Family by width of the text conditioning; others are of the same make but another size."""
-_PIPELINE = (*COMPONENTS, "safety_checker", "feature_extractor", "image_encoder")
-"""The parts of diffusers' pipeline."""
 
 
 class StableDiffusion:
@@ -106,6 +102,11 @@ class StableDiffusion:
         return self._folder.config("vae")
 
     @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """The text encoder's configuration."""
+        return self._folder.config("text_encoder")
+
+    @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """The noise schedule's configuration."""
         return self._folder.config("scheduler", "scheduler_config.json")
@@ -167,7 +168,7 @@ class StableDiffusion:
         except Exception as error:
             # Whatever diffusers raises for values it does not know.
             raise IncompleteModelError(
-                f"{self._folder.label}: scheduler/scheduler_config.json cannot be used ({_first_line(error)}); "
+                f"{self._folder.label}: scheduler/scheduler_config.json cannot be used ({first_line(error)}); "
                 "download it again"
             ) from error
 
@@ -189,7 +190,7 @@ class StableDiffusion:
         except Exception as error:
             # From ValueError to IndexError; all mean the same to a user.
             raise ConfigError(
-                f"num_inference_steps is {steps}, which scheduler {name} cannot take ({_first_line(error)}); "
+                f"num_inference_steps is {steps}, which scheduler {name} cannot take ({first_line(error)}); "
                 "take more or fewer, or another scheduler"
             ) from error
 
@@ -198,7 +199,7 @@ class StableDiffusion:
         """The tokenizer."""
         self._folder.vocabulary()
         self._folder.config("tokenizer", "tokenizer_config.json")
-        with _quiet(), _complete(self._folder, "tokenizer"):
+        with quiet(), complete(self._folder, "tokenizer"):
             # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(
                 self._folder.path, subfolder="tokenizer", local_files_only=True
@@ -209,12 +210,17 @@ class StableDiffusion:
             return tokenizer
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen UNet with weights in the given format (`config.WEIGHT_FORMATS`), in eval mode."""
-        with init_empty_weights(include_buffers=False), _complete(self._folder, "unet"):
+        """The frozen UNet with weights in the given format (`config.WEIGHT_FORMATS`), in eval mode.
+
+        On the meta device only its configuration is read, as for the other parts.
+        """
+        with init_empty_weights(include_buffers=False), complete(self._folder, "unet"):
             unet: nn.Module = UNet2DConditionModel.from_config(self.unet_config)
         tensors: Iterable[tuple[str, Tensor]]
-        if isinstance(self.source, SingleFile):
-            tensors = _converted(self.source, "unet").state_dict().items()
+        if device.type == "meta":
+            tensors = list(unet.named_parameters())
+        elif isinstance(self.source, SingleFile):
+            tensors = converted(self.source, "unet").state_dict().items()
         else:
             tensors = self.source.tensors("unet")
         try:
@@ -230,17 +236,26 @@ class StableDiffusion:
         names = {r"^(?!text_model\.)": "text_model."}
         return self._frozen(CLIPTextModel, "text_encoder", device, dtype, key_mapping=names)
 
-    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen autoencoder."""
-        return self._frozen(AutoencoderKL, "vae", device, dtype)
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
+        """The frozen autoencoder; `tiling` makes it work in overlapping quarters: a fraction of the memory."""
+        vae: Any = self._frozen(AutoencoderKL, "vae", device, dtype)
+        if tiling:
+            vae.enable_tiling()
+            # diffusers' own tiles are of the size that the model was made for.
+            vae.tile_sample_min_size, vae.tile_latent_min_size = self.size_px // 2, self.latent_shape[1] // 2
+        return vae  # type: ignore[no-any-return]
 
     def _frozen(self, kind: Any, component: str, device: torch.device, dtype: torch.dtype, **options: Any) -> nn.Module:
         part: Any
-        if isinstance(self.source, SingleFile):
-            part = _converted(self.source, component)
+        if device.type == "meta":
+            values = self._folder.config(component)
+            with init_empty_weights(), complete(self._folder, component):
+                part = kind.from_config(values) if kind is AutoencoderKL else kind(CLIPTextConfig(**values))
+        elif isinstance(self.source, SingleFile):
+            part = converted(self.source, component)
         else:
             self.source.weight_files(component)
-            with _quiet(), _complete(self.source, component):
+            with quiet(), complete(self.source, component):
                 part, report = kind.from_pretrained(
                     self._folder.path,
                     subfolder=component,
@@ -257,7 +272,7 @@ class StableDiffusion:
                     f"{self.source.label}: {component} lacks {len(report['missing_keys'])} tensors, such as {some}; "
                     "download it again"
                 )
-        with _quiet():
+        with quiet():
             part.to(device, dtype)
         return part.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
@@ -320,75 +335,3 @@ class StableDiffusion:
         # Old configurations leave it out; then diffusers' own default holds.
         default = inspect.signature(AutoencoderKL).parameters["scaling_factor"].default
         return float(self.vae_config.get("scaling_factor", default))
-
-
-def _converted(source: SingleFile, component: str) -> nn.Module:
-    """One part of a single checkpoint, converted by diffusers in the file's own precision.
-
-    **Memory**: only this part is read, and nothing but the caller holds it; asked for again, it is read again.
-    """
-    others = {name: None for name in _PIPELINE if name != component}
-    try:
-        with _quiet():
-            pipeline = diffusers.StableDiffusionPipeline.from_single_file(
-                str(source.path),
-                config=str(source.configuration.path),
-                torch_dtype=source.dtype(component),
-                local_files_only=True,
-                **others,
-            )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # diffusers raises a dozen kinds here, from KeyError to its own; all mean the same to a user.
-        raise IncompleteModelError(
-            f"{source.path.name}: {component} could not be converted ({_first_line(error)}); "
-            f"expected a checkpoint that fits the configuration of {source.configuration.label}"
-        ) from error
-    part: nn.Module = getattr(pipeline, component)
-    missing = sorted(name for name, tensor in part.state_dict().items() if tensor.is_meta)
-    if missing:
-        raise IncompleteModelError(
-            f"{source.path.name}: {component} lacks {len(missing)} tensors of the configuration of "
-            f"{source.configuration.label}, such as {', '.join(missing[:3])}"
-        )
-    return part
-
-
-@contextlib.contextmanager
-def _complete(source: Folder | SingleFile, component: str) -> Iterator[None]:
-    """Turns what the libraries raise for a damaged folder into one named error."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # Among them plain Exceptions, which is what tokenizers raises for a damaged vocabulary.
-        raise IncompleteModelError(
-            f"{source.label}: {component} cannot be loaded ({_first_line(error)}); download it again"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """The kind of an error and the first line of its text, if it has one."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:160]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' own progress bars and advice; their settings are put back afterwards."""
-    logs = (transformers.utils.logging, diffusers.utils.logging)
-    levels = [log.get_verbosity() for log in logs]
-    bars = [log.is_progress_bar_enabled() for log in logs]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for log in logs:
-                log.set_verbosity_error()
-                log.disable_progress_bar()
-            yield
-    finally:
-        for log, level, bar in zip(logs, levels, bars, strict=True):
-            log.set_verbosity(level)
-            if bar:
-                log.enable_progress_bar()

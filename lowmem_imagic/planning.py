@@ -1,0 +1,234 @@
+"""What fits into a stated amount of memory, and how: slots, rows, checkpointing, batches, predicted bytes by phase."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .base_model import BaseModel
+from .config import EditConfig
+from .costs import Costs
+from .errors import ConfigError, MemoryLimitError
+from .memory import resident_bytes
+
+MAX_SLOTS = 16
+"""More edits side by side fill no card any better."""
+CUDA_CONTEXT_BYTES = 500_000_000
+"""What a process takes on a GPU before any tensor: a usual figure."""
+RESERVE = 0.1
+"""Share of a budget left for the allocator's rounding and kernels' scratch memory."""
+_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that words describe: ``8GB``, ``7.5GiB``, ``6000MB``; a bare number below 1024 is in GB.
+
+    Raises:
+        ConfigError: neither.
+    """
+    words = text.strip().lower()
+    number = words.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = words[len(number) :].strip()
+    try:
+        value = float(number)
+        if not math.isfinite(value) or value <= 0 or unit not in _UNITS:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--vram is {text!r}, expected an amount of memory such as 8GB or 7.5GiB") from None
+    return round(value * (1e9 if not unit and value < 1024 else _UNITS[unit]))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of one phase at its peak."""
+
+    weights: int
+    """Frozen: UNet, text encoder, autoencoder, as far as they are there."""
+    adapters: int = 0
+    """Adapters and embeddings in training, their gradients and moments."""
+    activations: int = 0
+    """What passes hold, with everything transient."""
+    context: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.activations + self.context
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run fits into its memory."""
+
+    budget_bytes: int
+    weights: str
+    """Format of the frozen UNet."""
+    checkpointing: bool
+    slots: int
+    """Edits that train at once."""
+    rows: int
+    """Most rows of a training pass."""
+    batch_rows: int
+    """Most UNet rows of a sampling batch."""
+    vae_tiling: bool
+    """Whether the autoencoder works in tiles."""
+    phases: dict[str, Phase]
+    """Predicted bytes by phase, in their order."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of the phases."""
+        return max(phase.total for phase in self.phases.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "phases": {name: {**asdict(p), "total": p.total} for name, p in self.phases.items()}}
+
+    def __str__(self) -> str:
+        peak, name = max((phase.total, name) for name, phase in self.phases.items())
+        return (
+            f"{self.slots} at once, {self.rows} rows a pass, checkpointing {'on' if self.checkpointing else 'off'}, "
+            f"{self.batch_rows} rows a sampling batch{', autoencoder in tiles' if self.vae_tiling else ''}; "
+            f"{peak / 1e9:.2f} GB at most ({name})"
+        )
+
+
+def plan_for(base: BaseModel, config: EditConfig, *, jobs: int = 1, vram: str | None = None) -> Plan | None:
+    """The plan for a base that is about to be used, which is set accordingly; None where nothing limits it.
+
+    The budget is `vram`, of which what is taken before any tensor is a part: on a GPU `CUDA_CONTEXT_BYTES`, else what
+    this process holds now. By default it is what a GPU has free, and nothing on a CPU. On a GPU torch is told, too.
+
+    Raises:
+        ConfigError: `vram` is no amount of memory.
+        MemoryLimitError: nothing fits.
+    """
+    context = 0
+    if vram is not None:
+        budget = parse_bytes(vram)
+        context = CUDA_CONTEXT_BYTES if base.device.type == "cuda" else resident_bytes() or 0
+    if base.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(base.device)
+        if vram is None:
+            budget = free
+        else:
+            share = min(1.0, max(0, budget - context) / total)
+            torch.cuda.set_per_process_memory_fraction(share, base.device)
+    elif vram is None:
+        return None
+    costs = Costs(base.family, config, weights=base.weights, dtype=base.dtype, part_dtype=base.part_dtype)
+    made = plan(
+        costs,
+        config,
+        budget_bytes=budget,
+        jobs=jobs,
+        weights=base.weights,
+        checkpointing=base.checkpointing,
+        context_bytes=context,
+    )
+    if made.checkpointing:
+        base.recompute()
+    base.vae_tiling = made.vae_tiling
+    return made
+
+
+class _Planner:
+    """The search for a plan; see `plan`."""
+
+    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int) -> None:
+        self._costs, self._config, self._available, self._jobs = costs, config, available, jobs
+
+    def room(self, slots: int) -> int:
+        """Bytes for activations beside `slots` edits in training."""
+        return self._available - self._costs.unet - self._costs.adapters(slots)
+
+    def training(self, checkpointing: bool) -> tuple[int, int] | None:
+        """Slots and rows a pass: most rows, in the fewest slots that have them; None where not one fits."""
+        about = self._costs.train_about(checkpointing=checkpointing)
+        draws = max(self._config.embed.draws, self._config.finetune.draws)
+        found = [
+            (-slots * each, slots)
+            for slots in range(1, min(self._jobs, MAX_SLOTS) + 1)
+            for each in range(1, draws + 1)
+            # A third over: what is likely is then looked at exactly.
+            if about(slots * each, slots) <= 4 / 3 * self.room(slots)
+        ]
+        for negative, slots in sorted(found):
+            if self._costs.train(-negative, slots, checkpointing=checkpointing) <= self.room(slots):
+                return slots, -negative
+        return None
+
+    def batch_rows(self, resident: int) -> int:
+        """Most rows of a sampling batch; 0 where not one image's fit."""
+        least = 1 if self._config.sample.guidance_scale == 1 else 2
+        rows = max(self._config.sample.batch_rows, least)
+        while rows >= least and self._costs.sample(rows) > self._available - resident:
+            rows = rows // 2 if rows > least else 0
+        return rows if rows >= least else 0
+
+
+def plan(
+    costs: Costs,
+    config: EditConfig,
+    *,
+    budget_bytes: int,
+    jobs: int = 1,
+    weights: str = "int8",
+    checkpointing: bool = False,
+    context_bytes: int = 0,
+) -> Plan:
+    """The fastest way to make `jobs` edits within a budget.
+
+    Without checkpointing where that fits, with as many rows a pass as fit, and in no more slots than have them.
+
+    Args:
+        costs: of the architecture, under `config`.
+        config: settings of all stages.
+        budget_bytes: what may be taken, the process's context included.
+        jobs: how many edits there are.
+        weights: format of the UNet, for the record.
+        checkpointing: in any case.
+        context_bytes: taken before any tensor.
+
+    Raises:
+        MemoryLimitError: not even one row of one edit fits, in the cheapest way.
+    """
+    available = math.floor((budget_bytes - context_bytes) * (1 - RESERVE))
+    planner = _Planner(costs, config, available, jobs)
+    for recompute in (True,) if checkpointing else (False, True):
+        if (found := planner.training(recompute)) is not None:
+            slots, rows = found
+            break
+    else:
+        least = costs.unet + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
+        raise MemoryLimitError(
+            f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
+            f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
+            "free; take fewer weights to train (--adapt attn, a smaller --rank), or a smaller model"
+        )
+    # Whoever trains on keeps its place while others are rendered.
+    training = costs.adapters(slots)
+    beside = training if jobs > slots else 0
+    batch_rows = planner.batch_rows(costs.unet + beside)
+    room = available - costs.unet - beside - costs.vae
+    tiling = costs.decode() > room
+    if not batch_rows or costs.decode(tiling=tiling) > room:
+        raise MemoryLimitError(
+            f"{budget_bytes / 1e9:.2f} GB hold a training step but no picture: one takes "
+            f"{(costs.unet + beside + costs.sample(2)) / 1e9:.2f} GB to sample and "
+            f"{(costs.unet + beside + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
+        )
+
+    def phase(weights_bytes: int, adapters: int, activations: int) -> Phase:
+        return Phase(weights_bytes, adapters, activations, context_bytes)
+
+    first, second = (costs.train(rows, slots, checkpointing=recompute, stage=s) for s in ("embed", "finetune"))
+    phases = {
+        "encode": phase(max(costs.text_encoder, costs.vae), 0, costs.encode(tiling=tiling)),
+        "embed": phase(costs.unet, training, first),
+        "finetune": phase(costs.unet, training, second),
+        "sample": phase(costs.unet, beside, costs.sample(batch_rows)),
+        "decode": phase(costs.unet + costs.vae, beside, costs.decode(tiling=tiling)),
+    }
+    return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, phases)
