@@ -346,13 +346,29 @@ def scene(
     typer.echo(f"{out}: {drawn.caption()}")
 
 
-@app.command(epilog="Example:  lowmem-imagic doctor --json")
+@app.command(
+    epilog="Examples:  lowmem-imagic doctor --json   |   lowmem-imagic doctor --plan --model sd15 --vram 6GB,8GB,12GB"
+)
 @guarded
-def doctor(as_json: opt.AsJson = False) -> None:
-    """Show versions, devices and memory, and which 8-bit and attention paths are used here."""
+def doctor(
+    plan: Annotated[bool, typer.Option("--plan", help="show instead what fits on a graphics card")] = False,
+    model: Annotated[str, typer.Option(help="with --plan: the base model; nothing is downloaded for sd15")] = "sd15",
+    size: Annotated[int | None, typer.Option(help="with --plan: side of the pictures [default: the model's]")] = None,
+    vram: Annotated[str, typer.Option(metavar="MEMORY", help="with --plan: memory of cards")] = "6GB,8GB,12GB",
+    preset: opt.Preset = "balanced",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Show versions, devices and memory, and which 8-bit and attention paths are used here; or what fits on a card."""
     with importing():
-        from .doctor import examine
+        from .doctor import examine, plan_table, plans
+        from .presets import preset as settings_of
 
+    if plan:
+        amounts = [amount for amount in vram.split(",") if amount]
+        found = plans(model, amounts, settings_of(preset), size_px=size)
+        for line in [json.dumps(found, indent=2)] if as_json else plan_table(found):
+            typer.echo(line)
+        return
     findings = examine()
     if as_json:
         typer.echo(json.dumps(findings, indent=2))

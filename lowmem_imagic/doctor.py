@@ -1,8 +1,8 @@
-"""What this machine offers: versions, devices, memory, and the paths that would be taken."""
+"""What this machine offers: versions, devices, memory, and the paths that would be taken; what would fit on a card."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base_model import pick_device, pick_dtype, resolve_attention
+from .config import EditConfig
+from .costs import Costs
+from .errors import ConfigError, MemoryLimitError
+from .families import load_architecture
 from .pipeline import versions
+from .planning import CUDA_CONTEXT_BYTES, parse_bytes, plan
 from .quantize import FrozenLinear8bit, Int8Conv2d
+
+MANY = 40
+"""Photos of a plan for many: more than any pack has slots."""
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -31,6 +39,66 @@ def examine() -> dict[str, dict[str, Any]]:
             "xformers": versions().get("xformers", "not installed"),
         },
     }
+
+
+def plans(
+    model: str, amounts: Sequence[str], config: EditConfig, *, size_px: int | None = None
+) -> list[dict[str, Any]]:
+    """What fits on graphics cards of these amounts of memory, for one photo and for many, as plain values.
+
+    Nothing is downloaded for a model with a short name, and no weight is read.
+
+    Args:
+        model: name of a base model.
+        amounts: such as ``8GB``.
+        config: settings of all stages.
+        size_px: side of the pictures; None for the model's own.
+
+    Raises:
+        ConfigError: an amount or a size that is none.
+        ModelError: no such model.
+    """
+    budgets = [parse_bytes(amount) for amount in amounts]
+    family = load_architecture(model)
+    if size_px is not None and (size_px < 64 or size_px % (8 * family.vae_factor)):
+        raise ConfigError(f"--size is {size_px}, expected a multiple of {8 * family.vae_factor} from 64 px")
+    costs = Costs(
+        family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size_px=size_px or None
+    )
+    found = []
+    for amount, budget in zip(amounts, budgets, strict=True):
+        for photos in (1, MANY):
+            line: dict[str, Any] = {"vram": amount, "photos": photos, "plan": None, "reason": ""}
+            try:
+                line["plan"] = plan(
+                    costs, config, budget_bytes=budget, jobs=photos, context_bytes=CUDA_CONTEXT_BYTES
+                ).as_json()
+            except MemoryLimitError as error:
+                line["reason"] = str(error)
+            found.append(line)
+    return found
+
+
+def plan_table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of a table of `plans`."""
+    phases = ("encode", "embed", "finetune", "sample", "decode")
+    head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles")
+    rows = [(*head, *(f"{name} GB" for name in phases))]
+    for line in found:
+        made, photos = line["plan"], "1" if line["photos"] == 1 else "many"
+        if made is None:
+            yield f"{line['vram']}, {photos} photos: {line['reason']}"
+            continue
+        switches = (
+            "on" if made["checkpointing"] else "off",
+            str(made["batch_rows"]),
+            "on" if made["vae_tiling"] else "off",
+        )
+        totals = (f"{made['phases'][name]['total'] / 1e9:.2f}" for name in phases)
+        rows.append((line["vram"], photos, str(made["slots"]), str(made["rows"]), *switches, *totals))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if len(rows) > 1 else ():
+        yield "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))
 
 
 def _tried(error_of: Callable[[torch.device], float], device: torch.device) -> str:

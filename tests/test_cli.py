@@ -317,6 +317,36 @@ def test_doctor_names_versions_and_paths(run):
     assert all("work on" in findings["8-bit"][layers] for layers in ("linear layers", "convolutions"))
 
 
+def test_doctor_plans_for_cards(run, tiny_folder):
+    """`doctor --plan` says for each amount of memory what fits, for one photo and for many, or why nothing does."""
+    words = ["doctor", "--plan", "--model", tiny_folder, "--vram", "500MB,8GB"]
+    lines = run(*words, model=False).stdout.splitlines()
+    assert [line.split(",")[0] for line in lines if "hold no training step" in line] == ["500MB", "500MB"]
+    table = [line.split() for line in lines if line.split()[0] in ("memory", "8GB")]
+    assert [row[:2] for row in table[1:]] == [["8GB", "1"], ["8GB", "many"]]
+    found = json.loads(run(*words, "--json", model=False).stdout)
+    assert [line["vram"] for line in found] == ["500MB", "500MB", "8GB", "8GB"]
+    assert found[2]["plan"]["slots"] == 1 < found[3]["plan"]["slots"]
+
+
+def test_doctor_refuses_what_is_no_plan(run, tiny_folder):
+    """An amount that is none, a size no model takes, a model that is not there: one line and the right exit code."""
+    _fails(run("doctor", "--plan", "--vram", "8 cards", model=False), 2, "--vram is '8 cards'")
+    _fails(run("doctor", "--plan", "--size", 100, model=False), 2, "--size is 100")
+    _fails(run("doctor", "--plan", "--model", "nowhere", model=False), 1, "no model 'nowhere'")
+
+
+def test_memory_is_planned_for(run, photo, tmp_path):
+    """With --vram the report has the plan, its predicted phases and no rung; too little is refused before any work."""
+    words = ["edit", photo, SENTENCE, "--out", tmp_path / "out", "--vram", "16GB", *QUICK, "--json"]
+    report = json.loads(run(*words).stdout)
+    assert set(report["plan"]["phases"]) == set(report["stages"]) - {"load"}
+    assert report["plan"]["rows"] == 2 and report["rungs"] == []
+    refused = run("train", photo, SENTENCE, "--out", tmp_path / "x.safetensors", "--vram", "1MB", *QUICK[:6])
+    _fails(refused, 1, "0.00 GB hold no training step")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_model_left_out_is_the_bundled_one_and_said_so(photo, monkeypatch):
     """Without --model one line says that the bundled model is used and how to name a real one."""
     from lowmem_imagic import commands, console, rendering

@@ -653,7 +653,7 @@ def test_guidance_one_runs_no_unconditional_rows(
 def test_no_batch_exceeds_the_limit(
     base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch has at most `batch_rows` rows, guidance included, and one step is reported for each of its steps."""
+    """A batch has at most `batch_rows` rows, guidance included; reported are the steps of all images so far."""
     pack, optimized = edits
     seen, reports = [], []
     predict = base.predict
@@ -662,7 +662,7 @@ def test_no_batch_exceeds_the_limit(
     cells = [Cell(edit=0, eta=0.5, seed=seed) for seed in range(5)]
     sample(base, pack, text, optimized, cells, config, lambda *report: reports.append(report[:2]))
     assert seen == [4, 4, 4, 4, 2, 2]
-    assert reports == [(step, 6) for step in range(1, 7)]
+    assert reports == [(steps, 10) for steps in (2, 4, 6, 8, 9, 10)]
 
 
 def test_sampling_restores_the_base(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:

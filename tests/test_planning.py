@@ -1,0 +1,344 @@
+"""Facts about memory: what is predicted is what is taken, a plan stays within its budget, and running out is no end."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import LATENT_SIDE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowmem_imagic import planning, training
+from lowmem_imagic.accounting import LiveBytes, peak_of
+from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.costs import Costs
+from lowmem_imagic.errors import ConfigError, MemoryLimitError
+from lowmem_imagic.families import load_architecture
+from lowmem_imagic.packing import Pack, Task
+from lowmem_imagic.planning import Plan, parse_bytes, plan, plan_for
+from lowmem_imagic.presets import preset
+from lowmem_imagic.sample import Cell, sample
+
+CONFIG = EditConfig(
+    embed=EmbedConfig(steps=1, learning_rate=1e-2, draws=2),
+    finetune=FinetuneConfig(steps=2, learning_rate=1e-3, draws=2, lora_rank=2, lora_alpha=2.0),
+    sample=SampleConfig(num_inference_steps=2, batch_rows=8, start="noise"),
+)
+SENTENCES = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
+
+
+def tasks(base: Any, count: int) -> list[Task]:
+    """Edits to train."""
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, 2, 4, LATENT_SIDE, LATENT_SIDE, generator=draws)
+    text = base.encode_text(SENTENCES[:count])
+    return [Task(noise[n, 0], text[n], torch.Generator().manual_seed(n), noise[n, 1]) for n in range(count)]
+
+
+def costs_of(base: Any, config: EditConfig = CONFIG) -> Costs:
+    """What is predicted for a base."""
+    return Costs(base.family, config, weights=base.weights, dtype=base.dtype, part_dtype=base.part_dtype)
+
+
+# What is predicted
+
+
+@pytest.fixture
+def peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects the most live bytes of every step of a training."""
+    seen: list[int] = []
+    step = training.Trainer.step
+
+    def counted(self: training.Trainer) -> Any:
+        found: list[Any] = []
+        seen.append(peak_of(lambda: found.append(step(self))))
+        return found[0]
+
+    monkeypatch.setattr(training.Trainer, "step", counted)
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize(("slots", "rows"), [(1, 1), (1, 2), (3, 6), (3, 3)])
+def test_training_takes_what_is_predicted(
+    load_base: Callable[..., Any], weights: str, checkpointing: bool, slots: int, rows: int, peaks: list[int]
+) -> None:
+    """Live bytes of both stages' steps, counted while they run on the CPU, are within 10 % of the prediction."""
+    base = load_base(weights=weights, checkpointing=checkpointing)
+    list(Pack(base, tasks(base, slots), CONFIG, slots=slots, max_rows=rows).run())
+    for stage, measured in (("embed", peaks[0]), ("finetune", max(peaks[1:]))):
+        predicted = costs_of(base).train(rows, slots, checkpointing=checkpointing, stage=stage)
+        assert predicted == pytest.approx(measured, rel=0.1), stage
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_sampling_takes_what_is_predicted(load_base: Callable[..., Any], images: int) -> None:
+    """Live bytes of a sampling batch, its adapters included, are within 10 % of the prediction."""
+    base = load_base()
+    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=2, alpha=2.0)
+    text = base.encode_text([SENTENCES[0], ""])[:1]
+    cells = [Cell(0, eta / 10, 0) for eta in range(images)]
+    measured = peak_of(lambda: sample(base, pack, text, text, cells, CONFIG.sample)) + pack.weights.nbytes
+    assert costs_of(base).sample(2 * images) == pytest.approx(measured, rel=0.1)
+
+
+def test_the_autoencoder_takes_what_is_predicted(load_base: Callable[..., Any]) -> None:
+    """Live bytes of encoding and decoding a picture are within 10 % of the prediction."""
+    base = load_base()
+    vae = base.family.load_vae(device=base.device, dtype=torch.float32)
+    picture, latents = torch.zeros(1, 3, base.size_px, base.size_px), torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE)
+    measured = [
+        peak_of(lambda: base.family.encode_images(vae, picture)),
+        peak_of(lambda: base.family.decode(vae, latents)),
+    ]
+    assert [costs_of(base).encode(), costs_of(base).decode()] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_training_state_is_what_is_predicted(
+    load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, average: float
+) -> None:
+    """Embeddings, adapters, gradients, moments and, where they are kept, averages have the predicted bytes."""
+    base = load_base()
+    config = replace(CONFIG, finetune=replace(CONFIG.finetune, average=average))
+    edits = tasks(base, 3)
+    base.unet.eval()
+    count, seen = LiveBytes(), []
+    step = training.Trainer.step
+    monkeypatch.setattr(training.Trainer, "step", lambda self: seen.append(count.live) or step(self))
+    with count:
+        list(Pack(base, edits, config, slots=3).run())
+    assert costs_of(base, config).adapters(3) == pytest.approx(max(seen), rel=0.1)
+
+
+def test_counting_sees_each_storage_once() -> None:
+    """Views count with their storage, freed tensors no more; the peak stays."""
+    count = LiveBytes()
+    with count:
+        x = torch.zeros(1000)
+        y = x.view(10, 100).T
+        assert count.live == 4000
+        z = y + 1
+        assert count.live == 8000
+        del x, y, z
+        assert count.live == 0
+        torch.zeros(10)
+    assert count.peak == 8000
+
+
+@pytest.mark.parametrize(
+    ("model", "unet", "text_encoder", "vae"),
+    [
+        ("sd15", 859_520_964, 123_060_480, 83_653_863),
+        ("sd21-base", 865_910_724, 340_387_840, 83_653_863),
+    ],
+)
+def test_published_architectures_are_the_models(model: str, unet: int, text_encoder: int, vae: int) -> None:
+    """The architectures that are known without a download have the published numbers of weights."""
+    family = load_architecture(model)
+    meta = {"device": torch.device("meta"), "dtype": torch.float16}
+    parts = [family.load_unet(weights="bf16", **meta), family.load_text_encoder(**meta), family.load_vae(**meta)]
+    assert [sum(p.numel() for p in part.parameters()) for part in parts] == [unet, text_encoder, vae]
+
+
+def test_stable_diffusion_keeps_less_than_the_floor_of_others() -> None:
+    """A row of Stable Diffusion 1.5 at 512 px in bfloat16 takes 540 MiB, 165 with checkpointing; peft's takes 788."""
+    attention = replace(preset("balanced"), finetune=FinetuneConfig(steps=1, learning_rate=1e-4, adapt="attn"))
+    family = load_architecture("sd15")
+    costs = Costs(family, attention, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16)
+    assert costs.train(1, 1, checkpointing=False) <= 540 * 2**20
+    assert costs.train(1, 1, checkpointing=True) <= 165 * 2**20
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def predicted(load_base: Callable[..., Any]) -> Costs:
+    """Costs of the tiny model."""
+    return costs_of(load_base())
+
+
+@given(budget=st.integers(1, 200_000_000), jobs=st.integers(1, 6), checkpointing=st.booleans())
+def test_plans_stay_within_their_budget(predicted: Costs, budget: int, jobs: int, checkpointing: bool) -> None:
+    """Whatever the budget, a plan's phases fit into it with a tenth to spare, or there is one clear error."""
+    try:
+        made = plan(predicted, CONFIG, budget_bytes=budget, jobs=jobs, checkpointing=checkpointing, context_bytes=1000)
+    except MemoryLimitError as error:
+        assert "hold no" in str(error) or "hold a training step but no picture" in str(error)
+        return
+    assert made.peak_bytes <= budget - 0.1 * (budget - 1000) + 1
+    assert 1 <= made.slots <= min(jobs, planning.MAX_SLOTS) and 1 <= made.rows <= 2 * made.slots
+    assert made.checkpointing or not checkpointing
+    assert made.batch_rows <= CONFIG.sample.batch_rows
+
+
+def test_more_memory_is_never_slower(predicted: Costs) -> None:
+    """With more memory a plan has no fewer rows a pass, and checkpointing only below some budget."""
+    plans = []
+    for budget in (*range(2_000_000, 6_000_000, 100_000), 20_000_000):
+        try:
+            plans.append(plan(predicted, CONFIG, budget_bytes=budget, jobs=3))
+        except MemoryLimitError:
+            assert not plans
+    without = [made for made in plans if not made.checkpointing]
+    assert [made.checkpointing for made in plans] == sorted((made.checkpointing for made in plans), reverse=True)
+    assert [made.rows for made in without] == sorted(made.rows for made in without)
+    assert plans[0].checkpointing and plans[-1].rows == 6
+
+
+def test_no_more_slots_than_fill_the_rows(predicted: Costs) -> None:
+    """One photo takes one slot, whatever the memory; and all its draws go in one pass."""
+    made = plan(predicted, CONFIG, budget_bytes=10**9)
+    assert (made.slots, made.rows) == (1, 2)
+
+
+def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
+    """A plan for a process that runs already counts what it holds, and sets the base to what it chose."""
+    base = load_base()
+    with pytest.raises(MemoryLimitError, match="hold no training step"):
+        plan_for(base, CONFIG, vram="50MB")
+    assert plan_for(base, CONFIG) is None
+    made = plan_for(base, CONFIG, vram="20GB")
+    assert isinstance(made, Plan) and made.phases["embed"].context > 10**8
+    assert str(made).startswith("1 at once, 2 rows a pass, checkpointing off")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8e9), ("8", 8e9), ("7.5 GiB", 7.5 * 2**30), ("6000mb", 6e9), ("2048", 2048), ("512MiB", 2**29)],
+)
+def test_amounts_of_memory(text: str, expected: float) -> None:
+    """Amounts are read with decimal and binary units; a small bare number is in GB."""
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "8 cards", "nan", "inf GB", "8TB"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    """Anything else is one clear error."""
+    with pytest.raises(ConfigError, match="expected an amount of memory such as 8GB"):
+        parse_bytes(text)
+
+
+# Running out
+
+
+class Card:
+    """A base whose passes fail when they have more rows than fit, with and without checkpointing."""
+
+    def __init__(self, base: Any, monkeypatch: pytest.MonkeyPatch, plain: int, checkpointed: int) -> None:
+        self.rows: list[int] = []
+        predict = base.predict
+
+        def limited(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+            self.rows.append(len(latents))
+            if len(latents) > (checkpointed if base.checkpointing else plain):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            found: Tensor = predict(latents, timesteps, embeddings)
+            return found
+
+        monkeypatch.setattr(base, "predict", limited)
+
+
+def trained(base: Any) -> Iterator[Any]:
+    """The edits of three tasks in one pack."""
+    for group in Pack(base, tasks(base, 3), CONFIG, slots=3).run():
+        yield from group
+
+
+@pytest.mark.parametrize(
+    ("plain", "checkpointed", "rungs"),
+    [
+        (6, 6, []),
+        (3, 6, ["3 rows a training pass"]),
+        (1, 6, ["3 rows a training pass", "1 rows a training pass"]),
+        (0, 1, ["3 rows a training pass", "1 rows a training pass", "checkpointing"]),
+    ],
+)
+def test_training_goes_on_in_less_memory(
+    load_base: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    relative: Callable[..., float],
+    plain: int,
+    checkpointed: int,
+    rungs: list[str],
+) -> None:
+    """Out of memory, a step is taken again in fewer rows, then with checkpointing; edits are the same to rounding."""
+    expected = list(trained(load_base()))
+    base = load_base()
+    Card(base, monkeypatch, plain, checkpointed)
+    found = list(trained(base))
+    assert base.rungs == rungs
+    assert [made.number for made in found] == [made.number for made in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative(mine.optimized_embedding, theirs.optimized_embedding) < 1e-4
+        assert mine.losses["finetune"] == pytest.approx(theirs.losses["finetune"], rel=1e-4)
+
+
+def test_the_last_rung_is_one_clear_error(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one row with checkpointing does not fit, the error names the stage, and the base is left as it was."""
+    base = load_base()
+    names = [name for name, _ in base.unet.named_modules()]
+    Card(base, monkeypatch, 0, 0)
+    with pytest.raises(MemoryLimitError, match="out of memory in stage embed"):
+        list(trained(base))
+    assert [name for name, _ in base.unet.named_modules()] == names
+    assert base.rungs[-1] == "checkpointing"
+
+
+def test_other_errors_are_not_taken_for_memory(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of another kind goes through at once, with no rung taken."""
+    base = load_base()
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(base, "predict", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        list(trained(base))
+    assert not base.rungs
+
+
+def test_sampling_goes_on_in_less_memory(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, a batch is sampled again in halves; the pictures are the same, and one image is the last rung."""
+    text = load_base().encode_text([SENTENCES[0], ""])[:1]
+    cells = [Cell(0, eta / 10, 0) for eta in range(5)]
+
+    def sampled(base: Any) -> Tensor:
+        pack = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0)
+        return sample(base, pack, text, text, cells, CONFIG.sample)
+
+    expected = sampled(load_base())
+    base = load_base()
+    card = Card(base, monkeypatch, 3, 3)
+    assert torch.allclose(sampled(base), expected, atol=1e-5)
+    assert base.rungs == ["2 images a sampling batch", "1 images a sampling batch"]
+    assert card.rows == [8, 4, *[2] * 10]
+    base = load_base()
+    Card(base, monkeypatch, 1, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampled(base)
+
+
+def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, pictures are encoded and decoded in tiles; if that fails too, the error goes on."""
+    base = load_base()
+    load = base.family.load_vae
+    monkeypatch.setattr(
+        base.family, "load_vae", lambda *, tiling, **rest: load(tiling=tiling, **rest) if tiling else full()
+    )
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pictures = torch.zeros(1, 3, base.size_px, base.size_px)
+    assert base.decode(base.encode_images(pictures)).shape == pictures.shape
+    assert base.rungs == ["the autoencoder in tiles"]
+    monkeypatch.setattr(base.family, "load_vae", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        base.decode(torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE))
