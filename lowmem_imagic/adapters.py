@@ -112,18 +112,19 @@ class PackedLoraLayer(nn.Module):
     """A frozen layer with the adapters of N edits; stands in the network in the layer's place while attached."""
 
     def __init__(
-        self, base: nn.Module, down: nn.Parameter, up: nn.Parameter, scale: Tensor, rows: Rows, block: int
+        self, base: nn.Module, down: nn.Parameter, up: nn.Parameter, scale: Tensor | None, rows: Rows, block: int
     ) -> None:
         super().__init__()
         self.base = base
         self.down, self.up = down, up
-        # Not a buffer: it is the pack's, and alike for all layers of equal alpha.
+        # Not a buffer: it is the pack's. None is 1 for all edits.
         self.scale = scale
         self.rows, self.block = rows, block
 
     def _group(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Down and scaled up factors for groups of rows, in x's type."""
-        down, up = self.rows.select(self.down), self.rows.select(self.up * self.scale.view(-1, 1, 1))
+        scaled = self.up if self.scale is None else self.up * self.scale.view(-1, 1, 1)
+        down, up = self.rows.select(self.down), self.rows.select(scaled)
         return down.to(x.dtype), up.to(x.dtype)
 
     def _strengths(self, x: Tensor) -> Tensor | None:
@@ -142,9 +143,8 @@ class PackedLoraLinear(PackedLoraLayer):
         hidden = torch.bmm(rows, down.transpose(1, 2))
         if (strengths := self._strengths(x)) is not None:
             hidden = (hidden.view(len(x), -1) * strengths[:, None]).view(hidden.shape)
-        # In place: a base layer keeps nothing of its output, and nobody else has it.
-        y.view(down.shape[0], -1, y.shape[-1]).baddbmm_(hidden, up.transpose(1, 2))
-        return y
+        # Not in place: y is a view, whose history autograd would rewrite with copies.
+        return torch.baddbmm(y.view(down.shape[0], -1, y.shape[-1]), hidden, up.transpose(1, 2)).view(y.shape)
 
 
 class PackedLoraConv2d(PackedLoraLayer):
@@ -165,6 +165,7 @@ class PackedLoraConv2d(PackedLoraLayer):
         delta = F.conv2d(hidden, up.flatten(0, 1)[..., None, None], groups=groups)
         if groups > 1:
             delta = delta.view(each, groups, *y.shape[1:]).transpose(0, 1).reshape(y.shape)
+        # In place: the base layer keeps nothing of its output, and nobody else has it.
         return y.add_(delta)
 
 
@@ -222,7 +223,9 @@ class AdapterPack:
         """Of each layer, the alpha of every edit; 0 where an edit lacks the layer."""
         self.alphas = alphas
         self._scales = {
-            name: torch.tensor([alpha / self.rank for alpha in values], device=self.weights.device)
+            name: None
+            if all(alpha == self.rank for alpha in values)
+            else torch.tensor([alpha / self.rank for alpha in values], device=self.weights.device)
             for name, values in alphas.items()
         }
 

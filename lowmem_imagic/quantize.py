@@ -23,14 +23,14 @@ MIN_CONV_CHANNELS = 5
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, absmax: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, absmax)
-        return F.linear(x, _expand(weight, absmax, x.dtype), bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, _expand(weight, scale), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, absmax = ctx.saved_tensors
-        return grads[0] @ _expand(weight, absmax, grads[0].dtype), None, None, None
+        weight, scale = ctx.saved_tensors
+        return grads[0] @ _expand(weight, scale), None, None, None
 
 
 class _FrozenConv2d(torch.autograd.Function):
@@ -39,19 +39,19 @@ class _FrozenConv2d(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        absmax: Tensor,
+        scale: Tensor,
         bias: Tensor | None,
         stride: Any,
         padding: Any,
         groups: int,
     ) -> Tensor:
-        ctx.save_for_backward(weight, absmax)
+        ctx.save_for_backward(weight, scale)
         ctx.geometry, ctx.input_shape = (list(stride), list(padding), groups), x.shape
-        return F.conv2d(x, _expand(weight, absmax, x.dtype), bias, stride, padding, 1, groups)
+        return F.conv2d(x, _expand(weight, scale), bias, stride, padding, 1, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, absmax = ctx.saved_tensors
+        weight, scale = ctx.saved_tensors
         stride, padding, groups = ctx.geometry
         grad = grads[0]
         # Only the shape of the input is read for the gradient with respect to it: an expanded scalar serves.
@@ -59,7 +59,7 @@ class _FrozenConv2d(torch.autograd.Function):
         grad_input = torch.ops.aten.convolution_backward(
             grad,
             stand_in,
-            _expand(weight, absmax, grad.dtype),
+            _expand(weight, scale),
             None,
             stride,
             padding,
@@ -72,10 +72,22 @@ class _FrozenConv2d(torch.autograd.Function):
         return grad_input, None, None, None, None, None, None
 
 
-def _expand(weight: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`: int8 values times ``absmax / 127`` of their output channel."""
-    shape = (-1,) + (1,) * (weight.dim() - 1)
-    return weight.to(dtype).mul_((absmax / 127).to(dtype).view(shape))
+def _expand(weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight in the type of `scale`: int8 values times their output channel's scale."""
+    factors = scale.view((-1,) + (1,) * (weight.dim() - 1))
+    if weight.device.type == "cpu":
+        # Here a product of two types begins with a copy of the one, beside the result.
+        return weight.to(scale.dtype).mul_(factors)
+    return weight * factors
+
+
+def _scale(layer: nn.Module, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """``absmax / 127`` in `dtype`, worked out once: two kernels for each product would be a tenth of a step's."""
+    key = (absmax.data_ptr(), absmax._version, absmax.device, dtype)
+    known: tuple[Any, Tensor] | None = layer.__dict__.get("_known_scale")
+    if known is None or known[0] != key:
+        known = layer.__dict__["_known_scale"] = (key, (absmax / 127).to(dtype))
+    return known[1]
 
 
 def _own(bias: Tensor, device: torch.device) -> nn.Parameter:
@@ -103,7 +115,7 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
             self.init_8bit_state()
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
-            rows, self.weight.data, self.state.SCB, _cast(self.bias, x.dtype)
+            rows, self.weight.data, _scale(self, self.state.SCB, x.dtype), _cast(self.bias, x.dtype)
         )
         # The view is taken outside the Function, so that callers may add to the result in place.
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -150,7 +162,13 @@ class Int8Conv2d(nn.Conv2d):
         if "absmax" not in self._buffers:
             return super().forward(x)
         result: Tensor = _FrozenConv2d.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.absmax, _cast(self.bias, x.dtype), self.stride, self.padding, self.groups
+            x,
+            self.weight,
+            _scale(self, self.absmax, x.dtype),
+            _cast(self.bias, x.dtype),
+            self.stride,
+            self.padding,
+            self.groups,
         )
         return result
 

@@ -329,13 +329,14 @@ def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeyp
     """Out of memory, pictures are encoded and decoded in tiles; if that fails too, the error goes on."""
     base = load_base()
     load = base.family.load_vae
-    monkeypatch.setattr(
-        base.family, "load_vae", lambda *, tiling, **rest: load(tiling=tiling, **rest) if tiling else full()
-    )
 
-    def full() -> None:
+    def full(**_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def full_without_tiles(*, tiling: bool, **rest: Any) -> Any:
+        return load(tiling=tiling, **rest) if tiling else full()
+
+    monkeypatch.setattr(base.family, "load_vae", full_without_tiles)
     pictures = torch.zeros(1, 3, base.size_px, base.size_px)
     assert base.decode(base.encode_images(pictures)).shape == pictures.shape
     assert base.rungs == ["the autoencoder in tiles"]

@@ -279,15 +279,27 @@ def _held(unet: Any, *inputs: Tensor) -> int:
 
 @pytest.mark.parametrize("make", [frozen_linear, frozen_conv])
 def test_a_layer_saves_only_its_weight(make: Callable[[], Any]) -> None:
-    """For backward a layer saves its int8 weight and absmax, which exist anyway, and no activation."""
+    """For backward a layer saves its int8 weight and the scale of its channels, which exist anyway; no activation."""
     layer, _ = make()
     x = torch.randn((4, 32) if isinstance(layer, FrozenLinear8bit) else (2, 16, 8, 8), requires_grad=True)
     layer(x)
     saved = saved_by(layer, x)
     assert sorted(str(t.dtype) for t in saved) == ["torch.float32", "torch.int8"]
-    absmax = layer.absmax if isinstance(layer, Int8Conv2d) else layer.state.SCB
-    own = {layer.weight.data_ptr(), absmax.data_ptr()}
-    assert {t.data_ptr() for t in saved} == own
+    again = saved_by(layer, x)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in again}
+    assert layer.weight.data_ptr() in {t.data_ptr() for t in saved}
+    outputs = layer.weight.shape[0]
+    assert sorted(t.numel() for t in saved) == [outputs, layer.weight.numel()]
+
+
+def test_a_scale_follows_its_weights() -> None:
+    """What is remembered of a layer's scale is not used for another type, nor after its absmax has changed."""
+    layer, _ = frozen_conv("3x3")
+    x = torch.randn(1, 16, 5, 5)
+    before = layer(x)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    layer.absmax.mul_(2)
+    assert torch.allclose(layer(x) - layer.bias[:, None, None], 2 * (before - layer.bias[:, None, None]), atol=1e-5)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
