@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 
 from . import cli_options as opt
+from .batch.command import batch
 from .cli_frame import Words, app, given, guarded, importing, print_report
+
+app.add_typer(batch)
 
 
 @app.command(

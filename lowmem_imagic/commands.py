@@ -42,28 +42,48 @@ def edit(
         check_suggestable(config.sample)
     source = load_photo(photo, background=background)
     folder = ResultFolder.prepare(out or Path(_default_name(source, sentence)), overwrite=force)
-    base = _open_base(options, console, [sentence, config.sample.negative_prompt])
-    config, planned = _plan(base, config, vram, console)
+    base = open_base(options, console, [sentence, config.sample.negative_prompt])
+    config, planned = fit_memory(base, config, vram, console)
     loaded_s = time.perf_counter() - started
     meter = Meter(base.device)
     made = _train(base, source, sentence, config, planned, meter, console)
     name = f"{_default_name(source, sentence)}.safetensors"
+    report = finished_edit(base, folder, name, made, source, config, planned, meter, console, suggest=suggest)
+    report["seconds"] = {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)}
+    return _finish(folder, report)
+
+
+def finished_edit(
+    base: BaseModel,
+    folder: ResultFolder,
+    name: str,
+    made: Edit,
+    photo: Photo,
+    config: EditConfig,
+    planned: Plan | None,
+    meter: Meter,
+    console: Console,
+    *,
+    suggest: bool = False,
+) -> dict[str, Any]:
+    """Writes a finished edit as `name` and its pictures into a folder, and returns the report, still to be written."""
     edit_path = _write_edit(folder, name, made)
     try:
-        report = render(base, made, sentence, config.sample, folder, meter, console, photo=source, suggest=suggest)
+        report = render(
+            base, made, made.target_prompt, config.sample, folder, meter, console, photo=photo, suggest=suggest
+        )
     except (KeyboardInterrupt, LowmemImagicError, MemoryError):
         console.say(f"the edit itself is finished; render it with: lowmem-imagic sample {edit_path}", always=True)
         raise
-    report |= {
+    return report | {
         "edit_file": name,
         "edit_bytes": edit_path.stat().st_size,
-        "seconds": {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)},
-        "photo_notes": list(source.notes),
+        "photo_notes": list(photo.notes),
         "settings": config.to_dict(),
         "result": made.settings["result"],
         "plan": planned and planned.as_json(),
+        **_facts(base, meter, console),
     }
-    return _finish(folder, report, base, meter, console)
 
 
 def train(
@@ -87,8 +107,8 @@ def train(
     if path.suffix != ".safetensors":
         raise ConfigError(f"--out is {path}, expected a name ending in .safetensors")
     check_target(path, overwrite=force)
-    base = _open_base(options, console, [sentence])
-    config, planned = _plan(base, config, vram, console)
+    base = open_base(options, console, [sentence])
+    config, planned = fit_memory(base, config, vram, console)
     meter = Meter(base.device)
     made = _train(base, source, sentence, config, planned, meter, console)
     _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
@@ -130,15 +150,16 @@ def sample(
         "edit_file": path.name,
         "seconds": {"total": round(time.perf_counter() - started, 3)},
         "settings": {"sample": config.__dict__},
+        **_facts(base, meter, console),
     }
-    return _finish(folder, report, base, meter, console)
+    return _finish(folder, report)
 
 
 def _default_name(photo: Photo, sentence: str) -> str:
     return safe_stem(f"{photo.name} {sentence}")
 
 
-def _open_base(options: BaseOptions, console: Console, sentences: list[str]) -> BaseModel:
+def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> BaseModel:
     """The base, with the sentences checked against its text encoder."""
     if options.model is None:
         console.say(
@@ -151,9 +172,11 @@ def _open_base(options: BaseOptions, console: Console, sentences: list[str]) -> 
     return base
 
 
-def _plan(base: BaseModel, config: EditConfig, vram: str | None, console: Console) -> tuple[EditConfig, Plan | None]:
+def fit_memory(
+    base: BaseModel, config: EditConfig, vram: str | None, console: Console, *, jobs: int = 1
+) -> tuple[EditConfig, Plan | None]:
     """The settings within the memory there is, and how; None where nothing limits it."""
-    made = plan_for(base, config, vram=vram)
+    made = plan_for(base, config, jobs=jobs, vram=vram)
     if made is None:
         return config, None
     console.say(f"plan for {made.budget_bytes / 1e9:.2f} GB: {made}")
@@ -190,11 +213,9 @@ def _write_edit(folder: ResultFolder, name: str, made: Edit) -> Path:
         raise rescue(name, data, error) from error
 
 
-def _finish(
-    folder: ResultFolder, report: dict[str, Any], base: BaseModel, meter: Meter, console: Console
-) -> dict[str, Any]:
-    """Completes and writes the report."""
-    report |= {
+def _facts(base: BaseModel, meter: Meter, console: Console) -> dict[str, Any]:
+    """What a report says of the run."""
+    return {
         "model": base.name,
         "device": str(base.device),
         "base_weights": base.weights,
@@ -205,6 +226,10 @@ def _finish(
         "versions": versions(),
         "warnings": console.warnings,
     }
+
+
+def _finish(folder: ResultFolder, report: dict[str, Any]) -> dict[str, Any]:
+    """Writes the report, and adds what is said of it."""
     folder.write_report(report)
     seconds = report["seconds"]["total"]
     report["files"] = folder.files

@@ -20,13 +20,20 @@ class Console:
     def say(self, text: str, *, always: bool = False) -> None:
         """A remark; `always` shows it even when quiet."""
         if always or not self._quiet:
-            print(text, file=sys.stderr)
+            self._print(text)
 
     def warn(self, text: str) -> None:
         """A warning: shown even when quiet, and kept for the report."""
         if text:
             self.warnings.append(text)
-            print(f"warning: {text}", file=sys.stderr)
+            self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
+        """A line above the bar, if there is one."""
+        if self._bar is None:
+            print(text, file=sys.stderr)
+        else:
+            self._bar.write(text, file=sys.stderr)
 
     def progress(self, stage: str, step: int, steps: int, remark: str) -> None:
         """A step of a stage is done."""

@@ -14,6 +14,8 @@ from .memory import resident_bytes
 
 MAX_SLOTS = 16
 """More edits side by side fill no card any better."""
+CPU_SLOTS = 4
+"""Edits side by side where nothing limits memory; on two cores more gain nothing (``benchmarks/speed.py``)."""
 CUDA_CONTEXT_BYTES = 500_000_000
 """What a process takes on a GPU before any tensor: a usual figure."""
 RESERVE = 0.1

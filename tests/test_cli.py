@@ -356,7 +356,7 @@ def test_model_left_out_is_the_bundled_one_and_said_so(photo, monkeypatch):
     monkeypatch.setattr(rendering.BaseModel, "load", lambda name, **options: pytest.fail(f"loads {name}"))
     with pytest.raises(pytest.fail.Exception, match="loads demo"):
         options = rendering.BaseOptions(None, None, "cpu", "int8", "auto", False, None)
-        commands._open_base(options, console.Console(), [SENTENCE])
+        commands.open_base(options, console.Console(), [SENTENCE])
     assert len(said) == 1 and "bundled" in said[0] and "--model" in said[0]
 
 

@@ -39,8 +39,9 @@ LAYERS = {
     9: ("result_folder", "doctor", "console", "cli_frame"),
     10: ("rendering",),
     11: ("commands", "sheet"),
-    12: ("cli",),
-    13: ("__main__",),
+    12: ("batch",),
+    13: ("cli",),
+    14: ("__main__",),
 }
 """Layer to modules; a module imports modules of lower layers only. `demo` stands apart: it imports errors alone."""
 

@@ -1,0 +1,1 @@
+"""Many photos at once: a manifest of items (`manifest`), run in refilling packs into a folder each (`runner`)."""
