@@ -1,0 +1,333 @@
+"""Facts about batches: what a manifest says is made, what cannot be is named, and nothing is made twice."""
+
+import csv
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from lowmem_imagic import edit_file, packing
+from lowmem_imagic.batch.manifest import read_manifest
+from lowmem_imagic.batch.runner import Batch
+from lowmem_imagic.cli import app
+from lowmem_imagic.errors import ConfigError
+
+QUICK = [
+    "--steps-embed",
+    "1",
+    "--steps-finetune",
+    "2",
+    "--draws",
+    "2",
+    "--steps-sample",
+    "2",
+    "--etas",
+    "0,1",
+    "--quiet",
+]
+SENTENCE = "a photo of a blue sphere"
+
+
+def photo(path: Path, seed: int) -> Path:
+    """A small photo, another for each seed."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three photos, something else, and a photo that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(3):
+        photo(folder / f"p{seed}.png", seed)
+    (folder / "notes.txt").write_text("not a photo")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    return folder
+
+
+@pytest.fixture
+def batch(tiny_folder: Path) -> Callable[..., Any]:
+    """Runs ``batch run`` with the tiny model and few steps."""
+
+    def call(*words: object) -> Any:
+        fixed = ["--model", tiny_folder, "--device", "cpu", *QUICK]
+        return CliRunner().invoke(app, ["batch", "run", *map(str, words), *map(str, fixed)])
+
+    return call
+
+
+# Manifests
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
+def test_manifests_say_the_same_in_every_form(tmp_path: Path, kind: str) -> None:
+    """Lines of JSON, a CSV file and TEdBench's list give the same items, photos beside the manifest."""
+    rows = [{"img_name": "a.png", "target_text": "a cat"}, {"img_name": "sub/b.jpg", "target_text": 'a "dog", sitting'}]
+    path = tmp_path / f"list.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows))
+    items, bad = read_manifest(path)
+    assert not bad
+    assert [(item.name, item.photo, item.sentence) for item in items] == [
+        ("a-a-cat", tmp_path / "a.png", "a cat"),
+        ("b-a-dog-sitting", tmp_path / "sub" / "b.jpg", 'a "dog", sitting'),
+    ]
+
+
+def test_photos_of_tedbench_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    """A photo that is not beside the manifest is looked for in ``originals``."""
+    (tmp_path / "originals").mkdir()
+    photo(tmp_path / "originals" / "cat.png", 0)
+    (tmp_path / "input_list.json").write_text('[{"img_name": "cat.png", "target_text": "a cat"}]')
+    [item] = read_manifest(tmp_path / "input_list.json")[0]
+    assert item.photo == tmp_path / "originals" / "cat.png"
+
+
+def test_a_folder_is_its_photos(photos: Path) -> None:
+    """A folder gives its photos in order of their names, each with the sentence; other files are no items."""
+    items, bad = read_manifest(photos, SENTENCE)
+    assert [item.photo.name for item in items] == ["broken.png", "p0.png", "p1.png", "p2.png"] and not bad
+    with pytest.raises(ConfigError, match="say with --prompt"):
+        read_manifest(photos)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "found list, expected an object"),
+        ('{"photo": "a.png"}', "has no sentence"),
+        ('{"sentence": "x"}', "has no photo"),
+        ('{"photo": 3, "sentence": "x"}', "photo is '3', expected str"),
+        ('{"photo": "a.png", "sentence": "x", "seed": true}', "seed is 'True', expected int"),
+        ('{"photo": "a.png", "sentence": "x", "colour": "red"}', "'colour' is no field of an item"),
+    ],
+)
+def test_bad_lines_are_named_and_the_rest_is_read(tmp_path: Path, line: str, reason: str) -> None:
+    """A line that is no item is reported with its number and why; those around it are items."""
+    good = '{"photo": "a.png", "sentence": "%s"}'
+    path = tmp_path / "list.jsonl"
+    path.write_text(f"{good % 'one'}\n\n{line}\n{good % 'two'}\n")
+    items, [bad] = read_manifest(path)
+    assert [item.sentence for item in items] == ["one", "two"]
+    assert bad.where == "line 3" and reason in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("list.jsonl", b"", "has no items"),
+        ("list.json", b"{}", "not a JSON list"),
+        ("list.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+        ("list.txt", b"a", "expected .jsonl, .csv, .json"),
+    ],
+)
+def test_what_is_no_manifest(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    """A file that is no manifest is one clear error."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        read_manifest(tmp_path / name)
+
+
+def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
+    """A missing manifest is one clear error."""
+    with pytest.raises(ConfigError, match="is not there"):
+        read_manifest(tmp_path / "nowhere.jsonl")
+
+
+@given(
+    entries=st.lists(
+        st.fixed_dictionaries(
+            {"photo": st.sampled_from(["a.png", "b/a.png", "é.png", "../a.png"]), "sentence": st.text(max_size=80)},
+            optional={"name": st.text(max_size=70), "seed": st.integers(0, 3)},
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_names_are_safe_unique_and_stable(
+    tmp_path_factory: pytest.TempPathFactory, entries: list[dict[str, Any]]
+) -> None:
+    """Whatever a manifest says, names of folders are portable and unique, and adding lines below changes none."""
+    path = tmp_path_factory.mktemp("manifest") / "list.jsonl"
+
+    def names(count: int) -> list[str]:
+        path.write_text("\n".join(map(json.dumps, entries[:count])), encoding="utf-8")
+        return [item.name for item in read_manifest(path)[0]]
+
+    found = names(len(entries))
+    assert len(set(found)) == len(found)
+    assert all(
+        set(name) <= set(string.ascii_lowercase + string.digits + "-") and 1 <= len(name) <= 60 for name in found
+    )
+    fewer = names(max(1, len(entries) // 2))
+    assert found[: len(fewer)] == fewer
+
+
+# Runs
+
+
+def finished(out: Path) -> list[str]:
+    """Names of the finished items in a folder."""
+    return sorted(path.parent.name for path in out.glob("*/report.json"))
+
+
+def test_a_folder_of_photos_is_edited(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
+    """Every photo gets a folder as `edit` writes it; the broken one is named, and the exit code says so."""
+    result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 3, result.output
+    tally = json.loads(result.stdout)
+    assert [bad["where"] for bad in tally["failed"]] == ["broken.png"] and tally["left"] == 0
+    names = [f"p{n}-a-photo-of-a-blue-sphere" for n in range(3)]
+    assert sorted(tally["done"]) == names == finished(tmp_path / "out")
+    for name in names:
+        folder = tmp_path / "out" / name
+        assert {path.name for path in folder.iterdir()} == {
+            "eta_0.00.png",
+            "eta_1.00.png",
+            "sheet.png",
+            "report.json",
+            f"{name}.safetensors",
+        }
+        assert edit_file.read(folder / f"{name}.safetensors").target_prompt == SENTENCE
+    assert str(tmp_path) not in (tmp_path / "out" / names[0] / "report.json").read_text()
+
+
+def test_an_item_is_what_edit_makes(batch: Callable[..., Any], photos: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """In one slot, an item's edit has the very weights that `train` gives for its photo, sentence and settings."""
+    words = ["train", photos / "p1.png", SENTENCE, "--out", tmp_path / "e.safetensors", "--model", tiny_folder]
+    CliRunner().invoke(app, [*map(str, words), "--device", "cpu", *QUICK[:6], "--quiet"])
+    (tmp_path / "one.jsonl").write_text(json.dumps({"photo": "photos/p1.png", "sentence": SENTENCE, "name": "one"}))
+    assert batch(tmp_path / "one.jsonl", "--out", tmp_path / "out").exit_code == 0
+    mine, theirs = (
+        edit_file.read(tmp_path / "out" / "one" / "one.safetensors"),
+        edit_file.read(tmp_path / "e.safetensors"),
+    )
+    assert mine.adapter.keys() == theirs.adapter.keys()
+    assert all((mine.adapter[key].up == theirs.adapter[key].up).all() for key in mine.adapter)
+    assert (mine.optimized_embedding == theirs.optimized_embedding).all()
+
+
+def test_the_same_command_goes_on(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
+    """Run again, finished items are left as they are, and one whose report is gone is made again."""
+    (photos / "broken.png").unlink()
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    assert batch(*words).exit_code == 0
+    reports = sorted((tmp_path / "out").glob("*/report.json"))
+    before = {path: path.stat().st_mtime_ns for path in reports}
+    reports[1].unlink()
+    result = batch(*words)
+    tally = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert tally["done"] == [reports[1].parent.name]
+    assert len(tally["done_before"]) == 2
+    assert [path for path in reports if path.stat().st_mtime_ns != before[path]] == [reports[1]]
+
+
+def test_nothing_else_is_replaced(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
+    """A folder with another edit, or with files of another kind, is kept unless --force is given."""
+    list_path = tmp_path / "list.jsonl"
+    list_path.write_text(
+        "\n".join(json.dumps({"photo": f"photos/p{n}.png", "sentence": SENTENCE, "name": f"n{n}"}) for n in range(2))
+    )
+    out = tmp_path / "out"
+    (out / "n1").mkdir(parents=True)
+    (out / "n1" / "mine.txt").write_text("mine")
+    assert batch(list_path, "--out", out).exit_code == 3
+    assert finished(out) == ["n0"]
+    report = (out / "n0" / "report.json").read_bytes()
+    result = batch(list_path, "--out", out, "--seed", "1")
+    assert result.exit_code == 3 and result.stderr.count("holds something else") == 2
+    assert (out / "n0" / "report.json").read_bytes() == report
+    assert batch(list_path, "--out", out, "--seed", "1", "--force").exit_code == 0
+    assert finished(out) == ["n0", "n1"] and (out / "n1" / "mine.txt").read_text() == "mine"
+
+
+def test_items_have_settings_of_their_own(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
+    """Seed, etas and seeds of a line hold for its item; what is out of range fails by itself."""
+    lines = [
+        {"photo": "photos/p0.png", "sentence": SENTENCE, "name": "own", "seed": 7, "etas": [0, 0.5], "seeds": "1,2"},
+        {"photo": "photos/p0.png", "sentence": SENTENCE, "name": "plain"},
+        {"photo": "photos/p0.png", "sentence": SENTENCE, "name": "wrong", "etas": [99]},
+        {"photo": "photos/p0.png", "sentence": " ", "name": "empty"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = batch(tmp_path / "list.jsonl", "--out", tmp_path / "out", "--json")
+    tally = json.loads(result.stdout)
+    assert sorted(tally["done"]) == ["own", "plain"]
+    assert {bad["name"]: bad["where"] for bad in tally["failed"]} == {"wrong": "line 3", "empty": "line 4"}
+    pictures = {path.name for path in (tmp_path / "out" / "own").glob("eta*.png")}
+    assert pictures == {f"eta_{eta}_seed_{seed}.png" for eta in ("0.00", "0.50") for seed in (1, 2)}
+    assert edit_file.read(tmp_path / "out" / "own" / "own.safetensors").seed == 7
+
+
+def test_one_that_diverges_harms_nobody(
+    batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit whose loss is no longer finite is reported; those beside it in the pack are finished."""
+    (photos / "broken.png").unlink()
+    begin = packing.Pack._begin
+
+    def poisoned(self: packing.Pack, slot: int, stage: str) -> bool:
+        ended = begin(self, slot, stage)
+        if stage == "embed" and self._made[slot].number == 1:
+            self._embeddings.data[slot] = float("nan")
+        return ended
+
+    monkeypatch.setattr(packing.Pack, "_begin", poisoned)
+    result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    tally = json.loads(result.stdout)
+    assert [bad["where"] for bad in tally["failed"]] == ["p1.png"] and "loss is nan" in tally["failed"][0]["reason"]
+    assert len(tally["done"]) == 2
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between two items, a batch says how many are done and left; the same command goes on."""
+    (photos / "broken.png").unlink()
+    finish = Batch._finish
+
+    def stop_after_one(self: Batch, *args: Any) -> None:
+        if self.tally.done:
+            raise KeyboardInterrupt
+        finish(self, *args)
+
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "_finish", stop_after_one)
+        result = batch(*words)
+    assert result.exit_code == 130 and "1 done, 2 left; the same command goes on" in result.stderr
+    assert len(finished(tmp_path / "out")) == 1
+    assert len(json.loads(batch(*words).stdout)["done"]) == 2
+
+
+def test_progress_is_one_for_all(
+    photos: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The display counts steps of all items to their end, and says how many are done, in slots and waiting."""
+    from lowmem_imagic.console import Console
+
+    seen: list[tuple[str, int, int, str]] = []
+    monkeypatch.setattr(Console, "progress", lambda self, *report: self._quiet or seen.append(report))
+    words = [photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--model", tiny_folder, "--device", "cpu"]
+    result = CliRunner().invoke(app, ["batch", "run", *map(str, words), *QUICK[:-1]])
+    assert result.exit_code == 3, result.output
+    steps = [step for _, step, _, _ in seen]
+    assert {report[0] for report in seen} == {"train"} and steps == sorted(steps) and steps[-1] == 4 * 3
+    assert seen[0][2:] == (4 * 3, "0 done, 3 in slots, 0 waiting")
