@@ -1,6 +1,6 @@
 """Resident bytes of Stable Diffusion 1.5's UNet, and the peak of training one photo, per weight format.
 
-Weights are random (`sd15`), everything else is the product: `quantize.load_frozen` fills the network layer by
+Weights are random (`random_unet`), everything else is the product: `quantize.load_frozen` fills the network layer by
 layer, `finetune.finetune` trains attention adapters of rank 4 on one row at 512 px with gradient checkpointing,
 in bfloat16 for every format. Memory is the process's resident memory on a Linux CPU, over what Python and the
 imports take; the numbers of a GPU differ by its kernels' workspaces.
@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -28,13 +26,12 @@ from torch import Tensor, nn
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import FinetuneConfig
-from lowmem_imagic.families import StableDiffusion
 from lowmem_imagic.finetune import finetune
-from lowmem_imagic.memory import peak_bytes, reset_peak
-from lowmem_imagic.quantize import load_frozen, weight_bytes
+from lowmem_imagic.memory import peak_bytes, reset_peak, resident_bytes
+from lowmem_imagic.quantize import weight_bytes
 
-from . import sd15
 from .goals import Line, fresh, in_gib
+from .random_unet import TOKENS, random_sd15
 
 CPU = torch.device("cpu")
 WEIGHTS_GOAL_GIB, PEAK_GOAL_GIB = 0.82, 1.2
@@ -98,30 +95,10 @@ def _lines(case: Case, measured: dict[str, Any], *, judged: bool) -> list[Line]:
     ]
 
 
-class RandomUnet:
-    """The UNet of Stable Diffusion 1.5 as a model family, as far as training needs one."""
-
-    family = "sd1"
-    prediction_type = "epsilon"
-    cross_attention_dim = 768
-    source = SimpleNamespace(label="random-sd15", revision=None)
-    # The noise schedule of Stable Diffusion.
-    alpha_bar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
-
-    def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen UNet, as `StableDiffusion.load_unet`."""
-        unet = sd15.meta_unet()
-        load_frozen(unet, sd15.random_weights(unet), weights=weights, device=device, dtype=dtype)
-        return unet
-
-
 def run(case: Case) -> dict[str, Any]:
     """What `case` takes, in bytes over the resident memory at the start, and seconds; Linux only."""
     baseline = resident_bytes()
-    base = BaseModel(
-        cast(StableDiffusion, RandomUnet()), device=CPU, weights=case.weights, attention="sdpa", checkpointing=True
-    )
-    base.dtype = getattr(torch, case.compute)
+    base = random_sd15(weights=case.weights, device=CPU, dtype=getattr(torch, case.compute), checkpointing=True)
     with _peak() as load_peak:
         started = time.perf_counter()
         unet = base.unet
@@ -130,7 +107,7 @@ def run(case: Case) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, case.latent_side, case.latent_side, generator=generator)
-    e_opt = torch.randn(1, sd15.TOKENS, base.family.cross_attention_dim, generator=generator)
+    e_opt = torch.randn(1, TOKENS, base.family.cross_attention_dim, generator=generator)
     config = FinetuneConfig(
         steps=case.rows, learning_rate=1e-4, draws=1, adapt=case.adapt, lora_rank=case.rank, lora_alpha=case.rank
     )
@@ -221,14 +198,6 @@ def _peak() -> Iterator[list[int | None]]:
 
 def _over(found: list[int | None], baseline: int) -> int | None:
     return None if found[0] is None else found[0] - baseline
-
-
-def resident_bytes() -> int:
-    """Resident bytes of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the system does not tell the resident memory of a process")
 
 
 def return_freed() -> None:

@@ -29,8 +29,8 @@ from lowmem_imagic.pipeline import COARSE_SIDE, Job, make_edits, versions
 from lowmem_imagic.presets import PRESETS, SMALL_KEEP, preset
 from lowmem_imagic.truncation import truncated
 
-from . import sd15
 from .goals import Line, fresh
+from .random_unet import TOKENS, meta_unet
 
 SMALL = "small"
 """The preset ``balanced`` with ``--small``."""
@@ -83,7 +83,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     """Sizes of an edit of Stable Diffusion 1.5's shape by the settings `_config` has, which is left at `path`."""
     config = _config(name)
     tuning = config.finetune
-    unet = sd15.meta_unet()
+    unet = meta_unet("sd15")
     pack = AdapterPack(unet, edits=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
     generator = torch.Generator().manual_seed(0)
     pack.weights.normal_(0.0, 0.02, generator=generator)
@@ -91,7 +91,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     sentence = "a photo of a sleeping cat on a wooden floor"
     made = Edit(
         adapter={key: LoraFactors(*factors) for key, factors in truncated(whole, tuning.keep).items()},
-        optimized_embedding=torch.randn(sd15.TOKENS, 768, generator=generator),
+        optimized_embedding=torch.randn(TOKENS, 768, generator=generator),
         coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
         target_prompt=sentence,
         base=BaseIdentity(

@@ -23,12 +23,16 @@ class Line:
     """None: the measurement failed or was not made."""
     unit: str
     goal: float | None = None
-    """The most it may be; None where nothing is asked of it."""
+    """The most it may be, or the least; None where nothing is asked of it."""
+    at_least: bool = False
+    """Whether the goal is the least."""
 
     @property
     def passed(self) -> bool | None:
         """Whether the goal is reached; None without a goal or without a number."""
-        return None if self.goal is None or self.value is None else self.value <= self.goal
+        if self.goal is None or self.value is None:
+            return None
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -40,7 +44,8 @@ def table(lines: Sequence[Line]) -> Iterator[str]:
     width = max((len(line.name) for line in lines), default=0)
     for line in lines:
         value = "not measured" if line.value is None else f"{line.value:,.3f} {line.unit}"
-        goal = "" if line.goal is None else f"goal {line.goal:g} {line.unit}"
+        least = "at least " if line.at_least else ""
+        goal = "" if line.goal is None else f"goal {least}{line.goal:g} {line.unit}"
         verdict = {None: "", True: "passed", False: "MISSED"}[line.passed]
         if line.goal is not None and line.value is None:
             verdict = "unknown"

@@ -39,8 +39,8 @@ def presets() -> list[str]:
 def measured() -> list[str]:
     """The whole table of measured figures, goals beside them."""
     rows = ["| figure | measured | goal |", "|---|---|---|"]
-    for part in ("memory", "size", "speed"):
-        rows += [_engine_row(line) for line in _result(f"engine_{part}").get("lines", []) if line["goal"] is not None]
+    for part in ("engine_memory", "engine_size", "engine_speed", "memory", "speed"):
+        rows += [_engine_row(line) for line in _result(part).get("lines", []) if line["goal"] is not None]
     return rows + _quality_rows(_result("demo_quality"))
 
 
@@ -52,7 +52,8 @@ def _result(name: str) -> dict[str, Any]:
 def _engine_row(line: dict[str, Any]) -> str:
     value = "not measured" if line["value"] is None else f"{line['value']:.3g} {line['unit']}"
     missed = " (missed)" if line["passed"] is False else ""
-    return f"| {line['name']} | {value}{missed} | at most {line['goal']:g} {line['unit']} |"
+    bound = "at least" if line.get("at_least") else "at most"
+    return f"| {line['name']} | {value}{missed} | {bound} {line['goal']:g} {line['unit']} |"
 
 
 def _quality_rows(result: dict[str, Any]) -> list[str]:

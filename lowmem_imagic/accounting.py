@@ -57,6 +57,26 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+class Kernels(TorchDispatchMode):
+    """Within the ``with`` block, counts operations that compute or copy: about a kernel each on a GPU.
+
+    Attributes:
+        count: operations so far, without those that only make a view or room.
+    """
+
+    _FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.count += not func.is_view and not str(func).startswith(self._FREE)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def fused_attention() -> Iterator[None]:
     """Within the ``with`` block, attention keeps what fused kernels keep: no matrix of all pairs.

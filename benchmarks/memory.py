@@ -1,0 +1,228 @@
+"""Bytes of a training step of Stable Diffusion 1.5 and XL, of this package and of stock libraries: one table, one JSON.
+
+    python -m benchmarks.memory              counted on the meta device, and measured on this device
+    python -m benchmarks.memory --counted    only counted: no weights, no device, two minutes
+
+Three ways to train LoRA of rank 4 on attention: this package (every weight matrix and convolution in int8), peft on a
+base in bfloat16, and peft on stock bitsandbytes (linear layers in int8). The others train one adapter at a time, so
+their rows are draws of one edit; ours are N edits. *Counted*: bytes of live tensors while the real code runs on the
+meta device (`lowmem_imagic.accounting`), transients included, a device's context and its kernels' scratch memory not.
+*Measured*: what the allocator of a GPU says, or on a CPU the resident memory over what was there before the weights.
+What needs a GPU is ``null`` without one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from lowmem_imagic.accounting import fused_attention, peak_of
+from lowmem_imagic.adapters import TARGETS, AdapterPack, strided_gradients
+from lowmem_imagic.diffusion import loss_per_edit
+from lowmem_imagic.memory import peak_bytes, reset_peak, resident_bytes
+from lowmem_imagic.quantize import load_frozen, weight_bytes
+
+from .goals import Line, fresh, in_gib, table
+from .random_unet import CONFIGURATIONS, TOKENS, frozen_meta, meta_unet, random_weights
+from .results import RESULTS, provenance, write_result
+
+RANK = 4
+PACKS = (1, 2, 4, 8, 16)
+WAYS = {"ours": ("int8", True), "bf16 + peft": ("bf16", False), "bnb-int8 + peft": ("bnb-int8", False)}
+"""Way of training to the format of the frozen weights and whether adapters are packed."""
+MIB = 2**20
+ROW_GOALS_MIB = {False: 540.0, True: 165.0}
+"""Of a row of Stable Diffusion 1.5 at its own size, without and with checkpointing."""
+PEAK_GOALS_GIB = {False: 1.6, True: 1.3}
+"""Of the same, weights, adapter and moments included, as a GPU's allocator has it."""
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is counted or measured."""
+
+    model: str
+    way: str
+    checkpointing: bool
+    rows: int = 1
+    size_px: int | None = None
+    """None is the model's own."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        size = self.size_px or CONFIGURATIONS[self.model]["sample_size"] * 8
+        how = "checkpointing" if self.checkpointing else "plain"
+        return f"{self.model} {size} px, {self.way}, {how}, {self.rows} row{'s' if self.rows > 1 else ''}"
+
+
+CASES = [
+    Case(model, way, checkpointing, rows)
+    for model in CONFIGURATIONS
+    for way in WAYS
+    for checkpointing in (False, True)
+    for rows in (PACKS if way == "ours" else (1, 2))
+]
+
+
+class Step:
+    """A training step of a case on a device: forward and backward, gradients left where they belong.
+
+    Args:
+        case: the case.
+        device: "meta" computes nothing.
+        dtype: type of the arithmetic.
+    """
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        weights, packed = WAYS[case.way]
+        self.case, self.device, self.dtype = case, device, dtype
+        config = CONFIGURATIONS[case.model]
+        if device.type == "meta":
+            self.unet: Any = frozen_meta(case.model, weights=weights, dtype=dtype, frugal=packed)
+        else:
+            from lowmem_imagic.families.frugal_unet import make_frugal
+
+            self.unet = meta_unet(case.model)
+            load_frozen(self.unet, random_weights(meta_unet(case.model)), weights=weights, device=device, dtype=dtype)
+            if packed:
+                make_frugal(self.unet)
+        self.weights = weight_bytes(self.unet)
+        if case.checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.pack: AdapterPack | None = None
+        if packed:
+            self.pack = AdapterPack(self.unet, edits=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device)
+            self.pack.enable_gradients()
+            trained = self.pack.weights.numel()
+        else:
+            self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS["attn"])))
+            factors = [p for p in self.unet.parameters() if p.requires_grad]
+            for p in factors:
+                p.data = p.data.to(dtype)
+                p.grad = torch.zeros_like(p)
+            trained = sum(p.numel() for p in factors)
+        self.adapters = 16 * trained
+        side = case.size_px // 8 if case.size_px else config["sample_size"]
+        latents = torch.zeros(case.rows, 4, side, side, device=device, dtype=dtype)
+        self._latents = latents.contiguous(memory_format=torch.channels_last) if packed else latents
+        self._text = torch.zeros(case.rows, TOKENS, config["cross_attention_dim"], device=device, dtype=dtype)
+        self._timesteps = torch.full((case.rows,), 500, device=device)
+        self._more: dict[str, Any] = {}
+        if config.get("addition_embed_type"):
+            pooled = torch.zeros(case.rows, 1280, device=device, dtype=dtype)
+            ids = torch.zeros(case.rows, 6, device=device, dtype=dtype)
+            self._more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+
+    def run(self) -> None:
+        """The pass."""
+        with self.pack.attached(self.unet) if self.pack is not None else nullcontext():
+            predicted: Tensor = self.unet(
+                self._latents, self._timesteps, encoder_hidden_states=self._text, **self._more
+            ).sample
+            with strided_gradients():
+                loss_per_edit(predicted, torch.zeros_like(predicted), self.case.rows).sum().backward()
+
+
+def counted(case: Case) -> dict[str, int]:
+    """Bytes of a case, counted on the meta device."""
+    step = Step(case, META)
+    with fused_attention():
+        activations = peak_of(step.run)
+    return {
+        "weights": step.weights,
+        "adapters": step.adapters,
+        "activations": activations,
+        "total": step.weights + step.adapters + activations,
+    }
+
+
+def measured(case: Case, device: torch.device) -> dict[str, Any]:
+    """Peak bytes of loading and of two steps on a device."""
+    before = 0 if device.type == "cuda" else resident_bytes() or 0
+    reset_peak(device)
+    step = Step(case, device)
+    loaded = peak_bytes(device)
+    reset_peak(device)
+    for _ in range(2):
+        step.run()
+    peak = peak_bytes(device)
+    return {
+        "load_peak": None if loaded is None else loaded - before,
+        "peak": None if peak is None else peak - before,
+    }
+
+
+def lines_of(found: list[dict[str, Any]]) -> Iterator[Line]:
+    """The table: activations of a row, with goals for ours; and what a device took."""
+    for entry in found:
+        case = Case(**entry["case"])
+        if entry["counted"] is not None:
+            row = entry["counted"]["activations"] / case.rows / MIB
+            judged = case.model == "sd15" and case.way == "ours" and case.rows == 1 and case.size_px is None
+            yield Line(
+                f"{case.name}: a row", round(row, 1), "MiB", ROW_GOALS_MIB[case.checkpointing] if judged else None
+            )
+        if entry["measured"] is not None:
+            on_gpu = entry["device"] == "cuda"
+            judged = on_gpu and case.model == "sd15" and case.way == "ours" and case.rows == 1
+            goal = PEAK_GOALS_GIB[case.checkpointing] if judged else None
+            yield Line(f"{case.name}: peak on {entry['device']}", in_gib(entry["measured"]["peak"]), "GiB", goal)
+
+
+def main() -> int:
+    """Command line; 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counted", action="store_true", help="only count; nothing is written without --out")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here [benchmarks/results]")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        # A process of its own for each measurement.
+        words = json.loads(args.case)
+        print(json.dumps(measured(Case(**words["case"]), torch.device(words["device"]))))
+        return 0
+    origin = provenance()
+    found: list[dict[str, Any]] = []
+    for case in CASES:
+        print(f"counting {case.name}", file=sys.stderr)
+        found.append({"case": asdict(case), "device": "meta", "counted": counted(case), "measured": None})
+    if not args.counted:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # On two cores a step of Stable Diffusion takes a minute at its own size.
+        cases = CASES if device == "cuda" else [Case("sd15", way, c, 1, 256) for way in WAYS for c in (False, True)]
+        for case in cases:
+            print(f"measuring {case.name}", file=sys.stderr)
+            words = {"case": asdict(case), "device": device}
+            result = fresh("benchmarks.memory", "--case", json.dumps(words))
+            entry = {"case": asdict(case), "device": device, "counted": counted(case), "measured": result}
+            found.append(entry)
+    lines = list(lines_of(found))
+    if not torch.cuda.is_available():
+        for checkpointing, goal in PEAK_GOALS_GIB.items():
+            lines.append(Line(f"{Case('sd15', 'ours', checkpointing).name}: peak on cuda", None, "GiB", goal))
+    print("\n".join(table(lines)))
+    passed = all(line.passed is not False for line in lines)
+    if args.out or not args.counted:
+        result = {
+            "partial": args.counted,
+            "cases": found,
+            "gpu": None if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+            "lines": [line.as_json() for line in lines],
+            "passed": passed,
+        }
+        print(f"result: {write_result('memory', result, path=args.out or RESULTS / 'memory.json', origin=origin).name}")
+    return int(not passed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

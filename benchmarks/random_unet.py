@@ -1,0 +1,89 @@
+"""UNets of Stable Diffusion by their public configurations, without weights or with random ones.
+
+Bytes, kernels and time do not depend on what the weights are, so all can be measured without a download.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
+from lowmem_imagic.families.frugal_unet import make_frugal
+from lowmem_imagic.families.published import SD15_UNET, Published
+from lowmem_imagic.quantize import load_frozen
+
+SDXL_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""``unet/config.json`` of Stable Diffusion XL."""
+
+CONFIGURATIONS = {"sd15": SD15_UNET, "sdxl": SDXL_UNET}
+PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
+"""Published numbers of weights."""
+TOKENS = 77
+"""Length of the text conditioning."""
+
+
+def meta_unet(name: str) -> nn.Module:
+    """The network without weights, on the meta device; its few buffers are real."""
+    with init_empty_weights(include_buffers=False):
+        unet: nn.Module = UNet2DConditionModel.from_config(CONFIGURATIONS[name])
+    assert sum(p.numel() for p in unet.parameters()) == PARAMETERS[name]
+    return unet
+
+
+def random_weights(unet: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp16 tensor) of every parameter, one at a time, scaled so that activations neither grow nor vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        tensor = torch.empty(parameter.shape, dtype=torch.float16)
+        if parameter.dim() == 1:
+            yield name, tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            yield name, tensor.normal_(0.0, 1 / math.sqrt(math.prod(parameter.shape[1:])), generator=generator)
+
+
+@dataclass(frozen=True)
+class _Random(Published):
+    """Stable Diffusion 1.5's configurations, with random weights for the UNet."""
+
+    def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """Random weights of the UNet, the only component that has any."""
+        assert component == "unet"
+        return random_weights(meta_unet("sd15"))
+
+
+def random_sd15(*, weights: str, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> BaseModel:
+    """Stable Diffusion 1.5 with random weights as the package's own base model: its UNet alone can be used."""
+    family = StableDiffusion(_Random(Path("sd15"), SHORT_NAMES["sd15"]))
+    base = BaseModel(family, device=device, weights=weights, attention="sdpa", checkpointing=checkpointing)
+    base.dtype = dtype
+    return base
+
+
+def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, frugal: bool) -> nn.Module:
+    """The network with frozen weights of a format on the meta device, with or without the layers that keep less."""
+    unet, device = meta_unet(name), torch.device("meta")
+    load_frozen(unet, list(unet.named_parameters()), weights=weights, device=device, dtype=dtype)
+    if frugal:
+        make_frugal(unet)
+    return unet
