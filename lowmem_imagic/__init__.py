@@ -29,11 +29,13 @@ __all__ = [
     "LowmemImagicError",
     "Meter",
     "Photo",
+    "Plan",
     "SampleConfig",
     "apply_edits",
     "check_base",
     "load_photo",
     "make_edits",
+    "plan_for",
     "preset",
     "read_edit",
     "stream_edits",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .images import Photo, load_photo
     from .memory import Meter
     from .pipeline import Job, apply_edits, check_base, make_edits, stream_edits
+    from .planning import Plan, plan_for
     from .presets import preset
     from .sample import Cell
 
@@ -64,11 +67,13 @@ _HOMES = {
     "LowmemImagicError": ("errors", "LowmemImagicError"),
     "Meter": ("memory", "Meter"),
     "Photo": ("images", "Photo"),
+    "Plan": ("planning", "Plan"),
     "SampleConfig": ("config", "SampleConfig"),
     "apply_edits": ("pipeline", "apply_edits"),
     "check_base": ("pipeline", "check_base"),
     "load_photo": ("images", "load_photo"),
     "make_edits": ("pipeline", "make_edits"),
+    "plan_for": ("planning", "plan_for"),
     "preset": ("presets", "preset"),
     "read_edit": ("edit_file", "read"),
     "stream_edits": ("pipeline", "stream_edits"),

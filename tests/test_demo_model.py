@@ -41,6 +41,7 @@ def results(tmp_path_factory) -> dict[str, list]:
     cells = [Cell(edit, eta, SEED, strength) for edit in range(3) for eta, strength in ((0, 1), (1, 1), (1, 0))]
     pictures = apply_edits(base, edits, cells, settings.sample)
     return {
+        "jobs": jobs,
         "photo": [job.photo.image for job in jobs],
         "edits": edits,
         "eta 0": pictures[0::3],
@@ -57,6 +58,16 @@ def test_eta_0_reproduces_the_photo_better_than_the_sentence_alone(results):
     ]
     assert min(gains) > 0
     assert np.median(gains) > 3
+
+
+def test_an_edit_of_a_pack_looks_like_the_one_made_alone(results):
+    """After a whole training alone, pictures are those of the edit that trained in a pack: 35 dB and more."""
+    base = BaseModel.load("demo", device="cpu")
+    settings = preset("balanced")
+    edits = make_edits(base, results["jobs"][1:2], settings)
+    alone = apply_edits(base, edits, [Cell(0, 0, SEED), Cell(0, 1, SEED)], settings.sample)
+    packed = [results["eta 0"][1], results["eta 1"][1]]
+    assert min(psnr(mine, theirs) for mine, theirs in zip(alone, packed, strict=True)) >= 35
 
 
 def _floor_color(picture, scene: Scene) -> np.ndarray:
