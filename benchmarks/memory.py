@@ -42,7 +42,7 @@ MIB = 2**20
 ROW_GOALS_MIB = {False: 540.0, True: 165.0}
 """Of a row of Stable Diffusion 1.5 at its own size, without and with checkpointing."""
 PEAK_GOALS_GIB = {False: 1.6, True: 1.3}
-"""Of the same, weights, adapter and moments included, as a GPU's allocator has it."""
+"""Of the same with weights, adapter, gradients and moments, as a GPU's allocator has it."""
 META = torch.device("meta")
 
 
@@ -103,15 +103,17 @@ class Step:
         if packed:
             self.pack = AdapterPack(self.unet, edits=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device)
             self.pack.enable_gradients()
-            trained = self.pack.weights.numel()
+            trained = [self.pack.weights]
         else:
             self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS["attn"])))
             factors = [p for p in self.unet.parameters() if p.requires_grad]
             for p in factors:
                 p.data = p.data.to(dtype)
                 p.grad = torch.zeros_like(p)
-            trained = sum(p.numel() for p in factors)
-        self.adapters = 16 * trained
+            trained = [p.data for p in factors]
+        # Weights, gradients and Adam's two moments: in fp32 for ours, in bfloat16 for the others, which is less.
+        self.adapters = 4 * sum(weights.nbytes for weights in trained)
+        self._moments = [torch.zeros_like(weights) for weights in trained for _ in range(2)]
         side = case.size_px // 8 if case.size_px else config["sample_size"]
         latents = torch.zeros(case.rows, 4, side, side, device=device, dtype=dtype)
         self._latents = latents.contiguous(memory_format=torch.channels_last) if packed else latents

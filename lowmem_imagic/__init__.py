@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = [
     "AdapterPack",
     "BaseModel",
+    "Budget",
     "Cell",
     "Edit",
     "EditConfig",
@@ -53,13 +54,14 @@ if TYPE_CHECKING:
     from .images import Photo, load_photo
     from .memory import Meter
     from .pipeline import Job, apply_edits, check_base, make_edits, stream_edits
-    from .planning import Plan, plan_for
+    from .planning import Budget, Plan, plan_for
     from .presets import preset
     from .sample import Cell
 
 _HOMES = {
     "AdapterPack": ("adapters", "AdapterPack"),
     "BaseModel": ("base_model", "BaseModel"),
+    "Budget": ("planning", "Budget"),
     "Cell": ("sample", "Cell"),
     "Edit": ("edit", "Edit"),
     "EditConfig": ("config", "EditConfig"),

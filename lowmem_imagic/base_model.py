@@ -61,6 +61,7 @@ class BaseModel:
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
         rungs: what was made cheaper because memory ran out, in words and in order.
+        most_rows, most_images: of a training pass and of a sampling batch, as learnt from running out; None until then.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class BaseModel:
         self.attention, self.checkpointing = attention, checkpointing
         self.vae_tiling = False
         self.rungs: list[str] = []
+        self.most_rows: int | None = None
+        self.most_images: int | None = None
         self._unet: nn.Module | None = None
         self._embeddings: dict[str, Tensor] = {}
 
@@ -206,6 +209,10 @@ class BaseModel:
                 for prompt, embedding in zip(new, self.family.encode_text(text_encoder, new), strict=True):
                     self._embeddings[prompt] = embedding
         return torch.stack([self._embeddings[prompt] for prompt in prompts])
+
+    def forget_text(self) -> None:
+        """Drops the embeddings that are remembered."""
+        self._embeddings.clear()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1]."""

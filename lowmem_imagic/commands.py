@@ -17,7 +17,7 @@ from .images import Photo, load_photo
 from .memory import Meter
 from .names import safe_stem
 from .pipeline import Job, make_edits, versions
-from .planning import Plan, plan_for
+from .planning import Budget, Plan, plan_for
 from .rendering import BaseOptions, check_sentences, check_suggestable, open_edit, render, sampling_of
 from .result_folder import ResultFolder, rescue
 from .writable import check_target
@@ -43,7 +43,7 @@ def edit(
     source = load_photo(photo, background=background)
     folder = ResultFolder.prepare(out or Path(_default_name(source, sentence)), overwrite=force)
     base = open_base(options, console, [sentence, config.sample.negative_prompt])
-    config, planned = fit_memory(base, config, vram, console)
+    config, planned = fit_memory(base, config, Budget.of(base.device, vram), console)
     loaded_s = time.perf_counter() - started
     meter = Meter(base.device)
     made = _train(base, source, sentence, config, planned, meter, console)
@@ -108,7 +108,7 @@ def train(
         raise ConfigError(f"--out is {path}, expected a name ending in .safetensors")
     check_target(path, overwrite=force)
     base = open_base(options, console, [sentence])
-    config, planned = fit_memory(base, config, vram, console)
+    config, planned = fit_memory(base, config, Budget.of(base.device, vram), console)
     meter = Meter(base.device)
     made = _train(base, source, sentence, config, planned, meter, console)
     _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
@@ -173,10 +173,16 @@ def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> B
 
 
 def fit_memory(
-    base: BaseModel, config: EditConfig, vram: str | None, console: Console, *, jobs: int = 1
+    base: BaseModel,
+    config: EditConfig,
+    budget: Budget | None,
+    console: Console,
+    *,
+    jobs: int = 1,
+    beside: bool = False,
 ) -> tuple[EditConfig, Plan | None]:
-    """The settings within the memory there is, and how; None where nothing limits it."""
-    made = plan_for(base, config, jobs=jobs, vram=vram)
+    """The settings within the memory there is, and how; None where nothing limits it. See `planning.plan_for`."""
+    made = plan_for(base, config, budget, jobs=jobs, beside=beside)
     if made is None:
         return config, None
     console.say(f"plan for {made.budget_bytes / 1e9:.2f} GB: {made}")

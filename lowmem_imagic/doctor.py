@@ -71,7 +71,7 @@ def plans(
             line: dict[str, Any] = {"vram": amount, "photos": photos, "plan": None, "reason": ""}
             try:
                 line["plan"] = plan(
-                    costs, config, budget_bytes=budget, jobs=photos, context_bytes=CUDA_CONTEXT_BYTES
+                    costs, config, budget_bytes=budget, jobs=photos, beside=photos > 1, context_bytes=CUDA_CONTEXT_BYTES
                 ).as_json()
             except MemoryLimitError as error:
                 line["reason"] = str(error)

@@ -16,7 +16,7 @@ from .errors import MemoryLimitError
 
 T = TypeVar("T")
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def in_rungs(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
 
 
 def _ran_out(error: Exception) -> bool:
-    """Whether memory ran out; on a CPU torch says so in a bare RuntimeError."""
+    """Whether memory ran out; on a CPU torch says so in a bare RuntimeError, and so do cuBLAS and cuDNN."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 

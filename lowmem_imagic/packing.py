@@ -98,6 +98,7 @@ class Pack:
         self._free = list(range(slots))
         self._made: dict[int, TrainedEdit] = {}
         self._since: dict[int, float] = {}
+        self._peaks: dict[int, int | None] = {}
         embeddings = torch.zeros(slots, *tasks[0].target_embedding.shape, device=base.device, requires_grad=True)
         embeddings.grad = torch.zeros_like(embeddings)
         self._embeddings = embeddings
@@ -171,9 +172,7 @@ class Pack:
             self._adapters.initialize_edit(slot, task.generator)
         run = Run(task.latents, config, task.generator, task.start_noise)
         made.losses[stage] = run.losses
-        if len(self._made) == 1:
-            reset_peak(self._base.device)
-        self._since[slot] = time.perf_counter()
+        self._since[slot], self._peaks[slot] = time.perf_counter(), None
         if config.steps:
             self._trainer.begin(slot, run, rates)
             return False
@@ -182,15 +181,19 @@ class Pack:
     def _end(self, slot: int, stage: str) -> bool:
         """Ends a stage of a slot's edit and begins the next; whether that was the last."""
         seconds = round(time.perf_counter() - self._since[slot], 3)
-        self._made[slot].measured[stage] = {"seconds": seconds, "peak_bytes": peak_bytes(self._base.device)}
+        self._made[slot].measured[stage] = {"seconds": seconds, "peak_bytes": self._peaks[slot]}
         return stage == "finetune" or self._begin(slot, "finetune")
 
     def _step(self) -> list[TrainedEdit]:
         """One step of everybody; returns those that are finished with everything."""
         before = {slot: (self._stage_of(slot), run) for slot, run in self._trainer.runs.items()}
         late = "finetune" if self._trainer.trains(_ADAPTER) else "embed"
+        # Of each step by itself: in between, finished edits are rendered.
+        reset_peak(self._base.device)
         with clear_errors(late, HINTS[late]):
             ended = self._trainer.step()
+        if (peak := peak_bytes(self._base.device)) is not None:
+            self._peaks |= {slot: max(peak, self._peaks[slot] or 0) for slot in before}
         finished = []
         for slot, run in ended.items():
             self._made[slot].error = run.diverged

@@ -118,7 +118,7 @@ def stream_edits(
         Task(x, e, torch.Generator().manual_seed(config.seed), noise) for x, e in zip(latents, target, strict=True)
     ]
     pack = Pack(base, tasks, config, slots=min(slots or len(jobs), len(jobs)), max_rows=max_rows, progress=progress)
-    before = dict(meter.stages)
+    before, rungs_before = dict(meter.stages), len(base.rungs)
     for group in pack.run():
         finished: list[tuple[int, Edit | DivergenceError]] = []
         for made in group:
@@ -147,7 +147,7 @@ def stream_edits(
                     "device": _device_name(base.device),
                     "dtype": str(base.dtype),
                     "stages": {**before, **made.measured},
-                    "rungs": list(base.rungs),
+                    "rungs": base.rungs[rungs_before:],
                 },
                 title=" ".join(job.prompt.split())[:200],
             )

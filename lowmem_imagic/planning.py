@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from .base_model import BaseModel
 from .config import EditConfig
 from .costs import Costs
 from .errors import ConfigError, MemoryLimitError
+from .families import StableDiffusion
 from .memory import resident_bytes
 
 MAX_SLOTS = 16
@@ -96,42 +98,69 @@ class Plan:
         )
 
 
-def plan_for(base: BaseModel, config: EditConfig, *, jobs: int = 1, vram: str | None = None) -> Plan | None:
-    """The plan for a base that is about to be used, which is set accordingly; None where nothing limits it.
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take of a device's memory."""
 
-    The budget is `vram`, of which what is taken before any tensor is a part: on a GPU `CUDA_CONTEXT_BYTES`, else what
-    this process holds now. By default it is what a GPU has free, and nothing on a CPU. On a GPU torch is told, too.
+    total: int
+    """Bytes, those included that are taken before any tensor."""
+    context: int = 0
+    """Bytes taken before any tensor."""
+
+    @staticmethod
+    def of(device: torch.device, vram: str | None) -> "Budget | None":
+        """The budget before a run's weights are loaded; None where nothing limits it.
+
+        It is `vram`, of which what is taken before any tensor is a part: on a GPU `CUDA_CONTEXT_BYTES`, else what this
+        process holds now. By default it is what a GPU has free, and nothing on a CPU. A GPU's allocator is held to it.
+
+        Raises:
+            ConfigError: `vram` is no amount of memory.
+        """
+        asked = None if vram is None else parse_bytes(vram)
+        if device.type != "cuda":
+            return None if asked is None else Budget(asked, resident_bytes() or 0)
+        free, everything = torch.cuda.mem_get_info(device)
+        if asked is None:
+            return Budget(free)
+        budget = Budget(min(asked, free + CUDA_CONTEXT_BYTES), CUDA_CONTEXT_BYTES)
+        # torch takes no device without a number here.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        share = min(1.0, max(0, budget.total - budget.context) / everything)
+        torch.cuda.set_per_process_memory_fraction(share, index)
+        return budget
+
+
+@lru_cache(maxsize=16)
+def _costs(
+    family: StableDiffusion, config: EditConfig, weights: str, dtype: torch.dtype, part_dtype: torch.dtype
+) -> Costs:
+    return Costs(family, config, weights=weights, dtype=dtype, part_dtype=part_dtype)
+
+
+def plan_for(
+    base: BaseModel, config: EditConfig, budget: Budget | None, *, jobs: int = 1, beside: bool = False
+) -> Plan | None:
+    """The plan for a base, which is set accordingly; None without a budget. See `plan`.
 
     Raises:
-        ConfigError: `vram` is no amount of memory.
         MemoryLimitError: nothing fits.
     """
-    context = 0
-    if vram is not None:
-        budget = parse_bytes(vram)
-        context = CUDA_CONTEXT_BYTES if base.device.type == "cuda" else resident_bytes() or 0
-    if base.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(base.device)
-        if vram is None:
-            budget = free
-        else:
-            share = min(1.0, max(0, budget - context) / total)
-            torch.cuda.set_per_process_memory_fraction(share, base.device)
-    elif vram is None:
+    if budget is None:
         return None
-    costs = Costs(base.family, config, weights=base.weights, dtype=base.dtype, part_dtype=base.part_dtype)
     made = plan(
-        costs,
+        _costs(base.family, config, base.weights, base.dtype, base.part_dtype),
         config,
-        budget_bytes=budget,
+        budget_bytes=budget.total,
         jobs=jobs,
+        beside=beside,
         weights=base.weights,
         checkpointing=base.checkpointing,
-        context_bytes=context,
+        context_bytes=budget.context,
     )
     if made.checkpointing:
         base.recompute()
-    base.vae_tiling = made.vae_tiling
+    base.vae_tiling |= made.vae_tiling
     return made
 
 
@@ -166,7 +195,7 @@ class _Planner:
         least = 1 if self._config.sample.guidance_scale == 1 else 2
         rows = max(self._config.sample.batch_rows, least)
         while rows >= least and self._costs.sample(rows) > self._available - resident:
-            rows = rows // 2 if rows > least else 0
+            rows = max(least, rows // 2) if rows > least else 0
         return rows if rows >= least else 0
 
 
@@ -176,6 +205,7 @@ def plan(
     *,
     budget_bytes: int,
     jobs: int = 1,
+    beside: bool = False,
     weights: str = "int8",
     checkpointing: bool = False,
     context_bytes: int = 0,
@@ -189,6 +219,7 @@ def plan(
         config: settings of all stages.
         budget_bytes: what may be taken, the process's context included.
         jobs: how many edits there are.
+        beside: whether finished edits are rendered, and further photos encoded, while others are in training.
         weights: format of the UNet, for the record.
         checkpointing: in any case.
         context_bytes: taken before any tensor.
@@ -209,17 +240,17 @@ def plan(
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
             "free; take fewer weights to train (--adapt attn, a smaller --rank), or a smaller model"
         )
-    # Whoever trains on keeps its place while others are rendered.
     training = costs.adapters(slots)
-    beside = training if jobs > slots else 0
-    batch_rows = planner.batch_rows(costs.unet + beside)
-    room = available - costs.unet - beside - costs.vae
-    tiling = costs.decode() > room
-    if not batch_rows or costs.decode(tiling=tiling) > room:
+    # Whoever trains on keeps its place, and so does the UNet.
+    held = training if beside else 0
+    batch_rows = planner.batch_rows(costs.unet + held)
+    room = available - costs.unet - held - costs.vae
+    tiling = costs.decode() > room or costs.encode() > room
+    if not batch_rows or max(costs.decode(tiling=tiling), costs.encode(tiling=tiling)) > room:
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold a training step but no picture: one takes "
-            f"{(costs.unet + beside + costs.sample(2)) / 1e9:.2f} GB to sample and "
-            f"{(costs.unet + beside + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
+            f"{(costs.unet + held + costs.sample(2)) / 1e9:.2f} GB to sample and "
+            f"{(costs.unet + held + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
         )
 
     def phase(weights_bytes: int, adapters: int, activations: int) -> Phase:
@@ -227,10 +258,12 @@ def plan(
 
     first, second = (costs.train(rows, slots, checkpointing=recompute, stage=s) for s in ("embed", "finetune"))
     phases = {
-        "encode": phase(max(costs.text_encoder, costs.vae), 0, costs.encode(tiling=tiling)),
+        "encode": phase(
+            max(costs.text_encoder, costs.vae) + (costs.unet if beside else 0), held, costs.encode(tiling=tiling)
+        ),
         "embed": phase(costs.unet, training, first),
         "finetune": phase(costs.unet, training, second),
-        "sample": phase(costs.unet, beside, costs.sample(batch_rows)),
-        "decode": phase(costs.unet + costs.vae, beside, costs.decode(tiling=tiling)),
+        "sample": phase(costs.unet, held, costs.sample(batch_rows)),
+        "decode": phase(costs.unet + costs.vae, held, costs.decode(tiling=tiling)),
     }
     return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, phases)

@@ -96,7 +96,7 @@ def sample(
         coarse_latents = None
     negative = base.encode_text([config.negative_prompt])[:1]
     scales = [config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale for cell in cells]
-    waiting = list(_batches(cells, scales, config.batch_rows))
+    waiting = list(_batches(cells, scales, config.batch_rows, base.most_images))
     steps, results = config.num_inference_steps, dict[int, Tensor]()
 
     def render() -> Tensor:
@@ -129,6 +129,7 @@ def sample(
         most = len(waiting[0]) // 2
         if most:
             waiting[:] = [numbers[i : i + most] for numbers in waiting for i in range(0, len(numbers), most)]
+            base.most_images = most
             base.step_down(f"{most} images a sampling batch")
         return bool(most)
 
@@ -138,15 +139,17 @@ def sample(
     return torch.stack([results[number] for number in range(len(cells))])
 
 
-def _batches(cells: Sequence[Cell], scales: Sequence[float], batch_rows: int) -> Iterator[list[int]]:
-    """Numbers of the cells rendered together: edits side by side, at most `batch_rows` rows.
+def _batches(
+    cells: Sequence[Cell], scales: Sequence[float], batch_rows: int, most_images: int | None
+) -> Iterator[list[int]]:
+    """Numbers of the cells rendered together: edits side by side, at most `batch_rows` rows and `most_images`.
 
     Guidance 1 takes one row an image, any other two, so the two kinds are kept apart.
     """
     for guided in (False, True):
         order = [number for number in range(len(cells)) if (scales[number] != 1) == guided]
         order.sort(key=lambda number: cells[number].edit)
-        size = max(1, batch_rows // (2 if guided else 1))
+        size = max(1, min(batch_rows // (2 if guided else 1), most_images or batch_rows))
         for begin in range(0, len(order), size):
             yield order[begin : begin + size]
 

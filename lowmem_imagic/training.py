@@ -149,7 +149,8 @@ class Trainer:
         embeddings: gives the text conditioning (N, T, D) of a pass.
         pack: the adapters that are attached, to be told whose rows a pass has.
         max_rows: most rows of a pass; a step of more takes several passes, and their gradients add up. None is no
-            limit. Halved whenever a pass runs out of memory; when it is 1, checkpointing is switched on.
+            limit. Halved, for the base as long as it is there, whenever a pass runs out of memory; when it is 1,
+            checkpointing is switched on.
 
     **Memory**: the activations of one pass, freed before the optimiser steps; with averaging, 4 bytes a weight.
     """
@@ -235,8 +236,8 @@ class Trainer:
         """Takes fewer rows a pass, or else checkpointing; whether there was one of them left."""
         widest = max(len(slots) * len(draws) for slots, draws in self._passes())
         if widest > 1:
-            self._max_rows = widest // 2
-            self._base.step_down(f"{self._max_rows} rows a training pass")
+            self._base.most_rows = widest // 2
+            self._base.step_down(f"{widest // 2} rows a training pass")
         elif not self._base.checkpointing:
             self._base.recompute()
             self._base.step_down("checkpointing")
@@ -262,7 +263,8 @@ class Trainer:
         """The passes of a step: slots, and which of their draws; in a pass all slots have equally many."""
         for draws in sorted({run.config.draws for run in self.runs.values()}):
             slots = [slot for slot in sorted(self.runs) if self.runs[slot].config.draws == draws]
-            most = len(slots) * draws if self._max_rows is None else self._max_rows
+            limits = [limit for limit in (self._max_rows, self._base.most_rows) if limit is not None]
+            most = min([len(slots) * draws, *limits])
             at_once = max(1, min(draws, most // len(slots)))
             for first in range(0, draws, at_once):
                 for start in range(0, len(slots), most):

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from lowmem_imagic import edit_file, packing
+from lowmem_imagic import commands, edit_file, packing
 from lowmem_imagic.batch.manifest import read_manifest
 from lowmem_imagic.batch.runner import Batch
 from lowmem_imagic.cli import app
-from lowmem_imagic.errors import ConfigError
+from lowmem_imagic.errors import ConfigError, MemoryLimitError
 
 QUICK = [
     "--steps-embed",
@@ -144,6 +144,25 @@ def test_what_is_no_manifest(tmp_path: Path, name: str, content: bytes, reason: 
         read_manifest(tmp_path / name)
 
 
+def test_lines_end_where_files_say_so(tmp_path: Path) -> None:
+    """Separators that JSON allows within text end no line, and a short CSV row just lacks what it lacks."""
+    sentence = "a cat\u2028asleep\x85here"
+    (tmp_path / "list.jsonl").write_text(
+        json.dumps({"photo": "a.png", "sentence": sentence}, ensure_ascii=False) + "\r\n", encoding="utf-8"
+    )
+    assert [item.sentence for item in read_manifest(tmp_path / "list.jsonl")[0]] == [sentence]
+    (tmp_path / "list.csv").write_text("photo,sentence,name\na.png,a cat\n")
+    assert [item.name for item in read_manifest(tmp_path / "list.csv")[0]] == ["a-a-cat"]
+
+
+def test_a_photo_no_system_can_name(batch: Callable[..., Any], tmp_path: Path) -> None:
+    """A photo's name that is too long, or no name at all, fails its item alone."""
+    lines = [{"photo": name, "sentence": SENTENCE} for name in ("x" * 300 + ".png", "a\0b.png", "..")]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = batch(tmp_path / "list.jsonl", "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 3 and len(json.loads(result.stdout)["failed"]) == 3
+
+
 def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
     """A missing manifest is one clear error."""
     with pytest.raises(ConfigError, match="is not there"):
@@ -224,19 +243,21 @@ def test_an_item_is_what_edit_makes(batch: Callable[..., Any], photos: Path, tin
 
 
 def test_the_same_command_goes_on(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Run again, finished items are left as they are, and one whose report is gone is made again."""
+    """Run again, finished items are left as they are; one whose edit is gone, or that was under way, is made again."""
     (photos / "broken.png").unlink()
     words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     assert batch(*words).exit_code == 0
     reports = sorted((tmp_path / "out").glob("*/report.json"))
+    next(reports[1].parent.glob("*.safetensors")).unlink()
+    under_way = json.loads(reports[2].read_text()) | {"finished": False}
+    reports[2].write_text(json.dumps(under_way))
     before = {path: path.stat().st_mtime_ns for path in reports}
-    reports[1].unlink()
     result = batch(*words)
     tally = json.loads(result.stdout)
     assert result.exit_code == 0
-    assert tally["done"] == [reports[1].parent.name]
-    assert len(tally["done_before"]) == 2
-    assert [path for path in reports if path.stat().st_mtime_ns != before[path]] == [reports[1]]
+    assert tally["done"] == [path.parent.name for path in reports[1:]]
+    assert tally["done_before"] == [reports[0].parent.name]
+    assert [path for path in reports if path.stat().st_mtime_ns != before[path]] == reports[1:]
 
 
 def test_nothing_else_is_replaced(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
@@ -256,6 +277,67 @@ def test_nothing_else_is_replaced(batch: Callable[..., Any], photos: Path, tmp_p
     assert (out / "n0" / "report.json").read_bytes() == report
     assert batch(list_path, "--out", out, "--seed", "1", "--force").exit_code == 0
     assert finished(out) == ["n0", "n1"] and (out / "n1" / "mine.txt").read_text() == "mine"
+
+
+def test_results_of_other_commands_are_not_replaced(
+    batch: Callable[..., Any], photos: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A folder that `sample` or `train` has written is not a stopped batch's: it is kept, and the item fails."""
+    words = ["--model", tiny_folder, "--device", "cpu", "--quiet"]
+    edit = tmp_path / "out" / "a" / "a.safetensors"
+    edit.parent.mkdir(parents=True)
+    for command in (
+        ["train", photos / "p0.png", SENTENCE, "--out", edit, *QUICK[:6]],
+        ["sample", edit, "--out", tmp_path / "out" / "b", "--etas", "0", "--steps-sample", "2"],
+    ):
+        assert CliRunner().invoke(app, [*map(str, command), *map(str, words)]).exit_code == 0
+    lines = [{"photo": "photos/p0.png", "sentence": SENTENCE, "name": name} for name in "ab"]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = batch(tmp_path / "list.jsonl", "--out", tmp_path / "out", "--json")
+    assert [bad["name"] for bad in json.loads(result.stdout)["failed"]] == ["a", "b"]
+    assert {path.name for path in edit.parent.iterdir()} == {"a.safetensors"}
+
+
+def test_another_background_is_another_job(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
+    """What is put under transparent parts of a photo makes the result, so it is part of the job."""
+    (photos / "broken.png").unlink()
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out")
+    assert batch(*words).exit_code == 0
+    assert batch(*words, "--background", "black").exit_code == 3
+
+
+def test_no_memory_for_pictures_fails_the_item_alone(
+    batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item that cannot be rendered is reported with where its edit is; the others are finished."""
+    (photos / "broken.png").unlink()
+    render, seen = commands.render, []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            raise MemoryLimitError("out of memory in stage decode")
+        return render(*args, **options)
+
+    monkeypatch.setattr(commands, "render", failing)
+    result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    tally = json.loads(result.stdout)
+    assert result.exit_code == 3 and len(tally["done"]) == 2 and tally["left"] == 0
+    [bad] = tally["failed"]
+    assert "the edit itself is finished" in bad["reason"]
+    assert (tmp_path / "out" / bad["name"] / f"{bad['name']}.safetensors").is_file()
+    monkeypatch.setattr(commands, "render", render)
+    assert json.loads(batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json").stdout)["done"] == [
+        bad["name"]
+    ]
+
+
+def test_too_little_memory_fails_items_not_the_run(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
+    """Where no plan fits, every item is reported, with what would fit, and the exit code says so."""
+    result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--vram", "1MB", "--json")
+    tally = json.loads(result.stdout)
+    assert result.exit_code == 3 and tally["left"] == 0
+    assert sum("hold no training step" in bad["reason"] for bad in tally["failed"]) == 3
 
 
 def test_items_have_settings_of_their_own(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
@@ -329,5 +411,5 @@ def test_progress_is_one_for_all(
     result = CliRunner().invoke(app, ["batch", "run", *map(str, words), *QUICK[:-1]])
     assert result.exit_code == 3, result.output
     steps = [step for _, step, _, _ in seen]
-    assert {report[0] for report in seen} == {"train"} and steps == sorted(steps) and steps[-1] == 4 * 3
-    assert seen[0][2:] == (4 * 3, "0 done, 3 in slots, 0 waiting")
+    assert {report[0] for report in seen} == {"train"} and steps == sorted(steps) and steps[-1] == 3 * 3
+    assert seen[0][2:] == (3 * 3, "0 done, 3 in slots, 0 waiting")

@@ -19,7 +19,7 @@ from lowmem_imagic.costs import Costs
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
 from lowmem_imagic.families import load_architecture
 from lowmem_imagic.packing import Pack, Task
-from lowmem_imagic.planning import Plan, parse_bytes, plan, plan_for
+from lowmem_imagic.planning import CUDA_CONTEXT_BYTES, Budget, Plan, parse_bytes, plan, plan_for
 from lowmem_imagic.presets import preset
 from lowmem_imagic.sample import Cell, sample
 
@@ -202,11 +202,42 @@ def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
     """A plan for a process that runs already counts what it holds, and sets the base to what it chose."""
     base = load_base()
     with pytest.raises(MemoryLimitError, match="hold no training step"):
-        plan_for(base, CONFIG, vram="50MB")
-    assert plan_for(base, CONFIG) is None
-    made = plan_for(base, CONFIG, vram="20GB")
+        plan_for(base, CONFIG, Budget.of(base.device, "50MB"))
+    assert Budget.of(base.device, None) is None and plan_for(base, CONFIG, None) is None
+    made = plan_for(base, CONFIG, Budget.of(base.device, "20GB"))
     assert isinstance(made, Plan) and made.phases["embed"].context > 10**8
     assert str(made).startswith("1 at once, 2 rows a pass, checkpointing off")
+
+
+def test_budgets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the budget is what is free, or what was asked for up to that, and the allocator is held to it."""
+    told: list[tuple[float, Any]] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(6e9), int(8e9)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: told.append(words))
+    gpu = torch.device("cuda")
+    assert Budget.of(gpu, None) == Budget(int(6e9)) and not told
+    assert Budget.of(gpu, "4GB") == Budget(int(4e9), CUDA_CONTEXT_BYTES)
+    assert Budget.of(gpu, "24GB") == Budget(int(6e9) + CUDA_CONTEXT_BYTES, CUDA_CONTEXT_BYTES)
+    assert told == [((4e9 - CUDA_CONTEXT_BYTES) / 8e9, 1), (6e9 / 8e9, 1)]
+
+
+def test_rendering_beside_training_is_counted(predicted: Costs) -> None:
+    """Where edits are rendered while others train, sampling and decoding hold the training state as well."""
+    alone, beside = (plan(predicted, CONFIG, budget_bytes=10**9, jobs=3, beside=b) for b in (False, True))
+    training = predicted.adapters(beside.slots)
+    for name in ("sample", "decode"):
+        assert beside.phases[name].total - alone.phases[name].total == training
+    assert beside.phases["encode"].weights - alone.phases["encode"].weights == predicted.unet
+
+
+def test_odd_sampling_batches_shrink_to_one_image(predicted: Costs) -> None:
+    """Of a batch of three rows that does not fit, the two of one image are left."""
+    odd = replace(CONFIG, sample=replace(CONFIG.sample, batch_rows=3))
+    most = max(predicted.unet + predicted.sample(2), predicted.unet + predicted.vae + predicted.decode())
+    training = predicted.unet + predicted.adapters(1) + predicted.train(1, 1, checkpointing=True)
+    least = next(b for b in range(most, 10**9, 20_000) if 0.9 * b >= max(most, training))
+    assert plan(predicted, odd, budget_bytes=least).batch_rows in (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +309,29 @@ def test_training_goes_on_in_less_memory(
     for mine, theirs in zip(found, expected, strict=True):
         assert relative(mine.optimized_embedding, theirs.optimized_embedding) < 1e-4
         assert mine.losses["finetune"] == pytest.approx(theirs.losses["finetune"], rel=1e-4)
+
+
+def test_a_step_broken_off_half_way_leaves_nothing_behind(
+    load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, relative: Callable[..., float]
+) -> None:
+    """A step that fails in a later pass, when gradients are half filled, is the same step when it is taken again."""
+    expected = list(trained(load_base()))
+    base = load_base()
+    base.most_rows, seen = 3, list[int]()
+    predict = base.predict
+
+    def second_fails(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        seen.append(len(latents))
+        if len(seen) in (2, 9):
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        found: Tensor = predict(latents, timesteps, embeddings)
+        return found
+
+    monkeypatch.setattr(base, "predict", second_fails)
+    for mine, theirs in zip(trained(base), expected, strict=True):
+        assert relative(mine.optimized_embedding, theirs.optimized_embedding) < 1e-4
+        assert mine.losses["finetune"] == pytest.approx(theirs.losses["finetune"], rel=1e-4)
+    assert base.rungs[0] == "1 rows a training pass"
 
 
 def test_the_last_rung_is_one_clear_error(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """The command line of batches: ``lowmem-imagic batch run``."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import cli_options as opt
-from ..cli_frame import Words, given, guarded, importing
+from ..cli_frame import Words, guarded, importing, print_report
 from ..config import EditConfig
 
 SOME_FAILED = 3
@@ -102,25 +101,31 @@ def run(
         from .. import console as consoles
         from .. import rendering
         from ..commands import fit_memory, open_base
+        from ..errors import OutputExistsError
+        from ..planning import Budget
         from ..writable import check_writable
         from .manifest import read_manifest
         from .runner import Batch
 
     items, bad = read_manifest(manifest, prompt)
     check_writable(out)
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is no folder; name a folder with --out")
     console = consoles.Console(quiet=quiet)
     base = open_base(
         rendering.BaseOptions(model, revision, device, base_weights, attention, checkpointing, model_config),
         console,
         ["a photo", config.sample.negative_prompt],
     )
+    # Before any weight is there: later, what is loaded would count twice.
+    budget = Budget.of(base.device, vram)
     runner = Batch(
         base,
         items,
         bad,
         out,
         settings=settings,
-        fit=lambda config, jobs: fit_memory(base, config, vram, console, jobs=jobs),
+        fit=lambda config, jobs: fit_memory(base, config, budget, console, jobs=jobs, beside=True),
         background=background,
         console=console,
         force=force,
@@ -130,11 +135,9 @@ def run(
     except KeyboardInterrupt:
         console.say(f"{len(runner.tally.done)} done, {runner.tally.left} left; the same command goes on", always=True)
         raise
-    if as_json:
-        typer.echo(json.dumps(given(out=str(out), **tally.as_json()), indent=2))
-    else:
-        before = f", {len(tally.before)} were there already" if tally.before else ""
-        typer.echo(f"{out}: {len(tally.done)} of {tally.total} done{before}, {len(tally.failed)} failed")
+    before = f", {len(tally.before)} were there already" if tally.before else ""
+    summary = f"{out}: {len(tally.done)} of {tally.total} done{before}, {len(tally.failed)} failed"
+    print_report({"out": str(out), **tally.as_json(), "summary": [summary]}, as_json)
     if tally.failed:
         raise typer.Exit(SOME_FAILED)
 

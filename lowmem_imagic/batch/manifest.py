@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"manifest {path} is not UTF-8 text; save it as UTF-8") from error
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
-            for number, line in enumerate(text.splitlines(), start=1):
+            for number, line in enumerate(text.split("\n"), start=1):
                 if line.strip():
                     yield f"line {number}", _json(line)
         case ".json":
@@ -132,7 +133,10 @@ def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
             reader = csv.DictReader(io.StringIO(text), strict=True)
             try:
                 for row in reader:
-                    yield f"line {reader.line_num}", {name: value for name, value in row.items() if value != ""}
+                    yield (
+                        f"line {reader.line_num}",
+                        {name: value for name, value in row.items() if value not in ("", None)},
+                    )
             except csv.Error as error:
                 raise ConfigError(f"manifest {path}, line {reader.line_num}: {error}") from error
         case other:
@@ -176,7 +180,8 @@ def _found(folder: Path, photo: Path) -> Path:
     """Where a photo is: beside the manifest, or where TEdBench has them."""
     beside = folder / photo
     within = folder / "originals" / photo
-    return within if not beside.exists() and within.exists() else beside
+    # Not Path.exists, which raises for a name that is too long.
+    return within if not os.path.exists(beside) and os.path.exists(within) else beside
 
 
 def _digest(item: Item, folder: Path) -> str:

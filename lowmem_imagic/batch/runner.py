@@ -1,12 +1,13 @@
 """Runs the items of a manifest in refilling packs; every finished one is a folder as ``edit`` writes it.
 
-A folder whose report names its job is finished, and is left alone when the same command is run again.
+A folder's report names its job and says whether it is finished; such a one is left alone when the same command is run
+again, an unfinished one is made anew, and a folder with anything else in it is not touched.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..commands import finished_edit
 from ..config import EditConfig
 from ..console import Console
 from ..edit import Edit
-from ..errors import LowmemImagicError, MemoryLimitError, OutputExistsError
+from ..errors import ImageError, LowmemImagicError, MemoryLimitError, OutputExistsError, OutputUnwritableError
 from ..images import Photo, load_photo
 from ..memory import Meter
 from ..pipeline import Job, check_sentence, stream_edits
@@ -26,7 +27,7 @@ from ..result_folder import REPORT, ResultFolder
 from .manifest import BadItem, Item
 
 CHUNK = 64
-"""Photos that are read and encoded together: what a run of thousands holds of them."""
+"""Photos that are in memory together, and encoded in one go."""
 
 Settings = Callable[[Mapping[str, Any]], EditConfig]
 """Gives the settings of an item from those it has of its own."""
@@ -63,20 +64,20 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Ready:
-    """An item whose photo and settings are known to be good."""
+    """An item that can be run, as far as can be seen."""
 
     item: Item
-    photo: Photo
-    config: EditConfig
     job: str
     """Hash of all that makes the result."""
+    warnings: tuple[str, ...]
 
 
 class _Silent(Console):
     """Collects warnings for an item's report and shows nothing: the batch has a display of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, warnings: Sequence[str] = ()) -> None:
         super().__init__(quiet=True)
+        self.warnings += warnings
 
     def _print(self, text: str) -> None:
         pass
@@ -95,6 +96,8 @@ class Batch:
         background: colour under transparent parts of photos.
         console: where progress and failures are told.
         force: replace folders that hold something else.
+
+    **Memory**: `CHUNK` photos at a time, whatever the number of items.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class Batch:
         self._settings, self._fit, self._background = settings, fit, background
         self._console, self._force = console, force
         self.tally = Tally(len(items) + len(bad))
-        self._slots = 1
+        self._steps_before = self._steps = 0
         for one in bad:
             self._fail(one)
 
@@ -125,8 +128,14 @@ class Batch:
             OutputUnwritableError: results cannot be written; nothing more could be.
         """
         try:
-            for config, ready in self._groups():
-                self._run_group(config, ready)
+            groups = self._groups()
+            self._steps = sum(_steps(config) * len(ready) for config, ready in groups.items())
+            for config, ready in groups.items():
+                for first in range(0, len(ready), CHUNK):
+                    some = ready[first : first + CHUNK]
+                    self._run_chunk(config, some)
+                    self._steps_before += _steps(config) * len(some)
+                    self._base.forget_text()
         finally:
             self._console.close()
         return self.tally
@@ -135,118 +144,139 @@ class Batch:
         self.tally.failed.append(bad)
         self._console.warn(f"{bad.where}{f' ({bad.name})' if bad.name else ''}: {bad.reason}")
 
-    def _groups(self) -> Iterator[tuple[EditConfig, list[_Ready]]]:
-        """Items of equal settings, at most `CHUNK` together, as they can be run; those that are done are left out."""
+    def _fail_item(self, item: Item, error: LowmemImagicError | str) -> None:
+        self._fail(BadItem(item.where, item.name, str(error)))
+
+    def _groups(self) -> dict[EditConfig, list[_Ready]]:
+        """The items that are to be run, by their settings; those that are done are left out."""
         groups: dict[EditConfig, list[_Ready]] = {}
         for item in self._items:
             try:
-                ready = self._ready(item)
+                config = self._settings(item.settings)
+                ready = self._ready(item, config)
+            except OutputUnwritableError:
+                raise
             except LowmemImagicError as error:
-                self._fail(BadItem(item.where, item.name, str(error)))
+                self._fail_item(item, error)
                 continue
             if ready is None:
                 self.tally.before.append(item.name)
-                continue
-            group = groups.setdefault(ready.config, [])
-            group.append(ready)
-            if len(group) == CHUNK:
-                yield ready.config, groups.pop(ready.config)
-        yield from groups.items()
+            else:
+                groups.setdefault(config, []).append(ready)
+        return groups
 
-    def _ready(self, item: Item) -> _Ready | None:
-        """The item with its photo read; None where it is done.
+    def _ready(self, item: Item, config: EditConfig) -> _Ready | None:
+        """The item looked at; None where it is done.
 
         Raises:
             LowmemImagicError: it cannot be run.
         """
-        config = self._settings(item.settings)
         check_sentence(item.sentence)
-        check_sentences(self._base, [item.sentence, config.sample.negative_prompt], self._console)
-        photo = load_photo(item.photo, background=self._background)
-        job = job_id(photo, item.sentence, config, self._base)
+        own = _Silent()
+        check_sentences(self._base, [item.sentence, config.sample.negative_prompt], own)
+        job = job_id(self._photo(item), item.sentence, config, self._base, self._background)
         folder = self._out / item.name
-        holds = _job_of(folder, item.name)
-        if holds == job:
+        holds, finished = _job_of(folder)
+        if holds == job and finished:
             return None
-        if holds is not None and not self._force:
+        if holds not in (None, job) and not self._force:
             raise OutputExistsError(f"{folder} holds something else; --force replaces it, or give the item a name")
         ResultFolder.prepare(folder, overwrite=True)
-        return _Ready(item, photo, config, job)
+        return _Ready(item, job, tuple(own.warnings))
 
-    def _run_group(self, config: EditConfig, ready: Sequence[_Ready]) -> None:
-        fitted, planned = self._fit(config, len(ready))
-        self._slots = min(len(ready), CPU_SLOTS if planned is None else planned.slots)
-        jobs = [Job(one.photo, one.item.sentence) for one in ready]
-        waiting = set(range(len(ready)))
-        rows = None if planned is None else planned.rows
+    def _photo(self, item: Item) -> Photo:
+        return load_photo(item.photo, background=self._background)
+
+    def _run_chunk(self, config: EditConfig, ready: Sequence[_Ready]) -> None:
+        """Trains and renders some items of equal settings."""
+        photos: list[tuple[_Ready, Photo]] = []
+        for one in ready:
+            try:
+                photos.append((one, self._photo(one.item)))
+            except ImageError as error:
+                # It was there when the run began.
+                self._fail_item(one.item, error)
+        if not photos:
+            return
+        waiting = dict(enumerate(photos))
+        jobs = [Job(photo, one.item.sentence) for one, photo in photos]
         try:
-            for group in stream_edits(
-                self._base, jobs, fitted, slots=self._slots, max_rows=rows, progress=self._progress(config, len(jobs))
-            ):
+            fitted, planned = self._fit(config, len(jobs))
+            slots = min(len(jobs), CPU_SLOTS if planned is None else planned.slots)
+            rows = None if planned is None else planned.rows
+            report = self._progress(config, slots)
+            for group in stream_edits(self._base, jobs, fitted, slots=slots, max_rows=rows, progress=report):
                 for number, made in group:
-                    waiting.discard(number)
-                    self._finish(ready[number], made, fitted, planned)
+                    one, photo = waiting.pop(number)
+                    self._finish(one, photo, made, fitted, planned)
         except MemoryLimitError as error:
-            # Who is finished is finished; the others would fail alike.
-            for number in sorted(waiting):
-                item = ready[number].item
-                self._fail(BadItem(item.where, item.name, str(error)))
+            # A training step does not fit at the last rung: whoever still trains or waits would fail alike.
+            for one, _ in waiting.values():
+                self._fail_item(one.item, error)
 
-    def _progress(self, config: EditConfig, jobs: int) -> Callable[[str, int, int, str], None]:
-        """Turns a pack's progress into that of the batch: steps of all items that are left."""
-        each = config.embed.steps + config.finetune.steps
-        before = self.tally.total - self.tally.left
+    def _progress(self, config: EditConfig, slots: int) -> Callable[[str, int, int, str], None]:
+        """Turns a pack's progress into that of the batch: steps of all items."""
 
         def report(stage: str, step: int, steps: int, remark: str) -> None:
             # One job alone tells its stages one by one.
             step += config.embed.steps if stage == "finetune" else 0
             left = self.tally.left
-            slots = min(self._slots, left)
+            training = min(slots, left)
             self._console.progress(
                 "train",
-                before * each + min(step, each * jobs),
-                self.tally.total * each,
-                f"{len(self.tally.done)} done, {slots} in slots, {left - slots} waiting",
+                self._steps_before + step,
+                self._steps,
+                f"{len(self.tally.done)} done, {training} in slots, {left - training} waiting",
             )
 
         return report
 
-    def _finish(self, ready: _Ready, made: Edit | LowmemImagicError, config: EditConfig, planned: Plan | None) -> None:
-        """Writes and renders an edit; its report, which says that all is there, comes last."""
-        item = ready.item
+    def _finish(
+        self, one: _Ready, photo: Photo, made: Edit | LowmemImagicError, config: EditConfig, planned: Plan | None
+    ) -> None:
+        """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
+        item = one.item
         if isinstance(made, LowmemImagicError):
-            self._fail(BadItem(item.where, item.name, str(made)))
+            self._fail_item(item, made)
             return
-        started = time.perf_counter()
+        started, name = time.perf_counter(), f"{item.name}.safetensors"
         folder = ResultFolder.prepare(self._out / item.name, overwrite=True)
         meter = Meter(self._base.device)
         meter.stages |= made.measured["stages"]
-        report = finished_edit(
-            self._base, folder, f"{item.name}.safetensors", made, ready.photo, config, planned, meter, _Silent()
-        )
-        report |= {"job": ready.job, "seconds": {"render": round(time.perf_counter() - started, 3)}}
-        folder.write_report(report)
+        try:
+            # Whose folder this is, should the run end here.
+            folder.write_report({"job": one.job, "finished": False})
+            report = finished_edit(self._base, folder, name, made, photo, config, planned, meter, _Silent(one.warnings))
+            report |= {"rungs": made.measured["rungs"], "seconds": {"render": round(time.perf_counter() - started, 3)}}
+            folder.write_report(report | {"job": one.job, "finished": True})
+        except OutputUnwritableError:
+            raise
+        except LowmemImagicError as error:
+            self._fail_item(item, f"{error}; the edit itself is finished: {folder.path / name}")
+            return
         self.tally.done.append(item.name)
         self._console.say(f"{item.name}: done")
 
 
-def job_id(photo: Photo, sentence: str, config: EditConfig, base: BaseModel) -> str:
-    """Hash of all that makes a result: photo, sentence, settings, base."""
+def _steps(config: EditConfig) -> int:
+    return config.embed.steps + config.finetune.steps
+
+
+def job_id(photo: Photo, sentence: str, config: EditConfig, base: BaseModel, background: str) -> str:
+    """Hash of all that makes a result: photo and what is put under it, sentence, settings, base."""
     settings = config.to_dict()
-    # How many rows go together is the machine's matter and changes nothing.
+    # How many rows go together is the machine's matter and changes nothing but rounding.
     del settings["sample"]["batch_rows"]
-    values = [photo.sha256, sentence, settings, base.identity.files, base.weights]
+    values = [photo.sha256, background, sentence, settings, base.identity.files, base.weights]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _job_of(folder: Path, name: str) -> str | None:
-    """The job whose finished result a folder holds; None for nothing, or what a stopped run has left; "" for other."""
+def _job_of(folder: Path) -> tuple[str | None, bool]:
+    """The job whose result a folder holds, and whether it is finished; None for an empty folder, "" for other files."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        return str(report["job"]) if (folder / report["edit_file"]).is_file() else None
+        return str(report["job"]), report["finished"] is True and (folder / report["edit_file"]).is_file()
     except FileNotFoundError:
-        # The edit file is what a run writes first.
-        left = (folder / f"{name}.safetensors").exists()
-        return None if left or not folder.is_dir() or not any(folder.iterdir()) else ""
+        return ("" if folder.is_dir() and any(folder.iterdir()) else None), False
     except (OSError, ValueError, LookupError, TypeError):
-        return ""
+        return "", False
