@@ -548,7 +548,7 @@ def test_overflow_in_the_vae_is_repeated_in_fp32(tiny_folder: Path, monkeypatch:
         images = decode(vae, latents)
         return images if dtypes[-1] == torch.float32 else images.fill_(torch.nan)
 
-    monkeypatch.setattr(BaseModel, "_part_dtype", torch.bfloat16)
+    monkeypatch.setattr(BaseModel, "part_dtype", torch.bfloat16)
     monkeypatch.setattr(base.family, "decode", overflowing)
     latents = torch.randn(1, 4, LATENT_SIDE, LATENT_SIDE)
     images = base.decode(latents)
