@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_imagic import training
+from lowmem_imagic import packing, training
 from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
 from lowmem_imagic.embed import embed
 from lowmem_imagic.errors import DivergenceError
@@ -308,3 +308,15 @@ def test_no_steps_give_the_sentence_and_no_change(base: Any) -> None:
     for number, task in zip((0, 1), tasks_of(base, [0, 1]), strict=True):
         assert torch.equal(made[number].optimized_embedding, task.target_embedding.half().float())
         assert not any(up.any() for _, up, _ in made[number].adapter.values())
+
+
+def test_peaks_are_of_an_edits_own_steps(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's peak is the largest of the steps the edit took in it, each measured by itself: not what others need."""
+    steps: list[int] = []
+    monkeypatch.setattr(packing, "reset_peak", lambda _: steps.append(len(steps)))
+    # The first step of all takes most, and each later one more than the one before it.
+    monkeypatch.setattr(packing, "peak_bytes", lambda _: 1000 if len(steps) == 1 else len(steps))
+    made = train(base, [0, 1], slots=1)
+    peaks = [made[n].measured[stage]["peak_bytes"] for n in (0, 1) for stage in ("embed", "finetune")]
+    embed = CONFIG.embed.steps
+    assert peaks == [1000, STEPS, STEPS + embed, 2 * STEPS]
