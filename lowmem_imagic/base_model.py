@@ -23,6 +23,9 @@ from .quantize import weight_bytes
 
 log = logging.getLogger(__name__)
 
+MAX_SENTENCES = 128
+"""Sentences whose embeddings are remembered; more than are ever in training and waiting together."""
+
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA where there is one, else the CPU.
@@ -202,17 +205,22 @@ class BaseModel:
         return torch.float16 if self.device.type == "cuda" else torch.float32
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, T, D), fp32 on the CPU; each sentence is encoded once and remembered."""
+        """Text embeddings (B, T, D), fp32 on the CPU; the last `MAX_SENTENCES` are remembered.
+
+        Sentences are encoded one by one: an embedding's last bits do not depend on the others.
+        """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if new:
             with self._part(self.family.load_text_encoder, self.part_dtype) as text_encoder:
-                for prompt, embedding in zip(new, self.family.encode_text(text_encoder, new), strict=True):
-                    self._embeddings[prompt] = embedding
-        return torch.stack([self._embeddings[prompt] for prompt in prompts])
-
-    def forget_text(self) -> None:
-        """Drops the embeddings that are remembered."""
-        self._embeddings.clear()
+                for prompt in new:
+                    self._embeddings[prompt] = self.family.encode_text(text_encoder, [prompt])[0]
+        for prompt in prompts:
+            # To the end: what was asked for longest ago is forgotten first.
+            self._embeddings[prompt] = self._embeddings.pop(prompt)
+        found = torch.stack([self._embeddings[prompt] for prompt in prompts])
+        for prompt in list(self._embeddings)[:-MAX_SENTENCES]:
+            del self._embeddings[prompt]
+        return found
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1]."""

@@ -7,9 +7,9 @@ row in stage 2 moves its adapter.
 
 import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from statistics import fmean
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 from .adapters import AdapterPack, Factors
 from .base_model import BaseModel
 from .config import EditConfig
-from .errors import DivergenceError
+from .errors import DivergenceError, TensorShapeError
 from .memory import clear_errors, peak_bytes, reset_peak
 from .training import Run, Trained, Trainer
+from .training_state import TrainingState
 
 StageProgress = Callable[[str, int, int, str], None]
 """Called as ``progress(stage, step, steps, remark)``."""
@@ -46,6 +47,8 @@ class Task:
     """What it draws from, on the CPU."""
     start_noise: Tensor
     """What sampling will start from (C, H, W); see `StageConfig.anchor`."""
+    state: TrainingState | None = None
+    """Where it goes on, if it was trained before."""
 
 
 @dataclass
@@ -66,19 +69,36 @@ class TrainedEdit:
     """Its loss is no longer finite: there is nothing to be had from it."""
 
 
+@dataclass
+class _Held:
+    """What a slot holds."""
+
+    task: Task
+    made: TrainedEdit
+    since: float = field(default_factory=time.perf_counter)
+    """When its stage began, on this process's clock; for one that was resumed, earlier."""
+    peak: int | None = None
+
+    def measured(self) -> dict[str, float | int | None]:
+        """What its stage has taken so far."""
+        return {"seconds": round(time.perf_counter() - self.since, 3), "peak_bytes": self.peak}
+
+
 class Pack:
-    """Trains tasks in a fixed number of slots.
+    """Trains tasks in a fixed number of slots, into which they are taken as slots become free.
 
     Every edit is what it would have been alone: same draws, same gradients to rounding. With one slot a CPU gives the
     same bits every time, those of `embed.embed` and `finetune.finetune` one after the other.
 
     Args:
         base: the frozen base.
-        tasks: what to train, in this order.
+        tasks: what to train, in this order; one at least.
         config: settings of both stages, for all.
         slots: N, how many edits train at once.
+        count: how many tasks there are, None where that is not known; only for progress.
         max_rows: most rows of a pass, see `Trainer`; None is no limit.
         progress: called after every step: with one task as its stages go, else as edits go ("train").
+        between: called before every step, when `states` may be asked for; what it raises ends the run there.
 
     **Memory**: 16 bytes a weight of N adapters and N embeddings, 4 more with averaging, and a pass's activations.
     """
@@ -86,20 +106,23 @@ class Pack:
     def __init__(
         self,
         base: BaseModel,
-        tasks: Sequence[Task],
+        tasks: Iterable[Task],
         config: EditConfig,
         *,
         slots: int,
+        count: int | None = None,
         max_rows: int | None = None,
         progress: StageProgress | None = None,
+        between: Callable[["Pack"], None] | None = None,
     ) -> None:
-        self._base, self._tasks, self._config, self._progress = base, tasks, config, progress
-        self._waiting = deque(range(len(tasks)))
+        self._base, self._config, self._progress, self._between = base, config, progress, between
+        waiting = iter(tasks)
+        first = next(waiting)
+        self._waiting, self._count = chain([first], waiting), count
         self._free = list(range(slots))
-        self._made: dict[int, TrainedEdit] = {}
-        self._since: dict[int, float] = {}
-        self._peaks: dict[int, int | None] = {}
-        embeddings = torch.zeros(slots, *tasks[0].target_embedding.shape, device=base.device, requires_grad=True)
+        self._taken = self._done = 0
+        self._held: dict[int, _Held] = {}
+        embeddings = torch.zeros(slots, *first.target_embedding.shape, device=base.device, requires_grad=True)
         embeddings.grad = torch.zeros_like(embeddings)
         self._embeddings = embeddings
         tuned = config.finetune
@@ -124,17 +147,38 @@ class Pack:
         Raises:
             MemoryLimitError: a pass does not fit.
         """
-        while self._waiting or self._made:
+        while True:
             # The adapters are attached for as long as nobody else uses the base.
             with contextlib.ExitStack() as attached:
                 adapting = False
                 while not (finished := self._fill()):
+                    if not self._held:
+                        return
                     if not adapting and self._trainer.trains(_ADAPTER):
                         attached.enter_context(self._adapters.attached(self._base.unet))
                         adapting = True
+                    if self._between is not None:
+                        self._between(self)
                     if finished := self._step():
                         break
             yield finished
+
+    def states(self) -> Iterator[tuple[int, TrainingState]]:
+        """Where every edit in training stands, by the number of its task; resumed from there in any pack, it goes on
+        with the same draws, and alone with the same bits."""
+        for slot, held in sorted(self._held.items()):
+            stage = self._stage_of(slot)
+            yield (
+                held.made.number,
+                TrainingState(
+                    stage=stage,
+                    losses={name: list(losses) for name, losses in held.made.losses.items()},
+                    generator=held.task.generator.get_state(),
+                    embedding=self._embeddings[slot].detach().to("cpu", copy=True),
+                    trained=self._trainer.save(slot),
+                    measured={**held.made.measured, stage: held.measured()},
+                ),
+            )
 
     def _text(self) -> Tensor:
         """The conditioning (N, T, D); with a gradient only where an edit is in need of it."""
@@ -143,45 +187,73 @@ class Pack:
     def _fill(self) -> list[TrainedEdit]:
         """Gives free slots to waiting tasks; returns those that have nothing to train."""
         finished = []
-        while self._waiting and self._free:
-            slot, number = self._free.pop(0), self._waiting.popleft()
-            task = self._tasks[number]
-            self._made[slot] = TrainedEdit(number, task.target_embedding, {}, {}, {})
+        while self._free and (task := next(self._waiting, None)) is not None:
+            slot = self._free.pop(0)
+            self._held[slot] = _Held(task, TrainedEdit(self._taken, task.target_embedding, {}, {}, {}))
+            self._taken += 1
             with torch.no_grad():
                 self._embeddings[slot].copy_(task.target_embedding)
                 # B of zeros: the adapter changes nothing until stage 2.
                 self._adapters.weights[slot].zero_()
-            if self._begin(slot, "embed"):
+            if task.state is not None:
+                self._resume(slot, task.state)
+            elif self._begin(slot, "embed"):
                 finished.append(self._leave(slot))
         return finished
 
     def _begin(self, slot: int, stage: str) -> bool:
         """Puts a slot's edit into a stage, and into the next where it has no steps; whether that was the last."""
-        made = self._made[slot]
-        task, first = self._tasks[made.number], stage == "embed"
+        generator = self._held[slot].task.generator
+        if stage == "finetune":
+            with torch.no_grad():
+                # Rounded as the file stores it, so that an edit and its file give the same pictures.
+                self._embeddings[slot].copy_(self._embeddings[slot].half())
+            self._adapters.initialize_edit(slot, generator)
+        if self._enter(slot, stage, []):
+            return False
+        return self._end(slot, stage)
+
+    def _enter(self, slot: int, stage: str, losses: list[float]) -> bool:
+        """Gives the trainer a slot's edit in a stage, after the steps with these losses; whether it has any left."""
+        held, first = self._held[slot], stage == "embed"
         config = self._config.embed if first else self._config.finetune
         rates = (
             (config.learning_rate, 0.0)
             if first
             else (self._config.finetune.embedding_learning_rate, config.learning_rate)
         )
-        if not first:
-            with torch.no_grad():
-                # Rounded as the file stores it, so that an edit and its file give the same pictures.
-                self._embeddings[slot].copy_(self._embeddings[slot].half())
-            self._adapters.initialize_edit(slot, task.generator)
-        run = Run(task.latents, config, task.generator, task.start_noise)
-        made.losses[stage] = run.losses
-        self._since[slot], self._peaks[slot] = time.perf_counter(), None
-        if config.steps:
+        run = Run(held.task.latents, config, held.task.generator, held.task.start_noise, losses)
+        held.made.losses[stage] = run.losses
+        held.since, held.peak = time.perf_counter(), None
+        if len(losses) < config.steps:
             self._trainer.begin(slot, run, rates)
-            return False
-        return self._end(slot, stage)
+            return True
+        return False
+
+    def _resume(self, slot: int, state: TrainingState) -> None:
+        """Puts a slot's edit where it was when it was saved, between two steps of a stage.
+
+        Raises:
+            TensorShapeError: the state is of another training.
+        """
+        held = self._held[slot]
+        if state.embedding.shape != self._embeddings[slot].shape:
+            raise TensorShapeError("the saved state is of another base; expected one of the same")
+        held.task.generator.set_state(state.generator)
+        with torch.no_grad():
+            self._embeddings[slot].copy_(state.embedding)
+        held.made.losses |= {stage: list(losses) for stage, losses in state.losses.items()}
+        held.made.measured |= {stage: dict(values) for stage, values in state.measured.items() if stage != state.stage}
+        self._enter(slot, state.stage, held.made.losses[state.stage])
+        before = state.measured[state.stage]
+        held.since -= before["seconds"] or 0.0
+        held.peak = before["peak_bytes"]
+        self._trainer.restore(slot, state.trained)
 
     def _end(self, slot: int, stage: str) -> bool:
         """Ends a stage of a slot's edit and begins the next; whether that was the last."""
-        seconds = round(time.perf_counter() - self._since[slot], 3)
-        self._made[slot].measured[stage] = {"seconds": seconds, "peak_bytes": self._peaks[slot]}
+        held = self._held[slot]
+        held.made.measured[stage] = held.measured()
         return stage == "finetune" or self._begin(slot, "finetune")
 
     def _step(self) -> list[TrainedEdit]:
@@ -193,10 +265,11 @@ class Pack:
         with clear_errors(late, HINTS[late]):
             ended = self._trainer.step()
         if (peak := peak_bytes(self._base.device)) is not None:
-            self._peaks |= {slot: max(peak, self._peaks[slot] or 0) for slot in before}
+            for slot in before:
+                self._held[slot].peak = max(peak, self._held[slot].peak or 0)
         finished = []
         for slot, run in ended.items():
-            self._made[slot].error = run.diverged
+            self._held[slot].made.error = run.diverged
             if run.diverged or self._end(slot, before[slot][0]):
                 finished.append(self._leave(slot))
         self._report(list(before.values()))
@@ -204,16 +277,17 @@ class Pack:
 
     def _stage_of(self, slot: int) -> str:
         """The stage a slot's edit is in."""
-        return "finetune" if "finetune" in self._made[slot].losses else "embed"
+        return "finetune" if "finetune" in self._held[slot].made.losses else "embed"
 
     def _leave(self, slot: int) -> TrainedEdit:
         """Takes an edit out of its slot."""
-        made = self._made.pop(slot)
+        made = self._held.pop(slot).made
         made.optimized_embedding = self._embeddings[slot].detach().cpu().clone()
         if made.error is None:
             made.adapter = self._adapters.export(slot)
         self._free.append(slot)
         self._free.sort()
+        self._done += 1
         return made
 
     def _report(self, stepped: Sequence[tuple[str, Run]]) -> None:
@@ -221,14 +295,14 @@ class Pack:
         if self._progress is None:
             return
         loss = f"loss {fmean(run.losses[-1] for _, run in stepped):.4f}"
-        if len(self._tasks) == 1:
+        if self._count == 1:
             [(stage, run)] = stepped
             self._progress(stage, len(run.losses), run.config.steps, loss)
             return
         each = self._config.embed.steps + self._config.finetune.steps
-        waiting, training = len(self._waiting), len(self._made)
-        done = len(self._tasks) - waiting - training
+        count, training = max(self._count or 0, self._taken), len(self._held)
         # Whoever stopped early has taken the rest of its steps, too.
-        steps = each * done + sum(len(losses) for made in self._made.values() for losses in made.losses.values())
-        remark = f"{done} of {len(self._tasks)} edits trained, {training} in slots, {waiting} waiting, {loss}"
-        self._progress("train", steps, each * len(self._tasks), remark)
+        taken = sum(len(losses) for held in self._held.values() for losses in held.made.losses.values())
+        waiting = f"{count - self._taken} waiting, {loss}"
+        remark = f"{self._done} of {count} edits trained, {training} in slots, {waiting}"
+        self._progress("train", each * self._done + taken, each * count, remark)

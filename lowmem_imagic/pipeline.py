@@ -3,8 +3,10 @@
 import contextlib
 import importlib.metadata
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from unicodedata import category
 
@@ -26,6 +28,7 @@ from .memory import Meter, clear_errors
 from .packing import Pack, StageProgress, Task, TrainedEdit
 from .sample import Cell, sample
 from .training import tail
+from .training_state import TrainingState
 from .truncation import truncated
 
 COARSE_SIDE = 4
@@ -38,6 +41,8 @@ class Job:
 
     photo: Photo
     prompt: str
+    state: TrainingState | None = None
+    """Where its training goes on, if it was begun before."""
 
 
 def make_edits(
@@ -66,13 +71,14 @@ def make_edits(
 
 def stream_edits(
     base: BaseModel,
-    jobs: Sequence[Job],
+    jobs: Sequence[Job] | Iterator[Sequence[Job]],
     config: EditConfig,
     *,
     slots: int | None = None,
     max_rows: int | None = None,
     progress: StageProgress | None = None,
     meter: Meter | None = None,
+    between: Callable[[Pack], None] | None = None,
 ) -> Iterator[list[tuple[int, Edit | DivergenceError]]]:
     """The edits of any number of jobs, or their failures, as they finish: groups of (number of the job, edit).
 
@@ -82,48 +88,49 @@ def stream_edits(
 
     Args:
         base: the frozen base.
-        jobs: photos and sentences.
+        jobs: photos and sentences; or an iterator of groups of them, of which the next is asked for when slots are
+            free and the one before is used up, and encoded together.
         config: settings of all three stages (the third is recorded in the edits).
-        slots: how many edits train at once; None for all of them.
+        slots: how many edits train at once; None for all of them, or one of an iterator's.
         max_rows: most rows of a pass, None for no limit; both are a `planning.Plan`'s to choose.
         progress: called after every step: of every stage for one job, of the whole for several ("train").
         meter: collects seconds and peak bytes of each stage.
+        between: called before every step with the pack, whose `states` may be kept; what it raises ends the run.
 
     Raises:
         PromptError: a sentence with nothing to encode, or one no edit file can hold.
         MemoryLimitError: a stage does not fit.
 
-    **Memory**: text encoder and VAE are gone before the UNet trains; see `packing.Pack`.
+    **Memory**: text encoder and VAE are gone before the UNet trains; see `packing.Pack`. Of a job nothing is kept
+    once its edit is handed over.
     """
-    if not jobs:
-        return
+    count = len(jobs) if isinstance(jobs, Sequence) else None
+    groups = iter([jobs]) if isinstance(jobs, Sequence) else jobs
     meter = meter or Meter(base.device)
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
     base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
-    for job in jobs:
-        check_sentence(job.prompt)
-        base.family.check_prompt(job.prompt)
-    boxes = [Letterbox.fit(*job.photo.image.size, base.size_px) for job in jobs]
-    sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
-    with _stage(meter, "encode", "--device cpu"):
-        # The negative prompt is for sampling; with it, the text encoder is loaded once.
-        target = base.encode_text([*(job.prompt for job in jobs), config.sample.negative_prompt])[: len(jobs)]
-        squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
-        latents = base.encode_images(torch.cat([to_tensor(square) for square in squares]))
+    prepared = _Prepared(base, config, meter, groups)
+    if (first := next(prepared, None)) is None:
+        return
     with _stage(meter, "load", "--base-weights int8, or --device cpu"):
         base.unet.eval()
-    noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(config.sample.seeds[0]))
-    tasks = [
-        Task(x, e, torch.Generator().manual_seed(config.seed), noise) for x, e in zip(latents, target, strict=True)
-    ]
-    pack = Pack(base, tasks, config, slots=min(slots or len(jobs), len(jobs)), max_rows=max_rows, progress=progress)
+    pack = Pack(
+        base,
+        chain([first], prepared),
+        config,
+        slots=min(slots or count, count) if count else slots or 1,
+        count=count,
+        max_rows=max_rows,
+        progress=progress,
+        between=between,
+    )
     before, rungs_before = dict(meter.stages), len(base.rungs)
     for group in pack.run():
         finished: list[tuple[int, Edit | DivergenceError]] = []
         for made in group:
             meter.stages |= made.measured
-            job = jobs[made.number]
+            job, latents, source = prepared.taken.pop(made.number)
             if made.error is not None:
                 finished.append((made.number, made.error))
                 continue
@@ -133,14 +140,14 @@ def stream_edits(
                     for key, (down, up, alpha) in truncated(made.adapter, config.finetune.keep).items()
                 },
                 optimized_embedding=made.optimized_embedding.half(),
-                coarse_latents=coarse(latents[made.number][None], COARSE_SIDE)[0].half(),
+                coarse_latents=coarse(latents[None], COARSE_SIDE)[0].half(),
                 target_prompt=job.prompt,
                 base=identity,
                 settings=_settings(config, made),
                 seed=config.seed,
                 etas=config.sample.etas,
                 eta_default=1.0,
-                source=sources[made.number],
+                source=source,
                 base_weights=base.weights,
                 versions=versions(),
                 measured={
@@ -153,6 +160,42 @@ def stream_edits(
             )
             finished.append((made.number, edit))
         yield finished
+
+
+class _Prepared(Iterator[Task]):
+    """The tasks of jobs, which are taken and encoded group by group as tasks are asked for."""
+
+    def __init__(self, base: BaseModel, config: EditConfig, meter: Meter, groups: Iterator[Sequence[Job]]) -> None:
+        self._base, self._config, self._meter, self._groups = base, config, meter, groups
+        self._noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(config.sample.seeds[0]))
+        self._ready: deque[Task] = deque()
+        self._count = 0
+        self.taken: dict[int, tuple[Job, Tensor, SourcePicture]] = {}
+        """What becomes of a task once it is trained, by its number: its job, latents (C, H, W) and photo."""
+
+    def __next__(self) -> Task:
+        while not self._ready:
+            self._encode(next(self._groups))
+        return self._ready.popleft()
+
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        for job in jobs:
+            check_sentence(job.prompt)
+            self._base.family.check_prompt(job.prompt)
+        boxes = [Letterbox.fit(*job.photo.image.size, self._base.size_px) for job in jobs]
+        sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
+        with _stage(self._meter, "encode", "--device cpu"):
+            # The negative prompt is for sampling; with it, the text encoder is loaded once.
+            sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt]
+            target = self._base.encode_text(sentences)
+            squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
+            latents = self._base.encode_images(torch.cat([to_tensor(square) for square in squares]))
+        for job, x, e, source in zip(jobs, latents, target[: len(jobs)], sources, strict=True):
+            self.taken[self._count] = (job, x, source)
+            self._count += 1
+            self._ready.append(Task(x, e, torch.Generator().manual_seed(self._config.seed), self._noise, job.state))
 
 
 def apply_edits(

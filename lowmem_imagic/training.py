@@ -15,7 +15,7 @@ from .adapters import AdapterPack, strided_gradients
 from .base_model import BaseModel
 from .config import StageConfig
 from .diffusion import add_noise, draw_timesteps, loss_per_edit, training_target
-from .errors import DivergenceError
+from .errors import DivergenceError, TensorShapeError
 from .memory import in_rungs
 from .optimizer import PackedAdam
 
@@ -194,6 +194,40 @@ class Trainer:
                 if average is None:
                     average = self._averages[number] = part.weights.clone()
                 average[slot].copy_(part.weights[slot])
+
+    @torch.no_grad()
+    def save(self, slot: int) -> dict[str, Tensor]:
+        """What a slot's training has come to, as copies on the CPU: for each trained tensor that has a rate, its row,
+        its moments, its count of steps and its average; what it began with is not among them."""
+        saved: dict[str, Tensor] = {}
+        for name, row in self._state(slot):
+            saved[name] = row.detach().to("cpu", copy=True)
+        return saved
+
+    @torch.no_grad()
+    def restore(self, slot: int, saved: Mapping[str, Tensor]) -> None:
+        """Puts back what `save` gave, after `begin` with the same run and rates.
+
+        Raises:
+            TensorShapeError: it is of something else.
+        """
+        rows = dict(self._state(slot))
+        if {name: row.shape for name, row in rows.items()} != {name: value.shape for name, value in saved.items()}:
+            raise TensorShapeError("the saved state is of another training; expected one of the same settings")
+        for name, row in rows.items():
+            row.copy_(saved[name])
+
+    def _state(self, slot: int) -> Iterator[tuple[str, Tensor]]:
+        """Rows of all that training changes of a slot, by name."""
+        for number, (part, optimizer) in enumerate(zip(self._trained, self._optimizers, strict=True)):
+            if not self._rates[slot][number]:
+                continue
+            yield f"{number}.weights", part.weights[slot]
+            yield f"{number}.first", optimizer.first[slot]
+            yield f"{number}.second", optimizer.second[slot]
+            yield f"{number}.steps", optimizer.steps[slot]
+            if self.runs[slot].config.average and (average := self._averages[number]) is not None:
+                yield f"{number}.average", average[slot]
 
     def trains(self, part: int) -> bool:
         """Whether the trained tensor of this number is trained by any edit that has a slot now."""

@@ -367,7 +367,7 @@ def test_one_that_diverges_harms_nobody(
 
     def poisoned(self: packing.Pack, slot: int, stage: str) -> bool:
         ended = begin(self, slot, stage)
-        if stage == "embed" and self._made[slot].number == 1:
+        if stage == "embed" and self._held[slot].made.number == 1:
             self._embeddings.data[slot] = float("nan")
         return ended
 

@@ -31,7 +31,7 @@ LAYERS = {
         "presets",
     ),
     3: ("identity", "safetensors_codec", "truncation", "cli_options"),
-    4: ("facts", "families"),
+    4: ("facts", "families", "training_state"),
     5: ("edit_header", "edit", "base_model"),
     6: ("edit_file", "training", "sample", "suggest", "costs"),
     7: ("embed", "finetune", "packing", "planning"),

@@ -245,12 +245,12 @@ def test_the_base_is_free_between_groups(base: Any) -> None:
 def test_progress_says_where_everybody_is(base: Any) -> None:
     """One edit reports its stages; several report steps of all, and how many are trained, in slots and waiting."""
     seen: list[tuple[str, int, int, str]] = []
-    train(base, [0], slots=1, progress=lambda *report: seen.append(report))
+    train(base, [0], slots=1, count=1, progress=lambda *report: seen.append(report))
     assert [report[:3] for report in seen] == [("embed", n, 3) for n in (1, 2, 3)] + [
         ("finetune", n, 4) for n in (1, 2, 3, 4)
     ]
     seen.clear()
-    train(base, [0, 1, 2], slots=2, progress=lambda *report: seen.append(report))
+    train(base, [0, 1, 2], slots=2, count=3, progress=lambda *report: seen.append(report))
     assert {report[0] for report in seen} == {"train"}
     steps = [report[1] for report in seen]
     assert steps == sorted(steps) and steps[-1] == seen[-1][2] == 3 * STEPS

@@ -135,7 +135,6 @@ class Batch:
                     some = ready[first : first + CHUNK]
                     self._run_chunk(config, some)
                     self._steps_before += _steps(config) * len(some)
-                    self._base.forget_text()
         finally:
             self._console.close()
         return self.tally

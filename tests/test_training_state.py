@@ -1,0 +1,122 @@
+"""Facts about training states: resumed from its bytes, an edit goes on as if it had never stopped."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem_imagic import training_state
+from lowmem_imagic.config import EditConfig
+from lowmem_imagic.errors import EditFileError, TensorShapeError
+from lowmem_imagic.packing import Pack, Task, TrainedEdit
+from lowmem_imagic.training_state import TrainingState
+from tests.test_packing import CONFIG, STEPS, far, same, tasks_of, train
+
+KEY = "photo, sentence, settings"
+AVERAGED = dataclasses.replace(
+    CONFIG,
+    embed=dataclasses.replace(CONFIG.embed, average=0.9),
+    finetune=dataclasses.replace(CONFIG.finetune, average=0.9, embedding_learning_rate=1e-3, max_grad_norm=0.1),
+)
+
+
+class Stopped(Exception):
+    """Ends a run between two steps."""
+
+
+@pytest.fixture(scope="module")
+def base(load_base: Callable[..., Any]) -> Any:
+    """The tiny model in 8 bit."""
+    return load_base()
+
+
+def states_after(base: Any, tasks: list[Task], steps: int, config: EditConfig, slots: int) -> dict[int, bytes]:
+    """The training states, as bytes, of a run that is broken off after some steps."""
+    kept: dict[int, bytes] = {}
+    taken = iter(range(steps))
+
+    def stop(pack: Pack) -> None:
+        if next(taken, None) is None:
+            kept.update({number: training_state.encode(state, KEY) for number, state in pack.states()})
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        list(Pack(base, tasks, config, slots=slots, between=stop).run())
+    return kept
+
+
+def resumed(base: Any, tasks: list[Task], states: dict[int, bytes], config: EditConfig) -> dict[int, TrainedEdit]:
+    """The trained edits, those that have a state from there on."""
+    tasks = [
+        dataclasses.replace(task, state=training_state.decode(states[n], KEY) if n in states else None)
+        for n, task in enumerate(tasks)
+    ]
+    groups = list(Pack(base, tasks, config, slots=len(tasks)).run())
+    return {made.number: made for group in groups for made in group}
+
+
+@pytest.mark.parametrize("config", [CONFIG, AVERAGED], ids=["plain", "averaged"])
+@pytest.mark.parametrize("steps", range(STEPS))
+def test_a_resumed_edit_has_the_bits_of_an_uninterrupted_one(base: Any, steps: int, config: EditConfig) -> None:
+    """Alone on a CPU, wherever it was stopped: same embedding, adapter and losses, to the last bit."""
+    whole = train(base, [0], config, slots=1)[0]
+    states = states_after(base, tasks_of(base, [0]), steps, config, 1)
+    again = resumed(base, tasks_of(base, [0]), states, config)[0]
+    assert same(again, whole) and again.losses == whole.losses
+
+
+def test_resumed_in_other_company(base: Any, relative: Callable[..., float]) -> None:
+    """Edits of a stopped pack that go on beside others, in other slots, come to the same but for rounding."""
+    whole = train(base, [0, 1, 2], slots=1)
+    states = states_after(base, tasks_of(base, [2, 1]), 4, CONFIG, 2)
+    made = resumed(base, tasks_of(base, [2, 1, 0]), states, CONFIG)
+    for number, task in enumerate([2, 1, 0]):
+        assert far(made[number], whole[task], relative) < 2e-3
+        assert made[number].losses["embed"] == pytest.approx(whole[task].losses["embed"], rel=1e-4)
+
+
+def test_seconds_add_up_over_a_stop(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage has taken counts the time before the stop, and not the time between."""
+    [state] = states_after(base, tasks_of(base, [0]), 5, CONFIG, 1).values()
+    found = training_state.decode(state, KEY)
+    found.measured["finetune"]["seconds"] = 100.0
+    states = {0: training_state.encode(found, KEY)}
+    made = resumed(base, tasks_of(base, [0]), states, CONFIG)[0]
+    assert 100 < made.measured["finetune"]["seconds"] < 110
+    assert made.measured["embed"] == found.measured["embed"]
+
+
+@pytest.fixture(scope="module")
+def saved(base: Any) -> bytes:
+    """A state in stage 2."""
+    return states_after(base, tasks_of(base, [0]), 5, CONFIG, 1)[0]
+
+
+def test_a_state_is_for_its_own_edit(base: Any, saved: bytes) -> None:
+    """Under another key it is refused; so is one whose adapter is of another rank."""
+    with pytest.raises(EditFileError, match="not the training state of this"):
+        training_state.decode(saved, "another")
+    other = dataclasses.replace(CONFIG, finetune=dataclasses.replace(CONFIG.finetune, lora_rank=3))
+    with pytest.raises(TensorShapeError, match="of another training"):
+        resumed(base, tasks_of(base, [0]), {0: saved}, other)
+
+
+@given(at=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255))
+def test_no_damage_goes_unseen(saved: bytes, at: float, change: int) -> None:
+    """Whatever byte is changed, and wherever the file ends, a damaged state is refused."""
+    place = int(at * len(saved))
+    damaged = bytearray(saved)
+    damaged[place] ^= change
+    for bad in (bytes(damaged), saved[:place]):
+        with pytest.raises(EditFileError, match="damaged"):
+            training_state.decode(bad, KEY)
+
+
+def test_states_are_plain_values(saved: bytes) -> None:
+    """What comes back is a state of stage 2 after one of its steps, with its losses."""
+    state = training_state.decode(saved, KEY)
+    assert isinstance(state, TrainingState) and state.stage == "finetune"
+    assert {stage: len(losses) for stage, losses in state.losses.items()} == {"embed": 3, "finetune": 2}
