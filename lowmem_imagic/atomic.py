@@ -2,7 +2,8 @@
 
 A reader of the target path sees the old file or the new one, never a part, whatever happens to the writer:
 the bytes go to a temporary in the same folder, are forced to disk, and only then get their name. A process
-killed in between may leave a hidden ``.lowmem-imagic-*.tmp`` behind; nothing reads or matches such a name.
+killed in between may leave a hidden ``.lowmem-imagic-*.tmp`` behind; nothing reads or matches such a name, and
+`remove_temporaries` removes them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from lowmem_imagic.errors import OutputExistsError, OutputUnwritableError
+from lowmem_imagic.failpoints import reach
+
+_PREFIX, _SUFFIX = ".lowmem-imagic-", ".tmp"
 
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
@@ -51,17 +55,19 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
         OutputUnwritableError: No space left, no permission, a read-only or missing folder.
     """
     target = Path(path)
-    temporary = target.parent / f".lowmem-imagic-{secrets.token_hex(8)}.tmp"
+    temporary = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
     try:
         # Only to spare the write: what decides is the exclusive publishing below.
         if not overwrite and os.path.lexists(target):
             raise _exists(target)
         try:
             _write_temporary(temporary, memoryview(data).cast("B"))
+            reach("temporary-written")
             if overwrite:
                 os.replace(temporary, target)
             else:
                 _publish_new(temporary, target)
+            reach("renamed")
         finally:
             # Gone already after a replace; after a link this removes the second name.
             with suppress(OSError):
@@ -72,6 +78,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
         raise OutputUnwritableError(f"cannot write {target}: {reason}") from error
     except ValueError as error:  # a NUL character in the path
         raise OutputUnwritableError(f"cannot write {str(target)!r}: {error}") from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what writers that were killed have left in a folder; none may be at work in it."""
+    with suppress(OSError):
+        for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
 def _write_temporary(temporary: Path, data: memoryview) -> None:

@@ -238,7 +238,7 @@ def _finish(folder: ResultFolder, report: dict[str, Any]) -> dict[str, Any]:
     """Writes the report, and adds what is said of it."""
     folder.write_report(report)
     seconds = report["seconds"]["total"]
-    report["files"] = folder.files
+    report["files"] = list(folder.files)
     report["summary"] = [f"{folder.path}: {len(report['pictures'])} pictures, sheet.png, report.json ({seconds:.0f} s)"]
     if "edit_bytes" in report:
         report["summary"].append(f"edit file: {report['edit_file']} ({report['edit_bytes'] / 1000:.0f} kB)")

@@ -1,6 +1,7 @@
 """Standard error of the commands: remarks, warnings, progress bars."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -42,7 +43,16 @@ class Console:
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage
-            self._bar = tqdm(total=steps, desc=STAGES.get(stage, stage), unit="step", disable=None, leave=True)
+            # What was done before this bar began took none of its time.
+            self._bar = tqdm(
+                total=steps,
+                initial=max(0, step - 1),
+                desc=STAGES.get(stage, stage),
+                unit="step",
+                disable=None,
+                leave=True,
+            )
+        self._bar.total = steps
         self._bar.set_postfix_str(remark, refresh=False)
         self._bar.update(step - self._bar.n)
         if step >= steps:
@@ -53,3 +63,14 @@ class Console:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Silent(Console):
+    """Collects warnings, `warnings` first, for a report, and shows nothing."""
+
+    def __init__(self, warnings: Sequence[str] = ()) -> None:
+        super().__init__(quiet=True)
+        self.warnings += warnings
+
+    def _print(self, text: str) -> None:
+        pass

@@ -92,20 +92,20 @@ class Costs:
         return weight_bytes(self._base.unet)
 
     @cached_property
-    def _factors(self) -> int:
-        """Weights of one edit's adapter."""
+    def adapter_weights(self) -> int:
+        """Numbers in one edit's adapter."""
         return self._adapters(1).weights.numel()
 
     def adapters(self, slots: int) -> int:
         """Bytes of what trains in `slots` slots, fp32: with gradients, two moments and averages, if kept."""
         first, second = self._config.embed, self._config.finetune
-        each = 16 * (self._factors + math.prod(self._text_shape))
-        return slots * (each + 4 * self._factors * bool(second.average or first.average))
+        each = 16 * (self.adapter_weights + math.prod(self._text_shape))
+        return slots * (each + 4 * self.adapter_weights * bool(second.average or first.average))
 
     def train(self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune") -> int:
         """Most bytes of a training pass, and of the optimiser's step after it (two copies, see `PackedAdam.step`)."""
         adapted = stage == "finetune"
-        stepped = self._factors if adapted else math.prod(self._text_shape)
+        stepped = self.adapter_weights if adapted else math.prod(self._text_shape)
         return max(self._pass(rows, edits, checkpointing, adapted), 2 * 4 * edits * stepped)
 
     def train_about(self, *, checkpointing: bool) -> Callable[[int, int], int]:

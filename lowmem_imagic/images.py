@@ -123,6 +123,16 @@ def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_p
     )
 
 
+def photo_sha256(path: str | os.PathLike[str]) -> str:
+    """`Photo.sha256` of a file, which is read and not decoded.
+
+    Raises:
+        ImageNotFoundError: Missing, unreadable, or not a regular file.
+        ImageTooLargeError: More than `MAX_FILE_BYTES` bytes.
+    """
+    return hashlib.sha256(_read(path, repr(os.fspath(path)))).hexdigest()
+
+
 def _read(path: str | os.PathLike[str], shown: str) -> bytes:
     """The bytes of a regular file; never waits on a pipe or a device."""
     try:

@@ -163,6 +163,11 @@ class Pack:
                         break
             yield finished
 
+    @property
+    def in_slots(self) -> list[int]:
+        """For every edit in training, the steps it has taken."""
+        return [sum(map(len, held.made.losses.values())) for held in self._held.values()]
+
     def states(self) -> Iterator[tuple[int, TrainingState]]:
         """Where every edit in training stands, by the number of its task; resumed from there in any pack, it goes on
         with the same draws, and alone with the same bits."""
@@ -302,7 +307,7 @@ class Pack:
         each = self._config.embed.steps + self._config.finetune.steps
         count, training = max(self._count or 0, self._taken), len(self._held)
         # Whoever stopped early has taken the rest of its steps, too.
-        taken = sum(len(losses) for held in self._held.values() for losses in held.made.losses.values())
+        taken = sum(self.in_slots)
         waiting = f"{count - self._taken} waiting, {loss}"
         remark = f"{self._done} of {count} edits trained, {training} in slots, {waiting}"
         self._progress("train", each * self._done + taken, each * count, remark)

@@ -138,6 +138,11 @@ def _costs(
     return Costs(family, config, weights=weights, dtype=dtype, part_dtype=part_dtype)
 
 
+def adapter_weights(base: BaseModel, config: EditConfig) -> int:
+    """Numbers in an adapter as it is trained, counted without weights."""
+    return _costs(base.family, config, base.weights, base.dtype, base.part_dtype).adapter_weights
+
+
 def plan_for(
     base: BaseModel, config: EditConfig, budget: Budget | None, *, jobs: int = 1, beside: bool = False
 ) -> Plan | None:

@@ -10,6 +10,8 @@ from xml.sax.saxutils import quoteattr
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+SHEET_CELL_PX = 256
+"""Side of a contact sheet's cells."""
 XMP_KEYWORD = "XML:com.adobe.xmp"
 SOURCE_TYPE_BASE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
@@ -100,7 +102,7 @@ def contact_sheet(
     columns: int | None = None,
     title: str = "",
     footer: str = "",
-    cell_px: int = 256,
+    cell_px: int = SHEET_CELL_PX,
 ) -> Image.Image:
     """The pictures side by side, each with its label, under a title and over a small grey footer.
 

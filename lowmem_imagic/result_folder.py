@@ -4,6 +4,7 @@ Nothing is replaced unless asked, which is checked before any work is done; ever
 not at all.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -32,8 +33,8 @@ class ResultFolder:
 
     path: Path
     overwrite: bool
-    files: list[str] = field(default_factory=list)
-    """Names written so far."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256, in hex, of the files written so far, by name."""
     stale: frozenset[str] = frozenset()
     """Pictures of an earlier run in this folder, which this one replaces."""
 
@@ -63,15 +64,19 @@ class ResultFolder:
             raise unusable(self.path, error) from error
         target = self.path / name
         write_bytes(target, data, overwrite=self.overwrite)
-        self.files.append(name)
+        self.files[name] = hashlib.sha256(data).hexdigest()
         return target
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of all files but the report."""
+        return {name: digest for name, digest in sorted(self.files.items()) if name != REPORT}
 
     def write_report(self, value: Mapping[str, Any]) -> Path:
         """Writes the report, and removes the pictures that an earlier run's report named and this run did not make."""
         # A file name that is no text, which Linux allows, becomes JSON's escapes.
         data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         target = self.write(REPORT, data)
-        for name in self.stale - set(self.files):
+        for name in self.stale - self.files.keys():
             (self.path / name).unlink(missing_ok=True)
         return target
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lowmem_imagic import commands, edit_file, packing
+from lowmem_imagic.batch import worker
 from lowmem_imagic.batch.manifest import read_manifest
-from lowmem_imagic.batch.runner import Batch
+from lowmem_imagic.batch.worker import Worker
 from lowmem_imagic.cli import app
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
+from lowmem_imagic.result_folder import ResultFolder
 
 QUICK = [
     "--steps-embed",
@@ -333,11 +336,11 @@ def test_no_memory_for_pictures_fails_the_item_alone(
 
 
 def test_too_little_memory_fails_items_not_the_run(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Where no plan fits, every item is reported, with what would fit, and the exit code says so."""
+    """Where no plan fits, every item is reported, unread, with what would fit, and the exit code says so."""
     result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--vram", "1MB", "--json")
     tally = json.loads(result.stdout)
     assert result.exit_code == 3 and tally["left"] == 0
-    assert sum("hold no training step" in bad["reason"] for bad in tally["failed"]) == 3
+    assert sum("hold no training step" in bad["reason"] for bad in tally["failed"]) == 4
 
 
 def test_items_have_settings_of_their_own(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
@@ -378,25 +381,46 @@ def test_one_that_diverges_harms_nobody(
     assert len(tally["done"]) == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_ctrl_c_keeps_what_is_finished(
-    batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Stopped between two items, a batch says how many are done and left; the same command goes on."""
+    """Stopped once, a batch saves what is in training and says how many are done and left; the same command goes on
+    from there."""
     (photos / "broken.png").unlink()
-    finish = Batch._finish
+    finish, words = Worker._finish, (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
 
-    def stop_after_one(self: Batch, *args: Any) -> None:
-        if self.tally.done:
-            raise KeyboardInterrupt
-        finish(self, *args)
+    def stop_after_one(self: Worker, *args: Any) -> Any:
+        signal.raise_signal(number)
+        return finish(self, *args)
 
-    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "_finish", stop_after_one)
+        patch.setattr(Worker, "_finish", stop_after_one)
+        patch.setattr(worker, "CPU_SLOTS", 1)
         result = batch(*words)
     assert result.exit_code == 130 and "1 done, 2 left; the same command goes on" in result.stderr
     assert len(finished(tmp_path / "out")) == 1
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     assert len(json.loads(batch(*words).stdout)["done"]) == 2
+
+
+def test_the_second_ctrl_c_stops_at_once(
+    batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped twice, a batch ends wherever it is, leaves no half file, and goes on all the same."""
+    (photos / "broken.png").unlink()
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+
+    def stop_twice(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultFolder, "write_sheet", stop_twice)
+        assert batch(*words).exit_code == 130
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert len(json.loads(batch(*words).stdout)["done"]) == 3
 
 
 def test_progress_is_one_for_all(
@@ -411,5 +435,6 @@ def test_progress_is_one_for_all(
     result = CliRunner().invoke(app, ["batch", "run", *map(str, words), *QUICK[:-1]])
     assert result.exit_code == 3, result.output
     steps = [step for _, step, _, _ in seen]
-    assert {report[0] for report in seen} == {"train"} and steps == sorted(steps) and steps[-1] == 3 * 3
-    assert seen[0][2:] == (3 * 3, "0 done, 3 in slots, 0 waiting")
+    assert {report[0] for report in seen} == {"train"} and steps == sorted(steps) and steps[-1] == 4 * 3
+    assert seen[0][2:] == (4 * 3, "0 done, 3 in slots, 1 waiting")
+    assert seen[-1][3] == "3 done, 0 in slots, 0 waiting, 1 failed"

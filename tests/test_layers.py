@@ -12,7 +12,7 @@ import lowmem_imagic
 PACKAGE = Path(lowmem_imagic.__file__).parent
 
 LAYERS = {
-    0: ("errors",),
+    0: ("errors", "failpoints"),
     1: ("config", "atomic", "names", "strict_json", "writable"),
     2: (
         "images",

@@ -1,33 +1,34 @@
-"""The command line of batches: ``lowmem-imagic batch run``."""
+"""The command line of batches: ``lowmem-imagic batch run``, ``status``, ``retry``, ``sheet``."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import cli_options as opt
-from ..cli_frame import Words, guarded, importing, print_report
-from ..config import EditConfig
+from ..cli_frame import guarded, importing, print_report
 
 SOME_FAILED = 3
 
 batch = typer.Typer(
     name="batch",
-    help="Edit many photos at once: a folder, or a list of (photo, sentence).",
+    help="Edit many photos: a folder, or a list of (photo, sentence).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="the --out of a batch run")]
+
 
 @batch.callback()
 def _group() -> None:
-    """Edit many photos at once: a folder, or a list of (photo, sentence)."""
+    """Edit many photos: a folder, or a list of (photo, sentence)."""
 
 
 @batch.command(
     epilog='Examples:  lowmem-imagic batch run photos/ --prompt "a cat in the snow" --model sd15 --out snow   |   '
-    "lowmem-imagic batch run list.jsonl --out edits --vram 8GB"
+    "lowmem-imagic batch run list.jsonl --out edits --vram 8GB   |   "
+    "lowmem-imagic batch run list.csv --out edits --shard 3/16"
 )
 @guarded
 def run(
@@ -63,85 +64,73 @@ def run(
     vram: opt.Vram = None,
     model_config: opt.ModelConfig = None,
     revision: opt.Revision = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="only the Ith of N parts of the manifest, for array jobs")
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option(min=0, help="training steps between two saved states of an edit; 0 saves none")
+    ] = 25,
     as_json: opt.AsJson = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Edit every item of a manifest into a folder of its own; run again, it goes on with what is missing.
 
+    Several runs on one folder share the work. Ctrl-C saves what is in training; once more, it stops at once.
     Exit code 0: all done; 3: some failed, the others are done.
     """
+    words = dict(locals())
+    del words["as_json"], words["quiet"]
+    with importing():
+        from .request import Request
 
-    def settings(own: Mapping[str, Any]) -> EditConfig:
-        words = Words(device=device, weights=base_weights, attention=attention)
-        sampling = words.sampling(
-            etas=_listed(own.get("etas", etas)),
-            seeds=_listed(own.get("seeds", seeds)),
-            num_inference_steps=steps_sample,
-            guidance_scale=guidance,
-            negative_prompt=negative,
-            scheduler=scheduler,
-        )
-        return words.edit(
-            own.get("preset", preset),
-            seed=own.get("seed", seed),
-            steps_embed=steps_embed,
-            steps_finetune=steps_finetune,
-            learning_rate=learning_rate,
-            draws=draws,
-            adapt=adapt,
-            rank=rank,
-            keep=keep,
-            small=small,
-            sampling=sampling,
-        )
+    for name in ("manifest", "out", "model_config"):
+        if words[name] is not None:
+            words[name] = str(words[name].absolute())
+    _run(Request(**words), as_json=as_json, quiet=quiet)
 
-    config = settings({})
+
+@batch.command(epilog="Example:  lowmem-imagic batch retry snow --failed")
+@guarded
+def retry(
+    folder: Folder,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="also what failed for a reason that does not pass, such as a bad photo")
+    ] = False,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Run a batch again with the options it had: what is missing, and what failed for want of memory or disk."""
+    with importing():
+        from .failures import DIVERGED, INPUT, RETRIED
+        from .request import Request
+        from .status import commands_of
+
+    for note in commands_of(folder):
+        _run(Request.of(note), retry=(*RETRIED, INPUT, DIVERGED) if failed else RETRIED, as_json=as_json, quiet=quiet)
+
+
+@batch.command(epilog="Example:  lowmem-imagic batch status snow --json")
+@guarded
+def status(folder: Folder, as_json: opt.AsJson = False) -> None:
+    """Show how far a batch is, live or finished: counts, time left, every failure; with --json every item."""
+    from .status import status as look
+
+    print_report(look(folder), as_json)
+
+
+def _run(request: Any, *, retry: Any = None, as_json: bool, quiet: bool) -> None:
+    """Runs a batch, prints what came of it, and ends with its exit code."""
     with importing():
         from .. import console as consoles
-        from .. import rendering
-        from ..commands import fit_memory, open_base
-        from ..errors import OutputExistsError
-        from ..planning import Budget
-        from ..writable import check_writable
-        from .manifest import read_manifest
-        from .runner import Batch
+        from .failures import RETRIED
+        from .stopping import listening
 
-    items, bad = read_manifest(manifest, prompt)
-    check_writable(out)
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out} is no folder; name a folder with --out")
-    console = consoles.Console(quiet=quiet)
-    base = open_base(
-        rendering.BaseOptions(model, revision, device, base_weights, attention, checkpointing, model_config),
-        console,
-        ["a photo", config.sample.negative_prompt],
-    )
-    # Before any weight is there: later, what is loaded would count twice.
-    budget = Budget.of(base.device, vram)
-    runner = Batch(
-        base,
-        items,
-        bad,
-        out,
-        settings=settings,
-        fit=lambda config, jobs: fit_memory(base, config, budget, console, jobs=jobs, beside=True),
-        background=background,
-        console=console,
-        force=force,
-    )
-    try:
-        tally = runner.run()
-    except KeyboardInterrupt:
-        console.say(f"{len(runner.tally.done)} done, {runner.tally.left} left; the same command goes on", always=True)
-        raise
+    with listening() as stop:
+        tally = request.run(consoles.Console(quiet=quiet), stop, retry=RETRIED if retry is None else retry)
     before = f", {len(tally.before)} were there already" if tally.before else ""
-    summary = f"{out}: {len(tally.done)} of {tally.total} done{before}, {len(tally.failed)} failed"
-    print_report({"out": str(out), **tally.as_json(), "summary": [summary]}, as_json)
+    made = len(tally.done) + len(tally.before)
+    summary = f"{request.out}: {made} of {tally.total} done{before}, {len(tally.failed)} failed"
+    print_report({"out": request.out, **tally.as_json(), "summary": [summary]}, as_json)
     if tally.failed:
         raise typer.Exit(SOME_FAILED)
-
-
-def _listed(values: Any) -> str | None:
-    """Numbers as an option has them."""
-    return ",".join(map(str, values)) if isinstance(values, list) else values

@@ -26,6 +26,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "photo": (str,),
     "sentence": (str,),
     "name": (str,),
+    "model": (str,),
     "preset": (str,),
     "seed": (int,),
     "etas": (list, str),
@@ -45,7 +46,7 @@ class Item:
     photo: Path
     sentence: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of its own: preset, seed, etas, seeds."""
+    """Settings of its own: model, preset, seed, etas, seeds."""
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,56 @@
-"""Runs the items of a manifest in refilling packs; every finished one is a folder as ``edit`` writes it.
+"""One run over a manifest's items: looks at what is there, hands out the rest, keeps the ledger."""
 
-A folder's report names its job and says whether it is finished; such a one is left alone when the same command is run
-again, an unfinished one is made anew, and a folder with anything else in it is not touched.
-"""
-
+import contextlib
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..base_model import BaseModel
-from ..commands import finished_edit
 from ..config import EditConfig
-from ..console import Console
-from ..edit import Edit
-from ..errors import ImageError, LowmemImagicError, MemoryLimitError, OutputExistsError, OutputUnwritableError
-from ..images import Photo, load_photo
-from ..memory import Meter
-from ..pipeline import Job, check_sentence, stream_edits
-from ..planning import CPU_SLOTS, Plan
+from ..console import Console, Silent
+from ..edit_header import SPEC_VERSION
+from ..errors import LowmemImagicError, OutputExistsError, OutputUnwritableError
+from ..images import photo_sha256
+from ..pipeline import check_sentence
+from ..planning import CPU_SLOTS, MAX_SLOTS, Plan, adapter_weights
+from ..png import SHEET_CELL_PX
 from ..rendering import check_sentences
-from ..result_folder import REPORT, ResultFolder
+from ..result_folder import ResultFolder
+from . import ledger as ledgers
+from . import outputs
+from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, kind_of
+from .ledger import Entry, Ledger
 from .manifest import BadItem, Item
+from .paths import HIDDEN
+from .stopping import Stop
+from .worker import Assignment, Outcome, States, Worker
 
-CHUNK = 64
-"""Photos that are in memory together, and encoded in one go."""
+CLAIM = 16
+"""Most items taken at once; their photos are in memory together, and encoded in one go."""
+_WAIT_S = 0.5
 
 Settings = Callable[[Mapping[str, Any]], EditConfig]
 """Gives the settings of an item from those it has of its own."""
-Planner = Callable[[EditConfig, int], tuple[EditConfig, Plan | None]]
-"""Fits settings for so many jobs into the memory there is."""
+Bases = Callable[[str | None], BaseModel]
+"""Gives the base model of a name, None for the run's own."""
+Planner = Callable[[BaseModel, EditConfig, int], tuple[EditConfig, Plan | None]]
+"""Fits settings for so many items into the memory there is."""
 
 
 @dataclass
 class Tally:
-    """How far a batch is."""
+    """What came of a run."""
 
     total: int
     done: list[str] = field(default_factory=list)
     """Names of the items made by this run."""
     before: list[str] = field(default_factory=list)
-    """Names of those that were there already."""
+    """Names of those that were there already, or that another run made meanwhile."""
     failed: list[BadItem] = field(default_factory=list)
 
     @property
@@ -63,31 +70,28 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """An item that can be run, as far as can be seen."""
+class _Group:
+    """Items that share a pack."""
 
-    item: Item
-    job: str
-    """Hash of all that makes the result."""
-    warnings: tuple[str, ...]
+    model: str | None
+    config: EditConfig
 
+    @property
+    def key(self) -> str:
+        """What the ledger calls it."""
+        return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()
 
-class _Silent(Console):
-    """Collects warnings for an item's report and shows nothing: the batch has a display of its own."""
-
-    def __init__(self, warnings: Sequence[str] = ()) -> None:
-        super().__init__(quiet=True)
-        self.warnings += warnings
-
-    def _print(self, text: str) -> None:
-        pass
+    @property
+    def steps(self) -> int:
+        """Training steps of each."""
+        return self.config.embed.steps + self.config.finetune.steps
 
 
 class Batch:
-    """One run over a manifest's items.
+    """One run over a manifest's items; several on one folder share the work.
 
     Args:
-        base: the base model of all items.
+        bases: see `Bases`.
         items: what to make.
         bad: what the manifest has besides; reported as failed.
         out: the folder that gets a folder for each item.
@@ -96,13 +100,18 @@ class Batch:
         background: colour under transparent parts of photos.
         console: where progress and failures are told.
         force: replace folders that hold something else.
+        stop: asks for an end.
+        shard: name of the ledger, for parts of a manifest that run without a common one.
+        save_every: steps between two training states of an edit at least, 0 for none.
+        retry: kinds of failure to try again.
+        command: kept in the ledger, for `batch retry`.
 
-    **Memory**: `CHUNK` photos at a time, whatever the number of items.
+    **Memory**: `CLAIM` photos and those in training, whatever the number of items.
     """
 
     def __init__(
         self,
-        base: BaseModel,
+        bases: Bases,
         items: Sequence[Item],
         bad: Sequence[BadItem],
         out: Path,
@@ -112,170 +121,280 @@ class Batch:
         background: str,
         console: Console,
         force: bool,
+        stop: Stop,
+        shard: str = "",
+        save_every: int = 25,
+        retry: Sequence[str] = RETRIED,
+        command: Mapping[str, Any] | None = None,
     ) -> None:
-        self._base, self._items, self._out = base, items, out
+        self._bases, self._items, self._bad, self._out = bases, items, bad, out
         self._settings, self._fit, self._background = settings, fit, background
-        self._console, self._force = console, force
+        self._console, self._force, self._stop = console, force, stop
+        self._shard, self._retry, self._command = shard, retry, command
+        self._states = States(out / HIDDEN / f"training{shard}", save_every)
+        self._base: BaseModel | None = None
         self.tally = Tally(len(items) + len(bad))
-        self._steps_before = self._steps = 0
-        for one in bad:
-            self._fail(one)
+        self._groups: dict[_Group, list[str]] = {}
+        self._assignments: dict[str, Assignment] = {}
+        self._places: dict[str, str] = {}
+        self._held: set[str] = set()
+        self._total_steps = self._steps = self._in_training = self._slots = 0
+        self._began = self._looked = time.perf_counter()
+        self._ended_steps, self._counts = 0, dict[str, int]()
 
     def run(self) -> Tally:
         """Makes what is not there yet; what cannot be made is reported and left out.
 
         Raises:
             OutputUnwritableError: results cannot be written; nothing more could be.
+            KeyboardInterrupt: `stop` was asked for; what can be saved is.
         """
+        for one in self._bad:
+            self._fail(one)
+        entries = [self._entry(position, item) for position, item in enumerate(self._items)]
+        entries += [_bad_entry(len(entries) + n, bad) for n, bad in enumerate(self._bad)]
         try:
-            groups = self._groups()
-            self._steps = sum(_steps(config) * len(ready) for config, ready in groups.items())
-            for config, ready in groups.items():
-                for first in range(0, len(ready), CHUNK):
-                    some = ready[first : first + CHUNK]
-                    self._run_chunk(config, some)
-                    self._steps_before += _steps(config) * len(some)
-        finally:
-            self._console.close()
+            (self._out / HIDDEN).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputUnwritableError(f"{self._out} cannot be written ({error.strerror}); choose another") from error
+        with self._open_ledger() as ledger:
+            ledger.register(entries, finished=self._is_finished, retry=self._retry)
+            ledger.note("command", self._command)
+            self._take_stock(ledger)
+            try:
+                self._make_all(ledger)
+            finally:
+                self._console.close()
+                self._take_others(ledger)
+                with contextlib.suppress(OutputUnwritableError):
+                    ledger.release(list(self._held))
         return self.tally
+
+    def _open_ledger(self) -> Ledger:
+        return Ledger(self._out / HIDDEN / f"ledger{self._shard}.sqlite3", warn=self._console.warn)
+
+    # Before anything is made
+
+    def _entry(self, position: int, item: Item) -> Entry:
+        """What is to be done about an item."""
+        self._stop.check()
+        try:
+            own = dict(item.settings)
+            group = _Group(own.pop("model", None), self._settings(own))
+            base = self._bases(group.model)
+            check_sentence(item.sentence)
+            silent = Silent()
+            check_sentences(base, [item.sentence, group.config.sample.negative_prompt], silent)
+            digest = photo_sha256(item.photo)
+            job = job_id(item.name, digest, item.sentence, group.config, base, self._background)
+            state = self._look(item, job)
+        except OutputUnwritableError:
+            raise
+        except LowmemImagicError as error:
+            bad = BadItem(item.where, item.name, str(error))
+            self._fail(bad)
+            return _bad_entry(position, bad, kind_of(error))
+        self._assignments[job] = Assignment(job, item.name, item.photo, item.sentence, tuple(silent.warnings))
+        self._groups.setdefault(group, []).append(job)
+        self._places[job] = item.where
+        return Entry(job, position, item.where, item.name, group.key, group.steps, state)
+
+    def _look(self, item: Item, job: str) -> str:
+        """Whether an item waits or is done.
+
+        Raises:
+            OutputExistsError: its folder holds something else.
+        """
+        folder = self._out / item.name
+        found = outputs.look(folder, job)
+        if found == outputs.FINISHED:
+            return ledgers.DONE
+        if found == outputs.OTHER and not self._force:
+            raise OutputExistsError(f"{folder} holds something else; --force replaces it, or give the item a name")
+        ResultFolder.prepare(folder, overwrite=True)
+        return ledgers.WAITING
+
+    def _is_finished(self, entry: Entry) -> bool:
+        return outputs.look(self._out / entry.name, entry.job) == outputs.FINISHED
+
+    def _take_stock(self, ledger: Ledger) -> None:
+        """Says how much there is to do, and what it takes on disk."""
+        known = ledger.entries()
+        for entry in known:
+            if entry.state == ledgers.DONE:
+                self.tally.before.append(entry.name)
+            elif entry.state == ledgers.FAILED and entry.job in self._assignments:
+                self._fail(BadItem(entry.place, entry.name, f"{entry.error} (as before; `batch retry` tries again)"))
+        waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
+        self._states.keep(ledger.unfinished())
+        self._total_steps = sum(entry.steps for entry in known)
+        self._refresh(ledger)
+        if not waiting:
+            return
+        wanted = {entry.job for entry in waiting}
+        sizes = [self._size(group, len(wanted.intersection(jobs))) for group, jobs in self._groups.items()]
+        free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)
+        size += (states := max((saved for _, saved in sizes), default=0))
+        remark = (
+            f"{len(waiting)} items to make: up to {_mb(size)} on disk, {_mb(states)} of them while training, "
+            f"{_mb(free)} free"
+        )
+        self._console.say(remark)
+        if size > free:
+            self._console.warn(f"{remark}; the run ends where the disk is full, and goes on when there is room")
+
+    def _size(self, group: _Group, count: int) -> tuple[int, int]:
+        """Bytes of so many items at most, their pictures as if they did not compress; and of their training states."""
+        if not count:
+            return 0, 0
+        base, config = self._bases(group.model), group.config
+        weights = adapter_weights(base, config)
+        pictures = len(config.sample.etas) * len(config.sample.seeds)
+        sheet = 3 * SHEET_CELL_PX**2 * (pictures + 3) * 5 // 4
+        each = 3 * base.size_px**2 * pictures + sheet + round(2 * weights * config.finetune.keep) + 2**18
+        # Weights and two moments of whatever is in training, and one state's temporary.
+        return count * each, 12 * weights * (min(count, CPU_SLOTS if base.device.type == "cpu" else MAX_SLOTS) + 1)
+
+    # Making
+
+    def _make_all(self, ledger: Ledger) -> None:
+        """Makes items until none is left, those included that runners which ended had taken."""
+        while True:
+            for group in self._groups:
+                self._work(ledger, group)
+            self._refresh(ledger, at_once=True)
+            if not self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]:
+                return
+            if not self._counts[ledgers.WAITING]:
+                self._show()
+                self._stop.check()
+                time.sleep(_WAIT_S)
+                ledger.take_over()
+
+    def _work(self, ledger: Ledger, group: _Group) -> None:
+        """Makes the waiting items of a group."""
+        first = self._claim(ledger, group)
+        if not first:
+            return
+
+        def claims() -> Iterator[list[Assignment]]:
+            claimed = first
+            while claimed:
+                yield claimed
+                self._stop.check()
+                claimed = self._claim(ledger, group)
+
+        base = self._bases(group.model)
+        if self._base is not None and self._base is not base:
+            self._base.release()
+        self._base = base
+        worker = Worker(
+            base,
+            group.config,
+            self._out,
+            fit=lambda config, jobs: self._fit(base, config, jobs),
+            background=self._background,
+            states=self._states,
+            stop=self._stop,
+            on_step=lambda steps: self._step(ledger, steps),
+            holds=ledger.holds,
+        )
+        for outcome in worker.make(claims(), len(self._groups[group])):
+            self._book(ledger, outcome)
+            # Its steps are among those that ended, from now on.
+            self._in_training, self._slots = max(0, self._in_training - group.steps), max(0, self._slots - 1)
+            self._refresh(ledger, at_once=True)
+            self._show()
+        self._in_training = self._slots = 0
+
+    def _claim(self, ledger: Ledger, group: _Group) -> list[Assignment]:
+        claimed = [self._assignments[entry.job] for entry in ledger.claim(group.key, CLAIM)]
+        self._held |= {assignment.job for assignment in claimed}
+        self._refresh(ledger, at_once=True)
+        return claimed
+
+    def _book(self, ledger: Ledger, outcome: Outcome) -> None:
+        """Writes down what became of an item."""
+        assignment, error = outcome.assignment, outcome.error
+        self._held.discard(assignment.job)
+        if outcome.lost:
+            return
+        if error is None:
+            ledger.finish(assignment.job, outcome.seconds)
+            self._states.remove(assignment.job)
+            self.tally.done.append(assignment.name)
+            self._console.say(f"{assignment.name}: done")
+            return
+        kind = kind_of(error)
+        again = kind == TRANSIENT and ledger.attempts(assignment.job) < MAX_TRIES
+        ledger.fail(assignment.job, kind, str(error), again=again)
+        if again:
+            self._console.say(f"{assignment.name}: {error}; tried again later", always=True)
+        else:
+            self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
+
+    def _take_others(self, ledger: Ledger) -> None:
+        """Counts what other runners have made or failed at meanwhile."""
+        mine = {*self.tally.done, *self.tally.before, *(bad.name for bad in self.tally.failed if bad.name)}
+        for entry in ledger.entries():
+            if entry.name in mine or entry.job not in self._assignments:
+                continue
+            if entry.state == ledgers.DONE:
+                self.tally.before.append(entry.name)
+            elif entry.state == ledgers.FAILED:
+                self._fail(BadItem(entry.place, entry.name, str(entry.error)))
 
     def _fail(self, bad: BadItem) -> None:
         self.tally.failed.append(bad)
         self._console.warn(f"{bad.where}{f' ({bad.name})' if bad.name else ''}: {bad.reason}")
 
-    def _fail_item(self, item: Item, error: LowmemImagicError | str) -> None:
-        self._fail(BadItem(item.where, item.name, str(error)))
+    # Showing
 
-    def _groups(self) -> dict[EditConfig, list[_Ready]]:
-        """The items that are to be run, by their settings; those that are done are left out."""
-        groups: dict[EditConfig, list[_Ready]] = {}
-        for item in self._items:
-            try:
-                config = self._settings(item.settings)
-                ready = self._ready(item, config)
-            except OutputUnwritableError:
-                raise
-            except LowmemImagicError as error:
-                self._fail_item(item, error)
-                continue
-            if ready is None:
-                self.tally.before.append(item.name)
-            else:
-                groups.setdefault(config, []).append(ready)
-        return groups
+    def _step(self, ledger: Ledger, steps: list[int]) -> None:
+        """Before every training step: `steps` are those that each edit in training has taken."""
+        self._steps += len(steps)
+        self._refresh(ledger)
+        ledger.report(self._steps, time.perf_counter() - self._began)
+        self._in_training, self._slots = sum(steps), len(steps)
+        self._show()
 
-    def _ready(self, item: Item, config: EditConfig) -> _Ready | None:
-        """The item looked at; None where it is done.
+    def _refresh(self, ledger: Ledger, *, at_once: bool = False) -> None:
+        """Asks the ledger how far everybody is, every second or so."""
+        now = time.perf_counter()
+        if at_once or not self._counts or now - self._looked > 1:
+            self._looked = now
+            self._counts, self._ended_steps = ledger.counts(), ledger.steps_ended()
 
-        Raises:
-            LowmemImagicError: it cannot be run.
-        """
-        check_sentence(item.sentence)
-        own = _Silent()
-        check_sentences(self._base, [item.sentence, config.sample.negative_prompt], own)
-        job = job_id(self._photo(item), item.sentence, config, self._base, self._background)
-        folder = self._out / item.name
-        holds, finished = _job_of(folder)
-        if holds == job and finished:
-            return None
-        if holds not in (None, job) and not self._force:
-            raise OutputExistsError(f"{folder} holds something else; --force replaces it, or give the item a name")
-        ResultFolder.prepare(folder, overwrite=True)
-        return _Ready(item, job, tuple(own.warnings))
-
-    def _photo(self, item: Item) -> Photo:
-        return load_photo(item.photo, background=self._background)
-
-    def _run_chunk(self, config: EditConfig, ready: Sequence[_Ready]) -> None:
-        """Trains and renders some items of equal settings."""
-        photos: list[tuple[_Ready, Photo]] = []
-        for one in ready:
-            try:
-                photos.append((one, self._photo(one.item)))
-            except ImageError as error:
-                # It was there when the run began.
-                self._fail_item(one.item, error)
-        if not photos:
-            return
-        waiting = dict(enumerate(photos))
-        jobs = [Job(photo, one.item.sentence) for one, photo in photos]
-        try:
-            fitted, planned = self._fit(config, len(jobs))
-            slots = min(len(jobs), CPU_SLOTS if planned is None else planned.slots)
-            rows = None if planned is None else planned.rows
-            report = self._progress(config, slots)
-            for group in stream_edits(self._base, jobs, fitted, slots=slots, max_rows=rows, progress=report):
-                for number, made in group:
-                    one, photo = waiting.pop(number)
-                    self._finish(one, photo, made, fitted, planned)
-        except MemoryLimitError as error:
-            # A training step does not fit at the last rung: whoever still trains or waits would fail alike.
-            for one, _ in waiting.values():
-                self._fail_item(one.item, error)
-
-    def _progress(self, config: EditConfig, slots: int) -> Callable[[str, int, int, str], None]:
-        """Turns a pack's progress into that of the batch: steps of all items."""
-
-        def report(stage: str, step: int, steps: int, remark: str) -> None:
-            # One job alone tells its stages one by one.
-            step += config.embed.steps if stage == "finetune" else 0
-            left = self.tally.left
-            training = min(slots, left)
-            self._console.progress(
-                "train",
-                self._steps_before + step,
-                self._steps,
-                f"{len(self.tally.done)} done, {training} in slots, {left - training} waiting",
-            )
-
-        return report
-
-    def _finish(
-        self, one: _Ready, photo: Photo, made: Edit | LowmemImagicError, config: EditConfig, planned: Plan | None
-    ) -> None:
-        """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
-        item = one.item
-        if isinstance(made, LowmemImagicError):
-            self._fail_item(item, made)
-            return
-        started, name = time.perf_counter(), f"{item.name}.safetensors"
-        folder = ResultFolder.prepare(self._out / item.name, overwrite=True)
-        meter = Meter(self._base.device)
-        meter.stages |= made.measured["stages"]
-        try:
-            # Whose folder this is, should the run end here.
-            folder.write_report({"job": one.job, "finished": False})
-            report = finished_edit(self._base, folder, name, made, photo, config, planned, meter, _Silent(one.warnings))
-            report |= {"rungs": made.measured["rungs"], "seconds": {"render": round(time.perf_counter() - started, 3)}}
-            folder.write_report(report | {"job": one.job, "finished": True})
-        except OutputUnwritableError:
-            raise
-        except LowmemImagicError as error:
-            self._fail_item(item, f"{error}; the edit itself is finished: {folder.path / name}")
-            return
-        self.tally.done.append(item.name)
-        self._console.say(f"{item.name}: done")
+    def _show(self) -> None:
+        counts, held = self._counts, len(self._held)
+        parts = {
+            "done": counts[ledgers.DONE],
+            "in slots": self._slots,
+            "with other runs": max(0, counts[ledgers.RUNNING] - held),
+            "waiting": counts[ledgers.WAITING] + max(0, held - self._slots),
+            "failed": counts[ledgers.FAILED],
+        }
+        always = ("done", "in slots", "waiting")
+        remark = ", ".join(f"{count} {name}" for name, count in parts.items() if count or name in always)
+        step = min(self._ended_steps + self._in_training, self._total_steps)
+        self._console.progress("train", step, self._total_steps, remark)
 
 
-def _steps(config: EditConfig) -> int:
-    return config.embed.steps + config.finetune.steps
+def _bad_entry(position: int, bad: BadItem, kind: str = INPUT) -> Entry:
+    """What the ledger says of an item that cannot be run."""
+    word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
+    return Entry(f"bad {word}", position, bad.where, bad.name, state=ledgers.FAILED, kind=kind, error=bad.reason)
 
 
-def job_id(photo: Photo, sentence: str, config: EditConfig, base: BaseModel, background: str) -> str:
-    """Hash of all that makes a result: photo and what is put under it, sentence, settings, base."""
+def _mb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def job_id(name: str, photo_sha256: str, sentence: str, config: EditConfig, base: BaseModel, background: str) -> str:
+    """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base
+    and the version of the edit format."""
     settings = config.to_dict()
     # How many rows go together is the machine's matter and changes nothing but rounding.
     del settings["sample"]["batch_rows"]
-    values = [photo.sha256, background, sentence, settings, base.identity.files, base.weights]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _job_of(folder: Path) -> tuple[str | None, bool]:
-    """The job whose result a folder holds, and whether it is finished; None for an empty folder, "" for other files."""
-    try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        return str(report["job"]), report["finished"] is True and (folder / report["edit_file"]).is_file()
-    except FileNotFoundError:
-        return ("" if folder.is_dir() and any(folder.iterdir()) else None), False
-    except (OSError, ValueError, LookupError, TypeError):
-        return "", False
+    made_of = [SPEC_VERSION, photo_sha256, background, sentence, settings, base.identity.files, base.weights]
+    return hashlib.sha256(json.dumps([name, *made_of], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,57 @@
+"""Whether an item is finished, told from its files alone.
+
+An item's report is written last. It names the job and the SHA-256 of every other file, so a folder whose files agree
+with it is finished, whatever anything else says.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..result_folder import REPORT
+
+EMPTY, UNFINISHED, FINISHED, OTHER = "empty", "unfinished", "finished", "other"
+
+
+def look(folder: Path, job: str) -> str:
+    """What an item's folder holds: nothing (`EMPTY`), the job begun (`UNFINISHED`) or `FINISHED`, or something else."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if report["job"] != job:
+            return OTHER
+        return FINISHED if report["finished"] is True and _whole(folder, report["sha256"]) else UNFINISHED
+    except FileNotFoundError:
+        return OTHER if folder.is_dir() and any(_visible(folder)) else EMPTY
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return OTHER
+
+
+def report_of(folder: Path) -> dict[str, Any] | None:
+    """The report of a folder with a finished item; None for any other."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        return report if report["finished"] is True and isinstance(report["job"], str) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _whole(folder: Path, digests: dict[str, str]) -> bool:
+    """Whether every file is there as it was written."""
+    for name, digest in digests.items():
+        # A report names files of its own folder and nothing else.
+        if Path(name).name != name:
+            return False
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return False
+        if found != digest:
+            return False
+    return True
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files but for those that are hidden, as temporaries are."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]

@@ -1,0 +1,56 @@
+"""Which process holds something, precisely enough to tell later whether it is still there."""
+
+import os
+import platform
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, on whatever machine."""
+
+    host: str
+    """Name of the machine, for people."""
+    boot: str
+    """What tells one start of one machine, and one space of process numbers on it, from any other."""
+    pid: int
+    started: str
+    """When the process began, in the kernel's words, so that a number given out again is not taken for it."""
+
+    @staticmethod
+    def of_this_process() -> "Owner":
+        """This process."""
+        return Owner(platform.node(), _boot(), os.getpid(), _started(os.getpid()) or "")
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether the process is there; None where that cannot be seen from here, as on another machine."""
+        if self.boot != _boot():
+            return None
+        return _started(self.pid) == self.started
+
+
+_NOWHERE = f"unknown {secrets.token_hex(8)}"
+"""Where the system has no such file: nothing is then the same machine, and heartbeats decide."""
+
+
+def _boot() -> str:
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
+    except OSError:
+        return _NOWHERE
+
+
+def _started(pid: int) -> str | None:
+    """When a process began; None for one that is not there, or that has ended and only waits for its parent."""
+    try:
+        # The name of the program, in parentheses, may hold anything.
+        state, *fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else fields[18]

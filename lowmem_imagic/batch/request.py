@@ -1,0 +1,198 @@
+"""A `batch run` as plain values: what its words said, kept in the ledger so that its folder can be run again."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base_model import BaseModel
+from ..cli_frame import Words
+from ..commands import fit_memory, open_base
+from ..config import EditConfig
+from ..console import Console
+from ..errors import ConfigError, OutputExistsError
+from ..planning import Budget
+from ..rendering import BaseOptions
+from ..writable import check_writable
+from .failures import RETRIED
+from .manifest import BadItem, Item, read_manifest
+from .runner import Batch, Tally
+from .stopping import Stop
+
+_SHARD = re.compile("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `batch run` was asked for; fields are its options."""
+
+    manifest: str
+    out: str
+    prompt: str | None
+    model: str | None
+    etas: str | None
+    seeds: str | None
+    preset: str
+    seed: int
+    steps_embed: int | None
+    steps_finetune: int | None
+    learning_rate: float | None
+    draws: int | None
+    adapt: str | None
+    rank: int | None
+    keep: float | None
+    small: bool
+    steps_sample: int | None
+    guidance: float | None
+    negative: str | None
+    scheduler: str | None
+    background: str
+    device: str
+    base_weights: str
+    attention: str
+    checkpointing: bool
+    vram: str | None
+    model_config: str | None
+    revision: str | None
+    shard: str | None
+    save_every: int
+    force: bool
+
+    @staticmethod
+    def of(note: Any) -> "Request":
+        """The request that a ledger has kept.
+
+        Raises:
+            ConfigError: another version's.
+        """
+        try:
+            return Request(**note)
+        except TypeError as error:
+            raise ConfigError("the ledger is of another version; run `batch run` with its options again") from error
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def settings(self, own: Mapping[str, Any]) -> EditConfig:
+        """The settings of an item with these of its own.
+
+        Raises:
+            ConfigError: out of range.
+        """
+        words = Words(device=self.device, weights=self.base_weights, attention=self.attention)
+        sampling = words.sampling(
+            etas=_listed(own.get("etas", self.etas)),
+            seeds=_listed(own.get("seeds", self.seeds)),
+            num_inference_steps=self.steps_sample,
+            guidance_scale=self.guidance,
+            negative_prompt=self.negative,
+            scheduler=self.scheduler,
+        )
+        return words.edit(
+            own.get("preset", self.preset),
+            seed=own.get("seed", self.seed),
+            steps_embed=self.steps_embed,
+            steps_finetune=self.steps_finetune,
+            learning_rate=self.learning_rate,
+            draws=self.draws,
+            adapt=self.adapt,
+            rank=self.rank,
+            keep=self.keep,
+            small=self.small,
+            sampling=sampling,
+        )
+
+    def items(self) -> tuple[list[Item], list[BadItem]]:
+        """The manifest's items, of the shard if one was asked for; and those that are none.
+
+        Raises:
+            ConfigError: no manifest, or no such shard.
+        """
+        items, bad = read_manifest(Path(self.manifest), self.prompt)
+        if self.shard is None:
+            return items, bad
+        number, count = _part(self.shard)
+        return items[number - 1 :: count], bad[number - 1 :: count]
+
+    @property
+    def ledger_suffix(self) -> str:
+        """What tells a shard's ledger from others'."""
+        return "" if self.shard is None else "-{}-of-{}".format(*_part(self.shard))
+
+    def run(self, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED) -> Tally:
+        """Runs it; see `Batch.run`."""
+        out = Path(self.out)
+        self.settings({})
+        items, bad = self.items()
+        check_writable(out)
+        if out.exists() and not out.is_dir():
+            raise OutputExistsError(f"{out} is no folder; name a folder with --out")
+        bases = _Bases(self, console)
+        own = bases(None)
+        # Before any weight is there: later, what is loaded would count twice.
+        budget = Budget.of(own.device, self.vram)
+        batch = Batch(
+            bases,
+            items,
+            bad,
+            out,
+            settings=self.settings,
+            fit=lambda base, config, jobs: fit_memory(base, config, budget, console, jobs=jobs, beside=True),
+            background=self.background,
+            console=console,
+            force=self.force,
+            stop=stop,
+            shard=self.ledger_suffix,
+            save_every=self.save_every,
+            retry=retry,
+            command=self.as_json(),
+        )
+        try:
+            return batch.run()
+        except KeyboardInterrupt:
+            done, left = len(batch.tally.done), batch.tally.left
+            console.say(f"{done} done, {left} left; the same command goes on", always=True)
+            raise
+
+
+class _Bases:
+    """Base models by name, each opened once; see `runner.Bases`."""
+
+    def __init__(self, request: Request, console: Console) -> None:
+        self._request, self._console = request, console
+        self._opened: dict[str | None, BaseModel] = {}
+
+    def __call__(self, model: str | None) -> BaseModel:
+        name = self._request.model if model is None else model
+        if name not in self._opened:
+            asked = self._request
+            options = BaseOptions(
+                name,
+                asked.revision if model is None else None,
+                asked.device,
+                asked.base_weights,
+                asked.attention,
+                asked.checkpointing,
+                Path(asked.model_config) if asked.model_config and model is None else None,
+            )
+            self._opened[name] = open_base(options, self._console, ["a photo", asked.negative or ""])
+        return self._opened[name]
+
+
+def _part(shard: str) -> tuple[int, int]:
+    """Number and count of a shard.
+
+    Raises:
+        ConfigError: no such thing.
+    """
+    found = _SHARD.fullmatch(shard)
+    if not found or int(found[1]) > int(found[2]):
+        raise ConfigError(f"--shard is {shard!r}, expected i/n such as 3/16 with i from 1 to n")
+    return int(found[1]), int(found[2])
+
+
+def _listed(values: Any) -> str | None:
+    """Numbers as an option has them."""
+    return ",".join(map(str, values)) if isinstance(values, list) else values

@@ -1,0 +1,104 @@
+"""How far a batch's folder is, read from its ledgers and changing nothing; needs no torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .ledger import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
+from .outputs import report_of
+from .paths import HIDDEN
+
+
+def ledgers_of(folder: Path) -> list[Snapshot]:
+    """What the ledgers of a folder say: one, or one for each shard."""
+    found = sorted((folder / HIDDEN).glob("ledger*.sqlite3"))
+    return [seen for path in found if (seen := snapshot(path)) is not None]
+
+
+def commands_of(folder: Path) -> list[Any]:
+    """The requests that the ledgers of a folder have kept.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    found = [one.notes["command"] for one in ledgers_of(folder) if one.notes.get("command")]
+    if not found:
+        raise ConfigError(f"{folder} has no ledger of a batch; run `batch run` with its options again")
+    return found
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Counts, every item's state, who is at work, and the time left.
+
+    Where no ledger can be read, what is finished is told from the files.
+
+    Raises:
+        ConfigError: no folder of a batch.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; name the --out of a batch run")
+    seen = ledgers_of(folder)
+    entries = [entry for one in seen for entry in one.entries]
+    if not seen:
+        entries = list(_from_files(folder))
+        if not entries:
+            raise ConfigError(f"{folder} has no batch in it; name the --out of a batch run")
+    counts = {state: sum(entry.state == state for entry in entries) for state in (WAITING, RUNNING, DONE, FAILED)}
+    runners = [runner for one in seen for runner in one.runners]
+    left_s = _seconds_left(seen)
+    return {
+        "out": str(folder),
+        "total": len(entries),
+        **counts,
+        "seconds_left": left_s,
+        "runners": [{"host": r.owner.host, "pid": r.owner.pid, "steps": r.steps} for r in runners],
+        "items": [_item(entry) for entry in entries],
+        "summary": list(_summary(folder, entries, counts, len(runners), left_s)),
+    }
+
+
+def _from_files(folder: Path) -> Iterator[Entry]:
+    for position, path in enumerate(sorted(folder.iterdir())):
+        if (report := report_of(path)) is not None:
+            yield Entry(report["job"], position, "", path.name, state=DONE)
+
+
+def _seconds_left(seen: list[Snapshot]) -> float | None:
+    """From the steps that are left and those that the runners at work have taken; None where it cannot be told."""
+    left = sum(e.steps for one in seen for e in one.entries if e.state in (WAITING, RUNNING))
+    rate = sum(r.steps / r.seconds for one in seen for r in one.runners if r.seconds > 0)
+    return round(left / rate, 1) if rate else None
+
+
+def _item(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "where": entry.place,
+        "state": entry.state,
+        "attempts": entry.attempts,
+        "seconds": entry.seconds,
+        "kind": entry.kind,
+        "error": entry.error,
+    }
+
+
+def _summary(
+    folder: Path, entries: list[Entry], counts: dict[str, int], runners: int, left_s: float | None
+) -> Iterator[str]:
+    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    yield f"{folder}: {len(entries)} items: {said}"
+    open_items = counts[WAITING] + counts[RUNNING]
+    if runners:
+        time_left = "" if left_s is None or not open_items else f", about {_duration(left_s)} left"
+        yield f"{runners} at work{time_left}"
+    elif open_items:
+        yield "nobody is at work; `batch retry`, or the same `batch run`, goes on"
+    for entry in entries:
+        if entry.state == FAILED:
+            yield f"failed: {entry.place}{f' ({entry.name})' if entry.name else ''}: {entry.error}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"

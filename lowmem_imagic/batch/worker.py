@@ -1,0 +1,277 @@
+"""Makes items in refilling packs; every finished one is a folder as ``edit`` writes it.
+
+Whoever hands out the items, and keeps the books, is not known here.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from .. import training_state
+from ..atomic import remove_temporaries, write_bytes
+from ..base_model import BaseModel
+from ..commands import finished_edit
+from ..config import EditConfig
+from ..console import Silent
+from ..edit import Edit
+from ..errors import EditFileError, ImageError, LowmemImagicError, MemoryLimitError, OutputUnwritableError
+from ..failpoints import reach
+from ..images import Photo, load_photo
+from ..memory import Meter
+from ..packing import Pack
+from ..pipeline import Job, stream_edits
+from ..planning import CPU_SLOTS, Plan
+from ..result_folder import REPORT, ResultFolder
+from ..training_state import TrainingState
+from .stopping import Stop
+
+SAVING_SHARE = 1 / 40
+"""Most of a run's time that goes into saving training states."""
+
+Planner = Callable[[EditConfig, int], tuple[EditConfig, Plan | None]]
+"""Fits settings for so many items into the memory there is."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An item to make."""
+
+    job: str
+    """Hash of all that makes the result."""
+    name: str
+    """Of its folder."""
+    photo: Path
+    sentence: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an item."""
+
+    assignment: Assignment
+    error: LowmemImagicError | None = None
+    seconds: float = 0.0
+    """From its first training step to its last file, those of an interrupted training included."""
+    lost: bool = False
+    """It was taken over by somebody else meanwhile, and nothing was written."""
+
+
+class States:
+    """Training states on disk, one folder for each item so that what a killed writer left is known to be its own.
+
+    Args:
+        folder: where they are.
+        every: steps between two states of an edit at least; 0 keeps none.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self._folder, self._every = folder, every
+        self._steps, self._last, self._took = 0, time.perf_counter(), 0.0
+
+    def load(self, job: str) -> TrainingState | None:
+        """The state of an item; None where there is none that can be used."""
+        try:
+            return training_state.decode(self._file(job).read_bytes(), job)
+        except (OSError, EditFileError):
+            return None
+
+    def due(self) -> bool:
+        """Counts a step; whether the states should be saved now."""
+        self._steps += 1
+        waited = time.perf_counter() - self._last
+        return bool(self._every) and self._steps >= self._every and waited * SAVING_SHARE >= self._took
+
+    def save(self, states: Iterator[tuple[str, TrainingState]]) -> None:
+        """Saves states of items by their jobs."""
+        started = time.perf_counter()
+        for job, state in states:
+            file = self._file(job)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(file, training_state.encode(state, job), overwrite=True)
+            reach("state-saved")
+        self._last = time.perf_counter()
+        self._steps, self._took = 0, self._last - started
+
+    def remove(self, job: str) -> None:
+        """Removes an item's state and whatever was left beside it."""
+        file = self._file(job)
+        with contextlib.suppress(OSError):
+            remove_temporaries(file.parent)
+            file.unlink(missing_ok=True)
+            file.parent.rmdir()
+
+    def keep(self, jobs: Sequence[str]) -> None:
+        """Removes the states of all other items."""
+        with contextlib.suppress(OSError):
+            for path in self._folder.iterdir():
+                if path.name not in jobs:
+                    self.remove(path.name)
+            self._folder.rmdir()  # where it is empty
+
+    def _file(self, job: str) -> Path:
+        return self._folder / os.path.basename(job) / "state"
+
+
+class Worker:
+    """Makes items of equal settings with one base.
+
+    Args:
+        base: the base model.
+        config: settings of all items.
+        out: the folder that gets a folder for each item.
+        fit: see `Planner`.
+        background: colour under transparent parts of photos.
+        states: where training states are kept.
+        stop: asks for an end; states are saved first.
+        on_step: called before every training step with the steps that each edit in training has taken.
+        holds: whether an item is still this worker's to write.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        config: EditConfig,
+        out: Path,
+        *,
+        fit: Planner,
+        background: str,
+        states: States,
+        stop: Stop,
+        on_step: Callable[[list[int]], None] = lambda steps: None,
+        holds: Callable[[str], bool] = lambda job: True,
+    ) -> None:
+        self._base, self._config, self._out, self._fit = base, config, out, fit
+        self._background, self._states, self._stop = background, states, stop
+        self._on_step, self._holds = on_step, holds
+        self._held: dict[int, tuple[Assignment, Photo]] = {}
+        self._fallen: list[Outcome] = []
+
+    def make(self, claims: Iterator[Sequence[Assignment]], count: int) -> Iterator[Outcome]:
+        """What becomes of the items of `claims`, which is asked for more when slots are free.
+
+        Where not one training step fits in memory, fewer edits train side by side; where one alone does not fit, all
+        that are left fail.
+
+        Args:
+            claims: gives items to make, some at a time.
+            count: how many items there may be, for the plan.
+
+        Raises:
+            OutputUnwritableError: results cannot be written; nothing more could be.
+            KeyboardInterrupt: `stop` was asked for.
+        """
+        slots: int | None = None
+        while True:
+            try:
+                config, planned = self._fit(self._config, count)
+                most = CPU_SLOTS if planned is None else planned.slots
+                slots = min(slots or most, most, count)
+                yield from self._pack(claims, config, planned, slots)
+                return
+            except MemoryLimitError as error:
+                held = [assignment for assignment, _ in self._held.values()]
+                if slots is None or slots == 1:
+                    for assignment in chain(held, *claims):
+                        yield Outcome(assignment, error)
+                    return
+            # Here, where the error and with it what the attempt held is gone.
+            slots //= 2
+            self._base.step_down(f"{slots} edits side by side")
+            claims = chain([held], claims)
+
+    def _pack(
+        self, claims: Iterator[Sequence[Assignment]], config: EditConfig, planned: Plan | None, slots: int
+    ) -> Iterator[Outcome]:
+        """One pack, until there is nothing more to claim."""
+        self._held, self._fallen = {}, []
+        groups = stream_edits(
+            self._base,
+            self._jobs(claims),
+            config,
+            slots=slots,
+            max_rows=None if planned is None else planned.rows,
+            between=self._between,
+        )
+        for group in groups:
+            yield from self._unreadable()
+            for number, made in group:
+                assignment, photo = self._held.pop(number)
+                yield self._finish(assignment, photo, made, config, planned)
+                self._stop_here()
+        yield from self._unreadable()
+
+    def _jobs(self, claims: Iterator[Sequence[Assignment]]) -> Iterator[list[Job]]:
+        """What the engine makes of claimed items; their photos are read now."""
+        number = 0
+        for claimed in claims:
+            jobs = []
+            for assignment in claimed:
+                try:
+                    photo = load_photo(assignment.photo, background=self._background)
+                except ImageError as error:
+                    self._fallen.append(Outcome(assignment, error))
+                    continue
+                self._held[number] = (assignment, photo)
+                number += 1
+                jobs.append(Job(photo, assignment.sentence, self._states.load(assignment.job)))
+            yield jobs
+
+    def _unreadable(self) -> Iterator[Outcome]:
+        """Items whose photos could not be read."""
+        while self._fallen:
+            yield self._fallen.pop(0)
+
+    def _between(self, pack: Pack) -> None:
+        """Before every step."""
+        self._on_step(pack.in_slots)
+        if self._stop.asked or self._states.due():
+            self._states.save((self._held[number][0].job, state) for number, state in pack.states())
+        self._stop.check()
+
+    def _stop_here(self) -> None:
+        # With others still in training the next step saves them and ends the run.
+        if not self._held:
+            self._stop.check()
+
+    def _finish(
+        self,
+        assignment: Assignment,
+        photo: Photo,
+        made: Edit | LowmemImagicError,
+        config: EditConfig,
+        planned: Plan | None,
+    ) -> Outcome:
+        """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
+        if isinstance(made, LowmemImagicError):
+            return Outcome(assignment, made)
+        if not self._holds(assignment.job):
+            return Outcome(assignment, lost=True)
+        started, name = time.perf_counter(), f"{assignment.name}.safetensors"
+        folder = ResultFolder.prepare(self._out / assignment.name, overwrite=True)
+        remove_temporaries(folder.path)
+        meter = Meter(self._base.device)
+        meter.stages |= made.measured["stages"]
+        try:
+            # Whose folder this is, should the run end here.
+            begun = {"job": assignment.job, "finished": False, "pictures": sorted(folder.stale)}
+            folder.write(REPORT, json.dumps(begun).encode())
+            quiet = Silent(assignment.warnings)
+            report = finished_edit(self._base, folder, name, made, photo, config, planned, meter, quiet)
+            render_s = round(time.perf_counter() - started, 3)
+            report |= {"rungs": made.measured["rungs"], "seconds": {"render": render_s}}
+            report |= {"job": assignment.job, "finished": True, "sha256": folder.digests()}
+            reach("before-report")
+            folder.write_report(report)
+        except OutputUnwritableError:
+            raise
+        except LowmemImagicError as error:
+            failure = type(error)(f"{error}; the edit itself is finished: {folder.path / name}")
+            return Outcome(assignment, failure)
+        trained = (made.measured["stages"].get(stage, {}).get("seconds") or 0.0 for stage in ("embed", "finetune"))
+        return Outcome(assignment, seconds=sum(trained) + render_s)
