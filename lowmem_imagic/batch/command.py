@@ -9,6 +9,7 @@ from .. import cli_options as opt
 from ..cli_frame import guarded, importing, print_report
 
 SOME_FAILED = 3
+MAX_SLOTS = 64
 
 batch = typer.Typer(
     name="batch",
@@ -62,6 +63,9 @@ def run(
     attention: opt.Attention = "auto",
     checkpointing: opt.Checkpointing = False,
     vram: opt.Vram = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, max=MAX_SLOTS, help="most edits that train side by side [default: as fit]")
+    ] = None,
     model_config: opt.ModelConfig = None,
     revision: opt.Revision = None,
     shard: Annotated[

@@ -332,16 +332,18 @@ def snapshot(path: Path) -> Snapshot | None:
     """What the ledger at `path` says, changing nothing; None where there is none that can be read."""
     if not path.is_file():
         return None
-    try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)
-        ) as database:
-            database.execute("BEGIN")
-            notes = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM notes")}
-            runners = tuple(r for r in _runners(database) if r.owner.alive is not False)
-            return Snapshot(tuple(_entries(database)), runners, notes)
-    except (sqlite3.Error, ValueError):
-        return None
+    # Writing, which is needed to leave no files beside it; reading alone where the folder cannot be written.
+    for mode in ("rw", "ro", "ro&immutable=1"):
+        try:
+            address = f"{path.absolute().as_uri()}?mode={mode}"
+            with contextlib.closing(sqlite3.connect(address, uri=True, timeout=_BUSY_S)) as database:
+                database.execute("BEGIN")
+                notes = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM notes")}
+                runners = tuple(r for r in _runners(database) if r.owner.alive is not False)
+                return Snapshot(tuple(_entries(database)), runners, notes)
+        except (sqlite3.Error, ValueError):
+            continue
+    return None
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -53,6 +53,7 @@ class Request:
     attention: str
     checkpointing: bool
     vram: str | None
+    slots: int | None
     model_config: str | None
     revision: str | None
     shard: str | None
@@ -145,6 +146,7 @@ class Request:
             force=self.force,
             stop=stop,
             shard=self.ledger_suffix,
+            slots=self.slots,
             save_every=self.save_every,
             retry=retry,
             command=self.as_json(),

@@ -101,6 +101,7 @@ class Batch:
         console: where progress and failures are told.
         force: replace folders that hold something else.
         stop: asks for an end.
+        slots: most edits that train side by side; None leaves it to the plan.
         shard: name of the ledger, for parts of a manifest that run without a common one.
         save_every: steps between two training states of an edit at least, 0 for none.
         retry: kinds of failure to try again.
@@ -122,6 +123,7 @@ class Batch:
         console: Console,
         force: bool,
         stop: Stop,
+        slots: int | None = None,
         shard: str = "",
         save_every: int = 25,
         retry: Sequence[str] = RETRIED,
@@ -130,7 +132,7 @@ class Batch:
         self._bases, self._items, self._bad, self._out = bases, items, bad, out
         self._settings, self._fit, self._background = settings, fit, background
         self._console, self._force, self._stop = console, force, stop
-        self._shard, self._retry, self._command = shard, retry, command
+        self._slots_most, self._shard, self._retry, self._command = slots, shard, retry, command
         self._states = States(out / HIDDEN / f"training{shard}", save_every)
         self._base: BaseModel | None = None
         self.tally = Tally(len(items) + len(bad))
@@ -165,6 +167,7 @@ class Batch:
                 self._make_all(ledger)
             finally:
                 self._console.close()
+                self._states.keep(ledger.unfinished())
                 self._take_others(ledger)
                 with contextlib.suppress(OutputUnwritableError):
                     ledger.release(list(self._held))
@@ -296,6 +299,7 @@ class Batch:
             background=self._background,
             states=self._states,
             stop=self._stop,
+            slots=self._slots_most,
             on_step=lambda steps: self._step(ledger, steps),
             holds=ledger.holds,
         )

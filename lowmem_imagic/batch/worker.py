@@ -129,6 +129,7 @@ class Worker:
         background: colour under transparent parts of photos.
         states: where training states are kept.
         stop: asks for an end; states are saved first.
+        slots: most edits that train side by side; None leaves it to the plan.
         on_step: called before every training step with the steps that each edit in training has taken.
         holds: whether an item is still this worker's to write.
     """
@@ -143,12 +144,13 @@ class Worker:
         background: str,
         states: States,
         stop: Stop,
+        slots: int | None = None,
         on_step: Callable[[list[int]], None] = lambda steps: None,
         holds: Callable[[str], bool] = lambda job: True,
     ) -> None:
         self._base, self._config, self._out, self._fit = base, config, out, fit
         self._background, self._states, self._stop = background, states, stop
-        self._on_step, self._holds = on_step, holds
+        self._slots, self._on_step, self._holds = slots, on_step, holds
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
 
@@ -166,12 +168,12 @@ class Worker:
             OutputUnwritableError: results cannot be written; nothing more could be.
             KeyboardInterrupt: `stop` was asked for.
         """
-        slots: int | None = None
+        slots = None
         while True:
             try:
-                config, planned = self._fit(self._config, count)
-                most = CPU_SLOTS if planned is None else planned.slots
-                slots = min(slots or most, most, count)
+                config, planned = self._fit(self._config, min(count, self._slots or count))
+                most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
+                slots = min(slots or most, most)
                 yield from self._pack(claims, config, planned, slots)
                 return
             except MemoryLimitError as error:
