@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from lowmem_imagic import commands, edit_file, packing
 from lowmem_imagic.batch import worker
 from lowmem_imagic.batch.manifest import read_manifest
-from lowmem_imagic.batch.worker import Worker
 from lowmem_imagic.cli import app
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
 from lowmem_imagic.result_folder import ResultFolder
@@ -388,14 +387,14 @@ def test_ctrl_c_keeps_what_is_finished(
     """Stopped once, a batch saves what is in training and says how many are done and left; the same command goes on
     from there."""
     (photos / "broken.png").unlink()
-    finish, words = Worker._finish, (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    finish, words = worker._Pack._finish, (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
 
-    def stop_after_one(self: Worker, *args: Any) -> Any:
+    def stop_after_one(self: worker._Pack, *args: Any) -> Any:
         signal.raise_signal(number)
         return finish(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "_finish", stop_after_one)
+        patch.setattr(worker._Pack, "_finish", stop_after_one)
         patch.setattr(worker, "CPU_SLOTS", 1)
         result = batch(*words)
     assert result.exit_code == 130 and "1 done, 2 left; the same command goes on" in result.stderr

@@ -33,7 +33,8 @@ CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS runners (
     id INTEGER PRIMARY KEY AUTOINCREMENT, host TEXT NOT NULL, boot TEXT NOT NULL, pid INTEGER NOT NULL,
     started TEXT NOT NULL, beat INTEGER NOT NULL DEFAULT 0,
-    steps REAL NOT NULL DEFAULT 0, seconds REAL NOT NULL DEFAULT 0
+    steps INTEGER NOT NULL DEFAULT 0, seconds REAL NOT NULL DEFAULT 0, training INTEGER NOT NULL DEFAULT 0,
+    slots INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS jobs (
     job TEXT PRIMARY KEY, position INTEGER NOT NULL, place TEXT NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
@@ -78,10 +79,14 @@ class Runner:
     owner: Owner
     beat: int
     """Counts up for as long as it is alive."""
-    steps: float
-    """Training steps it took."""
+    steps: int
+    """Training steps of the items it has ended."""
     seconds: float
-    """What it took for them."""
+    """Since it began."""
+    training: int
+    """Steps of what it trains now."""
+    slots: int
+    """Edits it trains now."""
 
 
 _FIELDS = tuple(Entry.__dataclass_fields__)
@@ -98,7 +103,7 @@ class Ledger:
         self._path = path
         self._silent: dict[int, tuple[int, float]] = {}
         self._lock = threading.Lock()
-        self._progress = (0.0, 0.0)
+        self._progress = (0, 0.0, 0, 0)
         self._stop = threading.Event()
         try:
             self._database = _open(path)
@@ -254,9 +259,9 @@ class Ledger:
         with self._changing() as database:
             database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
 
-    def report(self, steps: float, seconds: float) -> None:
-        """Says how far this runner is; written with the next heartbeat."""
-        self._progress = (steps, seconds)
+    def report(self, steps: int, seconds: float, training: int, slots: int) -> None:
+        """Says how far this runner is, see `Runner`; written with the next heartbeat."""
+        self._progress = (steps, seconds, training, slots)
 
     def _end(self, job: str, state: str, kind: str | None, error: str | None, seconds: float | None) -> None:
         with self._changing() as database:
@@ -313,7 +318,7 @@ class Ledger:
             # Only to be seen: what cannot be written now is written next time, or the run ends by itself.
             with contextlib.suppress(sqlite3.Error):
                 database.execute(
-                    "UPDATE runners SET beat = beat + 1, steps = ?, seconds = ? WHERE id = ?",
+                    "UPDATE runners SET beat = beat + 1, steps = ?, seconds = ?, training = ?, slots = ? WHERE id = ?",
                     (*self._progress, self.me),
                 )
         database.close()
@@ -368,7 +373,8 @@ def _entries(database: sqlite3.Connection, where: str = "") -> list[Entry]:
 
 
 def _runners(database: sqlite3.Connection) -> list[Runner]:
-    found = database.execute("SELECT id, host, boot, pid, started, beat, steps, seconds FROM runners ORDER BY id")
+    fields = "id, host, boot, pid, started, beat, steps, seconds, training, slots"
+    found = database.execute(f"SELECT {fields} FROM runners ORDER BY id")
     return [Runner(id, Owner(host, boot, pid, started), *rest) for id, host, boot, pid, started, *rest in found]
 
 

@@ -17,8 +17,10 @@ from ..rendering import BaseOptions
 from ..writable import check_writable
 from .failures import RETRIED
 from .manifest import BadItem, Item, read_manifest
+from .paths import HIDDEN
 from .runner import Batch, Tally
 from .stopping import Stop
+from .worker import LocalCrew, States
 
 _SHARD = re.compile("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 
@@ -118,8 +120,8 @@ class Request:
         return items[number - 1 :: count], bad[number - 1 :: count]
 
     @property
-    def ledger_suffix(self) -> str:
-        """What tells a shard's ledger from others'."""
+    def _suffix(self) -> str:
+        """What tells what is a shard's own from others'."""
         return "" if self.shard is None else "-{}-of-{}".format(*_part(self.shard))
 
     def run(self, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED) -> Tally:
@@ -134,20 +136,29 @@ class Request:
         own = bases(None)
         # Before any weight is there: later, what is loaded would count twice.
         budget = Budget.of(own.device, self.vram)
+        states = States(out / HIDDEN / f"training{self._suffix}", self.save_every)
+        crew = LocalCrew(
+            bases,
+            lambda base, config, jobs: fit_memory(base, config, budget, console, jobs=jobs, beside=True),
+            out,
+            background=self.background,
+            states=states,
+            stop=stop,
+            slots=self.slots,
+        )
         batch = Batch(
             bases,
+            crew,
             items,
             bad,
             out,
             settings=self.settings,
-            fit=lambda base, config, jobs: fit_memory(base, config, budget, console, jobs=jobs, beside=True),
             background=self.background,
+            states=states,
             console=console,
             force=self.force,
             stop=stop,
-            shard=self.ledger_suffix,
-            slots=self.slots,
-            save_every=self.save_every,
+            ledger=f"ledger{self._suffix}.sqlite3",
             retry=retry,
             command=self.as_json(),
         )
@@ -160,7 +171,7 @@ class Request:
 
 
 class _Bases:
-    """Base models by name, each opened once; see `runner.Bases`."""
+    """Base models by name, each opened once; see `worker.Bases`."""
 
     def __init__(self, request: Request, console: Console) -> None:
         self._request, self._console = request, console

@@ -17,7 +17,7 @@ from ..edit_header import SPEC_VERSION
 from ..errors import LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..images import photo_sha256
 from ..pipeline import check_sentence
-from ..planning import CPU_SLOTS, MAX_SLOTS, Plan, adapter_weights
+from ..planning import CPU_SLOTS, MAX_SLOTS, adapter_weights
 from ..png import SHEET_CELL_PX
 from ..rendering import check_sentences
 from ..result_folder import ResultFolder
@@ -28,7 +28,7 @@ from .ledger import Entry, Ledger
 from .manifest import BadItem, Item
 from .paths import HIDDEN
 from .stopping import Stop
-from .worker import Assignment, Outcome, States, Worker
+from .worker import Assignment, Bases, Crew, Group, Outcome, States
 
 CLAIM = 16
 """Most items taken at once; their photos are in memory together, and encoded in one go."""
@@ -36,10 +36,6 @@ _WAIT_S = 0.5
 
 Settings = Callable[[Mapping[str, Any]], EditConfig]
 """Gives the settings of an item from those it has of its own."""
-Bases = Callable[[str | None], BaseModel]
-"""Gives the base model of a name, None for the run's own."""
-Planner = Callable[[BaseModel, EditConfig, int], tuple[EditConfig, Plan | None]]
-"""Fits settings for so many items into the memory there is."""
 
 
 @dataclass
@@ -69,41 +65,22 @@ class Tally:
         }
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Items that share a pack."""
-
-    model: str | None
-    config: EditConfig
-
-    @property
-    def key(self) -> str:
-        """What the ledger calls it."""
-        return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()
-
-    @property
-    def steps(self) -> int:
-        """Training steps of each."""
-        return self.config.embed.steps + self.config.finetune.steps
-
-
 class Batch:
     """One run over a manifest's items; several on one folder share the work.
 
     Args:
-        bases: see `Bases`.
+        bases: see `worker.Bases`.
+        crew: who makes the items.
         items: what to make.
         bad: what the manifest has besides; reported as failed.
         out: the folder that gets a folder for each item.
         settings: see `Settings`.
-        fit: see `Planner`.
         background: colour under transparent parts of photos.
+        states: where training states are kept.
         console: where progress and failures are told.
         force: replace folders that hold something else.
         stop: asks for an end.
-        slots: most edits that train side by side; None leaves it to the plan.
-        shard: name of the ledger, for parts of a manifest that run without a common one.
-        save_every: steps between two training states of an edit at least, 0 for none.
+        ledger: name of the ledger's file, for parts of a manifest that run without a common one.
         retry: kinds of failure to try again.
         command: kept in the ledger, for `batch retry`.
 
@@ -113,30 +90,27 @@ class Batch:
     def __init__(
         self,
         bases: Bases,
+        crew: Crew,
         items: Sequence[Item],
         bad: Sequence[BadItem],
         out: Path,
         *,
         settings: Settings,
-        fit: Planner,
         background: str,
+        states: States,
         console: Console,
         force: bool,
         stop: Stop,
-        slots: int | None = None,
-        shard: str = "",
-        save_every: int = 25,
+        ledger: str = "ledger.sqlite3",
         retry: Sequence[str] = RETRIED,
         command: Mapping[str, Any] | None = None,
     ) -> None:
-        self._bases, self._items, self._bad, self._out = bases, items, bad, out
-        self._settings, self._fit, self._background = settings, fit, background
+        self._bases, self._crew, self._items, self._bad, self._out = bases, crew, items, bad, out
+        self._settings, self._background, self._states = settings, background, states
         self._console, self._force, self._stop = console, force, stop
-        self._slots_most, self._shard, self._retry, self._command = slots, shard, retry, command
-        self._states = States(out / HIDDEN / f"training{shard}", save_every)
-        self._base: BaseModel | None = None
+        self._ledger, self._retry, self._command = ledger, retry, command
         self.tally = Tally(len(items) + len(bad))
-        self._groups: dict[_Group, list[str]] = {}
+        self._groups: dict[Group, list[str]] = {}
         self._assignments: dict[str, Assignment] = {}
         self._places: dict[str, str] = {}
         self._held: set[str] = set()
@@ -159,7 +133,7 @@ class Batch:
             (self._out / HIDDEN).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputUnwritableError(f"{self._out} cannot be written ({error.strerror}); choose another") from error
-        with self._open_ledger() as ledger:
+        with Ledger(self._out / HIDDEN / self._ledger, warn=self._console.warn) as ledger:
             ledger.register(entries, finished=self._is_finished, retry=self._retry)
             ledger.note("command", self._command)
             self._take_stock(ledger)
@@ -173,9 +147,6 @@ class Batch:
                     ledger.release(list(self._held))
         return self.tally
 
-    def _open_ledger(self) -> Ledger:
-        return Ledger(self._out / HIDDEN / f"ledger{self._shard}.sqlite3", warn=self._console.warn)
-
     # Before anything is made
 
     def _entry(self, position: int, item: Item) -> Entry:
@@ -183,7 +154,7 @@ class Batch:
         self._stop.check()
         try:
             own = dict(item.settings)
-            group = _Group(own.pop("model", None), self._settings(own))
+            group = Group(own.pop("model", None), self._settings(own))
             base = self._bases(group.model)
             check_sentence(item.sentence)
             silent = Silent()
@@ -246,7 +217,7 @@ class Batch:
         if size > free:
             self._console.warn(f"{remark}; the run ends where the disk is full, and goes on when there is room")
 
-    def _size(self, group: _Group, count: int) -> tuple[int, int]:
+    def _size(self, group: Group, count: int) -> tuple[int, int]:
         """Bytes of so many items at most, their pictures as if they did not compress; and of their training states."""
         if not count:
             return 0, 0
@@ -274,7 +245,7 @@ class Batch:
                 time.sleep(_WAIT_S)
                 ledger.take_over()
 
-    def _work(self, ledger: Ledger, group: _Group) -> None:
+    def _work(self, ledger: Ledger, group: Group) -> None:
         """Makes the waiting items of a group."""
         first = self._claim(ledger, group)
         if not first:
@@ -287,31 +258,23 @@ class Batch:
                 self._stop.check()
                 claimed = self._claim(ledger, group)
 
-        base = self._bases(group.model)
-        if self._base is not None and self._base is not base:
-            self._base.release()
-        self._base = base
-        worker = Worker(
-            base,
-            group.config,
-            self._out,
-            fit=lambda config, jobs: self._fit(base, config, jobs),
-            background=self._background,
-            states=self._states,
-            stop=self._stop,
-            slots=self._slots_most,
+        outcomes = self._crew.make(
+            group,
+            claims(),
+            len(self._groups[group]),
             on_step=lambda steps: self._step(ledger, steps),
             holds=ledger.holds,
         )
-        for outcome in worker.make(claims(), len(self._groups[group])):
+        for outcome in outcomes:
             self._book(ledger, outcome)
+            self._steps += group.steps
             # Its steps are among those that ended, from now on.
             self._in_training, self._slots = max(0, self._in_training - group.steps), max(0, self._slots - 1)
             self._refresh(ledger, at_once=True)
             self._show()
         self._in_training = self._slots = 0
 
-    def _claim(self, ledger: Ledger, group: _Group) -> list[Assignment]:
+    def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
         claimed = [self._assignments[entry.job] for entry in ledger.claim(group.key, CLAIM)]
         self._held |= {assignment.job for assignment in claimed}
         self._refresh(ledger, at_once=True)
@@ -355,11 +318,10 @@ class Batch:
     # Showing
 
     def _step(self, ledger: Ledger, steps: list[int]) -> None:
-        """Before every training step: `steps` are those that each edit in training has taken."""
-        self._steps += len(steps)
-        self._refresh(ledger)
-        ledger.report(self._steps, time.perf_counter() - self._began)
+        """Now and then: `steps` are those that each edit in training has taken."""
         self._in_training, self._slots = sum(steps), len(steps)
+        self._refresh(ledger)
+        ledger.report(self._steps, time.perf_counter() - self._began, self._in_training, self._slots)
         self._show()
 
     def _refresh(self, ledger: Ledger, *, at_once: bool = False) -> None:

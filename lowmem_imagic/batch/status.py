@@ -52,7 +52,7 @@ def status(folder: Path) -> dict[str, Any]:
         "total": len(entries),
         **counts,
         "seconds_left": left_s,
-        "runners": [{"host": r.owner.host, "pid": r.owner.pid, "steps": r.steps} for r in runners],
+        "runners": [{"host": r.owner.host, "pid": r.owner.pid, "in_slots": r.slots} for r in runners],
         "items": [_item(entry) for entry in entries],
         "summary": list(_summary(folder, entries, counts, len(runners), left_s)),
     }
@@ -66,9 +66,11 @@ def _from_files(folder: Path) -> Iterator[Entry]:
 
 def _seconds_left(seen: list[Snapshot]) -> float | None:
     """From the steps that are left and those that the runners at work have taken; None where it cannot be told."""
+    runners = [runner for one in seen for runner in one.runners if runner.seconds]
     left = sum(e.steps for one in seen for e in one.entries if e.state in (WAITING, RUNNING))
-    rate = sum(r.steps / r.seconds for one in seen for r in one.runners if r.seconds > 0)
-    return round(left / rate, 1) if rate else None
+    left -= sum(runner.training for runner in runners)
+    rate = sum((runner.steps + runner.training) / runner.seconds for runner in runners)
+    return round(max(0, left) / rate, 1) if rate else None
 
 
 def _item(entry: Entry) -> dict[str, Any]:

@@ -1,9 +1,7 @@
-"""Makes items in refilling packs; every finished one is a folder as ``edit`` writes it.
-
-Whoever hands out the items, and keeps the books, is not known here.
-"""
+"""Makes items in refilling packs. Whoever hands them out, and keeps the books, is not known here."""
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -11,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from .. import training_state
 from ..atomic import remove_temporaries, write_bytes
@@ -33,8 +32,33 @@ from .stopping import Stop
 SAVING_SHARE = 1 / 40
 """Most of a run's time that goes into saving training states."""
 
-Planner = Callable[[EditConfig, int], tuple[EditConfig, Plan | None]]
+Bases = Callable[[str | None], BaseModel]
+"""Gives the base model of a name, None for the run's own."""
+Planner = Callable[[BaseModel, EditConfig, int], tuple[EditConfig, Plan | None]]
 """Fits settings for so many items into the memory there is."""
+Claims = Iterator[Sequence["Assignment"]]
+"""Gives items to make, some at a time, whenever it is asked."""
+OnStep = Callable[[list[int]], None]
+"""Told now and then the steps that each edit in training has taken."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What items that share a pack have in common."""
+
+    model: str | None
+    """Name of the base model, None for the run's own."""
+    config: EditConfig
+
+    @property
+    def key(self) -> str:
+        """A hash of it."""
+        return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def steps(self) -> int:
+        """Training steps of each item."""
+        return self.config.embed.steps + self.config.finetune.steps
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,90 @@ class Outcome:
     """From its first training step to its last file, those of an interrupted training included."""
     lost: bool = False
     """It was taken over by somebody else meanwhile, and nothing was written."""
+
+
+class Crew(Protocol):
+    """Whoever makes the items of a group: a `LocalCrew`, or one on other machines."""
+
+    def make(
+        self, group: Group, claims: Claims, count: int, *, on_step: OnStep, holds: Callable[[str], bool]
+    ) -> Iterator[Outcome]:
+        """What becomes of the items of `claims`, as they are finished; their files are in place by then.
+
+        Args:
+            group: what the items have in common.
+            claims: see `Claims`.
+            count: how many items there may be, for the plan.
+            on_step: see `OnStep`.
+            holds: whether an item is still this run's to write.
+
+        Raises:
+            OutputUnwritableError: results cannot be written; nothing more could be.
+            KeyboardInterrupt: the run shall end.
+        """
+
+
+class LocalCrew:
+    """Makes items in this process.
+
+    Args:
+        bases: see `Bases`.
+        fit: see `Planner`.
+        out: the folder that gets a folder for each item.
+        background: colour under transparent parts of photos.
+        states: where training states are kept.
+        stop: asks for an end; states are saved first.
+        slots: most edits that train side by side; None leaves it to the plan.
+    """
+
+    def __init__(
+        self,
+        bases: Bases,
+        fit: Planner,
+        out: Path,
+        *,
+        background: str,
+        states: "States",
+        stop: Stop,
+        slots: int | None = None,
+    ) -> None:
+        self._bases, self._fit, self._out, self._background = bases, fit, out, background
+        self._states, self._stop, self._slots = states, stop, slots
+        self._base: BaseModel | None = None
+
+    def make(
+        self,
+        group: Group,
+        claims: Claims,
+        count: int,
+        *,
+        on_step: OnStep = lambda steps: None,
+        holds: Callable[[str], bool] = lambda job: True,
+    ) -> Iterator[Outcome]:
+        """See `Crew`. Where not one training step fits in memory, fewer edits train side by side; where one alone does
+        not fit, all that are left fail."""
+        base = self._bases(group.model)
+        if self._base is not None and self._base is not base:
+            self._base.release()
+        self._base = base
+        slots, unmade = None, list[Assignment]()
+        while True:
+            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, holds)
+            try:
+                config, planned = self._fit(base, group.config, min(count, self._slots or count))
+                most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
+                slots = min(slots or most, most)
+                yield from pack.make(chain([unmade], claims), config, planned, slots)
+                return
+            except MemoryLimitError as error:
+                unmade = pack.unmade or unmade
+                if slots is None or slots == 1:
+                    for assignment in chain(unmade, *claims):
+                        yield Outcome(assignment, error)
+                    return
+            # Here, where the error and with it what the attempt held is gone.
+            slots //= 2
+            base.step_down(f"{slots} edits side by side")
 
 
 class States:
@@ -118,80 +226,31 @@ class States:
         return self._folder / os.path.basename(job) / "state"
 
 
-class Worker:
-    """Makes items of equal settings with one base.
-
-    Args:
-        base: the base model.
-        config: settings of all items.
-        out: the folder that gets a folder for each item.
-        fit: see `Planner`.
-        background: colour under transparent parts of photos.
-        states: where training states are kept.
-        stop: asks for an end; states are saved first.
-        slots: most edits that train side by side; None leaves it to the plan.
-        on_step: called before every training step with the steps that each edit in training has taken.
-        holds: whether an item is still this worker's to write.
-    """
+class _Pack:
+    """One refilling pack; every finished edit is a folder as ``edit`` writes it."""
 
     def __init__(
         self,
         base: BaseModel,
-        config: EditConfig,
         out: Path,
-        *,
-        fit: Planner,
         background: str,
         states: States,
         stop: Stop,
-        slots: int | None = None,
-        on_step: Callable[[list[int]], None] = lambda steps: None,
-        holds: Callable[[str], bool] = lambda job: True,
+        on_step: OnStep,
+        holds: Callable[[str], bool],
     ) -> None:
-        self._base, self._config, self._out, self._fit = base, config, out, fit
-        self._background, self._states, self._stop = background, states, stop
-        self._slots, self._on_step, self._holds = slots, on_step, holds
+        self._base, self._out, self._background = base, out, background
+        self._states, self._stop, self._on_step, self._holds = states, stop, on_step, holds
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
 
-    def make(self, claims: Iterator[Sequence[Assignment]], count: int) -> Iterator[Outcome]:
-        """What becomes of the items of `claims`, which is asked for more when slots are free.
+    @property
+    def unmade(self) -> list[Assignment]:
+        """Items that were taken and have not come out."""
+        return [assignment for assignment, _ in self._held.values()]
 
-        Where not one training step fits in memory, fewer edits train side by side; where one alone does not fit, all
-        that are left fail.
-
-        Args:
-            claims: gives items to make, some at a time.
-            count: how many items there may be, for the plan.
-
-        Raises:
-            OutputUnwritableError: results cannot be written; nothing more could be.
-            KeyboardInterrupt: `stop` was asked for.
-        """
-        slots = None
-        while True:
-            try:
-                config, planned = self._fit(self._config, min(count, self._slots or count))
-                most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
-                slots = min(slots or most, most)
-                yield from self._pack(claims, config, planned, slots)
-                return
-            except MemoryLimitError as error:
-                held = [assignment for assignment, _ in self._held.values()]
-                if slots is None or slots == 1:
-                    for assignment in chain(held, *claims):
-                        yield Outcome(assignment, error)
-                    return
-            # Here, where the error and with it what the attempt held is gone.
-            slots //= 2
-            self._base.step_down(f"{slots} edits side by side")
-            claims = chain([held], claims)
-
-    def _pack(
-        self, claims: Iterator[Sequence[Assignment]], config: EditConfig, planned: Plan | None, slots: int
-    ) -> Iterator[Outcome]:
-        """One pack, until there is nothing more to claim."""
-        self._held, self._fallen = {}, []
+    def make(self, claims: Claims, config: EditConfig, planned: Plan | None, slots: int) -> Iterator[Outcome]:
+        """Makes what there is to claim."""
         groups = stream_edits(
             self._base,
             self._jobs(claims),
@@ -205,10 +264,12 @@ class Worker:
             for number, made in group:
                 assignment, photo = self._held.pop(number)
                 yield self._finish(assignment, photo, made, config, planned)
-                self._stop_here()
+            # With others still in training the next step saves them first.
+            if not self._held:
+                self._stop.check()
         yield from self._unreadable()
 
-    def _jobs(self, claims: Iterator[Sequence[Assignment]]) -> Iterator[list[Job]]:
+    def _jobs(self, claims: Claims) -> Iterator[list[Job]]:
         """What the engine makes of claimed items; their photos are read now."""
         number = 0
         for claimed in claims:
@@ -235,11 +296,6 @@ class Worker:
         if self._stop.asked or self._states.due():
             self._states.save((self._held[number][0].job, state) for number, state in pack.states())
         self._stop.check()
-
-    def _stop_here(self) -> None:
-        # With others still in training the next step saves them and ends the run.
-        if not self._held:
-            self._stop.check()
 
     def _finish(
         self,
