@@ -33,14 +33,18 @@ app = typer.Typer(
 INTERRUPTED = 130
 
 
+def quiet_libraries() -> None:
+    """Libraries advise developers in their logs; a user of the command line can do nothing about it."""
+    for library in ("bitsandbytes", "diffusers", "transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the package's errors turned into one line and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        # Libraries advise developers in their logs; a user of the command line can do nothing about it.
-        for library in ("bitsandbytes", "diffusers", "transformers", "huggingface_hub"):
-            logging.getLogger(library).setLevel(logging.ERROR)
+        quiet_libraries()
         try:
             command(*args, **kwargs)
         except LowmemImagicError as error:

@@ -10,6 +10,7 @@ from ..cli_frame import guarded, importing, print_report
 
 SOME_FAILED = 3
 MAX_SLOTS = 64
+MAX_WORKERS = 64
 
 batch = typer.Typer(
     name="batch",
@@ -70,6 +71,10 @@ def run(
     revision: opt.Revision = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="only the Ith of N parts of the manifest, for array jobs")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_WORKERS, help="processes that share the work [default: one for each GPU]"),
     ] = None,
     save_every: Annotated[
         int, typer.Option(min=0, help="training steps between two saved states of an edit; 0 saves none")

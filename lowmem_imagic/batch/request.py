@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..base_model import BaseModel
+import torch
+
+from ..base_model import BaseModel, pick_device
 from ..cli_frame import Words
 from ..commands import fit_memory, open_base
 from ..config import EditConfig
@@ -18,8 +20,10 @@ from ..writable import check_writable
 from .failures import RETRIED
 from .manifest import BadItem, Item, read_manifest
 from .paths import HIDDEN
-from .runner import Batch, Tally
+from .processes import cpu_environments, gpu_environments, run_in_processes
+from .runner import Batch
 from .stopping import Stop
+from .tally import Tally
 from .worker import LocalCrew, States
 
 _SHARD = re.compile("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
@@ -59,6 +63,7 @@ class Request:
     model_config: str | None
     revision: str | None
     shard: str | None
+    workers: int | None
     save_every: int
     force: bool
 
@@ -124,6 +129,13 @@ class Request:
         """What tells what is a shard's own from others'."""
         return "" if self.shard is None else "-{}-of-{}".format(*_part(self.shard))
 
+    def _processes(self) -> int:
+        """How many processes there are to be: by default one for each GPU, and one on a CPU or a GPU named."""
+        if self.workers is not None:
+            return self.workers
+        everything = self.device in ("auto", "cuda") and pick_device(self.device).type == "cuda"
+        return torch.cuda.device_count() if everything else 1
+
     def run(self, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED) -> Tally:
         """Runs it; see `Batch.run`."""
         out = Path(self.out)
@@ -132,6 +144,16 @@ class Request:
         check_writable(out)
         if out.exists() and not out.is_dir():
             raise OutputExistsError(f"{out} is no folder; name a folder with --out")
+        if (count := self._processes()) > 1:
+            cpu = pick_device(self.device).type == "cpu"
+            return run_in_processes(
+                replace(self, workers=1).as_json(),
+                list(cpu_environments(count) if cpu else gpu_environments(count)),
+                out / HIDDEN / f"ledger{self._suffix}.sqlite3",
+                console,
+                stop,
+                retry=retry,
+            )
         bases = _Bases(self, console)
         own = bases(None)
         # Before any weight is there: later, what is loaded would count twice.

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from .ledger import Entry, Ledger
 from .manifest import BadItem, Item
 from .paths import HIDDEN
 from .stopping import Stop
+from .tally import Tally
 from .worker import Assignment, Bases, Crew, Group, Outcome, States
 
 CLAIM = 16
@@ -36,33 +36,6 @@ _WAIT_S = 0.5
 
 Settings = Callable[[Mapping[str, Any]], EditConfig]
 """Gives the settings of an item from those it has of its own."""
-
-
-@dataclass
-class Tally:
-    """What came of a run."""
-
-    total: int
-    done: list[str] = field(default_factory=list)
-    """Names of the items made by this run."""
-    before: list[str] = field(default_factory=list)
-    """Names of those that were there already, or that another run made meanwhile."""
-    failed: list[BadItem] = field(default_factory=list)
-
-    @property
-    def left(self) -> int:
-        """Items that are still to be made."""
-        return self.total - len(self.done) - len(self.before) - len(self.failed)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "total": self.total,
-            "done": self.done,
-            "done_before": self.before,
-            "failed": [{"where": bad.where, "name": bad.name, "reason": bad.reason} for bad in self.failed],
-            "left": self.left,
-        }
 
 
 class Batch:
