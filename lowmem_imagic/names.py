@@ -3,6 +3,9 @@
 import re
 import unicodedata
 
+REPORT = "report.json"
+"""Of a run, in the folder of its results."""
+
 
 def safe_stem(text: str) -> str:
     """Returns a file name without extension made from any text: ``[a-z0-9-]``, 1 to 60 characters, portable.

@@ -19,11 +19,11 @@ from PIL import Image
 from .atomic import write_bytes
 from .config import strength_text
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
+from .names import REPORT
 from .png import contact_sheet, encode_png
 from .sample import Cell
 from .writable import check_writable, unusable
 
-REPORT = "report.json"
 _PICTURE = re.compile(r"eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
 
 

@@ -72,9 +72,16 @@ def run(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="only the Ith of N parts of the manifest, for array jobs")
     ] = None,
+    executor: Annotated[
+        str, typer.Option(help="who makes the items: local (this machine), or ray (a Ray cluster)")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="of the Ray cluster, auto for the one of this machine [default: RAY_ADDRESS, or a new one]"),
+    ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_WORKERS, help="processes that share the work [default: one for each GPU]"),
+        typer.Option(min=1, max=MAX_WORKERS, help="processes, or Ray actors, to share the work [default: one a GPU]"),
     ] = None,
     save_every: Annotated[
         int, typer.Option(min=0, help="training steps between two saved states of an edit; 0 saves none")

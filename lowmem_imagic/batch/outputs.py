@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..result_folder import REPORT
+from ..names import REPORT
 
 EMPTY, UNFINISHED, FINISHED, OTHER = "empty", "unfinished", "finished", "other"
 

@@ -1,5 +1,6 @@
 """A `batch run` as plain values: what its words said, kept in the ledger so that its folder can be run again."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,14 +18,18 @@ from ..errors import ConfigError, OutputExistsError
 from ..planning import Budget
 from ..rendering import BaseOptions
 from ..writable import check_writable
+from .crew import Bases, Crew
 from .failures import RETRIED
 from .manifest import BadItem, Item, read_manifest
 from .paths import HIDDEN
 from .processes import cpu_environments, gpu_environments, run_in_processes
+from .publishing import publish
+from .ray_cluster import RayCrew, check_executor
 from .runner import Batch
+from .states import States
 from .stopping import Stop
 from .tally import Tally
-from .worker import LocalCrew, States
+from .worker import LocalCrew
 
 _SHARD = re.compile("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 
@@ -63,6 +68,8 @@ class Request:
     model_config: str | None
     revision: str | None
     shard: str | None
+    executor: str
+    address: str | None
     workers: int | None
     save_every: int
     force: bool
@@ -140,11 +147,12 @@ class Request:
         """Runs it; see `Batch.run`."""
         out = Path(self.out)
         self.settings({})
+        check_executor(self.executor, self.address)
         items, bad = self.items()
         check_writable(out)
         if out.exists() and not out.is_dir():
             raise OutputExistsError(f"{out} is no folder; name a folder with --out")
-        if (count := self._processes()) > 1:
+        if self.executor == "local" and (count := self._processes()) > 1:
             cpu = pick_device(self.device).type == "cpu"
             return run_in_processes(
                 replace(self, workers=1).as_json(),
@@ -159,7 +167,24 @@ class Request:
         # Before any weight is there: later, what is loaded would count twice.
         budget = Budget.of(own.device, self.vram)
         states = States(out / HIDDEN / f"training{self._suffix}", self.save_every)
-        crew = LocalCrew(
+        with contextlib.ExitStack() as hired:
+            crew: Crew
+            if self.executor == "ray":
+                crew = hired.enter_context(RayCrew(self, lambda one, files: publish(out / one.name, files), stop))
+            else:
+                crew = self._local_crew(bases, budget, out, console, stop, states)
+            return self._run(bases, crew, states, console, stop, items, bad, retry)
+
+    def crew(self, out: Path, console: Console, stop: Stop) -> LocalCrew:
+        """Who makes items for somebody else: into `out`, without training states."""
+        bases = _Bases(self, console)
+        budget = Budget.of(bases(None).device, self.vram)
+        return self._local_crew(bases, budget, out, console, stop, States(out / "states", 0))
+
+    def _local_crew(
+        self, bases: Bases, budget: Budget | None, out: Path, console: Console, stop: Stop, states: States
+    ) -> LocalCrew:
+        return LocalCrew(
             bases,
             lambda base, config, jobs: fit_memory(base, config, budget, console, jobs=jobs, beside=True),
             out,
@@ -168,12 +193,24 @@ class Request:
             stop=stop,
             slots=self.slots,
         )
+
+    def _run(
+        self,
+        bases: Bases,
+        crew: Crew,
+        states: States,
+        console: Console,
+        stop: Stop,
+        items: Sequence[Item],
+        bad: Sequence[BadItem],
+        retry: Sequence[str],
+    ) -> Tally:
         batch = Batch(
             bases,
             crew,
             items,
             bad,
-            out,
+            Path(self.out),
             settings=self.settings,
             background=self.background,
             states=states,
@@ -193,7 +230,7 @@ class Request:
 
 
 class _Bases:
-    """Base models by name, each opened once; see `worker.Bases`."""
+    """Base models by name, each opened once; see `crew.Bases`."""
 
     def __init__(self, request: Request, console: Console) -> None:
         self._request, self._console = request, console

@@ -22,13 +22,14 @@ from ..rendering import check_sentences
 from ..result_folder import ResultFolder
 from . import ledger as ledgers
 from . import outputs
+from .crew import Assignment, Bases, Crew, Group, Outcome
 from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, kind_of
 from .ledger import Entry, Ledger
 from .manifest import BadItem, Item
 from .paths import HIDDEN
+from .states import States
 from .stopping import Stop
 from .tally import Tally
-from .worker import Assignment, Bases, Crew, Group, Outcome, States
 
 CLAIM = 16
 """Most items taken at once; their photos are in memory together, and encoded in one go."""
@@ -42,7 +43,7 @@ class Batch:
     """One run over a manifest's items; several on one folder share the work.
 
     Args:
-        bases: see `worker.Bases`.
+        bases: see `crew.Bases`.
         crew: who makes the items.
         items: what to make.
         bad: what the manifest has besides; reported as failed.

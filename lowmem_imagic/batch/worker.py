@@ -1,110 +1,27 @@
 """Makes items in refilling packs. Whoever hands them out, and keeps the books, is not known here."""
 
-import contextlib
-import hashlib
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
-from .. import training_state
-from ..atomic import remove_temporaries, write_bytes
+from ..atomic import remove_temporaries
 from ..base_model import BaseModel
 from ..commands import finished_edit
 from ..config import EditConfig
 from ..console import Silent
 from ..edit import Edit
-from ..errors import EditFileError, ImageError, LowmemImagicError, MemoryLimitError, OutputUnwritableError
-from ..failpoints import reach
+from ..errors import ImageError, LowmemImagicError, MemoryLimitError, OutputUnwritableError
 from ..images import Photo, load_photo
 from ..memory import Meter
 from ..packing import Pack
 from ..pipeline import Job, stream_edits
 from ..planning import CPU_SLOTS, Plan
-from ..result_folder import REPORT, ResultFolder
-from ..training_state import TrainingState
+from ..result_folder import ResultFolder
+from . import publishing
+from .crew import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner
+from .states import States
 from .stopping import Stop
-
-SAVING_SHARE = 1 / 40
-"""Most of a run's time that goes into saving training states."""
-
-Bases = Callable[[str | None], BaseModel]
-"""Gives the base model of a name, None for the run's own."""
-Planner = Callable[[BaseModel, EditConfig, int], tuple[EditConfig, Plan | None]]
-"""Fits settings for so many items into the memory there is."""
-Claims = Iterator[Sequence["Assignment"]]
-"""Gives items to make, some at a time, whenever it is asked."""
-OnStep = Callable[[list[int]], None]
-"""Told now and then the steps that each edit in training has taken."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """What items that share a pack have in common."""
-
-    model: str | None
-    """Name of the base model, None for the run's own."""
-    config: EditConfig
-
-    @property
-    def key(self) -> str:
-        """A hash of it."""
-        return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()
-
-    @property
-    def steps(self) -> int:
-        """Training steps of each item."""
-        return self.config.embed.steps + self.config.finetune.steps
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """An item to make."""
-
-    job: str
-    """Hash of all that makes the result."""
-    name: str
-    """Of its folder."""
-    photo: Path
-    sentence: str
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an item."""
-
-    assignment: Assignment
-    error: LowmemImagicError | None = None
-    seconds: float = 0.0
-    """From its first training step to its last file, those of an interrupted training included."""
-    lost: bool = False
-    """It was taken over by somebody else meanwhile, and nothing was written."""
-
-
-class Crew(Protocol):
-    """Whoever makes the items of a group: a `LocalCrew`, or one on other machines."""
-
-    def make(
-        self, group: Group, claims: Claims, count: int, *, on_step: OnStep, holds: Callable[[str], bool]
-    ) -> Iterator[Outcome]:
-        """What becomes of the items of `claims`, as they are finished; their files are in place by then.
-
-        Args:
-            group: what the items have in common.
-            claims: see `Claims`.
-            count: how many items there may be, for the plan.
-            on_step: see `OnStep`.
-            holds: whether an item is still this run's to write.
-
-        Raises:
-            OutputUnwritableError: results cannot be written; nothing more could be.
-            KeyboardInterrupt: the run shall end.
-        """
 
 
 class LocalCrew:
@@ -127,7 +44,7 @@ class LocalCrew:
         out: Path,
         *,
         background: str,
-        states: "States",
+        states: States,
         stop: Stop,
         slots: int | None = None,
     ) -> None:
@@ -168,62 +85,6 @@ class LocalCrew:
             # Here, where the error and with it what the attempt held is gone.
             slots //= 2
             base.step_down(f"{slots} edits side by side")
-
-
-class States:
-    """Training states on disk, one folder for each item so that what a killed writer left is known to be its own.
-
-    Args:
-        folder: where they are.
-        every: steps between two states of an edit at least; 0 keeps none.
-    """
-
-    def __init__(self, folder: Path, every: int) -> None:
-        self._folder, self._every = folder, every
-        self._steps, self._last, self._took = 0, time.perf_counter(), 0.0
-
-    def load(self, job: str) -> TrainingState | None:
-        """The state of an item; None where there is none that can be used."""
-        try:
-            return training_state.decode(self._file(job).read_bytes(), job)
-        except (OSError, EditFileError):
-            return None
-
-    def due(self) -> bool:
-        """Counts a step; whether the states should be saved now."""
-        self._steps += 1
-        waited = time.perf_counter() - self._last
-        return bool(self._every) and self._steps >= self._every and waited * SAVING_SHARE >= self._took
-
-    def save(self, states: Iterator[tuple[str, TrainingState]]) -> None:
-        """Saves states of items by their jobs."""
-        started = time.perf_counter()
-        for job, state in states:
-            file = self._file(job)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(file, training_state.encode(state, job), overwrite=True)
-            reach("state-saved")
-        self._last = time.perf_counter()
-        self._steps, self._took = 0, self._last - started
-
-    def remove(self, job: str) -> None:
-        """Removes an item's state and whatever was left beside it."""
-        file = self._file(job)
-        with contextlib.suppress(OSError):
-            remove_temporaries(file.parent)
-            file.unlink(missing_ok=True)
-            file.parent.rmdir()
-
-    def keep(self, jobs: Sequence[str]) -> None:
-        """Removes the states of all other items."""
-        with contextlib.suppress(OSError):
-            for path in self._folder.iterdir():
-                if path.name not in jobs:
-                    self.remove(path.name)
-            self._folder.rmdir()  # where it is empty
-
-    def _file(self, job: str) -> Path:
-        return self._folder / os.path.basename(job) / "state"
 
 
 class _Pack:
@@ -316,16 +177,13 @@ class _Pack:
         meter = Meter(self._base.device)
         meter.stages |= made.measured["stages"]
         try:
-            # Whose folder this is, should the run end here.
-            begun = {"job": assignment.job, "finished": False, "pictures": sorted(folder.stale)}
-            folder.write(REPORT, json.dumps(begun).encode())
+            publishing.begin(folder, assignment.job)
             quiet = Silent(assignment.warnings)
             report = finished_edit(self._base, folder, name, made, photo, config, planned, meter, quiet)
             render_s = round(time.perf_counter() - started, 3)
             report |= {"rungs": made.measured["rungs"], "seconds": {"render": render_s}}
             report |= {"job": assignment.job, "finished": True, "sha256": folder.digests()}
-            reach("before-report")
-            folder.write_report(report)
+            publishing.end(folder, report)
         except OutputUnwritableError:
             raise
         except LowmemImagicError as error:

@@ -1,0 +1,298 @@
+"""Items made by Ray actors, one for each GPU of a cluster, each with the base model resident.
+
+The ledger stays with the process that was started: actors are given photos, and give back files, so nothing but that
+process's folder needs to be shared. An actor or a machine that is lost is started again by Ray, and what it had in
+hand is handed out anew; items are idempotent, so making one twice harms nothing. What an actor was training is lost
+with it: training states are not kept across machines.
+"""
+
+import contextlib
+import math
+import os
+import platform
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import errors
+from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError
+from .crew import Assignment, Claims, Group, OnStep, Outcome
+from .stopping import Stop
+
+if TYPE_CHECKING:
+    from .request import Request
+
+MAX_LOSSES = 3
+"""How often an item's actor may be lost before it is held to be the item's doing."""
+CHUNK = 16
+"""Most items in an actor's hands."""
+_POLL_S = 1.0
+
+
+class RayCrew:
+    """Makes items on a Ray cluster; see `crew.Crew`.
+
+    Args:
+        request: what was asked for; actors read their settings from it.
+        publish: puts an item's files in place.
+        stop: asks for an end; items in training are given up.
+
+    Raises:
+        BackendUnavailableError: Ray is not installed, or there is no such cluster.
+    """
+
+    def __init__(self, request: "Request", publish: Callable[[Assignment, dict[str, bytes]], None], stop: Stop) -> None:
+        # Before Ray is imported: nothing is sent to anybody.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise BackendUnavailableError(
+                "--executor ray was asked for, but Ray is not installed; pip install 'lowmem-imagic[ray]'"
+            ) from error
+        self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
+        try:
+            ray.init(request.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BackendUnavailableError(f"no Ray cluster at {request.address or 'this machine'}: {reason}") from error
+        self._hands = [_Hand(ray, actor) for actor in self._actors()]
+        self._lost = Counter[str]()
+
+    def close(self) -> None:
+        """Lets go of the actors, and of the cluster."""
+        for hand in self._hands:
+            hand.dismiss()
+        self._ray.shutdown()
+
+    def __enter__(self) -> "RayCrew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _actors(self) -> list[Any]:
+        """One actor for each GPU; on a cluster without, one for each machine, or as many as were asked for."""
+        resources = self._ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if self._request.device != "cpu" else 0
+        machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
+        count = self._request.workers or gpus or machines
+        needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
+        needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
+        # Two threads: one makes items, one answers how far it is.
+        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(_Maker)
+        return [kind.remote(self._request.as_json()) for _ in range(count)]
+
+    def make(
+        self, group: Group, claims: Claims, count: int, *, on_step: OnStep, holds: Callable[[str], bool]
+    ) -> Iterator[Outcome]:
+        """See `crew.Crew`."""
+        waiting, given, more = deque[Assignment](), 0, True
+        while True:
+            for hand in self._hands:
+                # Evenly at first, and in ever smaller parts, so that all finish together.
+                size = min(CHUNK, max(1, math.ceil((count - given) / (2 * len(self._hands)))))
+                while hand.idle and more and len(waiting) < size:
+                    claimed = next(claims, None)
+                    more = claimed is not None
+                    waiting.extend(claimed or ())
+                if hand.idle and waiting:
+                    chunk = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+                    given += len(chunk)
+                    unreadable = hand.begin(group, chunk)
+                    yield from unreadable
+            if not more and not waiting and not any(hand.open for hand in self._hands):
+                return
+            self._wait()
+            for hand in self._hands:
+                for assignment, result in hand.results():
+                    yield self._outcome(assignment, result, holds)
+                for assignment in hand.dropped():
+                    self._lost[assignment.job] += 1
+                    given -= 1
+                    if self._lost[assignment.job] < MAX_LOSSES:
+                        waiting.append(assignment)
+                    else:
+                        lost = LowmemImagicError(f"its worker was lost {MAX_LOSSES} times while it was being made")
+                        yield Outcome(assignment, lost)
+            on_step([steps for hand in self._hands for steps in hand.in_training])
+            self._stop.check()
+
+    def _wait(self) -> None:
+        """Until something has happened anywhere, or a second has passed."""
+        pending = [ref for hand in self._hands for ref in hand.pending]
+        if pending:
+            self._ray.wait(pending, num_returns=1, timeout=_POLL_S, fetch_local=False)
+
+    def _outcome(self, assignment: Assignment, result: dict[str, Any], holds: Callable[[str], bool]) -> Outcome:
+        if "error" in result:
+            kind = getattr(errors, result["error"], LowmemImagicError)
+            return Outcome(assignment, kind(result["text"]))
+        if not holds(assignment.job):
+            return Outcome(assignment, lost=True)
+        self._publish(assignment, result["files"])
+        return Outcome(assignment, seconds=result["seconds"])
+
+
+class _Hand:
+    """An actor as its employer sees it."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray, self._actor = ray, actor
+        self._greeting: Any = actor.ready.remote()
+        self._stream: Any = None
+        self._asked: Any = None
+        self._dropped: list[Assignment] = []
+        self.open: dict[str, Assignment] = {}
+        """What it has in hand, by job."""
+        self.in_training: list[int] = []
+        """Steps of what it trains."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is there and has nothing to do."""
+        return self._greeting is None and self._stream is None
+
+    @property
+    def pending(self) -> list[Any]:
+        """What may be waited for."""
+        return [ref for ref in (self._greeting, self._stream) if ref is not None]
+
+    def begin(self, group: Group, chunk: list[Assignment]) -> list[Outcome]:
+        """Gives it items to make; returns those whose photos cannot be read."""
+        given, unreadable = [], []
+        for assignment in chunk:
+            try:
+                data = assignment.photo.read_bytes()
+            except OSError as error:
+                failure = errors.ImageNotFoundError(f"{str(assignment.photo)!r} cannot be read ({error.strerror})")
+                failure.__cause__ = error
+                unreadable.append(Outcome(assignment, failure))
+                continue
+            self.open[assignment.job] = assignment
+            given.append(
+                {
+                    "job": assignment.job,
+                    "name": assignment.name,
+                    "photo": (assignment.photo.name, data),
+                    "sentence": assignment.sentence,
+                    "warnings": assignment.warnings,
+                }
+            )
+        if given:
+            # Not repeated by Ray, which would make again what has been given back already: `dropped` is what is left.
+            self._stream = self._actor.make.options(num_returns="streaming", max_task_retries=0).remote(group, given)
+        return unreadable
+
+    def results(self) -> Iterator[tuple[Assignment, dict[str, Any]]]:
+        """What it has finished since."""
+        try:
+            if self._greeting is not None and self._ready(self._greeting):
+                self._ray.get(self._greeting)
+                self._greeting = None
+            self._ask()
+            while self._stream is not None and self._ready(self._stream):
+                try:
+                    result = self._ray.get(next(self._stream))
+                except StopIteration:
+                    self._stream, self.in_training = None, []
+                    self._drop()
+                    return
+                if (assignment := self.open.pop(result["job"], None)) is not None:
+                    yield assignment, result
+        except self._ray.exceptions.RayTaskError as error:
+            raise LowmemImagicError(f"a worker of the cluster failed: {error.cause}") from None
+        except self._ray.exceptions.RayError:
+            # Ray starts it again, here or elsewhere; until it answers it gets nothing to do.
+            self._stream, self.in_training, self._asked = None, [], None
+            self._drop()
+            self._greeting = self._actor.ready.remote()
+
+    def dropped(self) -> list[Assignment]:
+        """What it was given and did not finish, since it was lost."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def dismiss(self) -> None:
+        """Ends the actor."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(self._actor)
+
+    def _drop(self) -> None:
+        self._dropped += self.open.values()
+        self.open = {}
+
+    def _ready(self, ref: Any) -> bool:
+        return bool(self._ray.wait([ref], timeout=0, fetch_local=False)[0])
+
+    def _ask(self) -> None:
+        """Asks how far it is, and takes down the last answer."""
+        if self._stream is None:
+            return
+        if self._asked is not None and self._ready(self._asked):
+            self.in_training, self._asked = self._ray.get(self._asked), None
+        if self._asked is None:
+            self._asked = self._actor.progress.remote()
+
+
+class _Maker:
+    """The actor: makes items with a crew of its own, in a temporary folder."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        from ..cli_frame import quiet_libraries
+        from ..console import Silent
+        from .request import Request
+
+        quiet_libraries()
+        self._folder = tempfile.TemporaryDirectory(prefix="lowmem-imagic-")
+        self._crew = Request.of(request).crew(Path(self._folder.name), Silent(), Stop())
+        self._in_training: list[int] = []
+
+    def ready(self) -> str:
+        """Says that it is there, and where."""
+        return f"{platform.node()} {os.getpid()}"
+
+    def progress(self) -> list[int]:
+        """Steps of what it trains."""
+        return self._in_training
+
+    def make(self, group: Group, given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """What becomes of some items, as they are finished: their files, or the error."""
+        out = Path(self._folder.name)
+        assignments = []
+        for number, one in enumerate(given):
+            # A folder of its own for each: photos keep their names, and two may have the same.
+            name, data = one.pop("photo")
+            place = out / "photos" / str(number)
+            place.mkdir(parents=True, exist_ok=True)
+            photo = place / Path(name).name
+            photo.write_bytes(data)
+            assignments.append(Assignment(photo=photo, **one))
+
+        def on_step(steps: list[int]) -> None:
+            self._in_training = steps
+
+        for outcome in self._crew.make(group, iter([assignments]), len(assignments), on_step=on_step):
+            answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
+            if outcome.error is not None:
+                yield answer | {"error": type(outcome.error).__name__, "text": str(outcome.error)}
+                continue
+            folder = out / outcome.assignment.name
+            yield answer | {"files": {path.name: path.read_bytes() for path in folder.iterdir()}}
+            for path in folder.iterdir():
+                path.unlink()
+        self._in_training = []
+
+
+def check_executor(executor: str, address: str | None) -> None:
+    """Makes sure that there is an executor of that name.
+
+    Raises:
+        ConfigError: there is none, or an address makes no sense for it.
+    """
+    if executor not in ("local", "ray"):
+        raise ConfigError(f"--executor is {executor!r}, expected local or ray")
+    if address is not None and executor != "ray":
+        raise ConfigError("--address names a Ray cluster; give --executor ray with it")
