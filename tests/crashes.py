@@ -2,7 +2,7 @@
 
     python -m tests.crashes --kills 100
 
-writes ``benchmarks/results/crashes.json``; the tests use its parts on a few items.
+writes ``benchmarks/results/crashes_*.json``; the tests use its parts on a few items.
 """
 
 import argparse
@@ -23,14 +23,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.results import provenance, write_result
+from benchmarks.results import RESULTS, provenance, write_result
 from lowmem_imagic import edit_file
 
 HIDDEN = ".lowmem-imagic"
 SHORT = ("--steps-embed", "6", "--steps-finetune", "10", "--steps-sample", "3", "--etas", "0,1", "--save-every", "4")
 """A schedule of seconds."""
+PARTS = ("one_slot", "packs", "failpoints", "shared")
 SAME_DB = 35.0
 """PSNR from which pictures of an edit that had other company count as the same."""
+LONGEST_S = 30.0
+"""Most seconds that a run is left alone before it is killed; every batch is then killed several times on its way."""
 MEASURED = ("seconds", "stages", "plan")
 """Entries of a report that no two runs share."""
 
@@ -164,7 +167,7 @@ def campaign(batch: Batch, folder: Path, kills: int, seed: int, *, exact: bool) 
     bar = tqdm(total=kills, unit="kill", desc="exact" if exact else "packs", disable=None)
     while made < kills:
         out, here = folder / f"run-{batches}", 0
-        while made < kills and batch.killed(out, rng.uniform(1.0, length_s)):
+        while made < kills and batch.killed(out, rng.uniform(1.0, min(length_s, LONGEST_S))):
             made, here = made + 1, here + 1
             bar.update()
         report = batch.finish(out)
@@ -225,34 +228,34 @@ def shared(batch: Batch, out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs everything and writes the result."""
+    """Runs everything and writes a result for each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="of each kind")
     parser.add_argument("--items", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("one_slot", "packs", "failpoints", "shared"), action="append")
-    parser.add_argument("--write", type=Path, help="another file for the result")
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another folder for the results")
     asked = parser.parse_args()
-    origin = provenance()
-    parts: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for part in asked.only or ("one_slot", "packs", "failpoints", "shared"):
-            (place := folder / part).mkdir()
-            manifest = scenes(place, 6 if part == "failpoints" else asked.items)
-            one, four = (Batch(manifest, (*SHORT, "--slots", slots)) for slots in ("1", "4"))
-            match part:
-                case "one_slot":
-                    parts[part] = campaign(one, place, asked.kills, asked.seed, exact=True)
-                case "packs":
-                    parts[part] = campaign(four, place, asked.kills, asked.seed, exact=False)
-                case "failpoints":
-                    parts[part] = failpoints(one, place, (1, 2, 5, 12, 30))
-                case "shared":
-                    parts[part] = [shared(four, place / f"run-{n}") for n in range(3)]
-            print(json.dumps({part: parts[part]}, indent=2), file=sys.stderr)
-    payload = {"items": asked.items, "options": list(SHORT), "seed": asked.seed, **parts}
-    write_result("crashes", payload, path=asked.write, origin=origin)
+    for part in asked.only or PARTS:
+        origin = provenance()
+        with tempfile.TemporaryDirectory() as name:
+            found = _part(part, Path(name), asked.items, asked.kills, asked.seed)
+        print(json.dumps({part: found}, indent=2), file=sys.stderr)
+        payload = {"items": asked.items, "options": list(SHORT), "seed": asked.seed, part: found}
+        write_result("crashes", payload, path=asked.results / f"crashes_{part}.json", origin=origin)
+
+
+def _part(part: str, place: Path, items: int, kills: int, seed: int) -> Any:
+    manifest = scenes(place, 6 if part == "failpoints" else items)
+    one, four = (Batch(manifest, (*SHORT, "--slots", slots)) for slots in ("1", "4"))
+    match part:
+        case "one_slot":
+            return campaign(one, place, kills, seed, exact=True)
+        case "packs":
+            return campaign(four, place, kills, seed, exact=False)
+        case "failpoints":
+            return failpoints(one, place, (1, 2, 5, 12, 30))
+    return [shared(four, place / f"run-{n}") for n in range(3)]
 
 
 if __name__ == "__main__":

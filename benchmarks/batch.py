@@ -1,0 +1,234 @@
+"""What a batch costs beside its edits, whether its memory stays flat, and what a second Ray worker gains.
+
+    python -m benchmarks.batch --only overhead --only ray --only soak
+    python -m benchmarks.batch --tedbench FOLDER
+
+Each part is a file ``results/batch_PART.json``. TEdBench is not in this repository; FOLDER has its ``input_list.json``.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.batch.crew import Assignment, Group
+from lowmem_imagic.batch.request import Request
+from lowmem_imagic.batch.stopping import Stop
+from lowmem_imagic.commands import finished_edit
+from lowmem_imagic.console import Silent
+from lowmem_imagic.images import load_photo
+from lowmem_imagic.memory import Meter
+from lowmem_imagic.pipeline import Job, make_edits
+from lowmem_imagic.presets import preset
+from lowmem_imagic.result_folder import ResultFolder
+from tests.crashes import SHORT, scenes
+
+from .goals import Line, table
+from .results import RESULTS, provenance, write_result
+
+PARTS = ("overhead", "ray", "soak", "tedbench")
+SLOTS = 4
+
+
+def request(manifest: Path, out: Path, **changes: Any) -> Request:
+    """What ``batch run MANIFEST --out OUT`` asks for."""
+    left_open: dict[str, Any] = dict.fromkeys(Request.__dataclass_fields__)
+    plain = {
+        "preset": "balanced",
+        "seed": 0,
+        "small": False,
+        "background": "white",
+        "device": "cpu",
+        "base_weights": "int8",
+        "attention": "auto",
+        "checkpointing": False,
+        "executor": "local",
+        "save_every": 25,
+        "force": False,
+    }
+    return Request(**left_open | plain | {"manifest": str(manifest), "out": str(out)} | changes)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds that `run` takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def overhead(folder: Path, items: int) -> dict[str, Any]:
+    """The queue against `make_edits` in a loop: packs of `SLOTS`, rendered and written into folders one by one.
+
+    Turn about, three times; both load the base model anew.
+    """
+    manifest, config = scenes(folder, items), preset("fast")
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+
+    def loop(out: Path) -> None:
+        base = BaseModel.load(device="cpu")
+        for first in range(0, items, SLOTS):
+            some = lines[first : first + SLOTS]
+            photos = [load_photo(folder / line["photo"]) for line in some]
+            jobs = [Job(photo, line["sentence"]) for photo, line in zip(photos, some, strict=True)]
+            for line, photo, edit in zip(some, photos, make_edits(base, jobs, config, slots=SLOTS), strict=True):
+                target = ResultFolder.prepare(out / line["name"], overwrite=False)
+                meter, name = Meter(base.device), f"{line['name']}.safetensors"
+                target.write_report(finished_edit(base, target, name, edit, photo, config, None, meter, Silent()))
+
+    def queue(out: Path) -> None:
+        asked = request(manifest, out, preset="fast", slots=SLOTS)
+        assert len(asked.run(Silent(), Stop()).done) == items
+
+    loop(folder / "warm-up")
+    pairs = [
+        (timed(lambda n=n: loop(folder / f"loop-{n}")), timed(lambda n=n: queue(folder / f"queue-{n}")))  # type: ignore[misc]
+        for n in range(3)
+    ]
+    share = median(queue_s / loop_s for loop_s, queue_s in pairs) - 1
+    return {
+        "items": items,
+        "seconds": [{"loop": round(a, 2), "queue": round(b, 2)} for a, b in pairs],
+        "lines": [Line("a batch of 12: over `make_edits` in a loop", round(100 * share, 2), "%", 3).as_json()],
+    }
+
+
+def ray_workers(folder: Path, items: int) -> dict[str, Any]:
+    """Seconds of a batch by one Ray actor on one core, one on both, and two on a core each, start-up left out."""
+    from ray.cluster_utils import Cluster
+
+    from lowmem_imagic.batch.ray_cluster import RayCrew
+
+    manifest = scenes(folder, items)
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    found: dict[str, Any] = {}
+    for name, cores, workers in (("one core", 1, 1), ("both cores", 2, 1), ("two workers", 2, 2)):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False})
+        try:
+            asked = request(
+                manifest, folder / name, preset="fast", executor="ray", workers=workers, address=cluster.address
+            )
+            group = Group(None, asked.settings({}))
+
+            def assignments(part: list[dict[str, Any]], round_: str) -> list[Assignment]:
+                return [
+                    Assignment(f"{round_} {line['name']}", line["name"], folder / line["photo"], line["sentence"])
+                    for line in part
+                ]
+
+            with RayCrew(asked, lambda one, files: None, Stop()) as crew:
+
+                def make(part: list[Assignment], crew: RayCrew = crew, group: Group = group) -> None:
+                    made = crew.make(group, iter([part]), len(part), on_step=lambda s: None, holds=lambda job: True)
+                    for outcome in made:
+                        assert outcome.error is None, outcome.error
+
+                # An item for each worker: imports, the base model, first steps.
+                make(assignments(lines[:workers], "warm-up"))
+                found[name] = round(timed(lambda make=make: make(assignments(lines, "timed"))), 2)  # type: ignore[misc]
+        finally:
+            cluster.shutdown()
+    ratio = round(found["one core"] / found["two workers"], 3)
+    both = round(found["both cores"] / found["two workers"], 3)
+    return {
+        "items": items,
+        "seconds": found,
+        "lines": [
+            Line("Ray: two workers to one, a core each", ratio, "times", 1.6, at_least=True).as_json(),
+            Line("Ray: two workers to one that has both cores", both, "times").as_json(),
+        ],
+    }
+
+
+def soak(folder: Path, items: int) -> dict[str, Any]:
+    """Resident bytes of a run of many items, looked at as items are finished."""
+    out = folder / "out"
+    words = ("batch", "run", str(scenes(folder, items)), "--out", str(out), *SHORT, "--quiet", "--json")
+    with (folder / "said").open("w") as said:
+        run = subprocess.Popen((sys.executable, "-m", "lowmem_imagic", *words), stdout=said)
+        seen: list[tuple[int, int]] = []
+        while run.poll() is None:
+            done = sum(1 for _ in out.glob("*/sheet.png"))
+            if not seen or done > seen[-1][0]:
+                seen.append((done, _resident(run.pid)))
+            time.sleep(0.2)
+    assert run.returncode == 0
+    # Warm after a tenth; means of a tenth of the items each, since single looks fall into different steps.
+    tenth = items // 10
+    first = [size for done, size in seen if tenth < done <= 2 * tenth]
+    last = [size for done, size in seen if done > items - tenth and size]
+    growth = sum(last) / len(last) / (sum(first) / len(first)) - 1
+    name = f"{items} items: growth of resident memory after warm-up"
+    return {
+        "items": items,
+        "resident_bytes": [[done, size] for done, size in seen if size][:: max(1, len(seen) // 60)],
+        "lines": [Line(name, round(100 * growth, 2), "%", 2).as_json()],
+    }
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def tedbench(folder: Path, source: Path) -> dict[str, Any]:
+    """The pairs of TEdBench with the preset `fast` and the bundled model: what became of them."""
+    words = ("batch", "run", str(source / "input_list.json"), "--out", str(folder), "--preset", "fast", "--json")
+    started = time.perf_counter()
+    run = subprocess.run((sys.executable, "-m", "lowmem_imagic", *words), stdout=subprocess.PIPE, check=False)
+    report = json.loads(run.stdout)
+    made = len(list(folder.glob("*/*.safetensors")))
+    return {
+        "exit_code": run.returncode,
+        "seconds": round(time.perf_counter() - started),
+        "total": report["total"],
+        "done": len(report["done"]),
+        "edit_files": made,
+        "failed": [{"where": bad["where"], "reason": bad["reason"]} for bad in report["failed"]],
+        "lines": [
+            Line("TEdBench: pairs done or named", made + len(report["failed"]), "pairs", 100, at_least=True).as_json()
+        ],
+    }
+
+
+def main() -> None:
+    """Measures, prints a table and writes a file for each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append", default=[])
+    parser.add_argument("--items", type=int, help="other numbers of items than the usual")
+    parser.add_argument("--tedbench", type=Path, metavar="FOLDER")
+    parser.add_argument("--keep", type=Path, help="folder for TEdBench's edits, to look at")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another folder for the results")
+    asked = parser.parse_args()
+    parts = asked.only or ([] if asked.tedbench else ["overhead", "ray", "soak"])
+    if asked.tedbench:
+        parts = [*parts, "tedbench"]
+    for part in parts:
+        origin = provenance()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            match part:
+                case "overhead":
+                    found = overhead(folder, asked.items or 12)
+                case "ray":
+                    found = ray_workers(folder, asked.items or 24)
+                case "soak":
+                    found = soak(folder, asked.items or 300)
+                case _:
+                    found = tedbench(asked.keep or folder, asked.tedbench)
+        for line in table([Line(**{k: v for k, v in one.items() if k != "passed"}) for one in found["lines"]]):
+            print(line)
+        write_result("batch", found, path=asked.results / f"batch_{part}.json", origin=origin)
+
+
+if __name__ == "__main__":
+    main()
