@@ -102,6 +102,8 @@ def overhead(folder: Path, items: int) -> dict[str, Any]:
 
 def ray_workers(folder: Path, items: int) -> dict[str, Any]:
     """Seconds of a batch by one Ray actor on one core, one on both, and two on a core each, start-up left out."""
+    # Workers at the priority of this process, as everything else that is measured.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
     from lowmem_imagic.batch.ray_cluster import RayCrew

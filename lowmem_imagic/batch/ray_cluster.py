@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import platform
+import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ MAX_LOSSES = 3
 CHUNK = 16
 """Most items in an actor's hands."""
 _POLL_S = 1.0
+_CONNECT_S = 10.0
 
 
 class RayCrew:
@@ -53,6 +55,7 @@ class RayCrew:
                 "--executor ray was asked for, but Ray is not installed; pip install 'lowmem-imagic[ray]'"
             ) from error
         self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
+        _check_address(request.address)
         try:
             ray.init(request.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -284,6 +287,21 @@ class _Maker:
             for path in folder.iterdir():
                 path.unlink()
         self._in_training = []
+
+
+def _check_address(address: str | None) -> None:
+    """Makes sure that somebody listens there: Ray would try for minutes, and then end the process.
+
+    Raises:
+        BackendUnavailableError: nobody does.
+    """
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check --address") from error
 
 
 def check_executor(executor: str, address: str | None) -> None:
