@@ -15,6 +15,9 @@ SHEET_CELL_PX = 256
 XMP_KEYWORD = "XML:com.adobe.xmp"
 SOURCE_TYPE_BASE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels."""
+
 _NO_TEXT: Mapping[str, str] = MappingProxyType({})
 
 _PAPER, _INK, _QUIET, _RULE = (250, 250, 248), (32, 32, 36), (128, 128, 132), (222, 222, 218)
@@ -103,6 +106,7 @@ def contact_sheet(
     title: str = "",
     footer: str = "",
     cell_px: int = SHEET_CELL_PX,
+    boxes: list[Box] | None = None,
 ) -> Image.Image:
     """The pictures side by side, each with its label, under a title and over a small grey footer.
 
@@ -116,6 +120,7 @@ def contact_sheet(
         title: Shown on top.
         footer: Settings and the like.
         cell_px: Side of a cell.
+        boxes: Given a list, it gets the place of every picture.
 
     Raises:
         ValueError: No cells, or a column count or cell size below 1.
@@ -153,6 +158,8 @@ def contact_sheet(
             left = cell_left + (cell_px - picture.width) // 2
             top = y + (picture_height - picture.height) // 2
             sheet.paste(picture, (left, top))
+            if boxes is not None:
+                boxes.append((left, top, left + picture.width, top + picture.height))
             # A hairline keeps pictures with a white border apart from the paper.
             draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=_RULE)
             _write(

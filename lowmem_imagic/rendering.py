@@ -170,7 +170,11 @@ def render(
         label += " (suggested)" if suggested is not None and cell.eta == suggested.eta else ""
         sheet.append((label + (f", seed {cell.seed}" if many_seeds else ""), picture))
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
-    folder.write_sheet(sheet, columns=None if many_seeds else min(len(sheet), 8), title=sentence, footer=footer)
+    columns = None if many_seeds else min(len(sheet), 8)
+    boxes = folder.write_sheet(sheet, columns=columns, title=sentence, footer=footer)
+    if photo is not None:
+        # The only place in the folder that shows it.
+        report["sheet_photo_box"] = list(boxes[0])
     return report
 
 

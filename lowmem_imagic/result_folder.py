@@ -20,7 +20,7 @@ from .atomic import write_bytes
 from .config import strength_text
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
 from .names import REPORT
-from .png import contact_sheet, encode_png
+from .png import Box, contact_sheet, encode_png
 from .sample import Cell
 from .writable import check_writable, unusable
 
@@ -92,10 +92,12 @@ class ResultFolder:
 
     def write_sheet(
         self, cells: Sequence[tuple[str, Image.Image]], *, columns: int | None, title: str, footer: str
-    ) -> Path:
-        """Writes the labelled contact sheet."""
-        sheet = contact_sheet(cells, columns=columns, title=title, footer=footer)
-        return self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic"}))
+    ) -> list[Box]:
+        """Writes the labelled contact sheet, and returns where on it each picture is."""
+        boxes: list[Box] = []
+        sheet = contact_sheet(cells, columns=columns, title=title, footer=footer, boxes=boxes)
+        self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic"}))
+        return boxes
 
 
 def picture_names(cells: Sequence[Cell]) -> list[str]:

@@ -135,6 +135,15 @@ def status(folder: Folder, as_json: opt.AsJson = False) -> None:
     print_report(look(folder), as_json)
 
 
+@batch.command(epilog="Example:  lowmem-imagic batch sheet snow")
+@guarded
+def sheet(folder: Folder, as_json: opt.AsJson = False, force: opt.Force = False) -> None:
+    """Make one picture of all items, overview.png, and a page to open from disk, index.html."""
+    from .overview import write_overview
+
+    print_report(write_overview(folder, force=force), as_json)
+
+
 def _run(request: Any, *, retry: Any = None, as_json: bool, quiet: bool) -> None:
     """Runs a batch, prints what came of it, and ends with its exit code."""
     with importing():

@@ -1,0 +1,143 @@
+"""Facts about ``batch sheet``: a picture and a page of what a batch has made, taking nothing in a folder on trust."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lowmem_imagic.batch import overview
+from lowmem_imagic.cli import app
+from tests.test_batch import SENTENCE, batch, photos  # noqa: F401  fixtures
+
+
+class Links(HTMLParser):
+    """Collects what a page links to and shows, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.text: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        self.found += [value for name, value in attrs if name in ("href", "src")]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def sheet(folder: Path, *more: str) -> Any:
+    """``batch sheet`` on the command line."""
+    return CliRunner().invoke(app, ["batch", "sheet", str(folder), *more])
+
+
+@pytest.fixture
+def out(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> Iterator[Path]:  # noqa: F811
+    """A batch of three photos and one that is none."""
+    assert batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out").exit_code == 3
+    yield tmp_path / "out"
+
+
+def test_the_page_shows_every_item(out: Path) -> None:
+    """Photo, sentence, pictures, timings and files of every item, all of them there; what failed, with its reason."""
+    result = sheet(out, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["with_pictures"] == 3
+    page = (out / "index.html").read_text()
+    links = Links(page)
+    for name in links.found:
+        assert (out / unquote(name)).exists() and not name.startswith(("/", "http", "file")), name
+    text = " ".join(links.text)
+    assert text.count(SENTENCE) == 3 and text.count("eta 1.00") == 3 and text.count("s training") == 3
+    assert page.count('alt="the photo"') == 3
+    assert "broken.png" in text and "damaged or cut-off" in text
+    assert str(out.parent) not in page
+    assert not links.tags & {"script", "link", "iframe", "object"} and "default-src 'none'" in page
+
+
+def test_the_photo_is_where_the_report_says(out: Path) -> None:
+    """The place on the sheet that a report names shows the photo: its own colours, at its own aspect."""
+    sheet(out)
+    name = "p1-a-photo-of-a-blue-sphere"
+    report = json.loads((out / name / "report.json").read_text())
+    with Image.open(out / name / "sheet.png") as picture:
+        cut = picture.convert("RGB").crop(report["sheet_photo_box"])
+    with Image.open(out.parent / "photos" / "p1.png") as photo:
+        small = cut.resize(photo.size, Image.Resampling.BOX)
+        distance = [abs(a - b) for a, b in zip(small.tobytes(), photo.convert("RGB").tobytes(), strict=True)]
+    assert abs(cut.width / cut.height - 20 / 16) < 0.02
+    assert sum(distance) / len(distance) < 20
+    with Image.open(out / "overview.png") as whole:
+        assert whole.info["Software"] == "lowmem-imagic batch sheet" and whole.height > 3 * 100
+
+
+def test_nothing_of_others_is_replaced(out: Path) -> None:
+    """A page or picture of somebody else is kept unless --force is given; its own is made anew."""
+    assert sheet(out).exit_code == 0 and sheet(out).exit_code == 0
+    for name in ("index.html", "overview.png"):
+        ours = (out / name).read_bytes()
+        (out / name).write_bytes(b"mine")
+        result = sheet(out)
+        assert result.exit_code == 1 and "--force replaces it" in result.stderr
+        assert (out / name).read_bytes() == b"mine"
+        assert sheet(out, "--force").exit_code == 0
+        assert (out / name).read_bytes()[:100] == ours[:100]
+
+
+def test_reports_are_not_trusted(out: Path, tmp_path: Path) -> None:
+    """Markup in a sentence stays text, and names that lead out of a folder, or to nothing, are not shown."""
+    (tmp_path / "secret.png").write_bytes((out / "p0-a-photo-of-a-blue-sphere" / "sheet.png").read_bytes())
+    path = out / "p0-a-photo-of-a-blue-sphere" / "report.json"
+    report = json.loads(path.read_text())
+    report |= {
+        "sentence": "<script>alert(1)</script>",
+        "pictures": ["../../secret.png", "nothing.png", 7, *report["pictures"]],
+        "edit_file": "../../secret.png",
+        "sheet_photo_box": [0, 0, 10**9, 5],
+    }
+    path.write_text(json.dumps(report))
+    assert sheet(out).exit_code == 0
+    page = (out / "index.html").read_text()
+    assert "secret" not in page and "nothing.png" not in page and "<script>alert" not in page
+    assert "&lt;script&gt;" in page and page.count('alt="the photo"') == 2
+
+
+def test_many_items_make_a_picture_of_bounded_size(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more items than fit the picture shows the first ones, and says how many there are besides."""
+    seen: dict[str, Any] = {}
+    drawn = overview.contact_sheet
+    monkeypatch.setattr(overview, "MAX_ROWS", 2)
+    monkeypatch.setattr(overview, "contact_sheet", lambda cells, **how: seen.update(how) or drawn(cells, **how))
+    assert sheet(out).exit_code == 0
+    assert seen["footer"] == "and 1 more, see index.html"
+
+
+def test_no_folder_of_a_batch(tmp_path: Path) -> None:
+    """A folder that is none of a batch's, or none at all, is one clear error, and nothing is written."""
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        result = sheet(folder)
+        assert result.exit_code == 2 and "name the --out of a batch run" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["sheet", "status"])
+def test_looking_takes_no_torch(out: Path, command: str) -> None:
+    """``batch sheet`` and ``batch status`` answer without importing torch."""
+    script = (
+        "import sys\nfrom lowmem_imagic.cli import app\n"
+        f"sys.argv = ['lowmem-imagic', 'batch', {command!r}, {str(out)!r}]\n"
+        "try:\n    app()\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
