@@ -6,7 +6,7 @@ this writes, so that a number in a table is always one that was measured.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lowmem_imagic.presets import PRESETS, preset
@@ -41,7 +41,28 @@ def measured() -> list[str]:
     rows = ["| figure | measured | goal |", "|---|---|---|"]
     for part in ("engine_memory", "engine_size", "engine_speed", "memory", "speed"):
         rows += [_engine_row(line) for line in _result(part).get("lines", []) if line["goal"] is not None]
-    return rows + _quality_rows(_result("demo_quality"))
+    for part in ("overhead", "ray", "soak", "tedbench"):
+        rows += [_engine_row(line) for line in _result(f"batch_{part}").get("lines", []) if line["goal"] is not None]
+    return rows + list(_crash_rows()) + _quality_rows(_result("demo_quality"))
+
+
+def _crash_rows() -> Iterator[str]:
+    """What became of batches that were killed."""
+    one, packs, places, pairs = (
+        _result(f"crashes_{part}").get(part) for part in ("one_slot", "packs", "failpoints", "shared")
+    )
+    if one:
+        kills = f"a batch of 24 killed {one['kills']} times, one slot"
+        yield f"| {kills}: files that differ in a byte | {len(one['wrong'])} of {one['files'] * one['batches']} | 0 |"
+    if packs:
+        kills = f"the same in packs of four, {packs['kills']} kills"
+        yield f"| {kills}: least PSNR to the uninterrupted picture | {packs['least_psnr_db']:.1f} dB | at least 35 dB |"
+    if places:
+        died = f"killed at {len(places['died'])} passings of failpoints"
+        yield f"| {died}: files that differ in a byte | {len(places['wrong'])} | 0 |"
+    if pairs:
+        twice = sum(len(pair["twice"]) + pair["items"] - pair["made"] for pair in pairs)
+        yield f"| two runs on one folder, {len(pairs)} times 24 items: made twice or not at all | {twice} | 0 |"
 
 
 def _result(name: str) -> dict[str, Any]:
