@@ -10,8 +10,10 @@ import contextlib
 import math
 import os
 import platform
+import signal
 import socket
 import tempfile
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,11 +58,15 @@ class RayCrew:
             ) from error
         self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
         _check_address(request.address)
+        # Ray takes SIGTERM for itself, which would end the run without an orderly end.
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(request.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise BackendUnavailableError(f"no Ray cluster at {request.address or 'this machine'}: {reason}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         self._hands = [_Hand(ray, actor) for actor in self._actors()]
         self._lost = Counter[str]()
 
