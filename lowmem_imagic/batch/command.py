@@ -1,5 +1,6 @@
 """The command line of batches: ``lowmem-imagic batch run``, ``status``, ``retry``, ``sheet``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,7 +104,10 @@ def run(
     for name in ("manifest", "out", "model_config"):
         if words[name] is not None:
             words[name] = str(words[name].absolute())
-    _run(Request(**words), as_json=as_json, quiet=quiet)
+    if model is not None and Path(model).exists():
+        # For `batch retry`, from wherever.
+        words["model"] = str(Path(model).absolute())
+    _run([Request(**words)], as_json=as_json, quiet=quiet)
 
 
 @batch.command(epilog="Example:  lowmem-imagic batch retry snow --failed")
@@ -122,8 +126,8 @@ def retry(
         from .request import Request
         from .status import commands_of
 
-    for note in commands_of(folder):
-        _run(Request.of(note), retry=(*RETRIED, INPUT, DIVERGED) if failed else RETRIED, as_json=as_json, quiet=quiet)
+    requests = [Request.of(note) for note in commands_of(folder)]
+    _run(requests, retry=(*RETRIED, INPUT, DIVERGED) if failed else RETRIED, as_json=as_json, quiet=quiet)
 
 
 @batch.command(epilog="Example:  lowmem-imagic batch status snow --json")
@@ -144,18 +148,21 @@ def sheet(folder: Folder, as_json: opt.AsJson = False, force: opt.Force = False)
     print_report(write_overview(folder, force=force), as_json)
 
 
-def _run(request: Any, *, retry: Any = None, as_json: bool, quiet: bool) -> None:
-    """Runs a batch, prints what came of it, and ends with its exit code."""
+def _run(requests: Sequence[Any], *, retry: Any = None, as_json: bool, quiet: bool) -> None:
+    """Runs batches one after the other, prints what came of them, and ends with the exit code of all."""
     with importing():
         from .. import console as consoles
         from .failures import RETRIED
         from .stopping import listening
+        from .tally import Tally
 
+    tally = Tally(0)
     with listening() as stop:
-        tally = request.run(consoles.Console(quiet=quiet), stop, retry=RETRIED if retry is None else retry)
+        for request in requests:
+            tally += request.run(consoles.Console(quiet=quiet), stop, retry=RETRIED if retry is None else retry)
     before = f", {len(tally.before)} were there already" if tally.before else ""
-    made = len(tally.done) + len(tally.before)
-    summary = f"{request.out}: {made} of {tally.total} done{before}, {len(tally.failed)} failed"
-    print_report({"out": request.out, **tally.as_json(), "summary": [summary]}, as_json)
+    made, out = len(tally.done) + len(tally.before), requests[0].out
+    summary = f"{out}: {made} of {tally.total} done{before}, {len(tally.failed)} failed"
+    print_report({"out": out, **tally.as_json(), "summary": [summary]}, as_json)
     if tally.failed:
         raise typer.Exit(SOME_FAILED)

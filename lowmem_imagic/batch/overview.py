@@ -18,7 +18,7 @@ from PIL import Image
 from ..atomic import write_bytes
 from ..errors import OutputExistsError
 from ..png import Box, contact_sheet, encode_png
-from .ledger import DONE, FAILED
+from .ledger_file import DONE, FAILED
 from .outputs import report_of
 from .status import status
 

@@ -31,7 +31,7 @@ class Owner:
         """Whether the process is there; None where that cannot be seen from here, as on another machine."""
         if self.boot != _boot():
             return None
-        return _started(self.pid) == self.started
+        return (_started(self.pid) or "") == self.started
 
 
 _NOWHERE = f"unknown {secrets.token_hex(8)}"

@@ -19,7 +19,7 @@ from typing import IO, Any
 from ..cli_frame import quiet_libraries
 from ..console import Console, Silent
 from ..errors import ConfigError, LowmemImagicError
-from .ledger import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
+from .ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
 from .manifest import BadItem
 from .stopping import Stop
 from .tally import Tally

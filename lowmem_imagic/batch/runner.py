@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from ..planning import CPU_SLOTS, MAX_SLOTS, adapter_weights
 from ..png import SHEET_CELL_PX
 from ..rendering import check_sentences
 from ..result_folder import ResultFolder
-from . import ledger as ledgers
+from . import ledger_file as ledgers
 from . import outputs
 from .crew import Assignment, Bases, Crew, Group, Outcome
 from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, kind_of
-from .ledger import Entry, Ledger
+from .ledger import Ledger
+from .ledger_file import Entry
 from .manifest import BadItem, Item
 from .paths import HIDDEN
 from .states import States
@@ -88,6 +90,7 @@ class Batch:
         self._assignments: dict[str, Assignment] = {}
         self._places: dict[str, str] = {}
         self._held: set[str] = set()
+        self._tries = Counter[str]()
         self._total_steps = self._steps = self._in_training = self._slots = 0
         self._began = self._looked = time.perf_counter()
         self._ended_steps, self._counts = 0, dict[str, int]()
@@ -247,6 +250,9 @@ class Batch:
             self._refresh(ledger, at_once=True)
             self._show()
         self._in_training = self._slots = 0
+        # Whatever was taken and has not come back would be waited for without end.
+        ledger.release(list(self._held))
+        self._held.clear()
 
     def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
         claimed = [self._assignments[entry.job] for entry in ledger.claim(group.key, CLAIM)]
@@ -267,7 +273,8 @@ class Batch:
             self._console.say(f"{assignment.name}: done")
             return
         kind = kind_of(error)
-        again = kind == TRANSIENT and ledger.attempts(assignment.job) < MAX_TRIES
+        self._tries[assignment.job] += 1
+        again = kind == TRANSIENT and self._tries[assignment.job] < MAX_TRIES
         ledger.fail(assignment.job, kind, str(error), again=again)
         if again:
             self._console.say(f"{assignment.name}: {error}; tried again later", always=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .ledger import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
+from .ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
 from .outputs import report_of
 from .paths import HIDDEN
 
@@ -39,14 +39,14 @@ def status(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; name the --out of a batch run")
     seen = ledgers_of(folder)
-    entries = [entry for one in seen for entry in one.entries]
+    entries = list(_merged(seen))
     if not seen:
         entries = list(_from_files(folder))
         if not entries:
             raise ConfigError(f"{folder} has no batch in it; name the --out of a batch run")
     counts = {state: sum(entry.state == state for entry in entries) for state in (WAITING, RUNNING, DONE, FAILED)}
     runners = [runner for one in seen for runner in one.runners]
-    left_s = _seconds_left(seen)
+    left_s = _seconds_left(seen, entries)
     return {
         "out": str(folder),
         "total": len(entries),
@@ -58,16 +58,27 @@ def status(folder: Path) -> dict[str, Any]:
     }
 
 
+def _merged(seen: list[Snapshot]) -> Iterator[Entry]:
+    """Every item once, in the state that is furthest, whether the whole list or parts of it have been run."""
+    furthest = {state: rank for rank, state in enumerate((DONE, RUNNING, FAILED, WAITING))}
+    found: dict[str, Entry] = {}
+    for entry in (entry for one in seen for entry in one.entries):
+        known = found.get(entry.job)
+        if known is None or furthest[entry.state] < furthest[known.state]:
+            found[entry.job] = entry
+    yield from sorted(found.values(), key=lambda entry: entry.position)
+
+
 def _from_files(folder: Path) -> Iterator[Entry]:
     for position, path in enumerate(sorted(folder.iterdir())):
         if (report := report_of(path)) is not None:
             yield Entry(report["job"], position, "", path.name, state=DONE)
 
 
-def _seconds_left(seen: list[Snapshot]) -> float | None:
+def _seconds_left(seen: list[Snapshot], entries: list[Entry]) -> float | None:
     """From the steps that are left and those that the runners at work have taken; None where it cannot be told."""
     runners = [runner for one in seen for runner in one.runners if runner.seconds]
-    left = sum(e.steps for one in seen for e in one.entries if e.state in (WAITING, RUNNING))
+    left = sum(entry.steps for entry in entries if entry.state in (WAITING, RUNNING))
     left -= sum(runner.training for runner in runners)
     rate = sum((runner.steps + runner.training) / runner.seconds for runner in runners)
     return round(max(0, left) / rate, 1) if rate else None

@@ -22,6 +22,15 @@ class Tally:
         """Items that are still to be made."""
         return self.total - len(self.done) - len(self.before) - len(self.failed)
 
+    def __add__(self, other: "Tally") -> "Tally":
+        """That of both."""
+        return Tally(
+            self.total + other.total,
+            self.done + other.done,
+            self.before + other.before,
+            self.failed + other.failed,
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -67,9 +68,9 @@ class LocalCrew:
         if self._base is not None and self._base is not base:
             self._base.release()
         self._base = base
-        slots, unmade = None, list[Assignment]()
+        slots, unmade, rungs = None, list[Assignment](), len(base.rungs)
         while True:
-            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, holds)
+            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, holds, rungs)
             try:
                 config, planned = self._fit(base, group.config, min(count, self._slots or count))
                 most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
@@ -77,6 +78,7 @@ class LocalCrew:
                 yield from pack.make(chain([unmade], claims), config, planned, slots)
                 return
             except MemoryLimitError as error:
+                yield from pack.unreadable()
                 unmade = pack.unmade or unmade
                 if slots is None or slots == 1:
                     for assignment in chain(unmade, *claims):
@@ -99,8 +101,9 @@ class _Pack:
         stop: Stop,
         on_step: OnStep,
         holds: Callable[[str], bool],
+        rungs: int,
     ) -> None:
-        self._base, self._out, self._background = base, out, background
+        self._base, self._out, self._background, self._rungs = base, out, background, rungs
         self._states, self._stop, self._on_step, self._holds = states, stop, on_step, holds
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
@@ -121,14 +124,14 @@ class _Pack:
             between=self._between,
         )
         for group in groups:
-            yield from self._unreadable()
+            yield from self.unreadable()
             for number, made in group:
                 assignment, photo = self._held.pop(number)
                 yield self._finish(assignment, photo, made, config, planned)
             # With others still in training the next step saves them first.
             if not self._held:
                 self._stop.check()
-        yield from self._unreadable()
+        yield from self.unreadable()
 
     def _jobs(self, claims: Claims) -> Iterator[list[Job]]:
         """What the engine makes of claimed items; their photos are read now."""
@@ -146,7 +149,7 @@ class _Pack:
                 jobs.append(Job(photo, assignment.sentence, self._states.load(assignment.job)))
             yield jobs
 
-    def _unreadable(self) -> Iterator[Outcome]:
+    def unreadable(self) -> Iterator[Outcome]:
         """Items whose photos could not be read."""
         while self._fallen:
             yield self._fallen.pop(0)
@@ -171,6 +174,8 @@ class _Pack:
             return Outcome(assignment, made)
         if not self._holds(assignment.job):
             return Outcome(assignment, lost=True)
+        # Those of packs that were given up, too.
+        made = replace(made, measured={**made.measured, "rungs": self._base.rungs[self._rungs :]})
         started, name = time.perf_counter(), f"{assignment.name}.safetensors"
         folder = ResultFolder.prepare(self._out / assignment.name, overwrite=True)
         remove_temporaries(folder.path)

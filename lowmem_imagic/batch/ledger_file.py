@@ -1,0 +1,172 @@
+"""The ledger's file: its tables, its rows as values, and a look at it that changes nothing."""
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputUnwritableError
+from .owner import Owner
+
+VERSION = 1
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+BUSY_S = 60.0
+"""How long a change waits for those of others."""
+
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS runners (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, host TEXT NOT NULL, boot TEXT NOT NULL, pid INTEGER NOT NULL,
+    started TEXT NOT NULL, beat INTEGER NOT NULL DEFAULT 0,
+    steps INTEGER NOT NULL DEFAULT 0, seconds REAL NOT NULL DEFAULT 0, training INTEGER NOT NULL DEFAULT 0,
+    slots INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE IF NOT EXISTS jobs (
+    job TEXT PRIMARY KEY, position INTEGER NOT NULL, place TEXT NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
+    steps INTEGER NOT NULL, state TEXT NOT NULL CHECK (state IN ('{WAITING}', '{RUNNING}', '{DONE}', '{FAILED}')),
+    attempts INTEGER NOT NULL DEFAULT 0, kind TEXT, error TEXT, runner INTEGER, seconds REAL
+);
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, settings, position);
+PRAGMA user_version = {VERSION};
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a ledger says of an item."""
+
+    job: str
+    """Hash of all that makes its result; for an item that cannot be run, a word of its own."""
+    position: int
+    """In the manifest."""
+    place: str
+    """Where in the manifest, for people."""
+    name: str
+    """Of its folder."""
+    settings: str = ""
+    """Items of equal ones share a pack."""
+    steps: int = 0
+    """Training steps it takes."""
+    state: str = WAITING
+    attempts: int = 0
+    kind: str | None = None
+    """Of the failure, see `failures`."""
+    error: str | None = None
+    seconds: float | None = None
+    """What it took."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A process that works, or worked, on a folder."""
+
+    id: int
+    owner: Owner
+    beat: int
+    """Counts up for as long as it is alive."""
+    steps: int
+    """Training steps of the items it has ended."""
+    seconds: float
+    """Since it began."""
+    training: int
+    """Steps of what it trains now."""
+    slots: int
+    """Edits it trains now."""
+
+
+FIELDS = tuple(Entry.__dataclass_fields__)
+SELECT = f"SELECT {', '.join(FIELDS)} FROM jobs"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a ledger says at one moment."""
+
+    entries: tuple[Entry, ...]
+    runners: tuple[Runner, ...]
+    notes: Mapping[str, Any]
+
+
+def snapshot(path: Path) -> Snapshot | None:
+    """What the ledger at `path` says, changing nothing; None where there is none that can be read."""
+    if not path.is_file():
+        return None
+    # Writing, which is needed to leave no files beside it; reading alone where the folder cannot be written.
+    for mode in ("rw", "ro", "ro&immutable=1"):
+        try:
+            address = f"{path.absolute().as_uri()}?mode={mode}"
+            with contextlib.closing(sqlite3.connect(address, uri=True, timeout=BUSY_S)) as database:
+                database.execute("BEGIN")
+                notes = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM notes")}
+                runners = tuple(r for r in runners_in(database) if r.owner.alive is not False)
+                at_work = {runner.id for runner in runners}
+                held = dict(database.execute(f"SELECT job, runner FROM jobs WHERE state = '{RUNNING}'"))
+                entries = (
+                    replace(entry, state=WAITING) if entry.job in held and held[entry.job] not in at_work else entry
+                    for entry in entries_in(database)
+                )
+                return Snapshot(tuple(entries), runners, notes)
+        except (sqlite3.Error, ValueError):
+            continue
+    return None
+
+
+def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
+    """The ledger at `path`, made anew if it is damaged.
+
+    Raises:
+        OutputUnwritableError: it cannot be read or written.
+    """
+    since = time.monotonic()
+    while True:
+        try:
+            return _open(path)
+        except sqlite3.OperationalError as error:
+            # A file's first change to write-ahead logging fails at once where others are about to do the same.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() - since > BUSY_S:
+                raise unwritable(path, error) from error
+            time.sleep(0.05)
+        except sqlite3.DatabaseError as error:
+            warn(f"the ledger was damaged ({error}) and is made anew from the finished items")
+            try:
+                for end in ("", "-wal", "-shm"):
+                    path.with_name(path.name + end).unlink(missing_ok=True)
+            except OSError as reason:
+                raise unwritable(path, error) from reason
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    try:
+        # First of all, since a damaged file says so only when it is read.
+        [[version]] = database.execute("PRAGMA user_version")
+        [[verdict]] = database.execute("PRAGMA quick_check(1)")
+        if verdict != "ok" or version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"version {version}, {verdict}")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.executescript(_SCHEMA)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def entries_in(database: sqlite3.Connection, where: str = "") -> list[Entry]:
+    return [Entry(*row) for row in database.execute(f"{SELECT} {where} ORDER BY position, place")]
+
+
+def runners_in(database: sqlite3.Connection) -> list[Runner]:
+    fields = "id, host, boot, pid, started, beat, steps, seconds, training, slots"
+    found = database.execute(f"SELECT {fields} FROM runners ORDER BY id")
+    return [Runner(id, Owner(host, boot, pid, started), *rest) for id, host, boot, pid, started, *rest in found]
+
+
+def unwritable(path: Path, error: sqlite3.Error) -> OutputUnwritableError:
+    return OutputUnwritableError(
+        f"the ledger {path} cannot be written ({error}); make room or choose another --out, then run the command again"
+    )

@@ -1,0 +1,146 @@
+"""Facts about batches where two things go wrong at once, or in an order that nobody expects."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_imagic.batch.ledger import LEASE_S, Ledger
+from lowmem_imagic.batch.status import status
+from lowmem_imagic.errors import OutputUnwritableError
+from tests.test_batch import SENTENCE
+from tests.test_batch_faults import (  # noqa: F401  `run` is a fixture
+    ONE_PICTURE,
+    call,
+    limited,
+    listed,
+    run,
+    spoil,
+    unreadable,
+)
+from tests.test_ledger import change, entries, holder, jobs, mounted, opened, path  # noqa: F401  two are fixtures
+
+
+def test_a_bad_photo_in_a_pack_that_does_not_fit(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Where memory runs out beside a photo that is none, the photo is named, the others are made, and the run ends."""
+    manifest = listed(tmp_path, 3)
+    spoil(tmp_path / "p1.png")
+    limited(monkeypatch, 1)
+    said = run(manifest, "--out", tmp_path / "out")
+    assert said.code == 3 and said.report["left"] == 0 and len(said.report["done"]) == 2
+
+
+def test_fewer_side_by_side_is_recorded(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Every item's report says that fewer edits trained side by side than were planned."""
+    limited(monkeypatch, 1)
+    run(listed(tmp_path, 2), "--out", tmp_path / "out")
+    for report in (tmp_path / "out").glob("*/report.json"):
+        assert json.loads(report.read_text())["rungs"] == ["1 edits side by side"]
+
+
+def test_retry_runs_every_part(run: Any, tmp_path: Path) -> None:  # noqa: F811
+    """`batch retry` goes on with the other parts where one has failures, and tells of all of them at once."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    spoil(tmp_path / "p0.png")
+    for shard in ("1/2", "2/2"):
+        run(manifest, "--out", out, "--shard", shard)
+    shutil.rmtree(out / "n1")
+    said = call("retry", out, "--quiet", "--json")
+    assert said.code == 3 and (out / "n1" / "report.json").is_file()
+    assert said.report["total"] == 2 and len(said.report["failed"]) == 1
+
+
+def test_retry_finds_a_model_named_by_a_relative_path(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`batch retry` finds, from anywhere, a model that was named relative to where the run was started."""
+    listed(tmp_path / "photos", 1).unlink()
+    monkeypatch.chdir(tiny_folder.parent)
+    words = (tmp_path / "photos", "--prompt", SENTENCE, "--out", tmp_path / "out", "--model", tiny_folder.name)
+    call("run", *words, *ONE_PICTURE)
+    monkeypatch.chdir(tmp_path)
+    assert call("retry", tmp_path / "out").code == 0
+
+
+def test_every_run_tries_anew(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A photo that could not be read in one run has all its tries in the next."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        unreadable(patch, tmp_path / "p0.png", range(1, 1000))
+        run(manifest, "--out", out)
+    unreadable(monkeypatch, tmp_path / "p0.png", range(1, 2))
+    assert run(manifest, "--out", out).code == 0
+
+
+def test_items_are_counted_once(run: Any, tmp_path: Path) -> None:  # noqa: F811
+    """The status counts an item once, though both the whole list and a part of it were run."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    run(manifest, "--out", out)
+    run(manifest, "--out", out, "--shard", "1/2")
+    assert status(out)["total"] == 2
+
+
+def test_a_runner_taken_for_dead_comes_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A runner that was silent too long, and wakes up, claims items that stay its own."""
+    clock = [1000.0]
+    with opened(path, entries(4)) as one, opened(path, entries(4)) as two:
+        change(path, "UPDATE runners SET boot = 'far' WHERE id = ?", one.me)
+        monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+        two.take_over()
+        clock[0] += LEASE_S + 1
+        two.take_over()
+        first = jobs(one.claim("", 2))
+        assert first and not set(first) & set(jobs(two.claim("", 4)))
+
+
+def test_a_ledger_that_cannot_be_read_any_more(path: Path) -> None:  # noqa: F811
+    """Damage during a run is one clear error, at a look as at a change."""
+    with opened(path, entries(20000, "n" * 100)) as ledger:
+        for end in ("", "-wal"):
+            with open(f"{path}{end}", "r+b") as file:
+                file.write(os.urandom(4_000_000))
+        with pytest.raises(OutputUnwritableError):
+            ledger.counts()
+
+
+def test_what_a_dead_run_held_is_not_running(path: Path, holder: Any) -> None:  # noqa: F811
+    """After a run was killed, the status says that its items wait."""
+    hidden = path.parent / "out" / ".lowmem-imagic"
+    hidden.mkdir(parents=True)
+    holder.kill()
+    holder.wait()
+    for file in path.parent.glob("ledger*"):
+        shutil.copy(file, hidden)
+    seen = status(path.parent / "out")
+    assert not seen["runners"] and (seen["running"], seen["waiting"]) == (0, 3)
+
+
+def test_a_ledger_closed_on_a_full_disk(tmp_path: Path) -> None:
+    """Items of a ledger that could not say goodbye are free for the next one of the same process."""
+    with mounted(tmp_path / "disk", "512k") as disk:
+        ledger = opened(disk / "ledger", entries(2))
+        ledger.claim("", 2)
+        with contextlib.suppress(OSError):
+            (disk / "ballast").write_bytes(bytes(2**20))
+        with pytest.raises(OutputUnwritableError):
+            for _ in range(100):
+                ledger.note("n", "x" * 5000)
+        ledger.close()
+        (disk / "ballast").unlink()
+        with opened(disk / "ledger", entries(2)) as again:
+            assert len(again.claim("", 2)) == 2
+
+
+def test_a_damaged_ledger_on_a_full_disk(tmp_path: Path) -> None:
+    """A ledger that can neither be read nor made anew is one clear error."""
+    with mounted(tmp_path / "disk", "512k") as disk:
+        (disk / "ledger").write_bytes(b"garbage" * 9)
+        with contextlib.suppress(OSError):
+            (disk / "ballast").write_bytes(bytes(2**20))
+        with pytest.raises(OutputUnwritableError):
+            Ledger(disk / "ledger")

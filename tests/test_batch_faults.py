@@ -1,0 +1,395 @@
+"""Facts about batches that meet trouble: disks, photos, memory and processes fail, and nothing that is done is lost."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lowmem_imagic import edit_file, packing, pipeline, writable
+from lowmem_imagic.batch import outputs, request, worker
+from lowmem_imagic.batch.failures import MAX_TRIES
+from lowmem_imagic.batch.runner import Batch
+from lowmem_imagic.batch.status import status
+from lowmem_imagic.cli import app
+from lowmem_imagic.errors import MemoryLimitError
+from tests import crashes
+from tests.test_batch import QUICK, SENTENCE, photo
+from tests.test_ledger import mounted
+
+FEW = ("--steps-finetune", "1", "--draws", "1", "--steps-sample", "1", "--etas", "0")
+ONE_PICTURE = (*QUICK, *FEW, "--device", "cpu")
+LEDGER = ".lowmem-imagic/ledger.sqlite3"
+GOOD, BAD = 9, 1
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """Ends a run that waits for ever, as one does for an item that nobody has and nobody gave back."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the run does not end")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command came to."""
+
+    code: int
+    report: dict[str, Any]
+    errors: str
+
+
+def call(*words: object) -> Said:
+    """Runs a batch command with --json."""
+    result = CliRunner().invoke(app, ["batch", *map(str, words), "--json"])
+    return Said(result.exit_code, json.loads(result.stdout or "{}"), result.stderr)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path) -> Callable[..., Said]:
+    """Runs ``batch run`` with the tiny model and few steps."""
+    return lambda *words: call("run", "--model", tiny_folder, *ONE_PICTURE, *words)
+
+
+def listed(folder: Path, count: int, **fields: list[Any]) -> Path:
+    """A manifest of new photos, named n0, n1, ...; fields have a value for each, None for none."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for number in range(count):
+        line = {"photo": photo(folder / f"p{number}.png", number).name, "sentence": SENTENCE, "name": f"n{number}"}
+        lines.append(line | {name: values[number] for name, values in fields.items() if values[number] is not None})
+    path = folder / "list.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def spoil(photo: Path) -> None:
+    """Makes a photo one that is cut off."""
+    photo.write_bytes(photo.read_bytes()[:40])
+
+
+def items(out: Path) -> dict[str, dict[str, Any]]:
+    """What ``batch status`` says of every item, by name."""
+    return {item["name"]: item for item in call("status", out).report["items"]}
+
+
+def times(out: Path) -> dict[str, int]:
+    """When every file of the results was last written."""
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.glob("n*/*")}
+
+
+@pytest.fixture(scope="module")
+def ten(run: Callable[..., Said], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Said]:
+    """A manifest of ten photos of which one is cut off, its folder, and what the run said."""
+    folder = tmp_path_factory.mktemp("ten")
+    manifest = listed(folder, GOOD + BAD)
+    spoil(folder / "p4.png")
+    return manifest, folder / "out", run(manifest, "--out", folder / "out")
+
+
+@pytest.fixture
+def copy(ten: tuple[Path, Path, Said], tmp_path: Path) -> Path:
+    """A copy of the folder that a test may damage."""
+    return Path(shutil.copytree(ten[1], tmp_path / "out"))
+
+
+# Photos
+
+
+def test_a_tenth_is_bad(ten: tuple[Path, Path, Said]) -> None:
+    """One bad photo of ten is named, the others are made, and the exit code says so; so does the status after."""
+    _, out, said = ten
+    good = [f"n{number}" for number in range(GOOD + BAD) if number != 4]
+    assert said.code == 3 and set(said.report) == {"out", "total", "done", "done_before", "failed", "left", "summary"}
+    assert sorted(said.report["done"]) == good and said.report["left"] == 0
+    [bad] = said.report["failed"]
+    assert (bad["where"], bad["name"]) == ("line 5", "n4") and "damaged or cut-off" in bad["reason"]
+    seen = call("status", out)
+    counts = {name: seen.report[name] for name in ("total", "waiting", "running", "done", "failed")}
+    assert seen.code == 0 and counts == {"total": 10, "waiting": 0, "running": 0, "done": 9, "failed": 1}
+    assert seen.report["runners"] == [] and seen.report["seconds_left"] is None
+    assert {(i["state"], i["attempts"], i["kind"]) for i in items(out).values() if i["name"] in good} == {
+        ("done", 1, None)
+    }
+    assert seen.report["summary"][0].endswith("10 items: 9 done, 1 failed") and "n4" in seen.report["summary"][1]
+
+
+def test_a_photo_that_vanishes(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photo that was there at the start and is gone when its turn comes fails by itself."""
+    manifest, make_all = listed(tmp_path, 2), Batch._make_all
+
+    def late(self: Batch, ledger: Any) -> None:
+        (tmp_path / "p0.png").unlink()
+        make_all(self, ledger)
+
+    monkeypatch.setattr(Batch, "_make_all", late)
+    said = run(manifest, "--out", tmp_path / "out")
+    assert said.code == 3 and said.report["done"] == ["n1"]
+    assert [bad["name"] for bad in said.report["failed"]] == ["n0"] and "there is no file" in said.errors
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path, readings: range) -> None:
+    """Lets these readings of a file, the first of which is number 0, fail as those of a bad disk do."""
+    system, count = os.open, iter(range(1000))
+
+    def opening(name: Any, *rest: Any, **more: Any) -> int:
+        if str(name) == str(path) and next(count) in readings:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return system(name, *rest, **more)
+
+    monkeypatch.setattr(os, "open", opening)
+
+
+def test_a_disk_that_fails_once(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photo that cannot be read at one moment is read at another, by the same run."""
+    manifest = listed(tmp_path, 2)
+    unreadable(monkeypatch, tmp_path / "p0.png", range(1, 2))
+    said = run(manifest, "--out", tmp_path / "out")
+    assert said.code == 0 and said.report["done"] == ["n1", "n0"] and "tried again later" in said.errors
+    assert [item["attempts"] for item in items(tmp_path / "out").values()] == [2, 1]
+
+
+def test_what_is_tried_again(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that always fails costs the item after some tries, and the same command tries it again; a bad photo is
+    left alone by it, and by `retry`, but for `retry --failed`."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    spoil(tmp_path / "p1.png")
+
+    def found() -> list[tuple[str, str | None, int]]:
+        return [(item["state"], item["kind"], item["attempts"]) for item in items(out).values()]
+
+    with monkeypatch.context() as patch:
+        unreadable(patch, tmp_path / "p0.png", range(1, 1000))
+        said = run(manifest, "--out", out)
+        assert said.code == 3 and said.report["done"] == ["n2"]
+        assert found() == [("failed", "io", MAX_TRIES), ("failed", "input", 1), ("done", None, 1)]
+    said = run(manifest, "--out", out)
+    assert said.code == 3 and said.report["done"] == ["n0"] and "as before" in said.report["failed"][0]["reason"]
+    for words, attempts in (((), 1), (("--failed",), 2)):
+        said = call("retry", out, "--quiet", *words)
+        assert said.code == 3 and not said.report["done"] and len(said.report["done_before"]) == 2
+        assert found()[1] == ("failed", "input", attempts)
+
+
+# What is on disk
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 9999, None], ids=["empty", "garbage", "gone"])
+def test_a_lost_ledger_loses_nothing(
+    run: Callable[..., Said], ten: tuple[Path, Path, Said], copy: Path, content: bytes | None
+) -> None:
+    """Without its ledger, or with a damaged one, a batch knows from the files what is done, and makes nothing again."""
+    before = times(copy)
+    (copy / LEDGER).unlink() if content is None else (copy / LEDGER).write_bytes(content)
+    seen = call("status", copy)
+    assert seen.code == 0 and seen.report["total"] == seen.report["done"] == GOOD
+    said = run(ten[0], "--out", copy)
+    assert said.code == 3 and said.report["done"] == [] and len(said.report["done_before"]) == GOOD
+    assert times(copy) == before and ("made anew" in said.errors) == bool(content)
+    assert call("status", copy).report["failed"] == BAD
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("eta_0.00.png", None),
+        ("eta_0.00.png", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        ("sheet.png", lambda data: data[:1000]),
+        ("report.json", lambda data: data.replace(b'"finished": true', b'"finished": false')),
+    ],
+    ids=["deleted", "a bit", "cut", "unfinished"],
+)
+def test_a_damaged_result_is_made_again(
+    run: Callable[..., Said],
+    ten: tuple[Path, Path, Said],
+    copy: Path,
+    name: str,
+    damage: Callable[[bytes], bytes] | None,
+) -> None:
+    """An item of which a file is gone or another is made again, whatever the ledger says, and no other is."""
+    file, before = copy / "n7" / name, times(copy)
+    job = json.loads((copy / "n7" / "report.json").read_text())["job"]
+    file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
+    said = run(ten[0], "--out", copy)
+    assert said.report["done"] == ["n7"] and len(said.report["done_before"]) == GOOD - 1
+    assert outputs.look(copy / "n7", job) == outputs.FINISHED and items(copy)["n7"]["attempts"] == 2
+    assert {path for path, when in times(copy).items() if before.get(path) != when} == {
+        path for path in before if path.startswith("n7/")
+    }
+
+
+def test_a_folder_that_cannot_be_written(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only disk, or one with hardly any room, is one clear error before any model is opened."""
+    monkeypatch.setattr(request, "open_base", lambda *_: pytest.fail("a model was opened"))
+    manifest = listed(tmp_path, 1)
+    with mounted(tmp_path / "disk", "2m") as disk:
+        said = run(manifest, "--out", disk / "out")
+        assert said.code == 1 and "2 MB free, expected at least 32 MB; make room" in said.errors
+        subprocess.run(("mount", "-o", "remount,ro", str(disk)), check=True)
+        said = run(manifest, "--out", disk / "out")
+        assert said.code == 1 and "Read-only file system" in said.errors and "choose another --out" in said.errors
+        assert not list(disk.iterdir())
+
+
+def test_a_disk_that_fills_up(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk is full, the run ends with one clear error; what is done stays, nothing half-made is taken for
+    done, and with room again the same command makes the rest."""
+    monkeypatch.setattr(writable, "MIN_FREE_BYTES", 0)
+    manifest = listed(tmp_path, 3)
+    with mounted(tmp_path / "disk", "3m") as disk:
+        (disk / "ballast").write_bytes(bytes(3 * 2**20 - 700_000))
+        said = run(manifest, "--out", disk / "out", "--slots", 1)
+        assert said.code == 1 and "no space left on the device" in said.errors and not said.report
+        kept = times(disk / "out")
+        assert {name[:2] for name in kept} == {"n0", "n1"} and not list(disk.rglob("*.tmp"))
+        (disk / "ballast").unlink()
+        said = run(manifest, "--out", disk / "out")
+        assert said.code == 0 and said.report["done_before"] == ["n0"] and sorted(said.report["done"]) == ["n1", "n2"]
+        assert {name for name, when in times(disk / "out").items() if kept.get(name) == when} == {
+            name for name in kept if name.startswith("n0")
+        }
+
+
+# Memory
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Lets no more than so many edits train side by side; returns the sizes of packs that tried."""
+    step, tried = packing.Pack._step, list[int]()
+
+    def failing(self: packing.Pack) -> Any:
+        slots = len(self._free) + len(self._held)
+        if not tried or tried[-1] != slots:
+            tried.append(slots)
+        if slots > most:
+            raise MemoryLimitError("out of memory in stage embed")
+        return step(self)
+
+    monkeypatch.setattr(packing.Pack, "_step", failing)
+    return tried
+
+
+def test_fewer_side_by_side(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pack does not fit, it goes on with half as many edits until it does, and every item is made once."""
+    tried = limited(monkeypatch, 1)
+    said = run(listed(tmp_path, 4), "--out", tmp_path / "out")
+    assert said.code == 0 and sorted(said.report["done"]) == ["n0", "n1", "n2", "n3"] and tried == [4, 2, 1]
+    assert {item["attempts"] for item in items(tmp_path / "out").values()} == {1}
+
+
+def test_not_even_one(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not one edit fits, every item fails for want of memory, and the same command tries them again."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        assert limited(patch, 0) == [] and run(manifest, "--out", out).code == 3
+    assert [item["kind"] for item in items(out).values()] == ["memory", "memory"]
+    assert sorted(run(manifest, "--out", out).report["done"]) == ["n0", "n1"]
+
+
+# Runs
+
+
+def test_shards(run: Callable[..., Said], tmp_path: Path) -> None:
+    """Two parts make all of a manifest, each with a ledger of its own; the status counts them together."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    for shard, names in (("1/2", ["n0", "n2"]), ("2/2", ["n1"])):
+        assert run(manifest, "--out", out, "--shard", shard).report["done"] == names
+    assert call("status", out).report["summary"] == [f"{out}: 3 items: 3 done"]
+    assert {name: (item["where"], item["attempts"]) for name, item in items(out).items()} == {
+        f"n{number}": (f"line {number + 1}", 1) for number in range(3)
+    }
+    for shard in ("0/2", "3/2", "half"):
+        said = run(manifest, "--out", out, "--shard", shard)
+        assert said.code == 2 and "expected i/n" in said.errors
+
+
+def test_a_run_seen_from_outside(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a run is at work its status names it, with what it has in training and how long that may take."""
+    finish, seen, out = worker._Pack._finish, list[dict[str, Any]](), tmp_path / "out"
+
+    def looking(self: worker._Pack, *values: Any) -> Any:
+        seen.append(status(out))
+        return finish(self, *values)
+
+    monkeypatch.setattr(worker._Pack, "_finish", looking)
+    assert run(listed(tmp_path, 2), "--out", out, "--slots", 1).code == 0
+    assert [(one["running"], one["done"]) for one in seen] == [(2, 0), (1, 1)]
+    assert [runner["pid"] for one in seen for runner in one["runners"]] == [os.getpid()] * 2
+    assert all("1 at work" in one["summary"][1] for one in seen)
+
+
+def test_no_batch_is_an_error(tmp_path: Path) -> None:
+    """A folder that no batch has written, or that is not there, has neither a status nor anything to be tried again."""
+    (tmp_path / "photo").mkdir()
+    for command in ("status", "retry"):
+        for folder in (tmp_path, tmp_path / "nowhere"):
+            said = call(command, folder)
+            assert said.code == 2 and str(folder) in said.errors and "batch run" in said.errors
+
+
+def test_retry_has_the_options(
+    run: Callable[..., Said], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`retry` needs no option of the run, and may be called from anywhere: what is missing is the same job again."""
+    listed(tmp_path / "photos", 2).unlink()
+    monkeypatch.chdir(tmp_path)
+    words = ("photos", "--out", "out", "--prompt", SENTENCE, "--seed", 5, "--etas", "0.5", "--background", "black")
+    [name, _] = run(*words).report["done"]
+    expected = crashes.files_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / name)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    said = call("retry", tmp_path / "out", "--quiet")
+    assert said.code == 0 and said.report["done"] == [name]
+    found = crashes.files_of(tmp_path / "out")
+    edit = edit_file.read(tmp_path / "out" / name / f"{name}.safetensors")
+    assert found.keys() == expected.keys() and f"{name}/eta_0.50.png" in found
+    assert (edit.seed, edit.target_prompt) == (5, SENTENCE)
+    jobs = [json.loads(files[f"{name}/report.json"])["job"] for files in (found, expected)]
+    assert jobs[0] == jobs[1]
+
+
+def test_models_of_their_own(
+    run: Callable[..., Said], folder_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items with a model of their own train on it, those of one model in one pack, wherever they stand in the list."""
+    packs, stream = [], pipeline.stream_edits
+
+    def streaming(base: Any, *values: Any, **options: Any) -> Any:
+        packs.append(base.name)
+        return stream(base, *values, **options)
+
+    monkeypatch.setattr(worker, "stream_edits", streaming)
+    other = folder_copy.rename(tmp_path / "other")
+    manifest = listed(tmp_path, 3, model=[None, str(other), None])
+    assert run(manifest, "--out", tmp_path / "out").code == 0
+    made = [edit_file.read(tmp_path / "out" / name / f"{name}.safetensors").base.source for name in ("n0", "n1", "n2")]
+    assert made[0] == made[2] != made[1] and len(packs) == len(set(packs)) == 2
+
+
+def test_a_killed_run_goes_on(run: Callable[..., Said], tmp_path: Path, tiny_folder: Path) -> None:
+    """A process killed while it writes a file of its second item has lost nothing: the same command comes to the same
+    bytes as one that nobody disturbed, and leaves nothing else."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    batch = crashes.Batch(manifest, ("--model", str(tiny_folder), *ONE_PICTURE, "--slots", "1"))
+    assert batch.dies_at(out, "temporary-written:8") and list((out / "n1").glob(".*.tmp"))
+    said = run(manifest, "--out", out, "--slots", 1)
+    assert said.code == 0 and said.report["done_before"] == ["n0"] and said.report["done"] == ["n1"]
+    assert run(manifest, "--out", tmp_path / "expected", "--slots", 1).code == 0
+    assert crashes.different(crashes.files_of(out), crashes.files_of(tmp_path / "expected")) == []
