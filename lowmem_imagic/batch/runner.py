@@ -212,6 +212,7 @@ class Batch:
         """Makes items until none is left, those included that runners which ended had taken."""
         while True:
             for group in self._groups:
+                self._stop.check()
                 self._work(ledger, group)
             self._refresh(ledger, at_once=True)
             if not self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]:
@@ -232,8 +233,8 @@ class Batch:
             claimed = first
             while claimed:
                 yield claimed
-                self._stop.check()
-                claimed = self._claim(ledger, group)
+                # Before its next step the crew saves what is in training.
+                claimed = [] if self._stop.asked else self._claim(ledger, group)
 
         outcomes = self._crew.make(
             group,
