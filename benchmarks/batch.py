@@ -96,7 +96,7 @@ def overhead(folder: Path, items: int) -> dict[str, Any]:
     return {
         "items": items,
         "seconds": [{"loop": round(a, 2), "queue": round(b, 2)} for a, b in pairs],
-        "lines": [Line("a batch of 12: over `make_edits` in a loop", round(100 * share, 2), "%", 3).as_json()],
+        "lines": [Line(f"a batch of {items}: over `make_edits` in a loop", round(100 * share, 2), "%", 3).as_json()],
     }
 
 
