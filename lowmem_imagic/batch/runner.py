@@ -93,6 +93,7 @@ class Batch:
         self._tries = Counter[str]()
         self._total_steps = self._steps = self._in_training = self._slots = 0
         self._began = self._looked = time.perf_counter()
+        self._resumed: int | None = None
         self._ended_steps, self._counts = 0, dict[str, int]()
 
     def run(self) -> Tally:
@@ -302,8 +303,11 @@ class Batch:
     def _step(self, ledger: Ledger, steps: list[int]) -> None:
         """Now and then: `steps` are those that each edit in training has taken."""
         self._in_training, self._slots = sum(steps), len(steps)
+        if self._resumed is None:
+            # Taken before this run began, in no time of its own.
+            self._resumed = self._in_training
         self._refresh(ledger)
-        ledger.report(self._steps, time.perf_counter() - self._began, self._in_training, self._slots)
+        ledger.report(self._steps - self._resumed, time.perf_counter() - self._began, self._in_training, self._slots)
         self._show()
 
     def _refresh(self, ledger: Ledger, *, at_once: bool = False) -> None:
