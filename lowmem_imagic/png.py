@@ -100,7 +100,7 @@ def _xmp_packet(provenance: str) -> str:
 
 
 def contact_sheet(
-    cells: Sequence[tuple[str, Image.Image]],
+    cells: Sequence[tuple[str, Image.Image | None]],
     *,
     columns: int | None = None,
     title: str = "",
@@ -115,7 +115,7 @@ def contact_sheet(
     ASCII.
 
     Args:
-        cells: (label, picture) in reading order.
+        cells: (label, picture) in reading order; None leaves the place empty.
         columns: Pictures per row; by default one row up to five, then a balanced wide grid.
         title: Shown on top.
         footer: Settings and the like.
@@ -135,10 +135,10 @@ def contact_sheet(
     width = 2 * margin + columns * cell_px + (columns - 1) * gap
     title_lines = _wrap(title, title_font, width - 2 * margin, 4)
     footer_lines = _wrap(footer, footer_font, width - 2 * margin, 6)
-    pictures = [_scaled(picture, cell_px) for _, picture in cells]
+    pictures = [None if picture is None else _scaled(picture, cell_px) for _, picture in cells]
     labels = [_wrap(label, label_font, cell_px, 3) for label, _ in cells]
     starts = range(0, len(cells), columns)
-    picture_heights = [max(p.height for p in pictures[s : s + columns]) for s in starts]
+    picture_heights = [max(p.height if p else 0 for p in pictures[s : s + columns]) for s in starts]
     label_heights = [max(len(lines) for lines in labels[s : s + columns]) * _pitch(label_font) for s in starts]
 
     height = 2 * margin + sum(picture_heights) + sum(label_heights) + (len(starts) - 1) * gap
@@ -153,15 +153,15 @@ def contact_sheet(
         y = _write(draw, title_lines, title_font, _INK, margin, y) + gap
     for start, picture_height, label_height in zip(starts, picture_heights, label_heights, strict=True):
         for column, index in enumerate(range(start, min(start + columns, len(cells)))):
-            picture = pictures[index]
-            cell_left = margin + column * (cell_px + gap)
-            left = cell_left + (cell_px - picture.width) // 2
-            top = y + (picture_height - picture.height) // 2
-            sheet.paste(picture, (left, top))
-            if boxes is not None:
-                boxes.append((left, top, left + picture.width, top + picture.height))
-            # A hairline keeps pictures with a white border apart from the paper.
-            draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=_RULE)
+            picture, cell_left = pictures[index], margin + column * (cell_px + gap)
+            if picture is not None:
+                left = cell_left + (cell_px - picture.width) // 2
+                top = y + (picture_height - picture.height) // 2
+                sheet.paste(picture, (left, top))
+                if boxes is not None:
+                    boxes.append((left, top, left + picture.width, top + picture.height))
+                # A hairline keeps pictures with a white border apart from the paper.
+                draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=_RULE)
             _write(
                 draw,
                 labels[index],

@@ -1,6 +1,7 @@
 """Facts about ``batch sheet``: a picture and a page of what a batch has made, taking nothing in a folder on trust."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -112,14 +113,88 @@ def test_reports_are_not_trusted(out: Path, tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page and page.count('alt="the photo"') == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": [1]},
+        {"stages": {"embed": 3, "finetune": {"seconds": "9"}}, "seconds": None},
+        {"seconds": {"render": float("inf")}, "stages": {"embed": {"seconds": float("nan")}}},
+        {"sentence": "half a pair \ud800", "edit_file": ["a"]},
+        {"sentence": 5, "sheet_photo_box": [0.5, 0, 9, 9]},
+        {"sheet_photo_box": [0, 0, 1, 1]},
+    ],
+)
+def test_reports_of_any_shape_make_a_page(out: Path, change: dict[str, Any]) -> None:
+    """Values of other kinds than a report has are left out, and the item is shown all the same."""
+    path = out / "p0-a-photo-of-a-blue-sphere" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    result = sheet(out, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["with_pictures"] == 3
+    assert (out / "index.html").read_text(encoding="utf-8").count("s training") == 3
+
+
+def test_only_pngs_are_opened(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another format, for which Pillow may start a program, is not shown, whatever its name."""
+    (out / "p0-a-photo-of-a-blue-sphere" / "eta_0.00.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
+    assert sheet(out).exit_code == 0
+    assert (out / "index.html").read_text().count("eta_0.00.png") == 2 * 2
+
+
+def test_what_is_gone_is_said(out: Path) -> None:
+    """A finished item whose folder or pictures somebody has removed is listed as that."""
+    shutil.rmtree(out / "p0-a-photo-of-a-blue-sphere")
+    for path in (out / "p1-a-photo-of-a-blue-sphere").glob("eta_*.png"):
+        path.unlink()
+    assert json.loads(sheet(out, "--json").stdout)["with_pictures"] == 1
+    page = (out / "index.html").read_text()
+    assert "its files are gone" in page and "its pictures are gone" in page
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("there is no file '/home/jane doe/our photos/cat.png'; check", "there is no file 'cat.png'; check"),
+        ('there is no file "/home/o\'neil/cat.png"', 'there is no file "cat.png"'),
+        ("there is no file 'C:\\\\Users\\\\jane\\\\cat.png'", "there is no file 'cat.png'"),
+        ("/home/jane/models/sd has no unet/config.json", "sd has no unet/config.json"),
+        ("/a folder/of jane/out/cat holds something else", "cat holds something else"),
+        ("loss is nan in 3/16", "loss is nan in 3/16"),
+    ],
+)
+def test_folders_of_this_machine_are_not_named(message: str, shown: str) -> None:
+    """Of the paths in an error the page has the last part alone."""
+    assert overview._without_folders(message, Path("/a folder/of jane/out")) == shown
+
+
 def test_many_items_make_a_picture_of_bounded_size(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more items than fit the picture shows the first ones, and says how many there are besides."""
+    """Of more items, and of more pictures of one, than fit the picture shows the first ones, and says so."""
     seen: dict[str, Any] = {}
     drawn = overview.contact_sheet
     monkeypatch.setattr(overview, "MAX_ROWS", 2)
     monkeypatch.setattr(overview, "contact_sheet", lambda cells, **how: seen.update(how) or drawn(cells, **how))
     assert sheet(out).exit_code == 0
-    assert seen["footer"] == "and 1 more, see index.html"
+    assert seen["footer"] == "and 1 more item, see index.html" and seen["columns"] == 3
+    monkeypatch.setattr(overview, "MAX_PICTURES", 1)
+    assert sheet(out).exit_code == 0
+    assert seen["footer"] == "and 1 more item and more pictures, see index.html" and seen["columns"] == 2
+
+
+def test_places_without_a_picture_are_paper(out: Path) -> None:
+    """An item without a photo, as older versions made them, or with fewer pictures leaves paper, not a frame."""
+    path = out / "p0-a-photo-of-a-blue-sphere" / "report.json"
+    report = json.loads(path.read_text())
+    del report["sheet_photo_box"]
+    path.write_text(json.dumps(report))
+    assert sheet(out).exit_code == 0
+    assert (out / "index.html").read_text().count('alt="the photo"') == 2
+    with Image.open(out / "overview.png") as whole:
+        size, paper = overview._CELL_PX, whole.getpixel((0, 0))
+        place = whole.crop((0, size // 4, size // 9 + size, size))
+        assert place.getcolors() == [(place.width * place.height, paper)]
 
 
 def test_no_folder_of_a_batch(tmp_path: Path) -> None:
@@ -141,3 +216,10 @@ def test_looking_takes_no_torch(out: Path, command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_report_of_nothing_but_brackets(out: Path) -> None:
+    """A report nested deeper than can be parsed is no report: status and page are made of the others."""
+    (out / "p0-a-photo-of-a-blue-sphere" / "report.json").write_text("[" * 200_000)
+    assert sheet(out).exit_code == 0
+    assert (out / "index.html").read_text().count('alt="the photo"') == 2

@@ -23,7 +23,7 @@ def look(folder: Path, job: str) -> str:
         return FINISHED if report["finished"] is True and _whole(folder, report["sha256"]) else UNFINISHED
     except FileNotFoundError:
         return OTHER if folder.is_dir() and any(_visible(folder)) else EMPTY
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return OTHER
 
 
@@ -32,7 +32,7 @@ def report_of(folder: Path) -> dict[str, Any] | None:
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         return report if report["finished"] is True and isinstance(report["job"], str) else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

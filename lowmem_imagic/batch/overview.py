@@ -1,57 +1,35 @@
-"""A batch at a glance: one picture, and a page that opens from disk.
+"""A batch at a glance: one picture, and a page that opens from disk (`overview_page`).
 
 Both are made from the items' folders alone; the ledger adds what is not finished. A photo is shown as its item's sheet
 has it, since no other file holds it. Nothing that a report says is taken for a path or for markup.
 """
 
-import math
+import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from PIL import Image
 
 from ..atomic import write_bytes
 from ..errors import OutputExistsError
 from ..png import Box, contact_sheet, encode_png
-from .ledger_file import DONE, FAILED
+from .ledger_file import DONE
 from .outputs import report_of
+from .overview_page import GENERATOR, GONE, MARK, PAGE, PICTURE, SHEET, Shown, counts_of, page_of
 from .status import status
 
-PAGE, PICTURE, SHEET = "index.html", "overview.png", "sheet.png"
-MAX_ROWS = 60
-"""Most items on the picture."""
-_GENERATOR = "lowmem-imagic batch sheet"
-_MARK = f'<meta name="generator" content="{_GENERATOR}">'
+MAX_ROWS, MAX_PICTURES = 60, 11
+"""Most items on the picture, and most pictures of each."""
 _CELL_PX = 144
-_PATH = re.compile(r"(?<![\w.])([A-Za-z]:)?([\\/][^\\/\s'\"]+)+")
-"""An absolute path in a message."""
-_MAX_SHEET_SIDE_PX = 20_000
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An item as it is shown."""
-
-    name: str
-    sentence: str = ""
-    pictures: tuple[tuple[str, str], ...] = ()
-    """Label and file name of each picture."""
-    edit: str | None = None
-    """Name of the edit file."""
-    sheet: tuple[int, int] | None = None
-    """Size of its contact sheet in pixels, if it has one."""
-    photo: Box | None = None
-    """Where the photo is on the sheet."""
-    seconds: tuple[float, float] | None = None
-    """Of training and of rendering."""
-    state: str = DONE
-    remark: str = ""
-    """What went wrong, or where it stands in the manifest."""
+_PATH = re.compile(
+    r"""(?<=')([A-Za-z]:)?[\\/][^']*|(?<=")([A-Za-z]:)?[\\/][^"]*|(?<![\w.])([A-Za-z]:)?([\\/][^\\/\s'"]+)+"""
+)
+"""An absolute path in a message; one in quotes may hold spaces."""
+_MAX_SIDE_PX = 20_000
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises on damaged pictures."""
 
 
 def write_overview(folder: Path, *, force: bool) -> dict[str, Any]:
@@ -66,64 +44,83 @@ def write_overview(folder: Path, *, force: bool) -> dict[str, Any]:
     page, picture = folder / PAGE, folder / PICTURE
     if not force:
         for path, ours in ((page, _is_our_page(page)), (picture, _is_our_picture(picture))):
-            if path.exists() and not ours:
+            if os.path.lexists(path) and not ours:
                 raise OutputExistsError(f"{path} is none of `batch sheet`'s; --force replaces it")
     made = [item for item in items if item.pictures]
     files = [PAGE]
     if made:
-        data = encode_png(_picture(folder, made, found["summary"][0]), text={"Software": _GENERATOR})
+        data = encode_png(_picture(folder, made, counts_of(found)), text={"Software": GENERATOR})
         write_bytes(picture, data, overwrite=True)
         files.append(PICTURE)
-    write_bytes(page, _page(folder.absolute().name, items, found, bool(made)).encode(), overwrite=True)
+    # Half a surrogate pair, which JSON and file names may hold, becomes an escape.
+    text = page_of(folder.absolute().name, items, found, bool(made)).encode(errors="backslashreplace")
+    write_bytes(page, text, overwrite=True)
     summary = [f"{page}: {len(made)} items with pictures, {len(items) - len(made)} without"]
     return {"out": str(folder), "files": files, "items": len(items), "with_pictures": len(made), "summary": summary}
 
 
 def _shown(folder: Path, item: dict[str, Any]) -> Shown:
     """What can be shown of an item that the ledger, or a look at the files, has found."""
-    name = str(item["name"])
-    remark = f"{item['where']}: {_PATH.sub(_last, item['error'])}" if item["error"] else str(item["where"])
-    report = report_of(folder / name) if _plain(name) and item["state"] == DONE else None
+    name, state, where = str(item["name"]), str(item["state"]), str(item["where"])
+    report = report_of(folder / name) if _plain(name) and state == DONE else None
     if report is None:
-        return Shown(name, state=str(item["state"]), remark=remark)
+        why = "its files are gone; `batch run` makes them again" if state == DONE else item["error"]
+        remark = f"{where}: {_without_folders(str(why), folder)}" if why else where
+        return Shown(name, state=GONE if state == DONE else state, remark=remark)
     there = {path.name for path in (folder / name).iterdir() if path.is_file()}
-    names = [one for one in _list(report.get("pictures")) if one in there]
-    edit = report.get("edit_file")
+    sizes = {one: _size(folder / name / one) for one in _names(report.get("pictures")) if one in there}
+    edit = next((one for one in _names([report.get("edit_file")]) if one in there), None)
     sheet = _size(folder / name / SHEET) if SHEET in there else None
-    stages = {key: value.get("seconds") or 0.0 for key, value in report.get("stages", {}).items()}
+    sentence = report.get("sentence")
+    training = sum(_seconds(report, "stages", stage, "seconds") for stage in ("embed", "finetune"))
     return Shown(
         name,
-        str(report.get("sentence", "")),
-        tuple((_label(one), one) for one in names),
-        edit if edit in there else None,
+        sentence if isinstance(sentence, str) else "",
+        tuple((_label(one), one, size) for one, size in sizes.items() if size is not None),
+        edit,
         sheet,
         _box(report.get("sheet_photo_box"), sheet) if sheet else None,
-        (stages.get("embed", 0.0) + stages.get("finetune", 0.0), report.get("seconds", {}).get("render", 0.0)),
+        (training, _seconds(report, "seconds", "render")),
         DONE,
-        remark,
+        f"{where}: its pictures are gone",
     )
 
 
-def _last(path: re.Match[str]) -> str:
-    """The last part of a path: a page that is shared names no folders of this machine."""
-    return re.split(r"[\\/]", path[0])[-1]
+def _without_folders(message: str, folder: Path) -> str:
+    """A message with the last parts of its paths alone: a page that is shared names no folders of this machine."""
+    message = message.replace(f"{folder.absolute()}{os.sep}", "")
+    return _PATH.sub(lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], message)
 
 
 def _plain(name: str) -> bool:
     return bool(name) and Path(name).name == name
 
 
-def _list(value: Any) -> list[str]:
-    return [one for one in value if isinstance(one, str) and _plain(one)] if isinstance(value, list) else []
+def _names(value: Any) -> list[str]:
+    """The plain file names in a list, each once."""
+    found = value if isinstance(value, list) else []
+    return list(dict.fromkeys(one for one in found if isinstance(one, str) and _plain(one)))
+
+
+def _seconds(report: Any, *keys: str) -> float:
+    """What a report says under these keys, if that can be a time."""
+    for key in keys:
+        report = report.get(key) if isinstance(report, dict) else None
+    return float(report) if isinstance(report, int | float) and 0 <= report < 1e9 else 0.0
 
 
 def _size(path: Path) -> tuple[int, int] | None:
-    """Of a picture, from its first bytes."""
+    """Of a PNG, from its first bytes; None for anything else."""
     try:
-        with Image.open(path) as picture:
-            return picture.size if max(picture.size) <= _MAX_SHEET_SIDE_PX else None
-    except (OSError, ValueError, Image.DecompressionBombError):
+        with _opened(path) as picture:
+            return picture.size if max(picture.size) <= _MAX_SIDE_PX else None
+    except _UNREADABLE:
         return None
+
+
+def _opened(path: Path) -> Image.Image:
+    # Of the other formats some start programs.
+    return Image.open(path, formats=("PNG",))
 
 
 def _box(value: Any, size: tuple[int, int]) -> Box | None:
@@ -142,16 +139,16 @@ def _label(name: str) -> str:
 
 def _is_our_page(path: Path) -> bool:
     try:
-        return _MARK in path.read_text(encoding="utf-8")[:2000]
+        return MARK in path.read_text(encoding="utf-8")[:2000]
     except (OSError, ValueError):
         return False
 
 
 def _is_our_picture(path: Path) -> bool:
     try:
-        with Image.open(path) as picture:
-            return picture.info.get("Software") == _GENERATOR
-    except (OSError, ValueError, Image.DecompressionBombError):
+        with _opened(path) as picture:
+            return picture.info.get("Software") == GENERATOR
+    except _UNREADABLE:
         return False
 
 
@@ -160,124 +157,35 @@ def _is_our_picture(path: Path) -> bool:
 
 def _picture(folder: Path, items: Sequence[Shown], title: str) -> Image.Image:
     """Rows of items: the photo, and its pictures by eta."""
-    columns = 1 + max(len(item.pictures) for item in items)
-    cells: list[tuple[str, Image.Image]] = []
-    for item in items[:MAX_ROWS]:
-        row = [(item.sentence, _photo(folder, item)), *_small(folder, item)]
-        cells += row + [("", _blank())] * (columns - len(row))
-    more = len(items) - MAX_ROWS
-    footer = f"and {more} more, see {PAGE}" if more > 0 else ""
-    return contact_sheet(cells, columns=columns, title=title.partition(": ")[2], footer=footer, cell_px=_CELL_PX)
+    shown = items[:MAX_ROWS]
+    columns = 1 + min(MAX_PICTURES, max(len(item.pictures) for item in shown))
+    cells: list[tuple[str, Image.Image | None]] = []
+    for item in shown:
+        row = [(item.sentence, _photo(folder, item)), *_small(folder, item, columns - 1)]
+        cells += row + [("", None)] * (columns - len(row))
+    left = len(items) - len(shown)
+    more = [f"{left} more item{'s' if left > 1 else ''}"] if left else []
+    more += ["more pictures"] if any(len(item.pictures) > MAX_PICTURES for item in shown) else []
+    footer = f"and {' and '.join(more)}, see {PAGE}" if more else ""
+    return contact_sheet(cells, columns=columns, title=title, footer=footer, cell_px=_CELL_PX)
 
 
-def _photo(folder: Path, item: Shown) -> Image.Image:
+def _photo(folder: Path, item: Shown) -> Image.Image | None:
     if item.photo is None:
-        return _blank()
+        return None
     try:
-        with Image.open(folder / item.name / SHEET) as sheet:
+        with _opened(folder / item.name / SHEET) as sheet:
             return sheet.crop(item.photo)
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return _blank()
+    except _UNREADABLE:
+        return None
 
 
-def _small(folder: Path, item: Shown) -> Iterator[tuple[str, Image.Image]]:
+def _small(folder: Path, item: Shown, most: int) -> Iterator[tuple[str, Image.Image | None]]:
     """Pictures at the size of a cell, so that many are no burden."""
-    for label, name in item.pictures:
+    for label, name, _ in item.pictures[:most]:
         try:
-            with Image.open(folder / item.name / name) as picture:
+            with _opened(folder / item.name / name) as picture:
                 picture.thumbnail((_CELL_PX, _CELL_PX))
                 yield label, picture.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError):
-            yield label, _blank()
-
-
-def _blank() -> Image.Image:
-    return Image.new("RGB", (_CELL_PX, _CELL_PX), (238, 238, 234))
-
-
-# The page
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fafaf8; --ink: #202024; --quiet: #6c6c72; --rule: #dededa; --bad: #a3261c }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #17171a; --ink: #ececea; --quiet: #9a9aa0; --rule: #34343a; --bad: #ff8a7a } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 92rem; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
-h1 { font-size: 1.4rem; font-weight: 600; margin: 0 }
-h2 { font-size: 1.05rem; font-weight: 600; margin: 0 }
-p { margin: .2rem 0 } .quiet { color: var(--quiet); font-size: .875rem } .bad { color: var(--bad) }
-a { color: inherit; text-underline-offset: .15em }
-article { border-top: 1px solid var(--rule); padding: 1.4rem 0 1rem; margin-top: 1.4rem }
-.row { display: flex; gap: .75rem; overflow-x: auto; padding: .8rem 0 .4rem }
-figure { margin: 0; flex: none } figcaption { color: var(--quiet); font-size: .8rem; margin-top: .3rem }
-figure img, .photo { display: block; height: 11rem; width: auto; border-radius: .3rem; background: var(--rule) }
-.photo { overflow: hidden; position: relative }
-.photo img { position: absolute; max-width: none; height: auto; border-radius: 0 }
-"""
-_HEIGHT_REM = 11.0
-
-
-def _page(name: str, items: Sequence[Shown], found: dict[str, Any], picture: bool) -> str:
-    seconds = sum(sum(item.seconds) for item in items if item.seconds)
-    took = f"; {_minutes(seconds)} of training and rendering" if seconds else ""
-    also = f' The same at a glance: <a href="{PICTURE}">{PICTURE}</a>.' if picture else ""
-    policy = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'"
-    body = "\n".join(_article(item) for item in items)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{_MARK}
-<title>{escape(name)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{escape(name)}</h1>
-<p class="quiet">{escape(found["summary"][0].partition(": ")[2])}{took}.{also}</p>
-{body}
-</body>
-</html>
-"""
-
-
-def _article(item: Shown) -> str:
-    if item.state != DONE or not item.pictures:
-        style = "bad" if item.state == FAILED else "quiet"
-        remark = f'<p class="{style}">{escape(item.state)}: {escape(item.remark)}</p>'
-        return f"<article><h2>{escape(item.name or item.remark)}</h2>{remark}</article>"
-    home = quote(item.name)
-    links = [f'<a href="{home}/">folder</a>']
-    links += [f'<a href="{home}/{SHEET}">sheet</a>'] if item.sheet else []
-    links += [f'<a href="{home}/{quote(item.edit)}">edit file</a>'] if item.edit else []
-    training, rendering = item.seconds or (0.0, 0.0)
-    facts = f"{escape(item.name)} · {training:.0f} s training, {rendering:.0f} s rendering"
-    figures = [_figure_of_photo(home, item.photo, item.sheet)] if item.photo and item.sheet else []
-    figures += [
-        f'<figure><a href="{home}/{quote(file)}"><img loading="lazy" src="{home}/{quote(file)}" '
-        f'alt="{escape(f"{item.sentence}, {label}")}"></a><figcaption>{escape(label)}</figcaption></figure>'
-        for label, file in item.pictures
-    ]
-    return (
-        f'<article><h2>{escape(item.sentence)}</h2><p class="quiet">{facts} · {" · ".join(links)}</p>'
-        f'<div class="row">{"".join(figures)}</div></article>'
-    )
-
-
-def _figure_of_photo(home: str, box: Box, size: tuple[int, int]) -> str:
-    """The photo, cut out of the sheet by the browser."""
-    left, top, right, bottom = box
-    scale = _HEIGHT_REM / (bottom - top)
-    # The whole sheet, so scaled that the photo in it has its height, and moved so that it lies in the frame.
-    frame = f"width: {(right - left) * scale:.3f}rem"
-    sheet = f"width: {size[0] * scale:.3f}rem; left: {-left * scale:.3f}rem; top: {-top * scale:.3f}rem"
-    return (
-        f'<figure><div class="photo" style="{frame}"><img loading="lazy" src="{home}/{SHEET}" alt="the photo" '
-        f'style="{sheet}"></div><figcaption>photo</figcaption></figure>'
-    )
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{math.ceil(seconds / 60)} min"
+        except _UNREADABLE:
+            yield label, None
