@@ -6,6 +6,7 @@ row in stage 2 moves its adapter.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from .training_state import TrainingState
 
 StageProgress = Callable[[str, int, int, str], None]
 """Called as ``progress(stage, step, steps, remark)``."""
+
+log = logging.getLogger(__name__)
 
 HINTS = {
     "embed": "--checkpointing, or fewer draws a step",
@@ -200,9 +203,9 @@ class Pack:
                 self._embeddings[slot].copy_(task.target_embedding)
                 # B of zeros: the adapter changes nothing until stage 2.
                 self._adapters.weights[slot].zero_()
-            if task.state is not None:
-                self._resume(slot, task.state)
-            elif self._begin(slot, "embed"):
+            if task.state is not None and self._resumed(slot, task.state):
+                continue
+            if self._begin(slot, "embed"):
                 finished.append(self._leave(slot))
         return finished
 
@@ -233,6 +236,25 @@ class Pack:
         if len(losses) < config.steps:
             self._trainer.begin(slot, run, rates)
             return True
+        return False
+
+    def _resumed(self, slot: int, state: TrainingState) -> bool:
+        """Puts a slot's edit where it was when it was saved; False, and nothing changed, where the state does not fit
+        (that of another version)."""
+        held = self._held[slot]
+        before = held.task.generator.get_state()
+        try:
+            self._resume(slot, state)
+            return True
+        except (TensorShapeError, KeyError, TypeError, RuntimeError) as error:
+            log.warning("a saved training state is of another version (%s); the edit begins anew", error)
+        self._trainer.forget(slot)
+        held.task.generator.set_state(before)
+        held.made.losses.clear()
+        held.made.measured.clear()
+        with torch.no_grad():
+            self._embeddings[slot].copy_(held.task.target_embedding)
+            self._adapters.weights[slot].zero_()
         return False
 
     def _resume(self, slot: int, state: TrainingState) -> None:

@@ -75,10 +75,13 @@ class ResultFolder:
         """Writes the report, and removes the pictures that an earlier run's report named and this run did not make."""
         # A file name that is no text, which Linux allows, becomes JSON's escapes.
         data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-        target = self.write(REPORT, data)
-        for name in self.stale - self.files.keys():
-            (self.path / name).unlink(missing_ok=True)
-        return target
+        try:
+            # First, so that a report that is there is true.
+            for name in self.stale - self.files.keys():
+                (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise unusable(self.path, error) from error
+        return self.write(REPORT, data)
 
     def write_pictures(
         self, cells: Sequence[Cell], pictures: Sequence[Image.Image], parameters: Mapping[str, Any]

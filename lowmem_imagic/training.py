@@ -195,6 +195,10 @@ class Trainer:
                     average = self._averages[number] = part.weights.clone()
                 average[slot].copy_(part.weights[slot])
 
+    def forget(self, slot: int) -> None:
+        """Takes an edit out of its slot as if it had never begun; does nothing for a free one."""
+        self.runs.pop(slot, None)
+
     @torch.no_grad()
     def save(self, slot: int) -> dict[str, Tensor]:
         """What a slot's training has come to, as copies on the CPU: for each trained tensor that has a rate, its row,

@@ -144,3 +144,99 @@ def test_a_damaged_ledger_on_a_full_disk(tmp_path: Path) -> None:
             (disk / "ballast").write_bytes(bytes(2**20))
         with pytest.raises(OutputUnwritableError):
             Ledger(disk / "ledger")
+
+
+def test_one_that_ends_the_process_keeps_nobody_else(path: Path) -> None:  # noqa: F811
+    """An item that ends every process which takes it: after a few times it is taken by itself, when the others are
+    done."""
+    done: set[str] = set()
+    for _ in range(20):
+        with opened(path, entries(20)) as ledger:
+            for job in done:
+                change(path, "UPDATE jobs SET state = 'done' WHERE job = ?", job)
+            while claimed := jobs(ledger.claim("", 4)):
+                if "0" in claimed:
+                    break
+                for job in claimed:
+                    ledger.finish(job, 0.0)
+                    done.add(job)
+            else:
+                break
+    assert done == {str(n) for n in range(1, 20)} and claimed == ["0"]
+
+
+def test_a_damaged_model_of_one_item(run: Any, tmp_path: Path, folder_copy: Path) -> None:  # noqa: F811
+    """Items of a model that cannot be loaded fail with its name; those of other models are made."""
+    from safetensors.torch import load_file, save_file
+
+    weights = next((folder_copy / "unet").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, weights)
+    manifest = listed(tmp_path, 2, model=[str(folder_copy), None])
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("\n".join(json.dumps({k: v for k, v in line.items() if v is not None}) for line in lines))
+    said = run(manifest, "--out", tmp_path / "out")
+    assert said.code == 3 and said.report["done"] == ["n1"] and said.report["left"] == 0
+
+
+def test_a_state_of_another_version_is_not_used(
+    run: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A saved training state that does not fit is left, with a word in the log, and the edit is made from the start."""
+    import torch
+
+    from lowmem_imagic.batch.states import States
+    from lowmem_imagic.training_state import TrainingState
+
+    state = TrainingState(
+        stage="finetune",
+        losses={"embed": [1.0], "finetune": [1.0]},
+        generator=torch.zeros(7, dtype=torch.uint8),
+        embedding=torch.zeros(3, 3),
+        trained={},
+        measured={},
+    )
+    plain = run(listed(tmp_path, 2), "--out", tmp_path / "plain")
+    monkeypatch.setattr(States, "load", lambda self, job: state)
+    said = run(tmp_path / "list.jsonl", "--out", tmp_path / "out")
+    assert plain.code == said.code == 0
+    one, other = ((tmp_path / out / "n1" / "eta_0.00.png").read_bytes() for out in ("plain", "out"))
+    assert one == other
+
+
+def test_ctrl_c_with_nobody_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop is taken note of though standard error's reader ended of the same Ctrl-C."""
+    import signal
+
+    from lowmem_imagic.batch.stopping import listening
+
+    def gone(*_: object) -> int:
+        raise BrokenPipeError
+
+    with listening() as stop:
+        monkeypatch.setattr(os, "write", gone)
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.undo()
+        assert stop.asked
+
+
+def test_names_that_are_no_text(run: Any, tmp_path: Path) -> None:  # noqa: F811
+    """A photo whose name is not UTF-8 is made or named like any other; so is a seed that is no number."""
+    (tmp_path / "photos").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "photos") + b"/bad\xff.png")).write_bytes(b"no picture")
+    assert run(tmp_path / "photos", "--prompt", SENTENCE, "--out", tmp_path / "out").code == 3
+    (tmp_path / "list.csv").write_text("photo,sentence,seed\na.png,a cat,²\n", encoding="utf-8")
+    assert run(tmp_path / "list.csv", "--out", tmp_path / "other").code == 3
+
+
+def test_a_moved_folder_is_gone_on_with_where_it_is(run: Any, tmp_path: Path) -> None:  # noqa: F811
+    """`batch retry` of a folder that was moved works on that folder."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    run(listed(tmp_path, 2), "--out", out)
+    out.rename(moved)
+    shutil.rmtree(moved / "n1")
+    assert call("retry", moved, "--quiet").code == 0
+    assert (moved / "n1" / "report.json").is_file() and not out.exists()

@@ -1,6 +1,7 @@
 """The command line of batches: ``lowmem-imagic batch run``, ``status``, ``retry``, ``sheet``."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,7 +127,8 @@ def retry(
         from .request import Request
         from .status import commands_of
 
-    requests = [Request.of(note) for note in commands_of(folder)]
+    # As it lies now: it may have been moved. What was forced once is not forced again.
+    requests = [replace(Request.of(note), out=str(folder.absolute()), force=False) for note in commands_of(folder)]
     _run(requests, retry=(*RETRIED, INPUT, DIVERGED) if failed else RETRIED, as_json=as_json, quiet=quiet)
 
 
@@ -166,3 +168,5 @@ def _run(requests: Sequence[Any], *, retry: Any = None, as_json: bool, quiet: bo
     print_report({"out": out, **tally.as_json(), "summary": [summary]}, as_json)
     if tally.failed:
         raise typer.Exit(SOME_FAILED)
+    if tally.left > 0:
+        raise typer.Exit(1)

@@ -37,7 +37,7 @@ HEARTBEAT_S = 5.0
 LEASE_S = 60.0
 """How long a runner on another machine may be silent before its items are taken over, on the clock of who waits."""
 SUSPECT_ATTEMPTS = 3
-"""After so many an item is taken last: whatever ends the process while it is made shall not keep the others."""
+"""After so many an item is taken last, and by itself: one that ends the process shall not keep the others."""
 _open_here: set[tuple[Path, int]] = set()
 """Ledgers that this process has open: file and runner's number."""
 
@@ -131,8 +131,13 @@ class Ledger:
             [[waiting]] = database.execute(f"SELECT count(*) FROM jobs WHERE {where}", (settings,))
             if others := len(self._others(database)):
                 most = min(most, math.ceil(waiting / (2 * (others + 1))))
-            order = f"attempts > {SUSPECT_ATTEMPTS}, kind IS NOT NULL, position"
-            found = database.execute(f"{SELECT} WHERE {where} ORDER BY {order} LIMIT ?", (settings, most)).fetchall()
+            fresh = f"attempts <= {SUSPECT_ATTEMPTS}"
+            query = f"{SELECT} WHERE {where} AND {fresh} ORDER BY kind IS NOT NULL, position LIMIT ?"
+            found = database.execute(query, (settings, most)).fetchall()
+            if not found:
+                # By itself: whatever ends the process shall not be put down to others.
+                order = "attempts, kind IS NOT NULL, position"
+                found = database.execute(f"{SELECT} WHERE {where} ORDER BY {order} LIMIT 1", (settings,)).fetchall()
             taken = [Entry(*row) for row in found]
             database.executemany(
                 f"UPDATE jobs SET state = '{RUNNING}', runner = ?, attempts = attempts + 1 WHERE job = ?",

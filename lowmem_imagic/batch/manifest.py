@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
         name = _ALIASES.get(key, key)
         if name not in _KINDS:
             raise ConfigError(f"{str(key)[:40]!r} is no field of an item, expected {', '.join(_KINDS)}")
-        if name == "seed" and isinstance(value, str) and value.strip().isdigit():
+        if name == "seed" and isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value.strip()):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
             kinds = " or ".join(kind.__name__ for kind in _KINDS[name])

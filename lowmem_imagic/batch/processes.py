@@ -111,7 +111,8 @@ def run_in_processes(
     """
     before = {entry.job for entry in _entries(snapshot(ledger)) if entry.state == DONE}
     processes = [_Process(request, retry, environment) for environment in environments]
-    asked, told = False, {entry.job for entry in _entries(snapshot(ledger)) if entry.state in (DONE, FAILED)}
+    # What failed before is named again, as in a run of one process.
+    asked, told = False, set(before)
     try:
         while any([process.poll(again=not stop.asked) for process in processes]):
             if stop.asked and not asked:
@@ -173,7 +174,7 @@ def gpu_environments(count: int) -> Iterator[dict[str, str]]:
     """For each of `count` processes: one GPU of those that this process may see."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     for number in range(count):
-        yield {"CUDA_VISIBLE_DEVICES": visible[number] if number < len(visible) else str(number)}
+        yield {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)] if visible else str(number)}
 
 
 def cpu_environments(count: int) -> Iterator[dict[str, str]]:
@@ -198,7 +199,7 @@ def _work() -> None:
     threading.Thread(target=listen, daemon=True).start()
     quiet_libraries()
     try:
-        tally = Request.of(order["request"]).run(Silent(), stop, retry=order["retry"])
+        tally = Request.of(order["request"]).run(Silent(), stop, retry=order["retry"], alone=True)
         print(json.dumps(tally.as_json()))
     except LowmemImagicError as error:
         print(json.dumps({"error": str(error), "usage": isinstance(error, ConfigError)}))

@@ -10,10 +10,12 @@ import contextlib
 import math
 import os
 import platform
+import shutil
 import signal
 import socket
 import tempfile
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .. import errors
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError
 from .crew import Assignment, Claims, Group, OnStep, Outcome
+from .paths import HIDDEN
 from .stopping import Stop
 
 if TYPE_CHECKING:
@@ -134,6 +137,8 @@ class RayCrew:
         pending = [ref for hand in self._hands for ref in hand.pending]
         if pending:
             self._ray.wait(pending, num_returns=1, timeout=_POLL_S, fetch_local=False)
+        else:
+            time.sleep(_POLL_S)
 
     def _outcome(self, assignment: Assignment, result: dict[str, Any], holds: Callable[[str], bool]) -> Outcome:
         if "error" in result:
@@ -151,6 +156,7 @@ class _Hand:
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
         self._greeting: Any = actor.ready.remote()
+        self._greeted = False
         self._stream: Any = None
         self._asked: Any = None
         self._dropped: list[Assignment] = []
@@ -200,7 +206,7 @@ class _Hand:
         try:
             if self._greeting is not None and self._ready(self._greeting):
                 self._ray.get(self._greeting)
-                self._greeting = None
+                self._greeting, self._greeted = None, True
             self._ask()
             while self._stream is not None and self._ready(self._stream):
                 try:
@@ -212,8 +218,12 @@ class _Hand:
                 if (assignment := self.open.pop(result["job"], None)) is not None:
                     yield assignment, result
         except self._ray.exceptions.RayTaskError as error:
-            raise LowmemImagicError(f"a worker of the cluster failed: {error.cause}") from None
-        except self._ray.exceptions.RayError:
+            raise BackendUnavailableError(f"a worker of the cluster failed: {error.cause}") from None
+        except self._ray.exceptions.RayError as error:
+            if not self._greeted and isinstance(error, self._ray.exceptions.ActorDiedError):
+                # It could not even be made: no model or package there. Ray would not try again.
+                lines = str(error).strip().splitlines() or ["no reason given"]
+                raise BackendUnavailableError(f"a worker of the cluster cannot start: {lines[-1].strip()}") from None
             # Ray starts it again, here or elsewhere; until it answers it gets nothing to do.
             self._stream, self.in_training, self._asked = None, [], None
             self._drop()
@@ -270,11 +280,12 @@ class _Maker:
     def make(self, group: Group, given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """What becomes of some items, as they are finished: their files, or the error."""
         out = Path(self._folder.name)
+        inputs = out / HIDDEN / "photos"
         assignments = []
         for number, one in enumerate(given):
             # A folder of its own for each: photos keep their names, and two may have the same.
             name, data = one.pop("photo")
-            place = out / "photos" / str(number)
+            place = inputs / str(number)
             place.mkdir(parents=True, exist_ok=True)
             photo = place / Path(name).name
             photo.write_bytes(data)
@@ -290,8 +301,8 @@ class _Maker:
                 continue
             folder = out / outcome.assignment.name
             yield answer | {"files": {path.name: path.read_bytes() for path in folder.iterdir()}}
-            for path in folder.iterdir():
-                path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(inputs, ignore_errors=True)
         self._in_training = []
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,8 @@ class Request:
         everything = self.device in ("auto", "cuda") and pick_device(self.device).type == "cuda"
         return torch.cuda.device_count() if everything else 1
 
-    def run(self, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED) -> Tally:
-        """Runs it; see `Batch.run`."""
+    def run(self, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED, alone: bool = False) -> Tally:
+        """Runs it, `alone` in this process whatever `workers` says; see `Batch.run`."""
         out = Path(self.out)
         self.settings({})
         check_executor(self.executor, self.address)
@@ -152,10 +152,10 @@ class Request:
         check_writable(out)
         if out.exists() and not out.is_dir():
             raise OutputExistsError(f"{out} is no folder; name a folder with --out")
-        if self.executor == "local" and (count := self._processes()) > 1:
+        if self.executor == "local" and not alone and (count := self._processes()) > 1:
             cpu = pick_device(self.device).type == "cpu"
             return run_in_processes(
-                replace(self, workers=1).as_json(),
+                self.as_json(),
                 list(cpu_environments(count) if cpu else gpu_environments(count)),
                 out / HIDDEN / f"ledger{self._suffix}.sqlite3",
                 console,

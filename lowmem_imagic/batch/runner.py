@@ -14,7 +14,7 @@ from ..base_model import BaseModel
 from ..config import EditConfig
 from ..console import Console, Silent
 from ..edit_header import SPEC_VERSION
-from ..errors import LowmemImagicError, OutputExistsError, OutputUnwritableError
+from ..errors import BackendUnavailableError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..images import photo_sha256
 from ..pipeline import check_sentence
 from ..planning import CPU_SLOTS, MAX_SLOTS, adapter_weights
@@ -91,6 +91,7 @@ class Batch:
         self._places: dict[str, str] = {}
         self._held: set[str] = set()
         self._tries = Counter[str]()
+        self._failed_jobs: set[str] = set()
         self._total_steps = self._steps = self._in_training = self._slots = 0
         self._began = self._looked = time.perf_counter()
         self._resumed: int | None = None
@@ -149,7 +150,7 @@ class Batch:
         self._assignments[job] = Assignment(job, item.name, item.photo, item.sentence, tuple(silent.warnings))
         self._groups.setdefault(group, []).append(job)
         self._places[job] = item.where
-        return Entry(job, position, item.where, item.name, group.key, group.steps, state)
+        return Entry(job, position, _text(item.where), item.name, group.key, group.steps, state)
 
     def _look(self, item: Item, job: str) -> str:
         """Whether an item waits or is done.
@@ -176,7 +177,10 @@ class Batch:
             if entry.state == ledgers.DONE:
                 self.tally.before.append(entry.name)
             elif entry.state == ledgers.FAILED and entry.job in self._assignments:
-                self._fail(BadItem(entry.place, entry.name, f"{entry.error} (as before; `batch retry` tries again)"))
+                self._failed_jobs.add(entry.job)
+                self._fail(
+                    BadItem(entry.place, entry.name, f"{entry.error} (as before; `batch retry --failed` tries again)")
+                )
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
         self._states.keep(ledger.unfinished())
         self._total_steps = sum(entry.steps for entry in known)
@@ -244,7 +248,7 @@ class Batch:
             on_step=lambda steps: self._step(ledger, steps),
             holds=ledger.holds,
         )
-        for outcome in outcomes:
+        for outcome in self._outcomes(outcomes, ledger, group):
             self._book(ledger, outcome)
             self._steps += group.steps
             # Its steps are among those that ended, from now on.
@@ -255,6 +259,21 @@ class Batch:
         # Whatever was taken and has not come back would be waited for without end.
         ledger.release(list(self._held))
         self._held.clear()
+
+    def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, group: Group) -> Iterator[Outcome]:
+        """What the crew gives; where it can do nothing for a group, such as when its model is damaged, the failure of
+        all its items."""
+        try:
+            yield from outcomes
+            return
+        except (OutputUnwritableError, BackendUnavailableError):
+            # Nothing could be made of any other group either.
+            raise
+        except LowmemImagicError as error:
+            failure = error
+        while held := [self._assignments[job] for job in self._held] or self._claim(ledger, group):
+            for assignment in held:
+                yield Outcome(assignment, failure)
 
     def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
         claimed = [self._assignments[entry.job] for entry in ledger.claim(group.key, CLAIM)]
@@ -277,17 +296,18 @@ class Batch:
         kind = kind_of(error)
         self._tries[assignment.job] += 1
         again = kind == TRANSIENT and self._tries[assignment.job] < MAX_TRIES
-        ledger.fail(assignment.job, kind, str(error), again=again)
+        ledger.fail(assignment.job, kind, _text(str(error)), again=again)
         if again:
             self._console.say(f"{assignment.name}: {error}; tried again later", always=True)
         else:
+            self._failed_jobs.add(assignment.job)
             self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
 
     def _take_others(self, ledger: Ledger) -> None:
         """Counts what other runners have made or failed at meanwhile."""
-        mine = {*self.tally.done, *self.tally.before, *(bad.name for bad in self.tally.failed if bad.name)}
+        mine = {*self.tally.done, *self.tally.before, *self._failed_jobs}
         for entry in ledger.entries():
-            if entry.name in mine or entry.job not in self._assignments:
+            if entry.name in mine or entry.job in mine or entry.job not in self._assignments:
                 continue
             if entry.state == ledgers.DONE:
                 self.tally.before.append(entry.name)
@@ -332,10 +352,16 @@ class Batch:
         self._console.progress("train", step, self._total_steps, remark)
 
 
+def _text(text: str) -> str:
+    """The text with what no database takes, such as the bytes of a file name that is no text, escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _bad_entry(position: int, bad: BadItem, kind: str = INPUT) -> Entry:
     """What the ledger says of an item that cannot be run."""
     word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
-    return Entry(f"bad {word}", position, bad.where, bad.name, state=ledgers.FAILED, kind=kind, error=bad.reason)
+    place, reason = _text(bad.where), _text(bad.reason)
+    return Entry(f"bad {word}", position, place, bad.name, state=ledgers.FAILED, kind=kind, error=reason)
 
 
 def _mb(size: float) -> str:

@@ -11,6 +11,7 @@ from ..atomic import remove_temporaries, write_bytes
 from ..errors import EditFileError
 from ..failpoints import reach
 from ..training_state import TrainingState
+from ..writable import unusable
 
 SAVING_SHARE = 1 / 40
 """Most of a run's time that goes into saving training states."""
@@ -46,7 +47,10 @@ class States:
         started = time.perf_counter()
         for job, state in states:
             file = self._file(job)
-            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unusable(file.parent, error) from error
             write_bytes(file, training_state.encode(state, job), overwrite=True)
             reach("state-saved")
         self._last = time.perf_counter()

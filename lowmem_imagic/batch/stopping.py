@@ -36,7 +36,8 @@ def listening() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.asked = True
         # Not print, which must not be entered from within itself.
-        os.write(2, b"\nstopping when what is under way is saved; Ctrl-C once more stops at once\n")
+        with contextlib.suppress(OSError):  # whoever read it may have ended of the same Ctrl-C
+            os.write(2, b"\nstopping when what is under way is saved; Ctrl-C once more stops at once\n")
 
     try:
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
