@@ -24,7 +24,7 @@ from lowmem_imagic.batch.request import Request
 from lowmem_imagic.batch.stopping import Stop
 from lowmem_imagic.commands import finished_edit
 from lowmem_imagic.console import Silent
-from lowmem_imagic.images import load_photo
+from lowmem_imagic.images import load_photo, photo_sha256
 from lowmem_imagic.memory import Meter
 from lowmem_imagic.pipeline import Job, make_edits
 from lowmem_imagic.presets import preset
@@ -121,8 +121,9 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
 
             def assignments(part: list[dict[str, Any]], round_: str) -> list[Assignment]:
                 return [
-                    Assignment(f"{round_} {line['name']}", line["name"], folder / line["photo"], line["sentence"])
+                    Assignment(f"{round_} {line['name']}", line["name"], photo, photo_sha256(photo), line["sentence"])
                     for line in part
+                    for photo in [folder / line["photo"]]
                 ]
 
             with RayCrew(asked, lambda one, files: None, Stop()) as crew:

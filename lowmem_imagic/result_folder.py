@@ -116,7 +116,7 @@ def _pictures_of_report(path: Path) -> frozenset[str]:
     """Names of the pictures that an earlier report says it wrote; nothing that is not such a name."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["pictures"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return frozenset()
     found = names if isinstance(names, list) else []
     return frozenset(name for name in found if isinstance(name, str) and _PICTURE.fullmatch(name))

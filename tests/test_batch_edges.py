@@ -4,16 +4,20 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lowmem_imagic.batch import publishing, worker
 from lowmem_imagic.batch.ledger import LEASE_S, Ledger
+from lowmem_imagic.batch.paths import Part
+from lowmem_imagic.batch.states import States
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.errors import OutputUnwritableError
-from tests.test_batch import SENTENCE
+from tests.test_batch import SENTENCE, photo
 from tests.test_batch_faults import (  # noqa: F401  `run` is a fixture
     ONE_PICTURE,
     call,
@@ -240,3 +244,102 @@ def test_a_moved_folder_is_gone_on_with_where_it_is(run: Any, tmp_path: Path) ->
     shutil.rmtree(moved / "n1")
     assert call("retry", moved, "--quiet").code == 0
     assert (moved / "n1" / "report.json").is_file() and not out.exists()
+
+
+def test_a_part_and_the_whole_do_not_run_at_once(run: Any, tmp_path: Path) -> None:  # noqa: F811
+    """While a part of a list is being run, the whole is refused, and another part of as many is not."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    part = Part(1, 2).ledger(out)
+    part.parent.mkdir(parents=True)
+    with Ledger(part):
+        said = run(manifest, "--out", out)
+        assert said.code == 2 and f"--shard 1/2 is being run into {out} by process {os.getpid()}" in said.errors
+        assert run(manifest, "--out", out, "--shard", "2/2").report["done"] == ["n1"]
+    assert run(manifest, "--out", out).report["done"] == ["n0"]
+
+
+def test_parts_and_the_whole_are_one_batch(run: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Run in parts, changed, and run as a whole, a list has its items once, in its order; so has its retry."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    for shard in ("1/2", "2/2"):
+        run(manifest, "--out", out, "--shard", shard)
+    assert [item["name"] for item in status(out)["items"]] == ["n0", "n1", "n2"]
+    manifest.write_text(manifest.read_text().replace(SENTENCE, f"{SENTENCE} again"))
+    assert run(manifest, "--out", out, "--force").code == 0
+    assert status(out)["summary"] == [f"{out}: 3 items: 3 done"]
+    said = call("retry", out)
+    assert said.code == 0 and said.report["total"] == 3
+
+
+def test_a_photo_that_changes(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """One that is no longer what it was when the run began fails by name, and the next run makes what it is now."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    load = worker.load_photo
+
+    def changing(file: Path, **words: Any) -> Any:
+        if file.name == "p1.png":
+            photo(file, 7)
+        return load(file, **words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "load_photo", changing)
+        said = run(manifest, "--out", out)
+    assert said.code == 3 and said.report["done"] == ["n0"]
+    assert "p1.png has changed since the run began" in said.report["failed"][0]["reason"]
+    assert run(manifest, "--out", out).report["done"] == ["n1"]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_one_folder_that_cannot_be_written(
+    run: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    """An item whose own folder is read-only fails alone, whether it was before the run or became so."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    out.mkdir()
+    with mounted(out / "n1", "64m"):
+
+        def close() -> None:
+            subprocess.run(("mount", "-o", "remount,ro", str(out / "n1")), check=True)
+
+        if when == "before":
+            close()
+        else:
+            begin = publishing.begin
+            monkeypatch.setattr(
+                publishing,
+                "begin",
+                lambda folder, job: (close() if folder.path.name == "n1" else None, begin(folder, job)),
+            )
+        said = run(manifest, "--out", out)
+    assert said.code == 3 and sorted(said.report["done"]) == ["n0", "n2"] and said.report["left"] == 0
+    assert "n1" in said.report["failed"][0]["reason"] and "cannot be written" in said.report["failed"][0]["reason"]
+
+
+def test_states_saved_in_between_are_kept(tmp_path: Path) -> None:
+    """What is saved while it is being asked which states are wanted is not removed; what is not wanted is."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "state").write_bytes(b"1")
+
+    def wanted() -> list[str]:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "state").write_bytes(b"2")
+        return []
+
+    States(tmp_path, 1).keep(wanted)
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_runner_that_cannot_be_seen(path: Path) -> None:  # noqa: F811
+    """Of one on another machine, or from before this one's last start, the status does not say that it is at work."""
+    out = path.parent / "out"
+    whole = Part().ledger(out)
+    whole.parent.mkdir(parents=True)
+    with opened(whole, entries(2)) as ledger:
+        ledger.claim("", 1)
+        change(whole, "UPDATE runners SET boot = 'another'")
+        seen = status(out)
+    assert seen["runners"][0]["alive"] is None and "not to be seen from here" in seen["summary"][1]
+    assert not any("at work" in line for line in seen["summary"])

@@ -17,6 +17,7 @@ from lowmem_imagic.batch.ray_cluster import RayCrew
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.batch.stopping import Stop
 from lowmem_imagic.cli import app
+from lowmem_imagic.images import photo_sha256
 from tests.crashes import least_psnr
 from tests.test_batch import QUICK, SENTENCE, photo
 
@@ -66,11 +67,13 @@ def test_a_batch_on_ray_is_the_batch_it_is_here(
     """Same files, same pictures, same verdict on the photo that is none; run again, nothing is left to do."""
     here, there = (tmp_path / "here", tmp_path / "there")
     words = ("--executor", "ray", "--address", cluster.address, "--workers", "2")
-    assert run(manifest, here, tiny_folder).exit_code == 3
+    alone = run(manifest, here, tiny_folder)
+    assert alone.exit_code == 3
     result = run(manifest, there, tiny_folder, *words)
     assert result.exit_code == 3, result.output
     tally = json.loads(result.stdout)
     assert len(tally["done"]) == ITEMS - 1 and [bad["name"] for bad in tally["failed"]] == ["n3"]
+    assert tally["failed"] == json.loads(alone.stdout)["failed"]
     names = [{path.relative_to(out).as_posix() for path in out.rglob("*.*")} for out in (here, there)]
     assert names[0] == names[1]
     assert least_psnr(there, here) > 35
@@ -90,7 +93,11 @@ def made(manifest: Path, tiny_folder: Path, cluster: Any, harm: Callable[[RayCre
     )
     group = Group(None, asked.settings({}))
     folder = manifest.parent
-    items = [Assignment(f"job {n}", f"n{n}", folder / f"p{n}.png", SENTENCE) for n in range(ITEMS)]
+    items = [
+        Assignment(f"job {n}", f"n{n}", file, photo_sha256(file), SENTENCE)
+        for n in range(ITEMS)
+        for file in [folder / f"p{n}.png"]
+    ]
     files: dict[str, dict[str, bytes]] = {}
     done: list[Outcome] = []
     with RayCrew(asked, lambda one, made: files.update({one.name: made}), Stop()) as crew:

@@ -96,7 +96,7 @@ def saved(base: Any) -> bytes:
 
 
 def test_a_state_is_for_its_own_edit(base: Any, saved: bytes) -> None:
-    """Under another key it is refused; where its adapter is of another rank, the edit is the one made from the start."""
+    """Under another key it is refused; for an adapter of another rank it is not used, and the edit begins anew."""
     with pytest.raises(EditFileError, match="not the training state of this"):
         training_state.decode(saved, "another")
     other = dataclasses.replace(CONFIG, finetune=dataclasses.replace(CONFIG.finetune, lora_rank=3))

@@ -86,7 +86,7 @@ def run(
         typer.Option(min=1, max=MAX_WORKERS, help="processes, or Ray actors, to share the work [default: one a GPU]"),
     ] = None,
     save_every: Annotated[
-        int, typer.Option(min=0, help="training steps between two saved states of an edit; 0 saves none")
+        int, typer.Option(min=0, help="training steps between two saved states of an edit; 0 saves only when stopped")
     ] = 25,
     as_json: opt.AsJson = False,
     force: opt.Force = False,
@@ -129,6 +129,8 @@ def retry(
 
     # As it lies now: it may have been moved. What was forced once is not forced again.
     requests = [replace(Request.of(note), out=str(folder.absolute()), force=False) for note in commands_of(folder)]
+    # Parts of a list that has been run as a whole, too, are run with it.
+    requests = [one for one in requests if one.shard is None or replace(one, shard=None) not in requests]
     _run(requests, retry=(*RETRIED, INPUT, DIVERGED) if failed else RETRIED, as_json=as_json, quiet=quiet)
 
 

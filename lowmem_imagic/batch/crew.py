@@ -50,6 +50,8 @@ class Assignment:
     name: str
     """Of its folder."""
     photo: Path
+    sha256: str
+    """Of the photo, as it was when the run began."""
     sentence: str
     warnings: tuple[str, ...] = ()
 

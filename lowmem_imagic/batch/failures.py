@@ -1,8 +1,10 @@
 """Kinds of failure of an item: what can change by itself is tried again, bad input is not."""
 
 import errno
+from pathlib import Path
 
-from ..errors import DivergenceError, LowmemImagicError, MemoryLimitError
+from ..errors import DivergenceError, LowmemImagicError, MemoryLimitError, OutputUnwritableError
+from ..writable import check_writable
 
 INPUT, MEMORY, TRANSIENT, DIVERGED = "input", "memory", "io", "diverged"
 RETRIED = (MEMORY, TRANSIENT)
@@ -26,6 +28,7 @@ _PASSING = frozenset(
     if hasattr(errno, name)
 )
 """What a network or a disk answers that may answer otherwise later."""
+_FULL = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO") if hasattr(errno, name))
 
 
 def kind_of(error: LowmemImagicError) -> str:
@@ -36,3 +39,15 @@ def kind_of(error: LowmemImagicError) -> str:
         return DIVERGED
     cause = error.__cause__
     return TRANSIENT if isinstance(cause, OSError) and cause.errno in _PASSING else INPUT
+
+
+def is_of_one_item(error: OutputUnwritableError, out: Path) -> bool:
+    """Whether it is one item's folder that cannot be written, while others in `out` can be."""
+    cause = error.__cause__
+    if not isinstance(cause, OSError) or cause.errno in _FULL:
+        return False
+    try:
+        check_writable(out)
+    except OutputUnwritableError:
+        return False
+    return True

@@ -29,6 +29,7 @@ from .ledger_file import (
     entries_in,
     opened,
     runners_in,
+    snapshot,
     unwritable,
 )
 from .owner import Owner
@@ -291,3 +292,24 @@ class Ledger:
                     (*self._progress, self.me),
                 )
         database.close()
+
+
+def at_work(path: Path, patience_s: float = 3 * HEARTBEAT_S) -> Runner | None:
+    """One that is at work with the ledger at `path`; None where there is nobody.
+
+    Runners that cannot be seen from here, on another machine or from before this one's last start, are at work if
+    their heart beats while they are watched.
+    """
+    first = snapshot(path)
+    if first is None or not first.runners:
+        return None
+    beats = {runner.id: runner.beat for runner in first.runners}
+    end = time.monotonic() + patience_s
+    while (seen := snapshot(path)) is not None:
+        for runner in seen.runners:
+            if runner.owner.alive or runner.beat != beats.get(runner.id):
+                return runner
+        if not seen.runners or time.monotonic() > end:
+            break
+        time.sleep(HEARTBEAT_S / 10)
+    return None

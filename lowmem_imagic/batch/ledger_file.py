@@ -119,7 +119,7 @@ def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
     """The ledger at `path`, made anew if it is damaged.
 
     Raises:
-        OutputUnwritableError: it cannot be read or written.
+        OutputUnwritableError: it cannot be read or written, or is of a newer version.
     """
     since = time.monotonic()
     while True:
@@ -130,13 +130,29 @@ def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() - since > BUSY_S:
                 raise unwritable(path, error) from error
             time.sleep(0.05)
-        except sqlite3.DatabaseError as error:
-            warn(f"the ledger was damaged ({error}) and is made anew from the finished items")
+        except sqlite3.DatabaseError:
+            _remove_damaged(path, warn)
+
+
+def _remove_damaged(path: Path, warn: Callable[[str], None]) -> None:
+    """Removes a damaged ledger, unless another run has done so meanwhile and made a new one."""
+    # A database for its lock alone, which ends with its holder. It stays, since others may be waiting for it.
+    lock = path.with_name(path.name + ".lock")
+    try:
+        with contextlib.closing(sqlite3.connect(lock, timeout=BUSY_S, isolation_level=None)) as alone:
+            alone.execute("BEGIN EXCLUSIVE")
             try:
+                _open(path).close()
+            except sqlite3.OperationalError:
+                pass  # Somebody has it open: it is a new one.
+            except sqlite3.DatabaseError as error:
+                warn(f"the ledger was damaged ({error}) and is made anew from the finished items")
                 for end in ("", "-wal", "-shm"):
                     path.with_name(path.name + end).unlink(missing_ok=True)
-            except OSError as reason:
-                raise unwritable(path, error) from reason
+    except sqlite3.Error as error:
+        raise unwritable(path, error) from error
+    except OSError as reason:
+        raise OutputUnwritableError(f"the damaged ledger {path} cannot be removed ({reason.strerror})") from reason
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -145,8 +161,14 @@ def _open(path: Path) -> sqlite3.Connection:
         # First of all, since a damaged file says so only when it is read.
         [[version]] = database.execute("PRAGMA user_version")
         [[verdict]] = database.execute("PRAGMA quick_check(1)")
-        if verdict != "ok" or version not in (0, VERSION):
-            raise sqlite3.DatabaseError(f"version {version}, {verdict}")
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        if version > VERSION:
+            # Not removed: runs of that version may be at work.
+            raise OutputUnwritableError(
+                f"the ledger {path} is of a newer version (its format is {version}, this one writes {VERSION}); update "
+                "lowmem-imagic, or delete it, which loses no finished item"
+            )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.executescript(_SCHEMA)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Item:
     sentence: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of its own: model, preset, seed, etas, seeds."""
+    position: int = 0
+    """In the manifest, whatever part of it is run."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class BadItem:
     where: str
     name: str
     reason: str
+    position: int = 0
 
 
 def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], list[BadItem]]:
@@ -88,17 +91,17 @@ def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], 
     folder = path if path.is_dir() else path.parent
     items, bad = list[Item](), list[BadItem]()
     taken: dict[str, str] = {}
-    for where, entry in entries:
+    for position, (where, entry) in enumerate(entries):
         try:
-            item = _item(where, entry, folder, sentence)
+            item = replace(_item(where, entry, folder, sentence), position=position)
         except ConfigError as error:
-            bad.append(BadItem(where, "", str(error)))
+            bad.append(BadItem(where, "", str(error), position))
             continue
         digest = _digest(item, folder)
         if taken.get(item.name, digest) != digest:
-            item = Item(where, f"{item.name[:51]}-{digest[:8]}", item.photo, item.sentence, item.settings)
+            item = replace(item, name=f"{item.name[:51]}-{digest[:8]}")
         if item.name in taken:
-            bad.append(BadItem(where, item.name, "the same photo, sentence and settings stand above already"))
+            bad.append(BadItem(where, item.name, "the same photo, sentence and settings stand above already", position))
             continue
         taken[item.name] = digest
         items.append(item)

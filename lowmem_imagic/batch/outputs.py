@@ -22,7 +22,7 @@ def look(folder: Path, job: str) -> str:
             return OTHER
         return FINISHED if report["finished"] is True and _whole(folder, report["sha256"]) else UNFINISHED
     except FileNotFoundError:
-        return OTHER if folder.is_dir() and any(_visible(folder)) else EMPTY
+        return _without_report(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return OTHER
 
@@ -52,6 +52,11 @@ def _whole(folder: Path, digests: dict[str, str]) -> bool:
     return True
 
 
-def _visible(folder: Path) -> list[Path]:
-    """Files but for those that are hidden, as temporaries are."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+def _without_report(folder: Path) -> str:
+    """Nothing, but for files that are hidden, as temporaries are; or something else."""
+    try:
+        return OTHER if any(not path.name.startswith(".") for path in folder.iterdir()) else EMPTY
+    except FileNotFoundError:
+        return EMPTY
+    except OSError:
+        return OTHER

@@ -27,6 +27,8 @@ from .tally import Tally
 MAX_STARTS = 4
 """How often a process is started that ends without a word."""
 _POLL_S = 0.5
+_PAUSES = 20
+"""How much longer than a look at the ledger the time to the next is, at least."""
 
 
 class _Process:
@@ -119,10 +121,12 @@ def run_in_processes(
                 asked = True
                 for process in processes:
                     process.ask_to_stop()
+            started = time.perf_counter()
             if (seen := snapshot(ledger)) is not None:
                 told |= _tell(seen, told, console)
                 _show(seen, console)
-            time.sleep(_POLL_S)
+            # A ledger of very many items is looked at less often.
+            time.sleep(max(_POLL_S, _PAUSES * (time.perf_counter() - started)))
     finally:
         for process in processes:
             process.kill()

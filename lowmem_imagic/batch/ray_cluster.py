@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError
+from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputUnwritableError
 from .crew import Assignment, Claims, Group, OnStep, Outcome
+from .failures import is_of_one_item
 from .paths import HIDDEN
 from .stopping import Stop
 
@@ -66,7 +67,7 @@ class RayCrew:
         try:
             ray.init(request.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            [reason, *_] = str(error).splitlines() or [type(error).__name__]
             raise BackendUnavailableError(f"no Ray cluster at {request.address or 'this machine'}: {reason}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
@@ -141,12 +142,18 @@ class RayCrew:
             time.sleep(_POLL_S)
 
     def _outcome(self, assignment: Assignment, result: dict[str, Any], holds: Callable[[str], bool]) -> Outcome:
+        if result["files"] and not holds(assignment.job):
+            return Outcome(assignment, lost=True)
+        try:
+            if result["files"]:
+                self._publish(assignment, result["files"])
+        except OutputUnwritableError as error:
+            if not is_of_one_item(error, Path(self._request.out)):
+                raise
+            return Outcome(assignment, error)
         if "error" in result:
             kind = getattr(errors, result["error"], LowmemImagicError)
             return Outcome(assignment, kind(result["text"]))
-        if not holds(assignment.job):
-            return Outcome(assignment, lost=True)
-        self._publish(assignment, result["files"])
         return Outcome(assignment, seconds=result["seconds"])
 
 
@@ -191,7 +198,8 @@ class _Hand:
                 {
                     "job": assignment.job,
                     "name": assignment.name,
-                    "photo": (assignment.photo.name, data),
+                    "photo": (str(assignment.photo), data),
+                    "sha256": assignment.sha256,
                     "sentence": assignment.sentence,
                     "warnings": assignment.warnings,
                 }
@@ -218,7 +226,8 @@ class _Hand:
                 if (assignment := self.open.pop(result["job"], None)) is not None:
                     yield assignment, result
         except self._ray.exceptions.RayTaskError as error:
-            raise BackendUnavailableError(f"a worker of the cluster failed: {error.cause}") from None
+            reason = f"{type(error.cause).__name__}: {error.cause}"
+            raise BackendUnavailableError(f"a worker of the cluster failed: {reason}") from None
         except self._ray.exceptions.RayError as error:
             if not self._greeted and isinstance(error, self._ray.exceptions.ActorDiedError):
                 # It could not even be made: no model or package there. Ray would not try again.
@@ -266,6 +275,7 @@ class _Maker:
 
         quiet_libraries()
         self._folder = tempfile.TemporaryDirectory(prefix="lowmem-imagic-")
+        self._out = request["out"]
         self._crew = Request.of(request).crew(Path(self._folder.name), Silent(), Stop())
         self._in_training: list[int] = []
 
@@ -282,6 +292,7 @@ class _Maker:
         out = Path(self._folder.name)
         inputs = out / HIDDEN / "photos"
         assignments = []
+        names = {str(out): self._out}
         for number, one in enumerate(given):
             # A folder of its own for each: photos keep their names, and two may have the same.
             name, data = one.pop("photo")
@@ -289,18 +300,23 @@ class _Maker:
             place.mkdir(parents=True, exist_ok=True)
             photo = place / Path(name).name
             photo.write_bytes(data)
+            names = {str(photo): name, **names}
             assignments.append(Assignment(photo=photo, **one))
 
         def on_step(steps: list[int]) -> None:
             self._in_training = steps
 
         for outcome in self._crew.make(group, iter([assignments]), len(assignments), on_step=on_step):
-            answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
-            if outcome.error is not None:
-                yield answer | {"error": type(outcome.error).__name__, "text": str(outcome.error)}
-                continue
             folder = out / outcome.assignment.name
-            yield answer | {"files": {path.name: path.read_bytes() for path in folder.iterdir()}}
+            answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
+            # Of one that failed, too: its edit may be finished.
+            answer["files"] = {path.name: path.read_bytes() for path in folder.glob("*")}
+            if outcome.error is not None:
+                text = str(outcome.error)
+                for here, there in names.items():
+                    text = text.replace(here, there)
+                answer |= {"error": type(outcome.error).__name__, "text": text}
+            yield answer
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(inputs, ignore_errors=True)
         self._in_training = []

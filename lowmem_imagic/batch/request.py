@@ -1,7 +1,6 @@
 """A `batch run` as plain values: what its words said, kept in the ledger so that its folder can be run again."""
 
 import contextlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..writable import check_writable
 from .crew import Bases, Crew
 from .failures import RETRIED
 from .manifest import BadItem, Item, read_manifest
-from .paths import HIDDEN
+from .paths import Part
 from .processes import cpu_environments, gpu_environments, run_in_processes
 from .publishing import publish
 from .ray_cluster import RayCrew, check_executor
@@ -30,8 +29,6 @@ from .states import States
 from .stopping import Stop
 from .tally import Tally
 from .worker import LocalCrew
-
-_SHARD = re.compile("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +123,12 @@ class Request:
             ConfigError: no manifest, or no such shard.
         """
         items, bad = read_manifest(Path(self.manifest), self.prompt)
-        if self.shard is None:
-            return items, bad
-        number, count = _part(self.shard)
-        return items[number - 1 :: count], bad[number - 1 :: count]
+        mine = slice(self._part.number - 1, None, self._part.count)
+        return items[mine], bad[mine]
 
     @property
-    def _suffix(self) -> str:
-        """What tells what is a shard's own from others'."""
-        return "" if self.shard is None else "-{}-of-{}".format(*_part(self.shard))
+    def _part(self) -> Part:
+        return Part.of(self.shard)
 
     def _processes(self) -> int:
         """How many processes there are to be: by default one for each GPU, and one on a CPU or a GPU named."""
@@ -157,7 +151,7 @@ class Request:
             return run_in_processes(
                 self.as_json(),
                 list(cpu_environments(count) if cpu else gpu_environments(count)),
-                out / HIDDEN / f"ledger{self._suffix}.sqlite3",
+                self._part.ledger(out),
                 console,
                 stop,
                 retry=retry,
@@ -166,7 +160,7 @@ class Request:
         own = bases(None)
         # Before any weight is there: later, what is loaded would count twice.
         budget = Budget.of(own.device, self.vram)
-        states = States(out / HIDDEN / f"training{self._suffix}", self.save_every)
+        states = States(self._part.states(out), self.save_every)
         with contextlib.ExitStack() as hired:
             crew: Crew
             if self.executor == "ray":
@@ -217,7 +211,7 @@ class Request:
             console=console,
             force=self.force,
             stop=stop,
-            ledger=f"ledger{self._suffix}.sqlite3",
+            part=self._part,
             retry=retry,
             command=self.as_json(),
         )
@@ -251,18 +245,6 @@ class _Bases:
             )
             self._opened[name] = open_base(options, self._console, ["a photo", asked.negative or ""])
         return self._opened[name]
-
-
-def _part(shard: str) -> tuple[int, int]:
-    """Number and count of a shard.
-
-    Raises:
-        ConfigError: no such thing.
-    """
-    found = _SHARD.fullmatch(shard)
-    if not found or int(found[1]) > int(found[2]):
-        raise ConfigError(f"--shard is {shard!r}, expected i/n such as 3/16 with i from 1 to n")
-    return int(found[1]), int(found[2])
 
 
 def _listed(values: Any) -> str | None:

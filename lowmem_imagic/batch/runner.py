@@ -14,7 +14,7 @@ from ..base_model import BaseModel
 from ..config import EditConfig
 from ..console import Console, Silent
 from ..edit_header import SPEC_VERSION
-from ..errors import BackendUnavailableError, LowmemImagicError, OutputExistsError, OutputUnwritableError
+from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..images import photo_sha256
 from ..pipeline import check_sentence
 from ..planning import CPU_SLOTS, MAX_SLOTS, adapter_weights
@@ -24,11 +24,11 @@ from ..result_folder import ResultFolder
 from . import ledger_file as ledgers
 from . import outputs
 from .crew import Assignment, Bases, Crew, Group, Outcome
-from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, kind_of
-from .ledger import Ledger
+from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, is_of_one_item, kind_of
+from .ledger import Ledger, at_work
 from .ledger_file import Entry
 from .manifest import BadItem, Item
-from .paths import HIDDEN
+from .paths import Part, ledgers_in
 from .states import States
 from .stopping import Stop
 from .tally import Tally
@@ -56,7 +56,7 @@ class Batch:
         console: where progress and failures are told.
         force: replace folders that hold something else.
         stop: asks for an end.
-        ledger: name of the ledger's file, for parts of a manifest that run without a common one.
+        part: which part of a manifest the items are; each has a ledger of its own.
         retry: kinds of failure to try again.
         command: kept in the ledger, for `batch retry`.
 
@@ -77,14 +77,14 @@ class Batch:
         console: Console,
         force: bool,
         stop: Stop,
-        ledger: str = "ledger.sqlite3",
+        part: Part = Part(),  # noqa: B008  a plain tuple
         retry: Sequence[str] = RETRIED,
         command: Mapping[str, Any] | None = None,
     ) -> None:
         self._bases, self._crew, self._items, self._bad, self._out = bases, crew, items, bad, out
         self._settings, self._background, self._states = settings, background, states
         self._console, self._force, self._stop = console, force, stop
-        self._ledger, self._retry, self._command = ledger, retry, command
+        self._part, self._retry, self._command = part, retry, command
         self.tally = Tally(len(items) + len(bad))
         self._groups: dict[Group, list[str]] = {}
         self._assignments: dict[str, Assignment] = {}
@@ -106,13 +106,13 @@ class Batch:
         """
         for one in self._bad:
             self._fail(one)
-        entries = [self._entry(position, item) for position, item in enumerate(self._items)]
-        entries += [_bad_entry(len(entries) + n, bad) for n, bad in enumerate(self._bad)]
+        entries = [*map(self._entry, self._items), *map(_bad_entry, self._bad)]
         try:
-            (self._out / HIDDEN).mkdir(parents=True, exist_ok=True)
+            self._part.ledger(self._out).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputUnwritableError(f"{self._out} cannot be written ({error.strerror}); choose another") from error
-        with Ledger(self._out / HIDDEN / self._ledger, warn=self._console.warn) as ledger:
+        with Ledger(self._part.ledger(self._out), warn=self._console.warn) as ledger:
+            self._check_other_parts()
             ledger.register(entries, finished=self._is_finished, retry=self._retry)
             ledger.note("command", self._command)
             self._take_stock(ledger)
@@ -120,7 +120,7 @@ class Batch:
                 self._make_all(ledger)
             finally:
                 self._console.close()
-                self._states.keep(ledger.unfinished())
+                self._states.keep(ledger.unfinished)
                 self._take_others(ledger)
                 with contextlib.suppress(OutputUnwritableError):
                     ledger.release(list(self._held))
@@ -128,7 +128,20 @@ class Batch:
 
     # Before anything is made
 
-    def _entry(self, position: int, item: Item) -> Entry:
+    def _check_other_parts(self) -> None:
+        """Makes sure that nobody makes the same items with another ledger.
+
+        Raises:
+            ConfigError: somebody does.
+        """
+        for part, path in ledgers_in(self._out).items():
+            if part != self._part and part.shares_items(self._part) and (runner := at_work(path)) is not None:
+                raise ConfigError(
+                    f"{part} is being run into {self._out} by process {runner.owner.pid} on {runner.owner.host}, and "
+                    f"has items of {self._part}; run the same beside it, or wait for its end"
+                )
+
+    def _entry(self, item: Item) -> Entry:
         """What is to be done about an item."""
         self._stop.check()
         try:
@@ -141,16 +154,16 @@ class Batch:
             digest = photo_sha256(item.photo)
             job = job_id(item.name, digest, item.sentence, group.config, base, self._background)
             state = self._look(item, job)
-        except OutputUnwritableError:
-            raise
         except LowmemImagicError as error:
-            bad = BadItem(item.where, item.name, str(error))
+            if isinstance(error, OutputUnwritableError) and not is_of_one_item(error, self._out):
+                raise
+            bad = BadItem(item.where, item.name, str(error), item.position)
             self._fail(bad)
-            return _bad_entry(position, bad, kind_of(error))
-        self._assignments[job] = Assignment(job, item.name, item.photo, item.sentence, tuple(silent.warnings))
+            return _bad_entry(bad, kind_of(error))
+        self._assignments[job] = Assignment(job, item.name, item.photo, digest, item.sentence, tuple(silent.warnings))
         self._groups.setdefault(group, []).append(job)
         self._places[job] = item.where
-        return Entry(job, position, _text(item.where), item.name, group.key, group.steps, state)
+        return Entry(job, item.position, _text(item.where), item.name, group.key, group.steps, state)
 
     def _look(self, item: Item, job: str) -> str:
         """Whether an item waits or is done.
@@ -182,7 +195,7 @@ class Batch:
                     BadItem(entry.place, entry.name, f"{entry.error} (as before; `batch retry --failed` tries again)")
                 )
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
-        self._states.keep(ledger.unfinished())
+        self._states.keep(ledger.unfinished)
         self._total_steps = sum(entry.steps for entry in known)
         self._refresh(ledger)
         if not waiting:
@@ -357,11 +370,11 @@ def _text(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _bad_entry(position: int, bad: BadItem, kind: str = INPUT) -> Entry:
+def _bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
     """What the ledger says of an item that cannot be run."""
     word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
     place, reason = _text(bad.where), _text(bad.reason)
-    return Entry(f"bad {word}", position, place, bad.name, state=ledgers.FAILED, kind=kind, error=reason)
+    return Entry(f"bad {word}", bad.position, place, bad.name, state=ledgers.FAILED, kind=kind, error=reason)
 
 
 def _mb(size: float) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .. import training_state
@@ -64,12 +64,15 @@ class States:
             file.unlink(missing_ok=True)
             file.parent.rmdir()
 
-    def keep(self, jobs: Sequence[str]) -> None:
-        """Removes the states of all other items."""
+    def keep(self, wanted: Callable[[], Sequence[str]]) -> None:
+        """Removes the states of all items but those wanted."""
         with contextlib.suppress(OSError):
-            for path in self._folder.iterdir():
-                if path.name not in jobs:
-                    self.remove(path.name)
+            # Listed first: what another run takes and saves in between is then not in the list.
+            found = [path.name for path in self._folder.iterdir()]
+            kept = set(wanted())
+            for job in found:
+                if job not in kept:
+                    self.remove(job)
             self._folder.rmdir()  # where it is empty
 
     def _file(self, job: str) -> Path:

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
+from .ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
-from .paths import HIDDEN
+from .paths import ledgers_in
 
 
 def ledgers_of(folder: Path) -> list[Snapshot]:
     """What the ledgers of a folder say: one, or one for each shard."""
-    found = sorted((folder / HIDDEN).glob("ledger*.sqlite3"))
-    return [seen for path in found if (seen := snapshot(path)) is not None]
+    return [seen for path in ledgers_in(folder).values() if (seen := snapshot(path)) is not None]
 
 
 def commands_of(folder: Path) -> list[Any]:
@@ -39,7 +38,7 @@ def status(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; name the --out of a batch run")
     seen = ledgers_of(folder)
-    entries = list(_merged(seen))
+    entries = list(_merged(folder, seen))
     if not seen:
         entries = list(_from_files(folder))
         if not entries:
@@ -52,21 +51,33 @@ def status(folder: Path) -> dict[str, Any]:
         "total": len(entries),
         **counts,
         "seconds_left": left_s,
-        "runners": [{"host": r.owner.host, "pid": r.owner.pid, "in_slots": r.slots} for r in runners],
+        "runners": [
+            {"host": r.owner.host, "pid": r.owner.pid, "alive": r.owner.alive, "in_slots": r.slots} for r in runners
+        ],
         "items": [_item(entry) for entry in entries],
-        "summary": list(_summary(folder, entries, counts, len(runners), left_s)),
+        "summary": list(_summary(folder, entries, counts, runners, left_s)),
     }
 
 
-def _merged(seen: list[Snapshot]) -> Iterator[Entry]:
+def _merged(folder: Path, seen: list[Snapshot]) -> Iterator[Entry]:
     """Every item once, in the state that is furthest, whether the whole list or parts of it have been run."""
     furthest = {state: rank for rank, state in enumerate((DONE, RUNNING, FAILED, WAITING))}
-    found: dict[str, Entry] = {}
+    found: dict[tuple[int, str], Entry] = {}
     for entry in (entry for one in seen for entry in one.entries):
-        known = found.get(entry.job)
-        if known is None or furthest[entry.state] < furthest[known.state]:
-            found[entry.job] = entry
+        place = (entry.position, entry.name)
+        known = found.setdefault(place, entry)
+        if furthest[entry.state] < furthest[known.state]:
+            found[place] = entry
+        elif DONE == entry.state == known.state and entry.job != known.job and _is_of(folder / entry.name, entry.job):
+            # It was changed between two runs: its files say which of the two they are of.
+            found[place] = entry
     yield from sorted(found.values(), key=lambda entry: entry.position)
+
+
+def _is_of(folder: Path, job: str) -> bool:
+    """Whether a job is the one that an item's folder is finished for."""
+    report = report_of(folder)
+    return report is not None and report["job"] == job
 
 
 def _from_files(folder: Path) -> Iterator[Entry]:
@@ -97,15 +108,21 @@ def _item(entry: Entry) -> dict[str, Any]:
 
 
 def _summary(
-    folder: Path, entries: list[Entry], counts: dict[str, int], runners: int, left_s: float | None
+    folder: Path, entries: list[Entry], counts: dict[str, int], runners: list[Runner], left_s: float | None
 ) -> Iterator[str]:
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     yield f"{folder}: {len(entries)} items: {said}"
     open_items = counts[WAITING] + counts[RUNNING]
-    if runners:
+    seen = sum(bool(runner.owner.alive) for runner in runners)
+    if seen:
         time_left = "" if left_s is None or not open_items else f", about {_duration(left_s)} left"
-        yield f"{runners} at work{time_left}"
-    elif open_items:
+        yield f"{seen} at work{time_left}"
+    if unseen := len(runners) - seen:
+        yield (
+            f"{unseen} on another machine, or from before this one's last start: not to be seen from here; if they "
+            "have ended, the next run takes their items over"
+        )
+    if not runners and open_items:
         yield "nobody is at work; `batch retry`, or the same `batch run`, goes on"
     for entry in entries:
         if entry.state == FAILED:

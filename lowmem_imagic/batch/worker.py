@@ -21,6 +21,7 @@ from ..planning import CPU_SLOTS, Plan
 from ..result_folder import ResultFolder
 from . import publishing
 from .crew import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner
+from .failures import is_of_one_item
 from .states import States
 from .stopping import Stop
 
@@ -141,6 +142,8 @@ class _Pack:
             for assignment in claimed:
                 try:
                     photo = load_photo(assignment.photo, background=self._background)
+                    if photo.sha256 != assignment.sha256:
+                        raise ImageError(f"{assignment.photo} has changed since the run began; run the command again")
                 except ImageError as error:
                     self._fallen.append(Outcome(assignment, error))
                     continue
@@ -177,11 +180,11 @@ class _Pack:
         # Those of packs that were given up, too.
         made = replace(made, measured={**made.measured, "rungs": self._base.rungs[self._rungs :]})
         started, name = time.perf_counter(), f"{assignment.name}.safetensors"
-        folder = ResultFolder.prepare(self._out / assignment.name, overwrite=True)
-        remove_temporaries(folder.path)
         meter = Meter(self._base.device)
         meter.stages |= made.measured["stages"]
         try:
+            folder = ResultFolder.prepare(self._out / assignment.name, overwrite=True)
+            remove_temporaries(folder.path)
             publishing.begin(folder, assignment.job)
             quiet = Silent(assignment.warnings)
             report = finished_edit(self._base, folder, name, made, photo, config, planned, meter, quiet)
@@ -189,8 +192,10 @@ class _Pack:
             report |= {"rungs": made.measured["rungs"], "seconds": {"render": render_s}}
             report |= {"job": assignment.job, "finished": True, "sha256": folder.digests()}
             publishing.end(folder, report)
-        except OutputUnwritableError:
-            raise
+        except OutputUnwritableError as error:
+            if not is_of_one_item(error, self._out):
+                raise
+            return Outcome(assignment, error)
         except LowmemImagicError as error:
             failure = type(error)(f"{error}; the edit itself is finished: {folder.path / name}")
             return Outcome(assignment, failure)
