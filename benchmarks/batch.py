@@ -195,6 +195,7 @@ def tedbench(folder: Path, source: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started),
         "total": report["total"],
         "done": len(report["done"]),
+        "done_before": len(report["done_before"]),
         "edit_files": made,
         "failed": [{"where": bad["where"], "reason": bad["reason"]} for bad in report["failed"]],
         "lines": [
