@@ -13,6 +13,7 @@ import pytest
 
 from lowmem_imagic.batch import publishing, worker
 from lowmem_imagic.batch.ledger import LEASE_S, Ledger
+from lowmem_imagic.batch.ledger_file import Entry
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.states import States
 from lowmem_imagic.batch.status import status
@@ -265,6 +266,10 @@ def test_parts_and_the_whole_are_one_batch(run: Any, tmp_path: Path) -> None:  #
         run(manifest, "--out", out, "--shard", shard)
     assert [item["name"] for item in status(out)["items"]] == ["n0", "n1", "n2"]
     manifest.write_text(manifest.read_text().replace(SENTENCE, f"{SENTENCE} again"))
+    with Ledger(Part().ledger(out)) as ledger:
+        entry = Entry("another sentence", 0, "line 1", "n0", settings="its own")
+        ledger.register([entry], finished=lambda entry: False)
+        assert [item["state"] for item in status(out)["items"]] == ["waiting", "done", "done"]
     assert run(manifest, "--out", out, "--force").code == 0
     assert status(out)["summary"] == [f"{out}: 3 items: 3 done"]
     said = call("retry", out)

@@ -29,6 +29,7 @@ _PASSING = frozenset(
 )
 """What a network or a disk answers that may answer otherwise later."""
 _FULL = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO") if hasattr(errno, name))
+"""What no other item could be written for, either."""
 
 
 def kind_of(error: LowmemImagicError) -> str:

@@ -66,11 +66,11 @@ def _merged(folder: Path, seen: list[Snapshot]) -> Iterator[Entry]:
     for entry in (entry for one in seen for entry in one.entries):
         place = (entry.position, entry.name)
         known = found.setdefault(place, entry)
-        if furthest[entry.state] < furthest[known.state]:
-            found[place] = entry
-        elif DONE == entry.state == known.state and entry.job != known.job and _is_of(folder / entry.name, entry.job):
-            # It was changed between two runs: its files say which of the two they are of.
-            found[place] = entry
+        both = [known, entry]
+        if known.job != entry.job:
+            # It was changed between two runs: done is the one that its files are of.
+            both = [one for one in both if one.state != DONE or _is_of(folder / one.name, one.job)] or both
+        found[place] = min(both, key=lambda one: furthest[one.state])
     yield from sorted(found.values(), key=lambda entry: entry.position)
 
 
