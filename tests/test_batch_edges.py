@@ -269,6 +269,8 @@ def test_parts_and_the_whole_are_one_batch(run: Any, tmp_path: Path) -> None:  #
     with Ledger(Part().ledger(out)) as ledger:
         entry = Entry("another sentence", 0, "line 1", "n0", settings="its own")
         ledger.register([entry], finished=lambda entry: False)
+        assert [item["state"] for item in status(out)["items"]] == ["done", "done", "done"]
+        (out / "n0" / "report.json").unlink()
         assert [item["state"] for item in status(out)["items"]] == ["waiting", "done", "done"]
     assert run(manifest, "--out", out, "--force").code == 0
     assert status(out)["summary"] == [f"{out}: 3 items: 3 done"]
