@@ -12,6 +12,10 @@ from hypothesis import HealthCheck, settings
 # Before any library reads it: no test needs the network, and none may wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Before torch counts the cores: workers of pytest-xdist share them, and so do the processes that tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 # A busy machine is no reason to fail: no test of behaviour depends on how long its examples take.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")

@@ -147,7 +147,8 @@ def _remove_damaged(path: Path, warn: Callable[[str], None]) -> None:
                 pass  # Somebody has it open: it is a new one.
             except sqlite3.DatabaseError as error:
                 warn(f"the ledger was damaged ({error}) and is made anew from the finished items")
-                for end in ("", "-wal", "-shm"):
+                # The ledger last: once it is gone, what lies beside it may be another's new one's.
+                for end in ("-wal", "-shm", ""):
                     path.with_name(path.name + end).unlink(missing_ok=True)
     except sqlite3.Error as error:
         raise unwritable(path, error) from error
