@@ -211,7 +211,8 @@ def test_another_machine_is_given_up_after_silence(path: Path, monkeypatch: pyte
 
 
 def test_suspects_come_last(path: Path) -> None:
-    """An item that was under way whenever a run ended is taken after all others, even those that are tried again."""
+    """An item that was under way whenever a run ended is taken after all others, even those that are tried again, and
+    not before this run holds nothing else."""
     for attempt in range(ledgers.SUSPECT_ATTEMPTS + 1):
         with opened(path, entries(3)) as ledger:
             assert jobs(ledger.claim("", 1)) == ["0"] and attempts(ledger, "0") == attempt + 1
@@ -219,6 +220,9 @@ def test_suspects_come_last(path: Path) -> None:
         assert jobs(ledger.claim("", 1)) == ["1"]
         ledger.fail("1", "io", "again", again=True)
         assert jobs(ledger.claim("", 9)) == ["2", "1"]
+        for job in ("2", "1"):
+            assert jobs(ledger.claim("", 9)) == []
+            ledger.finish(job, 0.0)
         assert jobs(ledger.claim("", 9)) == ["0"]
 
 

@@ -135,8 +135,10 @@ class Ledger:
             fresh = f"attempts <= {SUSPECT_ATTEMPTS}"
             query = f"{SELECT} WHERE {where} AND {fresh} ORDER BY kind IS NOT NULL, position LIMIT ?"
             found = database.execute(query, (settings, most)).fetchall()
-            if not found:
-                # By itself: whatever ends the process shall not be put down to others.
+            mine = f"SELECT count(*) FROM jobs WHERE state = '{RUNNING}' AND runner = ?"
+            [[held]] = database.execute(mine, (self.me,))
+            if not found and not held:
+                # By itself: whatever ends the process shall not be put down to others, nor end their training.
                 order = "attempts, kind IS NOT NULL, position"
                 found = database.execute(f"{SELECT} WHERE {where} ORDER BY {order} LIMIT 1", (settings,)).fetchall()
             taken = [Entry(*row) for row in found]

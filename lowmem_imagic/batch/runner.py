@@ -77,7 +77,7 @@ class Batch:
         console: Console,
         force: bool,
         stop: Stop,
-        part: Part = Part(),  # noqa: B008  a plain tuple
+        part: Part = Part(),  # noqa: B008  a plain value
         retry: Sequence[str] = RETRIED,
         command: Mapping[str, Any] | None = None,
     ) -> None:
