@@ -24,9 +24,9 @@ from tqdm import tqdm
 from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import WEIGHT_FORMATS
+from lowmem_imagic.demo.pictures import to_tensor
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.demo.train import to_tensor
 from lowmem_imagic.families import DEMO
 from lowmem_imagic.png import encode_png
 

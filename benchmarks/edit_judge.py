@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
+from lowmem_imagic.demo.pictures import to_tensor
 from lowmem_imagic.demo.scene import LYING_SHAPES
-from lowmem_imagic.demo.train import to_tensor
 
 from .oracle import WORDS, Attributes, Oracle
 from .scene_edits import SceneEdit

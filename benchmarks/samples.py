@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import SampleConfig
+from lowmem_imagic.demo.pictures import scene_at
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
-from lowmem_imagic.demo.train import scene_at
 from lowmem_imagic.png import contact_sheet
 
 from .oracle import WORDS, Attributes, Oracle

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowmem_imagic.demo.architecture import SIZE_PX
+from lowmem_imagic.demo.pictures import rendered, scene_at, to_tensor
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
-from lowmem_imagic.demo.train import rendered, scene_at, to_tensor
 
 from .oracle import (
     CENTER,

@@ -63,6 +63,7 @@ class BaseModel:
         attention: ``"xformers"`` or ``"sdpa"``, as resolved.
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
+        text_on_cpu: whether sentences are encoded on the CPU.
         rungs: what was made cheaper because memory ran out, in words and in order.
         most_rows, most_images: of a training pass and of a sampling batch, as learnt from running out; None until then.
     """
@@ -81,6 +82,7 @@ class BaseModel:
         self.dtype = pick_dtype(device, weights)
         self.attention, self.checkpointing = attention, checkpointing
         self.vae_tiling = False
+        self.text_on_cpu = device.type == "cpu"
         self.rungs: list[str] = []
         self.most_rows: int | None = None
         self.most_images: int | None = None
@@ -189,9 +191,9 @@ class BaseModel:
         self._unet = None
 
     @contextlib.contextmanager
-    def _part(self, load: Any, dtype: torch.dtype) -> Iterator[nn.Module]:
+    def _part(self, load: Any, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
         """A part for the length of a ``with`` block; nothing of it stays on the device."""
-        part: nn.Module = load(device=self.device, dtype=dtype)
+        part: nn.Module = load(device=device, dtype=dtype)
         try:
             yield part
         finally:
@@ -209,11 +211,7 @@ class BaseModel:
 
         Sentences are encoded one by one: an embedding's last bits do not depend on the others.
         """
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        if new:
-            with self._part(self.family.load_text_encoder, self.part_dtype) as text_encoder:
-                for prompt in new:
-                    self._embeddings[prompt] = self.family.encode_text(text_encoder, [prompt])[0]
+        in_rungs(lambda: self._encode_new(prompts), self._text_to_cpu)
         for prompt in prompts:
             # To the end: what was asked for longest ago is forgotten first.
             self._embeddings[prompt] = self._embeddings.pop(prompt)
@@ -221,6 +219,24 @@ class BaseModel:
         for prompt in list(self._embeddings)[:-MAX_SENTENCES]:
             del self._embeddings[prompt]
         return found
+
+    def _encode_new(self, prompts: Sequence[str]) -> None:
+        """Encodes what is not remembered."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if not new:
+            return
+        place = (torch.device("cpu"), torch.float32) if self.text_on_cpu else (self.device, self.part_dtype)
+        with self._part(self.family.load_text_encoder, *place) as text_encoder:
+            for prompt in new:
+                self._embeddings[prompt] = self.family.encode_text(text_encoder, [prompt])[0]
+
+    def _text_to_cpu(self) -> bool:
+        """The text encoder's only cheaper way."""
+        if self.text_on_cpu:
+            return False
+        self.text_on_cpu = True
+        self.step_down("the text encoder on the CPU")
+        return True
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1]."""
@@ -236,7 +252,7 @@ class BaseModel:
         """What `work` makes of `x` with the autoencoder, in tiles where it does not fit."""
 
         def run() -> Tensor:
-            with self._part(partial(self.family.load_vae, tiling=self.vae_tiling), dtype) as vae:
+            with self._part(partial(self.family.load_vae, tiling=self.vae_tiling), self.device, dtype) as vae:
                 return work(vae, x)
 
         def cheaper() -> bool:

@@ -129,10 +129,21 @@ class Costs:
         with torch.no_grad(), fused_attention(), pack.attached(self._base.unet):
             return peak_of(run) + pack.weights.nbytes
 
+    def _text_encoder(self) -> Any:
+        return self._family.load_text_encoder(device=_META, dtype=self._part_dtype)
+
     @cached_property
     def text_encoder(self) -> int:
         """Bytes of the text encoder."""
-        return weight_bytes(self._family.load_text_encoder(device=_META, dtype=self._part_dtype))
+        return weight_bytes(self._text_encoder())
+
+    @_once
+    def encode_text(self) -> int:
+        """Most bytes while a sentence is encoded."""
+        encoder = self._text_encoder()
+        ids = torch.empty(1, self._text_shape[0], dtype=torch.int64, device=_META)
+        with torch.no_grad(), fused_attention():
+            return peak_of(lambda: encoder(ids)[0])
 
     def _vae(self, tiling: bool) -> Any:
         return self._family.load_vae(device=_META, dtype=self._part_dtype, tiling=tiling)

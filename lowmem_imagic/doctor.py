@@ -82,7 +82,7 @@ def plans(
 def plan_table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The lines of a table of `plans`."""
     phases = ("encode", "embed", "finetune", "sample", "decode")
-    head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles")
+    head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles", "text encoder")
     rows = [(*head, *(f"{name} GB" for name in phases))]
     for line in found:
         made, photos = line["plan"], "1" if line["photos"] == 1 else "many"
@@ -93,6 +93,7 @@ def plan_table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "on" if made["checkpointing"] else "off",
             str(made["batch_rows"]),
             "on" if made["vae_tiling"] else "off",
+            "CPU" if made["text_on_cpu"] else "GPU",
         )
         totals = (f"{made['phases'][name]['total'] / 1e9:.2f}" for name in phases)
         rows.append((line["vram"], photos, str(made["slots"]), str(made["rows"]), *switches, *totals))

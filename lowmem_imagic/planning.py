@@ -77,6 +77,8 @@ class Plan:
     """Most UNet rows of a sampling batch."""
     vae_tiling: bool
     """Whether the autoencoder works in tiles."""
+    text_on_cpu: bool
+    """Whether sentences are encoded on the CPU."""
     phases: dict[str, Phase]
     """Predicted bytes by phase, in their order."""
 
@@ -93,8 +95,8 @@ class Plan:
         peak, name = max((phase.total, name) for name, phase in self.phases.items())
         return (
             f"{self.slots} at once, {self.rows} rows a pass, checkpointing {'on' if self.checkpointing else 'off'}, "
-            f"{self.batch_rows} rows a sampling batch{', autoencoder in tiles' if self.vae_tiling else ''}; "
-            f"{peak / 1e9:.2f} GB at most ({name})"
+            f"{self.batch_rows} rows a sampling batch{', autoencoder in tiles' if self.vae_tiling else ''}"
+            f"{', text encoder on the CPU' if self.text_on_cpu else ''}; {peak / 1e9:.2f} GB at most ({name})"
         )
 
 
@@ -159,6 +161,7 @@ def plan_for(
         budget_bytes=budget.total,
         jobs=jobs,
         beside=beside,
+        on_cpu=base.device.type == "cpu",
         weights=base.weights,
         checkpointing=base.checkpointing,
         context_bytes=budget.context,
@@ -166,6 +169,7 @@ def plan_for(
     if made.checkpointing:
         base.recompute()
     base.vae_tiling |= made.vae_tiling
+    base.text_on_cpu |= made.text_on_cpu
     return made
 
 
@@ -211,6 +215,7 @@ def plan(
     budget_bytes: int,
     jobs: int = 1,
     beside: bool = False,
+    on_cpu: bool = False,
     weights: str = "int8",
     checkpointing: bool = False,
     context_bytes: int = 0,
@@ -225,6 +230,7 @@ def plan(
         budget_bytes: what may be taken, the process's context included.
         jobs: how many edits there are.
         beside: whether finished edits are rendered, and further photos encoded, while others are in training.
+        on_cpu: whether the budget is the CPU's own, so that nothing can be done there instead.
         weights: format of the UNet, for the record.
         checkpointing: in any case.
         context_bytes: taken before any tensor.
@@ -258,17 +264,27 @@ def plan(
             f"{(costs.unet + held + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
         )
 
+    # Before anything trains, sentences and photos are encoded in an empty device.
+    stays = costs.unet + held if beside else 0
+    text_on_cpu = costs.encode_text() > available - stays - costs.text_encoder
+    if text_on_cpu and on_cpu:
+        raise MemoryLimitError(
+            f"{budget_bytes / 1e9:.2f} GB hold a training step but no text encoder: it takes "
+            f"{(stays + costs.text_encoder + costs.encode_text()) / 1e9:.2f} GB"
+        )
+
     def phase(weights_bytes: int, adapters: int, activations: int) -> Phase:
         return Phase(weights_bytes, adapters, activations, context_bytes)
 
     first, second = (costs.train(rows, slots, checkpointing=recompute, stage=s) for s in ("embed", "finetune"))
+    frozen = costs.unet if beside else 0
+    photos = phase(frozen + costs.vae, held, costs.encode(tiling=tiling))
+    sentences = phase(frozen + costs.text_encoder, held, costs.encode_text())
     phases = {
-        "encode": phase(
-            max(costs.text_encoder, costs.vae) + (costs.unet if beside else 0), held, costs.encode(tiling=tiling)
-        ),
+        "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
         "embed": phase(costs.unet, training, first),
         "finetune": phase(costs.unet, training, second),
         "sample": phase(costs.unet, held, costs.sample(batch_rows)),
         "decode": phase(costs.unet + costs.vae, held, costs.decode(tiling=tiling)),
     }
-    return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, phases)
+    return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, text_on_cpu, phases)

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.demo import architecture, train
+from lowmem_imagic.demo import architecture, pictures, train
+from lowmem_imagic.demo.render import render
 from lowmem_imagic.families.source import Folder
 
 STEPS = 600
@@ -56,17 +58,21 @@ def test_weights_of_timesteps() -> None:
     assert weights[0] < 0.01 < 9.9 < weights[999]
 
 
-@pytest.fixture(scope="module")
-def trained_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder written by the command line: the bundled model trained on for two steps."""
-    folder = tmp_path_factory.mktemp("train")
+def train_on(folder: Path, *more: str) -> Path:
+    """A folder written by the command line: the bundled model trained on for two steps of its UNet."""
     source = BaseModel.load("demo", device="cpu").family.source
     assert isinstance(source, Folder)
     words = ["train", "--out", str(folder / "out"), "--start-from", str(source.path), "--scenes", "4", "--seed", "9"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*words, "--unet-steps", "2", "--unet-batch", "2", "--processes", "1"])
+        patch.setattr(sys, "argv", [*words, "--unet-steps", "2", "--unet-batch", "2", "--processes", "1", *more])
         train.main()
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model trained on for two steps."""
+    return train_on(tmp_path_factory.mktemp("train"))
 
 
 def test_going_on_keeps_autoencoder_and_tokenizer(trained_on: Path) -> None:
@@ -75,6 +81,26 @@ def test_going_on_keeps_autoencoder_and_tokenizer(trained_on: Path) -> None:
     after = BaseModel.load(str(trained_on), device="cpu").identity.files
     same = {part for part in before if before[part] == after[part]}
     assert same == {"vae", "tokenizer"}
+
+
+def test_training_the_decoder_keeps_the_encoder(tmp_path: Path) -> None:
+    """A decoder trained on changes no weight of its encoder, so latents, and edits made of them, stay what they are."""
+    out = train_on(tmp_path, "--decoder-steps", "2", "--vae-batch", "2", "--bfloat16")
+    source = BaseModel.load("demo", device="cpu").family.source
+    assert isinstance(source, Folder)
+    files = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (source.path, out)]
+    before, after = map(load_file, files)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_attention_is_not_rounded_to_bfloat16() -> None:
+    """Inside of bfloat16 autocast the training computes attention in fp32, and everything else in bfloat16."""
+    query, key, value = torch.randn(3, 2, 4, 64, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    with torch.autocast("cpu", torch.bfloat16), train.Fp32Attention():
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value), wide.bfloat16())
+        assert (query.float() @ key.float().mT).dtype == torch.bfloat16
 
 
 def test_a_trained_folder_is_a_plain_diffusers_folder(trained_on: Path) -> None:
@@ -89,11 +115,11 @@ def test_a_trained_folder_is_a_plain_diffusers_folder(trained_on: Path) -> None:
 def test_scenes_are_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendered pictures are those of their scenes; those in the file are not rendered again, others are added."""
     path = tmp_path / "pictures.npy"
-    kept = train.rendered(path, seed=5, count=2, processes=1)
+    kept = pictures.rendered(path, seed=5, count=2, processes=1)
     kept[1] = 7
     np.save(path, kept)
-    more = train.rendered(path, seed=5, count=3, processes=1)
+    more = pictures.rendered(path, seed=5, count=3, processes=1)
     assert np.array_equal(more[:2], kept)
-    assert np.array_equal(more[2], np.asarray(train.render(train.scene_at(5, 2), architecture.SIZE_PX)))
-    monkeypatch.setattr(train.multiprocessing, "get_context", None)
-    assert np.array_equal(train.rendered(path, seed=5, count=2, processes=1), kept)
+    assert np.array_equal(more[2], np.asarray(render(pictures.scene_at(5, 2), architecture.SIZE_PX)))
+    monkeypatch.setattr(pictures.multiprocessing, "get_context", None)
+    assert np.array_equal(pictures.rendered(path, seed=5, count=2, processes=1), kept)

@@ -164,14 +164,24 @@ def predicted(load_base: Callable[..., Any]) -> Costs:
     return costs_of(load_base())
 
 
-@given(budget=st.integers(1, 200_000_000), jobs=st.integers(1, 6), checkpointing=st.booleans())
-def test_plans_stay_within_their_budget(predicted: Costs, budget: int, jobs: int, checkpointing: bool) -> None:
+@given(
+    budget=st.one_of(st.integers(1, 200_000_000), st.integers(1_000_000, 8_000_000)),
+    jobs=st.integers(1, 6),
+    checkpointing=st.booleans(),
+    beside=st.booleans(),
+    on_cpu=st.booleans(),
+)
+def test_plans_stay_within_their_budget(
+    predicted: Costs, budget: int, jobs: int, checkpointing: bool, beside: bool, on_cpu: bool
+) -> None:
     """Whatever the budget, a plan's phases fit into it with a tenth to spare, or there is one clear error."""
+    words: dict[str, Any] = {"jobs": jobs, "checkpointing": checkpointing, "beside": beside, "on_cpu": on_cpu}
     try:
-        made = plan(predicted, CONFIG, budget_bytes=budget, jobs=jobs, checkpointing=checkpointing, context_bytes=1000)
+        made = plan(predicted, CONFIG, budget_bytes=budget, context_bytes=1000, **words)
     except MemoryLimitError as error:
-        assert "hold no" in str(error) or "hold a training step but no picture" in str(error)
+        assert "hold no" in str(error) or "hold a training step but no" in str(error)
         return
+    assert not (on_cpu and made.text_on_cpu)
     assert made.peak_bytes <= budget - 0.1 * (budget - 1000) + 1
     assert 1 <= made.slots <= min(jobs, planning.MAX_SLOTS) and 1 <= made.rows <= 2 * made.slots
     assert made.checkpointing or not checkpointing
@@ -377,6 +387,70 @@ def test_sampling_goes_on_in_less_memory(load_base: Callable[..., Any], monkeypa
     Card(base, monkeypatch, 1, 1)
     with pytest.raises(torch.OutOfMemoryError):
         sampled(base)
+
+
+class Wide:
+    """Costs of a model whose text encoder is larger than all the rest."""
+
+    text_encoder = 10**9
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._costs, name)
+
+
+def test_a_text_encoder_that_does_not_fit_goes_to_the_cpu(predicted: Costs) -> None:
+    """Sentences are encoded on the CPU where the text encoder does not fit; on the CPU itself that is an error."""
+    wide: Any = Wide(predicted)
+    roomy = plan(wide, CONFIG, budget_bytes=2 * 10**9)
+    assert not roomy.text_on_cpu and roomy.phases["encode"].weights == 10**9
+    narrow = plan(wide, CONFIG, budget_bytes=10**9)
+    assert narrow.text_on_cpu and narrow.phases["encode"].weights == predicted.vae
+    assert "text encoder on the CPU" in str(narrow)
+    with pytest.raises(MemoryLimitError, match="no text encoder: it takes"):
+        plan(wide, CONFIG, budget_bytes=10**9, on_cpu=True)
+
+
+def test_later_sentences_are_encoded_beside_the_unet(predicted: Costs) -> None:
+    """Where photos are encoded while others train, UNet and adapters count beside the text encoder."""
+    wide: Any = Wide(predicted)
+    alone = plan(wide, CONFIG, budget_bytes=2 * 10**9).phases["encode"]
+    beside = plan(wide, CONFIG, budget_bytes=2 * 10**9, beside=True).phases["encode"]
+    assert beside.total - alone.total == predicted.unet + predicted.adapters(1)
+
+
+def test_encoding_a_sentence_takes_what_is_predicted(load_base: Callable[..., Any]) -> None:
+    """Live bytes of encoding a sentence are within 10 % of the prediction, or a kilobyte."""
+    base = load_base()
+    encoder = base.family.load_text_encoder(device=base.device, dtype=torch.float32)
+    measured = peak_of(lambda: base.family.encode_text(encoder, [SENTENCES[0]]))
+    assert costs_of(base).encode_text() == pytest.approx(measured, rel=0.1, abs=1024)
+
+
+def test_the_text_encoder_goes_on_on_the_cpu(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory on a GPU, sentences are encoded on the CPU, those that remain; there the error goes on."""
+    base, load = load_base(), load_base().family.load_text_encoder
+    expected = base.encode_text(SENTENCES)
+    places: list[str] = []
+
+    def full_gpu(*, device: torch.device, dtype: torch.dtype) -> Any:
+        places.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(device=device, dtype=dtype)
+
+    fresh = load_base()
+    monkeypatch.setattr(fresh.family, "load_text_encoder", full_gpu)
+    fresh.device, fresh.text_on_cpu = torch.device("cuda"), False
+    assert torch.equal(fresh.encode_text(SENTENCES), expected)
+    assert (places, fresh.rungs) == (["cuda", "cpu"], ["the text encoder on the CPU"])
+    monkeypatch.setattr(
+        fresh.family, "load_text_encoder", lambda **_: full_gpu(device=torch.device("cuda"), dtype=None)
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        fresh.encode_text(["another"])
 
 
 def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,12 @@ Four steps, each resumable (run the same command again) and seeded: render scene
 encode the pictures; train UNet and text encoder together, with 10 % empty captions. The result is a
 diffusers ``StableDiffusionPipeline`` folder in fp16. About 90 minutes on two CPU cores.
 
-``--start-from DIR`` goes on from a finished folder instead: its VAE and tokenizer are kept, its UNet and text
-encoder trained further, on scenes of another ``--seed``.
+``--start-from DIR`` goes on from a finished folder instead, on scenes of another ``--seed``: its tokenizer and the
+encoder of its VAE are kept, so that latents stay what they are, and the rest is trained further: the decoder for
+``--decoder-steps``, UNet and text encoder for ``--unet-steps``.
+
+``--bfloat16`` is for processors with matrix units (AMX): half as long again in fp32 for the UNet, where attention stays
+in fp32, because its backward pass in bfloat16 has no fast path on CPUs (measured: 0.53 of 1.19 s a step).
 
 What a step draws depends only on (seed, step), so a resumed training draws what an uninterrupted
 one would have drawn. Checkpoints are safetensors: weights, averages and optimiser moments.
@@ -14,12 +18,12 @@ one would have drawn. Checkpoints are safetensors: weights, averages and optimis
 import argparse
 import logging
 import math
-import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,58 +31,19 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizerFast
 
 from . import architecture
-from .render import render
+from .pictures import rendered, scene_at, to_tensor
 from .scene import Scene
+from .trainer import Trainer
 
 log = logging.getLogger("lowmem_imagic.demo.train")
 
 EMPTY_CAPTION_SHARE = 0.1
 MIN_SNR, MAX_WEIGHT = 5.0, 10.0
 """Bounds of the weight of a timestep, see `loss_weights`."""
-
-
-def scene_at(seed: int, index: int) -> Scene:
-    """Scene number `index` of the set with this seed."""
-    return Scene.draw(random.Random(f"{seed}/{index}"))
-
-
-def _render_at(item: tuple[int, int]) -> np.ndarray:
-    return np.asarray(render(scene_at(*item), architecture.SIZE_PX))
-
-
-def rendered(path: Path, *, seed: int, count: int, processes: int) -> np.ndarray:
-    """Pictures (count, 64, 64, 3) uint8 of scenes 0..count-1; those that `path` holds are not rendered again."""
-    size = architecture.SIZE_PX
-    pictures = np.empty((count, size, size, 3), np.uint8)
-    there = 0
-    if path.exists():
-        before = np.load(path, allow_pickle=False)[:count]
-        there = len(before)
-        pictures[:there] = before
-    if there == count:
-        return pictures
-    with multiprocessing.get_context("spawn").Pool(processes, _one_thread) as pool:
-        work = pool.imap(_render_at, ((seed, index) for index in range(there, count)), chunksize=32)
-        bar = tqdm(work, initial=there, total=count, desc="rendering", mininterval=5)
-        for index, picture in enumerate(bar, start=there):
-            pictures[index] = picture
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, pictures, allow_pickle=False)
-    os.replace(partial, path)
-    return pictures
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def to_tensor(pictures: np.ndarray, device: torch.device) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] from (B, H, W, 3) uint8."""
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def loss_weights(scheduler: DDIMScheduler) -> Tensor:
@@ -93,88 +58,24 @@ def loss_weights(scheduler: DDIMScheduler) -> Tensor:
     return (1 + 1 / snr).clamp_max(MAX_WEIGHT) * (MIN_SNR / snr).clamp_max(1.0)
 
 
-class Trainer:
-    """AdamW with warm-up and cosine decay, an exponential average of the weights, and checkpoints on disk."""
+class Fp32Attention(TorchFunctionMode):
+    """Computes attention in fp32 inside of bfloat16 autocast."""
 
-    def __init__(self, modules: dict[str, torch.nn.Module], *, path: Path, steps: int, learning_rate: float) -> None:
-        self.path, self.steps, self.step = path, steps, 0
-        self.parameters = {
-            f"{prefix}.{name}": parameter
-            for prefix, module in modules.items()
-            for name, parameter in module.named_parameters()
-        }
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, foreach=True
-        )
-        warmup = max(1, min(300, steps // 10))
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value, *rest = args
+        with torch.autocast(query.device.type, enabled=False):
+            return func(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
 
-        def rate(step: int) -> float:
-            progress = max(0.0, (step / steps - 0.25) / 0.75)
-            return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
-        self.rate, self.base_rate = rate, learning_rate
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        if path.exists():
-            self._load()
-
-    def _load(self) -> None:
-        state = load_file(self.path)
-        self.step = int(state["step"])
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[f"weight/{name}"])
-                self.average[name].copy_(state[f"average/{name}"])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": state[f"m/{name}"].to(parameter.device),
-                    "exp_avg_sq": state[f"v/{name}"].to(parameter.device),
-                }
-
-    def save(self) -> None:
-        """Writes the checkpoint; an interrupted write leaves the old one."""
-        state: dict[str, Tensor] = {"step": torch.tensor(self.step)}
-        for name, parameter in self.parameters.items():
-            moments = self.optimizer.state[parameter]
-            state[f"weight/{name}"] = parameter.detach().contiguous()
-            state[f"average/{name}"] = self.average[name].contiguous()
-            state[f"m/{name}"] = moments["exp_avg"].contiguous()
-            state[f"v/{name}"] = moments["exp_avg_sq"].contiguous()
-        partial = self.path.with_suffix(".partial")
-        save_file(state, partial)
-        os.replace(partial, self.path)
-
-    def __iter__(self) -> Iterator[int]:
-        """The steps still to do; saves every 250 and at the end."""
-        bar = tqdm(
-            range(self.step, self.steps),
-            initial=self.step,
-            total=self.steps,
-            desc=self.path.stem,
-            mininterval=5,
-        )
-        for step in bar:
-            yield step
-            self.step = step + 1
-            if self.step % 250 == 0 or self.step == self.steps:
-                self.save()
-
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss`, and the average follows."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.base_rate * self.rate(self.step)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0, foreach=True)
-        self.optimizer.step()
-        decay = min(0.999, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
-
-    def use_average(self) -> None:
-        """Puts the averaged weights into the modules."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.average[name])
+def _reconstruction_loss(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a picture's reconstruction is trained by, and its mean squared error alone."""
+    edges = sum(F.l1_loss(torch.diff(y, dim=dim), torch.diff(x, dim=dim)) for dim in (-1, -2))
+    mse = F.mse_loss(y, x)
+    return 0.5 * F.l1_loss(y, x) + 3 * mse + 0.25 * edges, mse
 
 
 def train_vae(
@@ -193,9 +94,8 @@ def train_vae(
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         y = vae.decode(posterior.mean + posterior.std * noise).sample
-        edges = sum(F.l1_loss(torch.diff(y, dim=dim), torch.diff(x, dim=dim)) for dim in (-1, -2))
-        mse = F.mse_loss(y, x)
-        trainer.update(0.5 * F.l1_loss(y, x) + 3 * mse + 0.25 * edges + 2e-6 * posterior.kl().mean())
+        error, mse = _reconstruction_loss(y, x)
+        trainer.update(error + 2e-6 * posterior.kl().mean())
         if step % 100 == 0:
             psnr = 10 * math.log10(4 / mse.item())
             log.info("vae step %d: %.2f dB, %.0f s", step, psnr, time.monotonic() - started)
@@ -203,6 +103,39 @@ def train_vae(
     means = encoded(vae, pictures[:512], device)
     vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
     return vae.eval()
+
+
+def train_decoder(
+    vae: AutoencoderKL,
+    pictures: np.ndarray,
+    work: Path,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    device: torch.device,
+    bfloat16: bool = False,
+) -> None:
+    """Trains the decoder of a finished autoencoder further, on the latents that its encoder gives: those stay."""
+    vae = vae.to(device)
+    decoding: dict[str, torch.nn.Module] = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    trainer = Trainer(decoding, path=work / "decoder.safetensors", steps=steps, learning_rate=1e-3)
+    if trainer.step < steps:
+        latents = encoded_both_ways(vae, pictures, device)
+    started = time.monotonic()
+    for step in trainer:
+        draw = np.random.default_rng([seed, step])
+        chosen, flip = draw.integers(len(pictures), size=batch), int(draw.random() < 0.5)
+        x = to_tensor(pictures[chosen], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            y = vae.decode(latents[flip][chosen].to(device)).sample
+        error, mse = _reconstruction_loss(y.float(), x.flip(-1) if flip else x)
+        trainer.update(error)
+        if step % 100 == 0:
+            psnr = 10 * math.log10(4 / mse.item())
+            log.info("decoder step %d: %.2f dB, %.0f s", step, psnr, time.monotonic() - started)
+    trainer.use_average()
+    vae.eval()
 
 
 @torch.no_grad()
@@ -215,6 +148,11 @@ def encoded(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> T
         for i in range(0, len(pictures), 64)
     ]
     return torch.cat(parts)
+
+
+def encoded_both_ways(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`encoded` of the pictures and of their mirror images."""
+    return encoded(vae, pictures, device), encoded(vae, np.ascontiguousarray(pictures[:, :, ::-1]), device)
 
 
 def new_pipeline(vae: AutoencoderKL, scenes: list[Scene], work: Path, *, seed: int) -> StableDiffusionPipeline:
@@ -243,24 +181,27 @@ def train_unet(
     batch: int,
     seed: int,
     device: torch.device,
+    learning_rate: float = 1e-3,
     compiled: bool = False,
+    bfloat16: bool = False,
 ) -> None:
     """Trains the pipeline's UNet and text encoder together on latents and captions of the scenes."""
     vae, tokenizer, scheduler = pipeline.vae.to(device), pipeline.tokenizer, pipeline.scheduler
     text_encoder = pipeline.text_encoder.to(device).train()
-    unet = pipeline.unet.to(device, memory_format=torch.channels_last).train()
+    # Both ways measured: in fp32 channels last is the faster one, in bfloat16 the slower.
+    layout = torch.contiguous_format if bfloat16 else torch.channels_last
+    unet = pipeline.unet.to(device, memory_format=layout).train()
     predict = torch.compile(unet) if compiled else unet
     weights = loss_weights(scheduler).to(device)
     scale = vae.config.scaling_factor
-    latents = encoded(vae, pictures, device) * scale
-    mirrored = encoded(vae, np.ascontiguousarray(pictures[:, :, ::-1]), device) * scale
-
     trainer = Trainer(
         {"unet": unet, "text_encoder": text_encoder},
         path=work / "unet.safetensors",
         steps=steps,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
     )
+    if trainer.step < steps:
+        latents, mirrored = (scale * part for part in encoded_both_ways(vae, pictures, device))
     started, losses = time.monotonic(), []
     for step in trainer:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -282,9 +223,10 @@ def train_unet(
         # Stratified timesteps: one from each of `batch` equal parts of the schedule.
         parts = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         timesteps = (parts * scheduler.config.num_train_timesteps).long().to(device)
-        noisy = scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        noise_pred = predict(noisy, timesteps, text_encoder(tokens)[0]).sample
-        errors = F.mse_loss(noise_pred, noise, reduction="none").mean((1, 2, 3))
+        noisy = scheduler.add_noise(x, noise, timesteps).contiguous(memory_format=layout)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), Fp32Attention():
+            noise_pred = predict(noisy, timesteps, text_encoder(tokens)[0]).sample
+        errors = F.mse_loss(noise_pred.float(), noise, reduction="none").mean((1, 2, 3))
         loss = (weights[timesteps] * errors).mean()
         trainer.update(loss)
         losses.append(loss.item())
@@ -331,13 +273,16 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=14000, help="training scenes [14000]")
     parser.add_argument("--vae-steps", type=int, default=1500, help="autoencoder steps [1500]")
     parser.add_argument("--vae-batch", type=int, default=20, help="pictures per autoencoder step [20]")
+    parser.add_argument("--decoder-steps", type=int, default=0, help="decoder steps, with --start-from [0]")
     parser.add_argument("--unet-steps", type=int, default=4500, help="UNet and text encoder steps [4500]")
     parser.add_argument("--unet-batch", type=int, default=32, help="pictures per UNet step [32]")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of UNet and text encoder [1e-3]")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and draws [0]")
     parser.add_argument(
-        "--start-from", type=Path, metavar="DIR", help="a finished pipeline whose UNet and text encoder train on"
+        "--start-from", type=Path, metavar="DIR", help="a finished pipeline, to be trained further; see above"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bfloat16", action="store_true", help="decoder and UNet in bfloat16, see above")
     parser.add_argument("--compile", action="store_true", help="a quarter faster; needs a C++ compiler on CPUs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rendering processes")
     parser.add_argument(
@@ -353,12 +298,24 @@ def main() -> None:
 
     pictures = rendered(work / "pictures.npy", seed=args.seed, count=args.scenes, processes=args.processes)
     scenes = [scene_at(args.seed, index) for index in range(len(pictures))]
-    vae_steps, unet_steps = args.vae_steps, args.unet_steps
+    vae_steps, decoder_steps, unet_steps = args.vae_steps, args.decoder_steps, args.unet_steps
     if args.now:
         unet_steps = int(load_file(work / "unet.safetensors")["step"])
     if args.start_from:
+        if args.now and decoder_steps:
+            decoder_steps = int(load_file(work / "decoder.safetensors")["step"])
         pipeline = StableDiffusionPipeline.from_pretrained(
             args.start_from, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+        train_decoder(
+            pipeline.vae,
+            pictures,
+            work,
+            steps=decoder_steps,
+            batch=args.vae_batch,
+            seed=args.seed,
+            device=device,
+            bfloat16=args.bfloat16,
         )
     else:
         if args.now:
@@ -374,7 +331,9 @@ def main() -> None:
         batch=args.unet_batch,
         seed=args.seed,
         device=device,
+        learning_rate=args.learning_rate,
         compiled=args.compile,
+        bfloat16=args.bfloat16,
     )
     save(pipeline, args.out)
     log.info("wrote %s", args.out)
