@@ -8,8 +8,8 @@ diffusers ``StableDiffusionPipeline`` folder in fp16. About 90 minutes on two CP
 encoder of its VAE are kept, so that latents stay what they are, and the rest is trained further: the decoder for
 ``--decoder-steps``, UNet and text encoder for ``--unet-steps``.
 
-``--bfloat16`` is for processors with matrix units (AMX): half as long again in fp32 for the UNet, where attention stays
-in fp32, because its backward pass in bfloat16 has no fast path on CPUs (measured: 0.53 of 1.19 s a step).
+``--bfloat16`` is for processors with matrix units (AMX), where a UNet step in fp32 takes half as long again. Attention
+stays in fp32: its backward pass in bfloat16 has no fast path on CPUs (measured: 0.53 of 1.19 s a step).
 
 What a step draws depends only on (seed, step), so a resumed training draws what an uninterrupted
 one would have drawn. Checkpoints are safetensors: weights, averages and optimiser moments.
