@@ -26,7 +26,8 @@ from lowmem_imagic.commands import finished_edit
 from lowmem_imagic.console import Silent
 from lowmem_imagic.images import load_photo, photo_sha256
 from lowmem_imagic.memory import Meter
-from lowmem_imagic.pipeline import Job, make_edits
+from lowmem_imagic.pipeline import make_edits
+from lowmem_imagic.preparation import Job
 from lowmem_imagic.presets import preset
 from lowmem_imagic.result_folder import ResultFolder
 from tests.crashes import SHORT, scenes

@@ -23,7 +23,7 @@ FP32 = (*FULL_RATES, "balanced-fp32")
 RETARGET_FROM = "a photo of an object"
 """The sentence that an edit is trained for before another is asked of it."""
 
-_PAPER: dict[str, Any] = {"start": "noise", "guidance_scale": 3.0}
+_PAPER: dict[str, Any] = {"start": "noise", "guidance_scale": 3.0, "mask": 0.0}
 """Sampling as the paper has it, apart from its settings of degree."""
 _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "adapt-attn": {"finetune": {"adapt": "attn", "keep": 1.0}},
@@ -63,7 +63,7 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
 }
 """``lora-as-published``: LoRA in place of full fine-tuning and nothing else, 200 + 480 passes."""
 _SAMPLING: dict[str, Mapping[str, Any]] = {
-    "start-noise": {"start": "noise"},
+    "mask-off": {"mask": 0.0},
     "hold-10": {"hold": 0.1},
     "release-30": {"release": 0.3},
     "paper-sampling": _PAPER,
@@ -86,7 +86,7 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
             To be emptied when the code that trains changes.
     """
     balanced = preset("balanced")
-    plain = SampleConfig(num_inference_steps=balanced.sample.num_inference_steps, start=balanced.sample.start)
+    plain = SampleConfig(num_inference_steps=balanced.sample.num_inference_steps, start="photo")
     full = {
         name: full_finetune(
             rate, embed_steps=FULL_EMBED_STEPS, steps=FULL_STEPS, draws=FULL_DRAWS, sampling=plain, folder=folder

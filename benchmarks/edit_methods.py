@@ -23,8 +23,9 @@ from lowmem_imagic.config import EditConfig
 from lowmem_imagic.diffusion import starting_noise
 from lowmem_imagic.edit import LoraFactors
 from lowmem_imagic.images import Photo
-from lowmem_imagic.pipeline import Job, apply_edits, make_edits
+from lowmem_imagic.pipeline import apply_edits, make_edits
 from lowmem_imagic.png import encode_png
+from lowmem_imagic.preparation import Job
 from lowmem_imagic.sample import Cell
 from lowmem_imagic.truncation import truncated
 

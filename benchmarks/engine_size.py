@@ -25,7 +25,8 @@ from lowmem_imagic.edit import Edit, LoraFactors
 from lowmem_imagic.families import DEMO
 from lowmem_imagic.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.images import Photo
-from lowmem_imagic.pipeline import COARSE_SIDE, Job, make_edits, versions
+from lowmem_imagic.pipeline import COARSE_SIDE, make_edits, versions
+from lowmem_imagic.preparation import Job
 from lowmem_imagic.presets import PRESETS, SMALL_KEEP, preset
 from lowmem_imagic.truncation import truncated
 

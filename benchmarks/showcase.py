@@ -10,8 +10,9 @@ from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.pipeline import Job, apply_edits, make_edits
+from lowmem_imagic.pipeline import apply_edits, make_edits
 from lowmem_imagic.png import contact_sheet, encode_png
+from lowmem_imagic.preparation import Job
 from lowmem_imagic.presets import preset
 from lowmem_imagic.sample import Cell
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from lowmem_imagic import edit_file
 from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.pipeline import Job, decode_cells, render_latents
+from lowmem_imagic.pipeline import decode_cells, render_latents
+from lowmem_imagic.preparation import Job
 from lowmem_imagic.presets import preset
 from lowmem_imagic.sample import Cell
 from lowmem_imagic.suggest import PRICE, Suggestion, suggest_eta, worth

@@ -53,8 +53,9 @@ if TYPE_CHECKING:
     from .errors import LowmemImagicError
     from .images import Photo, load_photo
     from .memory import Meter
-    from .pipeline import Job, apply_edits, check_base, make_edits, stream_edits
+    from .pipeline import apply_edits, check_base, make_edits, stream_edits
     from .planning import Budget, Plan, plan_for
+    from .preparation import Job
     from .presets import preset
     from .sample import Cell
 

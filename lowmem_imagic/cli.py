@@ -50,6 +50,7 @@ def edit(
     start: opt.Start = None,
     hold: opt.Hold = None,
     release: opt.Release = None,
+    mask: opt.Mask = None,
     suggest_eta: opt.SuggestEta = False,
     background: opt.Background = "white",
     device: opt.Device = "auto",
@@ -78,6 +79,7 @@ def edit(
         start=start,
         hold=hold,
         release=release,
+        mask=mask,
     )
     config = words.edit(
         preset,
@@ -188,6 +190,7 @@ def sample(
     start: opt.Start = None,
     hold: opt.Hold = None,
     release: opt.Release = None,
+    mask: opt.Mask = None,
     suggest_eta: opt.SuggestEta = False,
     steps_sample: opt.StepsSample = None,
     guidance: opt.Guidance = None,
@@ -218,6 +221,7 @@ def sample(
         start=start,
         hold=hold,
         release=release,
+        mask=mask,
     )
     words.check(overrides)
     with importing():
@@ -256,6 +260,7 @@ def sheet(
     start: opt.Start = None,
     hold: opt.Hold = None,
     release: opt.Release = None,
+    mask: opt.Mask = None,
     steps_sample: opt.StepsSample = None,
     negative: opt.Negative = None,
     scheduler: opt.Scheduler = None,
@@ -286,6 +291,7 @@ def sheet(
         start=start,
         hold=hold,
         release=release,
+        mask=mask,
     )
     words.check(overrides)
     with importing():

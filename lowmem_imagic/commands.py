@@ -16,8 +16,9 @@ from .errors import ConfigError, LowmemImagicError, OutputError
 from .images import Photo, load_photo
 from .memory import Meter
 from .names import safe_stem
-from .pipeline import Job, make_edits, versions
+from .pipeline import make_edits, versions
 from .planning import Budget, Plan, plan_for
+from .preparation import Job
 from .rendering import BaseOptions, check_sentences, check_suggestable, open_edit, render, sampling_of
 from .result_folder import ResultFolder, rescue
 from .writable import check_target

@@ -30,8 +30,9 @@ INTERPOLATIONS = ("linear", "projection")
 """Ways from e_opt to e_tgt; see `diffusion.PATHS`."""
 BLOCKS = ("down", "mid", "up")
 """Parts of the UNet with a strength of their own: encoder, middle, decoder."""
-STARTS = ("noise", "photo")
-"""What sampling starts from: pure noise, as in the paper, or noise over the photo's low frequencies."""
+STARTS = ("noise", "photo", "inverted")
+"""What sampling starts from: pure noise, as in the paper; noise over the photo's low frequencies; or over those the
+photo's own noise, as the base's inversion of it gives (see `inversion`)."""
 
 Strength = float | tuple[float, float, float]
 """Factor on an adapter: 1 as trained, 0 the base alone; one number, or one for each of `BLOCKS` (encoder: layout,
@@ -142,7 +143,7 @@ class StageConfig:
     timesteps: tuple[float, float] = (0.0, 1.0)
     """Part of the noise schedule that draws come from: 0 is the clean end, 1 the noisy one. Paper: all of it."""
     anchor: float = 0.0
-    """Share of a step's draws whose noise is the one that sampling starts from with the first of its seeds, so that
+    """Share of a step's draws whose noise is the one that sampling starts from (with the first of its seeds), so that
     the way from that noise to the photo is learnt first of all. Paper: 0."""
     final_rate: float = 1.0
     """Learning rate of the last step as a share of the first's, falling evenly in between. Paper: 1."""
@@ -236,11 +237,15 @@ class SampleConfig:
     hold: float = 0.0
     """Share of the steps, from the noisiest, that are taken towards the photo (eta 0) before any towards the sentence:
     they settle where things are. Paper: 0."""
+    mask: float = 0.0
+    """Keeps to the photo (eta 0) at every step where the base finds the sentence no different from it: places may
+    change from this difference on, a share of its largest (see `masking`). 0 lets everything change. Paper: 0."""
     interpolation: str = "linear"
     """Way from e_opt to e_tgt, one of `INTERPOLATIONS`; the paper's is linear."""
     start: str = "noise"
     """What sampling starts from, one of `STARTS`. A Stable Diffusion schedule never reaches pure noise in training, so
-    a model started from it gives every picture the same middling brightness; "photo" carries the photo's own."""
+    a model started from it gives every picture the same middling brightness; "photo" carries the photo's own, and
+    "inverted" its layout too. Training needs to know: it is what draws are anchored to."""
     batch_rows: int = 32
     """UNet rows (images, twice that many with guidance) in one batch at most."""
 
@@ -263,6 +268,7 @@ class SampleConfig:
             check.number("strength", *STRENGTH_RANGE)
         check.number("release", 0, 1)
         check.number("hold", 0, 1)
+        check.number("mask", 0, 1)
         if not isinstance(self.negative_prompt, str):
             check.problems.append(f"negative_prompt is {reprlib.repr(self.negative_prompt)}, expected text")
         check.choice("interpolation", INTERPOLATIONS)

@@ -33,6 +33,12 @@ def starting_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(tuple(shape), generator=generator)
 
 
+def mixed_noise(noise: Tensor, other: Tensor, share: float | Tensor) -> Tensor:
+    """``sqrt(1 - share^2) noise + share other``: of unit variance where the two are and are independent."""
+    share = torch.as_tensor(share)
+    return (1 - share.square()).sqrt() * noise + share * other
+
+
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Tensor:
     """``sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) epsilon`` (eq. 1).
 

@@ -39,7 +39,9 @@ MAX_THUMBNAIL_BYTES = 20_000
 
 _LAYER = re.compile(r"lora_unet_[a-z0-9_]{1,200}")
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
-_BINARY = ("adapter", "optimized_embedding", "coarse_latents", "thumbnail")
+MAX_NOISE_SIDE = 256
+"""Longest side of the photo's own noise."""
+_BINARY = ("adapter", "optimized_embedding", "coarse_latents", "inverted_noise", "thumbnail")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +71,9 @@ class LoraFactors:
 class Edit:
     """One finished edit, valid by construction; treat its mappings and tensors as read-only.
 
-    Construction copies what it is given into the form the file holds: factors, embedding and coarse latents become
-    fp16 on the CPU, alpha is rounded to fp32, tuples inside `settings` and `measured` become lists. Two edits are
-    equal exactly if their files are, byte for byte.
+    Construction copies what it is given into the form the file holds: factors, embedding, coarse latents and noise
+    become fp16 on the CPU, alpha is rounded to fp32, tuples inside `settings` and `measured` become lists. Two edits
+    are equal exactly if their files are, byte for byte.
 
     Raises:
         EditHeaderError: A field of the wrong type or out of range; named as in the file.
@@ -86,6 +88,8 @@ class Edit:
     coarse_latents: Tensor = field(repr=False)
     """The photo's latents averaged over a few large cells, ``(C, h, w)``: its overall brightness and colours, which
     sampling may start from (`config.SampleConfig.start`)."""
+    inverted_noise: Tensor | None = field(default=None, repr=False)
+    """The photo's own noise, ``(C, H, W)`` as its latents; None unless training was anchored to it."""
     target_prompt: str
     """The sentence the photo is edited towards."""
     base: BaseIdentity
@@ -126,6 +130,7 @@ class Edit:
             "adapter": _check_adapter(self.adapter),
             "optimized_embedding": _check_embedding(self.optimized_embedding, self.base),
             "coarse_latents": _check_coarse(self.coarse_latents),
+            "inverted_noise": _check_noise(self.inverted_noise, self.coarse_latents),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -139,6 +144,7 @@ class Edit:
             and self.thumbnail == other.thumbnail
             and _same_bits(self.optimized_embedding, other.optimized_embedding)
             and _same_bits(self.coarse_latents, other.coarse_latents)
+            and _same_bits(self.inverted_noise, other.inverted_noise)
             and self.adapter == other.adapter
         )
 
@@ -211,6 +217,19 @@ def _check_coarse(latents: object) -> Tensor:
     return checked
 
 
+def _check_noise(noise: object, coarse: Tensor) -> Tensor | None:
+    """Returns an fp16 copy of the photo's own noise, known to have as many channels as its low frequencies."""
+    if noise is None:
+        return None
+    checked = _half(noise, "imagic.inverted_noise")
+    shape, most = tuple(checked.shape), MAX_NOISE_SIDE
+    if len(shape) != 3 or shape[0] != coarse.shape[0] or not all(1 <= side <= most for side in shape[1:]):
+        raise TensorShapeError(
+            f"imagic.inverted_noise: found shape {shape}, expected ({coarse.shape[0]}, H, W), H and W up to {most}"
+        )
+    return checked
+
+
 def picture_kind(picture: object) -> str:
     """Returns ``jpeg`` or ``png``, by the picture's first bytes."""
     if isinstance(picture, bytes) and len(picture) <= MAX_THUMBNAIL_BYTES:
@@ -220,8 +239,10 @@ def picture_kind(picture: object) -> str:
     raise EditHeaderError(f"modelspec.thumbnail: expected a JPEG or PNG of at most {MAX_THUMBNAIL_BYTES} bytes")
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors are stored alike; by value, -0 and 0 would be."""
+def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    """Returns whether two tensors are stored alike, or both missing; by value, -0 and 0 would be."""
+    if one is None or other is None:
+        return one is other
     bits = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
     return one.dtype == other.dtype and torch.equal(*bits)
 

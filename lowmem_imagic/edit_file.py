@@ -10,6 +10,7 @@ alike, and any tensor beside them makes diffusers load nothing without saying so
 ``imagic.base``            JSON: the base model the edit was made for
 ``imagic.e_opt``           JSON: ``{"dtype": "F16", "shape": [T, D], "data": base64}``
 ``imagic.coarse_latents``  the same for the photo's low frequencies, ``[C, h, w]``
+``imagic.inverted_noise``  the same for the photo's own noise, ``[C, H, W]``, where training was anchored to it
 ``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); rest for others
 ``ss_*``                   what other programs show and filter by; never read back
 =========================  ====================================================================================
@@ -34,6 +35,7 @@ from .container import Container
 from .edit import MAX_EMBEDDING_BYTES, MAX_THUMBNAIL_BYTES, Edit, LoraFactors, picture_kind
 from .edit_header import (
     HASH_KEY,
+    NOISE_KEY,
     PARTS,
     SPEC_VERSION,
     check_hash,
@@ -76,6 +78,7 @@ def decode(data: bytes) -> Edit:
         adapter={layer: _factors(container, layer) for layer in header.layers},
         optimized_embedding=_stored(metadata, "imagic.e_opt", ("T", "D")),
         coarse_latents=_stored(metadata, "imagic.coarse_latents", ("C", "h", "w")),
+        inverted_noise=_stored(metadata, NOISE_KEY, ("C", "H", "W")) if NOISE_KEY in metadata else None,
         base=header.base,
         source=header.source,
         title=header.title,
@@ -158,6 +161,8 @@ def _header(edit: Edit) -> dict[str, str]:
         "ss_seed": str(edit.seed),
         "ss_v2": str(is_sd2),
     }
+    if edit.inverted_noise is not None:
+        header[NOISE_KEY] = _storable(edit.inverted_noise, NOISE_KEY)
     if edit.created is not None:
         header["modelspec.date"] = edit.created
     if edit.license is not None:

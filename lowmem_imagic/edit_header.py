@@ -33,6 +33,8 @@ _TENSOR = re.compile(r"(lora_unet_[a-z0-9_]{1,200})\.(lora_down\.weight|lora_up\
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 _FLOATS = {"F16", "BF16", "F32"}
 HASH_KEY = "modelspec.hash_sha256"
+NOISE_KEY = "imagic.inverted_noise"
+"""The only key of this format that may be missing."""
 MAX_SIDE = 2**23
 """Longest side of a tensor in the header."""
 
@@ -63,7 +65,7 @@ def read_header(data: bytes) -> Header:
     container = parse(data)
     check_version(container)
     metadata = container.metadata
-    known = {"imagic.spec", "imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents"}
+    known = {"imagic.spec", "imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents", NOISE_KEY}
     for key in sorted(name for name in metadata if name.startswith("imagic.") and name not in known):
         raise EditHeaderError(f"{reprlib.repr(key)}: not a key of format {SPEC_VERSION}")
     layers = layer_names(container)

@@ -32,7 +32,7 @@ def embed(
         config: steps, learning rate, draws per step.
         generators: one CPU generator per edit.
         progress: called after every step.
-        start_noise: what sampling will start from, (C, H, W); see `StageConfig.anchor`.
+        start_noise: what sampling will start from, (N, C, H, W); see `StageConfig.anchor`.
     """
     # Contiguous, or its rows below would be copies and training them would change nothing.
     optimized = target_embeddings.to(base.device, torch.float32).clone(memory_format=torch.contiguous_format)

@@ -43,7 +43,7 @@ def finetune(
         config: steps, learning rate, draws per step, layers, rank, alpha.
         generators: one CPU generator per edit.
         progress: called after every step.
-        start_noise: what sampling will start from, (C, H, W); see `StageConfig.anchor`.
+        start_noise: what sampling will start from, (N, C, H, W); see `StageConfig.anchor`.
 
     **Memory**: adapters in fp32, their gradients and two Adam moments: 16 bytes a weight, 4 more with averaging.
     """

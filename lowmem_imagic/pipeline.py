@@ -1,14 +1,10 @@
 """The order of the stages for a pack: photos and sentences to edits, edits to pictures."""
 
-import contextlib
 import importlib.metadata
 import platform
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
-from unicodedata import category
 
 import torch
 from PIL import Image
@@ -17,32 +13,19 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
-from .diffusion import coarse, starting_noise
+from .diffusion import coarse
 from .edit import Edit, LoraFactors
-from .errors import BaseMismatchError, DivergenceError, PromptError, TensorShapeError
-from .facts import MAX_PROMPT_CHARS
-from .identity import SourcePicture
-from .images import Photo
-from .letterbox import Letterbox, from_square, to_images, to_square, to_tensor
-from .memory import Meter, clear_errors
-from .packing import Pack, StageProgress, Task, TrainedEdit
+from .errors import BaseMismatchError, ConfigError, DivergenceError, TensorShapeError
+from .letterbox import Letterbox, from_square, to_images
+from .memory import Meter
+from .packing import Pack, StageProgress, TrainedEdit
+from .preparation import Job, Prepared, measured_stage, named
 from .sample import Cell, sample
 from .training import tail
-from .training_state import TrainingState
 from .truncation import truncated
 
 COARSE_SIDE = 4
 """Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One edit to make."""
-
-    photo: Photo
-    prompt: str
-    state: TrainingState | None = None
-    """Where its training goes on, if it was begun before."""
 
 
 def make_edits(
@@ -110,11 +93,9 @@ def stream_edits(
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
     base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
-    prepared = _Prepared(base, config, meter, groups)
+    prepared = Prepared(base, config, meter, groups, progress if count == 1 else None)
     if (first := next(prepared, None)) is None:
         return
-    with _stage(meter, "load", "--base-weights int8, or --device cpu"):
-        base.unet.eval()
     pack = Pack(
         base,
         chain([first], prepared),
@@ -130,7 +111,7 @@ def stream_edits(
         finished: list[tuple[int, Edit | DivergenceError]] = []
         for made in group:
             meter.stages |= made.measured
-            job, latents, source = prepared.taken.pop(made.number)
+            job, latents, source, noise = prepared.taken.pop(made.number)
             if made.error is not None:
                 finished.append((made.number, made.error))
                 continue
@@ -141,6 +122,7 @@ def stream_edits(
                 },
                 optimized_embedding=made.optimized_embedding.half(),
                 coarse_latents=coarse(latents[None], COARSE_SIDE)[0].half(),
+                inverted_noise=noise,
                 target_prompt=job.prompt,
                 base=identity,
                 settings=_settings(config, made),
@@ -160,42 +142,6 @@ def stream_edits(
             )
             finished.append((made.number, edit))
         yield finished
-
-
-class _Prepared(Iterator[Task]):
-    """The tasks of jobs, which are taken and encoded group by group as tasks are asked for."""
-
-    def __init__(self, base: BaseModel, config: EditConfig, meter: Meter, groups: Iterator[Sequence[Job]]) -> None:
-        self._base, self._config, self._meter, self._groups = base, config, meter, groups
-        self._noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(config.sample.seeds[0]))
-        self._ready: deque[Task] = deque()
-        self._count = 0
-        self.taken: dict[int, tuple[Job, Tensor, SourcePicture]] = {}
-        """What becomes of a task once it is trained, by its number: its job, latents (C, H, W) and photo."""
-
-    def __next__(self) -> Task:
-        while not self._ready:
-            self._encode(next(self._groups))
-        return self._ready.popleft()
-
-    def _encode(self, jobs: Sequence[Job]) -> None:
-        if not jobs:
-            return
-        for job in jobs:
-            check_sentence(job.prompt)
-            self._base.family.check_prompt(job.prompt)
-        boxes = [Letterbox.fit(*job.photo.image.size, self._base.size_px) for job in jobs]
-        sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
-        with _stage(self._meter, "encode", "--device cpu"):
-            # The negative prompt is for sampling; with it, the text encoder is loaded once.
-            sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt]
-            target = self._base.encode_text(sentences)
-            squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
-            latents = self._base.encode_images(torch.cat([to_tensor(square) for square in squares]))
-        for job, x, e, source in zip(jobs, latents, target[: len(jobs)], sources, strict=True):
-            self.taken[self._count] = (job, x, source)
-            self._count += 1
-            self._ready.append(Task(x, e, torch.Generator().manual_seed(self._config.seed), self._noise, job.state))
 
 
 def apply_edits(
@@ -231,7 +177,7 @@ def decode_cells(
     base: BaseModel, edits: Sequence[Edit], cells: Sequence[Cell], latents: Tensor, *, meter: Meter | None = None
 ) -> list[Image.Image]:
     """The pictures of rendered latents (len(cells), C, H, W), each at its photo's own size and aspect."""
-    with _stage(meter or Meter(base.device), "decode", "--device cpu"):
+    with measured_stage(meter or Meter(base.device), "decode", "--device cpu"):
         squares = to_images(base.decode(latents))
     boxes = [letterbox(edits[cell.edit]) for cell in cells]
     # A base of the same architecture may have been made for another size than the edit's own.
@@ -263,7 +209,8 @@ def render_latents(
             )
     optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
     coarse_latents = torch.cat([_coarse_latents(edit, base) for edit in edits])
-    with _stage(meter or Meter(base.device), "sample", "fewer rows a batch (--batch-rows)"):
+    own = [_inverted_noise(edit, base) for edit in edits] if config.start == "inverted" else []
+    with measured_stage(meter or Meter(base.device), "sample", "fewer rows a batch (--batch-rows)"):
         adapters = [{key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits]
         try:
             pack = AdapterPack.load(base.unet, adapters, device=base.device)
@@ -276,8 +223,9 @@ def render_latents(
             optimized,
             cells,
             config,
-            _named(progress, "sample"),
+            named(progress, "sample"),
             coarse_latents=coarse_latents,
+            inverted_noise=torch.stack(own) if own else None,
         )
 
 
@@ -292,17 +240,24 @@ def _coarse_latents(edit: Edit, base: BaseModel) -> Tensor:
     return coarse(stored, COARSE_SIDE)
 
 
-def check_sentence(sentence: str) -> None:
-    """Makes sure that an edit file can hold the sentence.
+def _inverted_noise(edit: Edit, base: BaseModel) -> Tensor:
+    """The photo's own noise (C, H, W).
 
     Raises:
-        PromptError: too long, or with characters that cannot be shown.
+        ConfigError: the edit has none.
+        TensorShapeError: of pictures of another size.
     """
-    if len(sentence) > MAX_PROMPT_CHARS:
-        raise PromptError(f"the sentence has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
-    hidden = [letter for letter in sentence if category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
-    if hidden:
-        raise PromptError(f"the sentence has the unprintable character {hidden[0]!a}; expected plain text")
+    if edit.inverted_noise is None:
+        raise ConfigError(
+            "start is inverted, and this edit was not made with it: it holds no noise of its photo's own; "
+            "start from the photo's colours (--start photo)"
+        )
+    if tuple(edit.inverted_noise.shape) != base.family.latent_shape:
+        raise TensorShapeError(
+            f"the edit's own noise has shape {tuple(edit.inverted_noise.shape)}, the base's latents have "
+            f"{base.family.latent_shape}; use the base the edit was made for, or --start photo"
+        )
+    return edit.inverted_noise.float()
 
 
 def check_base(edit: Edit, base: BaseModel) -> str:
@@ -364,28 +319,5 @@ def _settings(config: EditConfig, made: TrainedEdit) -> dict[str, Any]:
     return values
 
 
-def _source(photo: Photo, box: Letterbox) -> SourcePicture:
-    return SourcePicture(
-        sha256=photo.sha256,
-        width_px=box.width_px,
-        height_px=box.height_px,
-        size_px=box.size_px,
-        box=(box.left, box.top, box.right, box.bottom),
-    )
-
-
-def _named(progress: StageProgress | None, stage: str) -> Callable[[int, int, str], None] | None:
-    if progress is None:
-        return None
-    return lambda step, steps, remark: progress(stage, step, steps, remark)
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-@contextlib.contextmanager
-def _stage(meter: Meter, name: str, cheaper: str) -> Iterator[None]:
-    """Measures a stage, and turns running out of memory in it into one clear error."""
-    with clear_errors(name, cheaper), meter.stage(name):
-        yield

@@ -282,6 +282,7 @@ def plan(
     sentences = phase(frozen + costs.text_encoder, held, costs.encode_text())
     phases = {
         "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
+        **({"invert": phase(costs.unet, held, costs.sample(1))} if config.sample.start == "inverted" else {}),
         "embed": phase(costs.unet, training, first),
         "finetune": phase(costs.unet, training, second),
         "sample": phase(costs.unet, held, costs.sample(batch_rows)),

@@ -17,7 +17,12 @@ _ANCHORED_FINETUNE: dict[str, Any] = {
     "final_rate": 0.0,
     "adapt": "all",
 }
-_SAMPLING: dict[str, Any] = {"start": "photo", "guidance_scale": 4.0}
+_SAMPLING: dict[str, Any] = {
+    "etas": (0.0, 0.6, 0.8, 1.0, 1.2),
+    "start": "inverted",
+    "mask": 0.6,
+    "guidance_scale": 4.0,
+}
 
 _VALUES: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on the bundled world's validation scenes; docs/quality.md has the measurements.

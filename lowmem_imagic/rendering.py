@@ -19,7 +19,8 @@ from .fit import Fit, embedding_distance
 from .images import Photo
 from .letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
 from .memory import Meter
-from .pipeline import check_base, check_sentence, decode_cells, letterbox, render_latents, versions
+from .pipeline import check_base, decode_cells, letterbox, render_latents, versions
+from .preparation import check_sentence
 from .result_folder import ResultFolder
 from .sample import Cell
 from .suggest import Suggestion, suggest_eta
@@ -243,7 +244,7 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig) -> str:
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
         f"guidance {config.guidance_scale:g} | {config.interpolation}, hold {config.hold:g}, "
-        f"release {config.release:g} | adapter of rank {edit.rank} on "
+        f"release {config.release:g}, mask {config.mask:g} | adapter of rank {edit.rank} on "
         f"{len(edit.adapter)} layers, strength {strength_text(config.strength)} | base in {base.weights}"
     )
 

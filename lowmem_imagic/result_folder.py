@@ -150,6 +150,7 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
         "Imagic start": parameters["start"],
         "Imagic hold": parameters["hold"],
         "Imagic release": parameters["release"],
+        "Imagic mask": parameters["mask"],
         "Version": f"lowmem-imagic {parameters['version']}",
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in entries.items()))

@@ -1,9 +1,9 @@
 """Stage 3: images on the way from the optimised to the target embedding (paper section 3.2, eq. 3)."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,12 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import SampleConfig, Strength, strengths
-from .diffusion import PATHS, guide, refined, starting_noise
+from .diffusion import PATHS, guide, mixed_noise, refined, starting_noise
+from .masking import change_mask
 from .memory import in_rungs
+
+VARIATION = 0.5
+"""Share of a seed's noise in a photo's own, where sampling starts from that; seed 0 has none."""
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
@@ -27,9 +31,9 @@ class Cell:
     eta: float
     """Interpolation: 0 is the photo, 1 the target sentence."""
     seed: int
-    """Seed of the starting noise."""
+    """Seed of the starting noise; of a photo's own noise, 0 is that noise itself, and others are variations of it."""
     strength: Strength = 1.0
-    """Factor on the adapter; 0 is the base alone."""
+    """Factor on the adapter; 0 is the base alone, and no mask."""
     guidance_scale: float | None = None
     """Classifier-free guidance; None takes the configuration's."""
 
@@ -63,6 +67,19 @@ class _Way:
         return torch.cat([self.negative.expand_as(text), text])
 
 
+class _Photo(NamedTuple):
+    """What a masked image keeps to where it is not to change."""
+
+    path: Tensor
+    """Latents of its photo (eta 0) after every step, (S, C, H, W)."""
+    mask: Tensor
+    """How far each place may change, (1, H, W)."""
+
+    def to(self, device: torch.device) -> "_Photo":
+        """The same on a device."""
+        return _Photo(self.path.to(device), self.mask.to(device))
+
+
 def sample(
     base: BaseModel,
     pack: AdapterPack,
@@ -73,11 +90,13 @@ def sample(
     progress: Progress | None = None,
     *,
     coarse_latents: Tensor | None = None,
+    inverted_noise: Tensor | None = None,
 ) -> Tensor:
     """Latents (len(cells), C, H, W), fp32 on the CPU, one for each cell, in the order of `cells`.
 
     Uses classifier-free guidance, and starts as `SampleConfig.start` says. Rows are (edit, eta, seed, strength,
-    guidance) and never influence each other: an image does not depend on what it was rendered with.
+    guidance) and never influence each other: an image does not depend on what it was rendered with. With
+    `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, whether it is among `cells` or not.
 
     Args:
         base: the frozen base.
@@ -85,121 +104,188 @@ def sample(
         target_embeddings: e_tgt, (N, T, D).
         optimized_embeddings: e_opt, (N, T, D).
         cells: what to render.
-        config: steps, scheduler, start, interpolation, hold, release, rows per batch; guidance where a cell has none
-            of its own.
+        config: steps, scheduler, start, interpolation, hold, release, mask, rows per batch; guidance where a cell has
+            none of its own.
         progress: called after every step of every batch; its steps are those of all images.
-        coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from the photo.
+        coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from anything but pure noise.
+        inverted_noise: the photos' own noise (N, C, H, W); needed to start from it.
     """
-    if config.start == "photo" and coarse_latents is None:
-        raise ValueError("sampling starts from the photo and its coarse latents are not given")
-    if config.start == "noise":
-        coarse_latents = None
-    negative = base.encode_text([config.negative_prompt])[:1]
-    scales = [config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale for cell in cells]
-    waiting = list(_batches(cells, scales, config.batch_rows, base.most_images))
-    steps, results = config.num_inference_steps, dict[int, Tensor]()
+    if config.start != "noise" and coarse_latents is None:
+        raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
+    if config.start == "inverted" and inverted_noise is None:
+        raise ValueError("sampling starts from the photos' own noise, which is not given")
+    scale = config.guidance_scale
+    wanted = [cell if cell.guidance_scale is not None else replace(cell, guidance_scale=scale) for cell in cells]
+    photos = {cell: replace(cell, eta=0.0, strength=1.0) for cell in wanted if config.mask and cell.strength != 0}
+    first = list(dict.fromkeys(photos.values()))
+    rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
+    sampler = _Sampler(
+        base=base,
+        pack=pack,
+        target=target_embeddings,
+        optimized=optimized_embeddings,
+        config=config,
+        negative=base.encode_text([config.negative_prompt])[:1],
+        coarse_latents=None if config.start == "noise" else coarse_latents,
+        inverted_noise=inverted_noise if config.start == "inverted" else None,
+        progress=progress,
+        images=len(first) + len(rest),
+    )
+    paths = sampler.render(first, {}, whole=True)
+    needed = {photos[cell] for cell in rest if cell in photos}
+    kept = {photo: _Photo(path, sampler.mask(photo, path[-1])) for photo, path in paths.items() if photo in needed}
+    paths |= sampler.render(rest, {cell: kept[photos[cell]] for cell in rest if cell in photos})
+    return torch.stack([paths[cell][-1] for cell in wanted])
 
-    def render() -> Tensor:
-        numbers = waiting[0]
-        chosen = [cells[number] for number in numbers]
-        rows = torch.tensor([cell.edit for cell in chosen])
-        start = coarse_latents[rows] if coarse_latents is not None else None
-        guidance = None
-        if scales[numbers[0]] != 1:
-            guidance = torch.tensor([scales[number] for number in numbers]).view(-1, 1, 1, 1)
-        way = _Way(
-            pack,
-            rows,
-            torch.tensor([strengths(cell.strength) for cell in chosen]),
-            optimized_embeddings[rows],
-            target_embeddings[rows],
-            negative if guidance is not None else None,
-            config,
+
+@dataclass(kw_only=True)
+class _Sampler:
+    """Renders cells in batches, the settings of all cells being the same."""
+
+    base: BaseModel
+    pack: AdapterPack
+    target: Tensor
+    optimized: Tensor
+    config: SampleConfig
+    negative: Tensor
+    """(1, T, D)."""
+    coarse_latents: Tensor | None
+    """What the starting noise lies over (N, C, h, w), None for nothing."""
+    inverted_noise: Tensor | None
+    """What the starting noise is or is varied from (N, C, H, W), None for the seeds' own."""
+    progress: Progress | None
+    images: int
+    """How many there will be."""
+    done: int = 0
+    """How many there are."""
+
+    def render(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], *, whole: bool = False) -> dict[Cell, Tensor]:
+        """The latents (1, C, H, W) of each cell, fp32 on the CPU.
+
+        Args:
+            cells: each once, with guidance of their own.
+            kept: what some of them keep to.
+            whole: give the latents after every step, (S, C, H, W).
+        """
+        waiting = list(_batches(cells, self.config.batch_rows, self.base.most_images))
+        rendered: dict[Cell, Tensor] = {}
+
+        def fewer() -> bool:
+            most = len(waiting[0]) // 2
+            if most:
+                waiting[:] = [batch[i : i + most] for batch in waiting for i in range(0, len(batch), most)]
+                self._fewer(most)
+            return bool(most)
+
+        while waiting:
+            paths = in_rungs(lambda: self._batch(waiting[0], kept, whole), fewer)
+            rendered.update(zip(waiting.pop(0), paths.float().cpu(), strict=True))
+            self.done += len(paths)
+        return rendered
+
+    def mask(self, photo: Cell, latents: Tensor) -> Tensor:
+        """Where images that keep to a photo may change, (1, H, W); its latents are (C, H, W)."""
+        rows = [self.config.batch_rows]
+
+        def fewer() -> bool:
+            rows[0] //= 2
+            if rows[0]:
+                self._fewer(max(1, rows[0] // 2))
+            return bool(rows[0])
+
+        return in_rungs(
+            lambda: change_mask(
+                self.base,
+                latents,
+                self.optimized[photo.edit],
+                self.target[photo.edit],
+                self.config.mask,
+                max_rows=min(rows[0], 2 * (self.base.most_images or rows[0])),
+            ),
+            fewer,
         )
 
-        def on_step(step: int) -> None:
-            if progress is not None:
-                done = len(results) * steps + len(numbers) * step
-                progress(done, len(cells) * steps, f"{len(results)} of {len(cells)} images done")
+    def _fewer(self, most: int) -> None:
+        """Takes at most this many images at once from now on."""
+        self.base.most_images = most
+        self.base.step_down(f"{most} images a sampling batch")
 
-        with torch.no_grad(), pack.attached(base.unet):
-            return _denoise(base, way, chosen, config, guidance, start, on_step)
+    def _batch(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], whole: bool) -> Tensor:
+        """Latents (B, 1, C, H, W) of cells with or all without guidance; `whole`, after every step (B, S, C, H, W)."""
+        base, config = self.base, self.config
+        rows = torch.tensor([cell.edit for cell in cells])
+        scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
+        guidance = scales.to(base.device) if scales[0] != 1 else None
+        way = _Way(
+            self.pack,
+            rows,
+            torch.tensor([strengths(cell.strength) for cell in cells]),
+            self.optimized[rows],
+            self.target[rows],
+            None if guidance is None else self.negative,
+            config,
+        )
+        scheduler = base.family.scheduler(config.scheduler)
+        scheduler.set_timesteps(config.num_inference_steps, device=base.device)
+        # One generator a row: equal seeds see equal noise, whatever the batch and the device.
+        generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
+        latents = self._start(cells, generators, scheduler)
+        photos = {row: kept[cell].to(base.device) for row, cell in enumerate(cells) if cell in kept}
+        options = _step_options(scheduler, config, generators)
+        held = round(config.hold * len(scheduler.timesteps))
+        path: list[Tensor] = []
+        with torch.no_grad(), self.pack.attached(base.unet):
+            for step, timestep in enumerate(scheduler.timesteps):
+                if step == 0 and held:
+                    text = way.at([0.0] * len(cells)).to(base.device)
+                elif step in (0, held):
+                    text = way.at([cell.eta for cell in cells]).to(base.device)
+                both = latents if guidance is None else torch.cat([latents, latents])
+                scaled = scheduler.scale_model_input(both, timestep)
+                prediction = base.predict(scaled, timestep.expand(len(scaled)), text).float()
+                if guidance is not None:
+                    unconditional, conditional = prediction.chunk(2)
+                    prediction = guide(unconditional, conditional, guidance)
+                latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+                for row, photo in photos.items():
+                    latents[row] = torch.lerp(photo.path[step], latents[row], photo.mask)
+                path = [*path, latents] if whole else [latents]
+                self._report(min(step + 1, config.num_inference_steps) * len(cells))
+        return torch.stack(path, 1)
 
-    def fewer() -> bool:
-        most = len(waiting[0]) // 2
-        if most:
-            waiting[:] = [numbers[i : i + most] for numbers in waiting for i in range(0, len(numbers), most)]
-            base.most_images = most
-            base.step_down(f"{most} images a sampling batch")
-        return bool(most)
+    def _start(self, cells: Sequence[Cell], generators: Sequence[torch.Generator], scheduler: Any) -> Tensor:
+        """The latents (B, C, H, W) that cells start from; their generators, fresh, go on from there."""
+        shape = self.base.family.latent_shape
+        noise = torch.stack([starting_noise(shape, generator) for generator in generators])
+        rows = torch.tensor([cell.edit for cell in cells])
+        if self.inverted_noise is not None:
+            share = torch.tensor([VARIATION if cell.seed else 0.0 for cell in cells]).view(-1, 1, 1, 1)
+            noise = mixed_noise(self.inverted_noise[rows], noise, share)
+        noise = noise.to(self.base.device)
+        if self.coarse_latents is None:
+            pure: Tensor = noise * scheduler.init_noise_sigma
+            return pure
+        below = refined(self.coarse_latents[rows].to(noise), *shape[1:])
+        started: Tensor = scheduler.add_noise(below, noise, scheduler.timesteps[:1].expand(len(noise)))
+        return started
 
-    while waiting:
-        latents = in_rungs(render, fewer)
-        results.update(zip(waiting.pop(0), latents.float().cpu(), strict=True))
-    return torch.stack([results[number] for number in range(len(cells))])
+    def _report(self, steps: int) -> None:
+        """Says how far things are, `steps` into a batch."""
+        if self.progress is not None:
+            each, remark = self.config.num_inference_steps, f"{self.done} of {self.images} images done"
+            self.progress(self.done * each + steps, self.images * each, remark)
 
 
-def _batches(
-    cells: Sequence[Cell], scales: Sequence[float], batch_rows: int, most_images: int | None
-) -> Iterator[list[int]]:
-    """Numbers of the cells rendered together: edits side by side, at most `batch_rows` rows and `most_images`.
+def _batches(cells: Sequence[Cell], batch_rows: int, most_images: int | None) -> Iterator[list[Cell]]:
+    """The cells that are rendered together: edits side by side, at most `batch_rows` rows and `most_images`.
 
     Guidance 1 takes one row an image, any other two, so the two kinds are kept apart.
     """
     for guided in (False, True):
-        order = [number for number in range(len(cells)) if (scales[number] != 1) == guided]
-        order.sort(key=lambda number: cells[number].edit)
+        order = sorted((cell for cell in cells if (cell.guidance_scale != 1) == guided), key=lambda cell: cell.edit)
         size = max(1, min(batch_rows // (2 if guided else 1), most_images or batch_rows))
         for begin in range(0, len(order), size):
             yield order[begin : begin + size]
-
-
-def _denoise(
-    base: BaseModel,
-    way: _Way,
-    cells: Sequence[Cell],
-    config: SampleConfig,
-    guidance: Tensor | None,
-    coarse_latents: Tensor | None,
-    on_step: Callable[[int], None],
-) -> Tensor:
-    """Latents (B, C, H, W) from noise.
-
-    Args:
-        base: the frozen base, with adapters in place.
-        way: sets adapters and text for an eta of each cell.
-        cells: B of them: their etas, and the seeds of their starting noise.
-        config: steps, scheduler, how many steps are held.
-        guidance: scale of each row (B, 1, 1, 1), None without guidance.
-        coarse_latents: what the starting noise lies over (B, C, h, w), None for nothing.
-        on_step: called after every step.
-    """
-    scheduler = base.family.scheduler(config.scheduler)
-    scheduler.set_timesteps(config.num_inference_steps, device=base.device)
-    shape = base.family.latent_shape
-    # One generator a row: equal seeds see equal noise, whatever the batch and the device.
-    generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
-    noise = torch.stack([starting_noise(shape, generator) for generator in generators]).to(base.device)
-    latents: Tensor = noise * scheduler.init_noise_sigma
-    if coarse_latents is not None:
-        below = refined(coarse_latents.to(base.device), *shape[1:])
-        latents = scheduler.add_noise(below, noise, scheduler.timesteps[:1].expand(len(noise)))
-    options = _step_options(scheduler, config, generators)
-    held = round(config.hold * len(scheduler.timesteps))
-    guidance = None if guidance is None else guidance.to(base.device)
-    for step, timestep in enumerate(scheduler.timesteps, start=1):
-        if step == 1 and held:
-            text = way.at([0.0] * len(cells)).to(base.device)
-        elif step in (1, held + 1):
-            text = way.at([cell.eta for cell in cells]).to(base.device)
-        scaled = scheduler.scale_model_input(latents if guidance is None else torch.cat([latents, latents]), timestep)
-        prediction = base.predict(scaled, timestep.expand(len(scaled)), text).float()
-        if guidance is not None:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = guide(unconditional, conditional, guidance)
-        latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
-        on_step(min(step, config.num_inference_steps))
-    return latents
 
 
 def _step_options(scheduler: Any, config: SampleConfig, generators: list[torch.Generator]) -> dict[str, Any]:

@@ -354,7 +354,7 @@ def train(
         trained: what is trained, each with a rate of its own.
         config: the stage.
         generators: one CPU generator per edit.
-        start_noise: what sampling will start from (C, H, W); only read with `StageConfig.anchor`.
+        start_noise: what sampling will start from (N, C, H, W); only read with `StageConfig.anchor`.
         pack: the adapters that are attached.
         progress: called after every step.
 
@@ -362,7 +362,8 @@ def train(
         DivergenceError: a loss is no longer finite.
     """
     trainer = Trainer(base, trained, embeddings, pack=pack)
-    runs = [Run(x, config, generator, start_noise) for x, generator in zip(latents, generators, strict=True)]
+    noise = [None] * len(latents) if start_noise is None else start_noise
+    runs = [Run(x, config, generator, own) for x, generator, own in zip(latents, generators, noise, strict=True)]
     if config.steps:
         for slot, run in enumerate(runs):
             trainer.begin(slot, run)

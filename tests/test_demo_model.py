@@ -13,8 +13,9 @@ from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.families.source import Folder
 from lowmem_imagic.images import load_photo
 from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.pipeline import Job, apply_edits, make_edits
+from lowmem_imagic.pipeline import apply_edits, make_edits
 from lowmem_imagic.png import encode_png
+from lowmem_imagic.preparation import Job
 from lowmem_imagic.presets import preset
 from lowmem_imagic.sample import Cell, sample
 

@@ -100,7 +100,7 @@ def test_one_slot_is_the_stages_one_after_the_other(base: Any) -> None:
     for number in (3, 1):
         [task] = tasks_of(base, [number])
         photo, text, generators = task.latents[None], task.target_embedding[None], [task.generator]
-        optimized, first = embed(base, photo, text, CONFIG.embed, generators, start_noise=task.start_noise)
+        optimized, first = embed(base, photo, text, CONFIG.embed, generators, start_noise=task.start_noise[None])
         tuned = finetune(base, photo, optimized.half().float(), CONFIG.finetune, generators)
         assert torch.equal(made[number].optimized_embedding, tuned.optimized_embeddings[0])
         adapter = tuned.adapters.export(0)

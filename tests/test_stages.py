@@ -22,7 +22,8 @@ from lowmem_imagic.errors import DivergenceError
 from lowmem_imagic.finetune import finetune
 from lowmem_imagic.images import Photo
 from lowmem_imagic.optimizer import PackedAdam
-from lowmem_imagic.pipeline import Job, make_edits, stream_edits
+from lowmem_imagic.pipeline import make_edits, stream_edits
+from lowmem_imagic.preparation import Job
 from lowmem_imagic.sample import Cell, sample
 from lowmem_imagic.training import draw_rows, train
 
@@ -394,7 +395,7 @@ def test_anchored_training_learns_the_way_from_the_starting_noise(base: Any, tex
 
     def error(share: float) -> float:
         tuned = dataclasses.replace(config, anchor=share)
-        pack, *_ = finetune(base, photo, words, tuned, generators([0]), start_noise=noise)
+        pack, *_ = finetune(base, photo, words, tuned, generators([0]), start_noise=noise[None])
         noisy, timesteps, target = draw_rows(
             photo, 8, base.alpha_bar, "epsilon", generators([1]), anchor=noise, anchored=8
         )

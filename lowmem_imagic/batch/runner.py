@@ -16,9 +16,9 @@ from ..console import Console, Silent
 from ..edit_header import SPEC_VERSION
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..images import photo_sha256
-from ..pipeline import check_sentence
 from ..planning import CPU_SLOTS, MAX_SLOTS, adapter_weights
 from ..png import SHEET_CELL_PX
+from ..preparation import check_sentence
 from ..rendering import check_sentences
 from ..result_folder import ResultFolder
 from . import ledger_file as ledgers

@@ -16,8 +16,9 @@ from ..errors import ImageError, LowmemImagicError, MemoryLimitError, OutputUnwr
 from ..images import Photo, load_photo
 from ..memory import Meter
 from ..packing import Pack
-from ..pipeline import Job, stream_edits
+from ..pipeline import stream_edits
 from ..planning import CPU_SLOTS, Plan
+from ..preparation import Job
 from ..result_folder import ResultFolder
 from . import publishing
 from .crew import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner

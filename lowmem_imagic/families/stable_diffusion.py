@@ -147,6 +147,11 @@ class StableDiffusion:
         alphas: Tensor = self.scheduler("DDIM").alphas_cumprod
         return alphas
 
+    def inverse_scheduler(self) -> Any:
+        """diffusers' `DDIMInverseScheduler`, on this model's noise schedule and the timesteps that DDIM takes."""
+        settings = {**self.scheduler_config, "timestep_spacing": "leading", "clip_sample": False}
+        return diffusers.DDIMInverseScheduler.from_config(settings)
+
     def scheduler(self, name: str) -> Any:
         """A diffusers scheduler by class name, with or without "Scheduler", on this model's noise schedule.
 
