@@ -80,8 +80,8 @@ class Prepared(Iterator[Task]):
         boxes = [Letterbox.fit(*job.photo.image.size, self._base.size_px) for job in jobs]
         sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
         with measured_stage(self._meter, "encode", "--device cpu"):
-            # The negative prompt is for sampling; with it, the text encoder is loaded once.
-            sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt]
+            # The negative prompt is for sampling and the empty one for inversion: the text encoder is loaded once.
+            sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt, ""]
             target = self._base.encode_text(sentences)
             squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
             latents = self._base.encode_images(torch.cat([to_tensor(square) for square in squares]))

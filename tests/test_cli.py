@@ -87,7 +87,7 @@ def test_edit_writes_everything_it_promises(run, photo):
     assert edit.target_prompt == SENTENCE and edit.etas == (0.0, 0.5, 1.0)
     assert _picture("made/eta_0.50.png").size == (40, 30)
     report = json.loads(Path("made/report.json").read_text())
-    assert set(report["stages"]) == {"encode", "load", "embed", "finetune", "sample", "decode"}
+    assert set(report["stages"]) == {"encode", "load", "invert", "embed", "finetune", "sample", "decode"}
     assert all(stage["seconds"] >= 0 for stage in report["stages"].values())
     assert edit_path.name in result.stdout
     # Two steps on a random model cannot give the photo back.
@@ -181,6 +181,7 @@ def test_sample_takes_every_knob(run, finished):
         "start": ("--start", "noise"),
         "hold": ("--hold", "0.5"),
         "release": ("--release", "0.6"),
+        "mask": ("--mask", "0"),
         "guidance": ("--guidance", "7"),
         "negative": ("--negative", "a red cube"),
     }
@@ -193,6 +194,7 @@ def test_sample_takes_every_knob(run, finished):
     assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
     assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: noise" in said["start"]
     assert "Imagic hold: 0.5" in said["hold"] and "Imagic release: 0.6" in said["release"]
+    assert "Imagic mask: 0" in said["mask"]
 
 
 def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
@@ -558,14 +560,16 @@ def test_scene_that_cannot_be(run):
 
 
 def test_a_base_of_another_size(run, finished, tiny_folder, tmp_path):
-    """A base of the same architecture made for larger pictures renders the edit at the photo's own size."""
+    """A base of the same architecture made for larger pictures renders the edit at the photo's own size, though not
+    from the noise that the photo has in the smaller one."""
     import shutil
 
     larger = Path(shutil.copytree(tiny_folder, tmp_path / "larger"))
     config = json.loads((larger / "unet/config.json").read_text(encoding="utf-8"))
     (larger / "unet/config.json").write_text(json.dumps({**config, "sample_size": 16}), encoding="utf-8")
     words = ["sample", str(finished), "--model", str(larger), "--device", "cpu", "--out", "made", "--etas", "1"]
-    result = CliRunner().invoke(app, [*words, "--steps-sample", "1", "--quiet"])
+    _fails(CliRunner().invoke(app, words), 1, "own noise has shape (4, 8, 8)", "--start photo")
+    result = CliRunner().invoke(app, [*words, "--start", "photo", "--steps-sample", "1", "--quiet", "--force"])
     assert result.exit_code == 0, result.output
     assert _picture("made/eta_1.00.png").size == (20, 16)
 

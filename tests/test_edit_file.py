@@ -173,6 +173,8 @@ def test_equal_edits_give_identical_bytes() -> None:
         ({"eta_default": 0.0}, {"eta_default": -0.0}),
         ({"optimized_embedding": torch.zeros(2, 3)}, {"optimized_embedding": -torch.zeros(2, 3)}),
         ({"coarse_latents": torch.zeros(1, 1, 1)}, {"coarse_latents": -torch.zeros(1, 1, 1)}),
+        ({"inverted_noise": torch.zeros(2, 1, 1)}, {"inverted_noise": -torch.zeros(2, 1, 1)}),
+        ({"inverted_noise": torch.zeros(2, 1, 1)}, {"inverted_noise": None}),
         ({"thumbnail": b"\xff\xd8\xff"}, {"thumbnail": None}),
     ],
 )
@@ -285,6 +287,7 @@ def layers(draw: st.DrawFn) -> LoraFactors:
 def edits(draw: st.DrawFn) -> Edit:
     """Draws whole edits."""
     width = draw(st.integers(1, 4))
+    channels, *cells = (draw(st.integers(1, 3)) for _ in range(3))
     picture = draw(st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])) + draw(st.binary(max_size=20))
     left, top, wide, high = (draw(st.integers(1, 500)) for _ in range(4))
     return Edit(
@@ -294,7 +297,8 @@ def edits(draw: st.DrawFn) -> Edit:
             )
         ),
         optimized_embedding=draw(halves(draw(st.integers(1, 3)), width)),
-        coarse_latents=draw(halves(*(draw(st.integers(1, 3)) for _ in range(3)))),
+        coarse_latents=draw(halves(channels, *cells)),
+        inverted_noise=draw(st.none() | halves(channels, draw(st.integers(1, 5)), draw(st.integers(1, 5)))),
         target_prompt=draw(TEXT),
         base=BaseIdentity(
             source=draw(st.sampled_from(["demo", "someone/some-model", "my models' folder", "größe"])),
@@ -335,10 +339,12 @@ def test_what_is_read_is_what_was_written(edit: Edit) -> None:
     back = decode(data)
     assert back == edit and encode(back) == data
     for field in dataclasses.fields(Edit):
-        if field.name not in ("adapter", "optimized_embedding", "coarse_latents"):
+        if field.name not in ("adapter", "optimized_embedding", "coarse_latents", "inverted_noise"):
             assert getattr(back, field.name) == getattr(edit, field.name)
     assert torch.equal(back.optimized_embedding, edit.optimized_embedding)
     assert torch.equal(back.coarse_latents, edit.coarse_latents)
+    assert (back.inverted_noise is None) == (edit.inverted_noise is None)
+    assert edit.inverted_noise is None or torch.equal(back.inverted_noise, edit.inverted_noise)
     assert back.adapter.keys() == edit.adapter.keys()
     for layer, factors in edit.adapter.items():
         assert torch.equal(back.adapter[layer].down, factors.down)
@@ -688,6 +694,15 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
             lambda m: m.update(shape=[1, 17, 1], data=base64.b64encode(b"\0" * 34).decode()),
         ),
     ),
+    "own noise of another depth": (
+        TensorShapeError,
+        r"\(2, H, W\)",
+        with_header(
+            lambda h: h["__metadata__"].update(
+                {"imagic.inverted_noise": json.dumps({"dtype": "F16", "shape": [1, 1, 1], "data": "AAA="})}
+            )
+        ),
+    ),
     "box beyond the square": (
         EditHeaderError,
         "from 0 to 64",
@@ -974,6 +989,9 @@ def test_the_worst_header_takes_bounded_time() -> None:
         ({"optimized_embedding": torch.ones(3)}, TensorShapeError, "e_opt"),
         ({"coarse_latents": torch.ones(4, 17, 4)}, TensorShapeError, "coarse_latents"),
         ({"coarse_latents": torch.ones(65, 4, 4)}, TensorShapeError, "coarse_latents"),
+        ({"inverted_noise": torch.ones(2, 257, 8)}, TensorShapeError, "up to 256"),
+        ({"inverted_noise": torch.ones(4, 8, 8)}, TensorShapeError, r"\(2, H, W\)"),
+        ({"inverted_noise": torch.full((2, 8, 8), math.nan)}, NonFiniteTensorError, "inverted_noise"),
         ({"optimized_embedding": torch.ones(2**21, 3)}, TensorShapeError, "above"),
         ({"settings": {"x": math.nan}}, EditHeaderError, "settings.x"),
         ({"settings": {"x": {1: 2}}}, EditHeaderError, "settings.x"),

@@ -26,6 +26,7 @@ from benchmarks.oracle import Attributes, Oracle
 from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
 from benchmarks.workers import each
 from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import SampleConfig
 from lowmem_imagic.presets import preset
 from lowmem_imagic.suggest import EtaScore, Suggestion
 
@@ -39,6 +40,7 @@ SMALL = preset(
         "sample": {"num_inference_steps": 2},
     },
 )
+PLAIN = SampleConfig(num_inference_steps=2, start="photo")
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +201,8 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
     method = {
         "ours": edit_methods.ours(SMALL),
-        "full": full_finetuning.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, sampling=SMALL.sample),
-        "sdedit": training_free.sdedit(SMALL.sample),
+        "full": full_finetuning.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, sampling=PLAIN),
+        "sdedit": training_free.sdedit(PLAIN),
         "ddim-inversion": training_free.ddim_inversion(SMALL.sample),
         "sentence-alone": training_free.sentence_alone(SMALL.sample),
     }[name]
@@ -297,7 +299,7 @@ def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path, monkeypat
     photos, sentences = [ITEMS[0].photo_picture(PX)], [ITEMS[0].sentence]
 
     def run(rate: float, folder: Path | None) -> edit_methods.Outcome:
-        kept = {"embed_steps": 1, "steps": 1, "draws": 1, "sampling": SMALL.sample, "folder": folder}
+        kept = {"embed_steps": 1, "steps": 1, "draws": 1, "sampling": PLAIN, "folder": folder}
         return full_finetuning.full_finetune(rate, **kept)(base, photos, sentences, (0.0, 1.0))
 
     first = run(1e-3, tmp_path)

@@ -1,0 +1,151 @@
+"""Facts about masks: where they are, and that a masked picture is its photo's wherever they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_imagic import sample as sampling
+from lowmem_imagic.adapters import AdapterPack
+from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.config import SampleConfig
+from lowmem_imagic.demo.render import object_mask, render
+from lowmem_imagic.demo.scene import Scene
+from lowmem_imagic.letterbox import to_tensor
+from lowmem_imagic.masking import change_mask
+from lowmem_imagic.sample import Cell, sample
+
+PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
+SCHEDULERS = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "DDPM", "HeunDiscrete")
+
+
+@pytest.fixture(scope="module")
+def base(load_base: Callable[..., Any]) -> Any:
+    """The tiny model in 8 bit, shared by tests that leave it as it was."""
+    return load_base()
+
+
+@pytest.fixture(scope="module")
+def text(base: Any) -> Tensor:
+    """Target embeddings (3, T, D)."""
+    return base.encode_text(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def edits(base: Any, text: Tensor) -> tuple[AdapterPack, Tensor]:
+    """Adapters (3 edits) and e_opt, away from zero and from e_tgt."""
+    generator = torch.Generator().manual_seed(21)
+    pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
+    pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
+    return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Makes every mask the right half of the picture; collects the latents that masks were asked for."""
+    asked: list[Tensor] = []
+
+    def right_half(base: Any, latents: Tensor, *_: Any, **__: Any) -> Tensor:
+        asked.append(latents)
+        mask = torch.zeros(1, *latents.shape[1:])
+        mask[..., latents.shape[-1] // 2 :] = 1
+        return mask
+
+    monkeypatch.setattr(sampling, "change_mask", right_half)
+    return asked
+
+
+def test_the_mask_is_where_the_predictions_differ(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is 1 where two texts' predictions differ most, 0 where they agree, and reaches one cell further each way; a
+    lesser difference is taken in by a lower threshold only."""
+    one, other = torch.zeros(2, 3), torch.ones(2, 3)
+
+    def predict(noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        assert set(timesteps.tolist()) == {700}
+        change = torch.zeros_like(noisy)
+        change[..., 1:7, 1:7], change[..., 12:15, 12:15] = 1.0, 0.5
+        return noisy + change * embeddings.mean((1, 2)).view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(base, "predict", predict)
+    latents = torch.randn(4, 16, 16)
+    mask = change_mask(base, latents, one, other, 0.8)
+    assert mask.shape == (1, 16, 16) and mask[0, 1:7, 1:7].eq(1).all()
+    assert mask[0, 8:].eq(0).all() and mask[0, :, 8:].eq(0).all() and mask[0, 2:6, :8].gt(0).all()
+    assert change_mask(base, latents, one, other, 0.3)[0, 12:15, 12:15].gt(0.5).all()
+    torch.testing.assert_close(change_mask(base, latents, one, other, 0.8, max_rows=5), mask)
+    assert not change_mask(base, latents, one, one, 0.5).any()
+
+
+def test_the_bundled_base_finds_what_a_sentence_changes() -> None:
+    """For another colour of an object, most of the object is in the mask and most of the rest is not."""
+    base = BaseModel.load("demo", device="cpu")
+    scene = Scene.from_sentence("a large red rubber cube on a wooden floor", seed=3)
+    picture = to_tensor(render(scene, 64))
+    words = [scene.caption(), scene.edit(color="blue").caption()]
+    mask = change_mask(base, base.encode_images(picture)[0], *base.encode_text(words), 0.6)
+    there = torch.as_tensor(object_mask(scene, 16)).bool()
+    assert mask[0][there].mean() > 0.6 and mask[0][~there].mean() < 0.35
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_outside_the_mask_is_the_photo(
+    scheduler: str, base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], halved: list[Tensor]
+) -> None:
+    """Where the mask is 0 the latents are those of eta 0 to the bit, elsewhere they are not; eta 0 itself is as
+    without a mask, rendered whether it was asked for or not, and what the mask is made from."""
+    pack, optimized = edits
+
+    def render(etas: Sequence[float], mask: float) -> Tensor:
+        config = SampleConfig(num_inference_steps=3, scheduler=scheduler, ddim_eta=0.5, mask=mask)
+        return sample(base, pack, text, optimized, [Cell(1, eta, 7) for eta in etas], config)
+
+    [photo] = render([0.0], 0.0)
+    assert torch.equal(render([0.0], 0.5)[0], photo) and not halved
+    changed = render([1.0, 0.6], 0.5)
+    assert torch.equal(halved[0], photo)
+    for made in changed:
+        assert torch.equal(made[..., :4], photo[..., :4])
+        assert not torch.isclose(made[..., 4:], photo[..., 4:]).all(0).any()
+    assert not torch.equal(changed[0], changed[1])
+
+
+def test_a_mask_of_everything_is_none(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask of ones a picture is the one without a mask."""
+    pack, optimized = edits
+    monkeypatch.setattr(sampling, "change_mask", lambda base, latents, *_, **__: torch.ones(1, *latents.shape[1:]))
+    masked, free = (
+        sample(base, pack, text, optimized, [Cell(0, 0.8, 1)], SampleConfig(num_inference_steps=3, mask=mask))
+        for mask in (0.5, 0.0)
+    )
+    assert torch.equal(masked, free)
+
+
+def test_the_base_alone_has_no_mask(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], halved: list[Tensor]
+) -> None:
+    """At strength 0 there is no photo to keep to: the picture is the one without a mask."""
+    pack, optimized = edits
+    cells = [Cell(0, 1.0, 1, strength=0.0), Cell(0, 1.0, 1)]
+    masked, free = (
+        sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=2, mask=mask)) for mask in (0.5, 0)
+    )
+    assert torch.equal(masked[0], free[0]) and not torch.equal(masked[1], free[1])
+
+
+def test_each_image_has_the_mask_of_its_own_edit_and_photo(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], halved: list[Tensor]
+) -> None:
+    """One mask an edit, seed and guidance, whatever the etas and strengths; progress counts the photos as well."""
+    pack, optimized = edits
+    cells = [Cell(0, 0.5, 0), Cell(0, 1.0, 0, strength=0.5), Cell(0, 1.0, 1), Cell(2, 1.0, 0, guidance_scale=1.0)]
+    told: list[tuple[int, int]] = []
+    config = SampleConfig(num_inference_steps=2, mask=0.5)
+    sample(base, pack, text, optimized, cells, config, lambda step, steps, _: told.append((step, steps)))
+    assert len(halved) == 3
+    assert told[-1] == (14, 14) and told == sorted(told)
