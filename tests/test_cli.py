@@ -181,7 +181,7 @@ def test_sample_takes_every_knob(run, finished):
         "start": ("--start", "noise"),
         "hold": ("--hold", "0.5"),
         "release": ("--release", "0.6"),
-        "mask": ("--mask", "0"),
+        "mask": ("--mask", "1"),
         "guidance": ("--guidance", "7"),
         "negative": ("--negative", "a red cube"),
     }
@@ -194,7 +194,7 @@ def test_sample_takes_every_knob(run, finished):
     assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
     assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: noise" in said["start"]
     assert "Imagic hold: 0.5" in said["hold"] and "Imagic release: 0.6" in said["release"]
-    assert "Imagic mask: 0" in said["mask"]
+    assert "Imagic mask: 1" in said["mask"]
 
 
 def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
