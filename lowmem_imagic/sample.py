@@ -75,10 +75,6 @@ class _Photo(NamedTuple):
     mask: Tensor
     """How far each place may change, (1, H, W)."""
 
-    def to(self, device: torch.device) -> "_Photo":
-        """The same on a device."""
-        return _Photo(self.path.to(device), self.mask.to(device))
-
 
 def sample(
     base: BaseModel,
@@ -230,7 +226,9 @@ class _Sampler:
         # One generator a row: equal seeds see equal noise, whatever the batch and the device.
         generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
         latents = self._start(cells, generators, scheduler)
-        photos = {row: kept[cell].to(base.device) for row, cell in enumerate(cells) if cell in kept}
+        masked = [row for row, cell in enumerate(cells) if cell in kept]
+        photos = [kept[cells[row]] for row in masked]
+        masks = torch.stack([photo.mask for photo in photos]).to(base.device) if photos else None
         options = _step_options(scheduler, config, generators)
         held = round(config.hold * len(scheduler.timesteps))
         path: list[Tensor] = []
@@ -247,9 +245,11 @@ class _Sampler:
                     unconditional, conditional = prediction.chunk(2)
                     prediction = guide(unconditional, conditional, guidance)
                 latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
-                for row, photo in photos.items():
-                    latents[row] = torch.lerp(photo.path[step], latents[row], photo.mask)
-                path = [*path, latents] if whole else [latents]
+                if masks is not None:
+                    below = torch.stack([photo.path[step] for photo in photos]).to(latents)
+                    latents[masked] = torch.lerp(below, latents[masked], masks)
+                # Off the device at once: whole paths are in no plan.
+                path = [*path, latents.float().cpu()] if whole else [latents]
                 self._report(min(step + 1, config.num_inference_steps) * len(cells))
         return torch.stack(path, 1)
 
