@@ -34,6 +34,8 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "rate-2e-3": {"finetune": {"learning_rate": 2e-3}},
     "rate-constant": {"finetune": {"final_rate": 1.0}},
     "draws-8": {"embed": {"steps": 15, "draws": 8}, "finetune": {"steps": 30, "draws": 8}},
+    "seed-noise": {"sample": {"start": "photo"}},
+    "seed-noise-mask-off": {"sample": {"start": "photo", "mask": 0.0}},
     "any-noise": {"embed": {"anchor": 0.0}, "finetune": {"anchor": 0.0}},
     "any-noise-embed": {"embed": {"anchor": 0.0}},
     "all-timesteps": {"embed": {"timesteps": (0.0, 1.0)}, "finetune": {"timesteps": (0.0, 1.0)}},

@@ -112,6 +112,8 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
         "embed": asdict(config.embed),
         "finetune": asdict(config.finetune),
         "seeds": [config.seed, config.sample.seeds[0]],
+        # What training is anchored to.
+        "own_noise": config.sample.start == "inverted",
         "base": [base.identity.files, base.weights],
         "job": [job.photo.sha256, job.prompt],
     }
