@@ -23,7 +23,7 @@ FP32 = (*FULL_RATES, "balanced-fp32")
 RETARGET_FROM = "a photo of an object"
 """The sentence that an edit is trained for before another is asked of it."""
 
-_PAPER: dict[str, Any] = {"start": "noise", "guidance_scale": 3.0, "mask": 0.0}
+_PAPER: dict[str, Any] = {"start": "noise", "guidance_scale": 3.0, "photo_guidance": None, "mask": 0.0}
 """Sampling as the paper has it, apart from its settings of degree."""
 _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "adapt-attn": {"finetune": {"adapt": "attn", "keep": 1.0}},
@@ -66,6 +66,7 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
 """``lora-as-published``: LoRA in place of full fine-tuning and nothing else, 200 + 480 passes."""
 _SAMPLING: dict[str, Mapping[str, Any]] = {
     "mask-off": {"mask": 0.0},
+    "guidance-even": {"photo_guidance": None},
     "hold-10": {"hold": 0.1},
     "release-30": {"release": 0.3},
     "paper-sampling": _PAPER,
@@ -75,8 +76,8 @@ _SAMPLING: dict[str, Mapping[str, Any]] = {
     "decoder-50": {"strength": (1.0, 1.0, 0.5)},
     "projection": {"interpolation": "projection"},
     "guidance-2": {"guidance_scale": 2.0},
-    "guidance-3": {"guidance_scale": 3.0},
-    "guidance-6": {"guidance_scale": 6.0},
+    "guidance-4": {"guidance_scale": 4.0},
+    "guidance-8": {"guidance_scale": 8.0},
 }
 
 

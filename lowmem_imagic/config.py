@@ -224,6 +224,9 @@ class SampleConfig:
     num_inference_steps: int = 30
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 switches it off and halves the work."""
+    photo_guidance: float | None = None
+    """Guidance at eta 0, from where it rises evenly to the whole at eta 1: e_opt gives the photo back without any, and
+    loses some of it with. None has the same at every eta, as the paper does."""
     negative_prompt: str = ""
     scheduler: str = "DDIM"
     """Name of a diffusers scheduler class, with or without "Scheduler"."""
@@ -259,6 +262,8 @@ class SampleConfig:
                 check.problems.append(f"{name} has a number twice, expected each once")
         check.number("num_inference_steps", 1, 1000, whole=True)
         check.number("guidance_scale", 0, 100)
+        if self.photo_guidance is not None:
+            check.number("photo_guidance", 0, 100)
         check.number("ddim_eta", 0, 1)
         if isinstance(self.strength, tuple):
             check.numbers("strength", *STRENGTH_RANGE)

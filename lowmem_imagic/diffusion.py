@@ -100,6 +100,14 @@ def refined(coarse_latents: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.interpolate(coarse_latents, size=(height, width), mode="bilinear")
 
 
+def guidance_at(eta: float, guidance_scale: float, photo_guidance: float | None) -> float:
+    """The guidance scale at `eta`: evenly from `photo_guidance` at 0 to `guidance_scale` at 1, and that beyond; None is
+    the same everywhere."""
+    if photo_guidance is None:
+        return guidance_scale
+    return photo_guidance + (guidance_scale - photo_guidance) * min(max(eta, 0.0), 1.0)
+
+
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022); the scale may differ by row, (B, 1, 1, 1)."""
     return unconditional + guidance_scale * (conditional - unconditional)

@@ -21,7 +21,8 @@ _SAMPLING: dict[str, Any] = {
     "etas": (0.0, 0.6, 0.8, 1.0, 1.2),
     "start": "inverted",
     "mask": 0.6,
-    "guidance_scale": 4.0,
+    "guidance_scale": 6.0,
+    "photo_guidance": 1.0,
 }
 
 _VALUES: dict[str, dict[str, dict[str, Any]]] = {

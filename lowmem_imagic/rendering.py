@@ -243,10 +243,16 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig) -> str:
     """The settings under a sheet that all its pictures share."""
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
-        f"guidance {config.guidance_scale:g} | {config.interpolation}, hold {config.hold:g}, "
+        f"guidance {_guidance_text(config)} | {config.interpolation}, hold {config.hold:g}, "
         f"release {config.release:g}, mask {config.mask:g} | adapter of rank {edit.rank} on "
         f"{len(edit.adapter)} layers, strength {strength_text(config.strength)} | base in {base.weights}"
     )
+
+
+def _guidance_text(config: SampleConfig) -> str:
+    """The guidance as a sheet's footer says it."""
+    photo = "" if config.photo_guidance is None else f"{config.photo_guidance:g} at eta 0, "
+    return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 
 
 def _round_trip(base: BaseModel, photo: Photo, box: Letterbox) -> Image.Image:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from .atomic import write_bytes
 from .config import strength_text
+from .diffusion import guidance_at
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
 from .names import REPORT
 from .png import Box, contact_sheet, encode_png
@@ -138,10 +139,11 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     lines = [str(parameters["prompt"])]
     if parameters.get("negative_prompt"):
         lines.append(f"Negative prompt: {parameters['negative_prompt']}")
+    scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale
     entries = {
         "Steps": parameters["num_inference_steps"],
         "Sampler": parameters["scheduler"],
-        "CFG scale": parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale,
+        "CFG scale": round(guidance_at(cell.eta, scale, parameters["photo_guidance"]), 4),
         "Seed": cell.seed,
         "Model": parameters["model"],
         "Imagic eta": cell.eta,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import SampleConfig, Strength, strengths
-from .diffusion import PATHS, guide, mixed_noise, refined, starting_noise
+from .diffusion import PATHS, guidance_at, guide, mixed_noise, refined, starting_noise
 from .masking import change_mask
 from .memory import in_rungs
 
@@ -35,7 +35,7 @@ class Cell:
     strength: Strength = 1.0
     """Factor on the adapter; 0 is the base alone, and no mask."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; None takes the configuration's."""
+    """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the configuration's."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,12 @@ class _Photo(NamedTuple):
     """How far each place may change, (1, H, W)."""
 
 
+def _guidance(cell: Cell, config: SampleConfig) -> float:
+    """Guidance scale of an image."""
+    scale = config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
+    return guidance_at(cell.eta, scale, config.photo_guidance)
+
+
 def sample(
     base: BaseModel,
     pack: AdapterPack,
@@ -90,9 +96,10 @@ def sample(
 ) -> Tensor:
     """Latents (len(cells), C, H, W), fp32 on the CPU, one for each cell, in the order of `cells`.
 
-    Uses classifier-free guidance, and starts as `SampleConfig.start` says. Rows are (edit, eta, seed, strength,
-    guidance) and never influence each other: an image does not depend on what it was rendered with. With
-    `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, whether it is among `cells` or not.
+    Uses classifier-free guidance (see `SampleConfig.photo_guidance`), and starts as `SampleConfig.start` says. Rows are
+    (edit, eta, seed, strength, guidance) and never influence each other: an image does not depend on what it was
+    rendered with. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, whether it is among
+    `cells` or not.
 
     Args:
         base: the frozen base.
@@ -110,9 +117,12 @@ def sample(
         raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
     if config.start == "inverted" and inverted_noise is None:
         raise ValueError("sampling starts from the photos' own noise, which is not given")
-    scale = config.guidance_scale
-    wanted = [cell if cell.guidance_scale is not None else replace(cell, guidance_scale=scale) for cell in cells]
-    photos = {cell: replace(cell, eta=0.0, strength=1.0) for cell in wanted if config.mask and cell.strength != 0}
+    wanted = [replace(cell, guidance_scale=_guidance(cell, config)) for cell in cells]
+    photos = {
+        own: replace(own, eta=0.0, strength=1.0, guidance_scale=_guidance(replace(cell, eta=0.0), config))
+        for own, cell in zip(wanted, cells, strict=True)
+        if config.mask and cell.strength != 0
+    }
     first = list(dict.fromkeys(photos.values()))
     rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
     sampler = _Sampler(

@@ -104,7 +104,9 @@ def test_attention_is_not_rounded_to_bfloat16() -> None:
 
 
 def test_a_trained_folder_is_a_plain_diffusers_folder(trained_on: Path) -> None:
-    """The folder is a StableDiffusionPipeline in fp16, its text encoder named as every transformers reads it."""
+    """The folder is a StableDiffusionPipeline in fp16, its text encoder named as every transformers reads it, and says
+    nothing of where it came from."""
+    assert "_name_or_path" not in "".join(path.read_text() for path in trained_on.rglob("*.json"))
     assert json.loads((trained_on / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     text_encoder = load_file(trained_on / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") and not name.startswith("text_model.text_") for name in text_encoder)

@@ -11,6 +11,7 @@ from lowmem_imagic.diffusion import (
     add_noise,
     coarse,
     draw_timesteps,
+    guidance_at,
     guide,
     interpolate,
     loss_per_edit,
@@ -110,6 +111,12 @@ def test_projection_adds_what_is_at_a_right_angle() -> None:
     along = target - added / 0.7
     cosine = torch.nn.functional.cosine_similarity(along, optimized, dim=-1)
     torch.testing.assert_close(cosine.abs(), torch.ones_like(cosine))
+
+
+def test_guidance_rises_from_the_photo_to_the_sentence() -> None:
+    """It is the photo's up to eta 0, the whole from eta 1, in the middle halfway; without the photo's, the whole."""
+    assert [guidance_at(eta, 4.0, 1.0) for eta in (-1.0, 0.0, 0.5, 1.0, 2.0)] == [1.0, 1.0, 2.5, 4.0, 4.0]
+    assert [guidance_at(eta, 4.0, None) for eta in (0.0, 0.5)] == [4.0, 4.0]
 
 
 def test_coarse_latents_are_cell_means() -> None:

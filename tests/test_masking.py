@@ -141,7 +141,7 @@ def test_the_base_alone_has_no_mask(
 def test_each_image_has_the_mask_of_its_own_edit_and_photo(
     base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], halved: list[Tensor]
 ) -> None:
-    """One mask an edit, seed and guidance, whatever the etas and strengths; progress counts the photos as well."""
+    """One mask an edit, seed and guidance of the photo, whatever etas and strengths; progress counts photos as well."""
     pack, optimized = edits
     cells = [Cell(0, 0.5, 0), Cell(0, 1.0, 0, strength=0.5), Cell(0, 1.0, 1), Cell(2, 1.0, 0, guidance_scale=1.0)]
     told: list[tuple[int, int]] = []
@@ -149,3 +149,9 @@ def test_each_image_has_the_mask_of_its_own_edit_and_photo(
     sample(base, pack, text, optimized, cells, config, lambda step, steps, _: told.append((step, steps)))
     assert len(halved) == 3
     assert told[-1] == (14, 14) and told == sorted(told)
+    halved.clear()
+    cells = [Cell(0, 1.0, 0, guidance_scale=scale) for scale in (1.0, 3.0, 5.0)]
+    sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=2, mask=0.5, photo_guidance=1.0))
+    unguided = SampleConfig(num_inference_steps=2, guidance_scale=1.0)
+    [photo] = sample(base, pack, text, optimized, [Cell(0, 0.0, 0)], unguided)
+    assert len(halved) == 1 and torch.equal(halved[0], photo)

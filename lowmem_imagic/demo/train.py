@@ -16,6 +16,7 @@ one would have drawn. Checkpoints are safetensors: weights, averages and optimis
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -252,8 +253,13 @@ def _tokenizer(scenes: list[Scene], folder: Path, seed: int) -> CLIPTokenizerFas
 
 
 def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
-    """Writes the pipeline in fp16 into the folder `out`, its files readable by everyone."""
+    """Writes the pipeline in fp16 into the folder `out`, its files readable by everyone and without local paths."""
     pipeline.to("cpu", torch.float16).save_pretrained(out, safe_serialization=True)
+    for path in (out / "model_index.json", *out.glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        # Where a part was loaded from, which is no setting.
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # transformers 5.6 and later leave out a prefix that earlier versions need and all take.
     text_encoder = out / "text_encoder" / "model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(text_encoder).items()}
