@@ -94,6 +94,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
         adapter={key: LoraFactors(*factors) for key, factors in truncated(whole, tuning.keep).items()},
         optimized_embedding=torch.randn(TOKENS, 768, generator=generator),
         coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
+        inverted_noise=torch.randn(4, 64, 64, generator=generator) if config.sample.start == "inverted" else None,
         target_prompt=sentence,
         base=BaseIdentity(
             source="stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -66,7 +66,7 @@ _HOMES = {
     "Cell": ("sample", "Cell"),
     "Edit": ("edit", "Edit"),
     "EditConfig": ("config", "EditConfig"),
-    "Job": ("pipeline", "Job"),
+    "Job": ("preparation", "Job"),
     "LowmemImagicError": ("errors", "LowmemImagicError"),
     "Meter": ("memory", "Meter"),
     "Photo": ("images", "Photo"),

@@ -39,9 +39,15 @@ Vram = Annotated[
 Preset = Annotated[str, typer.Option(help=f"settings to start from: {', '.join(PRESETS)}")]
 Seed = Annotated[int, typer.Option(help="seed of everything drawn while training")]
 Etas = Annotated[str | None, typer.Option(help="comma-separated: 0 is the photo, 1 the sentence, above 1 beyond it")]
-Seeds = Annotated[str | None, typer.Option(help="comma-separated seeds of the starting noise")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(help="comma-separated seeds of the starting noise; 0 is the photo's own, which others vary"),
+]
 StepsSample = Annotated[int | None, typer.Option(help="denoising steps per image")]
 Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1 switches it off")]
+PhotoGuidance = Annotated[
+    float | None, typer.Option(help="guidance at eta 0, from where it rises evenly to the whole at eta 1")
+]
 Negative = Annotated[str | None, typer.Option(help="sentence to steer away from")]
 StrengthText = Annotated[
     str | None,

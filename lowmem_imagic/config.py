@@ -241,8 +241,8 @@ class SampleConfig:
     """Share of the steps, from the noisiest, that are taken towards the photo (eta 0) before any towards the sentence:
     they settle where things are. Paper: 0."""
     mask: float = 0.0
-    """Keeps to the photo (eta 0) at every step where the base finds the sentence no different from it: places may
-    change from this difference on, a share of its largest (see `masking`). 0 lets everything change. Paper: 0."""
+    """Keeps to the photo (eta 0) at every step where the base finds the sentence no different from it: places change
+    from about this difference on, a share of its largest (see `masking`). 0 lets everything change. Paper: 0."""
     interpolation: str = "linear"
     """Way from e_opt to e_tgt, one of `INTERPOLATIONS`; the paper's is linear."""
     start: str = "noise"

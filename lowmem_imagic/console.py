@@ -6,7 +6,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-STAGES = {"embed": "1/3 embedding", "finetune": "2/3 adapter", "train": "edits", "sample": "3/3 pictures"}
+STAGES = {
+    "invert": "photo's own noise",
+    "embed": "1/3 embedding",
+    "finetune": "2/3 adapter",
+    "train": "edits",
+    "sample": "3/3 pictures",
+}
 
 
 class Console:

@@ -12,6 +12,8 @@ from torch import Tensor
 from .config import INTERPOLATIONS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+VARIATION = 0.5
+"""Share of a seed's noise in a photo's own, see `varied`."""
 
 
 def draw_timesteps(
@@ -33,10 +35,10 @@ def starting_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(tuple(shape), generator=generator)
 
 
-def mixed_noise(noise: Tensor, other: Tensor, share: float | Tensor) -> Tensor:
-    """``sqrt(1 - share^2) noise + share other``: of unit variance where the two are and are independent."""
-    share = torch.as_tensor(share)
-    return (1 - share.square()).sqrt() * noise + share * other
+def varied(own: Tensor, drawn: Tensor, seed: int) -> Tensor:
+    """A photo's own noise (C, H, W) as sampling with `seed` starts from it: itself for 0, else with a `VARIATION` of
+    what the seed draws, at equal variance."""
+    return own if seed == 0 else (1 - VARIATION**2) ** 0.5 * own + VARIATION * drawn
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Fit:
         if self.change_db is not None and self.change_db > OVERFIT_DB:
             return (
                 f"this edit looks over-fitted: eta changes next to nothing ({self.change_db:.0f} dB between its ends); "
-                "try a lower --steps-finetune or --learning-rate, or render with --strength 0.7"
+                "try a lower --steps-finetune or --learning-rate, or render with a lower --mask or --strength 0.7"
             )
         return ""
 

@@ -39,7 +39,7 @@ def change_mask(
         latents: the picture at eta 0 (C, H, W).
         optimized_embedding: e_opt, (T, D).
         target_embedding: e_tgt, (T, D).
-        threshold: difference, as a share of its largest, from which a place may change.
+        threshold: difference, as a share of its largest, at which a place is half the sentence's; above 0.
         max_rows: UNet rows at once, at most.
 
     **Memory**: `max_rows` UNet rows, nothing for a backward pass.
@@ -59,5 +59,6 @@ def change_mask(
     difference = F.avg_pool2d(padded, 2 * reach + 1, stride=1)
     # Equal embeddings differ nowhere, and nothing is to change.
     share = difference / difference.quantile(TOP).clamp(min=1e-12)
-    rising = ((share - threshold) / (2 * SOFT) + 0.5).clamp(0, 1)
+    soft = min(SOFT, threshold)
+    rising = ((share - threshold) / (2 * soft) + 0.5).clamp(0, 1)
     return F.max_pool2d(rising, 2 * reach + 1, stride=1, padding=reach)[0]

@@ -106,12 +106,12 @@ def stream_edits(
         progress=progress,
         between=between,
     )
-    before, rungs_before = dict(meter.stages), len(base.rungs)
+    rungs_before = len(base.rungs)
     for group in pack.run():
         finished: list[tuple[int, Edit | DivergenceError]] = []
         for made in group:
             meter.stages |= made.measured
-            job, latents, source, noise = prepared.taken.pop(made.number)
+            taken = prepared.taken.pop(made.number)
             if made.error is not None:
                 finished.append((made.number, made.error))
                 continue
@@ -121,24 +121,24 @@ def stream_edits(
                     for key, (down, up, alpha) in truncated(made.adapter, config.finetune.keep).items()
                 },
                 optimized_embedding=made.optimized_embedding.half(),
-                coarse_latents=coarse(latents[None], COARSE_SIDE)[0].half(),
-                inverted_noise=noise,
-                target_prompt=job.prompt,
+                coarse_latents=coarse(taken.latents[None], COARSE_SIDE)[0].half(),
+                inverted_noise=taken.inverted_noise,
+                target_prompt=taken.job.prompt,
                 base=identity,
                 settings=_settings(config, made),
                 seed=config.seed,
                 etas=config.sample.etas,
                 eta_default=1.0,
-                source=source,
+                source=taken.source,
                 base_weights=base.weights,
                 versions=versions(),
                 measured={
                     "device": _device_name(base.device),
                     "dtype": str(base.dtype),
-                    "stages": {**before, **made.measured},
+                    "stages": {**taken.measured, **made.measured},
                     "rungs": base.rungs[rungs_before:],
                 },
-                title=" ".join(job.prompt.split())[:200],
+                title=" ".join(taken.job.prompt.split())[:200],
             )
             finished.append((made.number, edit))
         yield finished

@@ -201,7 +201,10 @@ class _Planner:
 
     def batch_rows(self, resident: int) -> int:
         """Most rows of a sampling batch; 0 where not one image's fit."""
-        least = 1 if self._config.sample.guidance_scale == 1 else 2
+        sampling = self._config.sample
+        # A mask compares two predictions.
+        alone = sampling.guidance_scale == 1 and sampling.photo_guidance in (None, 1) and not sampling.mask
+        least = 1 if alone else 2
         rows = max(self._config.sample.batch_rows, least)
         while rows >= least and self._costs.sample(rows) > self._available - resident:
             rows = max(least, rows // 2) if rows > least else 0

@@ -3,8 +3,7 @@
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 from unicodedata import category
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .config import EditConfig
-from .diffusion import starting_noise
+from .diffusion import starting_noise, varied
 from .errors import PromptError
 from .facts import MAX_PROMPT_CHARS
 from .identity import SourcePicture
@@ -22,6 +21,9 @@ from .letterbox import Letterbox, to_square, to_tensor
 from .memory import Meter, clear_errors
 from .packing import StageProgress, Task
 from .training_state import TrainingState
+
+STAGES = ("encode", "load", "invert")
+"""What is measured before an edit trains."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,24 @@ class Job:
     """Where its training goes on, if it was begun before."""
 
 
-class Taken(NamedTuple):
+@dataclass
+class Taken:
     """What an edit is made of, beside what training gives."""
 
     job: Job
     latents: Tensor
     """(C, H, W)."""
+    target_embedding: Tensor
+    """(T, D)."""
     source: SourcePicture
-    inverted_noise: Tensor | None
+    inverted_noise: Tensor | None = None
     """(C, H, W) in fp16; None where edits start from their seeds' noise."""
+    measured: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
+    """Seconds and peak bytes of the stages before training."""
 
 
 class Prepared(Iterator[Task]):
-    """The tasks of jobs, which are taken and encoded group by group as tasks are asked for.
+    """The tasks of jobs, which are taken and encoded group by group as tasks are asked for, and inverted one by one.
 
     **Memory**: the UNet is loaded once the first group is encoded, and stays.
     """
@@ -61,7 +68,7 @@ class Prepared(Iterator[Task]):
     ) -> None:
         self._base, self._config, self._meter, self._groups = base, config, meter, groups
         self._progress = progress
-        self._ready: deque[Task] = deque()
+        self._ready: deque[Taken] = deque()
         self._count = 0
         self.taken: dict[int, Taken] = {}
         """By the number of their task; taken from here once it is trained."""
@@ -69,7 +76,13 @@ class Prepared(Iterator[Task]):
     def __next__(self) -> Task:
         while not self._ready:
             self._encode(next(self._groups))
-        return self._ready.popleft()
+        taken = self._ready.popleft()
+        generator = torch.Generator().manual_seed(self._config.seed)
+        noise = self._start_noise(taken, generator)
+        taken.measured = {name: self._meter.stages[name] for name in STAGES if name in self._meter.stages}
+        self.taken[self._count] = taken
+        self._count += 1
+        return Task(taken.latents, taken.target_embedding, generator, noise, taken.job.state)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -89,21 +102,19 @@ class Prepared(Iterator[Task]):
             with measured_stage(self._meter, "load", "--base-weights int8, or --device cpu"):
                 self._base.unet.eval()
         for job, x, e, source in zip(jobs, latents, target[: len(jobs)], sources, strict=True):
-            generator = torch.Generator().manual_seed(self._config.seed)
-            noise, own = self._start_noise(x, generator)
-            self.taken[self._count] = Taken(job, x, source, own)
-            self._count += 1
-            self._ready.append(Task(x, e, generator, noise, job.state))
+            self._ready.append(Taken(job, x, e, source))
 
-    def _start_noise(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """The noise (C, H, W) that sampling will start from, and it again where the edit has to hold it."""
+    def _start_noise(self, taken: Taken, generator: torch.Generator) -> Tensor:
+        """The noise (C, H, W) that sampling will start from with the first of its seeds."""
+        seed = self._config.sample.seeds[0]
+        drawn = starting_noise(self._base.family.latent_shape, torch.Generator().manual_seed(seed))
         if self._config.sample.start != "inverted":
-            seed = torch.Generator().manual_seed(self._config.sample.seeds[0])
-            return starting_noise(self._base.family.latent_shape, seed), None
-        with measured_stage(self._meter, "invert", "--start photo"):
-            own = own_noise(self._base, latents, generator, named(self._progress, "invert"))
+            return drawn
+        with measured_stage(self._meter, "invert", "--device cpu"):
+            progress = named(self._progress, "invert")
+            taken.inverted_noise = own_noise(self._base, taken.latents, generator, progress).half()
         # As the file holds it: what is trained is what will be sampled.
-        return own.half().float(), own.half()
+        return varied(taken.inverted_noise.float(), drawn, seed)
 
 
 def check_sentence(sentence: str) -> None:

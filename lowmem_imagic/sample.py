@@ -11,12 +11,9 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import SampleConfig, Strength, strengths
-from .diffusion import PATHS, guidance_at, guide, mixed_noise, refined, starting_noise
+from .diffusion import PATHS, guidance_at, guide, refined, starting_noise, varied
 from .masking import change_mask
 from .memory import in_rungs
-
-VARIATION = 0.5
-"""Share of a seed's noise in a photo's own, where sampling starts from that; seed 0 has none."""
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
@@ -112,6 +109,8 @@ def sample(
         progress: called after every step of every batch; its steps are those of all images.
         coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from anything but pure noise.
         inverted_noise: the photos' own noise (N, C, H, W); needed to start from it.
+
+    **Memory**: `batch_rows` UNet rows; with a mask, in main memory the latents of as many photos after every step.
     """
     if config.start != "noise" and coarse_latents is None:
         raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
@@ -121,7 +120,7 @@ def sample(
     photos = {
         own: replace(own, eta=0.0, strength=1.0, guidance_scale=_guidance(replace(cell, eta=0.0), config))
         for own, cell in zip(wanted, cells, strict=True)
-        if config.mask and cell.strength != 0
+        if config.mask and any(strengths(cell.strength))
     }
     first = list(dict.fromkeys(photos.values()))
     rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
@@ -137,11 +136,17 @@ def sample(
         progress=progress,
         images=len(first) + len(rest),
     )
-    paths = sampler.render(first, {}, whole=True)
-    needed = {photos[cell] for cell in rest if cell in photos}
-    kept = {photo: _Photo(path, sampler.mask(photo, path[-1])) for photo, path in paths.items() if photo in needed}
-    paths |= sampler.render(rest, {cell: kept[photos[cell]] for cell in rest if cell in photos})
-    return torch.stack([paths[cell][-1] for cell in wanted])
+    ends: dict[Cell, Tensor] = {}
+    for begin in range(0, max(1, len(first)), config.batch_rows):
+        paths = sampler.render(first[begin : begin + config.batch_rows], {}, whole=True)
+        # What has no photo to keep to goes with the first of them.
+        some = [cell for cell in rest if photos.get(cell) in paths or (cell not in photos and not begin)]
+        needed = dict.fromkeys(photos[cell] for cell in some if cell in photos)
+        kept = {photo: _Photo(paths[photo], sampler.mask(photo, paths[photo][-1])) for photo in needed}
+        ends |= {photo: path[-1].clone() for photo, path in paths.items()}
+        made = sampler.render(some, {cell: kept[photos[cell]] for cell in some if cell in photos})
+        ends |= {cell: path[-1] for cell, path in made.items()}
+    return torch.stack([ends[cell] for cell in wanted])
 
 
 @dataclass(kw_only=True)
@@ -191,13 +196,15 @@ class _Sampler:
 
     def mask(self, photo: Cell, latents: Tensor) -> Tensor:
         """Where images that keep to a photo may change, (1, H, W); its latents are (C, H, W)."""
-        rows = [self.config.batch_rows]
+        rows = min(self.config.batch_rows, 2 * (self.base.most_images or self.config.batch_rows))
 
         def fewer() -> bool:
-            rows[0] //= 2
-            if rows[0]:
-                self._fewer(max(1, rows[0] // 2))
-            return bool(rows[0])
+            nonlocal rows
+            if rows <= 2:
+                return False
+            rows = max(2, rows // 2)
+            self._fewer(rows // 2)
+            return True
 
         return in_rungs(
             lambda: change_mask(
@@ -206,7 +213,7 @@ class _Sampler:
                 self.optimized[photo.edit],
                 self.target[photo.edit],
                 self.config.mask,
-                max_rows=min(rows[0], 2 * (self.base.most_images or rows[0])),
+                max_rows=rows,
             ),
             fewer,
         )
@@ -269,8 +276,8 @@ class _Sampler:
         noise = torch.stack([starting_noise(shape, generator) for generator in generators])
         rows = torch.tensor([cell.edit for cell in cells])
         if self.inverted_noise is not None:
-            share = torch.tensor([VARIATION if cell.seed else 0.0 for cell in cells]).view(-1, 1, 1, 1)
-            noise = mixed_noise(self.inverted_noise[rows], noise, share)
+            own = self.inverted_noise[rows]
+            noise = torch.stack([varied(x, e, cell.seed) for x, e, cell in zip(own, noise, cells, strict=True)])
         noise = noise.to(self.base.device)
         if self.coarse_latents is None:
             pure: Tensor = noise * scheduler.init_noise_sigma

@@ -15,7 +15,7 @@ from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import EditConfig, SampleConfig
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.diffusion import refined, training_target
+from lowmem_imagic.diffusion import VARIATION, refined, training_target, varied
 from lowmem_imagic.errors import ConfigError, TensorShapeError
 from lowmem_imagic.images import Photo
 from lowmem_imagic.inversion import SOFTENING, own_noise
@@ -23,7 +23,7 @@ from lowmem_imagic.letterbox import to_tensor
 from lowmem_imagic.pipeline import apply_edits, make_edits
 from lowmem_imagic.preparation import Job
 from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import VARIATION, Cell
+from lowmem_imagic.sample import Cell
 from lowmem_imagic.training import Trainer
 
 SENTENCE = "a photo of a blue cube on a stone floor"
@@ -100,8 +100,8 @@ def test_own_noise_is_white_and_leads_back_to_the_photo() -> None:
 
 
 def test_edits_hold_the_noise_they_were_anchored_to(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started from their own noise, edits of a pack have each its own, in the file as in training's draws; otherwise
-    the file has none. The text encoder is gone before the UNet is there, whatever the negative sentence."""
+    """Started from their own noise, edits of a pack have each its own, in the file as in training's draws, varied by
+    the first seed they will be sampled with; otherwise the file has none."""
     anchors: list[Tensor] = []
     draw = Trainer._draw
 
@@ -116,7 +116,13 @@ def test_edits_hold_the_noise_they_were_anchored_to(tiny: Any, monkeypatch: pyte
     assert all(noise is not None and noise.shape == tiny.family.latent_shape for noise in stored)
     assert torch.equal(torch.stack(anchors), torch.stack(stored).repeat_interleave(2, 0).float())  # type: ignore[arg-type]
     assert not torch.equal(stored[0], stored[1])  # type: ignore[arg-type]
-    assert "invert" in edits[0].measured["stages"]
+    seconds = [edit.measured["stages"]["invert"]["seconds"] for edit in edits]
+    assert seconds[0] != seconds[1] and min(seconds) > 0
+    anchors.clear()
+    [seeded] = make_edits(tiny, jobs[:1], quick(seeds=(5,)))
+    drawn = torch.randn(anchors[0].shape, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(seeded.inverted_noise, stored[0])  # type: ignore[arg-type]
+    assert torch.equal(anchors[0], varied(stored[0].float(), drawn, 5))  # type: ignore[union-attr]
     [other] = make_edits(tiny, jobs[:1], quick(start="photo"))
     assert other.inverted_noise is None and "invert" not in other.measured["stages"]
 

@@ -77,7 +77,7 @@ def test_the_mask_is_where_the_predictions_differ(base: Any, monkeypatch: pytest
     assert mask[0, 8:].eq(0).all() and mask[0, :, 8:].eq(0).all() and mask[0, 2:6, :8].gt(0).all()
     assert change_mask(base, latents, one, other, 0.3)[0, 12:15, 12:15].gt(0.5).all()
     torch.testing.assert_close(change_mask(base, latents, one, other, 0.8, max_rows=5), mask)
-    assert not change_mask(base, latents, one, one, 0.5).any()
+    assert not any(change_mask(base, latents, one, one, threshold).any() for threshold in (0.05, 0.5))
 
 
 def test_the_bundled_base_finds_what_a_sentence_changes() -> None:
@@ -131,11 +131,61 @@ def test_the_base_alone_has_no_mask(
 ) -> None:
     """At strength 0 there is no photo to keep to: the picture is the one without a mask."""
     pack, optimized = edits
-    cells = [Cell(0, 1.0, 1, strength=0.0), Cell(0, 1.0, 1)]
+    cells = [Cell(0, 1.0, 1, strength=0.0), Cell(0, 1.0, 1), Cell(0, 1.0, 1, strength=(0.0, 0.0, 0.0))]
     masked, free = (
         sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=2, mask=mask)) for mask in (0.5, 0)
     )
     assert torch.equal(masked[0], free[0]) and not torch.equal(masked[1], free[1])
+    assert torch.equal(masked[2], free[2])
+
+
+def test_a_mask_goes_on_in_fewer_rows(
+    load_base: Callable[..., Any], text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask that runs out of memory takes fewer rows and says so; rows that were learnt before are kept to; with one
+    row alone there is no mask to be had."""
+    pack, optimized = edits
+    base, most, widest = load_base(), 64, []
+    predict = base.predict
+
+    def limited(x: Tensor, t: Tensor, e: Tensor) -> Tensor:
+        widest.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError
+        return predict(x, t, e)
+
+    monkeypatch.setattr(base, "predict", limited)
+    config = SampleConfig(num_inference_steps=2, guidance_scale=1.0, mask=0.5)
+
+    def render() -> Tensor:
+        widest.clear()
+        return sample(base, pack, text, optimized, [Cell(0, 1.0, 1)], config)
+
+    whole = render()
+    assert max(widest) == 24 and not base.rungs
+    most = 5
+    torch.testing.assert_close(render(), whole)
+    assert base.rungs == [f"{images} images a sampling batch" for images in (8, 4, 2)]
+    base.rungs.clear()
+    torch.testing.assert_close(render(), whole)
+    assert max(widest) == 4 and not base.rungs and base.most_images == 2
+    most = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        render()
+
+
+def test_photos_are_rendered_in_batches(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More photos than a batch holds give the pictures that all at once give."""
+    pack, optimized = edits
+    cells = [Cell(edit, eta, seed) for edit in range(3) for eta in (0.0, 0.7) for seed in (0, 1)]
+    cells.append(Cell(1, 1.0, 0, strength=0.0))
+    together, apart = (
+        sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=2, mask=0.5, batch_rows=rows))
+        for rows in (64, 2)
+    )
+    torch.testing.assert_close(apart, together, atol=1e-4, rtol=1e-4)
 
 
 def test_each_image_has_the_mask_of_its_own_edit_and_photo(

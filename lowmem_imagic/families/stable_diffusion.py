@@ -148,7 +148,7 @@ class StableDiffusion:
         return alphas
 
     def inverse_scheduler(self) -> Any:
-        """diffusers' `DDIMInverseScheduler`, on this model's noise schedule and the timesteps that DDIM takes."""
+        """diffusers' `DDIMInverseScheduler`, on this model's noise schedule at evenly spaced ("leading") timesteps."""
         settings = {**self.scheduler_config, "timestep_spacing": "leading", "clip_sample": False}
         return diffusers.DDIMInverseScheduler.from_config(settings)
 
