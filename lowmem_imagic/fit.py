@@ -12,8 +12,8 @@ from torch import Tensor
 UNDERFIT_DB = 20.0
 """A reconstruction (eta 0) further from the photo's round trip through the autoencoder than this has lost the photo."""
 OVERFIT_DB = 38.0
-"""Pictures at eta 0 and at the largest eta closer to each other than this are the same picture. A mask leaves the rest of
-a picture alone: of the bundled world's renders a matt and a shiny object are up to 37 dB apart."""
+"""Pictures at eta 0 and at the largest eta closer to each other than this are the same picture. A mask leaves the rest
+of a picture alone: of the bundled world's renders a matt and a shiny object are up to 37 dB apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
