@@ -18,7 +18,9 @@ FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8
 """Full fine-tuning: 480 + 960 passes, in the paper's proportion of 1000 steps to 1500, several draws a step."""
 FULL_RATES = {"full-1e-5": 1e-5, "full-3e-5": 3e-5, "full-1e-4": 1e-4, "full-3e-4": 3e-4}
 """Rates of full fine-tuning that are tried."""
-FP32 = (*FULL_RATES, "balanced-fp32")
+FULL_SAMPLED_ALIKE = "full-1e-4-sampled-alike"
+"""Full fine-tuning, sampled as ``balanced`` is: what of the difference between them is sampling's."""
+FP32 = (*FULL_RATES, FULL_SAMPLED_ALIKE, "balanced-fp32")
 """Methods on the base in fp32; all others have it in int8."""
 RETARGET_FROM = "a photo of an object"
 """The sentence that an edit is trained for before another is asked of it."""
@@ -72,6 +74,7 @@ _SAMPLING: dict[str, Mapping[str, Any]] = {
     "paper-sampling": _PAPER,
     "embedding-only": {"strength": 0.0},
     "strength-80": {"strength": 0.8},
+    "strength-120": {"strength": 1.2},
     "encoder-50": {"strength": (0.5, 1.0, 1.0)},
     "decoder-50": {"strength": (1.0, 1.0, 0.5)},
     "projection": {"interpolation": "projection"},
@@ -90,11 +93,12 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
     """
     balanced = preset("balanced")
     plain = SampleConfig(num_inference_steps=balanced.sample.num_inference_steps, start="photo")
+    ways = {**{name: (rate, plain) for name, rate in FULL_RATES.items()}, FULL_SAMPLED_ALIKE: (1e-4, balanced.sample)}
     full = {
         name: full_finetune(
-            rate, embed_steps=FULL_EMBED_STEPS, steps=FULL_STEPS, draws=FULL_DRAWS, sampling=plain, folder=folder
+            rate, embed_steps=FULL_EMBED_STEPS, steps=FULL_STEPS, draws=FULL_DRAWS, sampling=sampling, folder=folder
         )
-        for name, rate in FULL_RATES.items()
+        for name, (rate, sampling) in ways.items()
     }
     variants = {**_TRAINING, **{name: {"sample": values} for name, values in _SAMPLING.items()}}
     return {

@@ -21,6 +21,7 @@ from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import EmbedConfig, SampleConfig
 from lowmem_imagic.diffusion import coarse, loss_per_edit
 from lowmem_imagic.embed import embed
+from lowmem_imagic.inversion import own_noise
 from lowmem_imagic.letterbox import to_images, to_tensor
 from lowmem_imagic.pipeline import COARSE_SIDE
 from lowmem_imagic.sample import Cell, sample
@@ -48,7 +49,7 @@ def full_finetune(
         embed_steps: of stage 1, at rate `EMBED_RATE`.
         steps: of stage 2.
         draws: (timestep, noise) draws a step, both stages.
-        sampling: how to sample.
+        sampling: how to sample; training knows nothing of it.
         folder: keeps each item's embedding and weights (about twice the base's file), so that a stopped run goes on
             and ways of sampling share them.
     """
@@ -75,11 +76,23 @@ def full_finetune(
             stage2 = _remembered(folder, facts, tune)
             train_s += sum(float(stage.pop("seconds")) for stage in (stage1, stage2))
             started = time.perf_counter()
+            noise = None
+            if sampling.start == "inverted":
+                noise = own_noise(base, latents[0], torch.Generator().manual_seed(SEED))[None]
             base.unet.load_state_dict(stage2)
             # An adapter of zeros, so that sampling is this package's own in every respect.
             nothing = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0, device=base.device)
             cells, low = [Cell(0, eta, SEED) for eta in etas], coarse(latents, COARSE_SIDE)
-            made = sample(base, nothing, target, stage1["embedding"], cells, sampling, coarse_latents=low)
+            made = sample(
+                base,
+                nothing,
+                target,
+                stage1["embedding"],
+                cells,
+                sampling,
+                coarse_latents=low,
+                inverted_noise=noise,
+            )
             for eta, picture in zip(etas, to_images(base.decode(made)), strict=True):
                 pictures[eta].append(picture)
             base.unet.load_state_dict(untouched)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +197,15 @@ def base() -> BaseModel:
     return BaseModel.load("demo", device="cpu", weights="fp32")
 
 
-@pytest.mark.parametrize("name", ["ours", "full", "sdedit", "ddim-inversion", "sentence-alone"])
+@pytest.mark.parametrize("name", ["ours", "full", "full-alike", "sdedit", "ddim-inversion", "sentence-alone"])
 def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: BaseModel, oracle: Oracle) -> None:
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
+    full = partial(full_finetuning.full_finetune, 1e-4, embed_steps=2, steps=2, draws=2)
+    alike = replace(preset("balanced").sample, num_inference_steps=2)
     method = {
         "ours": edit_methods.ours(SMALL),
-        "full": full_finetuning.full_finetune(1e-4, embed_steps=2, steps=2, draws=2, sampling=PLAIN),
+        "full": full(sampling=PLAIN),
+        "full-alike": full(sampling=alike),
         "sdedit": training_free.sdedit(PLAIN),
         "ddim-inversion": training_free.ddim_inversion(SMALL.sample),
         "sentence-alone": training_free.sentence_alone(SMALL.sample),
@@ -218,7 +222,7 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     verdicts = edit_quality.along_eta(results)
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.unet.state_dict().items())
     assert not any(parameter.requires_grad for parameter in base.unet.parameters())
-    assert outcome.passes == (8 if name in ("ours", "full") else 0)
+    assert outcome.passes == (8 if name in ("ours", "full", "full-alike") else 0)
     assert set(verdicts) == set(etas) and all(len(found) == 3 for found in verdicts.values())
     result = edit_quality.report(results, edit_quality.best_eta(items, verdicts))
     assert result["eta"] in (0.5, 1.0)
