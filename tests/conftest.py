@@ -21,6 +21,7 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 CAPTIONS = ("a photo of a red cube on the grass", "a blue sphere on a wooden floor", "two birds kissing")
+PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
 TEXT_WIDTH = 16
 """Width D of the tiny model's text conditioning."""
 LATENT_SIDE = 8
@@ -124,6 +125,31 @@ def load_base(tiny_folder: Path) -> Callable[..., Any]:
         return BaseModel.load(str(tiny_folder), device="cpu", **options)
 
     return load
+
+
+@pytest.fixture(scope="module")
+def base(load_base: Callable[..., Any]) -> Any:
+    """The tiny model in 8 bit, shared by a file's tests, which leave it as it was."""
+    return load_base()
+
+
+@pytest.fixture(scope="module")
+def text(base: Any) -> Any:
+    """Target embeddings (3, T, D) of `PROMPTS`."""
+    return base.encode_text(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def edits(base: Any, text: Any) -> tuple[Any, Any]:
+    """An `AdapterPack` of three edits and their e_opt, away from zero and from e_tgt."""
+    import torch
+
+    from lowmem_imagic.adapters import AdapterPack
+
+    generator = torch.Generator().manual_seed(21)
+    pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
+    pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
+    return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
 
 
 @pytest.fixture(scope="session")

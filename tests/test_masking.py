@@ -19,29 +19,7 @@ from lowmem_imagic.letterbox import to_tensor
 from lowmem_imagic.masking import change_mask
 from lowmem_imagic.sample import Cell, sample
 
-PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
 SCHEDULERS = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "DDPM", "HeunDiscrete")
-
-
-@pytest.fixture(scope="module")
-def base(load_base: Callable[..., Any]) -> Any:
-    """The tiny model in 8 bit, shared by tests that leave it as it was."""
-    return load_base()
-
-
-@pytest.fixture(scope="module")
-def text(base: Any) -> Tensor:
-    """Target embeddings (3, T, D)."""
-    return base.encode_text(PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def edits(base: Any, text: Tensor) -> tuple[AdapterPack, Tensor]:
-    """Adapters (3 edits) and e_opt, away from zero and from e_tgt."""
-    generator = torch.Generator().manual_seed(21)
-    pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
-    pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
-    return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
 
 
 @pytest.fixture

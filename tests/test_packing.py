@@ -25,12 +25,6 @@ CONFIG = EditConfig(
 STEPS = CONFIG.embed.steps + CONFIG.finetune.steps
 
 
-@pytest.fixture(scope="module")
-def base(load_base: Callable[..., Any]) -> Any:
-    """The tiny model in 8 bit."""
-    return load_base()
-
-
 def tasks_of(base: Any, numbers: Sequence[int]) -> list[Task]:
     """The tasks of these numbers: each its own photo, sentence, generator and starting noise."""
     text = base.encode_text(PROMPTS)

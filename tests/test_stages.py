@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from conftest import PROMPTS
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,7 +28,6 @@ from lowmem_imagic.preparation import Job
 from lowmem_imagic.sample import Cell, sample
 from lowmem_imagic.training import draw_rows, train
 
-PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
 SEEDS = (3, 4, 5)
 EMBED = EmbedConfig(steps=3, learning_rate=1e-2, draws=2)
 FINETUNE = FinetuneConfig(steps=3, learning_rate=1e-3, draws=2, lora_rank=2, lora_alpha=3.0)
@@ -43,18 +43,6 @@ def latents_of(edits: Sequence[int] = (0, 1, 2)) -> Tensor:
 def generators(edits: Sequence[int] = (0, 1, 2)) -> list[torch.Generator]:
     """Each edit's own generator."""
     return [torch.Generator().manual_seed(SEEDS[edit]) for edit in edits]
-
-
-@pytest.fixture(scope="module")
-def base(load_base: Callable[..., Any]) -> Any:
-    """The tiny model in 8 bit, shared by tests that leave it as it was."""
-    return load_base()
-
-
-@pytest.fixture(scope="module")
-def text(base: Any) -> Tensor:
-    """Target embeddings (3, T, D)."""
-    return base.encode_text(PROMPTS)
 
 
 @pytest.fixture
@@ -443,15 +431,6 @@ def test_the_embedding_may_train_beside_the_adapter(base: Any, text: Tensor) -> 
 
 
 # Sampling
-
-
-@pytest.fixture(scope="module")
-def edits(base: Any, text: Tensor) -> tuple[AdapterPack, Tensor]:
-    """Adapters (3 edits) and e_opt, away from zero and from e_tgt."""
-    generator = torch.Generator().manual_seed(21)
-    pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
-    pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
-    return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

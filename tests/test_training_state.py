@@ -27,12 +27,6 @@ class Stopped(Exception):
     """Ends a run between two steps."""
 
 
-@pytest.fixture(scope="module")
-def base(load_base: Callable[..., Any]) -> Any:
-    """The tiny model in 8 bit."""
-    return load_base()
-
-
 def states_after(base: Any, tasks: list[Task], steps: int, config: EditConfig, slots: int) -> dict[int, bytes]:
     """The training states, as bytes, of a run that is broken off after some steps."""
     kept: dict[int, bytes] = {}
