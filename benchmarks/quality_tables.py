@@ -133,6 +133,29 @@ def goals_on_validation() -> list[str]:
     return goals(VALIDATION.name)
 
 
+def ceiling() -> list[str]:
+    """Rows: good items if the picture is the ground truth, or what the base makes of the sentence alone."""
+    found = _result("edit_ceiling")
+    rows = ["| picture | validation | test |", "|---|---|---|"]
+    shares = {
+        "the ground truth": [found.get(items, {}).get("ground_truth") for items in (VALIDATION.name, TEST.name)],
+        "the same through the autoencoder": [
+            found.get(items, {}).get("round_trip") for items in (VALIDATION.name, TEST.name)
+        ],
+        "the sentence alone": [
+            results(items).get("sentence-alone", {}).get("at_eta", {}).get(MAIN)
+            for items in (VALIDATION.name, TEST.name)
+        ],
+    }
+    for name, values in shares.items():
+        cells = (
+            f"{_share(value['good'])}; success {100 * value['success']['value']:.0f} %" if value else ""
+            for value in values
+        )
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return rows if any(any(values) for values in shares.values()) else NOTHING
+
+
 def suggestion() -> list[str]:
     """Rows: good items at the suggested eta, at one for all, and at the best of each."""
     rows = ["| eta | validation | test |", "|---|---|---|"]

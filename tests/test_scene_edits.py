@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks import (
+    ceiling,
     compared,
     edit_judge,
     edit_methods,
@@ -229,6 +230,18 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     assert len(result["curve"]) == 3 and len(result["items"]) == 3
     pictures = {item.name: outcome.pictures[1.0][i] for i, item in enumerate(items)}
     assert isinstance(edit_quality.grid(results, pictures, 1.0), Image.Image)
+
+
+def test_the_ceiling_is_the_ground_truths(base: BaseModel, oracle: Oracle) -> None:
+    """The ground truth counts as done and kept wherever the judge reads it right; its round trip is the base's own."""
+    found = ceiling.ceiling(base, oracle, ITEMS[:3])
+    assert found["ground_truth"]["good"]["of"] == 3
+    for share in found.values():
+        assert share["good"]["value"] == pytest.approx(1 - len(share["not_good"]) / 3, abs=1e-3)
+    assert found["ground_truth"]["success"]["value"] == 1.0
+    # The photos as they are: nothing done.
+    photos = [item.photo_picture(PX) for item in ITEMS[:3]]
+    assert ceiling.judged(oracle, ITEMS[:3], photos)["success"]["value"] == 0.0
 
 
 def run_quality(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
