@@ -10,7 +10,7 @@ from typing import Any
 from lowmem_imagic.config import SampleConfig
 from lowmem_imagic.presets import SMALL_KEEP, preset
 
-from .edit_methods import Method, ours
+from .edit_methods import Method, ours, packed
 from .full_finetuning import full_finetune
 from .training_free import ddim_inversion, sdedit, sentence_alone
 
@@ -105,6 +105,7 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         **full,
         "balanced": ours(balanced, edits=folder),
         "balanced-fp32": ours(balanced, edits=folder),
+        "balanced-packed": packed(balanced, slots=4, together=16),
         "fast": ours(preset("fast"), edits=folder),
         **{name: ours(preset("balanced", values), edits=folder) for name, values in variants.items()},
         "retarget": ours(balanced, edits=folder, retarget_from=RETARGET_FROM),

@@ -48,6 +48,14 @@ class Outcome:
     edit_bytes: tuple[int, ...] = ()
     """Size of each item's edit file, where the method has one."""
 
+    def of(self, number: int) -> "Outcome":
+        """The part of one of the items."""
+        return replace(
+            self,
+            pictures={eta: [made[number]] for eta, made in self.pictures.items()},
+            edit_bytes=self.edit_bytes[number : number + 1],
+        )
+
 
 Apply = Callable[[BaseModel, Sequence[Image.Image], Sequence[str], Sequence[float]], Outcome]
 
@@ -59,6 +67,8 @@ class Method:
     settings: Mapping[str, Any]
     """Everything it was chosen to be, as plain values: results of equal settings may be put together."""
     apply: Apply
+    together: int = 1
+    """Items it is given at once, if there are as many."""
 
     def __call__(
         self, base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]
@@ -67,7 +77,7 @@ class Method:
 
 
 def ours(config: EditConfig, *, edits: Path | None = None, retarget_from: str | None = None) -> Method:
-    """This package, one item at a time, which on a CPU is as fast as side by side.
+    """This package, one item at a time; see `packed` for several.
 
     Args:
         config: settings of all stages; of the third, etas and seeds are the protocol's.
@@ -95,6 +105,35 @@ def ours(config: EditConfig, *, edits: Path | None = None, retarget_from: str | 
         return Outcome(pictures, passes, train_s / len(photos), sample_s / (len(photos) * len(etas)), tuple(sizes))
 
     return Method({"edit": config.to_dict(), "retarget_from": retarget_from}, run)
+
+
+def packed(config: EditConfig, *, slots: int, together: int) -> Method:
+    """This package with all items in one refilling pack, and their pictures in common batches.
+
+    Args:
+        config: as of `ours`.
+        slots: how many train at once.
+        together: items that pass through them.
+    """
+
+    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
+        started = time.perf_counter()
+        jobs = [Job(as_photo(photo), sentence) for photo, sentence in zip(photos, sentences, strict=True)]
+        files = [edit_file.encode(edit) for edit in make_edits(base, jobs, config, slots=slots)]
+        trained_s = time.perf_counter() - started
+        started = time.perf_counter()
+        cells = [Cell(number, eta, SEED, config.sample.strength) for eta in etas for number in range(len(jobs))]
+        made = apply_edits(base, [edit_file.decode(data) for data in files], cells, config.sample)
+        pictures = {eta: made[i * len(jobs) : (i + 1) * len(jobs)] for i, eta in enumerate(etas)}
+        return Outcome(
+            pictures,
+            config.embed.passes + config.finetune.passes,
+            trained_s / len(jobs),
+            (time.perf_counter() - started) / len(cells),
+            tuple(map(len, files)),
+        )
+
+    return Method({"edit": config.to_dict(), "slots": slots, "together": together}, run, together)
 
 
 def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) -> tuple[bytes, float]:

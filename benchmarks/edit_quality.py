@@ -122,10 +122,12 @@ def _start(method: str, work: Path | None, device: str, weights: str, etas: Sequ
     _bench[:] = [_Bench(BaseModel.load("demo", device=device, weights=weights), compared(work)[method], etas)]
 
 
-def _apply(item: SceneEdit) -> Outcome:
-    """The method applied to one item."""
+def _apply(items: Sequence[SceneEdit]) -> list[Outcome]:
+    """The method applied to some items at once: an outcome each."""
     [(base, method, etas)] = _bench
-    return method(base, [item.photo_picture(base.size_px)], [item.sentence], etas)
+    photos, sentences = [item.photo_picture(base.size_px) for item in items], [item.sentence for item in items]
+    outcome = method(base, photos, sentences, etas)
+    return [outcome.of(number) for number in range(len(items))]
 
 
 def report(results: Sequence[Judged], eta: float) -> dict[str, Any]:
@@ -276,17 +278,19 @@ def main() -> int:
         write_result(result_name(args.set, args.method), result, path=path, origin=origin)
         return at
 
-    def take(item: SceneEdit, outcome: Outcome) -> None:
-        results[item.name] = judged(oracle, item, outcome, base)
-        for point, made in outcome.pictures.items():
-            pictures[point][item.name] = made[0]
+    def take(group: Sequence[SceneEdit], outcomes: Sequence[Outcome]) -> None:
+        for item, outcome in zip(group, outcomes, strict=True):
+            results[item.name] = judged(oracle, item, outcome, base)
+            for point, made in outcome.pictures.items():
+                pictures[point][item.name] = made[0]
         # Now and then: a run that is stopped loses little.
         if len(results) % SAVE_EVERY == 0:
             written()
 
     start = (args.method, args.work, args.device, weights, etas)
     missing = [item for item in items if item.name not in results]
-    each(_apply, missing, processes=args.processes, start=_start, args=start, on_result=take)
+    groups = [missing[begin : begin + method.together] for begin in range(0, len(missing), method.together)]
+    each(_apply, groups, processes=args.processes, start=_start, args=start, on_result=take)
     eta = written()
     done = [results[item.name] for item in items]
     for part, values in report(done, eta)["at_eta"].items():

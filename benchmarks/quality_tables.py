@@ -122,6 +122,11 @@ def goals(items: str = TEST.name) -> list[str]:
                 f"{passes} of {of_full}",
                 passes * share <= of_full,
             )
+    packed = found.get("balanced-packed")
+    if balanced and packed:
+        gap = difference(_good(packed), _good(balanced))
+        low, high = gap["interval_95"]
+        row("good items, trained in a pack less alone", "0 within the interval", _points(gap), low <= 0 <= high)
     if balanced and fp32:
         gap = difference(_good(balanced), _good(fp32))
         row("good items, 8-bit base less fp32 base", "within 2 points", _points(gap), abs(gap["value"]) <= 0.02)

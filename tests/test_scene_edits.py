@@ -198,13 +198,14 @@ def base() -> BaseModel:
     return BaseModel.load("demo", device="cpu", weights="fp32")
 
 
-@pytest.mark.parametrize("name", ["ours", "full", "full-alike", "sdedit", "ddim-inversion", "sentence-alone"])
+@pytest.mark.parametrize("name", ["ours", "packed", "full", "full-alike", "sdedit", "ddim-inversion", "sentence-alone"])
 def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: BaseModel, oracle: Oracle) -> None:
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
     full = partial(full_finetuning.full_finetune, 1e-4, embed_steps=2, steps=2, draws=2)
     alike = replace(preset("balanced").sample, num_inference_steps=2)
     method = {
         "ours": edit_methods.ours(SMALL),
+        "packed": edit_methods.packed(SMALL, slots=2, together=3),
         "full": full(sampling=PLAIN),
         "full-alike": full(sampling=alike),
         "sdedit": training_free.sdedit(PLAIN),
@@ -214,16 +215,11 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     items, etas = ITEMS[:3], (0.0, 0.5, 1.0)
     outcome = method(base, [item.photo_picture(PX) for item in items], [item.sentence for item in items], etas)
-    results = [
-        edit_quality.judged(
-            oracle, item, replace(outcome, pictures={e: [p[i]] for e, p in outcome.pictures.items()}), base
-        )
-        for i, item in enumerate(items)
-    ]
+    results = [edit_quality.judged(oracle, item, outcome.of(i), base) for i, item in enumerate(items)]
     verdicts = edit_quality.along_eta(results)
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.unet.state_dict().items())
     assert not any(parameter.requires_grad for parameter in base.unet.parameters())
-    assert outcome.passes == (8 if name in ("ours", "full", "full-alike") else 0)
+    assert outcome.passes == (8 if name in ("ours", "packed", "full", "full-alike") else 0)
     assert set(verdicts) == set(etas) and all(len(found) == 3 for found in verdicts.values())
     result = edit_quality.report(results, edit_quality.best_eta(items, verdicts))
     assert result["eta"] in (0.5, 1.0)
