@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_STEPS, compared
+from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
 from .edit_judge import difference
 from .edit_quality import result_name
 from .results import RESULTS
@@ -17,7 +17,7 @@ NOTHING = ["Not measured yet."]
 """In place of a table without results."""
 FULL = "full-1e-4"
 """Full fine-tuning, at the rate that is shown; validation is to choose it."""
-SHOWN = (FULL, "balanced", "fast", "small", "embedding-only", "sdedit", "ddim-inversion", "sentence-alone")
+SHOWN = (FULL, FULL_SAMPLED_ALIKE, "balanced", "fast", "small", "embedding-only", "sdedit", "ddim-inversion", "sentence-alone")
 """Methods whose results on the test set the README shows."""
 
 
