@@ -17,7 +17,17 @@ NOTHING = ["Not measured yet."]
 """In place of a table without results."""
 FULL = "full-1e-4"
 """Full fine-tuning, at the rate that is shown; validation is to choose it."""
-SHOWN = (FULL, FULL_SAMPLED_ALIKE, "balanced", "fast", "small", "embedding-only", "sdedit", "ddim-inversion", "sentence-alone")
+SHOWN = (
+    FULL,
+    FULL_SAMPLED_ALIKE,
+    "balanced",
+    "fast",
+    "small",
+    "embedding-only",
+    "sdedit",
+    "ddim-inversion",
+    "sentence-alone",
+)
 """Methods whose results on the test set the README shows."""
 
 
