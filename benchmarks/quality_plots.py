@@ -10,12 +10,22 @@ from typing import Any
 
 from matplotlib import pyplot
 
+from .compared import FULL_SAMPLED_ALIKE
 from .goals import REPOSITORY
 from .quality_tables import FULL, MAIN, results
 from .scene_edits import TEST, VALIDATION
 
 DOCS = REPOSITORY / "docs"
-CURVES = (FULL, "balanced", "fast", "lora-as-published", "embedding-only", "sdedit", "ddim-inversion")
+CURVES = (
+    FULL,
+    FULL_SAMPLED_ALIKE,
+    "balanced",
+    "fast",
+    "lora-as-published",
+    "embedding-only",
+    "sdedit",
+    "ddim-inversion",
+)
 """Methods whose curve is drawn."""
 SIZES = ("keep-all", "balanced", "small", "rank-4", "rank-32", "adapt-attn", "adapt-attn-ff")
 """Variants that differ in what the edit file holds."""
@@ -32,7 +42,8 @@ def curves(found: Mapping[str, dict[str, Any]], path: Path) -> None:
         y = [100 * point["success"]["value"] for point in points]
         [line] = axes.plot(x, y, marker="o", label=name)
         for point, left, height in zip(points, x, y, strict=True):
-            axes.annotate(f"{point['eta']:g}", (left, height), fontsize=7, color=line.get_color())
+            style = {"fontsize": 7, "color": line.get_color(), "xytext": (4, 4), "textcoords": "offset points"}
+            axes.annotate(f"{point['eta']:g}", (left, height), **style)
     axes.set_xlabel("median background PSNR to the photo, dB")
     axes.set_ylabel("edits that show what was asked for, %")
     axes.legend()
@@ -52,6 +63,8 @@ def sizes(found: Mapping[str, dict[str, Any]], path: Path) -> None:
         middle = 100 * good["value"]
         axes.errorbar(kilobytes, middle, [[middle - low], [high - middle]], marker="o", capsize=3)
         axes.annotate(name, (kilobytes, middle), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    # Room for the last name.
+    axes.margins(x=0.12)
     axes.set_xlabel("edit file, kB")
     axes.set_ylabel("good items, %")
     axes.grid(alpha=0.3)

@@ -122,6 +122,10 @@ def goals(items: str = TEST.name) -> list[str]:
         row(f"{name}, same {gap['of']} items", goal, _points(gap), gap["value"] >= 0)
     else:
         row(name, goal, None)
+    alike = found.get(FULL_SAMPLED_ALIKE)
+    if balanced and alike:
+        gap = difference(_good(balanced), _good(alike))
+        row(f"the same, full fine-tuning sampled as `balanced` is, {gap['of']} items", "", _points(gap))
     of_full = full["cost"]["passes"] if full else (FULL_EMBED_STEPS + FULL_STEPS) * FULL_DRAWS
     for name, share in (("balanced", 4), ("fast", 10)):
         if name in found:
