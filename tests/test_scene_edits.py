@@ -228,6 +228,17 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     assert isinstance(edit_quality.grid(results, pictures, 1.0), Image.Image)
 
 
+def test_a_pack_gives_each_item_its_own_pictures(base: BaseModel) -> None:
+    """At every eta a packed item's picture is that of the item made alone, to rounding, and not another's."""
+    items, etas = ITEMS[:3], (0.0, 1.0)
+    photos, sentences = [item.photo_picture(PX) for item in items], [item.sentence for item in items]
+    alone = edit_methods.ours(SMALL)(base, photos, sentences, etas).pictures
+    packed = edit_methods.packed(SMALL, slots=2, together=3)(base, photos, sentences, etas)
+    for number in range(3):
+        for eta, [picture] in packed.of(number).pictures.items():
+            assert edit_judge.psnr_db(np.asarray(picture), np.asarray(alone[eta][number])) > 35
+
+
 def test_the_ceiling_is_the_ground_truths(base: BaseModel, oracle: Oracle) -> None:
     """The ground truth counts as done and kept wherever the judge reads it right; its round trip is the base's own."""
     found = ceiling.ceiling(base, oracle, ITEMS[:3])
