@@ -108,6 +108,7 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         "balanced-packed": packed(balanced, slots=4, together=16),
         "fast": ours(preset("fast"), edits=folder),
         **{name: ours(preset("balanced", values), edits=folder) for name, values in variants.items()},
+        "in-full": ours(balanced, edits=folder, in_full=True),
         "retarget": ours(balanced, edits=folder, retarget_from=RETARGET_FROM),
         "sdedit": sdedit(plain),
         "ddim-inversion": ddim_inversion(plain),

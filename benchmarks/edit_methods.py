@@ -69,6 +69,8 @@ class Method:
     apply: Apply
     together: int = 1
     """Items it is given at once, if there are as many."""
+    in_full: bool = False
+    """Whether it is to be given sentences that name everything, see `benchmarks.scene_edits.SceneEdit.in_full`."""
 
     def __call__(
         self, base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]
@@ -76,7 +78,9 @@ class Method:
         return self.apply(base, photos, sentences, etas)
 
 
-def ours(config: EditConfig, *, edits: Path | None = None, retarget_from: str | None = None) -> Method:
+def ours(
+    config: EditConfig, *, edits: Path | None = None, retarget_from: str | None = None, in_full: bool = False
+) -> Method:
     """This package, one item at a time; see `packed` for several.
 
     Args:
@@ -84,6 +88,7 @@ def ours(config: EditConfig, *, edits: Path | None = None, retarget_from: str | 
         edits: folder of edit files: what is there already is not trained again, so that ways of sampling share
             their edits.
         retarget_from: train for this sentence, render under the item's.
+        in_full: for sentences that name everything.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
@@ -104,7 +109,8 @@ def ours(config: EditConfig, *, edits: Path | None = None, retarget_from: str | 
         passes = config.embed.passes + config.finetune.passes
         return Outcome(pictures, passes, train_s / len(photos), sample_s / (len(photos) * len(etas)), tuple(sizes))
 
-    return Method({"edit": config.to_dict(), "retarget_from": retarget_from}, run)
+    settings = {"edit": config.to_dict(), "retarget_from": retarget_from}
+    return Method({**settings, "in_full": True} if in_full else settings, run, in_full=in_full)
 
 
 def packed(config: EditConfig, *, slots: int, together: int) -> Method:

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,7 +227,7 @@ def main() -> int:
     args = parser.parse_args()
 
     chosen, method = SETS[args.set], compared()[args.method]
-    items = chosen.items()[: args.items]
+    items = [replace(item, in_full=method.in_full) for item in chosen.items()[: args.items]]
     weights = "fp32" if args.method in FP32 else "int8"
     etas, eta = ETAS, None
     if chosen is not VALIDATION:

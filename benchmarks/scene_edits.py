@@ -81,15 +81,17 @@ class SceneEdit:
     edited: Scene
     asked: tuple[str, ...]
     """Attributes the sentence changes; empty for a second object."""
+    in_full: bool = False
+    """Whether the sentence also names size and material where they are to stay as they are."""
 
     @cached_property
     def sentence(self) -> str:
         """The target sentence."""
         phrases = [
             solid.words(
-                size="size" in self.asked,
-                material="material" in self.asked,
-                pose="pose" in self.asked or solid.pose == "lying",
+                size=self.in_full or "size" in self.asked,
+                material=self.in_full or "material" in self.asked,
+                pose=self.in_full or "pose" in self.asked or solid.pose == "lying",
             )
             for solid in self.edited.objects
         ]

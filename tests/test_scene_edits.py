@@ -25,7 +25,7 @@ from benchmarks import (
     training_free,
 )
 from benchmarks.oracle import Attributes, Oracle
-from benchmarks.scene_edits import KINDS, TEST, VALIDATION, SceneEdit
+from benchmarks.scene_edits import KINDS, SAME_LEVELS, TEST, VALIDATION, SceneEdit
 from benchmarks.workers import each
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.config import SampleConfig
@@ -249,6 +249,30 @@ def test_the_ceiling_is_the_ground_truths(base: BaseModel, oracle: Oracle) -> No
     # The photos as they are: nothing done.
     photos = [item.photo_picture(PX) for item in ITEMS[:3]]
     assert ceiling.judged(oracle, ITEMS[:3], photos)["success"]["value"] == 0.0
+
+
+def test_told_where_an_edit_keeps_to_the_mask_it_is_given(
+    base: BaseModel, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ground truth's mask holds all that it changes; edits told where leave the rest, whatever their eta."""
+    for item in ITEMS[:8]:
+        mask = ceiling.truth_mask(base, item)
+        assert mask.shape == (1, *base.family.latent_shape[1:]) and mask.any()
+        photo, truth = (np.asarray(p, np.int16) for p in (item.photo_picture(PX), item.truth_picture(PX)))
+        outside = np.kron(mask[0].numpy(), np.ones([PX // mask.shape[-1]] * 2)) == 0
+        assert abs(photo - truth).max(-1)[outside].max() <= SAME_LEVELS
+    monkeypatch.setattr(ceiling, "truth_mask", lambda base, item: torch.zeros(1, *base.family.latent_shape[1:]))
+    masked = replace(SMALL, sample=replace(SMALL.sample, mask=0.6))
+    found = ceiling.told(base, oracle, [replace(ITEMS[0], in_full=True)], masked, None)
+    assert len({verdict.truth_db for [verdict] in found.values()}) == 1
+
+
+def test_a_sentence_in_full_names_size_and_material() -> None:
+    """Said in full, a sentence describes the whole ground truth; otherwise it leaves open what it does not change."""
+    for item in ITEMS:
+        assert replace(item, in_full=True).sentence == item.edited.caption()
+    shape = next(item for item in ITEMS if item.kind == "shape")
+    assert shape.edited.objects[0].material not in shape.sentence.split()
 
 
 def run_quality(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
