@@ -3,13 +3,14 @@
     python -m benchmarks.ceiling --work DIR
 
 The ground truth once as rendered, which shows what the judge misreads, and once through the base's autoencoder, which
-every picture of the base comes from. And `balanced` with the ground truth's own mask in place of the one it finds, once
-with its sentence and once with one that says everything: what would be left to do for an editor that knew where to
-change the photo, and all that the object is to be.
+every picture of the base comes from. And the edits of `balanced`, rendered anew: with the ground truth's own mask in
+place of the one they find, under a sentence that also names what is to stay (size and material), and with both. That is
+what would be left to do for an editor that knew where to change the photo, and all that the object is to be.
 """
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ from .scene_edits import HARD_KINDS, SAME_LEVELS, TEST, VALIDATION, SceneEdit
 
 ETAS = (0.8, 1.0, 1.2)
 """That an edit is tried at; the one with most good items on validation is reported."""
-TOLD = {"told_where": False, "told_everything": True}
-"""What an edit is told, and whether its sentence says everything."""
+TOLD = {"told_where": (True, False), "told_in_full": (False, True), "told_both": (True, True)}
+"""Ways to tell an edit more: whether it is given the mask, and whether the sentence in full."""
 
 
 def shares(items: Sequence[SceneEdit], verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -78,24 +79,34 @@ def truth_mask(base: BaseModel, item: SceneEdit) -> Tensor:
 
 
 def told(
-    base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit], config: EditConfig, work: Path | None
+    base: BaseModel,
+    oracle: Oracle,
+    items: Sequence[SceneEdit],
+    config: EditConfig,
+    work: Path | None,
+    *,
+    where: bool,
+    in_full: bool,
 ) -> dict[float, list[Verdict]]:
-    """Verdicts at each of `ETAS` on edits that change the photo where the ground truth does.
+    """Verdicts at each of `ETAS` on edits that are trained as always, and told more when they are rendered.
 
     Args:
         base: the base.
         oracle: the judge.
-        items: what is asked, in its words.
+        items: what is asked.
         config: of the edits.
         work: folder of edit files, see `benchmarks.edit_methods.ours`.
+        where: change the photo where the ground truth does, and not where the edit's own mask says.
+        in_full: ask for it by the sentence in full.
     """
     verdicts: dict[float, list[Verdict]] = {eta: [] for eta in ETAS}
     for item in items:
         data, _ = trained(base, Job(as_photo(item.photo_picture(base.size_px)), item.sentence), config, work)
-        cells = [Cell(0, eta, SEED) for eta in ETAS]
+        cells, sentence = [Cell(0, eta, SEED) for eta in ETAS], replace(item, in_full=in_full).sentence
         # Nobody has this mask but here, so that sampling has no setting for it.
-        with mock.patch.object(sample, "change_mask", return_value=truth_mask(base, item)):
-            made = apply_edits(base, [edit_file.decode(data)], cells, config.sample, prompts=[item.sentence])
+        mask = mock.patch.object(sample, "change_mask", return_value=truth_mask(base, item))
+        with mask if where else nullcontext():
+            made = apply_edits(base, [edit_file.decode(data)], cells, config.sample, prompts=[sentence])
         for eta, picture in zip(ETAS, made, strict=True):
             verdicts[eta] += judge(oracle, [item], [picture])
     return verdicts
@@ -120,8 +131,8 @@ def main() -> None:
     for chosen in (VALIDATION, TEST):
         items = [item for item in chosen.items() if item.kind not in HARD_KINDS]
         found = ceiling(base, oracle, items)
-        for what, in_full in TOLD.items():
-            verdicts = told(base, oracle, [replace(item, in_full=in_full) for item in items], config, args.work)
+        for what, (where, in_full) in TOLD.items():
+            verdicts = told(base, oracle, items, config, args.work, where=where, in_full=in_full)
             # The first set is the one that chooses.
             eta.setdefault(what, best_eta(items, verdicts))
             found[what] = {

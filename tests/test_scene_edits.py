@@ -263,8 +263,11 @@ def test_told_where_an_edit_keeps_to_the_mask_it_is_given(
         assert abs(photo - truth).max(-1)[outside].max(initial=0) <= SAME_LEVELS
     monkeypatch.setattr(ceiling, "truth_mask", lambda base, item: torch.zeros(1, *base.family.latent_shape[1:]))
     masked = replace(SMALL, sample=replace(SMALL.sample, mask=0.6))
-    found = ceiling.told(base, oracle, [replace(ITEMS[0], in_full=True)], masked, None)
-    assert len({verdict.truth_db for [verdict] in found.values()}) == 1
+    for in_full in (False, True):
+        found = ceiling.told(base, oracle, ITEMS[:1], masked, None, where=True, in_full=in_full)
+        assert len({verdict.truth_db for [verdict] in found.values()}) == 1
+    found = ceiling.told(base, oracle, ITEMS[:1], masked, None, where=False, in_full=False)
+    assert len({verdict.truth_db for [verdict] in found.values()}) == len(ceiling.ETAS)
 
 
 def test_a_sentence_in_full_names_size_and_material() -> None:
