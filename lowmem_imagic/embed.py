@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .config import EmbedConfig
-from .training import Losses, Progress, Trained, train
+from .runs import Losses
+from .training import Progress, Trained, train
 
 
 def embed(

@@ -9,7 +9,8 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import FinetuneConfig
-from .training import Losses, Progress, Trained, train
+from .runs import Losses
+from .training import Progress, Trained, train
 
 
 class Finetuned(NamedTuple):

@@ -21,7 +21,8 @@ from .base_model import BaseModel
 from .config import EditConfig
 from .errors import DivergenceError, TensorShapeError
 from .memory import clear_errors, peak_bytes, reset_peak
-from .training import Run, Trained, Trainer
+from .runs import Run
+from .training import Trained, Trainer
 from .training_state import TrainingState
 
 StageProgress = Callable[[str, int, int, str], None]
@@ -164,6 +165,8 @@ class Pack:
                         self._between(self)
                     if finished := self._step():
                         break
+            # Whoever renders in between has the memory.
+            self._trainer.release()
             yield finished
 
     @property

@@ -20,8 +20,8 @@ from .letterbox import Letterbox, from_square, to_images
 from .memory import Meter
 from .packing import Pack, StageProgress, TrainedEdit
 from .preparation import Job, Prepared, measured_stage, named
+from .runs import tail
 from .sample import Cell, sample
-from .training import tail
 from .truncation import truncated
 
 COARSE_SIDE = 4

@@ -5,8 +5,10 @@ in cannot change what it sees; it has a slot of the pack, which it enters and le
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +17,11 @@ from .adapters import AdapterPack, strided_gradients
 from .base_model import BaseModel
 from .config import StageConfig
 from .diffusion import add_noise, draw_timesteps, loss_per_edit, training_target
-from .errors import DivergenceError, TensorShapeError
+from .errors import TensorShapeError
 from .memory import in_rungs
 from .optimizer import PackedAdam
+from .replay import Replay
+from .runs import Losses, Run
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
@@ -33,76 +37,6 @@ class Trained:
     """(N, P), where backward passes leave the gradient of `weights`."""
     learning_rate: float
     weight_decay: float = 0.0
-
-
-def tail(losses: Sequence[float], share: float = 0.2) -> float | None:
-    """Mean of the last `share` of some losses; None when there are none."""
-    return fmean(losses[-max(1, round(len(losses) * share)) :]) if losses else None
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What a training stage saw."""
-
-    per_step: Tensor
-    """(steps, N) mean squared error of each edit; NaN after an edit stopped."""
-    steps_run: tuple[int, ...]
-    """Steps each edit took."""
-
-    def tail(self, edit: int, share: float = 0.2) -> float | None:
-        """Mean loss of an edit over the last `share` of its steps; None when it took none."""
-        return tail(self.per_step[: self.steps_run[edit], edit].tolist(), share)
-
-
-@dataclass
-class Run:
-    """One edit's way through one stage."""
-
-    latents: Tensor
-    """The photo (C, H, W), fp32 on the CPU."""
-    config: StageConfig
-    """Steps, draws, their timesteps and noise, fall of the rate, averaging, early stop."""
-    generator: torch.Generator
-    """What it draws from, on the CPU."""
-    start_noise: Tensor | None = None
-    """What sampling will start from (C, H, W); only read with `StageConfig.anchor`."""
-    losses: list[float] = field(default_factory=list)
-    """Mean squared error in each step it took."""
-
-    @property
-    def rate_share(self) -> float:
-        """Share of the learning rate that its next step has."""
-        return 1 - (1 - self.config.final_rate) * len(self.losses) / max(1, self.config.steps - 1)
-
-    @property
-    def average_share(self) -> float:
-        """How far the running average moves to the weights; in early steps farther, so that the start is forgotten."""
-        step = len(self.losses)
-        return 1 - min(self.config.average, (1 + step) / (10 + step))
-
-    @property
-    def diverged(self) -> DivergenceError | None:
-        """The error to report when its loss is no longer finite."""
-        if not self.losses or torch.tensor(self.losses[-1]).isfinite():
-            return None
-        return DivergenceError(
-            f"the loss is {self.losses[-1]:g} after {len(self.losses)} of {self.config.steps} steps at learning "
-            f"rate {self.config.learning_rate:g}; lower the learning rate of this stage"
-        )
-
-    @property
-    def finished(self) -> bool:
-        """Whether it took all its steps, stopped early or broke."""
-        return len(self.losses) >= self.config.steps or self._stalled or self.diverged is not None
-
-    @property
-    def _stalled(self) -> bool:
-        """Whether the mean loss over the last `patience` steps is no better than over as many before."""
-        window = self.config.patience
-        if not window or len(self.losses) < 2 * window:
-            return False
-        before, now = fmean(self.losses[-2 * window : -window]), fmean(self.losses[-window:])
-        return now > before * (1 - self.config.min_improvement)
 
 
 def draw_rows(
@@ -172,6 +106,7 @@ class Trainer:
             for part in trained
         ]
         self._averages: list[Tensor | None] = [None for _ in trained]
+        self._recorded: dict[Any, Replay] = {}
         self._rates: dict[int, Sequence[float]] = {}
         self.runs: dict[int, Run] = {}
         """What is in the slots, by their numbers."""
@@ -259,19 +194,53 @@ class Trainer:
             share = len(draws) / self.runs[slots[0]].config.draws
             chosen = [[values[draws.start : draws.stop] for values in rows[slot]] for slot in slots]
             noisy, timesteps, target = (torch.cat(parts) for parts in zip(*chosen, strict=True))
-            index = torch.tensor(slots)
-            if self._pack is not None:
-                self._pack.set_rows(None if slots == list(range(self._slots)) else index)
-            text = self._embeddings()[index.to(self._base.device)].repeat_interleave(len(draws), 0)
-            prediction = self._base.predict(noisy, timesteps, text)
-            found = share * loss_per_edit(prediction, target.to(self._base.device), len(slots))
-            with strided_gradients():
-                found.sum().backward()
-            losses[index.to(losses.device)] += found.detach()
+            index = torch.tensor(slots, device=self._base.device)
+            whole = slots == list(range(self._slots))
+            found = self._passed((whole, share), (noisy, timesteps, target.to(self._base.device), index))
+            losses[index] += found
         return losses
+
+    def _passed(self, kind: tuple[bool, float], rows: Sequence[Tensor]) -> Tensor:
+        """`_pass`, replayed where the base is to be."""
+        run = partial(self._pass, *kind)
+        # What is recomputed in a backward pass saves the state of random numbers, which no GPU records.
+        if not self._base.replays or self._base.checkpointing:
+            return run(*rows)
+        key = (*kind, *map(self.trains, range(len(self._trained))), *(values.shape for values in rows))
+        if key not in self._recorded:
+            changed = [part.grads for part in self._trained]
+            self._recorded[key] = Replay(run, rows, device=self._base.device, changed=changed)
+        return self._recorded[key](*rows)
+
+    def _pass(
+        self, whole: bool, share: float, noisy: Tensor, timesteps: Tensor, target: Tensor, index: Tensor
+    ) -> Tensor:
+        """Adds a pass's gradients to those there are; the share of its step of the loss of each of its slots (n,).
+
+        Args:
+            whole: whether these are all slots in their order.
+            share: of the step's rows of a slot, those in this pass.
+            noisy: (R, C, H, W), slot by slot.
+            timesteps: (R,).
+            target: (R, C, H, W).
+            index: (n,) numbers of the slots.
+        """
+        if self._pack is not None:
+            self._pack.set_rows(None if whole else index)
+        text = self._embeddings()[index].repeat_interleave(len(noisy) // len(index), 0)
+        prediction = self._base.predict(noisy, timesteps, text)
+        found = share * loss_per_edit(prediction, target, len(index))
+        with strided_gradients():
+            found.sum().backward()
+        return found.detach()
+
+    def release(self) -> None:
+        """Frees what replaying keeps; later steps record anew."""
+        self._recorded.clear()
 
     def _cheaper(self) -> bool:
         """Takes fewer rows a pass, or else checkpointing; whether there was one of them left."""
+        self.release()
         widest = max(len(slots) * len(draws) for slots, draws in self._passes())
         if widest > 1:
             self._base.most_rows = widest // 2

@@ -23,6 +23,8 @@ LAYERS = {
         "frugal",
         "adapters",
         "optimizer",
+        "replay",
+        "runs",
         "memory",
         "accounting",
         "container",

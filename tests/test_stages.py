@@ -277,7 +277,7 @@ class Stub:
     alpha_bar = torch.full((1000,), 1e-6)
     family = types.SimpleNamespace(prediction_type="epsilon")
     device = torch.device("cpu")
-    most_rows = None
+    most_rows, replays = None, False
 
     def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         return embeddings.mean((1, 2)).view(-1, 1, 1, 1) * latents

@@ -1,0 +1,65 @@
+"""Passes that a GPU replays: thousands of kernels, recorded once and started by one call (CUDA graphs)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 3
+"""Calls before recording, in which libraries choose their kernels and take their scratch memory."""
+
+
+class Replay:
+    """A function of tensors, recorded on a GPU for their shapes and replayed from then on.
+
+    On other devices, where there is nothing to record, it is called every time, over the same buffers.
+
+    Args:
+        run: what is recorded. It may change tensors that stay where they are, returns a tensor that it makes, reads
+            nothing back to the CPU, and does not depend on anything else that changes.
+        inputs: such as every call has, on any device.
+        device: where it runs.
+        changed: what `run` changes in place; recording leaves it as it was.
+
+    **Memory**: what `run` holds at its peak stays taken for as long as this is there.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        device: torch.device,
+        changed: Sequence[Tensor] = (),
+    ) -> None:
+        self._run = run
+        self._inputs = [given.to(device, copy=True) for given in inputs]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._record(changed)
+
+    def _record(self, changed: Sequence[Tensor]) -> None:
+        before = [tensor.clone() for tensor in changed]
+        # On a stream of its own: what the default one waits for could not be recorded.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                self._run(*self._inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
+            self._output = self._run(*self._inputs)
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+        self._graph = graph
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """What `run` gives for inputs of the same shapes; on a GPU good until the next call."""
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        if self._graph is None:
+            return self._run(*self._inputs)
+        self._graph.replay()
+        return self._output

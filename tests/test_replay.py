@@ -1,0 +1,161 @@
+"""Facts about replayed passes: they are the passes they replay, and recording them leaves nothing behind."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem_imagic import training
+from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.packing import Pack, Task
+from lowmem_imagic.replay import WARM_UPS, Replay
+
+CPU = torch.device("cpu")
+CONFIG = EditConfig(
+    embed=EmbedConfig(steps=3, learning_rate=1e-2, draws=2, anchor=0.5),
+    finetune=FinetuneConfig(steps=4, learning_rate=1e-3, draws=3, lora_rank=2, lora_alpha=3.0),
+)
+
+
+class Graph:
+    """Stands for a CUDA graph where there is no GPU: it calls what it was given again, into the same output."""
+
+    def __init__(self) -> None:
+        self.run: Any = None
+
+    def replay(self) -> None:
+        self.run()
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Replay]:
+    """A `Replay` that records on the CPU, as it would on a GPU."""
+
+    class Stream:
+        def wait_stream(self, _: "Stream") -> None:
+            pass
+
+    for name, value in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "CUDAGraph": Graph,
+        "stream": lambda _: contextlib.nullcontext(),
+        "graph": lambda *_, **__: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    class Recording(Replay):
+        def __init__(self, run: Any, inputs: Any, *, device: torch.device, changed: Any = ()) -> None:
+            super().__init__(run, inputs, device=device, changed=changed)
+            self._record(changed)
+            self._graph.run = lambda: self._output.copy_(run(*self._inputs))  # type: ignore[union-attr]
+
+    return Recording
+
+
+def trained(base: Any, numbers: list[int], *, slots: int, **options: Any) -> dict[int, list[Tensor]]:
+    """e_opt, factors and losses of the edits of these numbers."""
+    text = base.encode_text(["a red cube", "a cat", "two birds kissing", "a blue sphere on a floor"])
+    draw = torch.Generator().manual_seed(2)
+    photos, noise = torch.randn(2, 4, 4, 8, 8, generator=draw)
+    tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
+    made = [edit for group in Pack(base, tasks, CONFIG, slots=slots, **options).run() for edit in group]
+    return {
+        numbers[edit.number]: [
+            edit.optimized_embedding,
+            *(factor for down, up, _ in edit.adapter.values() for factor in (down, up)),
+            *map(torch.tensor, edit.losses.values()),
+        ]
+        for edit in made
+    }
+
+
+@pytest.mark.parametrize("options", [{"slots": 1}, {"slots": 2}, {"slots": 3, "max_rows": 4}])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_replayed_training_has_the_same_bits(
+    options: dict[str, int], recorded: bool, base: Any, recorder: type[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in refilled packs and in split passes an edit is the same with passes replayed, recorded or not."""
+    expected = trained(base, [0, 1, 2, 3], **options)
+    used: list[Replay] = []
+
+    class Counted(recorder if recorded else Replay):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            used.append(self)
+
+    monkeypatch.setattr(training, "Replay", Counted)
+    monkeypatch.setattr(base, "replays", True)
+    found = trained(base, [0, 1, 2, 3], **options)
+    # Fewer than there are passes: they are used again.
+    assert 2 <= len(used) < 4 * (CONFIG.embed.steps + CONFIG.finetune.steps) / options["slots"]
+    for number, values in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[number], values, strict=True))
+
+
+def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> None:
+    """A call sees the inputs it is given; recording takes its warm-ups and leaves what they changed as it was."""
+    calls: list[float] = []
+    total = torch.full((2,), 5.0)
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        calls.append(float(x[0]))
+        total.add_(x)
+        return x * y
+
+    one, two = torch.ones(2), torch.full((2,), 2.0)
+    replay = recorder(run, [one, two], device=CPU, changed=[total])
+    assert len(calls) == WARM_UPS + 1 and torch.equal(total, torch.full((2,), 5.0))
+    assert torch.equal(replay(two, two), torch.full((2,), 4.0))
+    assert torch.equal(replay(one, two), two)
+    assert torch.equal(total, torch.full((2,), 8.0))
+    # Its buffers are its own.
+    assert torch.equal(one, torch.ones(2))
+    with pytest.raises(RuntimeError):
+        replay(torch.ones(3), two)
+
+
+def test_nothing_is_kept_while_others_have_the_memory(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings are gone whenever finished edits are handed over, and when memory ran out."""
+    monkeypatch.setattr(base, "replays", True)
+    text = base.encode_text(["a red cube", "a cat"])
+    photos = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
+    pack = Pack(base, tasks, CONFIG, slots=1)
+    for _ in pack.run():
+        assert not pack._trainer._recorded
+    sizes: list[int] = []
+    cheaper = training.Trainer._cheaper
+
+    def counted(self: training.Trainer) -> bool:
+        sizes.append(len(self._recorded))
+        found = cheaper(self)
+        sizes.append(len(self._recorded))
+        return found
+
+    predict, calls = base.predict, [0]
+
+    def failing(*args: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result: Tensor = predict(*args)
+        return result
+
+    monkeypatch.setattr(base, "predict", failing)
+    monkeypatch.setattr(base, "most_rows", None)
+    monkeypatch.setattr(base, "rungs", [])
+    monkeypatch.setattr(training.Trainer, "_cheaper", counted)
+    list(Pack(base, [dataclasses.replace(tasks[0], generator=torch.Generator())], CONFIG, slots=1).run())
+    assert sizes == [1, 0] and base.rungs == ["1 rows a training pass"]
+
+
+def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checkpointing passes are run as they are."""
+    base = load_base(checkpointing=True)
+    base.replays = True
+    monkeypatch.setattr(training, "Replay", None)
+    assert len(trained(base, [0], slots=1)) == 1
