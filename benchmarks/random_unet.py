@@ -4,7 +4,8 @@ Bytes, kernels and time do not depend on what the weights are, so all can be mea
 """
 
 import math
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,22 @@ class _Random(Published):
         return random_weights(meta_unet("sd15"))
 
 
-def random_sd15(*, weights: str, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> BaseModel:
-    """Stable Diffusion 1.5 with random weights as the package's own base model: its UNet alone can be used."""
+class RandomBase(BaseModel):
+    """A base of which only the UNet is there: a sentence's embedding is drawn from its letters."""
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, T, D), equal for equal sentences."""
+        shape = (TOKENS, self.family.cross_attention_dim)
+        draws = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
+        return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
+
+
+def random_sd15(
+    *, weights: str, device: torch.device, dtype: torch.dtype, checkpointing: bool, attention: str = "sdpa"
+) -> BaseModel:
+    """Stable Diffusion 1.5 with random weights as the package's own base model, without its other parts."""
     family = StableDiffusion(_Random(Path("sd15"), SHORT_NAMES["sd15"]))
-    base = BaseModel(family, device=device, weights=weights, attention="sdpa", checkpointing=checkpointing)
+    base = RandomBase(family, device=device, weights=weights, attention=attention, checkpointing=checkpointing)
     base.dtype = dtype
     return base
 

@@ -41,6 +41,8 @@ def measured() -> list[str]:
     rows = ["| figure | measured | goal |", "|---|---|---|"]
     for part in ("engine_memory", "engine_size", "engine_speed", "memory", "speed"):
         rows += [_engine_row(line) for line in _result(part).get("lines", []) if line["goal"] is not None]
+    # Most of these are of interest once there are figures.
+    rows += [_engine_row(line) for line in _result("gpu").get("lines", []) if None not in (line["goal"], line["value"])]
     for part in ("overhead", "ray", "soak", "tedbench"):
         rows += [_engine_row(line) for line in _result(f"batch_{part}").get("lines", []) if line["goal"] is not None]
     return rows + list(_crash_rows()) + _quality_rows(_result("demo_quality"))

@@ -20,6 +20,8 @@ class Replay:
         inputs: such as every call has, on any device.
         device: where it runs.
         changed: what `run` changes in place; recording leaves it as it was.
+        beside: another, of which a call never comes between a call of this and the use of what it gives, nor the
+            other way round: they have their memory in common.
 
     **Memory**: what `run` holds at its peak stays taken for as long as this is there.
     """
@@ -31,15 +33,16 @@ class Replay:
         *,
         device: torch.device,
         changed: Sequence[Tensor] = (),
+        beside: "Replay | None" = None,
     ) -> None:
         self._run = run
         self._inputs = [given.to(device, copy=True) for given in inputs]
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self._record(changed)
+                self._record(changed, beside)
 
-    def _record(self, changed: Sequence[Tensor]) -> None:
+    def _record(self, changed: Sequence[Tensor], beside: "Replay | None") -> None:
         before = [tensor.clone() for tensor in changed]
         # On a stream of its own: what the default one waits for could not be recorded.
         aside = torch.cuda.Stream()
@@ -49,7 +52,8 @@ class Replay:
                 self._run(*self._inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=aside):
+        pool = None if beside is None or beside._graph is None else beside._graph.pool()
+        with torch.cuda.graph(graph, pool=pool, stream=aside):
             self._output = self._run(*self._inputs)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)

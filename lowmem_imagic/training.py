@@ -208,8 +208,8 @@ class Trainer:
             return run(*rows)
         key = (*kind, *map(self.trains, range(len(self._trained))), *(values.shape for values in rows))
         if key not in self._recorded:
-            changed = [part.grads for part in self._trained]
-            self._recorded[key] = Replay(run, rows, device=self._base.device, changed=changed)
+            changed, beside = [part.grads for part in self._trained], next(iter(self._recorded.values()), None)
+            self._recorded[key] = Replay(run, rows, device=self._base.device, changed=changed, beside=beside)
         return self._recorded[key](*rows)
 
     def _pass(

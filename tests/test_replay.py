@@ -29,6 +29,9 @@ class Graph:
     def replay(self) -> None:
         self.run()
 
+    def pool(self) -> "Graph":
+        return self
+
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Replay]:
@@ -48,9 +51,11 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Replay]:
         monkeypatch.setattr(torch.cuda, name, value)
 
     class Recording(Replay):
-        def __init__(self, run: Any, inputs: Any, *, device: torch.device, changed: Any = ()) -> None:
+        def __init__(
+            self, run: Any, inputs: Any, *, device: torch.device, changed: Any = (), beside: Any = None
+        ) -> None:
             super().__init__(run, inputs, device=device, changed=changed)
-            self._record(changed)
+            self._record(changed, beside)
             self._graph.run = lambda: self._output.copy_(run(*self._inputs))  # type: ignore[union-attr]
 
     return Recording
