@@ -53,23 +53,24 @@ def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
     """Rows: a method each, with everything that is judged together and what it costs."""
     found = results(items)
     rows = [
-        "| method | items | eta | good (95 %) | success | kept | background | at eta 0 | passes | edit file |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | items | eta | good (95 %) | success | kept | background | at eta 0 | passes | seconds | edit file |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     if not found:
         return NOTHING
     for name in found if names is None else names:
         if name not in found:
-            rows.append(f"| `{name}` | | | not measured | | | | | | |")
+            rows.append(f"| `{name}` | | | not measured | | | | | | | |")
             continue
         result = found[name]
         at, cost = result["at_eta"][MAIN], result["cost"]
+        seconds = cost["train_s"] + len(result["curve"]) * cost["sample_s_per_picture"]
         size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"
         rows.append(
             f"| `{name}` | {at['good']['of']} {items} | {result['eta']:g} | {_share(at['good'])} "
             f"| {100 * at['success']['value']:.0f} % | {100 * at['kept']['value']:.0f} % "
             f"| {at['background_db']['value']:.1f} dB | {result['reconstruction_db']['value']:.1f} dB "
-            f"| {cost['passes']} | {size} |"
+            f"| {cost['passes']} | {seconds:.0f} | {size} |"
         )
     return rows
 

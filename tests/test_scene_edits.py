@@ -172,7 +172,8 @@ def fake_result(good: list[bool], passes: int) -> dict[str, Any]:
         "eta": 0.8,
         "at_eta": {quality_tables.MAIN: found, "by_kind": dict.fromkeys(KINDS, found)},
         "reconstruction_db": edit_judge.bootstrap([23.0, 25.0, 27.0], median=True),
-        "cost": {"passes": passes, "train_s": 1.0, "edit_bytes_mean": 123456},
+        "curve": [{"eta": 0.0}, {"eta": 0.8}],
+        "cost": {"passes": passes, "train_s": 1.0, "sample_s_per_picture": 3.0, "edit_bytes_mean": 123456},
         "items": [{"name": f"color-{number}", "verdicts": {"0.8": v.as_json()}} for number, v in enumerate(verdicts)],
     }
 
@@ -186,7 +187,7 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
         path.write_text(json.dumps(fake_result(good, passes)))
     monkeypatch.setattr(quality_tables, "FULL", "full-1e-4")
     [row] = [line for line in quality_tables.test() if "`balanced`" in line]
-    assert "| 4 test | 0.8 | 50 % (" in row and "| 25.0 dB | 360 | 123 kB |" in row
+    assert "| 4 test | 0.8 | 50 % (" in row and "| 25.0 dB | 360 | 7 | 123 kB |" in row
     goals = "\n".join(quality_tables.goals())
     assert "50 % (0-100) (missed)" in goals and "-50.0 points" in goals and "25.0 dB |" in goals
     assert "360 of 1000 (missed)" in goals and "`fast`" not in goals
