@@ -57,19 +57,26 @@ def in_gib(size_bytes: float | None) -> float | None:
     return None if size_bytes is None else round(size_bytes / GIB, 4)
 
 
-def fresh(module: str, *words: str, environment: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-    """What ``python -m MODULE WORDS`` prints as its last line, a JSON object; None if it fails.
+def fresh(
+    module: str, *words: str, environment: Mapping[str, str] | None = None, timeout_s: float | None = None
+) -> dict[str, Any] | None:
+    """What ``python -m MODULE WORDS`` prints as its last line, a JSON object; None if it fails or takes longer.
 
     A new process, because memory that another measurement has left behind would be counted with this one's.
     """
-    done = subprocess.run(
-        (sys.executable, "-m", module, *words),
-        cwd=REPOSITORY,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            (sys.executable, "-m", module, *words),
+            cwd=REPOSITORY,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{module} {' '.join(words)} took more than {timeout_s:.0f} s", file=sys.stderr)
+        return None
     if done.returncode:
         print(f"{module} {' '.join(words)} failed ({done.returncode}):\n{done.stderr[-2000:]}", file=sys.stderr)
         return None

@@ -13,6 +13,19 @@ from .scene_edits import HARD_KINDS, KINDS, TEST, VALIDATION
 MAIN = "all_but_" + "_and_".join(HARD_KINDS)
 """Key of a result's figures over all kinds but the hard ones."""
 
+COLUMNS = (
+    "method",
+    "items",
+    "eta",
+    "good (95 %)",
+    "success",
+    "kept",
+    "background",
+    "at eta 0",
+    "passes",
+    "seconds",
+    "edit file",
+)
 NOTHING = ["Not measured yet."]
 """In place of a table without results."""
 FULL = "full-1e-4"
@@ -52,10 +65,7 @@ def results(items: str) -> dict[str, dict[str, Any]]:
 def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
     """Rows: a method each, with everything that is judged together and what it costs."""
     found = results(items)
-    rows = [
-        "| method | items | eta | good (95 %) | success | kept | background | at eta 0 | passes | seconds | edit file |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     if not found:
         return NOTHING
     for name in found if names is None else names:

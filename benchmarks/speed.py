@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lowmem_imagic.accounting import Kernels, fused_attention
 from lowmem_imagic.base_model import BaseModel
@@ -130,9 +130,6 @@ def steps() -> tuple[dict[str, Any], list[Line]]:
 
 def timed(case: Case, device: torch.device) -> dict[str, Any]:
     """Seconds of a step in this process, its arithmetic, and the share of the measured rate of matrix products."""
-    counter = FlopCounterMode(display=False)
-    with fused_attention(), counter:
-        Step(case, META).run()
     step, times = Step(case, device), list[float]()
     for _ in range(1 + REPEATS):
         _wait(device)
@@ -140,7 +137,7 @@ def timed(case: Case, device: torch.device) -> dict[str, Any]:
         step.run()
         _wait(device)
         times.append(time.perf_counter() - started)
-    seconds, flops, rate = statistics.median(times[1:]), counter.get_total_flops(), matmul_rate(device, step.dtype)
+    seconds, flops, rate = statistics.median(times[1:]), flops_of(case), matmul_rate(device, step.dtype)
     return {
         "step_s": round(seconds, 4),
         "rows_per_s": round(case.rows / seconds, 4),
@@ -149,6 +146,28 @@ def timed(case: Case, device: torch.device) -> dict[str, Any]:
         "share": round(flops / seconds / rate, 4),
         "threads": torch.get_num_threads(),
     }
+
+
+def flops_of(case: Case) -> int:
+    """Floating-point operations of a step, counted on the meta device."""
+    aten = torch.ops.aten
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    # What `fused_attention` calls is not among the counter's own.
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=kernels)
+    with fused_attention(), counter:
+        Step(case, META).run()
+    flops: int = counter.get_total_flops()
+    return flops
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -143,7 +143,13 @@ class Pack:
             Trained(embeddings.detach().flatten(1), embeddings.grad.flatten(1), config.embed.learning_rate),
             Trained(self._adapters.weights, self._adapters.enable_gradients(), tuned.learning_rate, tuned.weight_decay),
         ]
-        self._trainer = Trainer(base, trained, self._text, pack=self._adapters, max_rows=max_rows)
+
+        def text(trainer: Trainer) -> Tensor:
+            """The conditioning (N, T, D); with a gradient only where an edit is in need of it."""
+            return embeddings if trainer.trains(_EMBEDDING) else embeddings.detach()
+
+        # Nothing that the trainer holds leads back here: what a pack holds is free as soon as the pack is.
+        self._trainer = Trainer(base, trained, text, pack=self._adapters, max_rows=max_rows)
 
     def run(self) -> Iterator[list[TrainedEdit]]:
         """The edits as they finish, those of one step together; in between the base is as it was.
@@ -152,8 +158,9 @@ class Pack:
             MemoryLimitError: a pass does not fit.
         """
         while True:
-            # The adapters are attached for as long as nobody else uses the base.
+            # The adapters are attached for as long as nobody else uses the base, nor the memory.
             with contextlib.ExitStack() as attached:
+                attached.callback(self._trainer.release)
                 adapting = False
                 while not (finished := self._fill()):
                     if not self._held:
@@ -165,8 +172,6 @@ class Pack:
                         self._between(self)
                     if finished := self._step():
                         break
-            # Whoever renders in between has the memory.
-            self._trainer.release()
             yield finished
 
     @property
@@ -190,10 +195,6 @@ class Pack:
                     measured={**held.made.measured, stage: held.measured()},
                 ),
             )
-
-    def _text(self) -> Tensor:
-        """The conditioning (N, T, D); with a gradient only where an edit is in need of it."""
-        return self._embeddings if self._trainer.trains(_EMBEDDING) else self._embeddings.detach()
 
     def _fill(self) -> list[TrainedEdit]:
         """Gives free slots to waiting tasks; returns those that have nothing to train."""

@@ -1,6 +1,7 @@
 """Passes that a GPU replays: thousands of kernels, recorded once and started by one call (CUDA graphs)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,17 +45,19 @@ class Replay:
 
     def _record(self, changed: Sequence[Tensor], beside: "Replay | None") -> None:
         before = [tensor.clone() for tensor in changed]
-        # On a stream of its own: what the default one waits for could not be recorded.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                self._run(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        # On a stream of its own, as what the default one waits for could not be recorded; memory in common is of one.
+        self._stream: Any = torch.cuda.Stream() if beside is None else beside._stream
         pool = None if beside is None or beside._graph is None else beside._graph.pool()
-        with torch.cuda.graph(graph, pool=pool, stream=aside):
-            self._output = self._run(*self._inputs)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    self._run(*self._inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                self._output = self._run(*self._inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         self._graph = graph

@@ -80,20 +80,21 @@ class Trainer:
     Args:
         base: the frozen base, with whatever is trained already in it.
         trained: what is trained, N rows each: a row is a slot's.
-        embeddings: gives the text conditioning (N, T, D) of a pass.
+        embeddings: gives the text conditioning (N, T, D) of a pass, asked with the trainer.
         pack: the adapters that are attached, to be told whose rows a pass has.
         max_rows: most rows of a pass; a step of more takes several passes, and their gradients add up. None is no
             limit. Halved, for the base as long as it is there, whenever a pass runs out of memory; when it is 1,
             checkpointing is switched on.
 
-    **Memory**: the activations of one pass, freed before the optimiser steps; with averaging, 4 bytes a weight.
+    **Memory**: the activations of one pass, freed before the optimiser steps (kept until `release` where passes are
+    replayed); with averaging, 4 bytes a weight.
     """
 
     def __init__(
         self,
         base: BaseModel,
         trained: Sequence[Trained],
-        embeddings: Callable[[], Tensor],
+        embeddings: Callable[["Trainer"], Tensor],
         *,
         pack: AdapterPack | None = None,
         max_rows: int | None = None,
@@ -206,8 +207,12 @@ class Trainer:
         # What is recomputed in a backward pass saves the state of random numbers, which no GPU records.
         if not self._base.replays or self._base.checkpointing:
             return run(*rows)
-        key = (*kind, *map(self.trains, range(len(self._trained))), *(values.shape for values in rows))
+        trains = tuple(map(self.trains, range(len(self._trained))))
+        key = (trains, *kind, *(values.shape for values in rows))
         if key not in self._recorded:
+            if any(recorded[0] != trains for recorded in self._recorded):
+                # Of another stage, which does not come back soon.
+                self.release()
             changed, beside = [part.grads for part in self._trained], next(iter(self._recorded.values()), None)
             self._recorded[key] = Replay(run, rows, device=self._base.device, changed=changed, beside=beside)
         return self._recorded[key](*rows)
@@ -227,7 +232,7 @@ class Trainer:
         """
         if self._pack is not None:
             self._pack.set_rows(None if whole else index)
-        text = self._embeddings()[index].repeat_interleave(len(noisy) // len(index), 0)
+        text = self._embeddings(self)[index].repeat_interleave(len(noisy) // len(index), 0)
         prediction = self._base.predict(noisy, timesteps, text)
         found = share * loss_per_edit(prediction, target, len(index))
         with strided_gradients():
@@ -240,7 +245,11 @@ class Trainer:
 
     def _cheaper(self) -> bool:
         """Takes fewer rows a pass, or else checkpointing; whether there was one of them left."""
-        self.release()
+        if self._base.replays:
+            self.release()
+            self._base.replays = False
+            self._base.step_down("passes that are not recorded")
+            return True
         widest = max(len(slots) * len(draws) for slots, draws in self._passes())
         if widest > 1:
             self._base.most_rows = widest // 2
@@ -330,21 +339,24 @@ def train(
     Raises:
         DivergenceError: a loss is no longer finite.
     """
-    trainer = Trainer(base, trained, embeddings, pack=pack)
+    trainer = Trainer(base, trained, lambda _: embeddings(), pack=pack)
     noise = [None] * len(latents) if start_noise is None else start_noise
     runs = [Run(x, config, generator, own) for x, generator, own in zip(latents, generators, noise, strict=True)]
     if config.steps:
         for slot, run in enumerate(runs):
             trainer.begin(slot, run)
-    for step in range(1, config.steps + 1):
-        running = list(trainer.runs.values())
-        for run in trainer.step().values():
-            if run.diverged:
-                raise run.diverged
-        if progress is not None:
-            progress(step, config.steps, f"loss {fmean(run.losses[-1] for run in running):.4f}")
-        if not trainer.runs:
-            break
+    try:
+        for step in range(1, config.steps + 1):
+            running = list(trainer.runs.values())
+            for run in trainer.step().values():
+                if run.diverged:
+                    raise run.diverged
+            if progress is not None:
+                progress(step, config.steps, f"loss {fmean(run.losses[-1] for run in running):.4f}")
+            if not trainer.runs:
+                break
+    finally:
+        trainer.release()
     history = torch.full((config.steps, len(runs)), float("nan"))
     for number, run in enumerate(runs):
         history[: len(run.losses), number] = torch.tensor(run.losses)

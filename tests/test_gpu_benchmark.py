@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, random_unet
+from lowmem_imagic import training
 from lowmem_imagic.planning import Budget
 from lowmem_imagic.presets import preset
 
@@ -44,12 +45,16 @@ def test_a_card_says_what_was_planned_and_what_was_taken(load_base: Any) -> None
 
 
 def test_recorded_steps_are_compared_with_others(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pack's steps are timed, and its weights are those of any other run of it."""
-    seconds, first = gpu.paced(base, CONFIG, slots=2, steps=4)
-    monkeypatch.setattr(base, "replays", True)
-    _, again = gpu.paced(base, CONFIG, slots=2, steps=4)
-    assert seconds > 0 and first.shape[0] == 2
-    assert gpu.apart(again, first) == 0 < gpu.apart(first[:1], first[1:])
+    """A pack's steps are timed as they are and recorded, every one of them moves the weights, and all agree here."""
+    found = gpu.compared(base, CONFIG, slots=2)
+    assert found["step_s"] > 0 and found["recorded_step_s"] > 0 and not base.replays
+    assert found["apart"] == found["recorded_apart"] == 0
+    few, more = (gpu.paced(base, CONFIG, 2, steps).came_to for steps in (4, 5))
+    assert len(more) == len(few) + 2 and gpu.apart(more[10:], few[8:]) > 1e-3
+    replayed = training.Replay.__call__
+    # A recording that does not see its inputs is found out.
+    monkeypatch.setattr(training.Replay, "__call__", lambda self, *_: replayed(self, *self._inputs))
+    assert gpu.compared(base, CONFIG, slots=2)["recorded_apart"] > 1e-3
 
 
 def test_without_a_gpu_every_figure_is_null(
@@ -61,9 +66,9 @@ def test_without_a_gpu_every_figure_is_null(
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(path)])
     assert gpu.main() == 0
     result = json.loads(path.read_text())
-    assert len(result["lines"]) >= 20 and all(line["value"] is None for line in result["lines"])
+    assert len(result["lines"]) == 28 and all(line["value"] is None for line in result["lines"])
     goals = [line for line in result["lines"] if line["goal"] is not None]
-    assert {line["goal"] for line in goals} >= {12.0, 3.0, 8.0, 0.4, 0.1}
+    assert {line["goal"] for line in goals} == {12.0, 3.0, 8.0, 0.4, 0.1}
     assert "not measured" in capsys.readouterr().out
 
 

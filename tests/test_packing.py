@@ -1,6 +1,8 @@
 """Facts about packs: an edit is what it would be alone, whoever trains beside it, and nobody waits for anybody."""
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -234,6 +236,20 @@ def test_the_base_is_free_between_groups(base: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         list(Pack(base, tasks_of(base, [0, 1]), CONFIG, slots=2, progress=interrupt).run())
     assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+
+
+def test_a_packs_memory_goes_with_it(base: Any) -> None:
+    """What edits trained in is free as soon as the pack is gone, without waiting for a garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        pack = Pack(base, tasks_of(base, [0, 1]), CONFIG, slots=2)
+        held = [weakref.ref(pack), *(weakref.ref(weights) for weights in (pack._adapters.weights, pack._embeddings))]
+        list(pack.run())
+        del pack
+        assert [reference() for reference in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_progress_says_where_everybody_is(base: Any) -> None:

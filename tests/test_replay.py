@@ -1,7 +1,6 @@
 """Facts about replayed passes: they are the passes they replay, and recording them leaves nothing behind."""
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import pytest
@@ -123,15 +122,35 @@ def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> N
         replay(torch.ones(3), two)
 
 
-def test_nothing_is_kept_while_others_have_the_memory(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recordings are gone whenever finished edits are handed over, and when memory ran out."""
-    monkeypatch.setattr(base, "replays", True)
+def tasks_of_two(base: Any) -> list[Task]:
+    """Two tasks, fresh."""
     text = base.encode_text(["a red cube", "a cat"])
     photos = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
-    pack = Pack(base, tasks, CONFIG, slots=1)
+    return [Task(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
+
+
+def stop_after(steps: int) -> Any:
+    """What a pack is to call before each step, to be stopped after some."""
+    calls: list[None] = []
+
+    def between(_: Pack) -> None:
+        calls.append(None)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+
+    return between
+
+
+def test_nothing_is_kept_while_others_have_the_memory(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings are gone when finished edits are handed over, when a run is stopped, and when memory ran out."""
+    monkeypatch.setattr(base, "replays", True)
+    pack = Pack(base, tasks_of_two(base), CONFIG, slots=1)
     for _ in pack.run():
         assert not pack._trainer._recorded
+    stopped = Pack(base, tasks_of_two(base), CONFIG, slots=1, between=stop_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        list(stopped.run())
+    assert not stopped._trainer._recorded
     sizes: list[int] = []
     cheaper = training.Trainer._cheaper
 
@@ -151,11 +170,10 @@ def test_nothing_is_kept_while_others_have_the_memory(base: Any, monkeypatch: py
         return result
 
     monkeypatch.setattr(base, "predict", failing)
-    monkeypatch.setattr(base, "most_rows", None)
     monkeypatch.setattr(base, "rungs", [])
     monkeypatch.setattr(training.Trainer, "_cheaper", counted)
-    list(Pack(base, [dataclasses.replace(tasks[0], generator=torch.Generator())], CONFIG, slots=1).run())
-    assert sizes == [1, 0] and base.rungs == ["1 rows a training pass"]
+    list(Pack(base, tasks_of_two(base)[:1], CONFIG, slots=1).run())
+    assert sizes == [1, 0] and base.rungs == ["passes that are not recorded"] and not base.replays
 
 
 def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
