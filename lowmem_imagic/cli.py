@@ -23,7 +23,7 @@ app.add_typer(batch)
 @guarded
 def edit(
     photo: Annotated[Path, typer.Argument(help="the picture to edit")],
-    sentence: Annotated[str, typer.Argument(help="what the edited picture shows")],
+    sentence: Annotated[str, typer.Argument(help="what the edited picture shows, with what is to stay as it is")],
     model: opt.Model = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for the results [default: named after photo and sentence]")
@@ -120,7 +120,7 @@ def edit(
 @guarded
 def train(
     photo: Annotated[Path, typer.Argument(help="the picture to edit")],
-    sentence: Annotated[str, typer.Argument(help="what the edited picture shows")],
+    sentence: Annotated[str, typer.Argument(help="what the edited picture shows, with what is to stay as it is")],
     model: opt.Model = None,
     out: Annotated[
         Path | None, typer.Option(help="edit file to write [default: named after photo and sentence]")
