@@ -113,7 +113,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if path.is_file() and name != f"{HIDDEN}/ledger.sqlite3":
+        if path.is_file() and not name.startswith(f"{HIDDEN}/ledger.sqlite3"):
             found[name] = _unmeasured(path)
         elif path.is_dir() and name != HIDDEN and not any(path.iterdir()):
             found[name + "/"] = b""

@@ -309,7 +309,7 @@ def test_a_newer_ledger_is_left_alone(path: Path) -> None:
 
 def test_a_damaged_ledger_is_removed_once(path: Path) -> None:
     """Of several that find it damaged at the same moment one makes it anew, and all come to the same."""
-    for damage in range(10):
+    for damage in range(40):
         path.write_bytes(os.urandom(20000))
         warnings: list[str] = []
         barrier = threading.Barrier(4, timeout=30)
@@ -358,7 +358,7 @@ def test_a_snapshot_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch)
             time.sleep(0.02)
         assert [entry.state for entry in found.entries] == [RUNNING, WAITING] and ledger.holds("0")
     assert runner.beat > 2 and replace(runner, beat=0) == Runner(ledger.me, Owner.of_this_process(), 0, 30, 1.5, 7, 2)
-    assert not seen(path).runners and os.listdir(path.parent) == [path.name]
+    assert not seen(path).runners and set(os.listdir(path.parent)) == {path.name, f"{path.name}.lock"}
     for content in (b"", b"not a ledger"):
         path.write_bytes(content)
         assert snapshot(path) is None and path.read_bytes() == content
@@ -453,6 +453,8 @@ def test_any_sequence(tmp_path_factory: pytest.TempPathFactory, steps: list[tupl
     while working:
         working.popitem()[1].close()
     with opened(path, now(), retry=["kind"], gone=[entry.job for entry in now() if entry.state == WAITING]) as ledger:
-        for job in jobs(ledger.claim("a", 9) + ledger.claim("b", 9)):
-            ledger.finish(job, 1.0)
+        # What failed before is handed out by itself.
+        while taken := jobs(ledger.claim("a", 9) + ledger.claim("b", 9)):
+            for job in taken:
+                ledger.finish(job, 1.0)
         assert states(ledger) == [DONE] * 6

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
     since = time.monotonic()
     while True:
         try:
-            return _open(path)
+            with _locked(path, "DEFERRED"):
+                return _open(path)
         except sqlite3.OperationalError as error:
             # A file's first change to write-ahead logging fails at once where others are about to do the same.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() - since > BUSY_S:
@@ -134,13 +135,25 @@ def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
             _remove_damaged(path, warn)
 
 
-def _remove_damaged(path: Path, warn: Callable[[str], None]) -> None:
-    """Removes a damaged ledger, unless another run has done so meanwhile and made a new one."""
+@contextlib.contextmanager
+def _locked(path: Path, kind: str) -> Iterator[None]:
+    """While a ledger is opened ("DEFERRED", many at once) or removed ("EXCLUSIVE", alone).
+
+    Whoever has the damaged file open, and reads it only when it is gone and there is a new one, would take the new
+    one's log for its own.
+    """
     # A database for its lock alone, which ends with its holder. It stays, since others may be waiting for it.
     lock = path.with_name(path.name + ".lock")
+    with contextlib.closing(sqlite3.connect(lock, timeout=BUSY_S, isolation_level=None)) as database:
+        database.execute(f"BEGIN {kind}")
+        database.execute("SELECT 1 FROM sqlite_master").fetchall()
+        yield
+
+
+def _remove_damaged(path: Path, warn: Callable[[str], None]) -> None:
+    """Removes a damaged ledger, unless another run has done so meanwhile and made a new one."""
     try:
-        with contextlib.closing(sqlite3.connect(lock, timeout=BUSY_S, isolation_level=None)) as alone:
-            alone.execute("BEGIN EXCLUSIVE")
+        with _locked(path, "EXCLUSIVE"):
             try:
                 _open(path).close()
             except sqlite3.OperationalError:
