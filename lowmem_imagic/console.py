@@ -51,18 +51,20 @@ class Console:
             self._stage = stage
             # What was done before this bar began took none of its time.
             self._bar = tqdm(
-                total=steps,
-                initial=max(0, step - 1),
-                desc=STAGES.get(stage, stage),
-                unit="step",
-                disable=None,
-                leave=True,
+                total=steps, initial=step, desc=STAGES.get(stage, stage), unit="step", disable=None, leave=True
             )
+            self._bar.set_postfix_str(remark)
         self._bar.total = steps
         self._bar.set_postfix_str(remark, refresh=False)
         self._bar.update(step - self._bar.n)
         if step >= steps:
             self.close()
+
+    def skip(self, steps: int) -> None:
+        """So many more steps turned out to be done before the current bar began."""
+        if self._bar is not None:
+            self._bar.n += steps
+            self._bar.initial = self._bar.n
 
     def close(self) -> None:
         """Ends the current bar."""

@@ -61,6 +61,7 @@ def stream_edits(
     max_rows: int | None = None,
     progress: StageProgress | None = None,
     meter: Meter | None = None,
+    preparing: StageProgress | None = None,
     between: Callable[[Pack], None] | None = None,
 ) -> Iterator[list[tuple[int, Edit | DivergenceError]]]:
     """The edits of any number of jobs, or their failures, as they finish: groups of (number of the job, edit).
@@ -78,6 +79,8 @@ def stream_edits(
         max_rows: most rows of a pass, None for no limit; both are a `planning.Plan`'s to choose.
         progress: called after every step: of every stage for one job, of the whole for several ("train").
         meter: collects seconds and peak bytes of each stage.
+        preparing: for several jobs, called after every step before one's training ("invert"); what it raises ends the
+            run.
         between: called before every step with the pack, whose `states` may be kept; what it raises ends the run.
 
     Raises:
@@ -93,7 +96,7 @@ def stream_edits(
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
     base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
-    prepared = Prepared(base, config, meter, groups, progress if count == 1 else None)
+    prepared = Prepared(base, config, meter, groups, progress if count == 1 else preparing)
     if (first := next(prepared, None)) is None:
         return
     pack = Pack(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from lowmem_imagic import commands, edit_file, packing
+from lowmem_imagic import commands, edit_file, packing, preparation
 from lowmem_imagic.batch import worker
 from lowmem_imagic.batch.manifest import read_manifest
 from lowmem_imagic.cli import app
@@ -404,6 +404,23 @@ def test_ctrl_c_keeps_what_is_finished(
     assert len(json.loads(batch(*words).stdout)["done"]) == 2
 
 
+def test_ctrl_c_is_heard_while_photos_are_inverted(
+    batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything trains there is nothing to save: a batch ends at the next step of the inversion."""
+    invert = preparation.own_noise
+
+    def stop_before(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        invert(*args)
+        raise AssertionError("still there")
+
+    monkeypatch.setattr(preparation, "own_noise", stop_before)
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    result = batch(*words)
+    assert result.exit_code == 130 and "0 done, 4 left" in result.stderr
+
+
 def test_the_second_ctrl_c_stops_at_once(
     batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,5 +453,6 @@ def test_progress_is_one_for_all(
     assert result.exit_code == 3, result.output
     steps = [step for _, step, _, _ in seen]
     assert {report[0] for report in seen} == {"train"} and steps == sorted(steps) and steps[-1] == 4 * 3
-    assert seen[0][2:] == (4 * 3, "0 done, 3 in slots, 1 waiting")
+    assert seen[0][1:] == (0, 4 * 3, "0 done, 0 in slots, 4 waiting")
+    assert (4 * 3, "0 done, 3 in slots, 1 waiting") in [report[2:] for report in seen]
     assert seen[-1][3] == "3 done, 0 in slots, 0 waiting, 1 failed"

@@ -292,6 +292,9 @@ class Batch:
         claimed = [self._assignments[entry.job] for entry in ledger.claim(group.key, CLAIM)]
         self._held |= {assignment.job for assignment in claimed}
         self._refresh(ledger, at_once=True)
+        if claimed:
+            # Photos are read and encoded before the first step is told.
+            self._show()
         return claimed
 
     def _book(self, ledger: Ledger, outcome: Outcome) -> None:
@@ -336,11 +339,13 @@ class Batch:
     def _step(self, ledger: Ledger, steps: list[int]) -> None:
         """Now and then: `steps` are those that each edit in training has taken."""
         self._in_training, self._slots = sum(steps), len(steps)
-        if self._resumed is None:
+        if self._resumed is None and steps:
             # Taken before this run began, in no time of its own.
             self._resumed = self._in_training
+            self._console.skip(self._resumed)
         self._refresh(ledger)
-        ledger.report(self._steps - self._resumed, time.perf_counter() - self._began, self._in_training, self._slots)
+        own = self._steps - (self._resumed or 0)
+        ledger.report(own, time.perf_counter() - self._began, self._in_training, self._slots)
         self._show()
 
     def _refresh(self, ledger: Ledger, *, at_once: bool = False) -> None:

@@ -109,6 +109,7 @@ class _Pack:
         self._states, self._stop, self._on_step, self._holds = states, stop, on_step, holds
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
+        self._in_slots: list[int] = []
 
     @property
     def unmade(self) -> list[Assignment]:
@@ -123,6 +124,7 @@ class _Pack:
             config,
             slots=slots,
             max_rows=None if planned is None else planned.rows,
+            preparing=lambda stage, step, steps, remark: self._preparing(),
             between=self._between,
         )
         for group in groups:
@@ -158,9 +160,17 @@ class _Pack:
         while self._fallen:
             yield self._fallen.pop(0)
 
+    def _preparing(self) -> None:
+        """Now and then before an item's training."""
+        self._on_step(self._in_slots)
+        # While others train, the next step saves them first.
+        if not self._in_slots:
+            self._stop.check()
+
     def _between(self, pack: Pack) -> None:
         """Before every step."""
-        self._on_step(pack.in_slots)
+        self._in_slots = pack.in_slots
+        self._on_step(self._in_slots)
         if self._stop.asked or self._states.due():
             self._states.save((self._held[number][0].job, state) for number, state in pack.states())
         self._stop.check()
