@@ -1,6 +1,6 @@
 """What the engine takes: memory of training, size of edit files, time at the command line.
 
-    python -m benchmarks.engine                  all parts, about a quarter of an hour on two cores
+    python -m benchmarks.engine                  all parts, about ten minutes on two cores
     python -m benchmarks.engine size speed       some
     python -m benchmarks.engine --quick          smaller and fewer; shows that it works, and keeps nothing
 

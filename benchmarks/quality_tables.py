@@ -30,6 +30,8 @@ NOTHING = ["Not measured yet."]
 """In place of a table without results."""
 FULL = "full-1e-4"
 """Full fine-tuning, at the rate that is shown; validation is to choose it."""
+UNTRAINED = "ddim-inversion"
+"""The best of what trains nothing."""
 SHOWN = (
     FULL,
     FULL_SAMPLED_ALIKE,
@@ -38,7 +40,7 @@ SHOWN = (
     "small",
     "embedding-only",
     "sdedit",
-    "ddim-inversion",
+    UNTRAINED,
     "sentence-alone",
 )
 """Methods whose results on the test set the README shows."""
@@ -145,6 +147,10 @@ def goals(items: str = TEST.name) -> list[str]:
     if balanced and alike:
         gap = difference(_good(balanced), _good(alike))
         row(f"the same, full fine-tuning sampled as `balanced` is, {gap['of']} items", "", _points(gap))
+    untrained = found.get(UNTRAINED)
+    if balanced and untrained:
+        gap = difference(_good(balanced), _good(untrained))
+        row(f"the same, `{UNTRAINED}`, which trains nothing, {gap['of']} items", "", _points(gap))
     of_full = full["cost"]["passes"] if full else (FULL_EMBED_STEPS + FULL_STEPS) * FULL_DRAWS
     for name, share in (("balanced", 4), ("fast", 10)):
         if name in found:

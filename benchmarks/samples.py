@@ -27,7 +27,7 @@ from .oracle import WORDS, Attributes, Oracle
 from .training_free import denoised
 
 SCENE_SEED = 2
-"""Seed of the held-out scenes; 0 and 4 train the model, 1 the judge."""
+"""Seed of the held-out scenes; 0, 4 and 7 train the model, 1 the judge."""
 NAMED = ("shape", "color", "floor")
 """Attributes every caption names."""
 SHARE_TARGET = 0.90

@@ -1,6 +1,6 @@
 """How fast edits train: packed against alone, and a step against stock libraries; one table, one JSON.
 
-    python -m benchmarks.speed                   everything, a quarter of an hour on two cores
+    python -m benchmarks.speed                   everything, 25 minutes on two cores
     python -m benchmarks.speed packs steps       some parts
 
 *packs*: the bundled model trains eight edits with the preset ``balanced`` in full, in one slot and in several; ratios
