@@ -20,7 +20,7 @@ from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, PO
 KINDS = ("color", "shape", "material", "size", "floor", "pose", "two", "add")
 """One attribute; two attributes at once; a second object."""
 HARD_KINDS = ("pose", "add")
-"""Kinds reported alone: the bundled model itself hardly draws them."""
+"""Kinds reported alone: the bundled model hardly drew them when this was decided."""
 SAME_LEVELS = 10
 """Of 255; two renders of a pixel that differ by no more show the same."""
 

@@ -58,7 +58,7 @@ class RayCrew:
             import ray
         except ImportError as error:
             raise BackendUnavailableError(
-                "--executor ray was asked for, but Ray is not installed; pip install 'lowmem-imagic[ray]'"
+                "--executor ray was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
             ) from error
         self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
         _check_address(request.address)
