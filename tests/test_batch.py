@@ -440,12 +440,15 @@ def test_the_second_ctrl_c_stops_at_once(
     assert len(json.loads(batch(*words).stdout)["done"]) == 3
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3])
 def test_progress_is_one_for_all(
-    photos: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
-    """The display counts steps of all items to their end, and says how many are done, in slots and waiting."""
+    """The display counts steps of all items to their end, and says how many are done, in slots and waiting; it begins
+    before the first photo is inverted, and never goes back."""
     from lowmem_imagic.console import Console
 
+    monkeypatch.setattr(worker, "CPU_SLOTS", slots)
     seen: list[tuple[str, int, int, str]] = []
     monkeypatch.setattr(Console, "progress", lambda self, *report: self._quiet or seen.append(report))
     words = [photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--model", tiny_folder, "--device", "cpu"]
@@ -454,5 +457,5 @@ def test_progress_is_one_for_all(
     steps = [step for _, step, _, _ in seen]
     assert {report[0] for report in seen} == {"train"} and steps == sorted(steps) and steps[-1] == 4 * 3
     assert seen[0][1:] == (0, 4 * 3, "0 done, 0 in slots, 4 waiting")
-    assert (4 * 3, "0 done, 3 in slots, 1 waiting") in [report[2:] for report in seen]
+    assert (4 * 3, f"0 done, {slots} in slots, {4 - slots} waiting") in [report[2:] for report in seen]
     assert seen[-1][3] == "3 done, 0 in slots, 0 waiting, 1 failed"

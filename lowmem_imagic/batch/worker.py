@@ -1,6 +1,7 @@
 """Makes items in refilling packs. Whoever hands them out, and keeps the books, is not known here."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -109,7 +110,8 @@ class _Pack:
         self._states, self._stop, self._on_step, self._holds = states, stop, on_step, holds
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
-        self._in_slots: list[int] = []
+        # Not held: what it trains in is to be free when its run ends.
+        self._pack: Callable[[], Pack | None] = lambda: None
 
     @property
     def unmade(self) -> list[Assignment]:
@@ -162,15 +164,16 @@ class _Pack:
 
     def _preparing(self) -> None:
         """Now and then before an item's training."""
-        self._on_step(self._in_slots)
+        in_slots = pack.in_slots if (pack := self._pack()) is not None else []
+        self._on_step(in_slots)
         # While others train, the next step saves them first.
-        if not self._in_slots:
+        if not in_slots:
             self._stop.check()
 
     def _between(self, pack: Pack) -> None:
         """Before every step."""
-        self._in_slots = pack.in_slots
-        self._on_step(self._in_slots)
+        self._pack = weakref.ref(pack)
+        self._on_step(pack.in_slots)
         if self._stop.asked or self._states.due():
             self._states.save((self._held[number][0].job, state) for number, state in pack.states())
         self._stop.check()
