@@ -27,7 +27,7 @@ CURVES = (
     "ddim-inversion",
 )
 """Methods whose curve is drawn."""
-SIZES = ("keep-all", "balanced", "small", "rank-4", "rank-32", "adapt-attn", "adapt-attn-ff")
+SIZES = ("keep-all", "balanced", "small", "rank-4", "rank-32", "adapt-attn", "adapt-attn-ff", "decoder-only")
 """Variants that differ in what the edit file holds."""
 
 
