@@ -31,6 +31,7 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "adapt-attn": {"finetune": {"adapt": "attn", "keep": 1.0}},
     "adapt-attn-ff": {"finetune": {"adapt": "attn+ff", "keep": 1.0}},
     "rank-4": {"finetune": {"lora_rank": 4, "lora_alpha": 4.0, "learning_rate": 2e-3, "keep": 1.0}},
+    "rank-4-truncated": {"finetune": {"lora_rank": 4, "lora_alpha": 4.0, "learning_rate": 2e-3, "keep": 0.45}},
     "rank-32": {"finetune": {"lora_rank": 32, "lora_alpha": 32.0, "learning_rate": 7e-4, "keep": 0.054}},
     "rate-5e-4": {"finetune": {"learning_rate": 5e-4}},
     "rate-2e-3": {"finetune": {"learning_rate": 2e-3}},
