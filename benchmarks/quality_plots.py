@@ -27,7 +27,17 @@ CURVES = (
     "ddim-inversion",
 )
 """Methods whose curve is drawn."""
-SIZES = ("keep-all", "balanced", "small", "rank-4", "rank-32", "adapt-attn", "adapt-attn-ff", "decoder-only")
+SIZES = (
+    "keep-all",
+    "balanced",
+    "small",
+    "rank-4",
+    "rank-4-truncated",
+    "rank-32",
+    "adapt-attn",
+    "adapt-attn-ff",
+    "decoder-only",
+)
 """Variants that differ in what the edit file holds."""
 
 
@@ -65,6 +75,8 @@ def sizes(found: Mapping[str, dict[str, Any]], path: Path) -> None:
         axes.annotate(name, (kilobytes, middle), fontsize=8, xytext=(4, 4), textcoords="offset points")
     # Room for the last name.
     axes.margins(x=0.12)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("edit file, kB")
     axes.set_ylabel("good items, %")
     axes.grid(alpha=0.3)
