@@ -150,8 +150,13 @@ class PackedLoraLinear(PackedLoraLayer):
 class PackedLoraConv2d(PackedLoraLayer):
     """Packed LoRA on a convolution: (R, C, H, W) to (R, C', H', W')."""
 
+    # In place, both times: the base layer keeps nothing of its output, and nobody else has it.
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
+        return y.add_(self._delta(x))
+
+    def _delta(self, x: Tensor) -> Tensor:
+        """What the adapters add."""
         down, up = self._group(x)
         groups, each = down.shape[0], x.shape[0] // down.shape[0]
         conv = self.base
@@ -163,10 +168,24 @@ class PackedLoraConv2d(PackedLoraLayer):
             shares = strengths.view(groups, each).T[..., None, None, None]
             hidden = (hidden.unflatten(1, (groups, -1)) * shares).flatten(1, 2)
         delta = F.conv2d(hidden, up.flatten(0, 1)[..., None, None], groups=groups)
-        if groups > 1:
-            delta = delta.view(each, groups, *y.shape[1:]).transpose(0, 1).reshape(y.shape)
-        # In place: the base layer keeps nothing of its output, and nobody else has it.
+        return delta if groups == 1 else delta.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
+class _LastConv2d(PackedLoraConv2d):
+    """The same at the end of a residual block, where gradient checkpointing computes the block again up to the last
+    tensor that it saved: the frozen product saves none, so that it is spared when it comes after the adapters'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = self._delta(x)
+        y: Tensor = self.base(x)
         return y.add_(delta)
+
+
+def _packed(name: str, base: nn.Module) -> type[PackedLoraLayer]:
+    """The kind of layer that stands in for `base`."""
+    if not isinstance(base, nn.Conv2d):
+        return PackedLoraLinear
+    return _LastConv2d if name.endswith(".conv2") else PackedLoraConv2d
 
 
 @contextmanager
@@ -297,7 +316,7 @@ class AdapterPack:
                 parent_name, _, child = name.rpartition(".")
                 parent = network.get_submodule(parent_name)
                 base = parent.get_submodule(child)
-                kind = PackedLoraConv2d if isinstance(base, nn.Conv2d) else PackedLoraLinear
+                kind = _packed(name, base)
                 setattr(parent, child, kind(base, down, up, self._scales[name], self.rows, block_of(name)))
                 originals.append((parent, child, base))
             yield

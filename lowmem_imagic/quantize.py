@@ -24,13 +24,14 @@ MIN_CONV_CHANNELS = 5
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+        # Not among the saved tensors: they are frozen and live with the layer, and gradient checkpointing computes a
+        # block again up to the last tensor that it saved, which need not be this product.
+        ctx.weight, ctx.scale = weight, scale
         return F.linear(x, _expand(weight, scale), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
-        return grads[0] @ _expand(weight, scale), None, None, None
+        return grads[0] @ _expand(ctx.weight, ctx.scale), None, None, None
 
 
 class _FrozenConv2d(torch.autograd.Function):
@@ -45,13 +46,12 @@ class _FrozenConv2d(torch.autograd.Function):
         padding: Any,
         groups: int,
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+        ctx.weight, ctx.scale = weight, scale
         ctx.geometry, ctx.input_shape = (list(stride), list(padding), groups), x.shape
         return F.conv2d(x, _expand(weight, scale), bias, stride, padding, 1, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
         stride, padding, groups = ctx.geometry
         grad = grads[0]
         # Only the shape of the input is read for the gradient with respect to it: an expanded scalar serves.
@@ -59,7 +59,7 @@ class _FrozenConv2d(torch.autograd.Function):
         grad_input = torch.ops.aten.convolution_backward(
             grad,
             stand_in,
-            _expand(weight, scale),
+            _expand(ctx.weight, ctx.scale),
             None,
             stride,
             padding,

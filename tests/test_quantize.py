@@ -3,7 +3,9 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lowmem_imagic import quantize
 from lowmem_imagic.adapters import AdapterPack
 from lowmem_imagic.config import WEIGHT_FORMATS
+from lowmem_imagic.families.frugal_unet import make_frugal
 from lowmem_imagic.quantize import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
 
 CPU = torch.device("cpu")
@@ -278,18 +281,16 @@ def _held(unet: Any, *inputs: Tensor) -> int:
 
 
 @pytest.mark.parametrize("make", [frozen_linear, frozen_conv])
-def test_a_layer_saves_only_its_weight(make: Callable[[], Any]) -> None:
-    """For backward a layer saves its int8 weight and the scale of its channels, which exist anyway; no activation."""
+def test_a_layer_saves_nothing(make: Callable[[], Any]) -> None:
+    """For backward a layer saves no tensor, and keeps alive none that it made but its output and its scale."""
     layer, _ = make()
     x = torch.randn((4, 32) if isinstance(layer, FrozenLinear8bit) else (2, 16, 8, 8), requires_grad=True)
     layer(x)
-    saved = saved_by(layer, x)
-    assert sorted(str(t.dtype) for t in saved) == ["torch.float32", "torch.int8"]
-    again = saved_by(layer, x)
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in again}
-    assert layer.weight.data_ptr() in {t.data_ptr() for t in saved}
-    outputs = layer.weight.shape[0]
-    assert sorted(t.numel() for t in saved) == [outputs, layer.weight.numel()]
+    assert saved_by(layer, x) == []
+    counter = HeldBytes()
+    with counter:
+        y = layer(x)
+    assert counter.total() == y.nbytes
 
 
 def test_a_scale_follows_its_weights() -> None:
@@ -328,6 +329,29 @@ def test_checkpointed_inputs_die_with_our_layers_and_live_with_stock_ones() -> N
     alive, total = live_inputs(ours, (FrozenLinear8bit,))
     assert alive == 0 and total > 20
     assert live_inputs(stock, (bnb.nn.Linear8bitLt,)) == (total, total)
+
+
+@pytest.mark.parametrize(("adapt", "again"), [(None, {"conv1"}), ("all", {"conv1", "conv_shortcut", "ff.net.2"})])
+def test_checkpointing_stops_before_a_blocks_last_product(adapt: str | None, again: set[str]) -> None:
+    """The frozen product that ends a block is computed once, whether adapted or not, as what it saves is nothing."""
+    unet = filled("int8")
+    make_frugal(unet)
+    unet.enable_gradient_checkpointing()
+    latents, timesteps, text = inputs_of_unet()
+    calls = Counter[str]()
+    endings = ("conv1", "conv2", "conv_shortcut", "ff.net.2")
+    blocks = 0
+    for name, module in unet.named_modules():
+        for ending in endings:
+            if name.endswith("." + ending) and "blocks" in name:
+                module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+                blocks += 1
+    pack = adapt and AdapterPack(unet, edits=2, adapt=adapt, rank=2, alpha=2.0)
+    with pack.attached(unet) if pack else nullcontext():
+        unet(latents, timesteps, text if pack else text.requires_grad_()).sample.sum().backward()
+    assert len(calls) == blocks > 10
+    twice = {ending for ending in endings for name, count in calls.items() if name.endswith(ending) and count == 2}
+    assert twice == again and set(calls.values()) == {1, 2}
 
 
 # How a network is filled
