@@ -4,7 +4,8 @@
     python -m benchmarks.speed packs steps       some parts
 
 *packs*: the bundled model trains eight edits with the preset ``balanced`` in full, in one slot and in several; ratios
-are of the same run. *kernels*: operations of a step of Stable Diffusion 1.5, counted on the meta device. *steps*:
+are of the same run. *kernels*: operations of a step of Stable Diffusion 1.5 for growing packs, and its arithmetic
+beside peft's (checkpointing computes blocks again), counted on the meta device. *steps*:
 seconds of its steps with random weights, of this package, of peft on bfloat16 and of peft on stock bitsandbytes (see
 `memory`), and the share of the device's own rate of matrix products that they reach. What needs a GPU is ``null``
 without one.
@@ -80,7 +81,7 @@ def trained(slots: int) -> dict[str, Any]:
 
 
 def kernels() -> tuple[dict[str, Any], list[Line]]:
-    """Operations of a step for growing packs."""
+    """Operations of a step for growing packs, and the arithmetic of one."""
     found = []
     for rows in PACKS:
         step = Step(Case("sd15", "ours", False, rows), META)
@@ -93,7 +94,14 @@ def kernels() -> tuple[dict[str, Any], list[Line]]:
     ratio = round(found[-1]["operations"] / found[0]["operations"], 4)
     lines = [Line(f"operations of a step, {f['edits']} edits", f["operations"], "") for f in found]
     lines.append(Line(f"operations, {PACKS[-1]} edits to one", ratio, "times", KERNELS_GOAL))
-    return {"counted": found}, lines
+    arithmetic = []
+    for checkpointing in (False, True):
+        cases = [Case("sd15", way, checkpointing) for way in ("ours", "bf16 + peft")]
+        flops = [flops_of(case) for case in cases]
+        arithmetic += [{"case": asdict(case), "flops": count} for case, count in zip(cases, flops, strict=True)]
+        ratio = round(flops[0] / flops[1], 4)
+        lines.append(Line(f"{cases[0].name}: arithmetic of a step to bf16 + peft", ratio, "times"))
+    return {"counted": found, "arithmetic": arithmetic}, lines
 
 
 def steps() -> tuple[dict[str, Any], list[Line]]:
