@@ -191,11 +191,15 @@ def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torc
     return layer
 
 
-def _quantized(module: nn.Module, state: dict[str, Tensor], weights: str, device: torch.device) -> nn.Module | None:
+def _quantized(
+    module: nn.Module, state: dict[str, Tensor], weights: str, device: torch.device, dtype: torch.dtype
+) -> nn.Module | None:
     """The 8-bit layer for `module` with the given state, or None where it stays in float."""
-    weight, bias = state.get("weight"), state.get("bias")
+    weight = state.get("weight")
     if weight is None:
         return None
+    # In the type of the arithmetic at once, or every product would begin with a cast.
+    bias = _cast(state.get("bias"), dtype)
     if type(module) is nn.Linear:
         if weights == "int8":
             return FrozenLinear8bit.from_weights(weight, bias, device)
@@ -217,7 +221,7 @@ def _fill(
     dtype: torch.dtype,
 ) -> None:
     """Gives the module at `path` its weights, putting an 8-bit layer in its place where there is one."""
-    layer = _quantized(modules[path], state, weights, device)
+    layer = _quantized(modules[path], state, weights, device, dtype)
     if layer is not None:
         parent, _, child = path.rpartition(".")
         setattr(modules[parent], child, layer)

@@ -380,6 +380,13 @@ def test_only_the_convolutions_on_latents_stay_float() -> None:
     assert all(m.weight.dtype == torch.int8 for m in unet.modules() if isinstance(m, (FrozenLinear8bit, Int8Conv2d)))
 
 
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+def test_biases_are_in_the_type_of_the_arithmetic(weights: str) -> None:
+    """Biases and what is not quantised have the type that was asked for, so that no product begins with a cast."""
+    unet = filled(weights, dtype=torch.bfloat16)
+    assert {p.dtype for p in unet.parameters()} - {torch.int8} == {torch.bfloat16}
+
+
 def float_layers(network: nn.Module) -> list[str]:
     """Names of the linear layers and convolutions that are not 8-bit."""
     return [name for name, module in network.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
@@ -509,7 +516,7 @@ def test_unusual_convolutions_stay_float() -> None:
         nn.ConvTranspose2d(8, 8, 3),
     )
     for layer in odd:
-        assert quantize._quantized(layer, dict(layer.state_dict()), "int8", CPU) is None
+        assert quantize._quantized(layer, dict(layer.state_dict()), "int8", CPU, torch.float32) is None
 
 
 # Sizes
