@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,28 @@ class _Shape:
         return self.down_size + math.prod(self.up)
 
 
+class _Rounded(torch.autograd.Function):
+    """A trained tensor in another type; its gradient goes where it is kept at once, in one operation and not three."""
+
+    @staticmethod
+    def forward(ctx: Any, trained: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.trained = trained
+        return trained.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.trained.grad.add_(grads[0])
+        return None, None
+
+
+def _rounded(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factors in the type of the arithmetic."""
+    if factors.dtype == dtype or not factors.is_leaf or factors.grad is None:
+        return factors.to(dtype)
+    result: Tensor = _Rounded.apply(factors, dtype)  # type: ignore[no-untyped-call]
+    return result
+
+
 class PackedLoraLayer(nn.Module):
     """A frozen layer with the adapters of N edits; stands in the network in the layer's place while attached."""
 
@@ -125,7 +148,7 @@ class PackedLoraLayer(nn.Module):
         """Down and scaled up factors for groups of rows, in x's type."""
         scaled = self.up if self.scale is None else self.up * self.scale.view(-1, 1, 1)
         down, up = self.rows.select(self.down), self.rows.select(scaled)
-        return down.to(x.dtype), up.to(x.dtype)
+        return _rounded(down, x.dtype), _rounded(up, x.dtype)
 
     def _strengths(self, x: Tensor) -> Tensor | None:
         """The factor (R,) on each row's adapter in this layer, in x's type; None when all are 1."""

@@ -392,6 +392,27 @@ def test_factors_stay_fp32_over_a_bfloat16_base(load_base: Callable[..., Any]) -
     assert grads.isfinite().all() and all(p.grad.any() for p in pack.parameters)
 
 
+@pytest.mark.parametrize("alpha", [4.0, 3.0])
+def test_gradients_over_bfloat16_are_autograds_own(load_base: Callable[..., Any], alpha: float) -> None:
+    """Two passes over a bfloat16 base leave the bits that autograd leaves where every factor is cast on its way."""
+    network = load_base(weights="bf16").unet
+    latents, timesteps, text = inputs_of_unet(2)
+    found = []
+    for kept in (True, False):
+        pack = AdapterPack(network, edits=2, adapt="all", rank=4, alpha=alpha)
+        pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(0)))
+        grads = pack.enable_gradients()
+        if not kept:
+            # Without a gradient to add to, factors are cast by autograd.
+            for parameter in pack.parameters:
+                parameter.grad = None
+        with pack.attached(network):
+            for part in (latents, -latents):
+                network(part.bfloat16(), timesteps, text.bfloat16()).sample.float().square().sum().backward()
+        found.append(grads if kept else torch.cat([p.grad.flatten(1) for p in pack.parameters], 1))  # type: ignore[union-attr]
+    assert found[0].any() and torch.equal(*found)
+
+
 # Finished adapters
 
 
