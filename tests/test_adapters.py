@@ -392,10 +392,13 @@ def test_factors_stay_fp32_over_a_bfloat16_base(load_base: Callable[..., Any]) -
     assert grads.isfinite().all() and all(p.grad.any() for p in pack.parameters)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("alpha", [4.0, 3.0])
-def test_gradients_over_bfloat16_are_autograds_own(load_base: Callable[..., Any], alpha: float) -> None:
+def test_gradients_over_bfloat16_are_autograds_own(
+    load_base: Callable[..., Any], alpha: float, checkpointing: bool
+) -> None:
     """Two passes over a bfloat16 base leave the bits that autograd leaves where every factor is cast on its way."""
-    network = load_base(weights="bf16").unet
+    network = load_base(weights="bf16", checkpointing=checkpointing).unet
     latents, timesteps, text = inputs_of_unet(2)
     found = []
     for kept in (True, False):
