@@ -110,7 +110,8 @@ class _Shape:
 
 
 class _Rounded(torch.autograd.Function):
-    """A trained tensor in another type; its gradient goes where it is kept at once, in one operation and not three."""
+    """A trained tensor in another type, for `Tensor.backward` alone: adding its gradient to what is kept is one
+    operation, where autograd has one to cast it back and another to add it."""
 
     @staticmethod
     def forward(ctx: Any, trained: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,9 +174,9 @@ class PackedLoraLinear(PackedLoraLayer):
 class PackedLoraConv2d(PackedLoraLayer):
     """Packed LoRA on a convolution: (R, C, H, W) to (R, C', H', W')."""
 
-    # In place, both times: the base layer keeps nothing of its output, and nobody else has it.
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
+        # In place: the base layer keeps nothing of its output, and nobody else has it.
         return y.add_(self._delta(x))
 
     def _delta(self, x: Tensor) -> Tensor:
@@ -195,8 +196,9 @@ class PackedLoraConv2d(PackedLoraLayer):
 
 
 class _LastConv2d(PackedLoraConv2d):
-    """The same at the end of a residual block, where gradient checkpointing computes the block again up to the last
-    tensor that it saved: the frozen product saves none, so that it is spared when it comes after the adapters'."""
+    """The same at the end of a residual block (see `families.frugal_unet`), which gradient checkpointing computes again
+    up to the last tensor that it saved: the frozen product saves none, and is spared when it comes after the adapters'.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         delta = self._delta(x)

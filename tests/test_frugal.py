@@ -84,10 +84,24 @@ def test_less_is_kept() -> None:
     assert kept(geglu, torch.randn(2, 9, 64)) == 0
 
 
-def test_a_frugal_unet_computes_the_same(relative: Callable[..., float]) -> None:
-    """A UNet with these layers has the output and gradients of the one it was, and the same names of weights."""
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        {},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"resnet_out_scale_factor": 2.0},
+        {"resnet_skip_time_act": True},
+        {"mid_block_scale_factor": 1.4},
+        {"down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D")},
+        {"act_fn": "gelu"},
+    ],
+    ids=str,
+)
+def test_a_frugal_unet_computes_the_same(unusual: dict[str, Any], relative: Callable[..., float]) -> None:
+    """A UNet with these layers has the output and gradients of the one it was, and the same names of weights, with
+    every kind of residual block that diffusers has."""
     torch.manual_seed(0)
-    unet: Any = away_from_start(new_tiny_unet()).requires_grad_(False).eval()
+    unet: Any = away_from_start(new_tiny_unet(**unusual)).requires_grad_(False).eval()
     names = list(unet.state_dict())
     text = torch.randn(2, 7, 16)
     found = []
@@ -100,6 +114,8 @@ def test_a_frugal_unet_computes_the_same(relative: Callable[..., float]) -> None
     assert list(unet.state_dict()) == names
     assert torch.equal(found[0][0], found[1][0])
     assert relative(found[1][1], found[0][1]) < 1e-5
+    if unusual:
+        return
     kinds = [type(module).__name__ for module in unet.modules()]
     assert "GEGLU" not in kinds and kinds.count("GroupNormSiLU") == 1 + 2 * kinds.count("_FrugalResnet")
     assert "ResnetBlock2D" not in kinds

@@ -333,7 +333,8 @@ def test_checkpointed_inputs_die_with_our_layers_and_live_with_stock_ones() -> N
 
 @pytest.mark.parametrize(("adapt", "again"), [(None, {"conv1"}), ("all", {"conv1", "conv_shortcut", "ff.net.2"})])
 def test_checkpointing_stops_before_a_blocks_last_product(adapt: str | None, again: set[str]) -> None:
-    """The frozen product that ends a block is computed once, whether adapted or not, as what it saves is nothing."""
+    """The convolution that ends a residual block is computed once, adapted or not, as it saves nothing; and so are a
+    shortcut and the product that ends a transformer block where they are not adapted."""
     unet = filled("int8")
     make_frugal(unet)
     unet.enable_gradient_checkpointing()
