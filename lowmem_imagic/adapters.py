@@ -14,12 +14,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapter_layers import Rows, packed_kind
 from .config import BLOCKS
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -67,22 +66,6 @@ def target_modules(network: nn.Module, adapt: str, blocks: Sequence[str] = BLOCK
     }
 
 
-class Rows:
-    """Which edit each row of the batch belongs to and how strongly it is adapted; shared by all layers of a pack.
-
-    `index` is None when the rows lie edit by edit in equal shares, which needs no gathering of factors.
-    `strengths` (R, 3), a factor for each row and each of `BLOCKS`, is None when all are 1.
-    """
-
-    def __init__(self) -> None:
-        self.index: Tensor | None = None
-        self.strengths: Tensor | None = None
-
-    def select(self, factors: Tensor) -> Tensor:
-        """The factors (G, ...) for G equal groups of rows: one group an edit, or one a row."""
-        return factors if self.index is None else factors[self.index]
-
-
 @dataclass(frozen=True)
 class _Shape:
     """Sizes of one layer's factors."""
@@ -107,110 +90,6 @@ class _Shape:
     @property
     def size(self) -> int:
         return self.down_size + math.prod(self.up)
-
-
-class _Rounded(torch.autograd.Function):
-    """A trained tensor in another type, for `Tensor.backward` alone: adding its gradient to what is kept is one
-    operation, where autograd has one to cast it back and another to add it."""
-
-    @staticmethod
-    def forward(ctx: Any, trained: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.trained = trained
-        return trained.to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        ctx.trained.grad.add_(grads[0])
-        return None, None
-
-
-def _rounded(factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factors in the type of the arithmetic."""
-    if factors.dtype == dtype or not factors.is_leaf or factors.grad is None:
-        return factors.to(dtype)
-    result: Tensor = _Rounded.apply(factors, dtype)  # type: ignore[no-untyped-call]
-    return result
-
-
-class PackedLoraLayer(nn.Module):
-    """A frozen layer with the adapters of N edits; stands in the network in the layer's place while attached."""
-
-    def __init__(
-        self, base: nn.Module, down: nn.Parameter, up: nn.Parameter, scale: Tensor | None, rows: Rows, block: int
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.down, self.up = down, up
-        # Not a buffer: it is the pack's. None is 1 for all edits.
-        self.scale = scale
-        self.rows, self.block = rows, block
-
-    def _group(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Down and scaled up factors for groups of rows, in x's type."""
-        scaled = self.up if self.scale is None else self.up * self.scale.view(-1, 1, 1)
-        down, up = self.rows.select(self.down), self.rows.select(scaled)
-        return _rounded(down, x.dtype), _rounded(up, x.dtype)
-
-    def _strengths(self, x: Tensor) -> Tensor | None:
-        """The factor (R,) on each row's adapter in this layer, in x's type; None when all are 1."""
-        strengths = self.rows.strengths
-        return None if strengths is None else strengths[:, self.block].to(x.dtype)
-
-
-class PackedLoraLinear(PackedLoraLayer):
-    """Packed LoRA on a linear layer: (R, ..., in) to (R, ..., out)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        down, up = self._group(x)
-        rows = x.reshape(down.shape[0], -1, x.shape[-1])
-        hidden = torch.bmm(rows, down.transpose(1, 2))
-        if (strengths := self._strengths(x)) is not None:
-            hidden = (hidden.view(len(x), -1) * strengths[:, None]).view(hidden.shape)
-        # Not in place: y is a view, whose history autograd would rewrite with copies.
-        return torch.baddbmm(y.view(down.shape[0], -1, y.shape[-1]), hidden, up.transpose(1, 2)).view(y.shape)
-
-
-class PackedLoraConv2d(PackedLoraLayer):
-    """Packed LoRA on a convolution: (R, C, H, W) to (R, C', H', W')."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        # In place: the base layer keeps nothing of its output, and nobody else has it.
-        return y.add_(self._delta(x))
-
-    def _delta(self, x: Tensor) -> Tensor:
-        """What the adapters add."""
-        down, up = self._group(x)
-        groups, each = down.shape[0], x.shape[0] // down.shape[0]
-        conv = self.base
-        assert isinstance(conv, nn.Conv2d)
-        # Every group's channels side by side: one grouped convolution serves all edits.
-        beside = x if groups == 1 else x.view(groups, each, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-        hidden = F.conv2d(beside, down.flatten(0, 1), None, conv.stride, conv.padding, 1, groups)
-        if (strengths := self._strengths(x)) is not None:
-            shares = strengths.view(groups, each).T[..., None, None, None]
-            hidden = (hidden.unflatten(1, (groups, -1)) * shares).flatten(1, 2)
-        delta = F.conv2d(hidden, up.flatten(0, 1)[..., None, None], groups=groups)
-        return delta if groups == 1 else delta.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-
-
-class _LastConv2d(PackedLoraConv2d):
-    """The same at the end of a residual block (see `families.frugal_unet`), which gradient checkpointing computes again
-    up to the last tensor that it saved: the frozen product saves none, and is spared when it comes after the adapters'.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        delta = self._delta(x)
-        y: Tensor = self.base(x)
-        return y.add_(delta)
-
-
-def _packed(name: str, base: nn.Module) -> type[PackedLoraLayer]:
-    """The kind of layer that stands in for `base`."""
-    if not isinstance(base, nn.Conv2d):
-        return PackedLoraLinear
-    return _LastConv2d if name.endswith(".conv2") else PackedLoraConv2d
 
 
 @contextmanager
@@ -341,7 +220,7 @@ class AdapterPack:
                 parent_name, _, child = name.rpartition(".")
                 parent = network.get_submodule(parent_name)
                 base = parent.get_submodule(child)
-                kind = _packed(name, base)
+                kind = packed_kind(name, base)
                 setattr(parent, child, kind(base, down, up, self._scales[name], self.rows, block_of(name)))
                 originals.append((parent, child, base))
             yield

@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lowmem_imagic import adapters
+from lowmem_imagic import adapter_layers
 from lowmem_imagic.accounting import Kernels
-from lowmem_imagic.adapters import TARGETS, AdapterPack, kohya_key, target_modules
+from lowmem_imagic.adapters import TARGETS, AdapterPack, Factors, kohya_key, target_modules
 from lowmem_imagic.config import ADAPT_TARGETS
 
 RANK, ALPHA = 3, 5.0
@@ -107,7 +107,7 @@ class PeftRun:
         return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
     def __call__(
-        self, exported: dict[str, adapters.Factors], rows: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor
+        self, exported: dict[str, Factors], rows: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """The output for the chosen rows and the gradients of all factors, A and B of each layer in turn."""
         with torch.no_grad():
@@ -265,7 +265,7 @@ def test_leaving_restores_the_network_exactly(weights: str, load_base: Callable[
         with pack.attached(network):
             output = network(*inputs_of_unet(2)).sample
             output.square().sum().backward()
-            assert sum(isinstance(m, adapters.PackedLoraLayer) for m in network.modules()) == 79
+            assert sum(isinstance(m, adapter_layers.PackedLoraLayer) for m in network.modules()) == 79
         before.check()
     assert not torch.equal(output.detach(), before.output)
 
@@ -287,14 +287,14 @@ def test_an_error_while_attaching_restores_the_network(unet: Any, after: int, mo
     before = Snapshot(unet)
     pack = trained_pack(unet, edits=2)
     made = itertools.count()
-    original = adapters.PackedLoraLayer.__init__
+    original = adapter_layers.PackedLoraLayer.__init__
 
     def failing(self: Any, *args: Any) -> None:
         if next(made) == after:
             raise MemoryError
         original(self, *args)
 
-    monkeypatch.setattr(adapters.PackedLoraLayer, "__init__", failing)
+    monkeypatch.setattr(adapter_layers.PackedLoraLayer, "__init__", failing)
     with pytest.raises(MemoryError), pack.attached(unet):
         raise AssertionError("the block must not run")
     before.check()
@@ -410,7 +410,7 @@ def test_gradients_over_bfloat16_are_autograds_own(
             for part in (latents, -latents):
                 network(part.bfloat16(), timesteps, text.bfloat16()).sample.float().square().sum().backward()
         operations.append(count.count)
-        monkeypatch.setattr(adapters, "_rounded", lambda factors, dtype: factors.to(dtype))
+        monkeypatch.setattr(adapter_layers, "_rounded", lambda factors, dtype: factors.to(dtype))
     assert found[0].any() and torch.equal(*found)
     # A factor that is scaled on its way is cast as autograd does.
     direct = len(pack.parameters) if alpha == pack.rank else len(pack.parameters) // 2
