@@ -75,6 +75,7 @@ class PackedLoraLinear(PackedLoraLayer):
     """Packed LoRA on a linear layer: (R, ..., in) to (R, ..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # First: after the adapters' it would save 2 % of a checkpointed step's arithmetic, and cost 2 % of its memory.
         y: Tensor = self.base(x)
         down, up = self._group(x)
         rows = x.reshape(down.shape[0], -1, x.shape[-1])
