@@ -61,18 +61,23 @@ def curves(found: Mapping[str, dict[str, Any]], path: Path) -> None:
     _saved(figure, path)
 
 
-def sizes(found: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """Share of good items against bytes of the edit file."""
+def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Share of good items against bytes of the edit file; hollow on validation, full where the test set was asked."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in SIZES:
-        if name not in found:
-            continue
-        kilobytes = found[name]["cost"]["edit_bytes_mean"] / 1000
-        good = found[name]["at_eta"][MAIN]["good"]
-        low, high = (100 * bound for bound in good["interval_95"])
-        middle = 100 * good["value"]
-        axes.errorbar(kilobytes, middle, [[middle - low], [high - middle]], marker="o", capsize=3)
-        axes.annotate(name, (kilobytes, middle), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    for number, name in enumerate(name for name in SIZES if name in validation):
+        for found, look in ((validation, {"mfc": "white", "alpha": 0.5}), (test, {})):
+            if name not in found:
+                continue
+            good = found[name]["at_eta"][MAIN]["good"]
+            low, middle, high = (
+                100 * share for share in (good["interval_95"][0], good["value"], good["interval_95"][1])
+            )
+            # Side by side, as the two have the same size.
+            kilobytes = found[name]["cost"]["edit_bytes_mean"] / 1000 * (1 if found is validation else 1.04)
+            bars = [[middle - low], [high - middle]]
+            axes.errorbar(kilobytes, middle, bars, marker="o", capsize=3, color=f"C{number}", **look)
+            if found is validation:
+                axes.annotate(name, (1.04 * kilobytes, middle), fontsize=8, xytext=(4, 4), textcoords="offset points")
     # Room for the last name.
     axes.margins(x=0.12)
     axes.set_xscale("log", base=2)
@@ -97,7 +102,7 @@ def main() -> None:
     if found := test or validation:
         curves(found, DOCS / "quality_curves.png")
     if set(SIZES) & set(validation):
-        sizes(validation, DOCS / "quality_sizes.png")
+        sizes(validation, test, DOCS / "quality_sizes.png")
 
 
 if __name__ == "__main__":
