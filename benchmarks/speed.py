@@ -5,10 +5,9 @@
 
 *packs*: the bundled model trains eight edits with the preset ``balanced`` in full, in one slot and in several; ratios
 are of the same run. *kernels*: operations of a step of Stable Diffusion 1.5 for growing packs, and its arithmetic
-beside peft's (checkpointing computes blocks again), counted on the meta device. *steps*:
-seconds of its steps with random weights, of this package, of peft on bfloat16 and of peft on stock bitsandbytes (see
-`memory`), and the share of the device's own rate of matrix products that they reach. What needs a GPU is ``null``
-without one.
+beside peft's (checkpointing computes blocks again), counted on the meta device. *steps*: seconds of its steps with
+random weights, of this package, of peft on bfloat16 and of peft on stock bitsandbytes (see `memory`), and the share of
+the device's own rate of matrix products that they reach. What needs a GPU is ``null`` without one.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Weights are int8 with one fp32 absmax per output channel and are expanded to the
 type for each product: the same algorithm on CPU and GPU, rows never influence each other, and the
 error is that of rounding the weights (0.7-0.9 % of a layer's output for Gaussian weights).
 
-**Memory**: for the backward pass a layer keeps only its int8 weight and absmax, which exist anyway; never
+**Memory**: for the backward pass a layer keeps only its int8 weight and scale, which exist anyway; never
 its input. Stock bitsandbytes keeps every input on the autograd context, where gradient checkpointing
 cannot free it.
 """

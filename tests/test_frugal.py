@@ -101,8 +101,8 @@ def test_less_is_kept() -> None:
     ids=str,
 )
 def test_a_frugal_unet_computes_the_same(unusual: dict[str, Any], relative: Callable[..., float]) -> None:
-    """A UNet with these layers has the output and gradients of the one it was, and the same names of weights, with
-    every kind of residual block that diffusers has."""
+    """A UNet with these layers has the output and gradients of the one it was, and the same names of weights, also
+    where its residual blocks are not all of the usual kind."""
     torch.manual_seed(0)
     unet: Any = away_from_start(new_tiny_unet(**unusual)).requires_grad_(False).eval()
     names = list(unet.state_dict())
