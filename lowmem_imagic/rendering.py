@@ -1,6 +1,6 @@
 """Pictures of finished edits: opening an edit and its base, rendering cells into a folder or onto a sheet."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,13 +239,14 @@ def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, 
     return {**config.__dict__, "prompt": sentence, "model": edit.base.source, "version": version}
 
 
-def footer_of(base: BaseModel, edit: Edit, config: SampleConfig) -> str:
-    """The settings under a sheet that all its pictures share."""
+def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[str] = ()) -> str:
+    """The settings under a sheet that all its pictures share, `but` strength or guidance where it is said elsewhere."""
+    guidance = "" if "guidance" in but else f"guidance {_guidance_text(config)} | "
+    strength = "" if "strength" in but else f", strength {strength_text(config.strength)}"
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
-        f"guidance {_guidance_text(config)} | {config.interpolation}, hold {config.hold:g}, "
-        f"release {config.release:g}, mask {config.mask:g} | adapter of rank {edit.rank} on "
-        f"{len(edit.adapter)} layers, strength {strength_text(config.strength)} | base in {base.weights}"
+        f"{guidance}{config.interpolation}, hold {config.hold:g}, release {config.release:g}, mask {config.mask:g} | "
+        f"adapter of rank {edit.rank} on {len(edit.adapter)} layers{strength} | base in {base.weights}"
     )
 
 

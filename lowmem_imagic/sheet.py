@@ -88,17 +88,19 @@ def sheet(
     shown = [] if source is None else [("photo", source.image)]
     cells = []
     for down, row, (alone, reconstruction) in zip(points[rows], grid, first, strict=True):
-        label = f"{rows} {_text(down)}"
-        cells += [*shown, (f"no adapter, {label}", rendered[alone].picture)]
+        label = f"{rows} {strength_text(down)}"
+        without = "no adapter" if rows == "strength" else f"no adapter, {label}"
+        cells += [*shown, (without, rendered[alone].picture)]
         cells.append((f"reconstruction, {label}", rendered[reconstruction].picture))
         for across, cell in zip(points[columns], row, strict=True):
-            cells.append((f"{label}, {columns} {_text(across)}", rendered[cell].picture))
-    shared = ", ".join(f"{name} {_text(value)}" for name, value in fixed.items())
+            cells.append((f"{label}, {columns} {strength_text(across)}", rendered[cell].picture))
+    stated = {name: value for name, value in fixed.items() if value is not None}
+    shared = ", ".join(f"{name} {strength_text(value)}" for name, value in stated.items())
     picture = contact_sheet(
         cells,
         columns=len(shown) + 2 + len(points[columns]),
         title=sentence,
-        footer=f"{shared} | {footer_of(base, opened, config)}",
+        footer=f"{shared} | {footer_of(base, opened, config, {rows, columns, *stated})}",
         cell_px=192,
     )
     parameters = generation_parameters(grid[0][0], parameters_of(opened, sentence, config))
@@ -166,11 +168,6 @@ def _check_ranges(config: SampleConfig, points: Mapping[str, Sequence[Any]]) -> 
 def _cell(**place: Any) -> Cell:
     """The cell at a place given by its value on each of `AXES`."""
     return Cell(0, place["eta"], place["seed"], place["strength"], place["guidance"])
-
-
-def _text(value: Any) -> str:
-    """A value as a label shows it."""
-    return "as configured" if value is None else strength_text(value)
 
 
 def _photo_of(path: Path, sha256: str, console: Console) -> Photo:

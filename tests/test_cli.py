@@ -241,16 +241,17 @@ def test_sheet_shows_two_axes(run, finished, photo, monkeypatch):
     assert how["columns"] == 5
     assert [label for label, _ in cells] == [
         "photo",
-        "no adapter, strength 0.5",
+        "no adapter",
         "reconstruction, strength 0.5",
         "strength 0.5, eta 0.5",
         "strength 0.5, eta 1",
         "photo",
-        "no adapter, strength 1",
+        "no adapter",
         "reconstruction, strength 1",
         "strength 1, eta 0.5",
         "strength 1, eta 1",
     ]
+    assert "strength" not in how["footer"] and "guidance" in how["footer"] and how["footer"].startswith("seed 0 | ")
     assert len(batches) == 1
     pictures = [picture.tobytes() for _, picture in cells]
     assert pictures[1] == pictures[6] and len(set(pictures)) == 8
