@@ -25,6 +25,7 @@ from lowmem_imagic.edit import LoraFactors
 from lowmem_imagic.images import Photo
 from lowmem_imagic.pipeline import apply_edits, make_edits
 from lowmem_imagic.png import encode_png
+from lowmem_imagic.portable import scaled_alike
 from lowmem_imagic.preparation import Job
 from lowmem_imagic.sample import Cell
 from lowmem_imagic.truncation import truncated
@@ -178,7 +179,8 @@ def shortened(data: bytes, keep: float) -> bytes:
     edit = edit_file.decode(data)
     whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
     kept = {
-        key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in truncated(whole, keep).items()
+        key: LoraFactors(down.half(), up.half(), alpha)
+        for key, (down, up, alpha) in scaled_alike(truncated(whole, keep)).items()
     }
     return edit_file.encode(replace(edit, adapter=kept))
 

@@ -26,6 +26,7 @@ from lowmem_imagic.families import DEMO
 from lowmem_imagic.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.images import Photo
 from lowmem_imagic.pipeline import COARSE_SIDE, make_edits, versions
+from lowmem_imagic.portable import portable
 from lowmem_imagic.preparation import Job
 from lowmem_imagic.presets import PRESETS, SMALL_KEEP, preset
 from lowmem_imagic.truncation import truncated
@@ -91,7 +92,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     whole = {key: _evened(*factors) for key, factors in pack.export(0).items()}
     sentence = "a photo of a sleeping cat on a wooden floor"
     made = Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in truncated(whole, tuning.keep).items()},
+        adapter={key: LoraFactors(*factors) for key, factors in portable(truncated(whole, tuning.keep), unet).items()},
         optimized_embedding=torch.randn(TOKENS, 768, generator=generator),
         coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
         inverted_noise=torch.randn(4, 64, 64, generator=generator) if config.sample.start == "inverted" else None,

@@ -35,6 +35,7 @@ from lowmem_imagic.memory import peak_bytes, reset_peak
 from lowmem_imagic.packing import Pack, Task, TrainedEdit
 from lowmem_imagic.pipeline import COARSE_SIDE
 from lowmem_imagic.planning import Budget, plan_for
+from lowmem_imagic.portable import portable
 from lowmem_imagic.presets import preset
 from lowmem_imagic.sample import Cell, sample
 from lowmem_imagic.truncation import truncated
@@ -108,7 +109,7 @@ def train(
         for edit in group:
             if edit.error is not None:
                 raise edit.error
-            edit.adapter = truncated(edit.adapter, config.finetune.keep)
+            edit.adapter = portable(truncated(edit.adapter, config.finetune.keep), base.unet)
             made.edits.append(edit)
     made.edits.sort(key=lambda edit: edit.number)
     return made

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .adapters import AdapterPack
+from .adapters import AdapterPack, Factors
 from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
 from .diffusion import coarse
@@ -19,6 +19,7 @@ from .errors import BaseMismatchError, ConfigError, DivergenceError, TensorShape
 from .letterbox import Letterbox, from_square, to_images
 from .memory import Meter
 from .packing import Pack, StageProgress, TrainedEdit
+from .portable import portable
 from .preparation import Job, Prepared, measured_stage, named
 from .runs import tail
 from .sample import Cell, sample
@@ -119,10 +120,7 @@ def stream_edits(
                 finished.append((made.number, made.error))
                 continue
             edit = Edit(
-                adapter={
-                    key: LoraFactors(down.half(), up.half(), alpha)
-                    for key, (down, up, alpha) in truncated(made.adapter, config.finetune.keep).items()
-                },
+                adapter=_stored(made.adapter, config.finetune.keep, base),
                 optimized_embedding=made.optimized_embedding.half(),
                 coarse_latents=coarse(taken.latents[None], COARSE_SIDE)[0].half(),
                 inverted_noise=taken.inverted_noise,
@@ -310,6 +308,12 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _stored(adapter: Mapping[str, Factors], keep: float, base: BaseModel) -> dict[str, LoraFactors]:
+    """A trained adapter as its file holds it."""
+    stored = portable(truncated(adapter, keep), base.unet)
+    return {key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in stored.items()}
 
 
 def _settings(config: EditConfig, made: TrainedEdit) -> dict[str, Any]:

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from .adapters import Factors
+from .portable import MIN_RANK
+
+_Step = tuple[float, str, int, int]
+"""Energy per stored number, negative; layer; directions; stored numbers."""
 
 
 def truncated(adapter: Mapping[str, Factors], keep: float) -> dict[str, Factors]:
-    """The adapter in at most `keep` of its bytes (at least one direction of one layer), as fp32 on the CPU.
+    """The adapter in at most `keep` of its bytes (at least `MIN_RANK` directions of one layer), as fp32 on the CPU.
 
     Args:
         adapter: factors by layer, as `AdapterPack.export` gives them.
@@ -24,21 +28,25 @@ def truncated(adapter: Mapping[str, Factors], keep: float) -> dict[str, Factors]
     if keep >= 1 or not adapter:
         return dict(adapter)
     spectra = {key: _decomposed(factors) for key, factors in adapter.items()}
-    directions = [
-        (float(sigma) ** 2 / (down[0].numel() + len(up)), key, down[0].numel() + len(up))
-        for key, (up, sigmas, down) in spectra.items()
-        for sigma in sigmas
-    ]
-    # Equal worth is broken by name, so that the same adapter always gives the same file.
-    directions.sort(key=lambda direction: (-direction[0], direction[1]))
+    steps = [step for key, spectrum in spectra.items() for step in _steps(key, *spectrum)]
+    # Equal worth is broken by name, so that the same adapter always gives the same file. The sort is stable and
+    # singular values fall: a step never comes before the ones of its layer that it builds on.
+    steps.sort(key=lambda step: step[:2])
     budget = keep * sum(down.numel() + up.numel() for down, up, _ in adapter.values())
     ranks: dict[str, int] = {}
-    for _, key, numbers in directions:
+    for _, key, directions, numbers in steps:
         if ranks and numbers > budget:
             break
         budget -= numbers
-        ranks[key] = ranks.get(key, 0) + 1
+        ranks[key] = ranks.get(key, 0) + directions
     return {key: _composed(*spectra[key], rank, adapter[key]) for key, rank in sorted(ranks.items())}
+
+
+def _steps(key: str, left: Tensor, sigmas: Tensor, right: Tensor) -> list[_Step]:
+    """What a layer may keep: its first `MIN_RANK` directions together, then one after another."""
+    numbers, energies = right[0].numel() + len(left), sigmas.square().tolist()
+    first = -sum(energies[:MIN_RANK]) / (MIN_RANK * numbers), key, len(energies[:MIN_RANK]), MIN_RANK * numbers
+    return [first, *((-energy / numbers, key, 1, numbers) for energy in energies[MIN_RANK:])]
 
 
 def _decomposed(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,8 @@ from lowmem_imagic.adapters import TARGETS, AdapterPack, kohya_key, target_modul
 from lowmem_imagic.container import parse
 from lowmem_imagic.edit import Edit, LoraFactors
 from lowmem_imagic.identity import SourcePicture
+from lowmem_imagic.portable import MIN_RANK, portable
+from lowmem_imagic.truncation import truncated
 
 # The UNet part of ComfyUI's map from diffusers names (comfy/utils.py, unet_to_diffusers), as kohya spells it.
 _TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
@@ -29,14 +31,18 @@ _A1111 = [
 ]
 
 
-def _edit(base, adapt: str) -> Edit:
-    """An edit with random factors and an alpha that differs from its rank."""
+def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
+    """An edit with random factors, an alpha that differs from its rank, and spectra that differ by layer."""
     generator = torch.Generator().manual_seed(3)
-    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=4, alpha=3.0)
+    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=8, alpha=3.0)
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
+    whole = pack.export(0)
+    for number, (down, _, _) in enumerate(whole.values()):
+        down *= torch.logspace(0, -(number % 7) / 3, len(down)).reshape(-1, *[1] * (down.dim() - 1))
     tokens, width = base.encode_text(["a"]).shape[1:]
+    stored = portable(truncated(whole, keep), base.unet)
     return Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in pack.export(0).items()},
+        adapter={key: LoraFactors(*factors) for key, factors in stored.items()},
         optimized_embedding=torch.randn(tokens, width, generator=generator),
         coarse_latents=torch.randn(4, 4, 4, generator=generator),
         target_prompt="a blue sphere",
@@ -53,13 +59,18 @@ def _edit(base, adapt: str) -> Edit:
     )
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.2])
 @pytest.mark.parametrize("adapt", sorted(TARGETS))
-def test_diffusers_loads_an_edit_as_a_lora(adapt, load_base, tiny_folder, tmp_path):
-    """diffusers' load_lora_weights gives the same UNet as ours on an fp32 base, at an embedding given by hand."""
+def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, tmp_path):
+    """diffusers' load_lora_weights gives the same UNet as ours on an fp32 base, at an embedding given by hand.
+
+    Edits are whole, and truncated to layers of several ranks as the presets write them.
+    """
     from diffusers import StableDiffusionPipeline
 
     base = load_base(weights="fp32")
-    edit = _edit(base, adapt)
+    edit = _edit(base, adapt, keep=keep)
+    assert keep == 1 or len({factors.rank for factors in edit.adapter.values()}) > 2
     edit_file.write(edit, tmp_path / "edit.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,3 +115,60 @@ def test_file_holds_no_tensor_beside_the_lora(load_base):
     assert names == {
         f"{layer}.{part}" for layer in edit.adapter for part in ("lora_down.weight", "lora_up.weight", "alpha")
     }
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("keep", [1.0, 0.4, 0.01])
+def test_a_file_has_one_alpha_and_no_layer_of_rank_one(rank, keep, load_base):
+    """diffusers 0.33 to 0.42 misread alphas that differ by layer, stable-diffusion.cpp the scale of rank 1."""
+    base = load_base(weights="fp32")
+    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=rank, alpha=2.0)
+    pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(5)))
+    stored = portable(truncated(pack.export(0), keep), base.unet)
+    assert len({alpha for _, _, alpha in stored.values()}) == 1
+    assert min(down.shape[0] for down, _, _ in stored.values()) >= MIN_RANK
+
+
+def _invokeai_width(keys: dict[str, tuple[int, ...]]) -> int | None:
+    """Input width of the layer by which InvokeAI 6.14 tells SD 1 (768), SD 2 (1024) and SDXL (1280, 2048) apart.
+
+    The part of `lora_token_vector_length` (invokeai/backend/model_manager/util/model_util.py) for kohya's UNet keys.
+    """
+    for key, shape in keys.items():
+        text = "_attn2_to_k." in key or "_attn2_to_v." in key
+        if (text and key.endswith("lora_down.weight")) or "time_emb_proj.lora_down" in key:
+            return shape[1]
+    return None
+
+
+@pytest.mark.parametrize("blocks", [("up",), ("down", "mid", "up"), ("mid",)])
+@pytest.mark.parametrize("adapt", sorted(TARGETS))
+def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
+    """Whatever blocks and layers an edit keeps, the layer that InvokeAI asks for the base's kind is of the text."""
+    base = load_base(weights="fp32")
+    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
+    pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(6)))
+    whole = pack.export(0)
+    for key, (down, _, _) in whole.items():
+        down *= 1e-3 if "_attn2_" in key else 1.0  # so that a small share keeps none of the text's layers
+    for keep in (1.0, 0.1):
+        stored = portable(truncated(whole, keep), base.unet)
+        shapes = {f"{key}.lora_down.weight": tuple(down.shape) for key, (down, _, _) in sorted(stored.items())}
+        assert _invokeai_width(shapes) == base.family.cross_attention_dim
+
+
+def test_layers_added_for_other_programs_change_nothing(load_base):
+    """An adapter of the up blocks alone gives the same prediction with and without the layer InvokeAI needs."""
+    base = load_base(weights="fp32")
+    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=1, alpha=2.0, blocks=("up",))
+    pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(7)))
+    whole = pack.export(0)
+    stored = portable(whole, base.unet)
+    assert len(stored) == len(whole) + 1
+    latents, text = torch.randn(1, 4, 8, 8), base.encode_text(["a"])
+    predictions = []
+    for adapter in (whole, stored):
+        loaded = AdapterPack.load(base.unet, [adapter])
+        with torch.no_grad(), loaded.attached(base.unet):
+            predictions.append(base.predict(latents, torch.tensor([300]), text))
+    torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-6)
