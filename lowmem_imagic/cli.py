@@ -53,6 +53,7 @@ def edit(
     release: opt.Release = None,
     mask: opt.Mask = None,
     suggest_eta: opt.SuggestEta = False,
+    cover: opt.Cover = False,
     background: opt.Background = "white",
     device: opt.Device = "auto",
     base_weights: opt.BaseWeights = "int8",
@@ -108,6 +109,7 @@ def edit(
         vram=vram,
         background=background,
         suggest=suggest_eta,
+        cover=cover,
         force=force,
         console=console.Console(quiet=quiet),
     )

@@ -85,6 +85,13 @@ Scheduler = Annotated[
 ]
 BatchRows = Annotated[int | None, typer.Option(help="UNet rows in one sampling batch at most")]
 Background = Annotated[str, typer.Option(help="colour under transparent parts of the photo")]
+Cover = Annotated[
+    bool,
+    typer.Option(
+        "--cover",
+        help="also write the edited picture beside the edit file under its name, as galleries of LoRAs show it",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
 Force = Annotated[bool, typer.Option("--force", help="replace files that are there already")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]

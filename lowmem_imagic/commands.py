@@ -34,6 +34,7 @@ def edit(
     vram: str | None,
     background: str,
     suggest: bool,
+    cover: bool,
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
@@ -50,8 +51,17 @@ def edit(
     made = _train(base, source, sentence, config, planned, meter, console)
     name = f"{_default_name(source, sentence)}.safetensors"
     report = finished_edit(base, folder, name, made, source, config, planned, meter, console, suggest=suggest)
+    if cover:
+        report["cover"] = folder.write_cover(Path(name).with_suffix(".png").name, _cover_of(report, config))
     report["seconds"] = {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)}
     return _finish(folder, report)
+
+
+def _cover_of(report: Mapping[str, Any], config: EditConfig) -> str:
+    """The picture that shows an edit best: of the first seed, at the largest eta up to 1."""
+    etas = config.sample.etas
+    shown = max((eta for eta in etas if eta <= 1), default=min(etas))
+    return str(report["pictures"][etas.index(shown)])
 
 
 def finished_edit(

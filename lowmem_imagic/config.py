@@ -19,10 +19,13 @@ WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
 ATTENTION = ("auto", "xformers", "sdpa")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
 MAX_RANK = 256
+MAX_ALPHA = 10_000
 MAX_VALUES = 256
 """Most etas, and most seeds, of one edit."""
 MAX_PHOTO_PIXELS = 100_000_000
 MAX_PHOTO_SIDE_PX = 1_000_000
+MAX_MODEL_SIDE_PX = 4096
+"""Largest side of the pictures that a model is made for."""
 MAX_SEED = 2**63 - 1
 ETA_RANGE = (-1.0, 3.0)
 STRENGTH_RANGE = (0.0, 2.0)
@@ -205,7 +208,7 @@ class FinetuneConfig(StageConfig):
         super()._check(check)
         check.choice("adapt", ADAPT_TARGETS)
         check.number("lora_rank", 1, MAX_RANK, whole=True)
-        check.number("lora_alpha", 0, 10_000, above=True)
+        check.number("lora_alpha", 0, MAX_ALPHA, above=True)
         check.number("keep", 0, 1, above=True)
         check.number("weight_decay", 0, 1000)
         check.number("embedding_learning_rate", 0, 1)

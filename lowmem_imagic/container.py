@@ -74,15 +74,65 @@ class Container:
         entry = self.entries[name]
         return bytearray(self.data[entry.begin : entry.end])
 
+    @property
+    def in_canonical_order(self) -> bool:
+        """Whether the header's names stand as this package writes them; the safetensors library shuffles them."""
+        return all(list(names) == sorted(names) for names in (self.metadata, self.entries))
+
     def sha256(self) -> str:
         """Returns the lower-case hex digest of the tensor data."""
         return hashlib.sha256(self.data).hexdigest()
+
+
+PREFIX_BYTES = 8
+"""The header's length, at the start of the file."""
 
 
 def parse(data: bytes | bytearray | memoryview) -> Container:
     """Returns the parsed file, its header checked against its size and every byte accounted for.
 
     **Memory**: the result refers to `data`; beyond it, what the header's JSON takes.
+
+    Raises:
+        EditFileError: See :func:`parse_head`.
+    """
+    view = memoryview(data).cast("B")
+    head = parse_head(view, len(view))
+    return Container(head.metadata, head.entries, view[head_bytes(view, len(view)) :])
+
+
+def head_bytes(data: bytes | memoryview, size: int) -> int:
+    """Returns how many bytes of a file lie before its tensors, told from its first ten.
+
+    Args:
+        data: the file's beginning.
+        size: bytes of the whole file.
+
+    Raises:
+        EditTooLargeError: The file or the header is above the caps.
+        TruncatedEditError: The file ends before its header does.
+        NotAnEditFileError: The bytes are not safetensors.
+    """
+    if size > MAX_FILE_BYTES:
+        raise EditTooLargeError(f"the file has {size} bytes, at most {MAX_FILE_BYTES} are allowed")
+    if len(data) < PREFIX_BYTES + 2:
+        raise TruncatedEditError(f"the file has {size} bytes, expected a length of 8 bytes and a header")
+    length = int.from_bytes(data[:PREFIX_BYTES], "little")
+    if bytes(data[PREFIX_BYTES : PREFIX_BYTES + 2]) != b'{"':
+        raise NotAnEditFileError("not a safetensors file: the ninth byte does not begin a JSON header")
+    if length > MAX_HEADER_BYTES:
+        raise EditTooLargeError(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
+    if length > size - PREFIX_BYTES:
+        raise TruncatedEditError(f"the header claims {length} bytes, the file ends after {size - PREFIX_BYTES}")
+    return PREFIX_BYTES + length
+
+
+def parse_head(data: bytes | memoryview, size: int) -> Container:
+    """Returns what the header says, checked against the size of the whole file; `data` of the result is empty.
+
+    Args:
+        data: the file's beginning, at least `head_bytes` of it.
+        size: bytes of the whole file.
 
     Raises:
         EditTooLargeError: The file or the header is above the caps.
@@ -92,20 +142,9 @@ def parse(data: bytes | bytearray | memoryview) -> Container:
         TensorDtypeError, TensorShapeError: A tensor of unknown type, or whose size contradicts its shape.
         EditLayoutError: Tensors overlap, leave holes, or are followed by bytes.
     """
-    view = memoryview(data).cast("B")
-    if len(view) > MAX_FILE_BYTES:
-        raise EditTooLargeError(f"the file has {len(view)} bytes, at most {MAX_FILE_BYTES} are allowed")
-    if len(view) < 10:
-        raise TruncatedEditError(f"the file has {len(view)} bytes, expected a length of 8 bytes and a header")
-    length = int.from_bytes(view[:8], "little")
-    if bytes(view[8:10]) != b'{"':
-        raise NotAnEditFileError("not a safetensors file: the ninth byte does not begin a JSON header")
-    if length > MAX_HEADER_BYTES:
-        raise EditTooLargeError(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
-    if length > len(view) - 8:
-        raise TruncatedEditError(f"the header claims {length} bytes, the file ends after {len(view) - 8}")
+    end = head_bytes(data, size)
     try:
-        text = str(view[8 : 8 + length], "utf-8")
+        text = str(data[PREFIX_BYTES:end], "utf-8")
     except UnicodeDecodeError as error:
         raise EditHeaderError(f"the header is not UTF-8 at its byte {error.start}") from error
     header = load_json(text, "the header")
@@ -115,9 +154,8 @@ def parse(data: bytes | bytearray | memoryview) -> Container:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise EditHeaderError("__metadata__: expected an object whose values are all strings")
     entries = {name: _entry(name, value) for name, value in header.items()}
-    body = view[8 + length :]
-    _check_coverage(entries, len(body))
-    return Container(metadata, entries, body)
+    _check_coverage(entries, size - end)
+    return Container(metadata, entries, memoryview(b""))
 
 
 def _entry(name: str, value: Any) -> Entry:

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .config import MAX_RANK
+from .config import MAX_ALPHA
 from .errors import (
     EditHeaderError,
     MissingTensorError,
     NonFiniteTensorError,
     TensorDtypeError,
     TensorShapeError,
+    TensorValueError,
     UnknownTensorError,
 )
-from .facts import META_KEYS, check_title, checked_meta
+from .facts import META_KEYS, check_factor_shapes, check_title, checked_meta
 from .identity import BaseIdentity, SourcePicture
 from .strict_json import canonical_json
 
@@ -36,6 +37,9 @@ MAX_COARSE_SIDE = 16
 """Most cells each way of the photo's low frequencies: more would show the photo."""
 MAX_THUMBNAIL_BYTES = 20_000
 """Largest thumbnail; programs that list LoRA files keep every header in memory."""
+
+MAX_FACTOR = 1024
+"""Largest number in a factor; trained ones stay below 1, and below 100 times that where alpha is moved into them."""
 
 _LAYER = re.compile(r"lora_unet_[a-z0-9_]{1,200}")
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
@@ -78,7 +82,8 @@ class Edit:
     Raises:
         EditHeaderError: A field of the wrong type or out of range; named as in the file.
         MissingTensorError: No layers.
-        UnknownTensorError, TensorDtypeError, TensorShapeError, NonFiniteTensorError: A bad layer or e_opt.
+        UnknownTensorError, TensorDtypeError, TensorShapeError, NonFiniteTensorError, TensorValueError: A bad layer or
+            e_opt.
     """
 
     adapter: Mapping[str, LoraFactors] = field(repr=False)
@@ -174,19 +179,22 @@ def _check_adapter(adapter: object) -> dict[str, LoraFactors]:
         checks.require(isinstance(factors, LoraFactors), layer, factors, "LoraFactors")
         down = _half(factors.down, f"{layer}.lora_down.weight")
         up = _half(factors.up, f"{layer}.lora_up.weight")
-        shapes = f"{layer}: lora_down is {tuple(down.shape)} and lora_up is {tuple(up.shape)}"
-        if down.dim() not in (2, 4) or up.dim() != down.dim() or tuple(up.shape[2:]) not in ((), (1, 1)):
-            raise TensorShapeError(f"{shapes}, expected (r, in) and (out, r), or (r, in, kh, kw) and (out, r, 1, 1)")
-        if up.shape[1] != down.shape[0] or min(*down.shape, *up.shape) < 1:
-            raise TensorShapeError(f"{shapes}, expected the same rank and no empty side")
-        if down.shape[0] > MAX_RANK:
-            raise TensorShapeError(f"{shapes}: rank {down.shape[0]}, at most {MAX_RANK} is allowed")
+        check_factor_shapes(layer, tuple(down.shape), tuple(up.shape))
+        _check_factor_values(down, f"{layer}.lora_down.weight")
+        _check_factor_values(up, f"{layer}.lora_up.weight")
         checked[layer] = LoraFactors(down, up, _check_alpha(factors.alpha, f"{layer}.alpha"))
     return checked
 
 
+def _check_factor_values(factor: Tensor, name: str) -> None:
+    """Guarantees numbers that a training may give, so that products of them are finite."""
+    low, high = (float(extreme) for extreme in factor.aminmax())
+    if max(-low, high) > MAX_FACTOR:
+        raise TensorValueError(f"tensor {name}: found values from {low:g} to {high:g}, expected at most {MAX_FACTOR}")
+
+
 def _check_alpha(alpha: object, name: str) -> float:
-    """Returns alpha rounded to fp32, known to be finite and above 0."""
+    """Returns alpha rounded to fp32, known to be above 0 and at most `MAX_ALPHA`."""
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise checks.wrong(f"tensor {name}", alpha, "a number")
     rounded = float(torch.tensor(float(alpha), dtype=torch.float32))
@@ -194,6 +202,8 @@ def _check_alpha(alpha: object, name: str) -> float:
         raise NonFiniteTensorError(f"tensor {name}: found {rounded}, expected a finite number")
     if rounded <= 0:
         raise checks.wrong(f"tensor {name}", rounded, "a number above 0")
+    if rounded > MAX_ALPHA:
+        raise TensorValueError(f"tensor {name}: found {rounded:g}, expected at most {MAX_ALPHA}")
     return rounded
 
 

@@ -50,6 +50,13 @@ from .names import safe_stem
 from .safetensors_codec import bytes_tensor, container_tensor, serialize, tensor_bytes
 from .strict_json import dump_json
 
+_USAGE_HINT = (
+    "Imagic edit: needs more than its LoRA. The photo comes back (eta 0) with the LoRA, the embedding imagic.e_opt in "
+    "place of the sentence's, imagic.inverted_noise plus imagic.coarse_latents as the start, and guidance 1; the edit "
+    "(eta 1) with the sentence's embedding and the recorded guidance"
+)
+"""What other programs show; see ``docs/other_programs.md``."""
+
 
 def encode(edit: Edit) -> bytes:
     """Returns the edit's file; equal edits give identical bytes.
@@ -132,7 +139,7 @@ def _header(edit: Edit) -> dict[str, str]:
         sd2 = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
         architecture = sd2 if is_sd2 else "stable-diffusion-v1"
         version = ("sd_v2" if is_sd2 else "sd_v1") + ("_v" if is_v else "")
-    widest = max(edit.adapter.values(), key=lambda factors: factors.rank)
+    ranks, alphas = ({getattr(f, name) for f in edit.adapter.values()} for name in ("rank", "alpha"))
     meta = {name: getattr(edit, name) for name in META_KEYS} | {"source": asdict(edit.source)}
     header = {
         "format": "pt",
@@ -150,10 +157,11 @@ def _header(edit: Edit) -> dict[str, str]:
         "modelspec.tags": "imagic,edit",
         "modelspec.title": edit.title,
         "modelspec.trigger_phrase": edit.target_prompt,
-        "modelspec.usage_hint": "use with Imagic e_opt; LoRA alone reconstructs the photo",
+        "modelspec.usage_hint": _USAGE_HINT,
         "ss_base_model_version": version,
-        "ss_network_alpha": str(widest.alpha),
-        "ss_network_dim": str(widest.rank),
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        # "Dynamic" is sd-scripts' word where layers differ.
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_module": "networks.lora",
         "ss_output_name": safe_stem(edit.title),
         "ss_resolution": f"({size}, {size})",
@@ -170,14 +178,13 @@ def _header(edit: Edit) -> dict[str, str]:
     if edit.thumbnail is not None:
         kind, picture = picture_kind(edit.thumbnail), base64.b64encode(edit.thumbnail).decode()
         header["modelspec.thumbnail"] = f"data:image/{kind};base64,{picture}"
+        # The same for A1111's and ComfyUI's galleries, which do not read the other.
+        header["ssmd_cover_images"] = dump_json([picture], "ssmd_cover_images")
     return header
 
 
 def _factors(container: Container, layer: str) -> LoraFactors:
     """Returns the stored factors of a layer."""
-    shape = container.entries[f"{layer}.alpha"].shape
-    if shape != ():
-        raise TensorShapeError(f"tensor {layer}.alpha: found shape {shape}, expected a scalar")
     down, up, alpha = (container_tensor(container, f"{layer}.{part}") for part in PARTS)
     return LoraFactors(down, up, float(alpha))
 

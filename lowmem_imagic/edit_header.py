@@ -4,13 +4,15 @@ import os
 import re
 import reprlib
 import stat
+import struct
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from . import checks
-from .container import MAX_FILE_BYTES, Container, parse
+from .container import MAX_FILE_BYTES, PREFIX_BYTES, Container, head_bytes, parse, parse_head
 from .errors import (
+    EditChangedError,
     EditFileError,
     EditHeaderError,
     EditNotFoundError,
@@ -22,7 +24,7 @@ from .errors import (
     UnknownTensorError,
     UnsupportedEditVersionError,
 )
-from .facts import META_KEYS, check_title, checked_meta
+from .facts import META_KEYS, check_factor_shapes, check_title, checked_meta
 from .identity import BaseIdentity, SourcePicture
 from .strict_json import load_json
 
@@ -33,6 +35,8 @@ _TENSOR = re.compile(r"(lora_unet_[a-z0-9_]{1,200})\.(lora_down\.weight|lora_up\
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 _FLOATS = {"F16", "BF16", "F32"}
 HASH_KEY = "modelspec.hash_sha256"
+_FOREIGN = "sshs_"
+"""What keys begin with that sd-scripts' tools write, and this package does not."""
 NOISE_KEY = "imagic.inverted_noise"
 """The only key of this format that may be missing."""
 MAX_SIDE = 2**23
@@ -79,9 +83,20 @@ def read_header(data: bytes) -> Header:
 
 
 def check_hash(container: Container) -> None:
-    """Guarantees that the tensor data are those the file was written with."""
-    if entry_of(container.metadata, HASH_KEY) != "0x" + container.sha256():
-        raise EditHeaderError(f"{HASH_KEY}: does not match the tensor data; the file is damaged, fetch it again")
+    """Guarantees that the tensor data are those the file was written with.
+
+    Raises:
+        EditChangedError: They are not; the message says whether another program wrote them.
+    """
+    if entry_of(container.metadata, HASH_KEY) == "0x" + container.sha256():
+        return
+    found = f"{HASH_KEY}: does not match the tensor data"
+    if not container.in_canonical_order or any(key.startswith(_FOREIGN) for key in container.metadata):
+        raise EditChangedError(
+            f"{found}; another program has written this file anew, as tools that resize, merge or convert a LoRA do; "
+            "its adapter is no longer that of the edit, so use the original file (as a LoRA elsewhere, this one works)"
+        )
+    raise EditChangedError(f"{found}; the file is damaged, fetch it again")
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -90,6 +105,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     Raises:
         EditNotFoundError: No such file, not a regular file (a pipe is refused, not waited for), not readable.
         EditTooLargeError: Above the cap, by its size, before anything is read.
+        EditFileError: The header is not one of an edit file; then the tensors are not read.
     """
     # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
@@ -102,13 +118,32 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
             if status.st_size > MAX_FILE_BYTES:
                 raise EditTooLargeError(f"{path}: {status.st_size} bytes, at most {MAX_FILE_BYTES} are allowed")
             with open(descriptor, "rb", closefd=False) as file:
-                return file.read(status.st_size + 1)  # one more, to notice a file that grows meanwhile
+                head = _read_head(file, path, status.st_size)
+                # One byte more, to notice a file that grows meanwhile.
+                return head + file.read(status.st_size - len(head) + 1)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise EditNotFoundError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
     except ValueError as error:  # a NUL character in the path
         raise EditNotFoundError(f"{str(path)!r}: {error}") from error
+
+
+def _read_head(file: BinaryIO, path: str | os.PathLike[str], size: int) -> bytes:
+    """Returns the file's bytes before its tensors, checked to be an edit's: a gigabyte of anything else is not read.
+
+    Raises:
+        EditFileError: They are not; messages begin with the path.
+    """
+    try:
+        head = file.read(PREFIX_BYTES + 2)
+        head += file.read(head_bytes(head, size) - len(head))
+        container = parse_head(head, size)
+        check_version(container)
+        layer_names(container)
+        return head
+    except EditFileError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -144,6 +179,7 @@ def contents(data: bytes) -> dict[str, Any]:
         "adapter": {
             "layers": len(header.layers),
             "ranks": ranks,
+            "alphas": sorted({_scalar(header.container, f"{layer}.alpha") for layer in header.layers}),
             "bytes": len(header.container.data),
         },
         "embedding": {"shape": shape, "dtype": embedding["dtype"]},
@@ -171,7 +207,7 @@ def summary(contents: Mapping[str, Any]) -> str:
         "photo": f"{source['width_px']} x {source['height_px']} px, sha256 {source['sha256'][:12]}...",
         "base": f"{base['source']}{revision} ({base['family']}, {base['prediction_type']}), "
         f"{contents['base_weights']} while training",
-        "adapter": f"rank {', '.join(map(str, adapter['ranks']))} on {adapter['layers']} layers",
+        "adapter": f"rank {', '.join(map(str, adapter['ranks']))} on {adapter['layers']} layers{_scaled(adapter)}",
         "embedding": " x ".join(str(n) for n in contents["embedding"]["shape"]),
         "etas": ", ".join(f"{eta:g}" for eta in contents["etas"]),
         "seed": contents["seed"],
@@ -184,6 +220,22 @@ def summary(contents: Mapping[str, Any]) -> str:
             values = [f"{name} {settings[stage][name]}" for name in shown if name in settings[stage]]
             lines[stage] = ", ".join(values)
     return "\n".join(f"{name + ':':<11}{value}" for name, value in lines.items())
+
+
+def _scaled(adapter: Mapping[str, Any]) -> str:
+    """Returns a remark on adapters that other programs misread, "" for those that they do not."""
+    if len(adapter["alphas"]) == 1:
+        return ""
+    return " (alphas differ by layer: diffusers 0.33 to 0.42 scales some of them wrongly, this program does not)"
+
+
+def _scalar(container: Container, name: str) -> float:
+    """Returns the value of a scalar tensor."""
+    raw, dtype = bytes(container.raw(name)), container.entries[name].dtype
+    if dtype == "BF16":  # the upper half of an F32
+        raw, dtype = b"\0\0" + raw, "F32"
+    [value] = struct.unpack("<f" if dtype == "F32" else "<e", raw)
+    return float(value)
 
 
 def check_version(container: Container) -> None:
@@ -201,7 +253,7 @@ def check_version(container: Container) -> None:
 
 
 def layer_names(container: Container) -> list[str]:
-    """Returns the layers of the adapter, each known to have its three tensors in an allowed type."""
+    """Returns the layers of the adapter, each known to have its three tensors in allowed types and shapes."""
     layers = set()
     for name, entry in container.entries.items():
         match = _TENSOR.fullmatch(name)
@@ -214,6 +266,10 @@ def layer_names(container: Container) -> list[str]:
         for part in PARTS:
             if f"{layer}.{part}" not in container.entries:
                 raise MissingTensorError(f"tensor {layer}.{part} is missing")
+        down, up, alpha = (container.entries[f"{layer}.{part}"].shape for part in PARTS)
+        check_factor_shapes(layer, down, up)
+        if alpha != ():
+            raise TensorShapeError(f"tensor {layer}.alpha: found shape {alpha}, expected a scalar")
     return sorted(layers)
 
 

@@ -27,7 +27,9 @@
     │   ├── MissingTensorError       one of down / up / alpha of a layer is absent
     │   ├── TensorDtypeError         a tensor in a type the format does not allow
     │   ├── TensorShapeError         shapes that contradict each other or the rank
-    │   └── NonFiniteTensorError     NaN or infinity
+    │   ├── NonFiniteTensorError     NaN or infinity
+    │   ├── TensorValueError         numbers far beyond those of any training
+    │   └── EditChangedError         tensors that are not those the file was written with
     ├── BaseMismatchError            a good edit file, made for another base
     ├── OutputError                  the result cannot be written
     │   ├── OutputExistsError        something is there already; nothing is overwritten unasked
@@ -152,6 +154,14 @@ class TensorShapeError(EditFileError):
 
 class NonFiniteTensorError(EditFileError):
     """A tensor holds NaN or infinity."""
+
+
+class TensorValueError(EditFileError):
+    """A factor or its alpha is far beyond what any training gives; its use would overflow."""
+
+
+class EditChangedError(EditFileError):
+    """The tensors are not those the file was written with: rewritten by another program, or damaged."""
 
 
 class BaseMismatchError(LowmemImagicError):

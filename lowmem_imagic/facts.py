@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import checks
-from .config import MAX_SEED, MAX_VALUES
+from .config import MAX_RANK, MAX_SEED, MAX_VALUES
+from .errors import TensorShapeError
 from .identity import TOKEN
 from .strict_json import plain_json
 
@@ -53,6 +54,21 @@ def checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
         "settings": _plain(meta["settings"], "imagic.meta settings"),
         "measured": _plain(meta["measured"], "imagic.meta measured"),
     }
+
+
+def check_factor_shapes(layer: str, down: tuple[int, ...], up: tuple[int, ...]) -> None:
+    """Guarantees that the two factors of a layer belong together.
+
+    Raises:
+        TensorShapeError: other sides than ``(r, in)`` and ``(out, r)``, or ``(r, in, kh, kw)`` and ``(out, r, 1, 1)``.
+    """
+    shapes = f"{layer}: lora_down is {down} and lora_up is {up}"
+    if len(down) not in (2, 4) or len(up) != len(down) or up[2:] not in ((), (1, 1)):
+        raise TensorShapeError(f"{shapes}, expected (r, in) and (out, r), or (r, in, kh, kw) and (out, r, 1, 1)")
+    if up[1] != down[0] or min(*down, *up) < 1:
+        raise TensorShapeError(f"{shapes}, expected the same rank and no empty side")
+    if down[0] > MAX_RANK:
+        raise TensorShapeError(f"{shapes}: rank {down[0]}, at most {MAX_RANK} is allowed")
 
 
 def check_title(title: object, license_name: object, created: object) -> None:

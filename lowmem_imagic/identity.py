@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import checks
-from .config import MAX_PHOTO_PIXELS, MAX_PHOTO_SIDE_PX
+from .config import MAX_MODEL_SIDE_PX, MAX_PHOTO_PIXELS, MAX_PHOTO_SIDE_PX
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 TOKEN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -87,8 +87,9 @@ class SourcePicture:
     def __post_init__(self) -> None:
         key = "imagic.meta source"
         checks.matches(self.sha256, SHA256, f"{key}.sha256", "64 lower-case hex digits")
-        for name in ("width_px", "height_px", "size_px"):
+        for name in ("width_px", "height_px"):
             checks.integer(getattr(self, name), f"{key}.{name}", 1, MAX_PHOTO_SIDE_PX)
+        checks.integer(self.size_px, f"{key}.size_px", 1, MAX_MODEL_SIDE_PX)
         pixels = self.width_px * self.height_px
         checks.require(pixels <= MAX_PHOTO_PIXELS, f"{key} pixels", pixels, f"at most {MAX_PHOTO_PIXELS}")
         checks.require(isinstance(self.box, list | tuple) and len(self.box) == 4, f"{key}.box", self.box, "4 integers")

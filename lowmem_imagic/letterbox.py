@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -71,6 +71,16 @@ class Letterbox:
             right=left + across,
             bottom=top + down,
         )
+
+    def scaled(self, size_px: int) -> Self:
+        """The same place in a square of another side, at least one pixel each way.
+
+        Raises:
+            ValueError: A side below 1.
+        """
+        left, top = (min(side * size_px // self.size_px, size_px - 1) for side in (self.left, self.top))
+        right, bottom = (-(-side * size_px // self.size_px) for side in (self.right, self.bottom))
+        return replace(self, size_px=size_px, left=left, top=top, right=right, bottom=bottom)
 
     @property
     def box(self) -> tuple[int, int, int, int]:

@@ -15,12 +15,20 @@ from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
 from .diffusion import coarse
 from .edit import Edit, LoraFactors
-from .errors import BaseMismatchError, ConfigError, DivergenceError, TensorShapeError
+from .errors import (
+    BaseMismatchError,
+    ConfigError,
+    DivergenceError,
+    NonFiniteTensorError,
+    TensorShapeError,
+    TensorValueError,
+)
+from .identity import BaseIdentity
 from .letterbox import Letterbox, from_square, to_images
 from .memory import Meter
 from .packing import Pack, StageProgress, TrainedEdit
 from .portable import portable
-from .preparation import Job, Prepared, measured_stage, named
+from .preparation import Job, Prepared, Taken, measured_stage, named
 from .runs import tail
 from .sample import Cell, sample
 from .truncation import truncated
@@ -119,28 +127,14 @@ def stream_edits(
             if made.error is not None:
                 finished.append((made.number, made.error))
                 continue
-            edit = Edit(
-                adapter=_stored(made.adapter, config.finetune.keep, base),
-                optimized_embedding=made.optimized_embedding.half(),
-                coarse_latents=coarse(taken.latents[None], COARSE_SIDE)[0].half(),
-                inverted_noise=taken.inverted_noise,
-                target_prompt=taken.job.prompt,
-                base=identity,
-                settings=_settings(config, made),
-                seed=config.seed,
-                etas=config.sample.etas,
-                eta_default=1.0,
-                source=taken.source,
-                base_weights=base.weights,
-                versions=versions(),
-                measured={
-                    "device": _device_name(base.device),
-                    "dtype": str(base.dtype),
-                    "stages": {**taken.measured, **made.measured},
-                    "rungs": base.rungs[rungs_before:],
-                },
-                title=" ".join(taken.job.prompt.split())[:200],
-            )
+            try:
+                edit = _edit(base, config, identity, taken, made, base.rungs[rungs_before:])
+            except (NonFiniteTensorError, TensorValueError) as error:
+                # Of one edit alone: the others of its pack go on.
+                finished.append(
+                    (made.number, DivergenceError(f"training went astray: {error}; lower its learning rate"))
+                )
+                continue
             finished.append((made.number, edit))
         yield finished
 
@@ -180,13 +174,8 @@ def decode_cells(
     """The pictures of rendered latents (len(cells), C, H, W), each at its photo's own size and aspect."""
     with measured_stage(meter or Meter(base.device), "decode", "--device cpu"):
         squares = to_images(base.decode(latents))
-    boxes = [letterbox(edits[cell.edit]) for cell in cells]
-    # A base of the same architecture may have been made for another size than the edit's own.
-    sizes = [(box.size_px, box.size_px) for box in boxes]
-    squares = [
-        square if square.size == size else square.resize(size, Image.Resampling.BICUBIC)
-        for square, size in zip(squares, sizes, strict=True)
-    ]
+    # Scaled, because a base of the same architecture may have been made for another size than the edit's own.
+    boxes = [letterbox(edits[cell.edit]).scaled(square.width) for cell, square in zip(cells, squares, strict=True)]
     return [from_square(square, box) for square, box in zip(squares, boxes, strict=True)]
 
 
@@ -308,6 +297,38 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _edit(
+    base: BaseModel, config: EditConfig, identity: BaseIdentity, taken: Taken, made: TrainedEdit, rungs: Sequence[str]
+) -> Edit:
+    """A trained edit as a value.
+
+    Raises:
+        NonFiniteTensorError, TensorValueError: training gave numbers that no file holds.
+    """
+    return Edit(
+        adapter=_stored(made.adapter, config.finetune.keep, base),
+        optimized_embedding=made.optimized_embedding.half(),
+        coarse_latents=coarse(taken.latents[None], COARSE_SIDE)[0].half(),
+        inverted_noise=taken.inverted_noise,
+        target_prompt=taken.job.prompt,
+        base=identity,
+        settings=_settings(config, made),
+        seed=config.seed,
+        etas=config.sample.etas,
+        eta_default=1.0,
+        source=taken.source,
+        base_weights=base.weights,
+        versions=versions(),
+        measured={
+            "device": _device_name(base.device),
+            "dtype": str(base.dtype),
+            "stages": {**taken.measured, **made.measured},
+            "rungs": list(rungs),
+        },
+        title=" ".join(taken.job.prompt.split())[:200],
+    )
 
 
 def _stored(adapter: Mapping[str, Factors], keep: float, base: BaseModel) -> dict[str, LoraFactors]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from .atomic import write_bytes
 from .config import strength_text
@@ -25,7 +26,10 @@ from .png import Box, contact_sheet, encode_png
 from .sample import Cell
 from .writable import check_writable, unusable
 
+COVER_PX = 512
+"""Longest side of a cover."""
 _PICTURE = re.compile(r"eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
+_COVER = re.compile(r"[a-z0-9-]{1,60}\.png")
 
 
 @dataclass
@@ -94,6 +98,17 @@ class ResultFolder:
             self.write(name, encode_png(picture, text=text))
         return names
 
+    def write_cover(self, name: str, picture: str) -> str:
+        """Writes a small copy of one of the folder's pictures as `name`, and returns that."""
+        try:
+            with Image.open(self.path / picture) as image:
+                text = dict(image.text) if isinstance(image, PngImageFile) else {}
+                image.thumbnail((COVER_PX, COVER_PX))
+                self.write(name, encode_png(image, text=text))
+        except OSError as error:
+            raise unusable(self.path / picture, error) from error
+        return name
+
     def write_sheet(
         self, cells: Sequence[tuple[str, Image.Image]], *, columns: int | None, title: str, footer: str
     ) -> list[Box]:
@@ -116,11 +131,13 @@ def picture_names(cells: Sequence[Cell]) -> list[str]:
 def _pictures_of_report(path: Path) -> frozenset[str]:
     """Names of the pictures that an earlier report says it wrote; nothing that is not such a name."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["pictures"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        names, cover = report["pictures"], report.get("cover")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return frozenset()
-    found = names if isinstance(names, list) else []
-    return frozenset(name for name in found if isinstance(name, str) and _PICTURE.fullmatch(name))
+    found = {name for name in (names if isinstance(names, list) else []) if isinstance(name, str)}
+    covers = {cover} if isinstance(cover, str) and _COVER.fullmatch(cover) else set[str]()
+    return frozenset({name for name in found if _PICTURE.fullmatch(name)} | covers)
 
 
 def rescue(name: str, data: bytes, error: OutputError) -> OutputError:

@@ -21,14 +21,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from lowmem_imagic import container, safetensors_codec, strict_json
-from lowmem_imagic.edit import Edit, LoraFactors
+from lowmem_imagic.config import MAX_ALPHA
+from lowmem_imagic.edit import MAX_FACTOR, Edit, LoraFactors
 from lowmem_imagic.edit_file import decode, encode, read, write
-from lowmem_imagic.edit_header import contents, summary
+from lowmem_imagic.edit_header import contents, describe, summary
 from lowmem_imagic.errors import (
     ConfigError,
+    EditChangedError,
     EditFileError,
     EditHeaderError,
     EditLayoutError,
@@ -41,6 +43,7 @@ from lowmem_imagic.errors import (
     OutputUnwritableError,
     TensorDtypeError,
     TensorShapeError,
+    TensorValueError,
     TruncatedEditError,
     UnknownTensorError,
     UnsupportedEditVersionError,
@@ -136,7 +139,7 @@ def with_values(name: str, values: torch.Tensor) -> bytes:
 
 
 def test_the_bytes_of_an_edit_are_pinned() -> None:
-    """The file of a hand-made edit is, byte for byte, the one this format has always had."""
+    """The file of a hand-made edit is, byte for byte, this one; only what is there for other programs may change it."""
     data = VALID
     length = int.from_bytes(data[:8], "little")
     assert length % 8 == 0
@@ -146,7 +149,7 @@ def test_the_bytes_of_an_edit_are_pinned() -> None:
     )
     assert '"modelspec.trigger_phrase":"a blue cube, größer ☂"'.encode() in data
     assert len(data) == 8 + length + 2 * 4 + 2 * (3 + 2 + 16 + 6)
-    assert hashlib.sha256(data).hexdigest() == "1f80e556696bec2cc013d5b96a49e8b283ebdf71d97b79a2f154f0eec4f1106f"
+    assert hashlib.sha256(data).hexdigest() == "19b105f07c0d6387364e308f1772f5282263e14337691c19d16120738cb413e0"
 
 
 def test_equal_edits_give_identical_bytes() -> None:
@@ -242,7 +245,11 @@ def test_other_programs_see_the_right_family(
     assert metadata["ss_v2"] == v2
     assert metadata["modelspec.sai_model_spec"] == "1.0.1"
     assert metadata["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "2.0")
+    # "Dynamic" is sd-scripts' word for layers that differ.
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    [(key, only), _] = small_edit().adapter.items()
+    metadata = pieces(encode(small_edit(base=base, adapter={key: only})))[0]["__metadata__"]
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(only.rank), str(only.alpha))
 
 
 def test_the_rank_of_an_edit_is_its_largest() -> None:
@@ -266,9 +273,10 @@ JSON = st.recursive(
 
 
 @st.composite
-def halves(draw: st.DrawFn, *shape: int) -> torch.Tensor:
-    """Draws finite fp16 tensors, subnormals and signed zeros included."""
-    bits = draw(st.lists(st.integers(0, 0x7BFF), min_size=math.prod(shape), max_size=math.prod(shape)))
+def halves(draw: st.DrawFn, *shape: int, most: float = 65504.0) -> torch.Tensor:
+    """Draws fp16 tensors of values up to `most`, subnormals and signed zeros included."""
+    highest = int(torch.tensor(most, dtype=torch.float16).view(torch.int16))
+    bits = draw(st.lists(st.integers(0, highest), min_size=math.prod(shape), max_size=math.prod(shape)))
     return torch.tensor(bits, dtype=torch.int16).view(torch.float16).reshape(shape) * draw(st.sampled_from([1, -1]))
 
 
@@ -278,9 +286,9 @@ def layers(draw: st.DrawFn) -> LoraFactors:
     size = st.integers(1, 3)
     rank, wide, out = draw(size), draw(size), draw(size)
     kernel = draw(st.sampled_from([(), (1, 1), (3, 3), (1, 2)]))
-    alpha = draw(st.floats(2**-20, 2**20, width=32))
-    down = draw(halves(rank, wide, *kernel))
-    return LoraFactors(down, draw(halves(out, rank, *[1 for _ in kernel])), alpha)
+    alpha = draw(st.floats(2**-20, MAX_ALPHA, width=32))
+    down = draw(halves(rank, wide, *kernel, most=MAX_FACTOR))
+    return LoraFactors(down, draw(halves(out, rank, *[1 for _ in kernel], most=MAX_FACTOR)), alpha)
 
 
 @st.composite
@@ -421,6 +429,19 @@ def _metadata(**changes: Any) -> bytes:
     return with_header(
         lambda header: header["__metadata__"].update({k.replace("__", "."): v for k, v in changes.items()})
     )
+
+
+def _sized(size_px: int) -> Callable[[dict[str, Any]], None]:
+    """Returns a change of ``imagic.meta`` to a photo that fills a model's square of this side."""
+    return lambda meta: meta["source"].update(size_px=size_px, box=[0, 0, size_px, size_px])
+
+
+def _resaved(more: dict[str, str]) -> bytes:
+    """Returns what a tool makes of the valid file that loads it, halves its strength and saves it with its metadata."""
+    parsed = container.parse(VALID)
+    tensors = {name: safetensors_codec.container_tensor(parsed, name) / 2 for name in parsed.entries}
+    saved: bytes = save(tensors, {**dict(reversed(parsed.metadata.items())), **more})
+    return saved
 
 
 DOWN, ALPHA = f"{LINEAR}.lora_down.weight", f"{LINEAR}.alpha"
@@ -757,7 +778,16 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
     "alpha infinite": (NonFiniteTensorError, "alpha", with_values(ALPHA, torch.tensor(math.inf))),
     "alpha zero": (EditHeaderError, "above 0", with_values(ALPHA, torch.tensor(0.0))),
     "alpha negative": (EditHeaderError, "above 0", with_values(ALPHA, torch.tensor(-1.0))),
-    "a flipped bit": (EditHeaderError, "damaged", VALID[:-1] + bytes([VALID[-1] ^ 1])),
+    "alpha beyond all use": (TensorValueError, "at most 10000", with_values(ALPHA, torch.tensor(3.4e38))),
+    "factors beyond all use": (
+        TensorValueError,
+        "at most 1024",
+        with_values(DOWN, torch.tensor([0.5, -1025.0, 2.0]).half()),
+    ),
+    "size beyond any model": (EditHeaderError, "size_px", with_meta("imagic.meta", _sized(20_000))),
+    "a flipped bit": (EditChangedError, "damaged, fetch it again", VALID[:-1] + bytes([VALID[-1] ^ 1])),
+    "resized by sd-scripts": (EditChangedError, "another program", _resaved({"sshs_model_hash": "ab"})),
+    "merged elsewhere": (EditChangedError, "another program", _resaved({})),
 }
 
 
@@ -791,6 +821,58 @@ def test_every_error_of_the_tree_has_a_hostile_file() -> None:
 def test_unknown_header_keys_of_others_are_tolerated() -> None:
     """Keys that other programs add to a LoRA's header do not matter."""
     assert decode(_metadata(sshs_model_hash="abc", ss_tag="{}")) == small_edit()
+
+
+@pytest.mark.parametrize("case", ["zeros", "a tensor of another kind", "a layer"])
+def test_a_gigabyte_that_is_no_edit_is_not_read(case: str, tmp_path: Path) -> None:
+    """A sparse file of a gigabyte is refused by its first bytes or its header, for less than a megabyte."""
+    path, size = tmp_path / "big.safetensors", container.MAX_FILE_BYTES - 1000
+    entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    names = {"zeros": None, "a tensor of another kind": "weights", "a layer": DOWN}
+    metadata = pieces(VALID)[0]["__metadata__"]
+    head = b"" if (name := names[case]) is None else joined({"__metadata__": metadata, name: entry}, b"")
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + size if head else size)
+    tracemalloc.start()
+    for reader in (read, describe):
+        with pytest.raises(EditFileError):
+            reader(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("part", ["lora_down.weight", "lora_up.weight", "alpha"])
+@pytest.mark.parametrize("shape", [[], [1], [2, 1, 1], [1, 1, 1, 1, 1], [0, 3], [1, 0]])
+def test_inspect_refuses_the_shapes_that_reading_refuses(part: str, shape: list[int], tmp_path: Path) -> None:
+    """A layer whose tensors have other than two or four sides is one named error, also where no tensor is made."""
+    parsed = container.parse(VALID)
+    tensors = {name: safetensors_codec.container_tensor(parsed, name) for name in parsed.entries}
+    tensors[f"{LINEAR}.{part}"] = torch.ones(shape, dtype=torch.float32 if part == "alpha" else torch.float16)
+    metadata = dict(parsed.metadata)
+    path = tmp_path / "shape.safetensors"
+    path.write_bytes(safetensors_codec.serialize(tensors, metadata, hash_key="modelspec.hash_sha256"))
+    if part == "alpha" and not shape:
+        assert describe(path)
+        return
+    for reader in (read, describe):
+        with pytest.raises(TensorShapeError):
+            reader(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_inspect_says_where_alphas_differ(dtype: torch.dtype) -> None:
+    """Adapters that diffusers 0.33 to 0.42 misread, as version 0.1.0 wrote them, are remarked on, in any precision."""
+    values = {f"{LINEAR}.alpha": torch.tensor(4.0), f"{CONV}.alpha": torch.tensor(2.0)}
+    parsed = container.parse(VALID)
+    for alphas in ([4.0, 2.0], [2.0, 2.0]):
+        tensors = {name: safetensors_codec.container_tensor(parsed, name) for name in parsed.entries}
+        tensors |= {name: torch.tensor(alpha, dtype=dtype) for name, alpha in zip(values, alphas, strict=True)}
+        data = safetensors_codec.serialize(tensors, dict(parsed.metadata), hash_key="modelspec.hash_sha256")
+        shown = contents(data)
+        assert shown["adapter"]["alphas"] == sorted(set(alphas))
+        assert ("diffusers 0.33" in summary(shown)) == (len(set(alphas)) > 1)
 
 
 def test_huge_claims_allocate_nothing() -> None:

@@ -2,15 +2,20 @@
 
 import re
 import warnings
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from lowmem_imagic import edit_file
+from lowmem_imagic import Cell, Job, apply_edits, edit_file, load_photo, make_edits, preset
 from lowmem_imagic.adapters import TARGETS, AdapterPack, kohya_key, target_modules
 from lowmem_imagic.container import parse
 from lowmem_imagic.edit import Edit, LoraFactors
 from lowmem_imagic.identity import SourcePicture
+from lowmem_imagic.letterbox import psnr
 from lowmem_imagic.portable import MIN_RANK, portable
 from lowmem_imagic.truncation import truncated
 
@@ -172,3 +177,30 @@ def test_layers_added_for_other_programs_change_nothing(load_base):
         with torch.no_grad(), loaded.attached(base.unet):
             predictions.append(base.predict(latents, torch.tensor([300]), text))
     torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-6)
+
+
+def test_the_recipe_for_diffusers_gives_the_same_pictures(load_base, tiny_folder, tmp_path, monkeypatch):
+    """The recipe in docs/other_programs.md gives our pictures from a truncated edit, to 60 dB, at eta 0 and beyond."""
+    base = load_base(weights="fp32")
+    finetune = {"steps": 4, "lora_rank": 8, "lora_alpha": 8.0, "keep": 0.3}
+    sampling = {"num_inference_steps": 8, "mask": 0.0}
+    settings = preset("fast", {"embed": {"steps": 2}, "finetune": finetune, "sample": sampling})
+    rng = np.random.default_rng(8)
+    picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    picture.save(tmp_path / "photo.png")
+    [edit] = make_edits(base, [Job(load_photo(tmp_path / "photo.png"), "a blue sphere")], settings)
+    edit_file.write(edit, tmp_path / "edit.safetensors")
+    etas = (0.0, 0.8, 1.2)
+    ours = apply_edits(base, [edit], [Cell(0, eta, 0) for eta in etas], settings.sample)
+
+    text = (Path(__file__).parent.parent / "docs/other_programs.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"<!-- code: diffusers -->\n```python\n(.+?)```", text, re.DOTALL)
+    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(tiny_folder))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "docs/other_programs.md", "exec"), names)
+        theirs = [names["picture"](eta) for eta in etas]
+    assert [psnr(*pair) >= 60 for pair in zip(ours, theirs, strict=True)] == [True] * len(etas)
+    assert psnr(ours[0], ours[-1]) < 40
