@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import checks
 from .atomic import write_bytes
-from .container import Container
+from .container import Container, parse
 from .edit import MAX_EMBEDDING_BYTES, MAX_THUMBNAIL_BYTES, Edit, LoraFactors, picture_kind
 from .edit_header import (
     HASH_KEY,
@@ -40,6 +40,7 @@ from .edit_header import (
     SPEC_VERSION,
     check_hash,
     fields_of,
+    naming_its_writer,
     read_bytes,
     read_header,
     shape_of,
@@ -79,8 +80,14 @@ def decode(data: bytes) -> Edit:
     Raises:
         EditFileError: One subclass per way to be wrong; nothing else is raised for any bytes.
     """
-    header = read_header(data)
-    container, metadata = header.container, header.container.metadata
+    container = parse(data)
+    with naming_its_writer(container):
+        return _decoded(container)
+
+
+def _decoded(container: Container) -> Edit:
+    """Returns the edit that a parsed file holds."""
+    header, metadata = read_header(container), container.metadata
     edit = Edit(
         adapter={layer: _factors(container, layer) for layer in header.layers},
         optimized_embedding=_stored(metadata, "imagic.e_opt", ("T", "D")),

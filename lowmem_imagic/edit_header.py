@@ -1,11 +1,12 @@
 """The header of an edit file, read strictly and without torch; the format is described in `edit_file`."""
 
+import contextlib
 import os
 import re
 import reprlib
 import stat
 import struct
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
@@ -60,13 +61,25 @@ class Header:
     license: str | None
 
 
-def read_header(data: bytes) -> Header:
-    """Returns the header of a whole file, or refuses it with an error that names what is wrong.
+@contextlib.contextmanager
+def naming_its_writer(container: Container) -> Iterator[None]:
+    """Adds to errors on an edit file that another program has written it, where its header shows that."""
+    try:
+        yield
+    except (EditChangedError, NotAnEditFileError, UnsupportedEditVersionError):
+        raise
+    except EditFileError as error:
+        if container.in_canonical_order:
+            raise
+        raise type(error)(f"{error}; another program has written this file anew, so use the original file") from error
+
+
+def read_header(container: Container) -> Header:
+    """Returns the header of a parsed file, or refuses it with an error that names what is wrong.
 
     Raises:
         EditFileError: One subclass per way to be wrong; nothing else is raised for any bytes.
     """
-    container = parse(data)
     check_version(container)
     metadata = container.metadata
     known = {"imagic.spec", "imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents", NOISE_KEY}
@@ -139,8 +152,9 @@ def _read_head(file: BinaryIO, path: str | os.PathLike[str], size: int) -> bytes
         head = file.read(PREFIX_BYTES + 2)
         head += file.read(head_bytes(head, size) - len(head))
         container = parse_head(head, size)
-        check_version(container)
-        layer_names(container)
+        with naming_its_writer(container):
+            check_version(container)
+            layer_names(container)
         return head
     except EditFileError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -165,11 +179,13 @@ def contents(data: bytes) -> dict[str, Any]:
     Raises:
         EditFileError: See :func:`read_header`.
     """
-    header = read_header(data)
-    check_hash(header.container)
-    embedding = fields_of(header.container.metadata, "imagic.e_opt", {"dtype", "shape", "data"})
-    shape = shape_of(embedding["shape"], "imagic.e_opt", ("T", "D"))
-    checks.text(embedding["dtype"], "imagic.e_opt dtype", 10)
+    container = parse(data)
+    with naming_its_writer(container):
+        header = read_header(container)
+        check_hash(container)
+        embedding = fields_of(container.metadata, "imagic.e_opt", {"dtype", "shape", "data"})
+        shape = shape_of(embedding["shape"], "imagic.e_opt", ("T", "D"))
+        checks.text(embedding["dtype"], "imagic.e_opt dtype", 10)
     entries = header.container.entries
     ranks = sorted({entries[f"{layer}.lora_down.weight"].shape[0] for layer in header.layers})
     return {

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 
 from .atomic import write_bytes
 from .config import strength_text
@@ -26,6 +25,8 @@ from .png import Box, contact_sheet, encode_png
 from .sample import Cell
 from .writable import check_writable, unusable
 
+_TEXTS = ("parameters", "Software")
+"""What a picture says of itself."""
 COVER_PX = 512
 """Longest side of a cover."""
 _PICTURE = re.compile(r"eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
@@ -102,7 +103,7 @@ class ResultFolder:
         """Writes a small copy of one of the folder's pictures as `name`, and returns that."""
         try:
             with Image.open(self.path / picture) as image:
-                text = dict(image.text) if isinstance(image, PngImageFile) else {}
+                text = {key: image.info[key] for key in _TEXTS if key in image.info}
                 image.thumbnail((COVER_PX, COVER_PX))
                 self.write(name, encode_png(image, text=text))
         except OSError as error:

@@ -436,10 +436,10 @@ def _sized(size_px: int) -> Callable[[dict[str, Any]], None]:
     return lambda meta: meta["source"].update(size_px=size_px, box=[0, 0, size_px, size_px])
 
 
-def _resaved(more: dict[str, str]) -> bytes:
+def _resaved(more: dict[str, str], without: str = "") -> bytes:
     """Returns what a tool makes of the valid file that loads it, halves its strength and saves it with its metadata."""
     parsed = container.parse(VALID)
-    tensors = {name: safetensors_codec.container_tensor(parsed, name) / 2 for name in parsed.entries}
+    tensors = {name: safetensors_codec.container_tensor(parsed, name) / 2 for name in parsed.entries if name != without}
     saved: bytes = save(tensors, {**dict(reversed(parsed.metadata.items())), **more})
     return saved
 
@@ -787,6 +787,7 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
     "size beyond any model": (EditHeaderError, "size_px", with_meta("imagic.meta", _sized(20_000))),
     "a flipped bit": (EditChangedError, "damaged, fetch it again", VALID[:-1] + bytes([VALID[-1] ^ 1])),
     "resized by sd-scripts": (EditChangedError, "another program", _resaved({"sshs_model_hash": "ab"})),
+    "alpha dropped elsewhere": (MissingTensorError, "another program", _resaved({}, without=ALPHA)),
     "merged elsewhere": (EditChangedError, "another program", _resaved({})),
 }
 
