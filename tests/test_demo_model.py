@@ -133,3 +133,15 @@ def test_the_sentence_decides_what_the_base_draws():
     # The colour shows where the object is: the most coloured tenth of the picture.
     assert excess[0].flatten().topk(400).values.mean() > 0.5
     assert excess[1].flatten().neg().topk(400).values.mean() > 0.5
+
+
+def test_the_folder_works_in_a_stock_pipeline():
+    """diffusers' own pipeline makes a picture from the bundled folder with default settings, all parts in fp32."""
+    import diffusers
+
+    source = BaseModel.load("demo", device="cpu").family.source
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source.path, local_files_only=True)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {next(part.parameters()).dtype for part in parts} == {torch.float32}
+    [picture] = pipeline("a red cube", num_inference_steps=1, output_type="np").images
+    assert np.isfinite(picture).all()

@@ -111,6 +111,8 @@ def test_a_trained_folder_is_a_plain_diffusers_folder(trained_on: Path) -> None:
     text_encoder = load_file(trained_on / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") and not name.startswith("text_model.text_") for name in text_encoder)
     assert {t.dtype for t in text_encoder.values()} == {torch.float16}
+    # transformers loads in the type that is written here, and the pipeline's other parts load in fp32.
+    assert json.loads((trained_on / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
     assert not [path for path in trained_on.rglob("*") if path.suffix in (".bin", ".pt", ".partial")]
 
 

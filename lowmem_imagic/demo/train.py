@@ -258,8 +258,13 @@ def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
     for path in (out / "model_index.json", *out.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         # Where a part was loaded from, which is no setting.
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config.pop("_name_or_path", None)
+        if path.parent.name == "text_encoder":
+            # transformers loads in this type, or without it in that of the weights, and diffusers loads in fp32: a
+            # stock pipeline with default settings would mix the two and fail at the first sentence.
+            config.pop("torch_dtype", None)
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # transformers 5.6 and later leave out a prefix that earlier versions need and all take.
     text_encoder = out / "text_encoder" / "model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(text_encoder).items()}
