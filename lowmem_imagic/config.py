@@ -22,6 +22,8 @@ MAX_RANK = 256
 MAX_ALPHA = 10_000
 MAX_VALUES = 256
 """Most etas, and most seeds, of one edit."""
+MAX_PICTURES = 1024
+"""Most pictures of one edit at once, etas times seeds; an edit file may ask for them."""
 MAX_PHOTO_PIXELS = 100_000_000
 MAX_PHOTO_SIDE_PX = 1_000_000
 MAX_MODEL_SIDE_PX = 4096
@@ -263,6 +265,9 @@ class SampleConfig:
             values = getattr(self, name)
             if len(check.problems) == known and len(set(values)) < len(values):
                 check.problems.append(f"{name} has a number twice, expected each once")
+        if not check.problems and len(self.etas) * len(self.seeds) > MAX_PICTURES:
+            found = f"{len(self.etas)} etas and {len(self.seeds)} seeds"
+            check.problems.append(f"etas and seeds make pictures of {found}, expected at most {MAX_PICTURES} pictures")
         check.number("num_inference_steps", 1, 1000, whole=True)
         check.number("guidance_scale", 0, 100)
         if self.photo_guidance is not None:

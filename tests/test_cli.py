@@ -525,6 +525,18 @@ def test_force_leaves_no_pictures_of_an_earlier_run(run, finished):
     assert Path("precious.png").exists() and Path("made/sheet.png").exists()
 
 
+def test_a_cover_is_written_on_request_and_goes_with_its_run(run, photo):
+    """--cover writes the edited picture under the edit file's name, for galleries; without it none is left."""
+    words = ["edit", photo, SENTENCE, "--out", "made", "--etas", "0,0.9,1.4", *QUICK]
+    assert run(*words, "--cover").exit_code == 0
+    [edit] = Path("made").glob("*.safetensors")
+    cover = edit.with_suffix(".png")
+    assert np.array_equal(_picture(str(cover)), _picture("made/eta_0.90.png"))
+    assert json.loads(Path("made/report.json").read_text(encoding="utf-8"))["cover"] == cover.name
+    assert run(*words, "--force").exit_code == 0
+    assert not cover.exists() and edit.exists()
+
+
 def test_all_wrong_words_at_once(photo):
     """Words that are no numbers, values out of range and unknown choices are reported together, before any import."""
     words = ["--etas", "x", "--strength", "y", "--guidance", "nan", "--learning-rate", "9", "--device", "gpu"]

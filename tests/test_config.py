@@ -175,3 +175,10 @@ def test_training_settings_out_of_range(values):
     """Each setting of stage 2 is refused by its own name where it makes no sense."""
     with pytest.raises(ConfigError, match=f"finetune.{next(iter(values))}"):
         preset("balanced", {"finetune": values})
+
+
+def test_etas_times_seeds_are_bounded():
+    """A file cannot ask for more pictures than a person would wait for."""
+    SampleConfig(etas=tuple(n / 100 for n in range(128)), seeds=tuple(range(8)))
+    with pytest.raises(ConfigError, match="128 etas and 9 seeds, expected at most 1024"):
+        SampleConfig(etas=tuple(n / 100 for n in range(128)), seeds=tuple(range(9)))
