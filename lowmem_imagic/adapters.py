@@ -129,15 +129,18 @@ class AdapterPack:
         blocks: Sequence[str] = BLOCKS,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._create(target_modules(network, adapt, blocks), edits, rank, device)
+        modules = target_modules(network, adapt, blocks)
+        self._create(modules, edits, dict.fromkeys(modules, rank), device)
         self._set_alphas({name: [float(alpha)] * edits for name in self._shapes})
 
-    def _create(self, modules: Mapping[str, nn.Module], edits: int, rank: int, device: torch.device | str) -> None:
+    def _create(
+        self, modules: Mapping[str, nn.Module], edits: int, ranks: Mapping[str, int], device: torch.device | str
+    ) -> None:
         if not modules:
             raise ValueError("the network has none of the layers to adapt")
-        self.edits, self.rank = edits, rank
+        self.edits = edits
         self.rows = Rows()
-        self._shapes = {name: _Shape.of(module, rank) for name, module in modules.items()}
+        self._shapes = {name: _Shape.of(module, ranks[name]) for name, module in modules.items()}
         size = sum(shape.size for shape in self._shapes.values())
         self.weights = torch.zeros(edits, size, device=device)
         self._parameters = {name: (nn.Parameter(d), nn.Parameter(u)) for name, d, u in self._views(self.weights)}
@@ -145,12 +148,12 @@ class AdapterPack:
     def _set_alphas(self, alphas: dict[str, list[float]]) -> None:
         """Of each layer, the alpha of every edit; 0 where an edit lacks the layer."""
         self.alphas = alphas
-        self._scales = {
-            name: None
-            if all(alpha == self.rank for alpha in values)
-            else torch.tensor([alpha / self.rank for alpha in values], device=self.weights.device)
-            for name, values in alphas.items()
-        }
+        self._scales: dict[str, Tensor | None] = {}
+        for name, values in alphas.items():
+            # An edit that lacks the layer has factors of zeros there, whatever their scale.
+            scales = [alpha / self._shapes[name].down[0] or 1.0 for alpha in values]
+            plain = all(scale == 1 for scale in scales)
+            self._scales[name] = None if plain else torch.tensor(scales, device=self.weights.device)
 
     def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, down (N, r, in...), up (N, out, r)) views of a flat (N, P) tensor."""
@@ -244,6 +247,8 @@ class AdapterPack:
     ) -> "AdapterPack":
         """The pack of finished adapters; layers and ranks may differ between edits (zeros fill the gaps).
 
+        **Memory**: of each layer, N times the factors of the highest rank that an edit has there.
+
         Raises:
             ValueError: no factors at all, a key no layer of the network has, or factors that do not fit its layer.
         """
@@ -259,9 +264,12 @@ class AdapterPack:
         if unknown:
             raise ValueError(f"the base has no layer for {unknown[0]} ({len(unknown)} such)")
         modules = {name: network.get_submodule(name) for key, name in names.items() if key in wanted}
-        rank = max(down.shape[0] for adapter in adapters for down, _, _ in adapter.values())
+        ranks = dict.fromkeys(modules, 1)
+        for adapter in adapters:
+            for key, (down, _, _) in adapter.items():
+                ranks[names[key]] = max(ranks[names[key]], down.shape[0])
         pack = AdapterPack.__new__(AdapterPack)
-        pack._create(modules, len(adapters), rank, device)
+        pack._create(modules, len(adapters), ranks, device)
         alphas = {name: [0.0] * len(adapters) for name in modules}
         with torch.no_grad():
             for edit, adapter in enumerate(adapters):
@@ -276,6 +284,6 @@ class AdapterPack:
                     own_down, own_up = pack._parameters[name]
                     own_down[edit, :r].copy_(down)
                     own_up[edit, :, :r].copy_(up.reshape(fits.up))
-                    alphas[name][edit] = alpha * rank / r
+                    alphas[name][edit] = alpha * ranks[name] / r
         pack._set_alphas(alphas)
         return pack
