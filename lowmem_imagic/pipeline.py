@@ -15,7 +15,15 @@ from .base_model import BaseModel
 from .config import EditConfig, SampleConfig
 from .diffusion import coarse
 from .edit import Edit, LoraFactors
-from .errors import BaseMismatchError, ConfigError, DivergenceError, TensorShapeError
+from .errors import (
+    BaseMismatchError,
+    ConfigError,
+    DivergenceError,
+    LowmemImagicError,
+    NonFiniteEditError,
+    NonFiniteTensorError,
+    TensorShapeError,
+)
 from .letterbox import Letterbox, from_square, to_images
 from .memory import Meter
 from .packing import Pack, StageProgress, TrainedEdit
@@ -42,11 +50,12 @@ def make_edits(
 
     Raises:
         DivergenceError: a stage's loss is no longer finite.
+        NonFiniteModelError: a part of the base gives NaN or infinity.
     """
     made: dict[int, Edit] = {}
     for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
         for number, edit in group:
-            if isinstance(edit, DivergenceError):
+            if isinstance(edit, LowmemImagicError):
                 raise edit
             made[number] = edit
     return [made[number] for number in range(len(jobs))]
@@ -63,7 +72,7 @@ def stream_edits(
     meter: Meter | None = None,
     preparing: StageProgress | None = None,
     between: Callable[[Pack], None] | None = None,
-) -> Iterator[list[tuple[int, Edit | DivergenceError]]]:
+) -> Iterator[list[tuple[int, Edit | LowmemImagicError]]]:
     """The edits of any number of jobs, or their failures, as they finish: groups of (number of the job, edit).
 
     Jobs train side by side over one frozen base, and whoever is finished makes room for the next; in between, the base
@@ -85,6 +94,7 @@ def stream_edits(
 
     Raises:
         PromptError: a sentence with nothing to encode, or one no edit file can hold.
+        NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.
         MemoryLimitError: a stage does not fit.
 
     **Memory**: text encoder and VAE are gone before the UNet trains; see `packing.Pack`. Of a job nothing is kept
@@ -111,38 +121,44 @@ def stream_edits(
     )
     rungs_before = len(base.rungs)
     for group in pack.run():
-        finished: list[tuple[int, Edit | DivergenceError]] = []
+        finished: list[tuple[int, Edit | LowmemImagicError]] = []
         for made in group:
             meter.stages |= made.measured
             taken = prepared.taken.pop(made.number)
             if made.error is not None:
                 finished.append((made.number, made.error))
                 continue
-            edit = Edit(
-                adapter={
-                    key: LoraFactors(down.half(), up.half(), alpha)
-                    for key, (down, up, alpha) in truncated(made.adapter, config.finetune.keep).items()
-                },
-                optimized_embedding=made.optimized_embedding.half(),
-                coarse_latents=coarse(taken.latents[None], COARSE_SIDE)[0].half(),
-                inverted_noise=taken.inverted_noise,
-                target_prompt=taken.job.prompt,
-                base=identity,
-                settings=_settings(config, made),
-                seed=config.seed,
-                etas=config.sample.etas,
-                eta_default=1.0,
-                source=taken.source,
-                base_weights=base.weights,
-                versions=versions(),
-                measured={
-                    "device": _device_name(base.device),
-                    "dtype": str(base.dtype),
-                    "stages": {**taken.measured, **made.measured},
-                    "rungs": base.rungs[rungs_before:],
-                },
-                title=" ".join(taken.job.prompt.split())[:200],
-            )
+            try:
+                edit: Edit | LowmemImagicError = Edit(
+                    adapter={
+                        key: LoraFactors(down.half(), up.half(), alpha)
+                        for key, (down, up, alpha) in truncated(made.adapter, config.finetune.keep).items()
+                    },
+                    optimized_embedding=made.optimized_embedding.half(),
+                    coarse_latents=coarse(taken.latents[None], COARSE_SIDE)[0].half(),
+                    inverted_noise=taken.inverted_noise,
+                    target_prompt=taken.job.prompt,
+                    base=identity,
+                    settings=_settings(config, made),
+                    seed=config.seed,
+                    etas=config.sample.etas,
+                    eta_default=1.0,
+                    source=taken.source,
+                    base_weights=base.weights,
+                    versions=versions(),
+                    measured={
+                        "device": _device_name(base.device),
+                        "dtype": str(base.dtype),
+                        "stages": {**taken.measured, **made.measured},
+                        "rungs": base.rungs[rungs_before:],
+                    },
+                    title=" ".join(taken.job.prompt.split())[:200],
+                )
+            except NonFiniteTensorError as error:
+                # Of one edit, whose loss was finite to the end; the others go on.
+                edit = DivergenceError(
+                    f"training led to numbers that no edit file holds ({error}); lower the learning rate"
+                )
             finished.append((made.number, edit))
         yield finished
 
@@ -170,6 +186,8 @@ def apply_edits(
 
     Raises:
         TensorShapeError: an adapter or embedding does not fit the base.
+        NonFiniteModelError: the base gives NaN or infinity by itself.
+        NonFiniteEditError: an edit makes it do so.
         MemoryLimitError: does not fit.
     """
     latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
@@ -181,7 +199,13 @@ def decode_cells(
 ) -> list[Image.Image]:
     """The pictures of rendered latents (len(cells), C, H, W), each at its photo's own size and aspect."""
     with measured_stage(meter or Meter(base.device), "decode", "--device cpu"):
-        squares = to_images(base.decode(latents))
+        decoded = base.decode(latents)
+    if not decoded.isfinite().all():
+        raise NonFiniteEditError(
+            "the edit's latents are too large for the autoencoder, which gives NaN or infinity; the edit's numbers are "
+            "damaged or too large: get the file again, or try a lower strength"
+        )
+    squares = to_images(decoded)
     boxes = [letterbox(edits[cell.edit]) for cell in cells]
     # A base of the same architecture may have been made for another size than the edit's own.
     sizes = [(box.size_px, box.size_px) for box in boxes]
