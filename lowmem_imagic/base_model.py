@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import base_problems
-from .errors import BackendUnavailableError, ConfigError
+from .diffusion import add_noise
+from .errors import BackendUnavailableError, ConfigError, DivergenceError, NonFiniteModelError
 from .families import DEMO, StableDiffusion, load_family
 from .identity import BaseIdentity
 from .memory import in_rungs, return_freed_memory
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MAX_SENTENCES = 128
 """Sentences whose embeddings are remembered; more than are ever in training and waiting together."""
+PROBES = 8
+"""Timesteps at which the UNet is asked when something went wrong."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -213,6 +216,9 @@ class BaseModel:
         """Text embeddings (B, T, D), fp32 on the CPU; the last `MAX_SENTENCES` are remembered.
 
         Sentences are encoded one by one: an embedding's last bits do not depend on the others.
+
+        Raises:
+            NonFiniteModelError: the text encoder gives NaN or infinity.
         """
         in_rungs(lambda: self._encode_new(prompts), self._text_to_cpu)
         for prompt in prompts:
@@ -228,10 +234,18 @@ class BaseModel:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if not new:
             return
-        place = (torch.device("cpu"), torch.float32) if self.text_on_cpu else (self.device, self.part_dtype)
-        with self._part(self.family.load_text_encoder, *place) as text_encoder:
-            for prompt in new:
-                self._embeddings[prompt] = self.family.encode_text(text_encoder, [prompt])[0]
+        device, dtype = (torch.device("cpu"), torch.float32) if self.text_on_cpu else (self.device, self.part_dtype)
+        # Some models overflow in half precision.
+        for precision in dict.fromkeys((dtype, torch.float32)):
+            with self._part(self.family.load_text_encoder, device, precision) as text_encoder:
+                for prompt in new:
+                    embedding = self.family.encode_text(text_encoder, [prompt])[0]
+                    if embedding.isfinite().all():
+                        self._embeddings[prompt] = embedding
+            new = [prompt for prompt in new if prompt not in self._embeddings]
+            if not new:
+                return
+        raise self.damaged("the text encoder")
 
     def _text_to_cpu(self) -> bool:
         """The text encoder's only cheaper way."""
@@ -242,14 +256,36 @@ class BaseModel:
         return True
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1]."""
-        return self._with_vae(self.family.encode_images, images, self.part_dtype)
+        """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1].
+
+        Raises:
+            NonFiniteModelError: the autoencoder gives NaN or infinity, or numbers that half precision does not hold.
+        """
+        latents = self._in_either_precision(self.family.encode_images, images)
+        # Edits hold them in half precision.
+        if not latents.half().isfinite().all():
+            raise self.damaged("the autoencoder's encoder")
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, size, size) in [-1, 1], fp32 on the CPU."""
-        images = self._with_vae(self.family.decode, latents, self.part_dtype)
-        # Some autoencoders overflow in half precision.
-        return images if images.isfinite().all() else self._with_vae(self.family.decode, latents, torch.float32)
+        """Pictures (B, 3, size, size) in [-1, 1], fp32 on the CPU; not finite where the latents are not, or are huge.
+
+        Raises:
+            NonFiniteModelError: the autoencoder gives NaN or infinity for latents of zeros, too.
+        """
+        images = self._in_either_precision(self.family.decode, latents)
+        if not images.isfinite().all():
+            grey = self._with_vae(self.family.decode, torch.zeros_like(latents[:1]), torch.float32)
+            if not grey.isfinite().all():
+                raise self.damaged("the autoencoder's decoder")
+        return images
+
+    def _in_either_precision(self, work: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """What `work` makes of `x` with the autoencoder; in fp32 where that is not finite, as some overflow in half."""
+        made = self._with_vae(work, x, self.part_dtype)
+        if self.part_dtype == torch.float32 or made.isfinite().all():
+            return made
+        return self._with_vae(work, x, torch.float32)
 
     def _with_vae(self, work: Callable[[nn.Module, Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
         """What `work` makes of `x` with the autoencoder, in tiles where it does not fit."""
@@ -274,6 +310,50 @@ class BaseModel:
             noisy, timesteps.to(self.device), encoder_hidden_states=embeddings.to(self.device, self.dtype)
         ).sample
         return prediction
+
+    @torch.no_grad()
+    def check_unet(self, latents: Tensor, embedding: Tensor) -> None:
+        """Makes sure that the UNet by itself predicts finite values, asked all along the noise schedule.
+
+        A few passes, for when something is not finite and it has to be told whose fault that is: no adapter may be
+        attached.
+
+        Args:
+            latents: a picture (C, H, W).
+            embedding: a text (T, D) as the text encoder gives it.
+
+        Raises:
+            NonFiniteModelError: it does not.
+
+        **Memory**: one UNet row, nothing for a backward pass.
+        """
+        if not (latents.isfinite().all() and embedding.isfinite().all()):
+            return  # whatever it makes of them is not its fault
+        noise = torch.randn(latents[None].shape, generator=torch.Generator().manual_seed(0))
+        for timestep in torch.linspace(0, len(self.alpha_bar) - 1, PROBES).long().view(-1, 1):
+            noisy = add_noise(latents[None], noise, timestep, self.alpha_bar)
+            if not self.predict(noisy, timestep, embedding[None]).isfinite().all():
+                raise self.damaged("the UNet")
+
+    def fault(
+        self, error: DivergenceError, latents: Tensor, embedding: Tensor
+    ) -> DivergenceError | NonFiniteModelError:
+        """The error to report when training on a picture diverged: `error`, or that the UNet is damaged.
+
+        See `check_unet`.
+        """
+        try:
+            self.check_unet(latents, embedding)
+        except NonFiniteModelError as damaged:
+            return damaged
+        return error
+
+    def damaged(self, part: str) -> NonFiniteModelError:
+        """The error to raise where a part of the base gives what is not finite."""
+        return NonFiniteModelError(
+            f"{part} of {self.name} gives NaN or infinity; the model is damaged or unsuitable: download it again, or "
+            "choose another"
+        )
 
 
 def resolve_attention(name: str, device: torch.device) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .config import EmbedConfig
+from .errors import DivergenceError
 from .runs import Losses
 from .training import Progress, Trained, train
 
@@ -34,19 +35,26 @@ def embed(
         generators: one CPU generator per edit.
         progress: called after every step.
         start_noise: what sampling will start from, (N, C, H, W); see `StageConfig.anchor`.
+
+    Raises:
+        DivergenceError: a loss is no longer finite.
+        NonFiniteModelError: neither is what the UNet predicts without training.
     """
     # Contiguous, or its rows below would be copies and training them would change nothing.
     optimized = target_embeddings.to(base.device, torch.float32).clone(memory_format=torch.contiguous_format)
     optimized.requires_grad_()
     optimized.grad = torch.zeros_like(optimized)
-    losses = train(
-        base,
-        latents,
-        lambda: optimized,
-        trained=[Trained(optimized.detach().flatten(1), optimized.grad.flatten(1), config.learning_rate)],
-        config=config,
-        generators=generators,
-        start_noise=start_noise,
-        progress=progress,
-    )
+    try:
+        losses = train(
+            base,
+            latents,
+            lambda: optimized,
+            trained=[Trained(optimized.detach().flatten(1), optimized.grad.flatten(1), config.learning_rate)],
+            config=config,
+            generators=generators,
+            start_noise=start_noise,
+            progress=progress,
+        )
+    except DivergenceError as error:
+        raise base.fault(error, latents[0], target_embeddings[0]) from error
     return optimized.detach().cpu(), losses

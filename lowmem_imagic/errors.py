@@ -14,7 +14,8 @@
     │   ├── UnknownModelError        no model of that name, folder or file
     │   ├── IncompleteModelError     a folder with parts missing (half a download)
     │   ├── WrongFamilyError         a model of a kind this version does not edit
-    │   └── BackendUnavailableError  an option was asked for by name and is missing here
+    │   ├── BackendUnavailableError  an option was asked for by name and is missing here
+    │   └── NonFiniteModelError      a part of the base gives NaN or infinity
     ├── EditFileError                the edit file cannot be used
     │   ├── EditNotFoundError        no such file, or it may not be read
     │   ├── NotAnEditFileError       not safetensors, or without this package's header
@@ -28,6 +29,7 @@
     │   ├── TensorDtypeError         a tensor in a type the format does not allow
     │   ├── TensorShapeError         shapes that contradict each other or the rank
     │   ├── NonFiniteTensorError     NaN or infinity
+    │   ├── NonFiniteEditError       finite numbers that make NaN or infinity when they are rendered
     │   ├── TensorValueError         numbers far beyond those of any training
     │   └── EditChangedError         tensors that are not those the file was written with
     ├── BaseMismatchError            a good edit file, made for another base
@@ -35,7 +37,8 @@
     │   ├── OutputExistsError        something is there already; nothing is overwritten unasked
     │   └── OutputUnwritableError    no space left, read-only, not a folder
     ├── DivergenceError              a training stage blew up
-    └── MemoryLimitError             does not fit; names the stage and the next cheaper setting
+    ├── MemoryLimitError             does not fit; names the stage and the next cheaper setting
+    └── UnexpectedError              an error of a library or of this package's own code, caught at a boundary
 
 Catch the base class to catch them all::
 
@@ -104,6 +107,10 @@ class BackendUnavailableError(ModelError):
     """A device, attention or weight format was asked for by name and is missing here."""
 
 
+class NonFiniteModelError(ModelError):
+    """A part of the base gives NaN or infinity by itself: the model is damaged, or unsuitable for what is asked."""
+
+
 class EditFileError(LowmemImagicError):
     """The edit file cannot be used."""
 
@@ -164,6 +171,10 @@ class EditChangedError(EditFileError):
     """The tensors are not those the file was written with: rewritten by another program, or damaged."""
 
 
+class NonFiniteEditError(EditFileError):
+    """The numbers of an edit are finite and make NaN or infinity on a base that gives none by itself."""
+
+
 class BaseMismatchError(LowmemImagicError):
     """The edit file is fine but was made for another base model."""
 
@@ -186,3 +197,10 @@ class DivergenceError(LowmemImagicError):
 
 class MemoryLimitError(LowmemImagicError):
     """The work does not fit into memory; names the stage and the next cheaper setting."""
+
+
+class UnexpectedError(LowmemImagicError):
+    """An error that nobody raised on purpose, in place of which this one is reported; see `unexpected`."""
+
+    details = ""
+    """Its traceback."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from .adapters import AdapterPack
 from .base_model import BaseModel
 from .config import FinetuneConfig
+from .errors import DivergenceError
 from .runs import Losses
 from .training import Progress, Trained, train
 
@@ -46,6 +47,10 @@ def finetune(
         progress: called after every step.
         start_noise: what sampling will start from, (N, C, H, W); see `StageConfig.anchor`.
 
+    Raises:
+        DivergenceError: a loss is no longer finite.
+        NonFiniteModelError: neither is what the UNet predicts without adapters.
+
     **Memory**: adapters in fp32, their gradients and two Adam moments: 16 bytes a weight, 4 more with averaging.
     """
     pack = AdapterPack(
@@ -67,17 +72,20 @@ def finetune(
         trained.append(
             Trained(embeddings.detach().flatten(1), embeddings.grad.flatten(1), config.embedding_learning_rate)
         )
-    with pack.attached(base.unet):
-        losses = train(
-            base,
-            latents,
-            lambda: embeddings,
-            trained=trained,
-            config=config,
-            generators=generators,
-            start_noise=start_noise,
-            pack=pack,
-            progress=progress,
-        )
+    try:
+        with pack.attached(base.unet):
+            losses = train(
+                base,
+                latents,
+                lambda: embeddings,
+                trained=trained,
+                config=config,
+                generators=generators,
+                start_noise=start_noise,
+                pack=pack,
+                progress=progress,
+            )
+    except DivergenceError as error:
+        raise base.fault(error, latents[0], optimized_embeddings[0]) from error
     pack.disable_gradients()
     return Finetuned(pack, losses, embeddings.detach().cpu())

@@ -34,6 +34,9 @@ def own_noise(
         generator: draws the softening noise.
         progress: called after every step.
 
+    Raises:
+        NonFiniteModelError: the UNet or the noise schedule gives NaN or infinity, or more than an edit file can hold.
+
     **Memory**: one UNet row, nothing for a backward pass.
     """
     scheduler = base.family.inverse_scheduler()
@@ -43,10 +46,15 @@ def own_noise(
     x = latents[None] + SOFTENING * torch.randn(latents[None].shape, generator=generator)
     now = torch.zeros(1, dtype=torch.long)
     for step, timestep in enumerate(scheduler.timesteps, start=1):
-        x = scheduler.step(base.predict(x, now, empty).float().cpu(), timestep, x).prev_sample
+        prediction = base.predict(x, now, empty).float().cpu()
+        if not prediction.isfinite().all():
+            raise base.damaged("the UNet")
+        x = scheduler.step(prediction, timestep, x).prev_sample
         now = timestep.view(1)
         if progress is not None:
             progress(step, STEPS, "")
     a = base.alpha_bar[now].view(-1, 1, 1, 1)
     own: Tensor = ((x - a.sqrt() * latents) / (1 - a).sqrt())[0]
+    if not own.half().isfinite().all():
+        raise base.damaged("the noise schedule")
     return own

@@ -19,7 +19,7 @@ from torch import Tensor
 from .adapters import AdapterPack, Factors
 from .base_model import BaseModel
 from .config import EditConfig
-from .errors import DivergenceError, TensorShapeError
+from .errors import DivergenceError, NonFiniteModelError, TensorShapeError
 from .memory import clear_errors, peak_bytes, reset_peak
 from .runs import Run
 from .training import Trained, Trainer
@@ -69,7 +69,7 @@ class TrainedEdit:
     """Of each step of stages "embed" and "finetune"."""
     measured: dict[str, dict[str, float | int | None]]
     """Seconds it spent in each stage, whoever it shared them with, and peak bytes of the pack."""
-    error: DivergenceError | None = None
+    error: DivergenceError | NonFiniteModelError | None = None
     """Its loss is no longer finite: there is nothing to be had from it."""
 
 
@@ -126,6 +126,7 @@ class Pack:
         self._free = list(range(slots))
         self._taken = self._done = 0
         self._held: dict[int, _Held] = {}
+        self._broken: dict[int, tuple[Tensor, Tensor]] = {}
         embeddings = torch.zeros(slots, *first.target_embedding.shape, device=base.device, requires_grad=True)
         embeddings.grad = torch.zeros_like(embeddings)
         self._embeddings = embeddings
@@ -172,6 +173,11 @@ class Pack:
                         self._between(self)
                     if finished := self._step():
                         break
+            # Here, where the base is as it was.
+            for made in finished:
+                if isinstance(made.error, DivergenceError):
+                    latents, embedding = self._broken.pop(made.number)
+                    made.error = self._base.fault(made.error, latents, embedding)
             yield finished
 
     @property
@@ -300,7 +306,10 @@ class Pack:
                 self._held[slot].peak = max(peak, self._held[slot].peak or 0)
         finished = []
         for slot, run in ended.items():
-            self._held[slot].made.error = run.diverged
+            held = self._held[slot]
+            if run.diverged:
+                held.made.error = run.diverged
+                self._broken[held.made.number] = (held.task.latents, held.task.target_embedding)
             if run.diverged or self._end(slot, before[slot][0]):
                 finished.append(self._leave(slot))
         self._report(list(before.values()))

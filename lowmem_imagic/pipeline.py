@@ -19,6 +19,8 @@ from .errors import (
     BaseMismatchError,
     ConfigError,
     DivergenceError,
+    LowmemImagicError,
+    NonFiniteEditError,
     NonFiniteTensorError,
     TensorShapeError,
     TensorValueError,
@@ -51,11 +53,12 @@ def make_edits(
 
     Raises:
         DivergenceError: a stage's loss is no longer finite.
+        NonFiniteModelError: a part of the base gives NaN or infinity.
     """
     made: dict[int, Edit] = {}
     for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
         for number, edit in group:
-            if isinstance(edit, DivergenceError):
+            if isinstance(edit, LowmemImagicError):
                 raise edit
             made[number] = edit
     return [made[number] for number in range(len(jobs))]
@@ -72,7 +75,7 @@ def stream_edits(
     meter: Meter | None = None,
     preparing: StageProgress | None = None,
     between: Callable[[Pack], None] | None = None,
-) -> Iterator[list[tuple[int, Edit | DivergenceError]]]:
+) -> Iterator[list[tuple[int, Edit | LowmemImagicError]]]:
     """The edits of any number of jobs, or their failures, as they finish: groups of (number of the job, edit).
 
     Jobs train side by side over one frozen base, and whoever is finished makes room for the next; in between, the base
@@ -94,6 +97,7 @@ def stream_edits(
 
     Raises:
         PromptError: a sentence with nothing to encode, or one no edit file can hold.
+        NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.
         MemoryLimitError: a stage does not fit.
 
     **Memory**: text encoder and VAE are gone before the UNet trains; see `packing.Pack`. Of a job nothing is kept
@@ -120,7 +124,7 @@ def stream_edits(
     )
     rungs_before = len(base.rungs)
     for group in pack.run():
-        finished: list[tuple[int, Edit | DivergenceError]] = []
+        finished: list[tuple[int, Edit | LowmemImagicError]] = []
         for made in group:
             meter.stages |= made.measured
             taken = prepared.taken.pop(made.number)
@@ -128,13 +132,12 @@ def stream_edits(
                 finished.append((made.number, made.error))
                 continue
             try:
-                edit = _edit(base, config, identity, taken, made, base.rungs[rungs_before:])
+                edit: Edit | LowmemImagicError = _edit(base, config, identity, taken, made, base.rungs[rungs_before:])
             except (NonFiniteTensorError, TensorValueError) as error:
-                # Of one edit alone: the others of its pack go on.
-                finished.append(
-                    (made.number, DivergenceError(f"training went astray: {error}; lower its learning rate"))
+                # Of one edit, whose loss was finite to the end; the others go on.
+                edit = DivergenceError(
+                    f"training led to numbers that no edit file holds ({error}); lower the learning rate"
                 )
-                continue
             finished.append((made.number, edit))
         yield finished
 
@@ -162,6 +165,8 @@ def apply_edits(
 
     Raises:
         TensorShapeError: an adapter or embedding does not fit the base.
+        NonFiniteModelError: the base gives NaN or infinity by itself.
+        NonFiniteEditError: an edit makes it do so.
         MemoryLimitError: does not fit.
     """
     latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
@@ -173,7 +178,13 @@ def decode_cells(
 ) -> list[Image.Image]:
     """The pictures of rendered latents (len(cells), C, H, W), each at its photo's own size and aspect."""
     with measured_stage(meter or Meter(base.device), "decode", "--device cpu"):
-        squares = to_images(base.decode(latents))
+        decoded = base.decode(latents)
+    if not decoded.isfinite().all():
+        raise NonFiniteEditError(
+            "the edit's latents are too large for the autoencoder, which gives NaN or infinity; the edit's numbers are "
+            "damaged or too large: get the file again, or try a lower strength"
+        )
+    squares = to_images(decoded)
     # Scaled, because a base of the same architecture may have been made for another size than the edit's own.
     boxes = [letterbox(edits[cell.edit]).scaled(square.width) for cell, square in zip(cells, squares, strict=True)]
     return [from_square(square, box) for square, box in zip(squares, boxes, strict=True)]

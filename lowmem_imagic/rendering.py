@@ -159,9 +159,9 @@ def render(
         suggested = _suggestion(base, edit, sentence, by_eta, meter)
         report["suggestion"] = suggested.as_json()
     if photo is not None:
-        round_trip = _round_trip(base, photo, letterbox(edit))
+        round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit))
         sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
-        fit = _fit(base, edit, {eta: made.picture for eta, made in by_eta.items()}, round_trip)
+        fit = _fit(base, edit, config, {eta: made.picture for eta, made in by_eta.items()}, round_trip, round_trip_db)
         console.warn(fit.hint)
         report["fit"] = fit.as_json()
     sheet.append(("sentence alone (no training)", rendered[alone].picture))
@@ -193,14 +193,25 @@ def _suggestion(
         )
 
 
-def _fit(base: BaseModel, edit: Edit, by_eta: Mapping[float, Image.Image], round_trip: Image.Image) -> Fit:
+def _fit(
+    base: BaseModel,
+    edit: Edit,
+    config: SampleConfig,
+    by_eta: Mapping[float, Image.Image],
+    round_trip: Image.Image,
+    round_trip_db: float,
+) -> Fit:
     """How well the edit is fitted, from its pictures with one seed."""
+    result = edit.settings.get("result")
     reconstruction, furthest = by_eta.get(0.0), max(by_eta)
     change = None if reconstruction is None or furthest < 1 else psnr(by_eta[furthest], reconstruction)
     return Fit(
         reconstruction_db=None if reconstruction is None else psnr(reconstruction, round_trip),
         change_db=change,
         embedding_distance=embedding_distance(edit.optimized_embedding, base.encode_text([edit.target_prompt])[0]),
+        scheduler_error=base.family.rehearsal(config.scheduler, config.num_inference_steps),
+        round_trip_db=round_trip_db,
+        embed_loss=result.get("embed_loss") if isinstance(result, dict) else None,
     )
 
 
@@ -256,7 +267,8 @@ def _guidance_text(config: SampleConfig) -> str:
     return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 
 
-def _round_trip(base: BaseModel, photo: Photo, box: Letterbox) -> Image.Image:
-    """The photo through the autoencoder: the best any reconstruction can be."""
-    decoded = base.decode(base.encode_images(to_tensor(to_square(photo.image, box))))
-    return from_square(to_images(decoded)[0], box)
+def _round_trip(base: BaseModel, photo: Photo, box: Letterbox) -> tuple[Image.Image, float]:
+    """The photo through the autoencoder, which is the best any reconstruction can be, and its PSNR at that size."""
+    square = to_square(photo.image, box)
+    decoded = to_images(base.decode(base.encode_images(to_tensor(square))))[0]
+    return from_square(decoded, box), psnr(decoded, square)

@@ -1,5 +1,6 @@
 """Stage 3: images on the way from the optimised to the target embedding (paper section 3.2, eq. 3)."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from .adapters import AdapterPack
 from .base_model import BaseModel
-from .config import SampleConfig, Strength, strengths
+from .config import SampleConfig, Strength, strength_text, strengths
 from .diffusion import PATHS, guidance_at, guide, refined, starting_noise, varied
+from .errors import LowmemImagicError, NonFiniteEditError, NonFiniteModelError
 from .masking import change_mask
 from .memory import in_rungs
 
@@ -39,7 +41,8 @@ class Cell:
 class _Way:
     """The ways of B images from their photos to their sentences."""
 
-    pack: AdapterPack
+    pack: AdapterPack | None
+    """None renders the base alone."""
     rows: Tensor
     """(B,) the edit of each."""
     strengths: Tensor
@@ -57,11 +60,10 @@ class _Way:
         eta = torch.tensor(etas).view(-1, 1, 1)
         text = PATHS[self.config.interpolation](self.target, self.optimized, eta)
         factors = self.strengths * (1 - self.config.release * eta.view(-1, 1).clamp(0, 1))
-        if self.negative is None:
-            self.pack.set_rows(self.rows, factors)
-            return text
-        self.pack.set_rows(self.rows.repeat(2), factors.repeat(2, 1))
-        return torch.cat([self.negative.expand_as(text), text])
+        copies = 1 if self.negative is None else 2
+        if self.pack is not None:
+            self.pack.set_rows(self.rows.repeat(copies), factors.repeat(copies, 1))
+        return text if self.negative is None else torch.cat([self.negative.expand_as(text), text])
 
 
 class _Photo(NamedTuple):
@@ -110,6 +112,10 @@ def sample(
         coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from anything but pure noise.
         inverted_noise: the photos' own noise (N, C, H, W); needed to start from it.
 
+    Raises:
+        NonFiniteModelError: the base alone gives NaN or infinity with these settings.
+        NonFiniteEditError: an edit does, and the base alone does not.
+
     **Memory**: `batch_rows` UNet rows; with a mask, in main memory the latents of as many photos after every step.
     """
     if config.start != "noise" and coarse_latents is None:
@@ -146,6 +152,10 @@ def sample(
         ends |= {photo: path[-1].clone() for photo, path in paths.items()}
         made = sampler.render(some, {cell: kept[photos[cell]] for cell in some if cell in photos})
         ends |= {cell: path[-1] for cell, path in made.items()}
+    for cell in wanted:
+        # Here, where they are on the CPU already: looking after every step would stop a GPU for it.
+        if not ends[cell].isfinite().all():
+            raise sampler.fault(cell)
     return torch.stack([ends[cell] for cell in wanted])
 
 
@@ -154,7 +164,7 @@ class _Sampler:
     """Renders cells in batches, the settings of all cells being the same."""
 
     base: BaseModel
-    pack: AdapterPack
+    pack: AdapterPack | None
     target: Tensor
     optimized: Tensor
     config: SampleConfig
@@ -218,6 +228,32 @@ class _Sampler:
             fewer,
         )
 
+    def fault(self, cell: Cell) -> LowmemImagicError:
+        """The error to report for a cell that came out as NaN or infinity: the base's or the edit's.
+
+        The cell is rendered once more without anything of the edit: no adapter, the sentence's own embedding, a
+        seed's noise.
+        """
+        try:
+            self.base.check_unet(torch.zeros(self.base.family.latent_shape), self.target[cell.edit])
+        except NonFiniteModelError as error:
+            return error
+        base_alone = replace(
+            self, pack=None, optimized=self.target, coarse_latents=None, inverted_noise=None, progress=None
+        )
+        sentence = replace(cell, eta=1.0)
+        if base_alone.render([sentence], {})[sentence].isfinite().all():
+            return NonFiniteEditError(
+                f"the edit gives NaN or infinity at eta {cell.eta:g} and strength {strength_text(cell.strength)}, "
+                f"{self.base.name} by itself does not; the edit's numbers are damaged or too large: get the file "
+                "again, or try a lower strength"
+            )
+        return NonFiniteModelError(
+            f"sampling on {self.base.name} gives NaN or infinity, with and without the edit, with scheduler "
+            f"{self.config.scheduler} in {self.config.num_inference_steps} steps at guidance {cell.guidance_scale:g}; "
+            "take another scheduler, more steps or less guidance, or another base"
+        )
+
     def _fewer(self, most: int) -> None:
         """Takes at most this many images at once from now on."""
         self.base.most_images = most
@@ -249,7 +285,8 @@ class _Sampler:
         options = _step_options(scheduler, config, generators)
         held = round(config.hold * len(scheduler.timesteps))
         path: list[Tensor] = []
-        with torch.no_grad(), self.pack.attached(base.unet):
+        attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(base.unet)
+        with torch.no_grad(), attached:
             for step, timestep in enumerate(scheduler.timesteps):
                 if step == 0 and held:
                     text = way.at([0.0] * len(cells)).to(base.device)

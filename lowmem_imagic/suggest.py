@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .diffusion import add_noise, draw_timesteps, loss_per_edit, training_target
+from .errors import NonFiniteEditError
 
 PRICE = 0.5
 """What leaving the photo costs, against following the sentence."""
@@ -75,6 +76,8 @@ def suggest_eta(
 
     Raises:
         ValueError: fewer than two etas.
+        NonFiniteModelError: the base gives NaN or infinity.
+        NonFiniteEditError: it does so only under the edit's embedding.
     """
     if len(etas) < 2:
         raise ValueError(f"a suggestion needs pictures at two etas or more, found {len(etas)}")
@@ -82,6 +85,9 @@ def suggest_eta(
     timesteps = draw_timesteps(draws, len(base.alpha_bar), generator, SPAN)
     noise = torch.randn((draws, *latents.shape[1:]), generator=generator)
     losses = [_losses(base, latents, timesteps, noise, text) for text in (optimized_embedding, target_embedding)]
+    if not torch.stack(losses).isfinite().all():
+        base.check_unet(latents[0], target_embedding)
+        raise NonFiniteEditError("the edit's embedding makes the base give NaN or infinity; get the file again")
     follows = losses[0] - losses[1]
     photo = latents[min(range(len(etas)), key=etas.__getitem__)]
     distance = (latents - photo).square().flatten(1).mean(1).sqrt()

@@ -337,7 +337,7 @@ def train(
         progress: called after every step.
 
     Raises:
-        DivergenceError: a loss is no longer finite.
+        DivergenceError: a loss is no longer finite; see `BaseModel.fault`, for which no adapter may be attached.
     """
     trainer = Trainer(base, trained, lambda _: embeddings(), pack=pack)
     noise = [None] * len(latents) if start_noise is None else start_noise

@@ -4,6 +4,7 @@ The only place that knows diffusers' and transformers' classes.
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from ..diffusion import PREDICTION_TYPES
-from ..errors import ConfigError, IncompleteModelError, PromptError, WrongFamilyError
+from ..errors import ConfigError, IncompleteModelError, NonFiniteModelError, PromptError, WrongFamilyError
 from ..quantize import load_frozen
 from .frugal_unet import make_frugal
 from .loading import complete, converted, first_line, quiet
+from .rehearsal import rehearse
 from .source import Folder, SingleFile
 
 _FAMILIES = {768: "sd1", 1024: "sd2"}
@@ -178,10 +180,23 @@ class StableDiffusion:
             ) from error
 
     def check_steps(self, name: str, steps: int) -> None:
-        """Makes sure that a scheduler can take this many steps, by taking the first.
+        """Makes sure that a scheduler can take this many steps, by taking them without a model.
 
         Raises:
             ConfigError: it cannot.
+            NonFiniteModelError: it makes NaN or infinity of right predictions.
+        """
+        if not math.isfinite(self.rehearsal(name, steps)):
+            raise NonFiniteModelError(
+                f"scheduler {name} makes NaN or infinity of the noise schedule of {self.source.label} in {steps} "
+                "steps; the model's scheduler configuration is unsuitable: choose another scheduler, or another model"
+            )
+
+    def rehearsal(self, name: str, steps: int) -> float:
+        """How far a scheduler ends from a picture when every prediction is right, see `rehearse`.
+
+        Raises:
+            ConfigError: it cannot take this many steps.
         """
         scheduler = self.scheduler(name)
         try:
@@ -189,9 +204,7 @@ class StableDiffusion:
             furthest = float(scheduler.timesteps.max())
             if furthest >= self.num_train_timesteps:
                 raise ValueError(f"it begins at timestep {furthest:.0f} of {self.num_train_timesteps}")
-            first, latents = scheduler.timesteps[0], torch.zeros(1, 4, 8, 8)
-            scheduler.scale_model_input(latents, first)
-            scheduler.step(latents, first, latents)
+            return rehearse(scheduler, self.alpha_bar, self.prediction_type)
         except Exception as error:
             # From ValueError to IndexError; all mean the same to a user.
             raise ConfigError(

@@ -1,0 +1,24 @@
+"""Errors that nobody raised on purpose: a fault of this package or of a library it uses, told in one line."""
+
+import traceback
+
+from .errors import UnexpectedError
+
+
+def unexpected(error: BaseException, remark: str = "") -> UnexpectedError:
+    """The error to report in place of one that is not this package's own; it holds the traceback as text.
+
+    It does not refer to `error`, whose traceback would keep alive what the failed call had allocated.
+
+    Args:
+        error: what was raised.
+        remark: what the user should know beside it.
+    """
+    reported = UnexpectedError(f"an unexpected error ended this: {first_line(error)}{remark and f'; {remark}'}")
+    reported.details = "".join(traceback.format_exception(error))
+    return reported
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its text, if it has one."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300].removesuffix(": ")
