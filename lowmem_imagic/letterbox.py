@@ -137,8 +137,8 @@ def to_square(image: Image.Image, letterbox: Letterbox) -> Image.Image:
     return Image.composite(blurred, replicated, Image.fromarray(softness))
 
 
-def from_square(square: Image.Image, letterbox: Letterbox) -> Image.Image:
-    """The photo's part of the square at the photo's own size and aspect.
+def from_square(square: Image.Image, letterbox: Letterbox, *, most_px: int | None = None) -> Image.Image:
+    """The photo's part of the square at the photo's own size and aspect, or smaller: at most `most_px` on a side.
 
     Raises:
         ValueError: The picture is not a square of the letterbox's side.
@@ -149,7 +149,10 @@ def from_square(square: Image.Image, letterbox: Letterbox) -> Image.Image:
             f"expected {letterbox.size_px} x {letterbox.size_px} as in its letterbox"
         )
     # Cropped first: the resampling filter would reach beyond a `box` and blend padding into the border.
-    return square.crop(letterbox.box).resize((letterbox.width_px, letterbox.height_px), Image.Resampling.LANCZOS)
+    width, height = letterbox.width_px, letterbox.height_px
+    if most_px is not None and (longest := max(width, height)) > most_px:
+        width, height = (max(1, round(side * most_px / longest)) for side in (width, height))
+    return square.crop(letterbox.box).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

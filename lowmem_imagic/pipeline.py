@@ -177,6 +177,18 @@ def decode_cells(
     base: BaseModel, edits: Sequence[Edit], cells: Sequence[Cell], latents: Tensor, *, meter: Meter | None = None
 ) -> list[Image.Image]:
     """The pictures of rendered latents (len(cells), C, H, W), each at its photo's own size and aspect."""
+    squares = decode_squares(base, latents, meter=meter)
+    # Scaled, because a base of the same architecture may have been made for another size than the edit's own.
+    boxes = [letterbox(edits[cell.edit]).scaled(square.width) for cell, square in zip(cells, squares, strict=True)]
+    return [from_square(square, box) for square, box in zip(squares, boxes, strict=True)]
+
+
+def decode_squares(base: BaseModel, latents: Tensor, *, meter: Meter | None = None) -> list[Image.Image]:
+    """The model's own square pictures of rendered latents (B, C, H, W).
+
+    Raises:
+        NonFiniteEditError: the latents are more than the autoencoder can take.
+    """
     with measured_stage(meter or Meter(base.device), "decode", "--device cpu"):
         decoded = base.decode(latents)
     if not decoded.isfinite().all():
@@ -184,10 +196,7 @@ def decode_cells(
             "the edit's latents are too large for the autoencoder, which gives NaN or infinity; the edit's numbers are "
             "damaged or too large: get the file again, or try a lower strength"
         )
-    squares = to_images(decoded)
-    # Scaled, because a base of the same architecture may have been made for another size than the edit's own.
-    boxes = [letterbox(edits[cell.edit]).scaled(square.width) for cell, square in zip(cells, squares, strict=True)]
-    return [from_square(square, box) for square, box in zip(squares, boxes, strict=True)]
+    return to_images(decoded)
 
 
 def render_latents(

@@ -19,7 +19,8 @@ from .fit import Fit, embedding_distance
 from .images import Photo
 from .letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
 from .memory import Meter
-from .pipeline import check_base, decode_cells, letterbox, render_latents, versions
+from .pipeline import check_base, decode_squares, letterbox, render_latents, versions
+from .png import SHEET_CELL_PX
 from .preparation import check_sentence
 from .result_folder import ResultFolder
 from .sample import Cell
@@ -148,8 +149,9 @@ def render(
     cells = [Cell(0, eta, seed, config.strength) for seed in config.seeds for eta in config.etas]
     alone = Cell(0, 1.0, config.seeds[0], strength=0.0)
     rendered = pictures_of(base, edit, sentence, [*cells, alone], config, meter, console)
-    pictures = [rendered[cell].picture for cell in cells]
-    names = folder.write_pictures(cells, pictures, parameters_of(edit, sentence, config))
+    names = folder.write_pictures(
+        cells, (rendered[cell].picture() for cell in cells), parameters_of(edit, sentence, config)
+    )
 
     sheet: list[tuple[str, Image.Image]] = []
     report: dict[str, Any] = {"sentence": sentence, "pictures": names}
@@ -161,15 +163,15 @@ def render(
     if photo is not None:
         round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit))
         sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
-        fit = _fit(base, edit, config, {eta: made.picture for eta, made in by_eta.items()}, round_trip, round_trip_db)
+        fit = _fit(base, edit, config, by_eta, round_trip, round_trip_db)
         console.warn(fit.hint)
         report["fit"] = fit.as_json()
-    sheet.append(("sentence alone (no training)", rendered[alone].picture))
+    sheet.append(("sentence alone (no training)", rendered[alone].preview()))
     many_seeds = len(config.seeds) > 1
-    for cell, picture in zip(cells, pictures, strict=True):
+    for cell in cells:
         label = f"eta {cell.eta:g}" + (" (reconstruction)" if cell.eta == 0 else "")
         label += " (suggested)" if suggested is not None and cell.eta == suggested.eta else ""
-        sheet.append((label + (f", seed {cell.seed}" if many_seeds else ""), picture))
+        sheet.append((label + (f", seed {cell.seed}" if many_seeds else ""), rendered[cell].preview()))
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
     columns = None if many_seeds else min(len(sheet), 8)
     boxes = folder.write_sheet(sheet, columns=columns, title=sentence, footer=footer)
@@ -197,14 +199,14 @@ def _fit(
     base: BaseModel,
     edit: Edit,
     config: SampleConfig,
-    by_eta: Mapping[float, Image.Image],
+    by_eta: Mapping[float, "Rendered"],
     round_trip: Image.Image,
     round_trip_db: float,
 ) -> Fit:
     """How well the edit is fitted, from its pictures with one seed."""
     result = edit.settings.get("result")
-    reconstruction, furthest = by_eta.get(0.0), max(by_eta)
-    change = None if reconstruction is None or furthest < 1 else psnr(by_eta[furthest], reconstruction)
+    reconstruction, furthest = by_eta[0.0].picture() if 0.0 in by_eta else None, max(by_eta)
+    change = None if reconstruction is None or furthest < 1 else psnr(by_eta[furthest].picture(), reconstruction)
     return Fit(
         reconstruction_db=None if reconstruction is None else psnr(reconstruction, round_trip),
         change_db=change,
@@ -216,11 +218,25 @@ def _fit(
 
 
 class Rendered(NamedTuple):
-    """A cell's result."""
+    """A cell's result.
+
+    **Memory**: that of the model's square; a photo's own size may be a hundred times that.
+    """
 
     latents: Tensor
     """(C, H, W)."""
-    picture: Image.Image
+    square: Image.Image
+    """As the model makes it."""
+    box: Letterbox
+    """The photo's place in it."""
+
+    def picture(self) -> Image.Image:
+        """The picture at the photo's own size and aspect, made anew."""
+        return from_square(self.square, self.box)
+
+    def preview(self) -> Image.Image:
+        """The picture no larger than a sheet shows it."""
+        return from_square(self.square, self.box, most_px=SHEET_CELL_PX)
 
 
 def pictures_of(
@@ -238,10 +254,12 @@ def pictures_of(
         latents = render_latents(
             base, [edit], unique, config, prompts=[sentence], progress=console.progress, meter=meter
         )
-        pictures = decode_cells(base, [edit], unique, latents, meter=meter)
+        squares = decode_squares(base, latents, meter=meter)
     finally:
         console.close()
-    return {cell: Rendered(*made) for cell, *made in zip(unique, latents, pictures, strict=True)}
+    # Scaled, because a base of the same architecture may have been made for another size than the edit's own.
+    box = letterbox(edit).scaled(squares[0].width)
+    return {cell: Rendered(z, square, box) for cell, z, square in zip(unique, latents, squares, strict=True)}
 
 
 def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,12 @@ class ResultFolder:
         return self.write(REPORT, data)
 
     def write_pictures(
-        self, cells: Sequence[Cell], pictures: Sequence[Image.Image], parameters: Mapping[str, Any]
+        self, cells: Sequence[Cell], pictures: Iterable[Image.Image], parameters: Mapping[str, Any]
     ) -> list[str]:
-        """Writes one PNG per cell with its generation parameters, and returns their names."""
+        """Writes one PNG per cell with its generation parameters, and returns their names.
+
+        **Memory**: one of `pictures`, which may be made as they are asked for.
+        """
         names = picture_names(cells)
         for cell, picture, name in zip(cells, pictures, names, strict=True):
             text = {"parameters": generation_parameters(cell, parameters), "Software": "lowmem-imagic"}

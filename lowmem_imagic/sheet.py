@@ -90,10 +90,10 @@ def sheet(
     for down, row, (alone, reconstruction) in zip(points[rows], grid, first, strict=True):
         label = f"{rows} {strength_text(down)}"
         without = "no adapter" if rows == "strength" else f"no adapter, {label}"
-        cells += [*shown, (without, rendered[alone].picture)]
-        cells.append((f"reconstruction, {label}", rendered[reconstruction].picture))
+        cells += [*shown, (without, rendered[alone].preview())]
+        cells.append((f"reconstruction, {label}", rendered[reconstruction].preview()))
         for across, cell in zip(points[columns], row, strict=True):
-            cells.append((f"{label}, {columns} {strength_text(across)}", rendered[cell].picture))
+            cells.append((f"{label}, {columns} {strength_text(across)}", rendered[cell].preview()))
     stated = {name: value for name, value in fixed.items() if value is not None}
     shared = ", ".join(f"{name} {strength_text(value)}" for name, value in stated.items())
     picture = contact_sheet(

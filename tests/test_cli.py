@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 
 from lowmem_imagic import edit_file
 from lowmem_imagic.cli import app
+from lowmem_imagic.config import SampleConfig
 from lowmem_imagic.presets import SMALL_KEEP
+from lowmem_imagic.result_folder import ResultFolder
+from lowmem_imagic.sample import Cell
 
 SENTENCE = "a photo of a blue cube on the grass"
 QUICK = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2", "--steps-sample", "2", "--quiet"]
@@ -523,6 +526,20 @@ def test_force_leaves_no_pictures_of_an_earlier_run(run, finished):
     assert run("sample", finished, "--etas", "0.4,1", "--force", *words).exit_code == 0
     assert {path.name for path in Path("made").glob("eta*")} == {"eta_0.40.png", "eta_1.00.png", "eta_0.77.png"}
     assert Path("precious.png").exists() and Path("made/sheet.png").exists()
+
+
+def test_pictures_are_made_one_after_another(tmp_path):
+    """A folder asks for its next picture when the one before is on disk: a hundred megapixels are in memory once."""
+    folder = ResultFolder.prepare(tmp_path / "made", overwrite=False)
+    cells = [Cell(0, eta, 0) for eta in (0.0, 0.5, 1.0)]
+
+    def pictures():
+        for count in range(len(cells)):
+            assert len(list((tmp_path / "made").glob("eta_*.png"))) == count
+            yield Image.new("RGB", (8, 8))
+
+    parameters = {**SampleConfig().__dict__, "prompt": "x", "model": "demo", "version": "1"}
+    assert len(folder.write_pictures(cells, pictures(), parameters)) == 3
 
 
 def test_a_cover_is_written_on_request_and_goes_with_its_run(run, photo):

@@ -896,3 +896,21 @@ def test_sheet_refusals(arguments):
         contact_sheet([("a", scene())], **arguments)
     with pytest.raises(ValueError, match="0 cells"):
         contact_sheet([])
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 600), st.integers(1, 600))
+def test_a_place_in_a_square_of_another_side(width, height, side, other):
+    """A photo's place scales with the square, stays inside it and never vanishes; at its own side it is the same."""
+    box = Letterbox.fit(width, height, side)
+    scaled = box.scaled(other)
+    assert box.scaled(side) == box
+    for before, after in zip(box.box, scaled.box, strict=True):
+        assert abs(after - before * other / side) <= 1
+    assert (scaled.width_px, scaled.height_px, scaled.size_px) == (width, height, other)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((4000, 3000), (256, 192)), ((3, 900), (1, 256)), ((90, 70), (90, 70))])
+def test_a_preview_is_no_larger_than_asked(size, expected):
+    """A picture made small has the photo's aspect, and the photo's own size where that is smaller."""
+    box = Letterbox.fit(*size, 64)
+    assert from_square(scene(64, 64), box, most_px=256).size == expected
