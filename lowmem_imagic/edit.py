@@ -4,7 +4,6 @@ The checks sit in the constructors, so an edit that exists can be written to a f
 is as good as a new one. Messages name a value as the file does (see `edit_file`).
 """
 
-import math
 import re
 import reprlib
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .config import MAX_ALPHA
 from .errors import (
     EditHeaderError,
     MissingTensorError,
@@ -25,7 +23,7 @@ from .errors import (
     TensorValueError,
     UnknownTensorError,
 )
-from .facts import META_KEYS, check_factor_shapes, check_title, checked_meta
+from .facts import META_KEYS, check_alpha, check_factor_shapes, check_title, checked_meta
 from .identity import BaseIdentity, SourcePicture
 from .strict_json import canonical_json
 
@@ -198,12 +196,7 @@ def _check_alpha(alpha: object, name: str) -> float:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise checks.wrong(f"tensor {name}", alpha, "a number")
     rounded = float(torch.tensor(float(alpha), dtype=torch.float32))
-    if not math.isfinite(rounded):
-        raise NonFiniteTensorError(f"tensor {name}: found {rounded}, expected a finite number")
-    if rounded <= 0:
-        raise checks.wrong(f"tensor {name}", rounded, "a number above 0")
-    if rounded > MAX_ALPHA:
-        raise TensorValueError(f"tensor {name}: found {rounded:g}, expected at most {MAX_ALPHA}")
+    check_alpha(rounded, name)
     return rounded
 
 

@@ -25,7 +25,7 @@ from .errors import (
     UnknownTensorError,
     UnsupportedEditVersionError,
 )
-from .facts import META_KEYS, check_factor_shapes, check_title, checked_meta
+from .facts import META_KEYS, check_alpha, check_factor_shapes, check_title, checked_meta
 from .identity import BaseIdentity, SourcePicture
 from .strict_json import load_json
 
@@ -195,7 +195,7 @@ def contents(data: bytes) -> dict[str, Any]:
         "adapter": {
             "layers": len(header.layers),
             "ranks": ranks,
-            "alphas": sorted({_scalar(header.container, f"{layer}.alpha") for layer in header.layers}),
+            "alphas": sorted({_alpha(header.container, layer) for layer in header.layers}),
             "bytes": len(header.container.data),
         },
         "embedding": {"shape": shape, "dtype": embedding["dtype"]},
@@ -245,12 +245,14 @@ def _scaled(adapter: Mapping[str, Any]) -> str:
     return " (alphas differ by layer: diffusers 0.33 to 0.42 scales some of them wrongly, this program does not)"
 
 
-def _scalar(container: Container, name: str) -> float:
-    """Returns the value of a scalar tensor."""
+def _alpha(container: Container, layer: str) -> float:
+    """Returns a layer's alpha, checked."""
+    name = f"{layer}.alpha"
     raw, dtype = bytes(container.raw(name)), container.entries[name].dtype
     if dtype == "BF16":  # the upper half of an F32
         raw, dtype = b"\0\0" + raw, "F32"
     [value] = struct.unpack("<f" if dtype == "F32" else "<e", raw)
+    check_alpha(value, name)
     return float(value)
 
 

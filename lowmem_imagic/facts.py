@@ -3,12 +3,13 @@
 No torch: `edit_header.describe` answers without it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from . import checks
-from .config import MAX_RANK, MAX_SEED, MAX_VALUES
-from .errors import TensorShapeError
+from .config import MAX_ALPHA, MAX_RANK, MAX_SEED, MAX_VALUES
+from .errors import NonFiniteTensorError, TensorShapeError, TensorValueError
 from .identity import TOKEN
 from .strict_json import plain_json
 
@@ -69,6 +70,21 @@ def check_factor_shapes(layer: str, down: tuple[int, ...], up: tuple[int, ...]) 
         raise TensorShapeError(f"{shapes}, expected the same rank and no empty side")
     if down[0] > MAX_RANK:
         raise TensorShapeError(f"{shapes}: rank {down[0]}, at most {MAX_RANK} is allowed")
+
+
+def check_alpha(alpha: float, name: str) -> None:
+    """Guarantees a scale that a training may have.
+
+    Raises:
+        NonFiniteTensorError: NaN or infinity.
+        EditHeaderError: not above 0.
+        TensorValueError: above `MAX_ALPHA`.
+    """
+    if not math.isfinite(alpha):
+        raise NonFiniteTensorError(f"tensor {name}: found {alpha}, expected a finite number")
+    checks.require(alpha > 0, f"tensor {name}", alpha, "a number above 0")
+    if alpha > MAX_ALPHA:
+        raise TensorValueError(f"tensor {name}: found {alpha:g}, expected at most {MAX_ALPHA}")
 
 
 def check_title(title: object, license_name: object, created: object) -> None:

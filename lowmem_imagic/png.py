@@ -66,8 +66,10 @@ def encode_png(
         entries.add_text(keyword, value)
     if provenance is not None:
         entries.add_itxt(XMP_KEYWORD, _xmp_packet(provenance))
-    bare = image.copy()
-    bare.info = {}  # Pillow would write the profile and transparency it finds here
+    bare = image
+    if image.info:
+        bare = image.copy()
+        bare.info = {}  # Pillow would write the profile and transparency it finds here
     buffer = BytesIO()
     bare.save(buffer, "PNG", pnginfo=entries, icc_profile=icc_profile)
     return buffer.getvalue()

@@ -253,6 +253,14 @@ def test_other_programs_see_the_right_family(
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(only.rank), str(only.alpha))
 
 
+def test_a_thumbnail_is_also_where_galleries_look() -> None:
+    """A1111 and ComfyUI read `ssmd_cover_images`; it is there with a thumbnail and only then."""
+    picture = b"\xff\xd8\xff" + bytes(range(50))
+    metadata = pieces(encode(small_edit(thumbnail=picture)))[0]["__metadata__"]
+    assert [base64.b64decode(image) for image in json.loads(metadata["ssmd_cover_images"])] == [picture]
+    assert "ssmd_cover_images" not in pieces(VALID)[0]["__metadata__"]
+
+
 def test_the_rank_of_an_edit_is_its_largest() -> None:
     """Layers may differ in rank; the edit's is the maximum."""
     assert small_edit().rank == 2
@@ -864,6 +872,16 @@ def test_inspect_refuses_the_shapes_that_reading_refuses(part: str, shape: list[
     for reader in (read, describe):
         with pytest.raises(TensorShapeError):
             reader(path)
+
+
+@pytest.mark.parametrize(
+    "case", ["alpha NaN", "alpha infinite", "alpha zero", "alpha negative", "alpha beyond all use"]
+)
+def test_inspect_refuses_the_alphas_that_reading_refuses(case: str) -> None:
+    """A listing never shows an edit whose scale cannot be used."""
+    error, message, data = HOSTILE[case]
+    with pytest.raises(error, match=message):
+        contents(data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
