@@ -1,0 +1,124 @@
+"""The bytes of a photo's file: of regular files only, and never many more than its picture can need."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from ..errors import ImageNotFoundError, ImageTooLargeError, NotAnImageError
+from .anatomy import UNREADABLE, examine
+from .contents import NotThisKind, TooCostly
+from .formats import KINDS, Format, describe, format_of
+from .tiff import directories
+
+MAX_FILE_BYTES = 1 << 30
+"""Of formats whose samples may stand there uncompressed: 100 million of 16-bit RGBA are 800 MB."""
+MAX_PACKED_BYTES = 256 * 2**20
+"""Of all other formats."""
+_SMALL_BYTES = 32 * 2**20
+_HEAD_BYTES = 1 << 20
+
+
+def read(path: str | os.PathLike[str], shown: str) -> bytes:
+    """The bytes of a picture file.
+
+    Raises:
+        ImageNotFoundError: Missing, unreadable, or not a regular file (folder, pipe, device).
+        ImageTooLargeError: More bytes than such a file may have.
+        NotAnImageError: A large file that does not begin as a picture; small ones are left to the decoder.
+    """
+    with _opened(path, shown) as (file, size):
+        return file.read(size)
+
+
+def digest(path: str | os.PathLike[str], shown: str) -> str:
+    """Hex SHA-256 of a picture file, whose bytes are not kept; raises as `read` does."""
+    with _opened(path, shown) as (file, _):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], shown: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size; never waits on a pipe or a device."""
+    try:
+        # O_NONBLOCK: opening a pipe without a writer would wait for ever before its kind can be asked.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        if not stat.S_ISREG((status := os.stat(path)).st_mode):
+            # Asked before opening as well: to open some devices is to use them.
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(f"{shown} is a folder")
+            raise _no_file(shown)
+        descriptor = os.open(path, flags)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _no_file(shown)
+            with open(descriptor, "rb", closefd=False) as file:
+                _check_size(file, status.st_size, shown)
+                yield file, status.st_size
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        hint = "download the picture first" if "://" in shown else "check the path"
+        raise ImageNotFoundError(f"there is no file {shown}; expected a local picture file, {hint}") from None
+    except (OSError, ValueError) as error:
+        if os.path.isdir(path):  # on Windows opening one is already an error, and a misleading one
+            raise ImageNotFoundError(f"{shown} is a folder; name one picture file inside it") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageNotFoundError(
+            f"{shown} cannot be read ({reason}); expected a readable picture file, check path and permissions"
+        ) from error
+
+
+def _no_file(shown: str) -> ImageNotFoundError:
+    return ImageNotFoundError(f"{shown} is a pipe or device; expected a picture file, copy the picture to a file first")
+
+
+def _check_size(file: BinaryIO, size: int, shown: str) -> None:
+    """Makes sure that a large file is a picture that may have as many bytes, from a few of them.
+
+    Raises:
+        ImageTooLargeError: It has more.
+        NotAnImageError: It does not begin as a picture.
+    """
+    if size <= _SMALL_BYTES:
+        return
+    kind = format_of(file.read(64))
+    file.seek(0)
+    if size <= MAX_FILE_BYTES and kind is None:
+        head = file.read(4096)
+        raise NotAnImageError(f"{shown} is {describe(head)}; expected a {KINDS} picture, convert it to PNG or JPEG")
+    most = MAX_FILE_BYTES if kind is None or kind.is_plain else MAX_PACKED_BYTES
+    if size <= most and kind is not None and (pixels := _pixels(file, size, kind)):
+        most = min(most, _SMALL_BYTES + 16 * pixels)
+    if size > most:
+        raise ImageTooLargeError(f"{shown} has {size} bytes, the cap for it is {most}; save a smaller copy")
+    file.seek(0)
+
+
+def _pixels(file: BinaryIO, size: int, kind: Format) -> int:
+    """The pixels of a large file's pictures as its first bytes tell, 0 where they do not."""
+    try:
+        if kind.name == "TIFF":
+            return sum(page.pixels for page in directories(_Slices(file, size)))
+        found = examine(file.read(_HEAD_BYTES), kind, max_pixels=1)
+    except (NotThisKind, TooCostly, *UNREADABLE):
+        return 0
+    return found.width * found.height
+
+
+class _Slices:
+    """A file as `tiff.Source`."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: slice) -> bytes:
+        start, stop, _ = place.indices(self._size)
+        self._file.seek(start)
+        return self._file.read(max(0, stop - start))
