@@ -103,12 +103,19 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
     kept = [data[:8]]
     chunks: dict[bytes, bytes] = {}
     texts: dict[bytes, bytes] = {}
-    frames, still_is_frame = 1, False
+    frames, still_is_frame, colours = 1, False, 0
     for count, (kind, start, end) in enumerate(_chunks(data)):
         if count > 1_000_000:
             raise TooCostly("more than a million chunks; save it again as a plain PNG")
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            kept.append(data[start - 8 : end + 4])
+            if kind == b"tRNS" and colours and end - start > colours:
+                # More opacities than colours: other readers leave out the surplus, Pillow's palette does not take it.
+                body = kind + data[start : start + colours]
+                kept.append(struct.pack(">I", colours) + body + struct.pack(">I", zlib.crc32(body)))
+            else:
+                kept.append(data[start - 8 : end + 4])
+            if kind == b"PLTE" and chunks.get(b"IHDR", b"")[9:10] == b"\x03":
+                colours = (end - start) // 3
             if kind in (b"IHDR", b"IDAT"):
                 chunks.setdefault(kind, data[start : min(end, start + 13)])
         elif kind in (b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf"):

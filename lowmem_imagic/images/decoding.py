@@ -35,7 +35,7 @@ def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, m
     if kind.name == "HEIF":
         heif = _heif()
         file = heif.open_heif(BytesIO(contents.data))
-        _check_size(*file.size, file_bytes, max_pixels, max_side_px)
+        _check_size(file.size[0], file.size[1], file_bytes, max_pixels, max_side_px)
         return file.to_pillow()  # type: ignore[no-any-return]
     image = _opened(contents.data, kind)
     _check_size(*image.size, file_bytes, max_pixels, max_side_px)
@@ -91,5 +91,5 @@ def _check_size(width: int, height: int, file_bytes: int, max_pixels: int, max_s
         raise TooCostly(f"{width} x {height} pixels, a side may have {max_side_px}; cut or scale it first")
     if pixels > max(MAX_EMPTY_PIXELS, _PIXELS_PER_BYTE * file_bytes):
         raise TooCostly(
-            f"{width} x {height} pixels in only {file_bytes} bytes, fewer than any photo of that size; scale it down first"
+            f"{width} x {height} pixels in only {file_bytes} bytes, fewer than any such photo has; scale it down first"
         )

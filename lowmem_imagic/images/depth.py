@@ -56,7 +56,7 @@ def _range(values: np.ndarray, scales: tuple[float, ...]) -> tuple[float, float]
             if highest <= scale and (scale == scales[0] or highest > scale / 16):
                 return 0.0, scale
         return 0.0, highest
-    return lowest, max(highest, lowest + 1.0)
+    return lowest, max(highest, lowest + max(1.0, abs(lowest) * 1e-6))  # more than float32 rounds away
 
 
 def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

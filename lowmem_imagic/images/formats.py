@@ -47,8 +47,8 @@ FORMATS = (
     _format("PPM", "ppm pgm pbm pnm", rb"P[456]\s", is_plain=True),
 )
 RAW_SUFFIXES = frozenset(
-    [".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".dng", ".pef", ".ptx", ".orf", ".rw2", ".rwl"]
-    + [".raf", ".srw", ".3fr", ".fff", ".iiq", ".kdc", ".dcr", ".mrw", ".x3f"]
+    {".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".dng", ".pef", ".ptx", ".orf", ".rw2", ".rwl"}
+    | {".raf", ".srw", ".3fr", ".fff", ".iiq", ".kdc", ".dcr", ".mrw", ".x3f"}
 )
 """Of camera raw files, which are told to be developed."""
 PHOTO_SUFFIXES = frozenset(suffix for one in FORMATS for suffix in one.suffixes)

@@ -142,6 +142,9 @@ def _refusals(shown: str, head: bytes, size: int, kind: Format | None) -> Iterat
     On damaged data decoders raise nearly any built-in exception, at any time until the picture is finished.
     """
     expected = f"expected a {KINDS} picture, convert it to PNG or JPEG"
+    name = kind.name if kind is not None else "picture"
+    # Two letters make a BMP or PPM, so prose may have been taken for one.
+    prose = is_text(head) and name in ("BMP", "PPM")
     try:
         yield
     except (ImageError, MemoryError):
@@ -151,14 +154,13 @@ def _refusals(shown: str, head: bytes, size: int, kind: Format | None) -> Iterat
         advice = "" if "; " in words else f"; {expected}"
         raise NotAnImageError(f"{shown} is {words}{advice}") from error
     except TooCostly as error:
+        if prose:
+            raise NotAnImageError(f"{shown} is {describe(head)}; {expected}") from error
         words = str(error)
         advice = "" if "; " in words else "; save a plain copy with an image editor"
         raise ImageTooLargeError(f"{shown} has {words}{advice}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        name = kind.name if kind is not None else "picture"
-        # Two letters make a BMP or PPM, so prose may have been taken for one.
-        prose = is_text(head) and name in ("BMP", "PPM")
         if prose or any(word in reason.lower() for word in ("unknown", "unsupported", "not support", "not avail")):
             raise NotAnImageError(f"{shown} is of a kind that cannot be decoded here ({reason}); {expected}") from error
         raise TruncatedImageError(

@@ -5,7 +5,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from io import BufferedReader
 
 from ..errors import ImageNotFoundError, ImageTooLargeError, NotAnImageError
 from .anatomy import UNREADABLE, examine
@@ -40,7 +40,7 @@ def digest(path: str | os.PathLike[str], shown: str) -> str:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], shown: str) -> Iterator[tuple[BinaryIO, int]]:
+def _opened(path: str | os.PathLike[str], shown: str) -> Iterator[tuple[BufferedReader, int]]:
     """The file and its size; never waits on a pipe or a device."""
     try:
         # O_NONBLOCK: opening a pipe without a writer would wait for ever before its kind can be asked.
@@ -76,7 +76,7 @@ def _no_file(shown: str) -> ImageNotFoundError:
     return ImageNotFoundError(f"{shown} is a pipe or device; expected a picture file, copy the picture to a file first")
 
 
-def _check_size(file: BinaryIO, size: int, shown: str) -> None:
+def _check_size(file: BufferedReader, size: int, shown: str) -> None:
     """Makes sure that a large file is a picture that may have as many bytes, from a few of them.
 
     Raises:
@@ -98,7 +98,7 @@ def _check_size(file: BinaryIO, size: int, shown: str) -> None:
     file.seek(0)
 
 
-def _pixels(file: BinaryIO, size: int, kind: Format) -> int:
+def _pixels(file: BufferedReader, size: int, kind: Format) -> int:
     """The pixels of a large file's pictures as its first bytes tell, 0 where they do not."""
     try:
         if kind.name == "TIFF":
@@ -112,7 +112,7 @@ def _pixels(file: BinaryIO, size: int, kind: Format) -> int:
 class _Slices:
     """A file as `tiff.Source`."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BufferedReader, size: int) -> None:
         self._file, self._size = file, size
 
     def __len__(self) -> int:

@@ -150,4 +150,5 @@ def _curv(curve: np.ndarray) -> bytes:
     # A table is rounded to 16 bits, where a line needs none.
     if np.array_equal(curve, np.linspace(0, 1, len(curve))):
         return b"curv" + bytes(4) + struct.pack(">I", 0)
-    return b"curv" + bytes(4) + struct.pack(">I", len(curve)) + np.rint(curve * 65535).astype(">u2").tobytes()
+    table: bytes = np.rint(curve * 65535).astype(">u2").tobytes()
+    return b"curv" + bytes(4) + struct.pack(">I", len(curve)) + table
