@@ -104,7 +104,7 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
     chunks: dict[bytes, bytes] = {}
     texts: dict[bytes, bytes] = {}
     frames, still_is_frame, colours = 1, False, 0
-    for count, (kind, start, end) in enumerate(_chunks(data)):
+    for count, (kind, start, end) in enumerate(png_chunks(data)):
         if count > 1_000_000:
             raise TooCostly("more than a million chunks; save it again as a plain PNG")
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
@@ -151,7 +151,7 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
     )
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Kind, start and end of the body of every chunk; the last may be cut off."""
     at = 8
     while at + 8 <= len(data):

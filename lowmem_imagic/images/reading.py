@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 
 from ..errors import ImageNotFoundError, ImageTooLargeError, NotAnImageError
+from ..regular_files import NotRegularError, open_regular
 from .anatomy import UNREADABLE, examine
 from .contents import NotThisKind, TooCostly
 from .formats import KINDS, Format, describe, format_of
@@ -41,27 +41,21 @@ def digest(path: str | os.PathLike[str], shown: str) -> str:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], shown: str) -> Iterator[tuple[BufferedReader, int]]:
-    """The file and its size; never waits on a pipe or a device."""
+    """The file and its size, which are known to be plausible."""
     try:
-        # O_NONBLOCK: opening a pipe without a writer would wait for ever before its kind can be asked.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        if not stat.S_ISREG((status := os.stat(path)).st_mode):
-            # Asked before opening as well: to open some devices is to use them.
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(f"{shown} is a folder")
-            raise _no_file(shown)
-        descriptor = os.open(path, flags)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise _no_file(shown)
-            with open(descriptor, "rb", closefd=False) as file:
-                _check_size(file, status.st_size, shown)
-                yield file, status.st_size
-        finally:
-            os.close(descriptor)
+        with open_regular(path) as (file, size):
+            _check_size(file, size, shown)
+            yield file, size
+    except NotRegularError:
+        raise ImageNotFoundError(
+            f"{shown} is a pipe or device; expected a picture file, copy the picture to a file first"
+        ) from None
     except FileNotFoundError:
-        hint = "download the picture first" if "://" in shown else "check the path"
+        hint = "check the path"
+        if "://" in shown:
+            hint = "give its path instead" if shown[1:].startswith("file:") else "download the picture first"
+        elif shown[1:].startswith("~"):
+            hint = "write the home folder out in place of ~"
         raise ImageNotFoundError(f"there is no file {shown}; expected a local picture file, {hint}") from None
     except (OSError, ValueError) as error:
         if os.path.isdir(path):  # on Windows opening one is already an error, and a misleading one
@@ -70,10 +64,6 @@ def _opened(path: str | os.PathLike[str], shown: str) -> Iterator[tuple[Buffered
         raise ImageNotFoundError(
             f"{shown} cannot be read ({reason}); expected a readable picture file, check path and permissions"
         ) from error
-
-
-def _no_file(shown: str) -> ImageNotFoundError:
-    return ImageNotFoundError(f"{shown} is a pipe or device; expected a picture file, copy the picture to a file first")
 
 
 def _check_size(file: BufferedReader, size: int, shown: str) -> None:
