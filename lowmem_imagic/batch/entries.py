@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 """Fields of an item, and what they may be; from a CSV file all are text."""
 
-_MAX_LINE = 2**20
+_MAX_LINE, _MAX_LINES, _MAX_LINE_PARTS = 2**20, 1_000_000, 10_000
 _MAX_LIST_PARTS = 4_000_000
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
 """A line by any system's end of line; separators that JSON allows within text end none."""
@@ -97,7 +97,7 @@ def of_file(path: Path) -> Iterator[Entry]:
     if kind == ".json":
         yield from _of_list(path, text)
         return
-    for count, entry in enumerate(_of_lines(text) if kind in (".jsonl", ".ndjson") else _of_table(path, text)):
+    for count, entry in enumerate(_of_lines(path, text) if kind in (".jsonl", ".ndjson") else _of_table(path, text)):
         if count >= MAX_ITEMS:
             raise _too_many(path)
         yield entry
@@ -123,23 +123,33 @@ def _text(path: Path) -> str:
         raise ConfigError(f"manifest {path} is not UTF-8 text; save it as UTF-8") from error
 
 
-def _lines(text: str) -> Iterator[str]:
-    """The lines with their ends, one at a time: a list of them could take many times the text's memory."""
-    for match in _LINE.finditer(text):
+def _lines(path: Path, text: str) -> Iterator[str]:
+    """The lines with their ends, one at a time: a list of them could take many times the text's memory.
+
+    Raises:
+        ConfigError: A line is longer, or there are more, than a manifest needs.
+    """
+    for number, match in enumerate(_LINE.finditer(text), start=1):
+        if number > _MAX_LINES:
+            raise ConfigError(f"manifest {path} has more than {_MAX_LINES} lines; split it")
+        if match.end() - match.start() > _MAX_LINE:
+            raise ConfigError(
+                f"manifest {path}, line {number}: has more than {_MAX_LINE} characters, expected one item a line"
+            )
         if match[0]:
             yield match[0]
 
 
-def _of_lines(text: str) -> Iterator[Entry]:
-    for number, line in enumerate(_lines(text), start=1):
+def _of_lines(path: Path, text: str) -> Iterator[Entry]:
+    for number, line in enumerate(_lines(path, text), start=1):
         if line.strip():
             yield f"line {number}", _value(line)
 
 
 def _value(line: str) -> Any:
     """The value of a line of JSON, or the reason why there is none."""
-    if len(line) > _MAX_LINE:
-        return ConfigError(f"has {len(line)} characters, expected at most {_MAX_LINE}")
+    if sum(map(line.count, "[{,")) > _MAX_LINE_PARTS:
+        return ConfigError(f"has more than {_MAX_LINE_PARTS} parts, expected an object with photo and sentence")
     try:
         return load_json(line, "not JSON as expected")
     except EditHeaderError as error:
@@ -174,7 +184,7 @@ def _of_table(path: Path, text: str) -> Iterator[Entry]:
     mark, begin = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE), 0  # what Excel writes and hides
     if mark:
         begin = mark.end()
-    lines = _lines(text[begin:] if begin else text)
+    lines = _lines(path, text[begin:] if begin else text)
     first = next((line for line in lines if line.strip()), "")
     skipped = text[: text.find(first)].count("\n") if first else 0
     separator = mark[1] if mark else _separator(first)
@@ -198,7 +208,7 @@ def _of_table(path: Path, text: str) -> Iterator[Entry]:
 
 def _separator(first: str) -> str:
     """What separates the columns: of comma, semicolon and tab, the one that gives the most known names."""
-    return max(",;\t", key=lambda one: sum(_field(name) in KINDS for name in first.split(one)))
+    return max(",;\t", key=lambda one: sum(_field(name) in KINDS for name in first[:10_000].split(one)))
 
 
 def _field(name: str) -> str:
@@ -212,8 +222,10 @@ def _columns(path: Path, first: str, separator: str, number: int) -> Sequence[st
     Raises:
         ConfigError: They are not an item's, or one occurs twice.
     """
-    names = [_field(name) for name in first.rstrip("\r\n").split(separator)]
     at = f"manifest {path}, line {number}"
+    if len(first) > 10_000:
+        raise ConfigError(f"{at}: has {len(first)} characters, expected the columns' names such as photo,sentence")
+    names = [_field(name) for name in first.rstrip("\r\n").split(separator)]
     known = f"expected {', '.join(KINDS)}"
     if "photo" not in names:
         raise ConfigError(

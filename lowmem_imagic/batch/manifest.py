@@ -7,14 +7,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import MAX_VALUES
 from ..errors import ConfigError
 from ..names import safe_stem
-from .entries import ALIASES, KINDS, of_file, of_folder
+from .entries import ALIASES, KINDS, Entry, of_file, of_folder
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]{1,20})://", re.IGNORECASE)
 _DIGEST_LENGTHS = (8, 16, 32, 58)
@@ -61,38 +62,45 @@ def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], 
     Raises:
         ConfigError: no manifest, or nothing in it.
     """
-    try:
-        if path.is_dir():
-            if sentence is None:
-                raise ConfigError(f"{path} is a folder of photos; say with --prompt what the edited pictures show")
-            entries = list(of_folder(path))
-        elif os.path.lexists(path):
-            entries = list(of_file(path))
-        else:
-            raise ConfigError(
-                f"manifest is {path}, which is not there; expected a folder or a .jsonl, .csv or .json file"
-            )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"manifest {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if not entries:
-        raise ConfigError(f"manifest {path} has no items; expected photos, or lines with photo and sentence")
     folder = path if path.is_dir() else path.parent
     items, bad = list[Item](), list[BadItem]()
     taken: dict[str, str] = {}
-    for position, (where, entry) in enumerate(entries):
-        try:
-            item = replace(_item(where, entry, folder, sentence), position=position)
-        except ConfigError as error:
-            bad.append(BadItem(where, "", str(error), position))
-            continue
-        digest = _digest(item, folder)
-        item = replace(item, name=_free_name(item.name, digest, taken))
-        if item.name in taken:
-            bad.append(BadItem(where, item.name, "the same photo, sentence and settings stand above already", position))
-            continue
-        taken[item.name] = digest
-        items.append(item)
+    try:
+        # One entry at a time: what an entry says beside an item's fields is not kept.
+        for position, (where, entry) in enumerate(_entries(path, sentence)):
+            try:
+                item = replace(_item(where, entry, folder, sentence), position=position)
+            except ConfigError as error:
+                bad.append(BadItem(where, "", str(error), position))
+                continue
+            digest = _digest(item, folder)
+            item = replace(item, name=_free_name(item.name, digest, taken))
+            if item.name in taken:
+                reason = "the same photo, sentence and settings stand above already"
+                bad.append(BadItem(where, item.name, reason, position))
+                continue
+            taken[item.name] = digest
+            items.append(item)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"manifest {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not items and not bad:
+        raise ConfigError(f"manifest {path} has no items; expected photos, or lines with photo and sentence")
     return items, bad
+
+
+def _entries(path: Path, sentence: str | None) -> Iterator[Entry]:
+    """What stands in the manifest.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if path.is_dir():
+        if sentence is None:
+            raise ConfigError(f"{path} is a folder of photos; say with --prompt what the edited pictures show")
+        return of_folder(path)
+    if not os.path.lexists(path):
+        raise ConfigError(f"manifest is {path}, which is not there; expected a folder or a .jsonl, .csv or .json file")
+    return of_file(path)
 
 
 def _free_name(name: str, digest: str, taken: Mapping[str, str]) -> str:
@@ -118,6 +126,11 @@ def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
             kinds = " or ".join(kind.__name__ for kind in KINDS[name])
             raise ConfigError(f"{name} is {str(value)[:40]!r}, expected {kinds}")
         values[name] = value
+        if isinstance(value, list) and not (
+            len(value) <= MAX_VALUES
+            and all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+        ):
+            raise ConfigError(f"{name} is {str(value)[:40]!r}, expected at most {MAX_VALUES} numbers")
         if isinstance(value, str) and name != "photo" and not _is_text(value):
             raise ConfigError(f"{name} holds half of a surrogate pair, expected text")
     wanted = values.pop("sentence", sentence)

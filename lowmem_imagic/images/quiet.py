@@ -18,9 +18,12 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 _decoding = threading.Lock()
 
 _MAX_LINES = 100
+# libtiff begins a line with one of its functions ("TIFFReadDirectory: ... ."), others with their own name. What Python
+# prints of an exception begins alike.
 _LIBRARY_LINE = re.compile(
-    rb"_?(TIFF|LZW|ZIP|Fax|JPEG|OJPEG|Old|PixarLog|LogLuv|LZMA|ZSTD|WebP|LERC|PackBits|Thunder|NeXT|Dump|DumpMode|Put|"
-    rb"tempfile|libtiff|dav1d|libheif|Corrupt|Warning|\[(ERROR|WARNING|INFO)\]|Predictor|setupMap|Seek|Read)[^:]*[:,.]"
+    rb"(?!\w+(?:Error|Exception|Warning|Interrupt):)_?[A-Z]\w*[A-Z]\w*: .*\.\s*$"
+    rb"|(?:Fax|Old|Predictor|tempfile|libtiff|dav1d|libheif|libpng|\[(?:ERROR|WARNING|INFO)\])\W?[^:]*[: ]",
+    re.DOTALL,
 )
 
 
