@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ConfigError, EditHeaderError
 from ..images import RAW_SUFFIXES, has_photo_suffix, is_apple_double, png_text
 from ..names import REPORT
+from ..png import SHEET_TITLE
 from ..regular_files import NotRegularError, open_regular
 from ..strict_json import load_json, parse_json
 from .overview_page import GENERATOR
@@ -80,7 +81,7 @@ def _is_own(photo: Path, has_report: bool) -> bool:
     if software != "lowmem-imagic":
         return software == GENERATOR
     # The pictures of an edit are photos like others once they are copied away from its report.
-    return has_report or text.get("Title") == "contact sheet" or photo.stem.lower().endswith("sheet")
+    return has_report or text.get("Title") == SHEET_TITLE or photo.stem.lower().endswith("sheet")
 
 
 def of_file(path: Path) -> Iterator[Entry]:

@@ -42,13 +42,13 @@ def find(data: bytes, path: bytes, start: int = 0, end: int | None = None) -> tu
 
 @dataclass
 class _Meta:
-    """The item of a HEIF file that is its picture, with the properties of it and of its tiles."""
+    """The item of a HEIF file that is its picture, with the properties of it and of its first tile."""
 
     primary: int = 0
     kinds: dict[int, bytes] = field(default_factory=dict)
     properties: list[tuple[bytes, int, int]] = field(default_factory=list)
     of_item: dict[int, list[int]] = field(default_factory=dict)
-    tiles: list[int] = field(default_factory=list)
+    tile: int = 0
 
     def of(self, item: int) -> list[tuple[bytes, int, int]]:
         """The properties of an item."""
@@ -64,34 +64,32 @@ def examine_heif(data: bytes, max_pixels: int) -> Contents:
         TooCostly: A tile or another picture of the file is larger than the cap.
     """
     notes, signals = list[str](), list[Signal]()
-    sequence = find(data, b"moov")
-    place = find(data, b"meta")
-    meta = None
+    sequence, place = find(data, b"moov"), find(data, b"meta")
+    is_av1 = data[8:11] == b"avi"
+    lean = data
     if place is not None:
         meta = _meta(data, *place)
-        described = meta.of(meta.primary) or [one for item in meta.tiles for one in meta.of(item)]
+        is_av1 = is_av1 or b"av01" in meta.kinds.values()
         for kind, start, end in meta.properties:
             if kind == b"ispe" and end - start >= 12:
                 width, height = struct.unpack_from(">II", data, start + 4)
                 if width * height > max_pixels:
                     raise TooCostly(f"{width} x {height} pixels ({width * height / 1e6:.1f} million)")
-        signals = _colours(data, described) or _colours(data, [one for item in meta.tiles for one in meta.of(item)])
+        signals = _colours(data, meta.of(meta.primary)) or _colours(data, meta.of(meta.tile))
         if b"tmap" in meta.kinds.values() or any(
             kind == b"auxC" and b"gainmap" in data[start:end].lower() for kind, start, end in meta.properties
         ):
             notes.append("its HDR gain map was ignored, the standard picture was used")
+        described = data[place[0] : place[1]]
+        if b"Exif" in described:
+            lean = b"".join((data[: place[0]], described.replace(b"Exif", b"Exix"), memoryview(data)[place[1] :]))
     if not signals and sequence is not None:
         at = data.find(b"colrnclx", *sequence)
         signals = _colours(data, [(b"colr", at + 4, at + 15)]) if at >= 0 else []
-    if not signals and data[8:11] == b"avi" and (found := _of_av1(data, max_pixels)) is not None:
-        signals = [found]
-    lean = data
-    if place is not None and b"Exif" in data[place[0] : place[1]]:
-        lean = b"".join(
-            (data[: place[0]], data[place[0] : place[1]].replace(b"Exif", b"Exix"), memoryview(data)[place[1] :])
-        )
-    elif data[8:11] == b"avi":
-        _of_av1(data, max_pixels)
+    if is_av1:
+        # Also for its bound, since a decoder makes room for frames as large as this header says.
+        stated = _of_av1(data, max_pixels)
+        signals = signals or ([stated] if stated is not None else [])
     return Contents(data=lean, signals=signals, notes=notes)
 
 
@@ -113,11 +111,8 @@ def _meta(data: bytes, start: int, end: int) -> _Meta:
         elif kind == b"iref":
             wide = 4 if version else 2
             for reference, here, stop in boxes(data, first + 4, last):
-                numbers = [
-                    int.from_bytes(data[at : at + wide], "big") for at in range(here + wide + 2, stop - wide + 1, wide)
-                ]
                 if reference == b"dimg" and int.from_bytes(data[here : here + wide], "big") == found.primary:
-                    found.tiles = numbers[:1]
+                    found.tile = int.from_bytes(data[here + wide + 2 : min(here + 2 * wide + 2, stop)], "big")
         elif kind == b"iprp":
             for part, here, stop in boxes(data, first, last):
                 if part == b"ipco":

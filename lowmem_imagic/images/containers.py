@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from .contents import MAX_PROFILE_BYTES, Calibrated, Cicp, Contents, Icc, Signal, Srgb, TooCostly, Unheeded
+from .spaces import D65
 from .tiff import directories, exif_of, orientation_in
 
 _MAX_SCANS = 100
 _MAX_SEGMENTS = 20_000
+_MAX_FRAMES = 10_000
 _MAX_TEXT_BYTES = 2**20
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _GAIN_MAP = "its HDR gain map was ignored, the standard picture was used"
@@ -232,7 +234,7 @@ def examine_gif(data: bytes, max_pixels: int) -> Contents:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
     frames, end, profile = 0, len(data), b""
-    while at < len(data) and frames < 10_000:
+    while at < len(data) and frames < _MAX_FRAMES:
         if data[at] == 0x2C and at + 10 <= len(data):
             _, _, wide, high, local = struct.unpack_from("<4HB", data, at + 1)
             if not frames and wide * high > max_pixels:
@@ -251,7 +253,7 @@ def examine_gif(data: bytes, max_pixels: int) -> Contents:
         width=width,
         height=height,
         signals=[Icc(profile)] if profile else [],
-        notes=[f"first frame of {frames} used"] if frames > 1 else [],
+        notes=[f"first frame of {frames if frames < _MAX_FRAMES else 'very many'} used"] if frames > 1 else [],
     )
 
 
@@ -300,20 +302,25 @@ def examine_bmp(data: bytes, max_pixels: int) -> Contents:
 
 
 def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
-    """LCS_CALIBRATED_RGB: XYZ of red, green and blue as 2.30 fixed point, then their gammas as 16.16."""
+    """LCS_CALIBRATED_RGB: red, green and blue as three 2.30 fixed-point numbers each, then their gammas as 16.16.
+
+    The numbers are XYZ, whose sum is white, or chromaticities, as most programs write them: those add up to 1 each.
+    """
     if not any(numbers):
         return []  # what writers leave that know nothing of colours
-    around, white = list[float](), np.zeros(3)
+    ends = np.array(numbers[:9], np.float64).reshape(3, 3) / 2**30
+    sums = ends.sum(axis=1)
+    around = None
+    if (sums > 0).all():
+        white = np.array(D65) if np.abs(sums - 1).max() < 0.01 else ends.sum(axis=0)[:2] / ends.sum()
+        around = tuple(float(part) for part in (*white, *(ends / sums[:, None])[:, :2].ravel()))
     gammas = [value / 65536 for value in numbers[9:]]
-    for channel in range(3):
-        xyz = np.array(numbers[3 * channel : 3 * channel + 3], np.float64) / 2**30
-        white += xyz
-        around += [float(part) for part in xyz[:2] / max(xyz.sum(), 1e-9)]
-    around = [float(part) for part in white[:2] / max(white.sum(), 1e-9)] + around
-    curves = None
-    if all(0.1 <= gamma <= 10 for gamma in gammas):
-        curves = np.linspace(0, 1, 1024)[None] ** np.array(gammas)[:, None]
-    return [Calibrated("its bitmap header", None, curves, tuple(around) if white.all() else None)]
+    if not all(0.1 <= value <= 10 for value in gammas):
+        return [Calibrated("its bitmap header", None, None, around)]
+    if len(set(gammas)) == 1:
+        return [Calibrated("its bitmap header", gammas[0], None, around)]
+    curves = np.linspace(0, 1, 1024)[None] ** np.array(gammas)[:, None]
+    return [Calibrated("its bitmap header", None, curves, around)]
 
 
 def examine_ppm(data: bytes, max_pixels: int) -> Contents:

@@ -36,6 +36,9 @@ def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, m
         heif = _heif()
         file = heif.open_heif(BytesIO(contents.data))
         _check_size(file.size[0], file.size[1], file_bytes, max_pixels, max_side_px)
+        if len(file) > 1:
+            contents.notes.append(f"first picture of {len(file)} used")
+        contents.bits = file.info.get("bit_depth", 8)
         return file.to_pillow()  # type: ignore[no-any-return]
     image = _opened(contents.data, kind)
     _check_size(*image.size, file_bytes, max_pixels, max_side_px)

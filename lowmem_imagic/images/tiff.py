@@ -258,7 +258,7 @@ def colour_of(directory: Directory, words: str) -> list[Signal]:
         gamma = next((value for value in exif.numbers(GAMMA) if 0.1 <= value <= 10), None)
         inner = _at(exif, INTEROPERABILITY)
         interoperability = inner.text(1, 64)[:3] if inner is not None else b""
-    if space == 2 or interoperability == b"R03":
+    if space == 2 or (interoperability == b"R03" and space != 1):
         # Exif 2.32, 4.6.5; DCF 2.0: the optional colour space is Adobe RGB (1998). 2 is what some cameras write.
         signals.append(Calibrated("Adobe RGB, by its Exif data", 563 / 256, None, ADOBE_RGB))
     elif space == 1:
