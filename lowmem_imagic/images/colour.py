@@ -139,16 +139,24 @@ def _through_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> t
 
 def _applied(colour: Image.Image, source: ImageCms.ImageCmsProfile, *, unless_same: bool = False) -> Image.Image | None:
     """The picture through a profile; with `unless_same`, None where that moves no sample by more than rounding."""
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    if colour.mode == "L":
+        # LittleCMS's shortcut for 8-bit grey is off by ten levels in the dark; exact values of all 256 are few.
+        flags |= ImageCms.Flags.NOOPTIMIZE
     transform = ImageCms.buildTransform(
         source,
         ImageCms.createProfile("sRGB"),
         colour.mode,
         "RGB",
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        flags,
     )
     if unless_same and _changes_nothing(transform, colour.mode):
         return None
+    if colour.mode == "L":
+        levels = ImageCms.applyTransform(Image.frombytes("L", (256, 1), bytes(range(256))), transform)
+        assert levels is not None
+        return Image.merge("RGB", [colour.point(list(band.tobytes())) for band in levels.split()])
     return ImageCms.applyTransform(colour, transform)
 
 

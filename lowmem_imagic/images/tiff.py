@@ -300,7 +300,8 @@ def orientation_in(xmp: bytes) -> int:
 
 def exif_of(block: bytes) -> tuple[int, list[Signal]]:
     """Orientation (0 for none) and colour signals of an Exif block, with or without its name in front."""
-    block = block.removeprefix(b"Exif\0\0")
+    while block.startswith(b"Exif\0\0"):  # some programs write it twice
+        block = block[6:]
     first = next(directories(block), None)
     if first is None:
         return 0, []
