@@ -131,6 +131,7 @@ def test_an_unquoted_comma(tmp_path):
         'photo,sentence\r\na.png,"a cube, red"\r\n\r\n,\r\n',
         '\n\n Photo , Sentence ,\na.png,"a cube, red",\n',
         'img_name,prompt,name\na.png,"a cube, red"\n',
+        'photo, sentence\na.png, "a cube, red"\n',
         ("\ufeffphoto;sentence\na.png;a cube, red\n").encode("utf-16-le"),
         ("\ufeffphoto\tsentence\na.png\ta cube, red\n").encode("utf-16-be"),
     ],

@@ -52,6 +52,13 @@ def refusal(path: Path, data: bytes) -> ImageError:
     return caught.value
 
 
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of these chunks."""
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
 def directory(place: int, tags: dict[int, tuple[int, Sequence[int]]], after: int) -> bytes:
     """A TIFF directory that stands at a place, with its longer values behind it."""
     table, values = b"", b""
@@ -194,6 +201,7 @@ def test_still_picture_beside_an_animation(tmp_path):
         (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n", "Radiance"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "a video"),
         (bytes(5000), "a file of zeros"),
+        (png((b"CgBI", bytes(4))), "iOS"),
         (b"qoif" + bytes(40), "of no known picture format"),
     ],
 )
@@ -234,13 +242,6 @@ def test_suffixes():
 
 
 # What a file may cost
-
-
-def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of these chunks."""
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    )
 
 
 def header(width: int, height: int, kind: int = 2) -> tuple[bytes, bytes]:

@@ -190,7 +190,7 @@ def _of_table(path: Path, text: str) -> Iterator[Entry]:
     skipped = text[: text.find(first)].count("\n") if first else 0
     separator = mark[1] if mark else _separator(first)
     columns = _columns(path, first, separator, skipped + 1)
-    reader = csv.reader(lines, strict=True, delimiter=separator)
+    reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=separator)
     start = skipped + 2
     while True:
         try:

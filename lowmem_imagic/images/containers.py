@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .contents import MAX_PROFILE_BYTES, Calibrated, Cicp, Contents, Icc, Signal, Srgb, TooCostly, Unheeded
+from .contents import MAX_PROFILE_BYTES, Calibrated, Cicp, Contents, Icc, NotThisKind, Signal, Srgb, TooCostly, Unheeded
 from .spaces import D65
 from .tiff import directories, exif_of, orientation_in
 
@@ -130,12 +130,16 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
             frames = struct.unpack_from(">I", data, start)[0]
         elif kind == b"fcTL" and b"IDAT" not in chunks:
             still_is_frame = True
+        elif kind == b"CgBI":
+            raise NotThisKind("a PNG file changed for iOS apps (CgBI), which only those show; export it as a plain PNG")
         if kind == b"IEND":
             break
     header = chunks.get(b"IHDR", b"")
     if len(header) < 13:
         raise ValueError("no header")
     width, height, bits, colour_type = struct.unpack_from(">IIBB", header)
+    if colour_type == 3 and not colours:
+        raise ValueError("no palette")
     notes = []
     if frames > 1:
         notes.append(

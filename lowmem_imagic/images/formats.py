@@ -132,6 +132,4 @@ def is_text(data: bytes) -> bool:
 
 def missing_reader() -> str:
     """What is said of a HEIC file where no package reads it."""
-    return (
-        "a HEIC picture, which needs the package pillow-heif; `pip install pillow-heif`, or convert it to PNG or JPEG"
-    )
+    return "a HEIC picture, which needs the package pillow-heif; install it or convert the picture to PNG or JPEG"

@@ -163,7 +163,7 @@ def _refusals(shown: str, head: bytes, size: int, kind: Format | None) -> Iterat
         advice = "" if "; " in words else "; save a plain copy with an image editor"
         raise ImageTooLargeError(f"{shown} has {words}{advice}") from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or "its parts do not fit together"
         if prose or any(word in reason.lower() for word in ("unknown", "unsupported", "not support", "not avail")):
             raise NotAnImageError(f"{shown} is of a kind that cannot be decoded here ({reason}); {expected}") from error
         raise TruncatedImageError(
