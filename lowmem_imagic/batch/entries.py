@@ -246,7 +246,8 @@ def _row(row: Sequence[str], columns: Sequence[str], separator: str) -> Any:
     if any(cell.strip() for cell in row[len(columns) :]):
         advice = "put a sentence with such in it in quotes"
         if columns[-1] == "sentence":
-            sentence = separator.join(row[len(columns) - 1 :])[:200].replace('"', '""')
+            between = separator if separator == "\t" else f"{separator} "
+            sentence = between.join(row[len(columns) - 1 :])[:200].replace('"', '""')
             advice = f'put the sentence in quotes: "{sentence}"'
         called = {",": "a comma", ";": "a semicolon", "\t": "a tab"}.get(separator, repr(separator))
         return ConfigError(
