@@ -4,20 +4,18 @@ import contextlib
 import os
 import re
 import reprlib
-import stat
 import struct
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from . import checks
-from .container import MAX_FILE_BYTES, PREFIX_BYTES, Container, head_bytes, parse, parse_head
+from .container import PREFIX_BYTES, Container, head_bytes, parse, parse_head
 from .errors import (
     EditChangedError,
     EditFileError,
     EditHeaderError,
     EditNotFoundError,
-    EditTooLargeError,
     MissingTensorError,
     NotAnEditFileError,
     TensorDtypeError,
@@ -27,6 +25,7 @@ from .errors import (
 )
 from .facts import META_KEYS, check_alpha, check_factor_shapes, check_title, checked_meta
 from .identity import BaseIdentity, SourcePicture
+from .regular_files import open_regular
 from .strict_json import load_json
 
 SPEC_VERSION = 1
@@ -120,24 +119,13 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         EditTooLargeError: Above the cap, by its size, before anything is read.
         EditFileError: The header is not one of an edit file; then the tensors are not read.
     """
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise EditNotFoundError(f"{path}: not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise EditTooLargeError(f"{path}: {status.st_size} bytes, at most {MAX_FILE_BYTES} are allowed")
-            with open(descriptor, "rb", closefd=False) as file:
-                head = _read_head(file, path, status.st_size)
-                # One byte more, to notice a file that grows meanwhile.
-                return head + file.read(status.st_size - len(head) + 1)
-        finally:
-            os.close(descriptor)
+        with open_regular(path) as (file, size):
+            head = _read_head(file, path, size)
+            # One byte more, to notice a file that grows meanwhile.
+            return head + file.read(size - len(head) + 1)
     except OSError as error:
-        raise EditNotFoundError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+        raise EditNotFoundError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a NUL character in the path
         raise EditNotFoundError(f"{str(path)!r}: {error}") from error
 

@@ -9,7 +9,7 @@
     │   ├── ImageNotFoundError       no such file, or it may not be read
     │   ├── NotAnImageError          the bytes are no picture of a supported kind
     │   ├── TruncatedImageError      the picture ends early or its data are damaged
-    │   └── ImageTooLargeError       more pixels than the cap (checked before decoding)
+    │   └── ImageTooLargeError       more pixels, bytes or parts than the caps (checked before decoding)
     ├── ModelError                   the base model cannot be used
     │   ├── UnknownModelError        no model of that name, folder or file
     │   ├── IncompleteModelError     a folder with parts missing (half a download)
@@ -84,7 +84,7 @@ class TruncatedImageError(ImageError):
 
 
 class ImageTooLargeError(ImageError):
-    """The picture has more pixels than the cap, which is checked before decoding."""
+    """The picture has more pixels, bytes or parts than the caps, which are checked before decoding."""
 
 
 class ModelError(LowmemImagicError):

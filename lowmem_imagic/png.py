@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 SHEET_CELL_PX = 256
 """Side of a contact sheet's cells."""
+SHEET_TITLE = "contact sheet"
+"""Title of sheets, by which a folder of photos knows them for none."""
 XMP_KEYWORD = "XML:com.adobe.xmp"
 SOURCE_TYPE_BASE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 

@@ -21,7 +21,7 @@ from .config import strength_text
 from .diffusion import guidance_at
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
 from .names import REPORT
-from .png import Box, contact_sheet, encode_png
+from .png import SHEET_TITLE, Box, contact_sheet, encode_png
 from .sample import Cell
 from .writable import check_writable, unusable
 
@@ -119,7 +119,7 @@ class ResultFolder:
         """Writes the labelled contact sheet, and returns where on it each picture is."""
         boxes: list[Box] = []
         sheet = contact_sheet(cells, columns=columns, title=title, footer=footer, boxes=boxes)
-        self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic"}))
+        self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic", "Title": SHEET_TITLE}))
         return boxes
 
 

@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .images import Photo, load_photo
 from .memory import Meter
 from .names import safe_stem
-from .png import contact_sheet, encode_png
+from .png import SHEET_TITLE, contact_sheet, encode_png
 from .rendering import BaseOptions, footer_of, open_edit, parameters_of, pictures_of, sampling_of
 from .result_folder import generation_parameters
 from .sample import Cell
@@ -105,7 +105,9 @@ def sheet(
     )
     parameters = generation_parameters(grid[0][0], parameters_of(opened, sentence, config))
     write_bytes(
-        target, encode_png(picture, text={"parameters": parameters, "Software": "lowmem-imagic"}), overwrite=force
+        target,
+        encode_png(picture, text={"parameters": parameters, "Software": "lowmem-imagic", "Title": SHEET_TITLE}),
+        overwrite=force,
     )
     seconds = round(time.perf_counter() - started, 3)
     return {

@@ -47,6 +47,16 @@ def load_json(text: str, where: str) -> Any:
     Raises:
         EditHeaderError: Anything else; `where` names the text in the message.
     """
+    _check_extent(text, where)
+    return parse_json(text, where)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Returns what :func:`load_json` does, of a text whose extent the caller has bounded.
+
+    Raises:
+        EditHeaderError: As there.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -68,9 +78,10 @@ def load_json(text: str, where: str) -> Any:
     def refuse(name: str) -> None:
         raise EditHeaderError(f"{where}: found {name}, expected finite numbers")
 
-    _check_extent(text, where)
     try:
         return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=bounded, parse_constant=refuse)
+    except RecursionError as error:
+        raise EditHeaderError(f"{where}: nested too deeply") from error
     except ValueError as error:
         raise EditHeaderError(f"{where}: not valid JSON ({error})") from error
 

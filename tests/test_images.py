@@ -121,7 +121,7 @@ def test_rgb_is_untouched(tmp_path):
     assert load_photo(str(path)).sha256 == photo.sha256
 
 
-@pytest.mark.parametrize("suffix", ["bmp", "ppm", "tif", "webp", "jp2", "qoi", "sgi", "pcx", "avif", "gif", "jpg"])
+@pytest.mark.parametrize("suffix", ["bmp", "ppm", "tif", "webp", "jp2", "avif", "gif", "jpg"])
 def test_formats(tmp_path, suffix):
     """Every format the error messages promise is decoded."""
     Image.init()
@@ -130,7 +130,7 @@ def test_formats(tmp_path, suffix):
         pytest.skip("this Pillow lacks the format")
     options = {"webp": {"lossless": True}, "jpg": {"quality": 98}}.get(suffix, {})
     scene().save(path, **options)
-    tolerance = 0 if suffix in ("bmp", "ppm", "tif", "webp", "qoi", "sgi", "pcx") else 12
+    tolerance = 0 if suffix in ("bmp", "ppm", "tif", "webp") else 12
     assert np.abs(pixels(load_photo(path).image) - pixels(scene())).mean() <= tolerance
 
 
@@ -480,7 +480,6 @@ def test_unreadable(tmp_path):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
         (b"\x00\x01\x02\x03" * 64, "no known picture format"),
-        (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic", "a HEIC picture"),
     ],
 )
 def test_not_an_image(tmp_path, content, words):
@@ -512,7 +511,7 @@ def test_truncated(tmp_path, kind, share):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "QOI", "PCX", "SGI"]),
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF"]),
     cut=st.floats(0, 1),
     flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=6),
 )

@@ -13,7 +13,7 @@ PACKAGE = Path(lowmem_imagic.__file__).parent
 
 LAYERS = {
     0: ("errors", "failpoints"),
-    1: ("config", "atomic", "names", "strict_json", "writable", "unexpected"),
+    1: ("config", "atomic", "names", "regular_files", "strict_json", "writable", "unexpected"),
     2: (
         "images",
         "letterbox",

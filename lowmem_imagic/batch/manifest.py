@@ -3,9 +3,7 @@
 Outputs are never named by a path of the manifest: every name goes through `names.safe_stem`.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -14,26 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import MAX_VALUES
 from ..errors import ConfigError
 from ..names import safe_stem
+from .entries import ALIASES, KINDS, Entry, of_file, of_folder
 
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif")
-"""What is taken for a photo in a folder; a manifest may name any file."""
-MAX_MANIFEST_BYTES = 64 * 2**20
-MAX_ITEMS = 100_000
-_ALIASES = {"image": "photo", "img_name": "photo", "prompt": "sentence", "target_text": "sentence"}
-"""Other names of fields; those of TEdBench's ``input_list.json`` among them."""
-_KINDS: dict[str, tuple[type, ...]] = {
-    "photo": (str,),
-    "sentence": (str,),
-    "name": (str,),
-    "model": (str,),
-    "preset": (str,),
-    "seed": (int,),
-    "etas": (list, str),
-    "seeds": (list, str),
-}
-"""Fields of an item, and what they may be; from a CSV file all are text."""
+_URL = re.compile(r"([a-z][a-z0-9+.-]{1,20})://", re.IGNORECASE)
+_DIGEST_LENGTHS = (8, 16, 32, 58)
+"""Digits of the digest in the name of an item whose plain name another one has.
+
+Eight are 32 bits: among 100,000 items of one name two agree with probability 1 - exp(-10^10 / 2^33) = 0.69. Those get
+sixteen (64 bits: 3 in 10^10), and so on; names that have been unique with eight stay as they are.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,88 +62,51 @@ def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], 
     Raises:
         ConfigError: no manifest, or nothing in it.
     """
-    try:
-        if path.is_dir():
-            found = _of_folder(path, sentence)
-        elif path.is_file():
-            found = _of_file(path)
-        else:
-            raise ConfigError(
-                f"manifest is {path}, which is not there; expected a folder or a .jsonl, .csv or .json file"
-            )
-        entries = list(found)
-    except OSError as error:
-        raise ConfigError(f"manifest {path} cannot be read ({error.strerror or error})") from error
-    if not entries:
-        raise ConfigError(f"manifest {path} has no items; expected photos, or lines with photo and sentence")
-    if len(entries) > MAX_ITEMS:
-        raise ConfigError(f"manifest {path} has {len(entries)} items, expected at most {MAX_ITEMS}")
     folder = path if path.is_dir() else path.parent
     items, bad = list[Item](), list[BadItem]()
     taken: dict[str, str] = {}
-    for position, (where, entry) in enumerate(entries):
-        try:
-            item = replace(_item(where, entry, folder, sentence), position=position)
-        except ConfigError as error:
-            bad.append(BadItem(where, "", str(error), position))
-            continue
-        digest = _digest(item, folder)
-        if taken.get(item.name, digest) != digest:
-            item = replace(item, name=f"{item.name[:51]}-{digest[:8]}")
-        if item.name in taken:
-            bad.append(BadItem(where, item.name, "the same photo, sentence and settings stand above already", position))
-            continue
-        taken[item.name] = digest
-        items.append(item)
+    try:
+        # One entry at a time: what an entry says beside an item's fields is not kept.
+        for position, (where, entry) in enumerate(_entries(path, sentence)):
+            try:
+                item = replace(_item(where, entry, folder, sentence), position=position)
+            except ConfigError as error:
+                bad.append(BadItem(where, "", str(error), position))
+                continue
+            digest = _digest(item, folder)
+            item = replace(item, name=_free_name(item.name, digest, taken))
+            if item.name in taken:
+                reason = "the same photo, sentence and settings stand above already"
+                bad.append(BadItem(where, item.name, reason, position))
+                continue
+            taken[item.name] = digest
+            items.append(item)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"manifest {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not items and not bad:
+        raise ConfigError(f"manifest {path} has no items; expected photos, or lines with photo and sentence")
     return items, bad
 
 
-def _of_folder(path: Path, sentence: str | None) -> Iterator[tuple[str, Any]]:
-    if sentence is None:
-        raise ConfigError(f"{path} is a folder of photos; say with --prompt what the edited pictures show")
-    for photo in sorted(path.iterdir()):
-        if photo.suffix.lower() in PHOTO_SUFFIXES and photo.is_file():
-            yield photo.name, {"photo": photo.name}
+def _entries(path: Path, sentence: str | None) -> Iterator[Entry]:
+    """What stands in the manifest.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if path.is_dir():
+        if sentence is None:
+            raise ConfigError(f"{path} is a folder of photos; say with --prompt what the edited pictures show")
+        return of_folder(path)
+    if not os.path.lexists(path):
+        raise ConfigError(f"manifest is {path}, which is not there; expected a folder or a .jsonl, .csv or .json file")
+    return of_file(path)
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
-        raise ConfigError(f"manifest {path} has {size} bytes, expected at most {MAX_MANIFEST_BYTES}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise ConfigError(f"manifest {path} is not UTF-8 text; save it as UTF-8") from error
-    match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
-            for number, line in enumerate(text.split("\n"), start=1):
-                if line.strip():
-                    yield f"line {number}", _json(line)
-        case ".json":
-            values = _json(text)
-            if not isinstance(values, list):
-                raise ConfigError(f"manifest {path} is not a JSON list of objects with photo and sentence")
-            for number, value in enumerate(values, start=1):
-                yield f"entry {number}", value
-        case ".csv":
-            reader = csv.DictReader(io.StringIO(text), strict=True)
-            try:
-                for row in reader:
-                    yield (
-                        f"line {reader.line_num}",
-                        {name: value for name, value in row.items() if value not in ("", None)},
-                    )
-            except csv.Error as error:
-                raise ConfigError(f"manifest {path}, line {reader.line_num}: {error}") from error
-        case other:
-            raise ConfigError(f"manifest {path} ends in {other!r}, expected .jsonl, .csv, .json, or a folder")
-
-
-def _json(text: str) -> Any:
-    """The value, or the reason why there is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ConfigError(f"not JSON ({error})")
+def _free_name(name: str, digest: str, taken: Mapping[str, str]) -> str:
+    """The name, with as many digits of the digest as tell it from those of other items."""
+    names = [name, *(f"{name[: 59 - count]}-{digest[:count]}" for count in _DIGEST_LENGTHS)]
+    return next((one for one in names if taken.get(one, digest) == digest), digest[:60])
 
 
 def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
@@ -164,24 +117,55 @@ def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
         raise ConfigError(f"found {type(entry).__name__}, expected an object with photo and sentence")
     values: dict[str, Any] = {}
     for key, value in entry.items():
-        name = _ALIASES.get(key, key)
-        if name not in _KINDS:
-            raise ConfigError(f"{str(key)[:40]!r} is no field of an item, expected {', '.join(_KINDS)}")
+        name = ALIASES.get(key, key)
+        if name not in KINDS:
+            raise ConfigError(f"{str(key)[:40]!r} is no field of an item, expected {', '.join(KINDS)}")
         if name == "seed" and isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value.strip()):
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
-            kinds = " or ".join(kind.__name__ for kind in _KINDS[name])
+        if isinstance(value, bool) or not isinstance(value, KINDS[name]):
+            kinds = " or ".join(kind.__name__ for kind in KINDS[name])
             raise ConfigError(f"{name} is {str(value)[:40]!r}, expected {kinds}")
         values[name] = value
+        if isinstance(value, list) and not (
+            len(value) <= MAX_VALUES
+            and all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+        ):
+            raise ConfigError(f"{name} is {str(value)[:40]!r}, expected at most {MAX_VALUES} numbers")
+        if isinstance(value, str) and name != "photo" and not _is_text(value):
+            raise ConfigError(f"{name} holds half of a surrogate pair, expected text")
     wanted = values.pop("sentence", sentence)
-    if "photo" not in values or wanted is None:
-        raise ConfigError(f"has no {'sentence' if 'photo' in values else 'photo'}")
+    if not values.get("photo") or wanted is None:
+        raise ConfigError(f"has no {'sentence' if values.get('photo') else 'photo'}")
     if "model" in values and os.path.exists(folder / values["model"]):
         # A folder or file beside the manifest, as a photo is; any other word is a name.
         values["model"] = str((folder / values["model"]).absolute())
+    _check_local(values["photo"], folder)
     photo = Path(values.pop("photo"))
     name = safe_stem(values.pop("name", None) or f"{photo.stem} {wanted}")
     return Item(where, name, _found(folder, photo), wanted, values)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written; JSON's escapes can name halves of characters."""
+    return not any(0xD800 <= ord(letter) < 0xE000 for letter in value) if not value.isascii() else True
+
+
+def _check_local(photo: str, folder: Path) -> None:
+    """Makes sure that a photo's name is a path.
+
+    Raises:
+        ConfigError: It is a URL, or begins at a home folder.
+    """
+    url = _URL.match(photo)
+    if url is None and not photo.startswith("data:") and not photo.startswith("~"):
+        return
+    if os.path.exists(folder / photo):
+        return
+    if photo.startswith("~"):
+        raise ConfigError(f"photo is {photo[:80]!r}; expected a path, write the home folder out in place of ~")
+    if url is not None and url[1].lower() == "file":
+        raise ConfigError(f"photo is the URL {photo[:80]!r}; expected a path, leave out {url[0]!r}")
+    raise ConfigError(f"photo is the URL {photo[:80]!r}; expected a file, download it first")
 
 
 def _found(folder: Path, photo: Path) -> Path:

@@ -1,0 +1,259 @@
+"""What stands in a manifest, still unchecked: one mapping for each photo of a folder, line of a file, or object.
+
+What can be read is bounded: bytes, entries, and for JSON its nesting and its parts.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, EditHeaderError
+from ..images import RAW_SUFFIXES, has_photo_suffix, is_apple_double, png_text
+from ..names import REPORT
+from ..png import SHEET_TITLE
+from ..regular_files import NotRegularError, open_regular
+from ..strict_json import load_json, parse_json
+from .overview_page import GENERATOR
+
+MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_ITEMS = 100_000
+ALIASES = {"image": "photo", "img_name": "photo", "prompt": "sentence", "target_text": "sentence"}
+"""Other names of fields; those of TEdBench's ``input_list.json`` among them."""
+KINDS: dict[str, tuple[type, ...]] = {
+    "photo": (str,),
+    "sentence": (str,),
+    "name": (str,),
+    "model": (str,),
+    "preset": (str,),
+    "seed": (int,),
+    "etas": (list, str),
+    "seeds": (list, str),
+}
+"""Fields of an item, and what they may be; from a CSV file all are text."""
+
+_MAX_LINE, _MAX_LINES, _MAX_LINE_PARTS = 2**20, 1_000_000, 10_000
+_MAX_LIST_PARTS = 4_000_000
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
+"""A line by any system's end of line; separators that JSON allows within text end none."""
+
+Entry = tuple[str, Any]
+"""Where it stands, and its fields, or the `ConfigError` that says why it has none."""
+
+
+def of_folder(path: Path) -> Iterator[Entry]:
+    """The photos of a folder in order of their names.
+
+    Left alone are hidden files, what macOS keeps beside its own (`._*`), the tool's own results, and a camera raw
+    file beside its picture of another format. A pipe, device or broken link with a photo's name is an error of its own.
+
+    Raises:
+        ConfigError: More photos than a manifest may have.
+    """
+    names = list[str]()
+    for found in path.iterdir():
+        if has_photo_suffix(found.name):
+            names.append(found.name)
+            if len(names) > MAX_ITEMS:
+                raise _too_many(path)
+    developed = {Path(name).stem for name in names if Path(name).suffix.lower() not in RAW_SUFFIXES}
+    has_report = (path / REPORT).is_file()
+    for name in sorted(names):
+        photo = path / name
+        if photo.is_dir() or is_apple_double(photo) or _is_own(photo, has_report):
+            continue
+        if photo.suffix.lower() in RAW_SUFFIXES and photo.stem in developed:
+            continue
+        if photo.is_file():
+            yield name, {"photo": name}
+        else:
+            what = "a link that leads nowhere" if photo.is_symlink() and not photo.exists() else "a pipe or device"
+            yield name, ConfigError(f"{name!r} is {what}; expected a picture file")
+
+
+def _is_own(photo: Path, has_report: bool) -> bool:
+    """Whether a picture is a result of this program that lies where photos are: an overview, a sheet, or an edit's."""
+    if photo.suffix.lower() != ".png":
+        return False
+    text = png_text(photo)
+    software = text.get("Software")
+    if software != "lowmem-imagic":
+        return software == GENERATOR
+    # The pictures of an edit are photos like others once they are copied away from its report.
+    return has_report or text.get("Title") == SHEET_TITLE or photo.stem.lower().endswith("sheet")
+
+
+def of_file(path: Path) -> Iterator[Entry]:
+    """The entries of a ``.jsonl``, ``.csv`` or ``.json`` file.
+
+    Raises:
+        ConfigError: It is none, or is too large.
+        OSError: It cannot be read.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".ndjson", ".csv", ".tsv", ".json"):
+        raise ConfigError(f"manifest {path} ends in {kind!r}, expected .jsonl, .csv, .json, or a folder")
+    text = _text(path)
+    if kind == ".json":
+        yield from _of_list(path, text)
+        return
+    for count, entry in enumerate(_of_lines(path, text) if kind in (".jsonl", ".ndjson") else _of_table(path, text)):
+        if count >= MAX_ITEMS:
+            raise _too_many(path)
+        yield entry
+
+
+def _too_many(path: Path) -> ConfigError:
+    return ConfigError(f"manifest {path} has more than {MAX_ITEMS} items; split it")
+
+
+def _text(path: Path) -> str:
+    """The text of a file, in UTF-8 or, with its mark in front, UTF-16."""
+    try:
+        with open_regular(path) as (file, size):
+            if size > MAX_MANIFEST_BYTES:
+                raise ConfigError(f"manifest {path} has {size} bytes, expected at most {MAX_MANIFEST_BYTES}")
+            data = file.read(MAX_MANIFEST_BYTES)
+    except NotRegularError:
+        raise ConfigError(f"manifest {path} is a pipe or device; expected a folder or a file") from None
+    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(coding)
+    except ValueError as error:
+        raise ConfigError(f"manifest {path} is not UTF-8 text; save it as UTF-8") from error
+
+
+def _lines(path: Path, text: str) -> Iterator[str]:
+    """The lines with their ends, one at a time: a list of them could take many times the text's memory.
+
+    Raises:
+        ConfigError: A line is longer, or there are more, than a manifest needs.
+    """
+    for number, match in enumerate(_LINE.finditer(text), start=1):
+        if number > _MAX_LINES:
+            raise ConfigError(f"manifest {path} has more than {_MAX_LINES} lines; split it")
+        if match.end() - match.start() > _MAX_LINE:
+            raise ConfigError(
+                f"manifest {path}, line {number}: has more than {_MAX_LINE} characters, expected one item a line"
+            )
+        if match[0]:
+            yield match[0]
+
+
+def _of_lines(path: Path, text: str) -> Iterator[Entry]:
+    for number, line in enumerate(_lines(path, text), start=1):
+        if line.strip():
+            yield f"line {number}", _value(line)
+
+
+def _value(line: str) -> Any:
+    """The value of a line of JSON, or the reason why there is none."""
+    if sum(map(line.count, "[{,")) > _MAX_LINE_PARTS:
+        return ConfigError(f"has more than {_MAX_LINE_PARTS} parts, expected an object with photo and sentence")
+    try:
+        return load_json(line, "not JSON as expected")
+    except EditHeaderError as error:
+        return ConfigError(str(error))
+
+
+def _of_list(path: Path, text: str) -> Iterator[Entry]:
+    # Counted before it is parsed: a list of empty lists takes thirty times its text's memory.
+    if sum(map(text.count, "[{,:")) > _MAX_LIST_PARTS:
+        raise ConfigError(f"manifest {path} has more than {_MAX_LIST_PARTS} parts; split it, or make it a .jsonl file")
+    try:
+        values = parse_json(text, "not JSON as expected")
+    except EditHeaderError as error:
+        raise ConfigError(f"manifest {path}: {error}") from error
+    if not isinstance(values, list):
+        raise ConfigError(f"manifest {path} is not a JSON list of objects with photo and sentence")
+    if len(values) > MAX_ITEMS:
+        raise _too_many(path)
+    for number, value in enumerate(values, start=1):
+        yield f"entry {number}", value
+
+
+# Tables
+
+
+def _of_table(path: Path, text: str) -> Iterator[Entry]:
+    """The rows of a table with a line of column names, separated by commas, semicolons or tabs.
+
+    Raises:
+        ConfigError: No columns that are an item's, or a row that cannot be told from the next.
+    """
+    mark, begin = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE), 0  # what Excel writes and hides
+    if mark:
+        begin = mark.end()
+    lines = _lines(path, text[begin:] if begin else text)
+    first = next((line for line in lines if line.strip()), "")
+    skipped = text[: text.find(first)].count("\n") if first else 0
+    separator = mark[1] if mark else _separator(first)
+    columns = _columns(path, first, separator, skipped + 1)
+    reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=separator)
+    start = skipped + 2
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ConfigError(
+                f"manifest {path}, line {start}: {error}; a sentence with quotes or line ends stands in quotes, "
+                'with every quote in it doubled, as in "a ""red"" cube"'
+            ) from error
+        if row is None:
+            return
+        if any(cell.strip() for cell in row):
+            yield f"line {skipped + 1 + reader.line_num}", _row(row, columns, separator)
+        start = skipped + 2 + reader.line_num
+
+
+def _separator(first: str) -> str:
+    """What separates the columns: of comma, semicolon and tab, the one that gives the most known names."""
+    return max(",;\t", key=lambda one: sum(_field(name) in KINDS for name in first[:10_000].split(one)))
+
+
+def _field(name: str) -> str:
+    plain = name.strip().strip('"').lower()
+    return ALIASES.get(plain, plain)
+
+
+def _columns(path: Path, first: str, separator: str, number: int) -> Sequence[str]:
+    """The names of the columns; empty where a column has none.
+
+    Raises:
+        ConfigError: They are not an item's, or one occurs twice.
+    """
+    at = f"manifest {path}, line {number}"
+    if len(first) > 10_000:
+        raise ConfigError(f"{at}: has {len(first)} characters, expected the columns' names such as photo,sentence")
+    names = [_field(name) for name in first.rstrip("\r\n").split(separator)]
+    known = f"expected {', '.join(KINDS)}"
+    if "photo" not in names:
+        raise ConfigError(
+            f"{at}: no column is called photo, found {first.strip()[:80]!r}; expected the columns' names in the first "
+            "line, such as photo,sentence"
+        )
+    for name in names:
+        if name and name not in KINDS:
+            raise ConfigError(f"{at}: column {name[:40]!r} is no field of an item, {known}")
+        if name and names.count(name) > 1:
+            raise ConfigError(f"{at}: column {name!r} occurs twice")
+    return names
+
+
+def _row(row: Sequence[str], columns: Sequence[str], separator: str) -> Any:
+    """The fields of a row that are not empty, or the reason why it has none."""
+    if any(cell.strip() for cell in row[len(columns) :]):
+        advice = "put a sentence with such in it in quotes"
+        if columns[-1] == "sentence":
+            between = separator if separator == "\t" else f"{separator} "
+            sentence = between.join(row[len(columns) - 1 :])[:200].replace('"', '""')
+            advice = f'put the sentence in quotes: "{sentence}"'
+        called = {",": "a comma", ";": "a semicolon", "\t": "a tab"}.get(separator, repr(separator))
+        return ConfigError(
+            f"has {len(row)} fields where the first line has {len(columns)}: {called} separates fields; {advice}"
+        )
+    fields = {name: cell for name, cell in zip(columns, row, strict=False) if cell != ""}
+    if stray := fields.pop("", ""):
+        return ConfigError(f"{stray[:40]!r} stands in a column without a name")
+    return fields

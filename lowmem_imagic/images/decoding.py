@@ -1,0 +1,98 @@
+"""Pixels from bytes: one frame, by Pillow's own decoders or, for HEIC, by the package pillow-heif.
+
+No network, no helper program, no process-wide Pillow setting.
+"""
+
+import importlib
+from io import BytesIO
+from types import ModuleType
+
+from PIL import Image
+
+from .contents import Contents, MissingReader, NotThisKind, TooCostly
+from .formats import Format, missing_reader
+
+MAX_EMPTY_PIXELS = 12_000_000
+"""Pixels of a picture that has next to no bytes; they cost as much as those of a photo."""
+_PIXELS_PER_BYTE = 1000
+
+PRINTING = frozenset({"TIFF", "AVIF", "HEIF", "JPEG2000"})
+"""Formats whose libraries print on standard error."""
+
+
+def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, max_side_px: int) -> Image.Image:
+    """The picture with its pixels loaded, in the mode that the decoder gives.
+
+    Sizes are checked before anything is decoded, both those of the file's header and those that the decoder sees.
+
+    Raises:
+        TooCostly: Too many pixels, on a side, or for so few bytes.
+        NotThisKind: This installation cannot decode the kind.
+        Exception: Whatever decoders raise on damaged data.
+    """
+    if contents.width and contents.height:
+        _check_size(contents.width, contents.height, file_bytes, max_pixels, max_side_px)
+    if kind.name == "HEIF":
+        heif = _heif()
+        file = heif.open_heif(BytesIO(contents.data))
+        _check_size(file.size[0], file.size[1], file_bytes, max_pixels, max_side_px)
+        if len(file) > 1:
+            contents.notes.append(f"first picture of {len(file)} used")
+        contents.bits = file.info.get("bit_depth", 8)
+        return file.to_pillow()  # type: ignore[no-any-return]
+    image = _opened(contents.data, kind)
+    _check_size(*image.size, file_bytes, max_pixels, max_side_px)
+    image.load()
+    if kind.name == "AVIF":
+        # The decoder tells its own turning as Exif, whatever Exif data the file has.
+        contents.orientation = int(image.getexif().get(0x0112, 1))
+    return image
+
+
+def _opened(data: bytes, kind: Format) -> Image.Image:
+    """The picture with only its header read.
+
+    `Image.open` would apply its own pixel limit here: a warning at 89 million, an exception without the size
+    at 179 million, whatever our cap is; and it forgets why the format that recognised the bytes gave up.
+    """
+    Image.init()
+    if kind.name not in Image.OPEN:
+        raise NotThisKind(f"{_article(kind.name)} {kind.name} picture, which the installed Pillow cannot decode")
+    factory, _ = Image.OPEN[kind.name]
+    return factory(BytesIO(data), "")
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "AEIOU" else "a"
+
+
+def _heif() -> ModuleType:
+    """The package that reads HEIC.
+
+    Raises:
+        MissingReader: It is not installed.
+    """
+    try:
+        return importlib.import_module("pillow_heif")
+    except ImportError:
+        raise MissingReader(missing_reader()) from None
+
+
+def _check_size(width: int, height: int, file_bytes: int, max_pixels: int, max_side_px: int) -> None:
+    """Makes sure that a picture is one that can be decoded.
+
+    Raises:
+        TooCostly: Too many pixels, on a side, or for so few bytes.
+    """
+    pixels = width * height
+    if pixels > max_pixels:
+        raise TooCostly(
+            f"{width} x {height} pixels ({pixels / 1e6:.1f} million), the cap is {max_pixels / 1e6:.1f} million; "
+            "scale it down first"
+        )
+    if max(width, height) > max_side_px:
+        raise TooCostly(f"{width} x {height} pixels, a side may have {max_side_px}; cut or scale it first")
+    if pixels > max(MAX_EMPTY_PIXELS, _PIXELS_PER_BYTE * file_bytes):
+        raise TooCostly(
+            f"{width} x {height} pixels in only {file_bytes} bytes, fewer than any such photo has; scale it down first"
+        )
