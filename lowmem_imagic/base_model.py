@@ -311,7 +311,6 @@ class BaseModel:
         ).sample
         return prediction
 
-
     @torch.no_grad()
     def check_unet(self, latents: Tensor, embedding: Tensor) -> None:
         """Makes sure that the UNet by itself predicts finite values, asked all along the noise schedule.
@@ -336,7 +335,9 @@ class BaseModel:
             if not self.predict(noisy, timestep, embedding[None]).isfinite().all():
                 raise self.damaged("the UNet")
 
-    def fault(self, error: DivergenceError, latents: Tensor, embedding: Tensor) -> DivergenceError | NonFiniteModelError:
+    def fault(
+        self, error: DivergenceError, latents: Tensor, embedding: Tensor
+    ) -> DivergenceError | NonFiniteModelError:
         """The error to report when training on a picture diverged: `error`, or that the UNet is damaged.
 
         See `check_unet`.

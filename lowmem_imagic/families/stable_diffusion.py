@@ -188,8 +188,8 @@ class StableDiffusion:
         """
         if not math.isfinite(self.rehearsal(name, steps)):
             raise NonFiniteModelError(
-                f"scheduler {name} makes NaN or infinity of the noise schedule of {self.source.label} in {steps} steps; "
-                "the model's scheduler configuration is unsuitable: choose another scheduler, or another model"
+                f"scheduler {name} makes NaN or infinity of the noise schedule of {self.source.label} in {steps} "
+                "steps; the model's scheduler configuration is unsuitable: choose another scheduler, or another model"
             )
 
     def rehearsal(self, name: str, steps: int) -> float:
