@@ -1,15 +1,25 @@
 """``python -m lowmem_imagic``, and the entry point of the command line."""
 
 import signal
+import sys
+
+from .streams import end_output, steady_streams
 
 
 def main() -> None:
     """Runs the command line; while it is being imported, Ctrl-C ends the process without a word."""
+    steady_streams()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .cli import main as run
 
     signal.signal(signal.SIGINT, before)
-    run()
+    try:
+        run()
+    except OSError as error:
+        # Of help, which the library prints.
+        end_output()
+        sys.stderr.write(f"lowmem-imagic: standard output cannot be written ({error.strerror})\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

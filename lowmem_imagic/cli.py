@@ -11,7 +11,8 @@ import typer
 
 from . import cli_options as opt
 from .batch.command import batch
-from .cli_frame import Words, app, given, guarded, importing, print_report
+from .cli_frame import Words, app, given, guarded, importing, print_report, put
+from .plain_text import shown
 
 app.add_typer(batch)
 
@@ -332,7 +333,7 @@ def inspect(
     from .edit_header import describe, summary
 
     contents = describe(edit_file)
-    typer.echo(json.dumps(contents, indent=2, ensure_ascii=False) if as_json else summary(contents))
+    put(json.dumps(contents, indent=2) if as_json else summary(contents))
 
 
 @app.command(epilog='Example:  lowmem-imagic scene "a red cube on a wooden floor" cube.png --seed 3')
@@ -360,7 +361,7 @@ def scene(
         encode_png(picture, text={"Title": drawn.caption()}, provenance="algorithmicMedia"),
         overwrite=force,
     )
-    typer.echo(f"{out}: {drawn.caption()}")
+    print_report({"summary": [f"{out}: {drawn.caption()}"]}, False)
 
 
 @app.command(
@@ -384,16 +385,16 @@ def doctor(
         amounts = [amount for amount in vram.split(",") if amount]
         found = plans(model, amounts, settings_of(preset), size_px=size)
         for line in [json.dumps(found, indent=2)] if as_json else plan_table(found):
-            typer.echo(line)
+            put(line if as_json else shown(line))
         return
     findings = examine()
     if as_json:
-        typer.echo(json.dumps(findings, indent=2))
+        put(json.dumps(findings, indent=2))
         return
     for topic, entries in findings.items():
-        typer.echo(topic)
+        put(topic)
         for name, value in entries.items():
-            typer.echo(f"  {name}: {value}")
+            put(shown(f"  {name}: {value}"))
 
 
 def main() -> None:

@@ -1,26 +1,62 @@
 """What the command line's commands share: the application, errors to exit codes, words to settings.
 
 Exit codes: 0 done, 1 failure, 2 usage (settings, sentence), 130 stopped by Ctrl-C. Results go to standard
-output (with ``--json`` as one JSON object), everything else to standard error.
+output (with ``--json`` as one JSON object), everything else to standard error. An error that nobody raised on
+purpose ends a command in one line, too, with its traceback in a file; with `DEBUG` set it is raised as it is.
 """
 
 import contextlib
 import functools
 import json
 import logging
+import os
 import reprlib
 import signal
-import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from .config import EditConfig, SampleConfig, base_problems, parse_strength
-from .errors import ConfigError, LowmemImagicError, PromptError
+from .errors import ConfigError, LowmemImagicError, OutputUnwritableError, PromptError
+from .plain_text import shown
 from .presets import SMALL_KEEP, preset
+from .streams import end_output
+from .unexpected import unexpected
+
+DEBUG = "LOWMEM_IMAGIC_DEBUG"
+"""Environment variable: anything in it lets unexpected errors through, with their tracebacks."""
+
+
+class _Group(TyperGroup):
+    """The commands; what is wrong with words is said without obeying what they hold."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _plain_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _plain_usage():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _plain_usage() -> Iterator[None]:
+    """Escapes what usage errors repeat of the words that were given."""
+    try:
+        yield
+    except Exception as error:
+        # Typer's, and of some versions click's; these two repeat no words, and have several lines.
+        if hasattr(error, "format_message") and type(error).__name__ not in ("NoArgsIsHelpError", "MissingParameter"):
+            text = shown(error.format_message())
+            error.format_message = lambda: text
+        raise
+
 
 app = typer.Typer(
+    cls=_Group,
     name="lowmem-imagic",
     help="Edit a real photo with a sentence (Imagic), on an 8-12 GB graphics card or a CPU.",
     no_args_is_help=True,
@@ -49,26 +85,50 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except LowmemImagicError as error:
             _fail(str(error), 2 if isinstance(error, (ConfigError, PromptError)) else 1)
-        except MemoryError:
-            _fail("out of memory; a smaller photo, or fewer etas and seeds, take less", 1)
         except KeyboardInterrupt:
             _fail("stopped; nothing half-written was left behind", INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of our output went away, as `head` does.
-            sys.stderr.close()
-            raise typer.Exit(0) from None
+        except Exception as error:
+            if isinstance(error, MemoryError) or "out of memory" in str(error):
+                _fail("out of memory; a smaller photo, or fewer etas and seeds, take less", 1)
+            if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "format_message") or DEBUG in os.environ:
+                raise
+            failure = unexpected(error)
+            _fail(f"{failure}{_kept(failure.details)}", 1)
 
     return run
 
 
+def _kept(details: str) -> str:
+    """Puts a traceback into a file; says where, or how else to see it."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="lowmem-imagic-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(details)
+    except OSError:
+        return f"; {DEBUG}=1 in the environment shows details"
+    return f"; details are in {path}"
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(_printable(f"lowmem-imagic: {message}"), err=True)
+    typer.echo(shown(f"lowmem-imagic: {message}"), err=True)
     raise typer.Exit(code)
 
 
-def _printable(text: str) -> str:
-    """The text with what no terminal takes, such as the bytes of a file name that is no text, replaced."""
-    return text.encode(errors="backslashreplace").decode()
+def put(line: str) -> None:
+    """Prints a line of ours on standard output: text that is not ours has been through `shown` or is JSON.
+
+    Raises:
+        OutputUnwritableError: it cannot be written.
+        typer.Exit: its reader went away, as `head` does.
+    """
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        end_output()
+        raise typer.Exit(0) from None
+    except OSError as error:
+        end_output()
+        raise OutputUnwritableError(f"standard output cannot be written ({error.strerror})") from error
 
 
 @contextlib.contextmanager
@@ -180,9 +240,14 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:
-    """Prints what a command reports: the lines for a person, or everything as JSON."""
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-        return
-    for line in report["summary"]:
-        typer.echo(_printable(line))
+    """Prints what a command reports: the lines for a person, or everything as JSON.
+
+    Raises:
+        OutputUnwritableError: standard output cannot be written; the files that were made are named.
+    """
+    lines = [json.dumps(report, indent=2)] if as_json else [shown(line) for line in report["summary"]]
+    try:
+        for line in lines:
+            put(line)
+    except OutputUnwritableError as error:
+        raise OutputUnwritableError(f"{error}; the files are there: {' | '.join(report['summary'])}") from error

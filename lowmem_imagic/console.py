@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .plain_text import shown
+
 STAGES = {
     "invert": "photo's own noise",
     "embed": "1/3 embedding",
@@ -37,6 +39,7 @@ class Console:
 
     def _print(self, text: str) -> None:
         """A line above the bar, if there is one."""
+        text = shown(text)
         if self._bar is None:
             print(text, file=sys.stderr)
         else:
@@ -46,6 +49,7 @@ class Console:
         """A step of a stage is done."""
         if self._quiet:
             return
+        remark = shown(remark)
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage

@@ -25,6 +25,7 @@ from .errors import (
 )
 from .facts import META_KEYS, check_alpha, check_factor_shapes, check_title, checked_meta
 from .identity import BaseIdentity, SourcePicture
+from .plain_text import shown
 from .regular_files import open_regular
 from .strict_json import load_json
 
@@ -203,7 +204,7 @@ def contents(data: bytes) -> dict[str, Any]:
 
 
 def summary(contents: Mapping[str, Any]) -> str:
-    """Returns the lines that show :func:`describe`'s result to a person."""
+    """Returns the lines that show :func:`describe`'s result to a person: no value can forge a line (see `shown`)."""
     base, source, adapter = contents["base"], contents["source"], contents["adapter"]
     revision = f" at {base['revision']}" if base["revision"] else ""
     lines = {
@@ -220,10 +221,10 @@ def summary(contents: Mapping[str, Any]) -> str:
     settings = contents["settings"]
     for stage in ("embed", "finetune"):
         if isinstance(settings.get(stage), dict):
-            shown = ("steps", "draws", "learning_rate", "adapt")
-            values = [f"{name} {settings[stage][name]}" for name in shown if name in settings[stage]]
+            names = ("steps", "draws", "learning_rate", "adapt")
+            values = [f"{name} {settings[stage][name]}" for name in names if name in settings[stage]]
             lines[stage] = ", ".join(values)
-    return "\n".join(f"{name + ':':<11}{value}" for name, value in lines.items())
+    return "\n".join(f"{name + ':':<11}{shown(str(value))}" for name, value in lines.items())
 
 
 def _scaled(adapter: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def clear_errors(stage: str, cheaper: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _ran_out(error):
+        if not ran_out(error):
             raise
         raise MemoryLimitError(f"out of memory in stage {stage}; next cheaper setting: {cheaper}") from error
 
@@ -49,14 +49,14 @@ def in_rungs(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
         try:
             return run()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _ran_out(error) or not cheaper():
+            if not ran_out(error) or not cheaper():
                 raise
         # Here, where the error and with it what the attempt held is gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _ran_out(error: Exception) -> bool:
+def ran_out(error: Exception) -> bool:
     """Whether memory ran out; on a CPU torch says so in a bare RuntimeError, and so do cuBLAS and cuDNN."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_OUT_OF_MEMORY.search(str(error)))
 

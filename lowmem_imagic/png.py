@@ -10,6 +10,8 @@ from xml.sax.saxutils import quoteattr
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from .plain_text import shown
+
 SHEET_CELL_PX = 256
 """Side of a contact sheet's cells."""
 SHEET_TITLE = "contact sheet"
@@ -116,7 +118,7 @@ def contact_sheet(
 
     Pictures are scaled to fit `cell_px` x `cell_px` keeping their aspect; rows are as high as their highest
     picture. Text wraps, and ends in `...` after a few lines. What the built-in font cannot draw is spelled in
-    ASCII.
+    ASCII; line ends and what nobody sees are escaped (see `shown`).
 
     Args:
         cells: (label, picture) in reading order; None leaves the place empty.
@@ -137,10 +139,10 @@ def contact_sheet(
     gap, margin = max(4, cell_px // 16), max(8, cell_px // 9)
     title_font, label_font, footer_font = (_font(cell_px, share) for share in (0.085, 0.064, 0.05))
     width = 2 * margin + columns * cell_px + (columns - 1) * gap
-    title_lines = _wrap(title, title_font, width - 2 * margin, 4)
-    footer_lines = _wrap(footer, footer_font, width - 2 * margin, 6)
+    title_lines = _wrap(shown(title), title_font, width - 2 * margin, 4)
+    footer_lines = _wrap(shown(footer), footer_font, width - 2 * margin, 6)
     pictures = [None if picture is None else _scaled(picture, cell_px) for _, picture in cells]
-    labels = [_wrap(label, label_font, cell_px, 3) for label, _ in cells]
+    labels = [_wrap(shown(label), label_font, cell_px, 3) for label, _ in cells]
     starts = range(0, len(cells), columns)
     picture_heights = [max(p.height if p else 0 for p in pictures[s : s + columns]) for s in starts]
     label_heights = [max(len(lines) for lines in labels[s : s + columns]) * _pitch(label_font) for s in starts]

@@ -21,6 +21,7 @@ from .config import strength_text
 from .diffusion import guidance_at
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
 from .names import REPORT
+from .plain_text import one_line
 from .png import SHEET_TITLE, Box, contact_sheet, encode_png
 from .sample import Cell
 from .writable import check_writable, unusable
@@ -157,16 +158,17 @@ def rescue(name: str, data: bytes, error: OutputError) -> OutputError:
 
 def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     """The text other programs show as "generation parameters" (A1111's layout)."""
-    lines = [str(parameters["prompt"])]
+    # Programs tell the parts by their lines: a sentence with line ends must not forge one.
+    lines = [one_line(str(parameters["prompt"]))]
     if parameters.get("negative_prompt"):
-        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
+        lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")
     scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale
     entries = {
         "Steps": parameters["num_inference_steps"],
         "Sampler": parameters["scheduler"],
         "CFG scale": round(guidance_at(cell.eta, scale, parameters["photo_guidance"]), 4),
         "Seed": cell.seed,
-        "Model": parameters["model"],
+        "Model": _quoted(parameters["model"]),
         "Imagic eta": cell.eta,
         "Imagic strength": strength_text(cell.strength),
         "Imagic interpolation": parameters["interpolation"],
@@ -178,3 +180,8 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in entries.items()))
     return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value as A1111 writes it: in quotes where its commas, colons or line ends would make others of it."""
+    return json.dumps(value) if re.search(r"[,:\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", value) else value

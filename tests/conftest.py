@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 # Before any library reads it: no test needs the network, and none may wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Errors that nobody raised on purpose reach the tests as they are.
+os.environ["LOWMEM_IMAGIC_DEBUG"] = "1"
+
 # Before torch counts the cores: workers of pytest-xdist share them, and so do the processes that tests start.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))

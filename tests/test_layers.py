@@ -12,8 +12,8 @@ import lowmem_imagic
 PACKAGE = Path(lowmem_imagic.__file__).parent
 
 LAYERS = {
-    0: ("errors", "failpoints"),
-    1: ("config", "atomic", "names", "regular_files", "strict_json", "writable", "unexpected"),
+    0: ("errors", "failpoints", "plain_text"),
+    1: ("config", "atomic", "names", "regular_files", "streams", "strict_json", "writable", "unexpected"),
     2: (
         "images",
         "letterbox",

@@ -123,7 +123,7 @@ def retry(
 ) -> None:
     """Run a batch again with the options it had: what is missing, and what failed for want of memory or disk."""
     with importing():
-        from .failures import DIVERGED, INPUT, RETRIED
+        from .failures import DIVERGED, INPUT, INTERNAL, RETRIED
         from .request import Request
         from .status import commands_of
 
@@ -131,7 +131,7 @@ def retry(
     requests = [replace(Request.of(note), out=str(folder.absolute()), force=False) for note in commands_of(folder)]
     # Parts of a list that has been run as a whole, too, are run with it.
     requests = [one for one in requests if one.shard is None or replace(one, shard=None) not in requests]
-    _run(requests, retry=(*RETRIED, INPUT, DIVERGED) if failed else RETRIED, as_json=as_json, quiet=quiet)
+    _run(requests, retry=(*RETRIED, INPUT, DIVERGED, INTERNAL) if failed else RETRIED, as_json=as_json, quiet=quiet)
 
 
 @batch.command(epilog="Example:  lowmem-imagic batch status snow --json")

@@ -1,12 +1,26 @@
 """Kinds of failure of an item: what can change by itself is tried again, bad input is not."""
 
 import errno
+import os
+import time
 from pathlib import Path
 
-from ..errors import DivergenceError, LowmemImagicError, MemoryLimitError, OutputUnwritableError
+from ..errors import (
+    ConfigError,
+    DivergenceError,
+    LowmemImagicError,
+    MemoryLimitError,
+    ModelError,
+    NonFiniteModelError,
+    OutputError,
+    OutputUnwritableError,
+    UnexpectedError,
+)
+from ..memory import ran_out
+from ..unexpected import first_line, unexpected
 from ..writable import check_writable
 
-INPUT, MEMORY, TRANSIENT, DIVERGED = "input", "memory", "io", "diverged"
+INPUT, MEMORY, TRANSIENT, DIVERGED, INTERNAL = "input", "memory", "io", "diverged", "internal"
 RETRIED = (MEMORY, TRANSIENT)
 """Kinds that the same command, run again, tries again."""
 MAX_TRIES = 3
@@ -38,6 +52,8 @@ def kind_of(error: LowmemImagicError) -> str:
         return MEMORY
     if isinstance(error, DivergenceError):
         return DIVERGED
+    if isinstance(error, UnexpectedError):
+        return INTERNAL
     cause = error.__cause__
     return TRANSIENT if isinstance(cause, OSError) and cause.errno in _PASSING else INPUT
 
@@ -52,3 +68,50 @@ def is_of_one_item(error: OutputUnwritableError, out: Path) -> bool:
     except OutputUnwritableError:
         return False
     return True
+
+
+def failure_of(error: Exception, remark: str = "") -> LowmemImagicError:
+    """The error to report for an item in place of one that was raised, and which it does not keep alive.
+
+    Args:
+        error: the package's own, or one that nobody raised on purpose.
+        remark: said after it.
+    """
+    end = f"; {remark}" if remark else ""
+    if isinstance(error, LowmemImagicError):
+        failure = type(error)(f"{error}{end}")
+        if isinstance(error.__cause__, OSError):
+            # Its number alone is asked for, see `kind_of`; a traceback would keep what the failed call had allocated.
+            failure.__cause__ = OSError(error.__cause__.errno, error.__cause__.strerror)
+        if isinstance(error, UnexpectedError) and isinstance(failure, UnexpectedError):
+            failure.details = error.details
+        return failure
+    if ran_out(error):
+        return MemoryLimitError(f"out of memory ({first_line(error)}); fewer etas or seeds take less{end}")
+    return unexpected(error, remark)
+
+
+def is_of_group(error: LowmemImagicError) -> bool:
+    """Whether no other item with the same base and settings could be made either, or none at all."""
+    return isinstance(error, (ModelError, ConfigError, OutputError)) and not isinstance(error, NonFiniteModelError)
+
+
+def keep_details(error: LowmemImagicError, name: str, path: Path) -> str:
+    """Appends the traceback of an unexpected error to a file; says where it is, "" where there is none.
+
+    Args:
+        error: any of the package's errors.
+        name: of the item.
+        path: the file; several runs may write to it, and a link put in its place is not followed.
+    """
+    if not isinstance(error, UnexpectedError):
+        return ""
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {name!r}\n{error.details}\n"
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, flags, 0o666), "ab") as file:
+            file.write(text.encode(errors="backslashreplace"))
+    except OSError:
+        return ""
+    return f"details of the unexpected error are in {path}"

@@ -4,10 +4,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape as _escape
 from typing import Any
 from urllib.parse import quote
 
+from ..plain_text import shown
 from ..png import Box
 from .ledger_file import DONE, FAILED, RUNNING, WAITING
 
@@ -38,6 +39,11 @@ class Shown:
     state: str = DONE
     remark: str = ""
     """What went wrong, or where it stands in the manifest."""
+
+
+def escape(text: str) -> str:
+    """The text for markup and attributes alike, with what turns directions or is not seen made visible."""
+    return _escape(shown(text))
 
 
 _STYLE = """
@@ -114,12 +120,12 @@ def _article(item: Shown) -> str:
         style = "bad" if item.state == FAILED else "quiet"
         state = GONE if item.state == DONE else item.state
         remark = f'<p class="{style}">{escape(state)}: {escape(item.remark)}</p>'
-        return f"<article><h2>{escape(item.name or item.remark)}</h2>{remark}</article>"
+        return f'<article><h2 dir="auto">{escape(item.name or item.remark)}</h2>{remark}</article>'
     links = [f'<a href="{_link(item.name)}/">folder</a>']
     links += [f'<a href="{_link(item.name, SHEET)}">sheet</a>'] if item.sheet else []
     links += [f'<a href="{_link(item.name, item.edit)}">edit file</a>'] if item.edit else []
     training, rendering = item.seconds or (0.0, 0.0)
-    facts = f"{escape(item.name)} · {_duration(training)} training, {_duration(rendering)} rendering"
+    facts = f"<bdi>{escape(item.name)}</bdi> · {_duration(training)} training, {_duration(rendering)} rendering"
     figures = [_figure_of_photo(item.name, item.photo, item.sheet)] if item.photo and item.sheet else []
     figures += [_figure(item, *picture) for picture in item.pictures]
     return (

@@ -19,8 +19,11 @@ from typing import IO, Any
 from ..cli_frame import quiet_libraries
 from ..console import Console, Silent
 from ..errors import ConfigError, LowmemImagicError
+from ..unexpected import unexpected
+from .failures import keep_details
 from .ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
 from .manifest import BadItem
+from .paths import HIDDEN
 from .stopping import Stop
 from .tally import Tally
 
@@ -209,6 +212,11 @@ def _work() -> None:
         print(json.dumps({"error": str(error), "usage": isinstance(error, ConfigError)}))
     except KeyboardInterrupt:
         print(json.dumps({"stopped": True}))
+    except Exception as error:
+        # Of no item, since those fail by themselves; it would be the same when started again.
+        failure = unexpected(error)
+        keep_details(failure, "a process of the batch", Path(order["request"]["out"]) / HIDDEN / "errors.log")
+        print(json.dumps({"error": str(failure), "usage": False}))
 
 
 if __name__ == "__main__":

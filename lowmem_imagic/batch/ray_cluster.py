@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputUnwritableError
+from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputUnwritableError, UnexpectedError
+from ..unexpected import first_line
 from .crew import Assignment, Claims, Group, OnStep, Outcome
 from .failures import is_of_one_item
 from .paths import HIDDEN
@@ -112,6 +113,9 @@ class RayCrew:
                     more = claimed is not None
                     waiting.extend(claimed or ())
                 if hand.idle and waiting:
+                    if self._lost[waiting[0].job]:
+                        # By itself, so that whatever ended its worker is put down to nobody else.
+                        size = 1
                     chunk = [waiting.popleft() for _ in range(min(size, len(waiting)))]
                     given += len(chunk)
                     unreadable = hand.begin(group, chunk)
@@ -127,6 +131,8 @@ class RayCrew:
                     given -= 1
                     if self._lost[assignment.job] < MAX_LOSSES:
                         waiting.append(assignment)
+                    elif hand.failure:
+                        yield Outcome(assignment, UnexpectedError(f"its worker failed: {hand.failure}"))
                     else:
                         lost = LowmemImagicError(f"its worker was lost {MAX_LOSSES} times while it was being made")
                         yield Outcome(assignment, lost)
@@ -153,7 +159,10 @@ class RayCrew:
             return Outcome(assignment, error)
         if "error" in result:
             kind = getattr(errors, result["error"], LowmemImagicError)
-            return Outcome(assignment, kind(result["text"]))
+            failure = kind(result["text"])
+            if isinstance(failure, UnexpectedError):
+                failure.details = result["details"]
+            return Outcome(assignment, failure)
         return Outcome(assignment, seconds=result["seconds"])
 
 
@@ -171,6 +180,8 @@ class _Hand:
         """What it has in hand, by job."""
         self.in_training: list[int] = []
         """Steps of what it trains."""
+        self.failure = ""
+        """What its last task ended with, if that was an error of its code."""
 
     @property
     def idle(self) -> bool:
@@ -226,13 +237,18 @@ class _Hand:
                 if (assignment := self.open.pop(result["job"], None)) is not None:
                     yield assignment, result
         except self._ray.exceptions.RayTaskError as error:
-            reason = f"{type(error.cause).__name__}: {error.cause}"
-            raise BackendUnavailableError(f"a worker of the cluster failed: {reason}") from None
+            self.failure = first_line(error.cause)
+            if not self._greeted:
+                raise BackendUnavailableError(f"a worker of the cluster failed: {self.failure}") from None
+            # Of what it has in hand, not of the worker, which is still there.
+            self._stream, self.in_training, self._asked = None, [], None
+            self._drop()
         except self._ray.exceptions.RayError as error:
             if not self._greeted and isinstance(error, self._ray.exceptions.ActorDiedError):
                 # It could not even be made: no model or package there. Ray would not try again.
                 lines = str(error).strip().splitlines() or ["no reason given"]
                 raise BackendUnavailableError(f"a worker of the cluster cannot start: {lines[-1].strip()}") from None
+            self.failure = ""
             # Ray starts it again, here or elsewhere; until it answers it gets nothing to do.
             self._stream, self.in_training, self._asked = None, [], None
             self._drop()
@@ -315,7 +331,8 @@ class _Maker:
                 text = str(outcome.error)
                 for here, there in names.items():
                     text = text.replace(here, there)
-                answer |= {"error": type(outcome.error).__name__, "text": text}
+                details = getattr(outcome.error, "details", "")
+                answer |= {"error": type(outcome.error).__name__, "text": text, "details": details}
             yield answer
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(inputs, ignore_errors=True)

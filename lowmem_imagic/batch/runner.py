@@ -16,15 +16,14 @@ from ..console import Console, Silent
 from ..edit_header import SPEC_VERSION
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..images import photo_sha256
-from ..planning import CPU_SLOTS, MAX_SLOTS, adapter_weights
-from ..png import SHEET_CELL_PX
 from ..preparation import check_sentence
 from ..rendering import check_sentences
 from ..result_folder import ResultFolder
 from . import ledger_file as ledgers
 from . import outputs
 from .crew import Assignment, Bases, Crew, Group, Outcome
-from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, is_of_one_item, kind_of
+from .disk import disk_bytes
+from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
 from .ledger import Ledger, at_work
 from .ledger_file import Entry
 from .manifest import BadItem, Item
@@ -154,12 +153,14 @@ class Batch:
             digest = photo_sha256(item.photo)
             job = job_id(item.name, digest, item.sentence, group.config, base, self._background)
             state = self._look(item, job)
-        except LowmemImagicError as error:
+        except Exception as error:
             if isinstance(error, OutputUnwritableError) and not is_of_one_item(error, self._out):
                 raise
-            bad = BadItem(item.where, item.name, str(error), item.position)
+            failure = failure_of(error)
+            bad = BadItem(item.where, item.name, str(failure), item.position)
+            self._keep_details(failure, item.name)
             self._fail(bad)
-            return _bad_entry(bad, kind_of(error))
+            return _bad_entry(bad, kind_of(failure))
         self._assignments[job] = Assignment(job, item.name, item.photo, digest, item.sentence, tuple(silent.warnings))
         self._groups.setdefault(group, []).append(job)
         self._places[job] = item.where
@@ -201,7 +202,10 @@ class Batch:
         if not waiting:
             return
         wanted = {entry.job for entry in waiting}
-        sizes = [self._size(group, len(wanted.intersection(jobs))) for group, jobs in self._groups.items()]
+        sizes = [
+            disk_bytes(self._bases(group.model), group.config, len(wanted.intersection(jobs)))
+            for group, jobs in self._groups.items()
+        ]
         free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)
         size += (states := max((saved for _, saved in sizes), default=0))
         remark = (
@@ -211,18 +215,6 @@ class Batch:
         self._console.say(remark)
         if size > free:
             self._console.warn(f"{remark}; the run ends where the disk is full, and goes on when there is room")
-
-    def _size(self, group: Group, count: int) -> tuple[int, int]:
-        """Bytes of so many items at most, their pictures as if they did not compress; and of their training states."""
-        if not count:
-            return 0, 0
-        base, config = self._bases(group.model), group.config
-        weights = adapter_weights(base, config)
-        pictures = len(config.sample.etas) * len(config.sample.seeds)
-        sheet = 3 * SHEET_CELL_PX**2 * (pictures + 3) * 5 // 4
-        each = 3 * base.size_px**2 * pictures + sheet + round(2 * weights * config.finetune.keep) + 2**18
-        # Weights and two moments of whatever is in training, and one state's temporary.
-        return count * each, 12 * weights * (min(count, CPU_SLOTS if base.device.type == "cpu" else MAX_SLOTS) + 1)
 
     # Making
 
@@ -282,8 +274,8 @@ class Batch:
         except (OutputUnwritableError, BackendUnavailableError):
             # Nothing could be made of any other group either.
             raise
-        except LowmemImagicError as error:
-            failure = error
+        except Exception as error:
+            failure = failure_of(error)
         while held := [self._assignments[job] for job in self._held] or self._claim(ledger, group):
             for assignment in held:
                 yield Outcome(assignment, failure)
@@ -309,6 +301,7 @@ class Batch:
             self.tally.done.append(assignment.name)
             self._console.say(f"{assignment.name}: done")
             return
+        self._keep_details(error, assignment.name)
         kind = kind_of(error)
         self._tries[assignment.job] += 1
         again = kind == TRANSIENT and self._tries[assignment.job] < MAX_TRIES
@@ -333,6 +326,12 @@ class Batch:
     def _fail(self, bad: BadItem) -> None:
         self.tally.failed.append(bad)
         self._console.warn(f"{bad.where}{f' ({bad.name})' if bad.name else ''}: {bad.reason}")
+
+    def _keep_details(self, error: LowmemImagicError, name: str) -> None:
+        """Writes down where in the code an unexpected error came from."""
+        path = self._part.ledger(self._out).with_name("errors.log")
+        if kept := keep_details(error, name, path):
+            self._console.say(f"{name}: {kept}", always=True)
 
     # Showing
 

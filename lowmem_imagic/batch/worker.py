@@ -23,7 +23,7 @@ from ..preparation import Job
 from ..result_folder import ResultFolder
 from . import publishing
 from .crew import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner
-from .failures import is_of_one_item
+from .failures import failure_of, is_of_group, is_of_one_item
 from .states import States
 from .stopping import Stop
 
@@ -66,7 +66,21 @@ class LocalCrew:
         holds: Callable[[str], bool] = lambda job: True,
     ) -> Iterator[Outcome]:
         """See `Crew`. Where not one training step fits in memory, fewer edits train side by side; where one alone does
-        not fit, all that are left fail."""
+        not fit, all that are left fail. Where a pack breaks off for another reason, each of its edits is tried once
+        more by itself, so that only the one at fault fails."""
+        return self._make(group, claims, count, on_step, holds)
+
+    def _make(
+        self,
+        group: Group,
+        claims: Claims,
+        count: int,
+        on_step: OnStep,
+        holds: Callable[[str], bool],
+        *,
+        alone: bool = False,
+    ) -> Iterator[Outcome]:
+        """See `make`; `alone`, the one item fails where its pack breaks off."""
         base = self._bases(group.model)
         if self._base is not None and self._base is not base:
             self._base.release()
@@ -80,16 +94,30 @@ class LocalCrew:
                 slots = min(slots or most, most)
                 yield from pack.make(chain([unmade], claims), config, planned, slots)
                 return
-            except MemoryLimitError as error:
-                yield from pack.unreadable()
-                unmade = pack.unmade or unmade
-                if slots is None or slots == 1:
-                    for assignment in chain(unmade, *claims):
-                        yield Outcome(assignment, error)
-                    return
+            except Exception as error:
+                failure = failure_of(error)
+                if is_of_group(failure):
+                    raise
             # Here, where the error and with it what the attempt held is gone.
-            slots //= 2
-            base.step_down(f"{slots} edits side by side")
+            yield from pack.unreadable()
+            unmade = (pack.unmade if pack.began else unmade) or list(next(claims, ()))
+            del pack
+            if not isinstance(failure, MemoryLimitError):
+                for assignment in unmade:
+                    if alone:
+                        yield Outcome(assignment, failure)
+                    else:
+                        yield from self._make(group, iter([[assignment]]), 1, on_step, holds, alone=True)
+                if not unmade:
+                    return
+                unmade = []
+            elif slots is None or slots == 1:
+                for assignment in chain(unmade, *claims):
+                    yield Outcome(assignment, failure)
+                return
+            else:
+                slots //= 2
+                base.step_down(f"{slots} edits side by side")
 
 
 class _Pack:
@@ -110,6 +138,8 @@ class _Pack:
         self._states, self._stop, self._on_step, self._holds = states, stop, on_step, holds
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
+        self.began = False
+        """Whether any items were taken."""
         # Not held: what it trains in is to be free when its run ends.
         self._pack: Callable[[], Pack | None] = lambda: None
 
@@ -143,14 +173,15 @@ class _Pack:
         """What the engine makes of claimed items; their photos are read now."""
         number = 0
         for claimed in claims:
+            self.began = True
             jobs = []
             for assignment in claimed:
                 try:
                     photo = load_photo(assignment.photo, background=self._background)
                     if photo.sha256 != assignment.sha256:
                         raise ImageError(f"{assignment.photo} has changed since the run began; run the command again")
-                except ImageError as error:
-                    self._fallen.append(Outcome(assignment, error))
+                except Exception as error:
+                    self._fallen.append(Outcome(assignment, failure_of(error)))
                     continue
                 self._held[number] = (assignment, photo)
                 number += 1
@@ -210,8 +241,9 @@ class _Pack:
             if not is_of_one_item(error, self._out):
                 raise
             return Outcome(assignment, error)
-        except LowmemImagicError as error:
-            failure = type(error)(f"{error}; the edit itself is finished: {folder.path / name}")
-            return Outcome(assignment, failure)
+        except Exception as error:
+            edit = self._out / assignment.name / name
+            remark = f"the edit itself is finished: {edit}" if edit.is_file() else ""
+            return Outcome(assignment, failure_of(error, remark))
         trained = (made.measured["stages"].get(stage, {}).get("seconds") or 0.0 for stage in ("embed", "finetune"))
         return Outcome(assignment, seconds=sum(trained) + render_s)
