@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lowmem_imagic import edit_file
+from lowmem_imagic.batch.attempts import Attempts
 from lowmem_imagic.batch.crew import Assignment, Group, Outcome
 from lowmem_imagic.batch.ray_cluster import RayCrew
 from lowmem_imagic.batch.request import Request
@@ -93,15 +94,16 @@ def made(manifest: Path, tiny_folder: Path, cluster: Any, harm: Callable[[RayCre
     )
     group = Group(None, asked.settings({}))
     folder = manifest.parent
+    attempts = Attempts(folder / "training")
     items = [
-        Assignment(f"job {n}", f"n{n}", file, photo_sha256(file), SENTENCE)
+        Assignment(f"job {n}", f"n{n}", file, photo_sha256(file), SENTENCE, attempts.begin(f"job {n}"))
         for n in range(ITEMS)
         for file in [folder / f"p{n}.png"]
     ]
     files: dict[str, dict[str, bytes]] = {}
     done: list[Outcome] = []
-    with RayCrew(asked, lambda one, made: files.update({one.name: made}), Stop()) as crew:
-        outcomes = crew.make(group, iter([items]), ITEMS, on_step=lambda steps: None, holds=lambda job: True)
+    with RayCrew(asked, lambda one, made: files.update({one.name: made}) is None, Stop()) as crew:
+        outcomes = crew.make(group, iter([items]), ITEMS, on_step=lambda steps: None)
         for outcome in outcomes:
             done.append(outcome)
             if len(done) == 1:

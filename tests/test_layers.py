@@ -13,7 +13,7 @@ PACKAGE = Path(lowmem_imagic.__file__).parent
 
 LAYERS = {
     0: ("errors", "failpoints"),
-    1: ("config", "atomic", "names", "strict_json", "writable"),
+    1: ("config", "atomic", "names", "strict_json", "writable", "regular"),
     2: (
         "images",
         "letterbox",

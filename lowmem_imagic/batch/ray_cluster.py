@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputUnwritableError
+from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
+from .attempts import Attempts
 from .crew import Assignment, Claims, Group, OnStep, Outcome
 from .failures import is_of_one_item
 from .paths import HIDDEN
@@ -44,14 +45,14 @@ class RayCrew:
 
     Args:
         request: what was asked for; actors read their settings from it.
-        publish: puts an item's files in place.
+        publish: puts an item's files in place; False where another run has begun an attempt of its own.
         stop: asks for an end; items in training are given up.
 
     Raises:
         BackendUnavailableError: Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(self, request: "Request", publish: Callable[[Assignment, dict[str, bytes]], None], stop: Stop) -> None:
+    def __init__(self, request: "Request", publish: Callable[[Assignment, dict[str, bytes]], bool], stop: Stop) -> None:
         # Before Ray is imported: nothing is sent to anybody.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
@@ -98,9 +99,7 @@ class RayCrew:
         kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(_Maker)
         return [kind.remote(self._request.as_json()) for _ in range(count)]
 
-    def make(
-        self, group: Group, claims: Claims, count: int, *, on_step: OnStep, holds: Callable[[str], bool]
-    ) -> Iterator[Outcome]:
+    def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
         """See `crew.Crew`."""
         waiting, given, more = deque[Assignment](), 0, True
         while True:
@@ -121,7 +120,7 @@ class RayCrew:
             self._wait()
             for hand in self._hands:
                 for assignment, result in hand.results():
-                    yield self._outcome(assignment, result, holds)
+                    yield self._outcome(assignment, result)
                 for assignment in hand.dropped():
                     self._lost[assignment.job] += 1
                     given -= 1
@@ -141,15 +140,15 @@ class RayCrew:
         else:
             time.sleep(_POLL_S)
 
-    def _outcome(self, assignment: Assignment, result: dict[str, Any], holds: Callable[[str], bool]) -> Outcome:
-        if result["files"] and not holds(assignment.job):
-            return Outcome(assignment, lost=True)
+    def _outcome(self, assignment: Assignment, result: dict[str, Any]) -> Outcome:
         try:
-            if result["files"]:
-                self._publish(assignment, result["files"])
+            if result["files"] and not self._publish(assignment, result["files"]):
+                return Outcome(assignment, lost=True)
         except OutputUnwritableError as error:
             if not is_of_one_item(error, Path(self._request.out)):
                 raise
+            return Outcome(assignment, error)
+        except OutputExistsError as error:
             return Outcome(assignment, error)
         if "error" in result:
             kind = getattr(errors, result["error"], LowmemImagicError)
@@ -290,7 +289,7 @@ class _Maker:
     def make(self, group: Group, given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """What becomes of some items, as they are finished: their files, or the error."""
         out = Path(self._folder.name)
-        inputs = out / HIDDEN / "photos"
+        inputs, attempts = out / HIDDEN / "photos", Attempts(out / HIDDEN / "training")
         assignments = []
         names = {str(out): self._out}
         for number, one in enumerate(given):
@@ -301,7 +300,7 @@ class _Maker:
             photo = place / Path(name).name
             photo.write_bytes(data)
             names = {str(photo): name, **names}
-            assignments.append(Assignment(photo=photo, **one))
+            assignments.append(Assignment(photo=photo, attempt=attempts.begin(one["job"]), **one))
 
         def on_step(steps: list[int]) -> None:
             self._in_training = steps
@@ -318,7 +317,7 @@ class _Maker:
                 answer |= {"error": type(outcome.error).__name__, "text": text}
             yield answer
             shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(inputs, ignore_errors=True)
+        shutil.rmtree(out / HIDDEN, ignore_errors=True)
         self._in_training = []
 
 

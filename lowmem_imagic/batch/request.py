@@ -17,12 +17,13 @@ from ..errors import ConfigError, OutputExistsError
 from ..planning import Budget
 from ..rendering import BaseOptions
 from ..writable import check_writable
+from .attempts import Attempts
 from .crew import Bases, Crew
 from .failures import RETRIED
 from .manifest import BadItem, Item, read_manifest
 from .paths import Part
 from .processes import cpu_environments, gpu_environments, run_in_processes
-from .publishing import publish
+from .publishing import publish_files
 from .ray_cluster import RayCrew, check_executor
 from .runner import Batch
 from .states import States
@@ -160,20 +161,22 @@ class Request:
         own = bases(None)
         # Before any weight is there: later, what is loaded would count twice.
         budget = Budget.of(own.device, self.vram)
-        states = States(self._part.states(out), self.save_every)
+        attempts = Attempts(self._part.attempts(out))
         with contextlib.ExitStack() as hired:
             crew: Crew
             if self.executor == "ray":
-                crew = hired.enter_context(RayCrew(self, lambda one, files: publish(out / one.name, files), stop))
+                crew = hired.enter_context(
+                    RayCrew(self, lambda one, files: publish_files(one.attempt, files, out / one.name, one.job), stop)
+                )
             else:
-                crew = self._local_crew(bases, budget, out, console, stop, states)
-            return self._run(bases, crew, states, console, stop, items, bad, retry)
+                crew = self._local_crew(bases, budget, out, console, stop, States(self.save_every))
+            return self._run(bases, crew, attempts, console, stop, items, bad, retry)
 
     def crew(self, out: Path, console: Console, stop: Stop) -> LocalCrew:
         """Who makes items for somebody else: into `out`, without training states."""
         bases = _Bases(self, console)
         budget = Budget.of(bases(None).device, self.vram)
-        return self._local_crew(bases, budget, out, console, stop, States(out / "states", 0))
+        return self._local_crew(bases, budget, out, console, stop, States(0))
 
     def _local_crew(
         self, bases: Bases, budget: Budget | None, out: Path, console: Console, stop: Stop, states: States
@@ -192,7 +195,7 @@ class Request:
         self,
         bases: Bases,
         crew: Crew,
-        states: States,
+        attempts: Attempts,
         console: Console,
         stop: Stop,
         items: Sequence[Item],
@@ -207,7 +210,7 @@ class Request:
             Path(self.out),
             settings=self.settings,
             background=self.background,
-            states=states,
+            attempts=attempts,
             console=console,
             force=self.force,
             stop=stop,

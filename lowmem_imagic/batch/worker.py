@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from ..atomic import remove_temporaries
 from ..base_model import BaseModel
 from ..commands import finished_edit
 from ..config import EditConfig
@@ -20,7 +19,6 @@ from ..packing import Pack
 from ..pipeline import stream_edits
 from ..planning import CPU_SLOTS, Plan
 from ..preparation import Job
-from ..result_folder import ResultFolder
 from . import publishing
 from .crew import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner
 from .failures import is_of_one_item
@@ -63,7 +61,6 @@ class LocalCrew:
         count: int,
         *,
         on_step: OnStep = lambda steps: None,
-        holds: Callable[[str], bool] = lambda job: True,
     ) -> Iterator[Outcome]:
         """See `Crew`. Where not one training step fits in memory, fewer edits train side by side; where one alone does
         not fit, all that are left fail."""
@@ -73,7 +70,7 @@ class LocalCrew:
         self._base = base
         slots, unmade, rungs = None, list[Assignment](), len(base.rungs)
         while True:
-            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, holds, rungs)
+            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs)
             try:
                 config, planned = self._fit(base, group.config, min(count, self._slots or count))
                 most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
@@ -103,11 +100,10 @@ class _Pack:
         states: States,
         stop: Stop,
         on_step: OnStep,
-        holds: Callable[[str], bool],
         rungs: int,
     ) -> None:
         self._base, self._out, self._background, self._rungs = base, out, background, rungs
-        self._states, self._stop, self._on_step, self._holds = states, stop, on_step, holds
+        self._states, self._stop, self._on_step = states, stop, on_step
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
         # Not held: what it trains in is to be free when its run ends.
@@ -154,7 +150,7 @@ class _Pack:
                     continue
                 self._held[number] = (assignment, photo)
                 number += 1
-                jobs.append(Job(photo, assignment.sentence, self._states.load(assignment.job)))
+                jobs.append(Job(photo, assignment.sentence, self._states.load(assignment)))
             yield jobs
 
     def unreadable(self) -> Iterator[Outcome]:
@@ -175,7 +171,7 @@ class _Pack:
         self._pack = weakref.ref(pack)
         self._on_step(pack.in_slots)
         if self._stop.asked or self._states.due():
-            self._states.save((self._held[number][0].job, state) for number, state in pack.states())
+            self._states.save((self._held[number][0], state) for number, state in pack.states())
         self._stop.check()
 
     def _finish(
@@ -189,29 +185,37 @@ class _Pack:
         """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
         if isinstance(made, LowmemImagicError):
             return Outcome(assignment, made)
-        if not self._holds(assignment.job):
+        attempt, folder = assignment.attempt, self._out / assignment.name
+        if not attempt.current:
             return Outcome(assignment, lost=True)
         # Those of packs that were given up, too.
         made = replace(made, measured={**made.measured, "rungs": self._base.rungs[self._rungs :]})
         started, name = time.perf_counter(), f"{assignment.name}.safetensors"
         meter = Meter(self._base.device)
         meter.stages |= made.measured["stages"]
+        results = publishing.staged(attempt)
         try:
-            folder = ResultFolder.prepare(self._out / assignment.name, overwrite=True)
-            remove_temporaries(folder.path)
-            publishing.begin(folder, assignment.job)
-            quiet = Silent(assignment.warnings)
-            report = finished_edit(self._base, folder, name, made, photo, config, planned, meter, quiet)
+            try:
+                quiet = Silent(assignment.warnings)
+                report = finished_edit(self._base, results, name, made, photo, config, planned, meter, quiet)
+            except LowmemImagicError as error:
+                if isinstance(error, OutputUnwritableError) or name not in results.files:
+                    raise
+                if not publishing.publish(attempt, results, folder, assignment.job, None):
+                    return Outcome(assignment, lost=True)
+                return Outcome(assignment, type(error)(f"{error}; the edit itself is finished: {folder / name}"))
             render_s = round(time.perf_counter() - started, 3)
             report |= {"rungs": made.measured["rungs"], "seconds": {"render": render_s}}
-            report |= {"job": assignment.job, "finished": True, "sha256": folder.digests()}
-            publishing.end(folder, report)
+            report |= {"job": assignment.job, "finished": True, "sha256": results.digests()}
+            if not publishing.publish(attempt, results, folder, assignment.job, report):
+                return Outcome(assignment, lost=True)
         except OutputUnwritableError as error:
+            if not attempt.current:
+                return Outcome(assignment, error, lost=True)
             if not is_of_one_item(error, self._out):
                 raise
             return Outcome(assignment, error)
         except LowmemImagicError as error:
-            failure = type(error)(f"{error}; the edit itself is finished: {folder.path / name}")
-            return Outcome(assignment, failure)
+            return Outcome(assignment, error)
         trained = (made.measured["stages"].get(stage, {}).get("seconds") or 0.0 for stage in ("embed", "finetune"))
         return Outcome(assignment, seconds=sum(trained) + render_s)
