@@ -21,6 +21,7 @@ from .ledger_file import (
     DONE,
     FAILED,
     FIELDS,
+    LEASE_S,
     RUNNING,
     SELECT,
     WAITING,
@@ -39,9 +40,6 @@ from .owner import Owner
 from .watch import Watch
 
 HEARTBEAT_S = 5.0
-LEASE_S = 60.0
-"""How long a runner may be silent before its items are taken over, on the clock of who waits (see `Watch`): it may be
-suspended, or on another machine where it cannot be seen to have ended."""
 SUSPECT_ATTEMPTS = 3
 """After so many an item is taken last, and by itself: one that ends the process shall not keep the others."""
 _open_here: set[tuple[Path, int]] = set()

@@ -27,6 +27,9 @@ VERSION = 1
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 BUSY_S = 60.0
 """How long a change waits for those of others."""
+LEASE_S = 60.0
+"""How long a runner may be silent before its items are taken over, on the clock of who waits (see `Watch`): it may be
+suspended, or on another machine where it cannot be seen to have ended."""
 PATIENCE_S = 5.0
 """After so much of it, the waiting is said."""
 
