@@ -96,9 +96,8 @@ class _Process:
         """Whether it is there and does nothing, as after SIGSTOP; said whenever it begins."""
         before, self._suspended = self._suspended, self._process.poll() is None and is_stopped(self._process.pid)
         if self._suspended and not before:
-            self._console.warn(
-                f"process {self._process.pid} of the batch is suspended; after {LEASE_S:.0f} s its items go on with others"
-            )
+            after = f"others take its items over after {LEASE_S:.0f} s"
+            self._console.warn(f"process {self._process.pid} of the batch is suspended; {after}")
         return self._suspended
 
     def ask_to_stop(self) -> None:
@@ -155,9 +154,9 @@ def run_in_processes(
                 told |= _tell(seen, told, console)
                 _show(seen, console)
             # The others have taken over what they had, and made it.
-            if all([process.suspended for process in at_work]) and len(at_work) < len(processes):
-                if not any(entry.state in (WAITING, RUNNING) for entry in _entries(seen)):
-                    break
+            idle = all([process.suspended for process in at_work]) and len(at_work) < len(processes)
+            if idle and not any(entry.state in (WAITING, RUNNING) for entry in _entries(seen)):
+                break
             # A ledger of very many items is looked at less often.
             time.sleep(max(_POLL_S, _PAUSES * (time.perf_counter() - started)))
     finally:

@@ -24,7 +24,7 @@ from .manifest import BadItem, Item, read_manifest
 from .paths import Part
 from .processes import cpu_environments, gpu_environments, run_in_processes
 from .publishing import publish_files
-from .ray_cluster import RayCrew, check_executor
+from .ray_cluster import RayCrew, check_executor, driving
 from .runner import Batch
 from .states import States
 from .stopping import Stop
@@ -138,6 +138,14 @@ class Request:
         everything = self.device in ("auto", "cuda") and pick_device(self.device).type == "cuda"
         return torch.cuda.device_count() if everything else 1
 
+    def _environments(self, places: contextlib.ExitStack) -> list[dict[str, str]]:
+        """Those of the processes that are to run it; none where this one does."""
+        if self.executor == "ray":
+            return [places.enter_context(driving(self.address))]
+        if (count := self._processes()) == 1:
+            return []
+        return list(cpu_environments(count) if pick_device(self.device).type == "cpu" else gpu_environments(count))
+
     def run(self, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED, alone: bool = False) -> Tally:
         """Runs it, `alone` in this process whatever `workers` says; see `Batch.run`."""
         out = Path(self.out)
@@ -147,16 +155,12 @@ class Request:
         check_writable(out)
         if out.exists() and not out.is_dir():
             raise OutputExistsError(f"{out} is no folder; name a folder with --out")
-        if self.executor == "local" and not alone and (count := self._processes()) > 1:
-            cpu = pick_device(self.device).type == "cpu"
-            return run_in_processes(
-                self.as_json(),
-                list(cpu_environments(count) if cpu else gpu_environments(count)),
-                self._part.ledger(out),
-                console,
-                stop,
-                retry=retry,
-            )
+        if not alone:
+            with contextlib.ExitStack() as places:
+                environments = self._environments(places)
+                if environments:
+                    ledger = self._part.ledger(out)
+                    return run_in_processes(self.as_json(), environments, ledger, console, stop, retry=retry)
         bases = _Bases(self, console)
         own = bases(None)
         # Before any weight is there: later, what is loaded would count twice.
