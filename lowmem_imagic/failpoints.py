@@ -1,8 +1,8 @@
 """Places at which a test can end the process as a power cut would: between any two durable steps.
 
 ``LOWMEM_IMAGIC_FAILPOINT=renamed`` kills this process with SIGKILL when it reaches the place of that name for the
-first time, ``renamed:3`` when it does for the third; ``renamed:3:stop`` suspends it there until SIGCONT. Unset, which is always outside tests, a place costs a look at a
-variable.
+first time, ``renamed:3`` when it does for the third; ``renamed:3:stop`` suspends it there until SIGCONT. Unset, which
+is always outside tests, a place costs a look at a variable.
 """
 
 import os

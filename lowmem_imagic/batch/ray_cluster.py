@@ -76,11 +76,6 @@ class RayCrew:
             # Without an address always a cluster of its own, and none that happens to be there.
             where = request.address or os.environ.get("RAY_ADDRESS") or "local"
             ray.init(where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-                request.address or os.environ.get("RAY_ADDRESS") or "local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             [reason, *_] = str(error).splitlines() or [type(error).__name__]
             raise BackendUnavailableError(f"no Ray cluster at {request.address or 'this machine'}: {reason}") from error
