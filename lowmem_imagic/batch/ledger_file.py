@@ -286,7 +286,9 @@ def _open(path: Path) -> sqlite3.Connection:
             )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        database.executescript(_SCHEMA)
+        if version != VERSION:
+            # The version comes last: where it is known, all tables are there, and nobody need be waited for.
+            database.executescript(_SCHEMA)
     except BaseException:
         database.close()
         raise

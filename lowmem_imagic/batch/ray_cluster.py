@@ -88,7 +88,7 @@ class RayCrew:
         """Lets go of the actors, and of the cluster."""
         # First of all they remove what they have of the photos, which they cannot once they are ended.
         leaving = [ref for hand in self._hands for ref in hand.leave()]
-        with contextlib.suppress(self._ray.exceptions.RayError):
+        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # nobody to be waited for
             self._ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
         for hand in self._hands:
             hand.dismiss()
