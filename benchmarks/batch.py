@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.batch.attempts import Attempts
 from lowmem_imagic.batch.crew import Assignment, Group
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.batch.stopping import Stop
@@ -121,16 +122,17 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
             group = Group(None, asked.settings({}))
 
             def assignments(part: list[dict[str, Any]], round_: str) -> list[Assignment]:
+                attempts = Attempts(folder / "training")
                 return [
-                    Assignment(f"{round_} {line['name']}", line["name"], photo, photo_sha256(photo), line["sentence"])
+                    Assignment(job, line["name"], photo, photo_sha256(photo), line["sentence"], attempts.begin(job))
                     for line in part
-                    for photo in [folder / line["photo"]]
+                    for photo, job in [(folder / line["photo"], f"{round_} {line['name']}")]
                 ]
 
-            with RayCrew(asked, lambda one, files: None, Stop()) as crew:
+            with RayCrew(asked, lambda one, files: True, Stop()) as crew:
 
                 def make(part: list[Assignment], crew: RayCrew = crew, group: Group = group) -> None:
-                    made = crew.make(group, iter([part]), len(part), on_step=lambda s: None, holds=lambda job: True)
+                    made = crew.make(group, iter([part]), len(part), on_step=lambda s: None)
                     for outcome in made:
                         assert outcome.error is None, outcome.error
 

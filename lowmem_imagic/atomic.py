@@ -72,12 +72,33 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
             # Gone already after a replace; after a link this removes the second name.
             with suppress(OSError):
                 os.unlink(temporary)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         reason = _REASONS.get(error.errno or 0) or error.strerror or type(error).__name__
         raise OutputUnwritableError(f"cannot write {target}: {reason}") from error
     except ValueError as error:  # a NUL character in the path
         raise OutputUnwritableError(f"cannot write {str(target)!r}: {error}") from error
+
+
+def make_folder(path: Path, *, parents: bool = True) -> None:
+    """Makes a folder that is not there, and those above it, so that a power cut does not take them away again.
+
+    Raises:
+        OSError: it cannot be made, or something else is there.
+    """
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+        return
+    except FileNotFoundError:
+        if not parents or path.parent == path:
+            raise
+        make_folder(path.parent)
+        make_folder(path, parents=False)
+        return
+    sync_folder(path.parent)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -123,8 +144,8 @@ def _publish_new(temporary: Path, target: Path) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Guarantees that the new name survives a power cut, where the system can promise that."""
+def sync_folder(folder: Path) -> None:
+    """Guarantees that the names in a folder survive a power cut, where the system can promise that."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows has no handle for folders
         return
     try:

@@ -5,6 +5,8 @@ import unicodedata
 
 REPORT = "report.json"
 """Of a run, in the folder of its results."""
+MAX_REPORT_BYTES = 16 * 2**20
+"""Largest report that is read."""
 
 
 def safe_stem(text: str) -> str:

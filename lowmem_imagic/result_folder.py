@@ -16,13 +16,14 @@ from typing import Any
 
 from PIL import Image
 
-from .atomic import write_bytes
+from .atomic import make_folder, write_bytes
 from .config import strength_text
 from .diffusion import guidance_at
 from .errors import OutputError, OutputExistsError, OutputUnwritableError
-from .names import REPORT
+from .names import MAX_REPORT_BYTES, REPORT
 from .plain_text import one_line
 from .png import SHEET_TITLE, Box, contact_sheet, encode_png
+from .regular_files import read_regular
 from .sample import Cell
 from .writable import check_writable, unusable
 
@@ -44,6 +45,8 @@ class ResultFolder:
     """SHA-256, in hex, of the files written so far, by name."""
     stale: frozenset[str] = frozenset()
     """Pictures of an earlier run in this folder, which this one replaces."""
+    make_parents: bool = True
+    """Whether folders above it are made; otherwise a missing one is an error."""
 
     @staticmethod
     def prepare(path: Path, *, overwrite: bool) -> "ResultFolder":
@@ -61,12 +64,12 @@ class ResultFolder:
                 raise OutputExistsError(f"{path} holds files already; name another folder with --out, or use --force")
         except OSError as error:
             raise unusable(path, error) from error
-        return ResultFolder(path, overwrite, stale=_pictures_of_report(path / REPORT))
+        return ResultFolder(path, overwrite, stale=pictures_of_report(path))
 
     def write(self, name: str, data: bytes) -> Path:
         """Writes one file into the folder, making it first, and returns its path."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path, parents=self.make_parents)
         except OSError as error:
             raise unusable(self.path, error) from error
         target = self.path / name
@@ -80,15 +83,13 @@ class ResultFolder:
 
     def write_report(self, value: Mapping[str, Any]) -> Path:
         """Writes the report, and removes the pictures that an earlier run's report named and this run did not make."""
-        # A file name that is no text, which Linux allows, becomes JSON's escapes.
-        data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         try:
             # First, so that a report that is there is true.
             for name in self.stale - self.files.keys():
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise unusable(self.path, error) from error
-        return self.write(REPORT, data)
+        return self.write(REPORT, encode_report(value))
 
     def write_pictures(
         self, cells: Sequence[Cell], pictures: Iterable[Image.Image], parameters: Mapping[str, Any]
@@ -124,6 +125,12 @@ class ResultFolder:
         return boxes
 
 
+def encode_report(value: Mapping[str, Any]) -> bytes:
+    """A report as the file has it."""
+    # A file name that is no text, which Linux allows, becomes JSON's escapes.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
 def picture_names(cells: Sequence[Cell]) -> list[str]:
     """A file name for each cell: its eta, with digits enough to tell all apart, and its seed if there are several."""
     many_seeds = len({cell.seed for cell in cells}) > 1
@@ -133,10 +140,10 @@ def picture_names(cells: Sequence[Cell]) -> list[str]:
     return [f"eta_{cell.eta:.{digits}f}{seed}.png" for cell, seed in zip(cells, seeds, strict=True)]
 
 
-def _pictures_of_report(path: Path) -> frozenset[str]:
-    """Names of the pictures that an earlier report says it wrote; nothing that is not such a name."""
+def pictures_of_report(folder: Path) -> frozenset[str]:
+    """Names of the pictures that the report in a folder says it wrote; nothing that is not such a name."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(read_regular(folder / REPORT, MAX_REPORT_BYTES).decode())
         names, cover = report["pictures"], report.get("cover")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return frozenset()

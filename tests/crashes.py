@@ -192,7 +192,16 @@ def campaign(batch: Batch, folder: Path, kills: int, seed: int, *, exact: bool) 
     }
 
 
-PLACES = ("temporary-written", "renamed", "before-commit", "committed", "state-saved", "before-report")
+PLACES = (
+    "temporary-written",
+    "renamed",
+    "before-commit",
+    "committed",
+    "state-saved",
+    "before-file",
+    "before-report",
+    "report-written",
+)
 """Failpoints: between any two durable steps."""
 
 

@@ -1,6 +1,7 @@
 """Facts about batches where two things go wrong at once, or in an order that nobody expects."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic.batch import publishing, worker
+from lowmem_imagic.batch import worker
+from lowmem_imagic.batch.attempts import Attempts
 from lowmem_imagic.batch.ledger import LEASE_S, Ledger
 from lowmem_imagic.batch.ledger_file import Entry
 from lowmem_imagic.batch.paths import Part
-from lowmem_imagic.batch.states import States
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.errors import OutputUnwritableError
 from tests.test_batch import SENTENCE, photo
@@ -205,7 +206,7 @@ def test_a_state_of_another_version_is_not_used(
         measured={},
     )
     plain = run(listed(tmp_path, 2), "--out", tmp_path / "plain")
-    monkeypatch.setattr(States, "load", lambda self, job: state)
+    monkeypatch.setattr(States, "load", lambda self, assignment: state)
     said = run(tmp_path / "list.jsonl", "--out", tmp_path / "out")
     assert plain.code == said.code == 0
     one, other = ((tmp_path / out / "n1" / "eta_0.00.png").read_bytes() for out in ("plain", "out"))
@@ -306,20 +307,19 @@ def test_one_folder_that_cannot_be_written(
     """An item whose own folder is read-only fails alone, whether it was before the run or became so."""
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     out.mkdir()
-    with mounted(out / "n1", "64m"):
-
-        def close() -> None:
-            subprocess.run(("mount", "-o", "remount,ro", str(out / "n1")), check=True)
-
+    with contextlib.ExitStack() as disks:
         if when == "before":
-            close()
+            disks.enter_context(mounted(out / "n1", "64m"))
+            subprocess.run(("mount", "-o", "remount,ro", str(out / "n1")), check=True)
         else:
-            begin = publishing.begin
-            monkeypatch.setattr(
-                publishing,
-                "begin",
-                lambda folder, job: (close() if folder.path.name == "n1" else None, begin(folder, job)),
-            )
+            replace = os.replace
+
+            def replacing(source: Path, target: Path) -> None:
+                if Path(target).parent == out / "n1":
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+                replace(source, target)
+
+            monkeypatch.setattr(os, "replace", replacing)
         said = run(manifest, "--out", out)
     assert said.code == 3 and sorted(said.report["done"]) == ["n0", "n2"] and said.report["left"] == 0
     assert "n1" in said.report["failed"][0]["reason"] and "read-only" in said.report["failed"][0]["reason"].lower()
@@ -335,7 +335,7 @@ def test_states_saved_in_between_are_kept(tmp_path: Path) -> None:
         (tmp_path / "new" / "state").write_bytes(b"2")
         return []
 
-    States(tmp_path, 1).keep(wanted)
+    Attempts(tmp_path).keep(wanted)
     assert os.listdir(tmp_path) == ["new"]
 
 

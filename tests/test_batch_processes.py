@@ -48,7 +48,7 @@ def children(pid: int) -> list[int]:
 
 def wait_for(out: Path, done: int) -> None:
     """Until so many items are done."""
-    for _ in range(600):
+    for _ in range(3000):
         seen = snapshot(out / ".lowmem-imagic" / "ledger.sqlite3")
         if seen is not None and sum(entry.state == DONE for entry in seen.entries) >= done:
             return

@@ -1,45 +1,48 @@
 """Facts about batches on Ray, against a real local cluster of several nodes: whoever is lost, every item is made."""
 
+import contextlib
 import json
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from typer.testing import CliRunner
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.batch.crew import Assignment, Group, Outcome
-from lowmem_imagic.batch.ray_cluster import RayCrew
-from lowmem_imagic.batch.request import Request
-from lowmem_imagic.batch.stopping import Stop
 from lowmem_imagic.cli import app
-from lowmem_imagic.images import photo_sha256
 from tests.crashes import least_psnr
 from tests.test_batch import QUICK, SENTENCE, photo
+from tests.test_batch_processes import children, wait_for
 
-ray = pytest.importorskip("ray")
-# Ray's own threads and sockets.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+pytest.importorskip("ray")
 
 ITEMS = 6
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head that runs nothing, and two nodes of one core."""
-    # Workers at the priority of this process: a busy machine would starve them.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    from ray.cluster_utils import Cluster
+@dataclass
+class Cluster:
+    """A cluster in a process of its own."""
 
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        found.add_node(num_cpus=1)
-    yield found
-    found.shutdown()
+    address: str
+    orders: IO[str]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head that runs nothing, and two nodes of one core."""
+    words = (sys.executable, "-m", "tests.ray_driver", "cluster")
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        yield Cluster(process.stdout.readline().strip(), process.stdin)
+        process.stdin.close()
+        process.wait(60)
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def run(manifest: Path, out: Path, tiny_folder: Path, *more: str) -> Any:
 
 
 def test_a_batch_on_ray_is_the_batch_it_is_here(
-    cluster: Any, manifest: Path, tiny_folder: Path, tmp_path: Path
+    cluster: Cluster, manifest: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Same files, same pictures, same verdict on the photo that is none; run again, nothing is left to do."""
     here, there = (tmp_path / "here", tmp_path / "there")
@@ -81,67 +84,106 @@ def test_a_batch_on_ray_is_the_batch_it_is_here(
     assert again["done"] == [] and len(again["done_before"]) == ITEMS - 1
 
 
-def made(manifest: Path, tiny_folder: Path, cluster: Any, harm: Callable[[RayCrew], None]) -> list[Outcome]:
-    """What becomes of the items when harm is done to the cluster after the first one."""
-    left_open: dict[str, Any] = dict.fromkeys(Request.__dataclass_fields__)
-    asked = Request(
-        **left_open
-        | {"manifest": str(manifest), "out": "", "preset": "fast", "seed": 0, "model": str(tiny_folder), "slots": 1}
-        | {"device": "cpu", "base_weights": "int8", "attention": "auto", "background": "white", "checkpointing": False}
-        | {"small": False, "force": False, "save_every": 0, "steps_sample": 2, "steps_embed": 2, "steps_finetune": 2}
-        | {"executor": "ray", "address": cluster.address, "workers": 2}
-    )
-    group = Group(None, asked.settings({}))
-    folder = manifest.parent
-    items = [
-        Assignment(f"job {n}", f"n{n}", file, photo_sha256(file), SENTENCE)
-        for n in range(ITEMS)
-        for file in [folder / f"p{n}.png"]
-    ]
-    files: dict[str, dict[str, bytes]] = {}
-    done: list[Outcome] = []
-    with RayCrew(asked, lambda one, made: files.update({one.name: made}), Stop()) as crew:
-        outcomes = crew.make(group, iter([items]), ITEMS, on_step=lambda steps: None, holds=lambda job: True)
-        for outcome in outcomes:
-            done.append(outcome)
-            if len(done) == 1:
-                harm(crew)
-    good = {outcome.assignment.name for outcome in done if outcome.error is None}
-    assert files.keys() == good
-    for name, one in files.items():
-        edit_file.decode(one[f"{name}.safetensors"])
-    return done
+def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: bool = False, remove: bool = False) -> None:
+    """Makes items, with harm done to the cluster after the first; every item comes out once, the broken photo with its
+    error, the others with their files."""
+    request = {"manifest": str(manifest), "out": "", "preset": "fast", "seed": 0, "model": str(tiny_folder), "slots": 1}
+    request |= {"device": "cpu", "base_weights": "int8", "attention": "auto", "background": "white"}
+    request |= {"checkpointing": False, "small": False, "force": False, "save_every": 0, "steps_sample": 2}
+    request |= {"steps_embed": 2, "steps_finetune": 2, "executor": "ray", "address": cluster.address, "workers": 2}
+    order = {"request": request, "folder": str(manifest.parent), "sentence": SENTENCE, "items": ITEMS, "kill": kill}
+    words = (sys.executable, "-m", "tests.ray_driver", "crew", json.dumps(order))
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "first\n"
+        if remove:
+            print("remove", file=cluster.orders, flush=True)
+        answer = json.loads(process.stdout.readline())
+        assert process.wait(60) == 0
+    good = [f"n{n}" for n in range(ITEMS) if n != 3]
+    assert sorted(answer["done"]) == [f"n{n}" for n in range(ITEMS)] and answer["files"] == good
+    assert [name for name, error in answer["done"].items() if error] == ["n3"]
 
 
-def check(done: list[Outcome]) -> None:
-    """Every item came out once: the broken photo with its error, the others with their files."""
-    assert sorted(outcome.assignment.name for outcome in done) == [f"n{n}" for n in range(ITEMS)]
-    assert [outcome.assignment.name for outcome in done if outcome.error is not None] == ["n3"]
-
-
-def test_an_actor_that_is_killed_is_started_again(cluster: Any, manifest: Path, tiny_folder: Path) -> None:
+def test_an_actor_that_is_killed_is_started_again(cluster: Cluster, manifest: Path, tiny_folder: Path) -> None:
     """An actor's process killed with SIGKILL in mid-run: what it had in hand is made all the same."""
-    killed = []
-
-    def kill(crew: RayCrew) -> None:
-        busy = next(hand for hand in crew._hands if hand.open)
-        pid = int(ray.get(busy._actor.ready.remote()).split()[-1])
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
-
-    check(made(manifest, tiny_folder, cluster, kill))
-    assert killed
+    check(cluster, manifest, tiny_folder, kill=True)
 
 
-def test_a_node_that_is_lost_is_done_without(cluster: Any, manifest: Path, tiny_folder: Path) -> None:
+def test_a_node_that_is_lost_is_done_without(cluster: Cluster, manifest: Path, tiny_folder: Path) -> None:
     """A node that goes away in mid-run takes its actor with it; the rest is made on the other."""
-    workers = [node for node in cluster.worker_nodes]
+    check(cluster, manifest, tiny_folder, remove=True)
 
-    def remove(crew: RayCrew) -> None:
-        # Beside the run, as a power cut is.
-        threading.Thread(target=cluster.remove_node, args=(workers[0],), kwargs={"allow_graceful": False}).start()
 
-    check(made(manifest, tiny_folder, cluster, remove))
+def left_behind() -> set[str]:
+    """What Ray, or an actor of this package, has in temporary folders."""
+    found = {name for folder in {"/tmp", tempfile.gettempdir()} for name in os.listdir(folder)}
+    return {name for name in found if name.startswith(("lmi-ray-", "lowmem-imagic-ray-", "ray"))}
+
+
+def listening(place: str) -> list[str]:
+    """Addresses at which the processes listen that have a word in their environment."""
+    inodes = set[str]()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if place.encode() in (process / "environ").read_bytes():
+                inodes |= {os.readlink(one) for one in (process / "fd").iterdir() if one.is_symlink()}
+    found = []
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                # Four bytes at a time, in the machine's order.
+                number = fields[1].split(":")[0]
+                words = [bytes.fromhex(number[k : k + 8])[::-1] for k in range(0, len(number), 8)]
+                found.append(socket.inet_ntop(family, b"".join(words)))
+    return found
+
+
+def test_a_driver_that_is_lost(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Without an address Ray listens at the loopback address alone. Its driver, killed in mid-run, is said to have
+    ended and started again; every item is made, and nothing is left in temporary folders."""
+    before, out = left_behind(), tmp_path / "out"
+    words = (
+        "batch",
+        "run",
+        str(manifest),
+        "--out",
+        str(out),
+        "--model",
+        str(tiny_folder),
+        "--device",
+        "cpu",
+        *QUICK,
+        "--json",
+    )
+    run = subprocess.Popen(
+        (
+            sys.executable,
+            "-m",
+            "lowmem_imagic",
+            *words,
+            "--slots",
+            "1",
+            "--executor",
+            "ray",
+            "--workers",
+            "1",
+            "--json",
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(out, 1)
+    [place] = left_behind() - before
+    addresses = listening(place)
+    assert addresses and set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, addresses
+    os.kill(children(run.pid)[0], signal.SIGKILL)
+    said, errors = run.communicate(timeout=300)
+    tally = json.loads(said)
+    assert run.returncode == 3 and len(tally["done"]) == ITEMS - 1, errors
+    assert "ended without a word (signal 9); it is started again" in errors and "Traceback" not in errors
+    assert left_behind() == before
 
 
 def test_no_cluster_there(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ..base_model import BaseModel
 from ..config import EditConfig
 from ..errors import LowmemImagicError
 from ..planning import Plan
+from .attempts import Attempt
 
 Bases = Callable[[str | None], BaseModel]
 """Gives the base model of a name, None for the run's own."""
@@ -53,6 +54,8 @@ class Assignment:
     sha256: str
     """Of the photo, as it was when the run began."""
     sentence: str
+    attempt: Attempt
+    """Where it is made."""
     warnings: tuple[str, ...] = ()
 
 
@@ -65,15 +68,13 @@ class Outcome:
     seconds: float = 0.0
     """From its first training step to its last file, those of an interrupted training included."""
     lost: bool = False
-    """It was taken over by somebody else meanwhile, and nothing was written."""
+    """Another run has begun an attempt of its own meanwhile; nothing of it was touched."""
 
 
 class Crew(Protocol):
     """Whoever makes the items of a group: a `LocalCrew`, or one on other machines."""
 
-    def make(
-        self, group: Group, claims: Claims, count: int, *, on_step: OnStep, holds: Callable[[str], bool]
-    ) -> Iterator[Outcome]:
+    def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
         """What becomes of the items of `claims`, as they are finished; their files are in place by then.
 
         Args:
@@ -81,7 +82,6 @@ class Crew(Protocol):
             claims: see `Claims`.
             count: how many items there may be, for the plan.
             on_step: see `OnStep`.
-            holds: whether an item is still this run's to write.
 
         Raises:
             OutputUnwritableError: results cannot be written; nothing more could be.

@@ -61,7 +61,7 @@ def kind_of(error: LowmemImagicError) -> str:
 def is_of_one_item(error: OutputUnwritableError, out: Path) -> bool:
     """Whether it is one item's folder that cannot be written, while others in `out` can be."""
     cause = error.__cause__
-    if not isinstance(cause, OSError) or cause.errno in _FULL:
+    if not isinstance(cause, OSError) or cause.errno in _FULL or not out.is_dir():
         return False
     try:
         check_writable(out)

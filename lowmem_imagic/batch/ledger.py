@@ -10,33 +10,36 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputUnwritableError
 from ..failpoints import reach
+from . import ledger_file
 from .ledger_file import (
-    BUSY_S,
     DONE,
     FAILED,
     FIELDS,
+    LEASE_S,
     RUNNING,
     SELECT,
     WAITING,
     Entry,
     Runner,
+    check_same,
     entries_in,
+    identity,
+    is_busy,
     opened,
     runners_in,
     snapshot,
     unwritable,
 )
 from .owner import Owner
+from .watch import Watch
 
 HEARTBEAT_S = 5.0
-LEASE_S = 60.0
-"""How long a runner on another machine may be silent before its items are taken over, on the clock of who waits."""
 SUSPECT_ATTEMPTS = 3
 """After so many an item is taken last, and by itself: one that ends the process shall not keep the others."""
 _open_here: set[tuple[Path, int]] = set()
@@ -50,18 +53,24 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, warn: Callable[[str], None] = lambda text: None) -> None:
-        self._path = path
-        self._silent: dict[int, tuple[int, float]] = {}
+        self._path, self._warn = path, warn
+        self._watch = Watch(2 * HEARTBEAT_S)
         self._lock = threading.Lock()
         self._progress = (0, 0.0, 0, 0)
         self._stop = threading.Event()
-        self._database = opened(path, warn)
         self._owner = Owner.of_this_process()
-        with self._changing() as database:
-            fields, values = "host, boot, pid, started", (self._owner.host, self._owner.boot, *self._process)
-            self.me = int(
-                database.execute(f"INSERT INTO runners ({fields}) VALUES (?, ?, ?, ?)", values).lastrowid or 0
-            )
+        self._identity: tuple[tuple[int, int] | None, ...] = ()
+        self._database = opened(path, warn)
+        try:
+            with self._changing() as database:
+                fields, values = "host, boot, pid, started", (self._owner.host, self._owner.boot, *self._process)
+                self.me = int(
+                    database.execute(f"INSERT INTO runners ({fields}) VALUES (?, ?, ?, ?)", values).lastrowid or 0
+                )
+            self._identity = identity(path)
+        except BaseException:
+            self._database.close()
+            raise
         _open_here.add((path, self.me))
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
@@ -120,15 +129,34 @@ class Ledger:
                 database.execute(f"{added} ON CONFLICT (job) DO UPDATE SET {changes}", values)
                 database.execute("INSERT OR IGNORE INTO mine VALUES (?)", (entry.job,))
 
-    def claim(self, settings: str, most: int) -> list[Entry]:
+    def claim(
+        self,
+        settings: str,
+        most: int,
+        *,
+        without: Collection[str] = (),
+        begin: Callable[[Entry], None] = lambda entry: None,
+    ) -> list[Entry]:
         """Takes waiting items of the same settings, and holds them for this runner.
 
         Where others work on the folder, no more than a share of what is left, so that all finish together.
+
+        Args:
+            settings: those of the items.
+            most: how many at most.
+            without: jobs that this runner has under way; it may have lost them and not know yet.
+            begin: called for each item before anybody can see that it is taken.
         """
         with self._changing() as database:
             self._be_there(database)
             self._take_over(database)
-            where = f"state = '{WAITING}' AND settings = ? AND job IN (SELECT job FROM mine)"
+            database.execute("CREATE TEMP TABLE IF NOT EXISTS under_way (job TEXT PRIMARY KEY)")
+            database.execute("DELETE FROM under_way")
+            database.executemany("INSERT OR IGNORE INTO under_way VALUES (?)", [(job,) for job in without])
+            where = (
+                f"state = '{WAITING}' AND settings = ? AND job IN (SELECT job FROM mine) "
+                "AND job NOT IN (SELECT job FROM under_way)"
+            )
             [[waiting]] = database.execute(f"SELECT count(*) FROM jobs WHERE {where}", (settings,))
             if others := len(self._others(database)):
                 most = min(most, math.ceil(waiting / (2 * (others + 1))))
@@ -142,17 +170,13 @@ class Ledger:
                 order = "attempts, kind IS NOT NULL, position"
                 found = database.execute(f"{SELECT} WHERE {where} ORDER BY {order} LIMIT 1", (settings,)).fetchall()
             taken = [Entry(*row) for row in found]
+            for entry in taken:
+                begin(entry)
             database.executemany(
                 f"UPDATE jobs SET state = '{RUNNING}', runner = ?, attempts = attempts + 1 WHERE job = ?",
                 [(self.me, entry.job) for entry in taken],
             )
         return taken
-
-    def holds(self, job: str) -> bool:
-        """Whether an item is still this runner's: it may have been taken over from one that was silent too long."""
-        with self._reading() as database:
-            row = database.execute("SELECT state, runner FROM jobs WHERE job = ?", (job,)).fetchone()
-        return bool(row == (RUNNING, self.me))
 
     def finish(self, job: str, seconds: float) -> None:
         """An item's files are there."""
@@ -162,11 +186,11 @@ class Ledger:
         """An item could not be made; `again` tries it once more when the others are done."""
         self._end(job, WAITING if again else FAILED, kind, error, None)
 
-    def release(self, jobs: Sequence[str]) -> None:
-        """Gives back items that were taken and not made, as if they never had been."""
+    def release(self, jobs: Sequence[str], *, tried: bool = False) -> None:
+        """Gives back items that were taken and not made, as if they never had been unless they were `tried`."""
         with self._changing() as database:
             database.executemany(
-                f"UPDATE jobs SET state = '{WAITING}', attempts = attempts - 1 "
+                f"UPDATE jobs SET state = '{WAITING}', attempts = attempts - {int(not tried)} "
                 f"WHERE job = ? AND state = '{RUNNING}' AND runner = ?",
                 [(job, self.me) for job in jobs],
             )
@@ -222,6 +246,7 @@ class Ledger:
         """The database, for this thread alone."""
         try:
             with self._lock:
+                check_same(self._path, self._identity)
                 yield self._database
         except sqlite3.Error as error:
             raise unwritable(self._path, error) from error
@@ -231,7 +256,8 @@ class Ledger:
         """A transaction that no other writer interferes with."""
         try:
             with self._lock:
-                self._database.execute("BEGIN IMMEDIATE")
+                check_same(self._path, self._identity)
+                self._begin()
                 try:
                     yield self._database
                     reach("before-commit")
@@ -242,6 +268,27 @@ class Ledger:
         except sqlite3.Error as error:
             raise unwritable(self._path, error) from error
         reach("committed")
+
+    def _begin(self) -> None:
+        """Begins a transaction, as soon as no other writer has one."""
+        since, told = time.monotonic(), False
+        while True:
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if not is_busy(error):
+                    raise
+                stopped = [str(one.owner) for one in runners_in(self._database) if one.owner.stopped]
+                who = f"{' or '.join(stopped)}, which is suspended" if stopped else "another run"
+                if time.monotonic() - since > ledger_file.BUSY_S:
+                    raise OutputUnwritableError(
+                        f"the ledger {self._path} cannot be written (it is locked by {who}); continue that or end it, "
+                        "then run the command again"
+                    ) from error
+                if not told:
+                    self._warn(f"waiting for the ledger, which is locked by {who}")
+                told = True
 
     def _be_there(self, database: sqlite3.Connection) -> None:
         """Comes back, where others have taken this runner for dead."""
@@ -263,37 +310,42 @@ class Ledger:
         if runner.owner == self._owner:
             # Closed on a disk so full that its row stayed.
             return (self._path, runner.id) not in _open_here
-        alive = runner.owner.alive
-        if alive is not None:
-            return not alive
-        now = time.monotonic()
-        beat, since = self._silent.get(runner.id, (runner.beat, now))
-        if beat != runner.beat:
-            since = now
-        self._silent[runner.id] = (runner.beat, since)
-        return now - since > LEASE_S
+        return runner.owner.alive is False or self._watch.silent_s(runner) > LEASE_S
 
     def _take_over(self, database: sqlite3.Connection) -> None:
-        for runner in runners_in(database):
+        runners = runners_in(database)
+        self._watch.look(runners)
+        for runner in runners:
             if runner.id != self.me and self._gone(runner):
+                held = f"state = '{RUNNING}' AND runner = ?"
+                [[count]] = database.execute(f"SELECT count(*) FROM jobs WHERE {held}", (runner.id,))
+                if count and runner.owner.alive is not False:
+                    why = "is suspended and " if runner.owner.stopped else ""
+                    self._warn(
+                        f"{runner.owner} {why}has been silent for {LEASE_S:.0f} s; its items ({count}) go on here"
+                    )
                 database.execute("DELETE FROM runners WHERE id = ?", (runner.id,))
-                self._silent.pop(runner.id, None)
         database.execute(
             f"UPDATE jobs SET state = '{WAITING}' WHERE state = '{RUNNING}' AND runner NOT IN (SELECT id FROM runners)"
         )
 
     def _beat(self) -> None:
         """Shows others that this runner is alive, from a thread of its own."""
-        database = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)
-        while not self._stop.wait(HEARTBEAT_S):
-            # Only to be seen: what cannot be written now is written next time, or the run ends by itself.
-            with contextlib.suppress(sqlite3.Error):
-                self._be_there(database)
-                database.execute(
-                    "UPDATE runners SET beat = beat + 1, steps = ?, seconds = ?, training = ?, slots = ? WHERE id = ?",
-                    (*self._progress, self.me),
-                )
-        database.close()
+        # Not longer than until the next beat: who closes the ledger waits for this thread.
+        with contextlib.suppress(sqlite3.Error, OutputUnwritableError):
+            check_same(self._path, self._identity)
+            with contextlib.closing(sqlite3.connect(self._path, timeout=1.0, isolation_level=None)) as database:
+                while not self._stop.wait(HEARTBEAT_S):
+                    # Only to be seen: what cannot be written now is written next time, or the run ends by itself.
+                    check_same(self._path, self._identity)
+                    with contextlib.suppress(sqlite3.Error):
+                        self._watch.look(runners_in(database))
+                        self._be_there(database)
+                        database.execute(
+                            "UPDATE runners SET beat = beat + 1, steps = ?, seconds = ?, training = ?, slots = ? "
+                            "WHERE id = ?",
+                            (*self._progress, self.me),
+                        )
 
 
 def at_work(path: Path, patience_s: float = 3 * HEARTBEAT_S) -> Runner | None:

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..names import REPORT
+from ..names import MAX_REPORT_BYTES, REPORT
+from ..regular_files import open_regular, read_regular
 
 EMPTY, UNFINISHED, FINISHED, OTHER = "empty", "unfinished", "finished", "other"
 
@@ -17,7 +18,7 @@ EMPTY, UNFINISHED, FINISHED, OTHER = "empty", "unfinished", "finished", "other"
 def look(folder: Path, job: str) -> str:
     """What an item's folder holds: nothing (`EMPTY`), the job begun (`UNFINISHED`) or `FINISHED`, or something else."""
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = _report(folder)
         if report["job"] != job:
             return OTHER
         return FINISHED if report["finished"] is True and _whole(folder, report["sha256"]) else UNFINISHED
@@ -30,10 +31,14 @@ def look(folder: Path, job: str) -> str:
 def report_of(folder: Path) -> dict[str, Any] | None:
     """The report of a folder with a finished item; None for any other."""
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = _report(folder)
         return report if report["finished"] is True and isinstance(report["job"], str) else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def _report(folder: Path) -> Any:
+    return json.loads(read_regular(folder / REPORT, MAX_REPORT_BYTES).decode())
 
 
 def _whole(folder: Path, digests: dict[str, str]) -> bool:
@@ -43,7 +48,7 @@ def _whole(folder: Path, digests: dict[str, str]) -> bool:
         if Path(name).name != name:
             return False
         try:
-            with (folder / name).open("rb") as file:
+            with open_regular(folder / name, follow=False) as (file, _):
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             return False

@@ -6,7 +6,9 @@ has it, since no other file holds it. Nothing that a report says is taken for a 
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 from ..atomic import write_bytes
 from ..errors import OutputExistsError
 from ..png import Box, contact_sheet, encode_png
+from ..regular_files import is_plain, open_regular
 from .ledger_file import DONE
 from .outputs import report_of
 from .overview_page import GENERATOR, GONE, MARK, PAGE, PICTURE, SHEET, Shown, counts_of, page_of
@@ -67,7 +70,7 @@ def _shown(folder: Path, item: dict[str, Any]) -> Shown:
         why = "its files are gone; `batch run` makes them again" if state == DONE else item["error"]
         remark = f"{where}: {_without_folders(str(why), folder)}" if why else where
         return Shown(name, state=GONE if state == DONE else state, remark=remark)
-    there = {path.name for path in (folder / name).iterdir() if path.is_file()}
+    there = {path.name for path in (folder / name).iterdir() if is_plain(path, stat.S_IFREG)}
     sizes = {one: _size(folder / name / one) for one in _names(report.get("pictures")) if one in there}
     edit = next((one for one in _names([report.get("edit_file")]) if one in there), None)
     sheet = _size(folder / name / SHEET) if SHEET in there else None
@@ -118,9 +121,11 @@ def _size(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def _opened(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     # Of the other formats some start programs.
-    return Image.open(path, formats=("PNG",))
+    with open_regular(path, follow=False) as (file, _), Image.open(file, formats=("PNG",)) as picture:
+        yield picture
 
 
 def _box(value: Any, size: tuple[int, int]) -> Box | None:
@@ -139,7 +144,8 @@ def _label(name: str) -> str:
 
 def _is_our_page(path: Path) -> bool:
     try:
-        return MARK in path.read_text(encoding="utf-8")[:2000]
+        with open_regular(path, follow=False) as (file, _):
+            return MARK in file.read(8000).decode(errors="ignore")[:2000]
     except (OSError, ValueError):
         return False
 

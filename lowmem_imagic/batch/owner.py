@@ -33,6 +33,14 @@ class Owner:
             return None
         return (_started(self.pid) or "") == self.started
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the process is there and suspended, as by Ctrl-Z, and that can be seen from here."""
+        return bool(self.alive) and is_stopped(self.pid)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
 
 _NOWHERE = f"unknown {secrets.token_hex(8)}"
 """Where the system has no such file: nothing is then the same machine, and heartbeats decide."""
@@ -46,11 +54,22 @@ def _boot() -> str:
         return _NOWHERE
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine is suspended."""
+    return (_stat(pid) or "?")[0] in "Tt"
+
+
 def _started(pid: int) -> str | None:
     """When a process began; None for one that is not there, or that has ended and only waits for its parent."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def _stat(pid: int) -> list[str] | None:
+    """What the kernel says of a process, from its state on."""
     try:
         # The name of the program, in parentheses, may hold anything.
-        state, *fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (OSError, ValueError):
+        fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
         return None
-    return None if state in "ZX" else fields[18]
+    return fields if len(fields) > 19 else None

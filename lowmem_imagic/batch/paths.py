@@ -1,10 +1,12 @@
 """Where a batch keeps what is its own, and which part of a manifest a run is for."""
 
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..regular_files import is_plain
 
 HIDDEN = ".lowmem-imagic"
 """Folder in a batch's folder: ledgers, which hold local paths and are not for sharing, and training states."""
@@ -44,8 +46,8 @@ class Part:
         """Its ledger; parts have their own, so that they need no common disk that sqlite can lock."""
         return out / HIDDEN / f"ledger{self._suffix}.sqlite3"
 
-    def states(self, out: Path) -> Path:
-        """The folder of its training states."""
+    def attempts(self, out: Path) -> Path:
+        """The folder of its attempts, see `attempts`."""
         return out / HIDDEN / f"training{self._suffix}"
 
     def shares_items(self, other: "Part") -> bool:
@@ -54,6 +56,8 @@ class Part:
 
 
 def ledgers_in(out: Path) -> dict[Part, Path]:
-    """The ledgers of a batch's folder."""
+    """The ledgers of a batch's folder; none where links lead to other places."""
+    if not is_plain(out / HIDDEN, stat.S_IFDIR):
+        return {}
     found = {path: _LEDGER.fullmatch(path.name) for path in sorted((out / HIDDEN).glob("ledger*.sqlite3"))}
     return {Part(int(m[1] or 1), int(m[2] or 1)): path for path, m in found.items() if m}

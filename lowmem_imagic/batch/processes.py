@@ -21,8 +21,9 @@ from ..console import Console, Silent
 from ..errors import ConfigError, LowmemImagicError
 from ..unexpected import unexpected
 from .failures import keep_details
-from .ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Snapshot, snapshot
+from .ledger_file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Snapshot, snapshot
 from .manifest import BadItem
+from .owner import is_stopped
 from .paths import HIDDEN
 from .stopping import Stop
 from .tally import Tally
@@ -37,18 +38,23 @@ _PAUSES = 20
 class _Process:
     """One of the processes, started again when it crashes."""
 
-    def __init__(self, request: Mapping[str, Any], retry: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, request: Mapping[str, Any], retry: Sequence[str], environment: Mapping[str, str], console: Console
+    ) -> None:
+        self._console = console
         self._order = json.dumps({"request": request, "retry": list(retry)}) + "\n"
         self._environment = {**os.environ, **environment}
-        self._starts = 0
+        self._starts, self._given_up, self._suspended = 0, False, False
+        self._opened = contextlib.ExitStack()
         self.result: dict[str, Any] | None = None
         """What it said at its end."""
         self._start()
 
     def _start(self) -> None:
         self._starts += 1
+        self._opened.close()
         # A file, since nobody reads a pipe while the process is at work.
-        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._said: IO[bytes] = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._process = subprocess.Popen(
             (sys.executable, "-m", __name__),
             stdin=subprocess.PIPE,
@@ -57,6 +63,7 @@ class _Process:
             # Ctrl-C is this process's to pass on.
             start_new_session=True,
         )
+        self._opened.callback(self._close_pipe)
         with contextlib.suppress(OSError):
             self._pipe.write(self._order.encode())
             self._pipe.flush()
@@ -75,20 +82,40 @@ class _Process:
             lines = self._said.read().decode(errors="replace").splitlines()
             with contextlib.suppress(IndexError, ValueError):
                 self.result = json.loads(lines[-1])
-        if self.result is None and again and self._starts < MAX_STARTS:
-            self._start()
-            return True
+        if self.result is None and again:
+            code = self._process.returncode
+            how = f"process {self._process.pid} of the batch ended without a word ({_end_of(code)})"
+            if self._starts < MAX_STARTS:
+                self._console.warn(f"{how}; it is started again, and goes on with what is missing")
+                self._start()
+                return True
+            if not self._given_up:
+                self._console.warn(f"{how}, the last of {MAX_STARTS} starts")
+                self._given_up = True
         return False
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it is there and does nothing, as after SIGSTOP; said whenever it begins."""
+        before, self._suspended = self._suspended, self._process.poll() is None and is_stopped(self._process.pid)
+        if self._suspended and not before:
+            after = f"others take its items over after {LEASE_S:.0f} s"
+            self._console.warn(f"process {self._process.pid} of the batch is suspended; {after}")
+        return self._suspended
 
     def ask_to_stop(self) -> None:
         """Asks for an orderly end."""
-        with contextlib.suppress(OSError):
-            self._pipe.close()
+        self._close_pipe()
 
     def kill(self) -> None:
         """Ends it at once; whatever it was writing appears whole or not at all."""
         self._process.kill()
         self._process.wait()
+        self._opened.close()
+
+    def _close_pipe(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.close()
 
 
 def run_in_processes(
@@ -115,11 +142,12 @@ def run_in_processes(
         KeyboardInterrupt: `stop` was asked for.
     """
     before = {entry.job for entry in _entries(snapshot(ledger)) if entry.state == DONE}
-    processes = [_Process(request, retry, environment) for environment in environments]
+    processes: list[_Process] = []
     # What failed before is named again, as in a run of one process.
     asked, told = False, set(before)
     try:
-        while any([process.poll(again=not stop.asked) for process in processes]):
+        processes += (_Process(request, retry, environment, console) for environment in environments)
+        while at_work := [process for process in processes if process.poll(again=not stop.asked)]:
             if stop.asked and not asked:
                 asked = True
                 for process in processes:
@@ -128,6 +156,10 @@ def run_in_processes(
             if (seen := snapshot(ledger)) is not None:
                 told |= _tell(seen, told, console)
                 _show(seen, console)
+            # The others have taken over what they had, and made it.
+            idle = all([process.suspended for process in at_work]) and len(at_work) < len(processes)
+            if idle and not any(entry.state in (WAITING, RUNNING) for entry in _entries(seen)):
+                break
             # A ledger of very many items is looked at less often.
             time.sleep(max(_POLL_S, _PAUSES * (time.perf_counter() - started)))
     finally:
@@ -140,13 +172,22 @@ def run_in_processes(
     errors = [result["error"] for result in results if result and "error" in result]
     if errors or not any(results):
         kind = ConfigError if any(result and result.get("usage") for result in results) else LowmemImagicError
-        raise kind(errors[0] if errors else "every process of the batch crashed; see their messages above")
+        raise kind(
+            errors[0]
+            if errors
+            else "every process of the batch crashed; see their messages above. The same command goes on with the rest"
+        )
     return Tally(
         len(entries),
         done=[entry.name for entry in entries if entry.state == DONE and entry.job not in before],
         before=[entry.name for entry in entries if entry.state == DONE and entry.job in before],
         failed=[BadItem(e.place, e.name, e.error or "") for e in entries if e.state == FAILED],
     )
+
+
+def _end_of(code: int) -> str:
+    """How a process ended, for people."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _entries(seen: Snapshot | None) -> tuple[Entry, ...]:

@@ -9,7 +9,6 @@ with it: training states are not kept across machines.
 import contextlib
 import math
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -22,11 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputUnwritableError, UnexpectedError
+from ..errors import (
+    BackendUnavailableError,
+    ConfigError,
+    LowmemImagicError,
+    OutputExistsError,
+    OutputUnwritableError,
+    UnexpectedError,
+)
 from ..unexpected import first_line
 from .crew import Assignment, Claims, Group, OnStep, Outcome
 from .failures import is_of_one_item
-from .paths import HIDDEN
+from .ray_actor import Maker
 from .stopping import Stop
 
 if TYPE_CHECKING:
@@ -38,6 +44,15 @@ CHUNK = 16
 """Most items in an actor's hands."""
 _POLL_S = 1.0
 _CONNECT_S = 10.0
+_LEAVE_S = 5.0
+_SOCKETS_BYTES = 107 - 72
+"""Longest name of a folder under which Ray's sockets have names that the system takes."""
+_PATIENT = {
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+}
+"""On a machine with very much to do, Ray's processes take each other for dead after seconds, and end all of them."""
 
 
 class RayCrew:
@@ -45,16 +60,16 @@ class RayCrew:
 
     Args:
         request: what was asked for; actors read their settings from it.
-        publish: puts an item's files in place.
+        publish: puts an item's files in place; False where another run has begun an attempt of its own.
         stop: asks for an end; items in training are given up.
 
     Raises:
         BackendUnavailableError: Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(self, request: "Request", publish: Callable[[Assignment, dict[str, bytes]], None], stop: Stop) -> None:
+    def __init__(self, request: "Request", publish: Callable[[Assignment, dict[str, bytes]], bool], stop: Stop) -> None:
         # Before Ray is imported: nothing is sent to anybody.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
             import ray
         except ImportError as error:
@@ -66,7 +81,9 @@ class RayCrew:
         # Ray takes SIGTERM for itself, which would end the run without an orderly end.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(request.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            # Without an address always a cluster of its own, and none that happens to be there.
+            where = request.address or os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             [reason, *_] = str(error).splitlines() or [type(error).__name__]
             raise BackendUnavailableError(f"no Ray cluster at {request.address or 'this machine'}: {reason}") from error
@@ -77,6 +94,10 @@ class RayCrew:
 
     def close(self) -> None:
         """Lets go of the actors, and of the cluster."""
+        # First of all they remove what they have of the photos, which they cannot once they are ended.
+        leaving = [ref for hand in self._hands for ref in hand.leave()]
+        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # nobody to be waited for
+            self._ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
         for hand in self._hands:
             hand.dismiss()
         self._ray.shutdown()
@@ -96,12 +117,10 @@ class RayCrew:
         needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
         needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
         # Two threads: one makes items, one answers how far it is.
-        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(_Maker)
+        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(Maker)
         return [kind.remote(self._request.as_json()) for _ in range(count)]
 
-    def make(
-        self, group: Group, claims: Claims, count: int, *, on_step: OnStep, holds: Callable[[str], bool]
-    ) -> Iterator[Outcome]:
+    def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
         """See `crew.Crew`."""
         waiting, given, more = deque[Assignment](), 0, True
         while True:
@@ -125,7 +144,7 @@ class RayCrew:
             self._wait()
             for hand in self._hands:
                 for assignment, result in hand.results():
-                    yield self._outcome(assignment, result, holds)
+                    yield self._outcome(assignment, result)
                 for assignment in hand.dropped():
                     self._lost[assignment.job] += 1
                     given -= 1
@@ -147,15 +166,15 @@ class RayCrew:
         else:
             time.sleep(_POLL_S)
 
-    def _outcome(self, assignment: Assignment, result: dict[str, Any], holds: Callable[[str], bool]) -> Outcome:
-        if result["files"] and not holds(assignment.job):
-            return Outcome(assignment, lost=True)
+    def _outcome(self, assignment: Assignment, result: dict[str, Any]) -> Outcome:
         try:
-            if result["files"]:
-                self._publish(assignment, result["files"])
+            if result["files"] and not self._publish(assignment, result["files"]):
+                return Outcome(assignment, lost=True)
         except OutputUnwritableError as error:
             if not is_of_one_item(error, Path(self._request.out)):
                 raise
+            return Outcome(assignment, error)
+        except OutputExistsError as error:
             return Outcome(assignment, error)
         if "error" in result:
             kind = getattr(errors, result["error"], LowmemImagicError)
@@ -259,6 +278,12 @@ class _Hand:
         dropped, self._dropped = self._dropped, []
         return dropped
 
+    def leave(self) -> list[Any]:
+        """Tells it to remove its files."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            return [self._actor.leave.remote()] if self._greeted else []
+        return []
+
     def dismiss(self) -> None:
         """Ends the actor."""
         with contextlib.suppress(self._ray.exceptions.RayError):
@@ -281,62 +306,33 @@ class _Hand:
             self._asked = self._actor.progress.remote()
 
 
-class _Maker:
-    """The actor: makes items with a crew of its own, in a temporary folder."""
+@contextlib.contextmanager
+def driving(address: str | None) -> Iterator[dict[str, str]]:
+    """The environment of a process that drives Ray.
 
-    def __init__(self, request: dict[str, Any]) -> None:
-        from ..cli_frame import quiet_libraries
-        from ..console import Silent
-        from .request import Request
-
-        quiet_libraries()
-        self._folder = tempfile.TemporaryDirectory(prefix="lowmem-imagic-")
-        self._out = request["out"]
-        self._crew = Request.of(request).crew(Path(self._folder.name), Silent(), Stop())
-        self._in_training: list[int] = []
-
-    def ready(self) -> str:
-        """Says that it is there, and where."""
-        return f"{platform.node()} {os.getpid()}"
-
-    def progress(self) -> list[int]:
-        """Steps of what it trains."""
-        return self._in_training
-
-    def make(self, group: Group, given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """What becomes of some items, as they are finished: their files, or the error."""
-        out = Path(self._folder.name)
-        inputs = out / HIDDEN / "photos"
-        assignments = []
-        names = {str(out): self._out}
-        for number, one in enumerate(given):
-            # A folder of its own for each: photos keep their names, and two may have the same.
-            name, data = one.pop("photo")
-            place = inputs / str(number)
-            place.mkdir(parents=True, exist_ok=True)
-            photo = place / Path(name).name
-            photo.write_bytes(data)
-            names = {str(photo): name, **names}
-            assignments.append(Assignment(photo=photo, **one))
-
-        def on_step(steps: list[int]) -> None:
-            self._in_training = steps
-
-        for outcome in self._crew.make(group, iter([assignments]), len(assignments), on_step=on_step):
-            folder = out / outcome.assignment.name
-            answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
-            # Of one that failed, too: its edit may be finished.
-            answer["files"] = {path.name: path.read_bytes() for path in folder.glob("*")}
-            if outcome.error is not None:
-                text = str(outcome.error)
-                for here, there in names.items():
-                    text = text.replace(here, there)
-                details = getattr(outcome.error, "details", "")
-                answer |= {"error": type(outcome.error).__name__, "text": text, "details": details}
-            yield answer
+    Ray ends that process, at once and without a word, when its own processes are lost; so it is none in which anything
+    else is done. A cluster of its own can be reached from this machine alone, and leaves no files behind.
+    """
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if address or os.environ.get("RAY_ADDRESS"):
+        yield environment
+        return
+    place = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="lmi-ray-", dir=place if len(os.fsencode(place)) < _SOCKETS_BYTES - 17 else "/tmp")
+    try:
+        # The last makes Ray listen at the loopback address alone.
+        yield (
+            environment
+            | {"RAY_TMPDIR": folder, "TMPDIR": folder, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+            | {name: os.environ.get(name, value) for name, value in _PATIENT.items()}
+        )
+    finally:
+        # Ray's processes end a little later than the one that started them.
+        for _ in range(20):
             shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(inputs, ignore_errors=True)
-        self._in_training = []
+            if not os.path.lexists(folder):
+                break
+            time.sleep(0.25)
 
 
 def _check_address(address: str | None) -> None:

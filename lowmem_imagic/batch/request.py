@@ -17,13 +17,14 @@ from ..errors import ConfigError, OutputExistsError
 from ..planning import Budget
 from ..rendering import BaseOptions
 from ..writable import check_writable
+from .attempts import Attempts
 from .crew import Bases, Crew
 from .failures import RETRIED
 from .manifest import BadItem, Item, read_manifest
 from .paths import Part
 from .processes import cpu_environments, gpu_environments, run_in_processes
-from .publishing import publish
-from .ray_cluster import RayCrew, check_executor
+from .publishing import publish_files
+from .ray_cluster import RayCrew, check_executor, driving
 from .runner import Batch
 from .states import States
 from .stopping import Stop
@@ -137,6 +138,14 @@ class Request:
         everything = self.device in ("auto", "cuda") and pick_device(self.device).type == "cuda"
         return torch.cuda.device_count() if everything else 1
 
+    def _environments(self, places: contextlib.ExitStack) -> list[dict[str, str]]:
+        """Those of the processes that are to run it; none where this one does."""
+        if self.executor == "ray":
+            return [places.enter_context(driving(self.address))]
+        if (count := self._processes()) == 1:
+            return []
+        return list(cpu_environments(count) if pick_device(self.device).type == "cpu" else gpu_environments(count))
+
     def run(self, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED, alone: bool = False) -> Tally:
         """Runs it, `alone` in this process whatever `workers` says; see `Batch.run`."""
         out = Path(self.out)
@@ -146,34 +155,32 @@ class Request:
         check_writable(out)
         if out.exists() and not out.is_dir():
             raise OutputExistsError(f"{out} is no folder; name a folder with --out")
-        if self.executor == "local" and not alone and (count := self._processes()) > 1:
-            cpu = pick_device(self.device).type == "cpu"
-            return run_in_processes(
-                self.as_json(),
-                list(cpu_environments(count) if cpu else gpu_environments(count)),
-                self._part.ledger(out),
-                console,
-                stop,
-                retry=retry,
-            )
+        if not alone:
+            with contextlib.ExitStack() as places:
+                environments = self._environments(places)
+                if environments:
+                    ledger = self._part.ledger(out)
+                    return run_in_processes(self.as_json(), environments, ledger, console, stop, retry=retry)
         bases = _Bases(self, console)
         own = bases(None)
         # Before any weight is there: later, what is loaded would count twice.
         budget = Budget.of(own.device, self.vram)
-        states = States(self._part.states(out), self.save_every)
+        attempts = Attempts(self._part.attempts(out))
         with contextlib.ExitStack() as hired:
             crew: Crew
             if self.executor == "ray":
-                crew = hired.enter_context(RayCrew(self, lambda one, files: publish(out / one.name, files), stop))
+                crew = hired.enter_context(
+                    RayCrew(self, lambda one, files: publish_files(one.attempt, files, out / one.name, one.job), stop)
+                )
             else:
-                crew = self._local_crew(bases, budget, out, console, stop, states)
-            return self._run(bases, crew, states, console, stop, items, bad, retry)
+                crew = self._local_crew(bases, budget, out, console, stop, States(self.save_every))
+            return self._run(bases, crew, attempts, console, stop, items, bad, retry)
 
     def crew(self, out: Path, console: Console, stop: Stop) -> LocalCrew:
         """Who makes items for somebody else: into `out`, without training states."""
         bases = _Bases(self, console)
         budget = Budget.of(bases(None).device, self.vram)
-        return self._local_crew(bases, budget, out, console, stop, States(out / "states", 0))
+        return self._local_crew(bases, budget, out, console, stop, States(0))
 
     def _local_crew(
         self, bases: Bases, budget: Budget | None, out: Path, console: Console, stop: Stop, states: States
@@ -192,7 +199,7 @@ class Request:
         self,
         bases: Bases,
         crew: Crew,
-        states: States,
+        attempts: Attempts,
         console: Console,
         stop: Stop,
         items: Sequence[Item],
@@ -207,7 +214,7 @@ class Request:
             Path(self.out),
             settings=self.settings,
             background=self.background,
-            states=states,
+            attempts=attempts,
             console=console,
             force=self.force,
             stop=stop,

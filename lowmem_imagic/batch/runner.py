@@ -1,34 +1,35 @@
 """One run over a manifest's items: looks at what is there, hands out the rest, keeps the ledger."""
 
 import contextlib
-import hashlib
-import json
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base_model import BaseModel
+from ..atomic import make_folder
 from ..config import EditConfig
 from ..console import Console, Silent
-from ..edit_header import SPEC_VERSION
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..images import photo_sha256
 from ..preparation import check_sentence
 from ..rendering import check_sentences
 from ..result_folder import ResultFolder
+from ..writable import unusable
 from . import ledger_file as ledgers
 from . import outputs
+from .attempts import Attempt, Attempts, check_hidden
 from .crew import Assignment, Bases, Crew, Group, Outcome
 from .disk import disk_bytes
-from .failures import INPUT, MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
+from .failures import MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
+from .jobs import bad_entry, job_id, megabytes, plain
 from .ledger import Ledger, at_work
 from .ledger_file import Entry
 from .manifest import BadItem, Item
 from .paths import Part, ledgers_in
-from .states import States
+from .publishing import check_own
 from .stopping import Stop
 from .tally import Tally
 
@@ -51,7 +52,7 @@ class Batch:
         out: the folder that gets a folder for each item.
         settings: see `Settings`.
         background: colour under transparent parts of photos.
-        states: where training states are kept.
+        attempts: those at the items.
         console: where progress and failures are told.
         force: replace folders that hold something else.
         stop: asks for an end.
@@ -72,7 +73,7 @@ class Batch:
         *,
         settings: Settings,
         background: str,
-        states: States,
+        attempts: Attempts,
         console: Console,
         force: bool,
         stop: Stop,
@@ -81,14 +82,14 @@ class Batch:
         command: Mapping[str, Any] | None = None,
     ) -> None:
         self._bases, self._crew, self._items, self._bad, self._out = bases, crew, items, bad, out
-        self._settings, self._background, self._states = settings, background, states
+        self._settings, self._background, self._attempts = settings, background, attempts
         self._console, self._force, self._stop = console, force, stop
         self._part, self._retry, self._command = part, retry, command
         self.tally = Tally(len(items) + len(bad))
         self._groups: dict[Group, list[str]] = {}
-        self._assignments: dict[str, Assignment] = {}
+        self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
-        self._held: set[str] = set()
+        self._held: dict[str, Assignment] = {}
         self._tries = Counter[str]()
         self._failed_jobs: set[str] = set()
         self._total_steps = self._steps = self._in_training = self._slots = 0
@@ -105,11 +106,13 @@ class Batch:
         """
         for one in self._bad:
             self._fail(one)
-        entries = [*map(self._entry, self._items), *map(_bad_entry, self._bad)]
+        entries = [*map(self._entry, self._items), *map(bad_entry, self._bad)]
+        hidden = self._part.ledger(self._out).parent
+        check_hidden(hidden)
         try:
-            self._part.ledger(self._out).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(hidden)
         except OSError as error:
-            raise OutputUnwritableError(f"{self._out} cannot be written ({error.strerror}); choose another") from error
+            raise unusable(hidden, error) from error
         with Ledger(self._part.ledger(self._out), warn=self._console.warn) as ledger:
             self._check_other_parts()
             ledger.register(entries, finished=self._is_finished, retry=self._retry)
@@ -119,10 +122,11 @@ class Batch:
                 self._make_all(ledger)
             finally:
                 self._console.close()
-                self._states.keep(ledger.unfinished)
-                self._take_others(ledger)
-                with contextlib.suppress(OutputUnwritableError):
+                # Where the ledger itself is what has failed, its own error is the one to be told.
+                with contextlib.suppress(OutputUnwritableError) if sys.exc_info()[0] else contextlib.nullcontext():
                     ledger.release(list(self._held))
+                    self._attempts.keep(ledger.unfinished)
+                    self._take_others(ledger)
         return self.tally
 
     # Before anything is made
@@ -160,22 +164,26 @@ class Batch:
             bad = BadItem(item.where, item.name, str(failure), item.position)
             self._keep_details(failure, item.name)
             self._fail(bad)
-            return _bad_entry(bad, kind_of(failure))
-        self._assignments[job] = Assignment(job, item.name, item.photo, digest, item.sentence, tuple(silent.warnings))
+            return bad_entry(bad, kind_of(failure))
+        warnings = tuple(silent.warnings)
+        self._assignments[job] = lambda attempt: Assignment(
+            job, item.name, item.photo, digest, item.sentence, attempt, warnings
+        )
         self._groups.setdefault(group, []).append(job)
         self._places[job] = item.where
-        return Entry(job, item.position, _text(item.where), item.name, group.key, group.steps, state)
+        return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
 
     def _look(self, item: Item, job: str) -> str:
         """Whether an item waits or is done.
 
         Raises:
-            OutputExistsError: its folder holds something else.
+            OutputExistsError: its folder holds something else, or is a link.
         """
         folder = self._out / item.name
         found = outputs.look(folder, job)
         if found == outputs.FINISHED:
             return ledgers.DONE
+        check_own(folder)
         if found == outputs.OTHER and not self._force:
             raise OutputExistsError(f"{folder} holds something else; --force replaces it, or give the item a name")
         ResultFolder.prepare(folder, overwrite=True)
@@ -196,7 +204,7 @@ class Batch:
                     BadItem(entry.place, entry.name, f"{entry.error} (as before; `batch retry --failed` tries again)")
                 )
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
-        self._states.keep(ledger.unfinished)
+        self._attempts.keep(ledger.unfinished)
         self._total_steps = sum(entry.steps for entry in known)
         self._refresh(ledger)
         if not waiting:
@@ -209,8 +217,8 @@ class Batch:
         free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)
         size += (states := max((saved for _, saved in sizes), default=0))
         remark = (
-            f"{len(waiting)} items to make: up to {_mb(size)} on disk, {_mb(states)} of them while training, "
-            f"{_mb(free)} free"
+            f"{len(waiting)} items to make: up to {megabytes(size)} on disk, {megabytes(states)} of them while "
+            f"training, {megabytes(free)} free"
         )
         self._console.say(remark)
         if size > free:
@@ -251,7 +259,6 @@ class Batch:
             claims(),
             len(self._groups[group]),
             on_step=lambda steps: self._step(ledger, steps),
-            holds=ledger.holds,
         )
         for outcome in self._outcomes(outcomes, ledger, group):
             self._book(ledger, outcome)
@@ -276,41 +283,68 @@ class Batch:
             raise
         except Exception as error:
             failure = failure_of(error)
-        while held := [self._assignments[job] for job in self._held] or self._claim(ledger, group):
+        while held := list(self._held.values()) or self._claim(ledger, group):
             for assignment in held:
                 yield Outcome(assignment, failure)
 
     def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
-        claimed = [self._assignments[entry.job] for entry in ledger.claim(group.key, CLAIM)]
-        self._held |= {assignment.job for assignment in claimed}
+        """Items to make; of those that somebody has tried before, what has been finished meanwhile is left out."""
+        begun: list[Assignment] = []
+
+        def begin(entry: Entry) -> None:
+            begun.append(self._assignments[entry.job](self._attempts.begin(entry.job)))
+
+        entries = ledger.claim(group.key, CLAIM, without=self._held, begin=begin)
+        self._held |= {assignment.job: assignment for assignment in begun}
+        for entry, assignment in zip(entries, list(begun), strict=True):
+            # Whoever had it may have put it in place and not come to say so.
+            if entry.attempts and self._is_finished(entry):
+                begun.remove(assignment)
+                self._end(ledger, assignment, entry.seconds or 0.0)
+                self.tally.before.append(entry.name)
         self._refresh(ledger, at_once=True)
-        if claimed:
+        if begun:
             # Photos are read and encoded before the first step is told.
             self._show()
-        return claimed
+        return begun if begun or not entries else self._claim(ledger, group)
+
+    def _end(self, ledger: Ledger, assignment: Assignment, seconds: float) -> None:
+        """Writes down that an item is finished."""
+        self._held.pop(assignment.job, None)
+        ledger.finish(assignment.job, seconds)
+        self._attempts.remove(assignment.attempt)
 
     def _book(self, ledger: Ledger, outcome: Outcome) -> None:
         """Writes down what became of an item."""
         assignment, error = outcome.assignment, outcome.error
-        self._held.discard(assignment.job)
         if outcome.lost:
+            self._lose(ledger, assignment, error)
             return
         if error is None:
-            ledger.finish(assignment.job, outcome.seconds)
-            self._states.remove(assignment.job)
+            self._end(ledger, assignment, outcome.seconds)
             self.tally.done.append(assignment.name)
             self._console.say(f"{assignment.name}: done")
             return
         self._keep_details(error, assignment.name)
+        self._held.pop(assignment.job, None)
         kind = kind_of(error)
         self._tries[assignment.job] += 1
         again = kind == TRANSIENT and self._tries[assignment.job] < MAX_TRIES
-        ledger.fail(assignment.job, kind, _text(str(error)), again=again)
+        ledger.fail(assignment.job, kind, plain(str(error)), again=again)
         if again:
             self._console.say(f"{assignment.name}: {error}; tried again later", always=True)
         else:
             self._failed_jobs.add(assignment.job)
             self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
+
+    def _lose(self, ledger: Ledger, assignment: Assignment, error: LowmemImagicError | None) -> None:
+        """Leaves an item to whoever has begun it anew; it waits again where that is nobody."""
+        self._held.pop(assignment.job, None)
+        ledger.release([assignment.job], tried=True)
+        rest = f" ({error})" if error else ""
+        self._console.warn(
+            f"{assignment.name}: another run took it over while this one was silent; nothing of it was touched{rest}"
+        )
 
     def _take_others(self, ledger: Ledger) -> None:
         """Counts what other runners have made or failed at meanwhile."""
@@ -367,29 +401,3 @@ class Batch:
         remark = ", ".join(f"{count} {name}" for name, count in parts.items() if count or name in always)
         step = min(self._ended_steps + self._in_training, self._total_steps)
         self._console.progress("train", step, self._total_steps, remark)
-
-
-def _text(text: str) -> str:
-    """The text with what no database takes, such as the bytes of a file name that is no text, escaped."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
-    """What the ledger says of an item that cannot be run."""
-    word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
-    place, reason = _text(bad.where), _text(bad.reason)
-    return Entry(f"bad {word}", bad.position, place, bad.name, state=ledgers.FAILED, kind=kind, error=reason)
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def job_id(name: str, photo_sha256: str, sentence: str, config: EditConfig, base: BaseModel, background: str) -> str:
-    """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base
-    and the version of the edit format."""
-    settings = config.to_dict()
-    # How many rows go together is the machine's matter and changes nothing but rounding.
-    del settings["sample"]["batch_rows"]
-    made_of = [SPEC_VERSION, photo_sha256, background, sentence, settings, base.identity.files, base.weights]
-    return hashlib.sha256(json.dumps([name, *made_of], sort_keys=True).encode()).hexdigest()

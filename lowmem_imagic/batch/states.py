@@ -1,38 +1,38 @@
 """Training states of a batch's items on disk."""
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 from .. import training_state
-from ..atomic import remove_temporaries, write_bytes
-from ..errors import EditFileError
+from ..atomic import write_bytes
+from ..container import MAX_FILE_BYTES
+from ..errors import EditFileError, OutputUnwritableError
 from ..failpoints import reach
+from ..regular_files import read_regular
 from ..training_state import TrainingState
-from ..writable import unusable
+from .crew import Assignment
 
 SAVING_SHARE = 1 / 40
 """Most of a run's time that goes into saving training states."""
+_MAX_BYTES = 2 * MAX_FILE_BYTES
+"""More than is ever decoded."""
 
 
 class States:
-    """Training states on disk, one folder for each item so that what a killed writer left is known to be its own.
+    """Training states on disk, each in the folder of its attempt.
 
     Args:
-        folder: where they are.
         every: steps between two states of an edit at least; 0 keeps none.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self._folder, self._every = folder, every
+    def __init__(self, every: int) -> None:
+        self._every = every
         self._steps, self._last, self._took = 0, time.perf_counter(), 0.0
 
-    def load(self, job: str) -> TrainingState | None:
+    def load(self, assignment: Assignment) -> TrainingState | None:
         """The state of an item; None where there is none that can be used."""
         try:
-            return training_state.decode(self._file(job).read_bytes(), job)
+            return training_state.decode(read_regular(assignment.attempt.state, _MAX_BYTES), assignment.job)
         except (OSError, EditFileError):
             return None
 
@@ -42,38 +42,17 @@ class States:
         waited = time.perf_counter() - self._last
         return bool(self._every) and self._steps >= self._every and waited * SAVING_SHARE >= self._took
 
-    def save(self, states: Iterator[tuple[str, TrainingState]]) -> None:
-        """Saves states of items by their jobs."""
+    def save(self, states: Iterator[tuple[Assignment, TrainingState]]) -> None:
+        """Saves states of items; of one that another attempt has begun at meanwhile, nothing."""
         started = time.perf_counter()
-        for job, state in states:
-            file = self._file(job)
+        for assignment, state in states:
+            data = training_state.encode(state, assignment.job)
+            reach("before-state")
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise unusable(file.parent, error) from error
-            write_bytes(file, training_state.encode(state, job), overwrite=True)
+                write_bytes(assignment.attempt.state, data, overwrite=True)
+            except OutputUnwritableError:
+                if assignment.attempt.current:
+                    raise
             reach("state-saved")
         self._last = time.perf_counter()
         self._steps, self._took = 0, self._last - started
-
-    def remove(self, job: str) -> None:
-        """Removes an item's state and whatever was left beside it."""
-        file = self._file(job)
-        with contextlib.suppress(OSError):
-            remove_temporaries(file.parent)
-            file.unlink(missing_ok=True)
-            file.parent.rmdir()
-
-    def keep(self, wanted: Callable[[], Sequence[str]]) -> None:
-        """Removes the states of all items but those wanted."""
-        with contextlib.suppress(OSError):
-            # Listed first: what another run takes and saves in between is then not in the list.
-            found = [path.name for path in self._folder.iterdir()]
-            kept = set(wanted())
-            for job in found:
-                if job not in kept:
-                    self.remove(job)
-            self._folder.rmdir()  # where it is empty
-
-    def _file(self, job: str) -> Path:
-        return self._folder / os.path.basename(job) / "state"

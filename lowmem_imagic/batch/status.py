@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
+from .ledger_file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
 from .paths import ledgers_in
 
@@ -52,7 +52,14 @@ def status(folder: Path) -> dict[str, Any]:
         **counts,
         "seconds_left": left_s,
         "runners": [
-            {"host": r.owner.host, "pid": r.owner.pid, "alive": r.owner.alive, "in_slots": r.slots} for r in runners
+            {
+                "host": r.owner.host,
+                "pid": r.owner.pid,
+                "alive": r.owner.alive,
+                "suspended": r.owner.stopped,
+                "in_slots": r.slots,
+            }
+            for r in runners
         ],
         "items": [_item(entry) for entry in entries],
         "summary": list(_summary(folder, entries, counts, runners, left_s)),
@@ -113,11 +120,17 @@ def _summary(
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     yield f"{folder}: {len(entries)} items: {said}"
     open_items = counts[WAITING] + counts[RUNNING]
-    seen = sum(bool(runner.owner.alive) for runner in runners)
+    suspended = [runner for runner in runners if runner.owner.stopped]
+    seen = sum(bool(runner.owner.alive) for runner in runners) - len(suspended)
     if seen:
         time_left = "" if left_s is None or not open_items else f", about {_duration(left_s)} left"
         yield f"{seen} at work{time_left}"
-    if unseen := len(runners) - seen:
+    for runner in suspended:
+        yield (
+            f"{runner.owner} is suspended: continue it (`fg`, or kill -CONT {runner.owner.pid}) or end it; after "
+            f"{LEASE_S:.0f} s of silence another run takes its items over"
+        )
+    if unseen := len(runners) - seen - len(suspended):
         yield (
             f"{unseen} on another machine, or from before this one's last start: not to be seen from here; if they "
             "have ended, the next run takes their items over"

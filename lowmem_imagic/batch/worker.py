@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from ..atomic import remove_temporaries
 from ..base_model import BaseModel
 from ..commands import finished_edit
 from ..config import EditConfig
@@ -20,7 +19,6 @@ from ..packing import Pack
 from ..pipeline import stream_edits
 from ..planning import CPU_SLOTS, Plan
 from ..preparation import Job
-from ..result_folder import ResultFolder
 from . import publishing
 from .crew import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner
 from .failures import failure_of, is_of_group, is_of_one_item
@@ -63,12 +61,11 @@ class LocalCrew:
         count: int,
         *,
         on_step: OnStep = lambda steps: None,
-        holds: Callable[[str], bool] = lambda job: True,
     ) -> Iterator[Outcome]:
         """See `Crew`. Where not one training step fits in memory, fewer edits train side by side; where one alone does
         not fit, all that are left fail. Where a pack breaks off for another reason, each of its edits is tried once
         more by itself, so that only the one at fault fails."""
-        return self._make(group, claims, count, on_step, holds)
+        return self._make(group, claims, count, on_step)
 
     def _make(
         self,
@@ -76,7 +73,6 @@ class LocalCrew:
         claims: Claims,
         count: int,
         on_step: OnStep,
-        holds: Callable[[str], bool],
         *,
         alone: bool = False,
     ) -> Iterator[Outcome]:
@@ -87,7 +83,7 @@ class LocalCrew:
         self._base = base
         slots, unmade, rungs = None, list[Assignment](), len(base.rungs)
         while True:
-            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, holds, rungs)
+            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs)
             try:
                 config, planned = self._fit(base, group.config, min(count, self._slots or count))
                 most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
@@ -107,7 +103,7 @@ class LocalCrew:
                     if alone:
                         yield Outcome(assignment, failure)
                     else:
-                        yield from self._make(group, iter([[assignment]]), 1, on_step, holds, alone=True)
+                        yield from self._make(group, iter([[assignment]]), 1, on_step, alone=True)
                 if not unmade:
                     return
                 unmade = []
@@ -131,11 +127,10 @@ class _Pack:
         states: States,
         stop: Stop,
         on_step: OnStep,
-        holds: Callable[[str], bool],
         rungs: int,
     ) -> None:
         self._base, self._out, self._background, self._rungs = base, out, background, rungs
-        self._states, self._stop, self._on_step, self._holds = states, stop, on_step, holds
+        self._states, self._stop, self._on_step = states, stop, on_step
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
         self.began = False
@@ -185,7 +180,7 @@ class _Pack:
                     continue
                 self._held[number] = (assignment, photo)
                 number += 1
-                jobs.append(Job(photo, assignment.sentence, self._states.load(assignment.job)))
+                jobs.append(Job(photo, assignment.sentence, self._states.load(assignment)))
             yield jobs
 
     def unreadable(self) -> Iterator[Outcome]:
@@ -206,7 +201,7 @@ class _Pack:
         self._pack = weakref.ref(pack)
         self._on_step(pack.in_slots)
         if self._stop.asked or self._states.due():
-            self._states.save((self._held[number][0].job, state) for number, state in pack.states())
+            self._states.save((self._held[number][0], state) for number, state in pack.states())
         self._stop.check()
 
     def _finish(
@@ -220,30 +215,37 @@ class _Pack:
         """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
         if isinstance(made, LowmemImagicError):
             return Outcome(assignment, made)
-        if not self._holds(assignment.job):
+        attempt, folder = assignment.attempt, self._out / assignment.name
+        if not attempt.current:
             return Outcome(assignment, lost=True)
         # Those of packs that were given up, too.
         made = replace(made, measured={**made.measured, "rungs": self._base.rungs[self._rungs :]})
         started, name = time.perf_counter(), f"{assignment.name}.safetensors"
         meter = Meter(self._base.device)
         meter.stages |= made.measured["stages"]
+        results = publishing.staged(attempt)
         try:
-            folder = ResultFolder.prepare(self._out / assignment.name, overwrite=True)
-            remove_temporaries(folder.path)
-            publishing.begin(folder, assignment.job)
-            quiet = Silent(assignment.warnings)
-            report = finished_edit(self._base, folder, name, made, photo, config, planned, meter, quiet)
+            try:
+                quiet = Silent(assignment.warnings)
+                report = finished_edit(self._base, results, name, made, photo, config, planned, meter, quiet)
+            except Exception as error:
+                if isinstance(error, OutputUnwritableError) or name not in results.files:
+                    raise
+                if not publishing.publish(attempt, results, folder, assignment.job, None):
+                    return Outcome(assignment, lost=True)
+                return Outcome(assignment, failure_of(error, f"the edit itself is finished: {folder / name}"))
             render_s = round(time.perf_counter() - started, 3)
             report |= {"rungs": made.measured["rungs"], "seconds": {"render": render_s}}
-            report |= {"job": assignment.job, "finished": True, "sha256": folder.digests()}
-            publishing.end(folder, report)
+            report |= {"job": assignment.job, "finished": True, "sha256": results.digests()}
+            if not publishing.publish(attempt, results, folder, assignment.job, report):
+                return Outcome(assignment, lost=True)
         except OutputUnwritableError as error:
+            if not attempt.current:
+                return Outcome(assignment, error, lost=True)
             if not is_of_one_item(error, self._out):
                 raise
             return Outcome(assignment, error)
         except Exception as error:
-            edit = self._out / assignment.name / name
-            remark = f"the edit itself is finished: {edit}" if edit.is_file() else ""
-            return Outcome(assignment, failure_of(error, remark))
+            return Outcome(assignment, failure_of(error))
         trained = (made.measured["stages"].get(stage, {}).get("seconds") or 0.0 for stage in ("embed", "finetune"))
         return Outcome(assignment, seconds=sum(trained) + render_s)

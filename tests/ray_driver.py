@@ -1,0 +1,67 @@
+"""What the tests of Ray run in processes of their own: Ray ends the process that drives it when it loses its own.
+
+python -m tests.ray_driver cluster       a cluster; says its address, and removes a node for each line it is given
+python -m tests.ray_driver crew ORDER    items made by a `RayCrew`; says when the first is there, and what became
+                                         of all
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def cluster() -> None:
+    """A head that runs nothing, and two nodes of one core, until standard input ends."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
+    print(made.address, flush=True)
+    for _ in sys.stdin:
+        # As a power cut does.
+        made.remove_node(nodes.pop(0), allow_graceful=False)
+    made.shutdown()
+
+
+def crew(order: dict[str, Any]) -> None:
+    """Makes the photos of a folder, and lets harm be done after the first."""
+    import ray
+
+    from lowmem_imagic import edit_file
+    from lowmem_imagic.batch.attempts import Attempts
+    from lowmem_imagic.batch.crew import Assignment, Group
+    from lowmem_imagic.batch.ray_cluster import RayCrew
+    from lowmem_imagic.batch.request import Request
+    from lowmem_imagic.batch.stopping import Stop
+    from lowmem_imagic.images import photo_sha256
+
+    asked = Request(**dict.fromkeys(Request.__dataclass_fields__) | order["request"])
+    folder, files = Path(order["folder"]), dict[str, dict[str, bytes]]()
+    group, attempts = Group(None, asked.settings({})), Attempts(folder / "training")
+    items = [
+        Assignment(f"job {n}", f"n{n}", file, photo_sha256(file), order["sentence"], attempts.begin(f"job {n}"))
+        for n in range(order["items"])
+        for file in [folder / f"p{n}.png"]
+    ]
+    done: dict[str, str] = {}
+    with RayCrew(asked, lambda one, made: files.update({one.name: made}) is None, Stop()) as hired:
+        for outcome in hired.make(group, iter([items]), len(items), on_step=lambda steps: None):
+            assert outcome.assignment.name not in done, "made twice"
+            done[outcome.assignment.name] = "" if outcome.error is None else str(outcome.error)
+            if len(done) == 1:
+                if order["kill"]:
+                    busy = next(hand for hand in hired._hands if hand.open)
+                    os.kill(int(ray.get(busy._actor.ready.remote()).split()[-1]), signal.SIGKILL)
+                print("first", flush=True)
+    for name, one in files.items():
+        edit_file.decode(one[f"{name}.safetensors"])
+    print(json.dumps({"done": done, "files": sorted(files)}), flush=True)
+
+
+if __name__ == "__main__":
+    # Workers at the priority of this process: a busy machine would starve them.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    cluster() if sys.argv[1] == "cluster" else crew(json.loads(sys.argv[2]))

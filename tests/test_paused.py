@@ -1,0 +1,180 @@
+"""Facts about runs that are suspended, and go on when another has taken over: what the other has made is left alone."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_imagic.batch import ledger_file
+from lowmem_imagic.batch.attempts import Attempt, Attempts
+from lowmem_imagic.batch.outputs import FINISHED, look
+from lowmem_imagic.batch.paths import Part
+from lowmem_imagic.batch.publishing import publish, staged
+from lowmem_imagic.batch.status import status
+from lowmem_imagic.batch.watch import Watch
+from tests import crashes
+from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
+from tests.test_ledger import change, entries, opened
+
+PLACES = ("before-state", "before-file:2", "report-written", "report-written:2", "temporary-written:4")
+"""Where a run is suspended: before it saves a state, between two files, before its first and its last report, and with
+a temporary on disk."""
+
+
+@pytest.fixture
+def batch(tiny_folder: Path, tmp_path: Path) -> crashes.Batch:
+    """Two photos for the tiny model, whose training states are saved as often as can be."""
+    manifest = listed(tmp_path, 2)
+    return crashes.Batch(manifest, ("--model", str(tiny_folder), *ONE_PICTURE, "--slots", "1", "--save-every", "1"))
+
+
+@contextlib.contextmanager
+def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[subprocess.Popen[str]]:
+    """A run that has come to a place and is suspended there."""
+    process = batch.start(out, failpoint=f"{failpoint}{'' if ':' in failpoint else ':1'}:stop")
+    try:
+        _, how = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(how), how
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def stamps(out: Path) -> dict[str, tuple[bytes, int, int]]:
+    """Content, inode and time of everything in the items' folders."""
+    found = {path: path.stat() for path in sorted(out.glob("n*/*"))}
+    return {str(path.relative_to(out)): (path.read_bytes(), s.st_ino, s.st_mtime_ns) for path, s in found.items()}
+
+
+def given_up(out: Path) -> None:
+    """Lets every runner look like one that has ended, as one in another space of process numbers may after a while."""
+    change(Part().ledger(out), "UPDATE runners SET started = '1'")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_it_leaves_alone_what_its_successor_has_made(
+    batch: crashes.Batch,
+    run: Any,  # noqa: F811
+    tmp_path: Path,
+    place: str,
+) -> None:
+    """Suspended wherever it is, and woken when another has finished everything, a run touches no file, says that it
+    has lost the item, and ends well."""
+    out = tmp_path / "out"
+    with suspended(batch, out, place) as process:
+        given_up(out)
+        said = run(batch.manifest, "--out", out, "--slots", 1)
+        assert said.code == 0 and len(said.report["done"] + said.report["done_before"]) == 2
+        before = stamps(out)
+        process.send_signal(signal.SIGCONT)
+        answer, errors = process.communicate(timeout=100)
+    assert process.returncode == 0 and "another run took it over" in errors and "Traceback" not in errors, errors
+    assert json.loads(answer)["failed"] == [] and json.loads(answer)["left"] == 0
+    assert stamps(out) == before and not list(out.glob(".lowmem-imagic/training*"))
+    assert all(look(out / name, json.loads(files["report.json"])["job"]) == FINISHED for name, files in read(out))
+
+
+def read(out: Path) -> list[tuple[str, dict[str, str]]]:
+    """The reports of all items."""
+    return [(path.parent.name, {"report.json": path.read_text()}) for path in sorted(out.glob("n*/report.json"))]
+
+
+def test_it_leaves_alone_what_its_successor_is_at(tmp_path: Path) -> None:
+    """Woken in between, while the other has put only some of its files in place, it adds, replaces and removes none."""
+    attempts, folder = Attempts(tmp_path / "training"), tmp_path / "n0"
+    first = attempts.begin("job")
+    first.state.write_bytes(b"state")
+    old = staged(first)
+    old.write("a.safetensors", b"old")
+    second = attempts.begin("job")
+    assert not first.current and second.current and second.state.read_bytes() == b"state"
+    assert not second.files.exists(), "files of another attempt are made again"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"new")
+    (folder / "report.json").write_text(json.dumps({"job": "job", "finished": False, "pictures": ["eta_0.00.png"]}))
+    (folder / "eta_0.00.png").write_bytes(b"new")
+    before = stamps(tmp_path)
+    assert not publish(first, old, folder, "job", {"job": "job", "finished": True})
+    attempts.remove(first)
+    assert stamps(tmp_path) == before and second.current
+    results = staged(second)
+    results.write("a.safetensors", b"newer")
+    report = {"job": "job", "finished": True, "pictures": [], "sha256": results.digests()}
+    assert publish(second, results, folder, "job", report)
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "report.json"] and look(folder, "job") == FINISHED
+
+
+def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:
+    """A whole list that is run after its part was given up goes on with the part's state, and the part can do
+    nothing more."""
+    part, whole = (Attempts(tmp_path / name) for name in ("training-1-of-2", "training"))
+    first = part.begin("job")
+    first.state.write_bytes(b"state")
+    second = whole.begin("job")
+    assert not first.current and second.state.read_bytes() == b"state"
+    assert isinstance(part.begin("job"), Attempt) and not second.current
+
+
+def test_others_say_what_they_wait_for(
+    batch: crashes.Batch,
+    run: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is suspended while it changes the ledger is named by those that wait for it, and by the status; they
+    end by and by, and it goes on."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(ledger_file, "BUSY_S", 0.3)
+    monkeypatch.setattr(ledger_file, "PATIENCE_S", 0.1)
+    with suspended(batch, out, "before-commit:4") as process:
+        said = run(batch.manifest, "--out", out)
+        assert said.code == 1 and f"process {process.pid} on" in said.errors and "is suspended" in said.errors
+        [runner] = [one for one in status(out)["runners"] if one["pid"] == process.pid]
+        assert runner["suspended"] and any(f"kill -CONT {process.pid}" in line for line in status(out)["summary"])
+        process.send_signal(signal.SIGCONT)
+        answer, errors = process.communicate(timeout=100)
+    assert process.returncode == 0 and sorted(json.loads(answer)["done"]) == ["n0", "n1"], errors
+    assert call("status", out).report["done"] == 2
+
+
+def test_a_suspended_runner_is_given_up_after_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of this machine that is there and silent has lost its items after a lease, and that is said."""
+    path, clock, warnings = tmp_path / "ledger.sqlite3", [0.0], list[str]()
+    with subprocess.Popen(("sleep", "100")) as other, opened(path, entries(1)) as ledger:
+        other.send_signal(signal.SIGSTOP)
+        os.waitpid(other.pid, os.WUNTRACED)
+        started = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields, of_other = "host, boot, pid, started", f"host, boot, {other.pid}, '{started}'"
+        change(path, f"INSERT INTO runners (id, {fields}) SELECT 99, {of_other} FROM runners")
+        change(path, "UPDATE jobs SET state = 'running', runner = 99")
+        monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+        ledger._warn = warnings.append
+        for seconds in range(64):
+            clock[0] = float(seconds)
+            ledger.take_over()
+            assert bool(ledger.counts()["waiting"]) == (seconds > 61) or seconds in (60, 61)
+        other.kill()
+    [text] = warnings
+    assert f"process {other.pid} on" in text and "is suspended and has been silent for 60 s" in text
+
+
+def test_who_slept_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a night in which the whole machine slept, nobody is taken for silent: all have just woken up."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    from lowmem_imagic.batch.ledger_file import Runner
+    from lowmem_imagic.batch.owner import Owner
+
+    watch, runner = Watch(10.0), Runner(1, Owner("h", "b", 1, ""), 5, 0, 0.0, 0, 0)
+    for now in (0.0, 5.0, 30_000.0):
+        clock[0] = now
+        watch.look([runner])
+    assert watch.silent_s(runner) == 15.0
