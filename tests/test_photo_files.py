@@ -355,6 +355,22 @@ def test_sparse_files(tmp_path, start):
             read(path)
 
 
+def test_large_files_are_what_they_are(tmp_path):
+    """A large camera raw file is called that, and a large TIFF whose picture is behind a thumbnail is read."""
+    path = tmp_path / "a.tif"
+
+    def write(data: bytes) -> None:
+        path.write_bytes(data)
+        os.truncate(path, 40 * 2**20)
+
+    write(tiff([page(16, 12, t254=1)], [page(64, 48, t262=32803)]))
+    assert len(photo_sha256(path)) == 64
+    with pytest.raises(NotAnImageError, match="camera raw"):
+        load_photo(path)
+    write(tiff([page(16, 12, t254=1)], [page(2000, 1500)]))
+    assert load_photo(path).image.size == (2000, 1500)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_only_files_are_opened(tmp_path):
     """Pipes, devices and links to them are refused without being opened, for the hash of a photo too."""

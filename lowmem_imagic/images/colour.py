@@ -1,6 +1,7 @@
 """Colours as sRGB, by the signal of the file that counts most."""
 
 import dataclasses
+import struct
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -50,7 +51,11 @@ def to_srgb(colour: Image.Image, signals: Sequence[Signal], notes: list[str]) ->
                     [min(255, max(0, round((n - 16) * 255 / 219))) for n in range(256)] * _bands(colour)
                 )
                 notes.append("its narrow range of values was widened")
-            rgb = _from_space(colour, space)
+            try:
+                rgb = _from_space(colour, space)
+            except (ImageCms.PyCMSError, ValueError, struct.error):
+                notes.append("what it says of its colours cannot be applied and was ignored")
+                continue
             if rgb is not None:
                 notes.append(words)
                 return rgb, None
@@ -117,13 +122,14 @@ def _through_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> t
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-    except (OSError, ImageCms.PyCMSError):
+    except (OSError, ValueError, ImageCms.PyCMSError):
         notes.append("its colour profile is damaged and was ignored")
         return None
     if space == "RGB" and colour.mode == "L":
         colour = colour.convert("RGB")
     if space != {"L": "GRAY"}.get(colour.mode, colour.mode):
-        notes.append(f"its colour profile is for {space} data and was ignored")
+        named = space if space.isascii() and space.isprintable() else "other"
+        notes.append(f"its colour profile is for {named} data and was ignored")
         return None
     try:
         rgb = _applied(colour, source, unless_same=True)

@@ -150,16 +150,8 @@ def examine(data: bytes) -> Contents:
         NotThisKind: Camera raw.
         TooCostly: Tiles or tables far beyond the picture.
     """
-    pages = list(directories(data))
-    if not pages:
-        raise ValueError("no directory of tags")
+    pages, inside = _all(data)
     first = pages[0]
-    inside = [
-        found[0]
-        for page in pages[:4]
-        for place in page.numbers(SUB_DIRECTORIES)
-        if (found := directory_at(data, int(place))) is not None
-    ]
     if data[8:10] == b"CR" or DNG_VERSION in first.entries or any(map(_is_raw, [*pages, *inside])):
         raise NotThisKind(RAW)
     page = _picture(pages, inside)
@@ -187,6 +179,27 @@ def examine(data: bytes) -> Contents:
         notes=notes,
         white_is_zero=page.number(PHOTOMETRIC, 1) == 0,
     )
+
+
+def pixels_of(data: Source) -> int:
+    """The pixels of all pictures of a TIFF file together; 0 where that says little of its size, as for camera raw."""
+    pages, inside = _all(data)
+    if len(pages) >= _MAX_DIRECTORIES or DNG_VERSION in pages[0].entries or any(map(_is_raw, [*pages, *inside])):
+        return 0
+    return sum(one.pixels for one in (*pages, *inside))
+
+
+def _all(data: Source) -> tuple[list[Directory], list[Directory]]:
+    """The directories of a TIFF file in their chain, at least one, and those inside of the first few.
+
+    Raises:
+        ValueError: It has none.
+    """
+    pages = list(directories(data))
+    if not pages:
+        raise ValueError("no directory of tags")
+    places = [int(place) for page in pages[:4] for place in page.numbers(SUB_DIRECTORIES)]
+    return pages, [found[0] for place in places if (found := directory_at(data, place)) is not None]
 
 
 def _is_raw(directory: Directory) -> bool:
@@ -251,6 +264,8 @@ def colour_of(directory: Directory, words: str) -> list[Signal]:
     signals = list[Signal]()
     if profile := directory.text(PROFILE):
         signals.append(Icc(profile))
+    elif PROFILE in directory.entries:
+        signals.append(Unheeded("its colour profile is damaged or too large and was ignored"))
     exif = _at(directory, EXIF)
     gamma, interoperability, space = None, b"", 0
     if exif is not None:
