@@ -154,6 +154,8 @@ def examine(data: bytes) -> Contents:
     first = pages[0]
     if data[8:10] == b"CR" or DNG_VERSION in first.entries or any(map(_is_raw, [*pages, *inside])):
         raise NotThisKind(RAW)
+    if data[:4] == b"MM\0+":
+        raise NotThisKind("a BigTIFF file with its high bytes first, which Pillow does not read; save it as plain TIFF")
     page = _picture(pages, inside)
     notes = []
     if page is not first:
