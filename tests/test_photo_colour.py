@@ -296,6 +296,9 @@ def test_bitmap_headers(tmp_path):
         numbers = (*(round(float(value) * 2**30) for value in ends), *(round(2.2 * 65536),) * 3)
         worst, notes = off_by(tmp_path / "a.bmp", bitmap(seen_in("Adobe RGB", power(2.2)), bytes(4), numbers))
         assert worst <= 2 and "its bitmap header" in notes[0]
+    ends = (0.64, 0.33, 0.03, 0.30, 0.60, 0.10, 0.15, 0.06, 0.79)  # sRGB's, as most programs write them
+    numbers = (*(round(value * 2**30) for value in ends), *(round(2.2 * 65536),) * 3)
+    assert off_by(tmp_path / "a.bmp", bitmap(truth(), bytes(4), numbers)) == (0, ())
     assert off_by(tmp_path / "a.bmp", bitmap(truth(), b"BGRs")) == (0, ())
     assert off_by(tmp_path / "a.bmp", bitmap(truth(), bytes(4))) == (0, ())
     assert "a file of its own" in off_by(tmp_path / "a.bmp", bitmap(truth(), b"KNIL"))[1][0]

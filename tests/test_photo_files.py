@@ -422,7 +422,7 @@ def test_surplus_opacities(tmp_path):
     """A palette picture with more opacities than colours is read, as other programs read it."""
     rows = zlib.compress(b"\0\0\1\0\1\0")
     data = png(
-        header(2, 2, kind=3), (b"PLTE", bytes([255, 0, 0, 0, 0, 255])), (b"tRNS", bytes(9)), (b"IDAT", rows), END
+        header(2, 2, kind=3), (b"PLTE", bytes([255, 0, 0, 0, 0, 255])), (b"tRNS", bytes(300)), (b"IDAT", rows), END
     )
     (tmp_path / "a.png").write_bytes(data)
     assert load_photo(tmp_path / "a.png").image.getpixel((0, 0)) == (255, 255, 255)
