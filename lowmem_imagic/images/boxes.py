@@ -56,7 +56,7 @@ class _Meta:
 
 
 def examine_heif(data: bytes, max_pixels: int) -> Contents:
-    """What an AVIF or HEIC file holds.
+    """The contents of an AVIF or HEIC file.
 
     Its data come without Exif: the format itself says how the picture is turned, and readers leave it to that.
 
@@ -163,10 +163,10 @@ _MAX_COMPONENTS = 8
 
 
 def examine_jpeg2000(data: bytes, max_pixels: int) -> Contents:
-    """What a JPEG 2000 file or bare codestream holds.
+    """The contents of a JPEG 2000 file or bare codestream.
 
     Raises:
-        TooCostly: Tiles, components or resolutions beyond what pictures have.
+        TooCostly: More tiles or components than pictures have.
     """
     signals = list[Signal]()
     start = 0

@@ -70,7 +70,7 @@ def _bands(image: Image.Image) -> int:
 
 
 def _of_cicp(signal: Cicp, notes: list[str]) -> tuple[Space, str] | None:
-    """The space of code points and what is said of its use; None where they name none."""
+    """The space of code points and the remark on its use; None where they name none."""
     primaries, transfer = signal.primaries, signal.transfer
     if not signal.decoded and signal.matrix != 0:
         notes.append(f"its colour code points say YCbCr (matrix {signal.matrix}) of RGB data and were ignored")
@@ -87,12 +87,12 @@ def _of_cicp(signal: Cicp, notes: list[str]) -> tuple[Space, str] | None:
         notes.append("its camera transfer (BT.709) was taken for sRGB's, as browsers do")
     words = f"converted to sRGB from {name} (code points {primaries}/{transfer})"
     if transfer in spaces.HDR_NAMES:
-        words += f"; of its HDR range ({spaces.HDR_NAMES[transfer]}) what is brighter than white was cut off"
+        words += f"; of its HDR range ({spaces.HDR_NAMES[transfer]}) everything brighter than white was cut off"
     return Space(around, curve), words
 
 
 def _of_calibrated(signal: Calibrated, notes: list[str]) -> tuple[Space, str] | None:
-    """The space of a file's own numbers and what is said of its use; None where they make none."""
+    """The space of a file's own numbers and the remark on its use; None where they make none."""
     around = signal.chromaticities
     if around is not None and not spaces.is_valid(around):
         notes.append(f"{signal.words}: primaries that span no colours were ignored")
@@ -118,7 +118,7 @@ def _from_space(colour: Image.Image, space: Space) -> Image.Image | None:
 
 
 def _through_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> tuple[Image.Image, bytes | None] | None:
-    """What `to_srgb` returns, by an embedded profile; None, with a remark, where it cannot be used."""
+    """Picture and profile as `to_srgb` returns them, by an embedded profile; None, with a remark, where it is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = source.profile.xcolor_space.strip()

@@ -1,7 +1,7 @@
 """JPEG, PNG, WebP, GIF, BMP and PPM files taken apart.
 
-Each function bounds what its format lets a small file demand, collects the colour signals in the order in which they
-count, and gives the decoder only what makes the pixels of one picture.
+Each function bounds the demands of its format, collects the colour signals in the order in which they count, and gives
+the decoder only the parts that make the pixels of one picture.
 """
 
 import re
@@ -24,7 +24,7 @@ _GAIN_MAP = "its HDR gain map was ignored, the standard picture was used"
 
 
 def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
-    """What a JPEG file holds: its first picture without application segments but JFIF's and Adobe's.
+    """The contents of a JPEG file: its first picture without application segments but JFIF's and Adobe's.
 
     Raises:
         TooCostly: More scans than progressive pictures have; each costs a pass over all pixels.
@@ -70,7 +70,11 @@ def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
     else:
         raise TooCostly(f"more than {_MAX_SEGMENTS} segments; save it again as a plain JPEG")
     notes = []
-    gain_map = gain_map or b"hdrgm:" in xmp or (pictures > 1 and b"hdrgainmap" in data[at:])
+    gain_map = (
+        gain_map
+        or b"hdrgm:" in xmp
+        or (pictures > 1 and max(data.find(b"hdrgainmap", at), data.find(b"HDRGainMap", at)) >= 0)
+    )
     if gain_map:
         notes.append(_GAIN_MAP)
     elif pictures > 1:
@@ -96,7 +100,7 @@ def _exif(block: bytes) -> tuple[int, list[Signal]]:
 
 
 def examine_png(data: bytes, max_pixels: int) -> Contents:
-    """What a PNG file holds: its still picture; colour chunks in the order of PNG, third edition, 4.3.
+    """The contents of a PNG file: its still picture; colour chunks in the order of PNG, third edition, 4.3.
 
     Raises:
         TooCostly: More chunks than files have.
@@ -191,7 +195,7 @@ def _png_signals(chunks: dict[bytes, bytes], *, is_grey: bool) -> list[Signal]:
 
 
 def _inflated(packed: bytes, most: int) -> bytes:
-    """Up to `most` bytes of what zlib data hold; nothing of damaged data."""
+    """Up to `most` bytes of unpacked zlib data; none of damaged data."""
     try:
         return zlib.decompressobj().decompress(packed, most)
     except zlib.error:
@@ -208,7 +212,7 @@ def _from_hex(texts: dict[bytes, bytes]) -> bytes:
 
 
 def examine_webp(data: bytes, max_pixels: int) -> Contents:
-    """What a WebP file holds; its data are the whole file."""
+    """The contents of a WebP file; its data are the whole file."""
     del max_pixels
     chunks: dict[bytes, bytes] = {}
     frames, at, width, height = 0, 12, 0, 0
@@ -234,7 +238,7 @@ def examine_webp(data: bytes, max_pixels: int) -> Contents:
 
 
 def examine_gif(data: bytes, max_pixels: int) -> Contents:
-    """What a GIF file holds: its first frame, with what it says of the colours."""
+    """The contents of a GIF file: its first frame and its colour profile."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
     frames, end, profile = 0, len(data), b""
@@ -279,7 +283,7 @@ _MAX_RUN_LENGTH_BYTES = 4 * 2**20
 
 
 def examine_bmp(data: bytes, max_pixels: int) -> Contents:
-    """What a BMP file holds, with the colour space of its version 4 or 5 header.
+    """The contents of a BMP file, with the colour space of its version 4 or 5 header.
 
     Raises:
         TooCostly: More run-length coded data than can be decoded in a second or two.
@@ -311,7 +315,7 @@ def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
     The numbers are XYZ, whose sum is white, or chromaticities, as most programs write them: those add up to 1 each.
     """
     if not any(numbers):
-        return []  # what writers leave that know nothing of colours
+        return []  # written by programs that know nothing of colours
     ends = np.array(numbers[:9], np.float64).reshape(3, 3) / 2**30
     sums = ends.sum(axis=1)
     around = None
@@ -328,7 +332,7 @@ def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
 
 
 def examine_ppm(data: bytes, max_pixels: int) -> Contents:
-    """What a binary PPM, PGM or PBM file holds, with samples of 8 bits: Pillow's own scaling takes minutes."""
+    """The contents of a binary PPM, PGM or PBM file, with samples of 8 bits: Pillow's own scaling takes minutes."""
     head = re.match(rb"P([456])(?:\s|#[^\n]{0,999}\n)+(\d{1,9})(?:\s|#[^\n]{0,999}\n)+(\d{1,9})", data)
     if head is None:
         raise ValueError("no size")

@@ -2,7 +2,7 @@
 
 A directory may point anywhere in its file, also several times to the same place, so sizes that it claims can add up
 to far more than the file has. Only tags that are asked for are read here, and the decoder gets a file of one directory
-that holds what makes the pixels (TIFF 6.0 of 1992; BigTIFF; DNG 1.7 and TIFF/EP for the signs of camera raw).
+that holds the tags of the pixels alone (TIFF 6.0 of 1992; BigTIFF; DNG 1.7 and TIFF/EP for the signs of camera raw).
 """
 
 import struct
@@ -144,7 +144,7 @@ def directory_at(data: Source, place: int) -> tuple[Directory, int] | None:
 
 
 def examine(data: bytes) -> Contents:
-    """What a TIFF file holds; its data are a TIFF file of the one picture that is meant.
+    """The contents of a TIFF file; its data are a TIFF file of the one picture that is meant.
 
     Raises:
         NotThisKind: Camera raw.
