@@ -175,6 +175,9 @@ def test_several_pictures_in_a_jpeg(tmp_path):
     """Of a JPEG with further pictures behind it the first is used, and it is said."""
     (tmp_path / "a.jpg").write_bytes(encoded("MPO", save_all=True, append_images=[scene()], quality=95))
     assert load_photo(tmp_path / "a.jpg").notes == ("first frame of 2 used",)
+    with (tmp_path / "a.jpg").open("ab") as file:
+        file.write(b"urn:com:apple:photo:2020:aux:hdrgainmap")
+    assert load_photo(tmp_path / "a.jpg").notes == ("its HDR gain map was ignored, the standard picture was used",)
 
 
 def test_still_picture_beside_an_animation(tmp_path):

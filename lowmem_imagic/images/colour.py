@@ -118,7 +118,7 @@ def _from_space(colour: Image.Image, space: Space) -> Image.Image | None:
 
 
 def _through_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> tuple[Image.Image, bytes | None] | None:
-    """Picture and profile as `to_srgb` returns them, by an embedded profile; None, with a remark, where it is unusable."""
+    """Picture and profile as `to_srgb` returns them, by an embedded profile; None, with a remark, if it is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = source.profile.xcolor_space.strip()

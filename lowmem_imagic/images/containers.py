@@ -70,11 +70,9 @@ def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
     else:
         raise TooCostly(f"more than {_MAX_SEGMENTS} segments; save it again as a plain JPEG")
     notes = []
-    gain_map = (
-        gain_map
-        or b"hdrgm:" in xmp
-        or (pictures > 1 and max(data.find(b"hdrgainmap", at), data.find(b"HDRGainMap", at)) >= 0)
-    )
+    if pictures > 1:
+        gain_map = gain_map or max(data.find(name, at) for name in (b"hdrgainmap", b"HDRGainMap")) >= 0
+    gain_map = gain_map or b"hdrgm:" in xmp
     if gain_map:
         notes.append(_GAIN_MAP)
     elif pictures > 1:
