@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from lowmem_imagic.images import load_photo
+from lowmem_imagic.images import load_photo, spaces
 
 SRGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -163,6 +163,19 @@ def test_what_is_ignored_is_said(tmp_path, chunks, words):
     photo = load_photo(tmp_path / "a.png")
     assert (np.asarray(photo.image) == truth()).all()
     assert any(words in note for note in photo.notes)
+
+
+def test_blocks_in_texts(tmp_path):
+    """Profiles and Exif blocks that ImageMagick writes into texts of a PNG count as those in chunks of their own."""
+    packed = {
+        "icc": spaces.profile_of(spaces.Space(spaces.PRIMARIES[12], spaces.srgb_curve())),
+        "exif": exif_with(65535, "R03"),
+    }
+    for (name, block), samples in zip(packed.items(), (seen_in(P3), seen_in("Adobe RGB", power(2.2))), strict=True):
+        text = f"\n{name}\n{len(block):8}\n{block.hex()}\n".encode()
+        chunk = (b"zTXt", f"Raw profile type {name}".encode() + b"\0\0" + zlib.compress(text))
+        worst, notes = off_by(tmp_path / "a.png", png(samples, chunk))
+        assert worst <= 2 and len(notes) == 1
 
 
 def test_an_unknown_signal_leaves_the_next_one(tmp_path):

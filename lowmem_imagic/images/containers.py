@@ -126,7 +126,7 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
             chunks.setdefault(kind, data[start:end])
         elif kind in (b"tEXt", b"zTXt", b"iTXt") and len(texts) < 100:
             keyword, _, rest = data[start : min(end, start + _MAX_TEXT_BYTES)].partition(b"\0")
-            if keyword in (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1"):
+            if keyword == b"XML:com.adobe.xmp" or keyword.startswith(b"Raw profile type "):
                 texts.setdefault(keyword, _inflated(rest[1:], _MAX_TEXT_BYTES) if kind == b"zTXt" else rest)
         elif kind == b"acTL" and end - start >= 4:
             frames = struct.unpack_from(">I", data, start)[0]
@@ -147,7 +147,9 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
         notes.append(
             f"first frame of {frames} used" if still_is_frame else f"its still picture used, {frames} frames not"
         )
-    turned, told = _exif(chunks.get(b"eXIf", b"") or _from_hex(texts))
+    turned, told = _exif(chunks.get(b"eXIf", b"") or _from_hex(texts, b"exif") or _from_hex(texts, b"APP1"))
+    if profile := _from_hex(texts, b"icc") or _from_hex(texts, b"icm"):
+        told.insert(0, Icc(profile))
     return Contents(
         data=b"".join(kept),
         width=width,
@@ -200,11 +202,10 @@ def _inflated(packed: bytes, most: int) -> bytes:
         return b""
 
 
-def _from_hex(texts: dict[bytes, bytes]) -> bytes:
-    """The Exif block that ImageMagick writes into text chunks: a name, its length, and hexadecimal digits."""
-    text = texts.get(b"Raw profile type exif", b"") or texts.get(b"Raw profile type APP1", b"")
+def _from_hex(texts: dict[bytes, bytes], name: bytes) -> bytes:
+    """A block that ImageMagick writes into a text chunk: its name, its length, and hexadecimal digits."""
     try:
-        return bytes.fromhex(b"".join(text.split()[2:]).decode("ascii"))
+        return bytes.fromhex(b"".join(texts.get(b"Raw profile type " + name, b"").split()[2:]).decode("ascii"))
     except ValueError:
         return b""
 
