@@ -292,6 +292,21 @@ def test_avif_code_points(tmp_path):
     assert notes == ()
 
 
+def test_jpeg2000_header(tmp_path):
+    """ROMM RGB, named in the header of a JPEG 2000 file, is applied; a space that is not known is said."""
+    to_xyz = np.array([[0.7977, 0.1352, 0.0313], [0.2880, 0.7119, 0.0001], [0, 0, 0.8249]])  # of D50
+    to_d50 = np.array([[1.0479, 0.0229, -0.0502], [0.0296, 0.9904, -0.0171], [-0.0092, 0.0151, 0.7519]])
+    light = linear(truth() / 255) @ (np.linalg.inv(to_xyz) @ to_d50 @ SRGB_TO_XYZ).T
+    samples = np.rint(np.clip(light, 0, 1) ** (1 / 1.8) * 255).astype(np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(samples).save(buffer, "JPEG2000")
+    data = buffer.getvalue()
+    at = data.index(b"colr") + 7
+    worst, notes = off_by(tmp_path / "a.jp2", data[:at] + struct.pack(">I", 21) + data[at + 4 :])
+    assert worst <= 3 and "ROMM RGB" in notes[0]
+    assert "e-sRGB" in off_by(tmp_path / "a.jp2", data[:at] + struct.pack(">I", 20) + data[at + 4 :])[1][0]
+
+
 def bitmap(samples: np.ndarray, space: bytes, numbers: tuple[int, ...] = (0,) * 12, profile: bytes = b"") -> bytes:
     """A BMP with a header of version 5."""
     height, width, _ = samples.shape

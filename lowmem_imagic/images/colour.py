@@ -107,8 +107,7 @@ def _of_calibrated(signal: Calibrated, notes: list[str]) -> tuple[Space, str] | 
         # sRGB's own transfer is written as 1/2.2 (PNG, third edition, 11.3.2.5), and with its primaries that is meant.
         if not (low <= signal.gamma <= high and spaces.is_srgb(space)):
             space = dataclasses.replace(space, curves=spaces.power_curve(signal.gamma))
-    words = signal.words if signal.words.startswith("Adobe") else f"the numbers of {signal.words}"
-    return space, f"converted to sRGB from {words}"
+    return space, f"converted to sRGB from {signal.words}"
 
 
 def _from_space(colour: Image.Image, space: Space) -> Image.Image | None:

@@ -190,7 +190,7 @@ def _png_signals(chunks: dict[bytes, bytes], *, is_grey: bool) -> list[Signal]:
         around = tuple(value / 100_000 for value in struct.unpack_from(">8I", stated))
     if gamma or around:
         names = " and ".join(f"{name} chunk" for name, value in (("gAMA", gamma), ("cHRM", around)) if value)
-        signals.append(Calibrated(f"its {names}", gamma, None, around))
+        signals.append(Calibrated(f"the numbers in its {names}", gamma, None, around))
     return signals
 
 
@@ -323,11 +323,11 @@ def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
         around = tuple(float(part) for part in (*white, *(ends / sums[:, None])[:, :2].ravel()))
     gammas = [value / 65536 for value in numbers[9:]]
     if not all(0.1 <= value <= 10 for value in gammas):
-        return [Calibrated("its bitmap header", None, None, around)]
+        return [Calibrated("the numbers in its bitmap header", None, None, around)]
     if len(set(gammas)) == 1:
-        return [Calibrated("its bitmap header", gammas[0], None, around)]
+        return [Calibrated("the numbers in its bitmap header", gammas[0], None, around)]
     curves = np.linspace(0, 1, 1024)[None] ** np.array(gammas)[:, None]
-    return [Calibrated("its bitmap header", None, curves, around)]
+    return [Calibrated("the numbers in its bitmap header", None, curves, around)]
 
 
 def examine_ppm(data: bytes, max_pixels: int) -> Contents:

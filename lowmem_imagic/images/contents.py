@@ -44,7 +44,7 @@ class Calibrated:
     """Primaries and transfer given as numbers; None stands for sRGB's.
 
     Attributes:
-        words: Where that stands, e.g. "its gAMA chunk".
+        words: The space or the place of its numbers, e.g. "the numbers in its gAMA chunk".
         gamma: Linear light is the sample to this power.
         curves: Instead of `gamma`, linear light for equally spaced samples, [1 or 3, entries], 0 to 1.
         chromaticities: x and y of white, red, green and blue.

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .contents import MAX_PROFILE_BYTES, Calibrated, Contents, Icc, NotThisKind, Signal, Srgb, TooCostly, Unheeded
+from .spaces import ADOBE_RGB
 
 RAW = "a camera raw file, which holds a sensor's values; develop it to JPEG or TIFF first"
 
@@ -167,10 +168,10 @@ def examine(data: bytes) -> Contents:
     if page.is_reduced:
         notes.append("it is marked as a reduced copy, and the file has no other picture")
     _check_extent(page)
-    signals: list[Signal] = list(colour_of(page, "its TIFF tags"))
+    signals: list[Signal] = list(colour_of(page, "the numbers in its TIFF tags"))
     # A second picture has tags of its own; a profile that stands at the first only is meant for both.
     if page is not first and not signals:
-        signals = colour_of(first, "its TIFF tags")
+        signals = colour_of(first, "the numbers in its TIFF tags")
     return Contents(
         data=_alone(data, page),
         width=page.number(WIDTH),
@@ -290,9 +291,6 @@ def colour_of(directory: Directory, words: str) -> list[Signal]:
     return signals
 
 
-ADOBE_RGB = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
-
-
 def _at(directory: Directory, tag: int) -> Directory | None:
     """The directory that a tag points to."""
     found = directory_at(directory.data, place) if 0 < (place := directory.number(tag)) < 2**63 else None
@@ -322,4 +320,6 @@ def exif_of(block: bytes) -> tuple[int, list[Signal]]:
     first = next(directories(block), None)
     if first is None:
         return 0, []
-    return first.number(ORIENTATION), [one for one in colour_of(first, "its Exif data") if not isinstance(one, Icc)]
+    return first.number(ORIENTATION), [
+        one for one in colour_of(first, "the numbers in its Exif data") if not isinstance(one, Icc)
+    ]
