@@ -156,7 +156,7 @@ def test_tables_as_programs_write_them(tmp_path, content):
         ("photo,sentence\n", "has no items"),
         ("", "no column is called photo"),
         ("photo,sentence\na.png,\xe4\n".encode("latin-1"), "save it as UTF-8"),
-        (b"p\0h\0o\0t\0o\0", "no column is called photo"),
+        (b"p\0h\0o\0t\0o\0", "save it as UTF-8"),
     ],
 )
 def test_tables_that_are_none(tmp_path, content, words):
@@ -165,6 +165,13 @@ def test_tables_that_are_none(tmp_path, content, words):
     with pytest.raises(ConfigError, match=words) as caught:
         read_manifest(path)
     assert "\n" not in str(caught.value)
+
+
+def test_surplus_cells_make_one_line(tmp_path):
+    """The advice about a row with too many cells is one line of printable text, whatever the cells hold."""
+    path = table(tmp_path, 'photo,sentence\na.png,"x\n\x1b[31m",y\n')
+    [bad] = read_manifest(path)[1]
+    assert bad.where == "line 3" and '"x ?[31m, y"' in bad.reason
 
 
 def test_short_rows_and_stray_cells(tmp_path):

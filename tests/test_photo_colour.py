@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from lowmem_imagic.images import load_photo
+from lowmem_imagic.images import load_photo, spaces
 
 SRGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -165,6 +165,19 @@ def test_what_is_ignored_is_said(tmp_path, chunks, words):
     assert any(words in note for note in photo.notes)
 
 
+def test_blocks_in_texts(tmp_path):
+    """Profiles and Exif blocks that ImageMagick writes into texts of a PNG count as those in chunks of their own."""
+    packed = {
+        "icc": spaces.profile_of(spaces.Space(spaces.PRIMARIES[12], spaces.srgb_curve())),
+        "exif": exif_with(65535, "R03"),
+    }
+    for (name, block), samples in zip(packed.items(), (seen_in(P3), seen_in("Adobe RGB", power(2.2))), strict=True):
+        text = f"\n{name}\n{len(block):8}\n{block.hex()}\n".encode()
+        chunk = (b"zTXt", f"Raw profile type {name}".encode() + b"\0\0" + zlib.compress(text))
+        worst, notes = off_by(tmp_path / "a.png", png(samples, chunk))
+        assert worst <= 2 and len(notes) == 1
+
+
 def test_an_unknown_signal_leaves_the_next_one(tmp_path):
     """Code points that are not known do not hide the gamma that stands beside them."""
     chunks = [(b"cICP", bytes([99, 99, 0, 1])), gama(1.8)]
@@ -279,6 +292,21 @@ def test_avif_code_points(tmp_path):
     assert notes == ()
 
 
+def test_jpeg2000_header(tmp_path):
+    """ROMM RGB, named in the header of a JPEG 2000 file, is applied; a space that is not known is said."""
+    to_xyz = np.array([[0.7977, 0.1352, 0.0313], [0.2880, 0.7119, 0.0001], [0, 0, 0.8249]])  # of D50
+    to_d50 = np.array([[1.0479, 0.0229, -0.0502], [0.0296, 0.9904, -0.0171], [-0.0092, 0.0151, 0.7519]])
+    light = linear(truth() / 255) @ (np.linalg.inv(to_xyz) @ to_d50 @ SRGB_TO_XYZ).T
+    samples = np.rint(np.clip(light, 0, 1) ** (1 / 1.8) * 255).astype(np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(samples).save(buffer, "JPEG2000")
+    data = buffer.getvalue()
+    at = data.index(b"colr") + 7
+    worst, notes = off_by(tmp_path / "a.jp2", data[:at] + struct.pack(">I", 21) + data[at + 4 :])
+    assert worst <= 3 and "ROMM RGB" in notes[0]
+    assert "e-sRGB" in off_by(tmp_path / "a.jp2", data[:at] + struct.pack(">I", 20) + data[at + 4 :])[1][0]
+
+
 def bitmap(samples: np.ndarray, space: bytes, numbers: tuple[int, ...] = (0,) * 12, profile: bytes = b"") -> bytes:
     """A BMP with a header of version 5."""
     height, width, _ = samples.shape
@@ -296,6 +324,9 @@ def test_bitmap_headers(tmp_path):
         numbers = (*(round(float(value) * 2**30) for value in ends), *(round(2.2 * 65536),) * 3)
         worst, notes = off_by(tmp_path / "a.bmp", bitmap(seen_in("Adobe RGB", power(2.2)), bytes(4), numbers))
         assert worst <= 2 and "its bitmap header" in notes[0]
+    ends = (0.64, 0.33, 0.03, 0.30, 0.60, 0.10, 0.15, 0.06, 0.79)  # sRGB's, as most programs write them
+    numbers = (*(round(value * 2**30) for value in ends), *(round(2.2 * 65536),) * 3)
+    assert off_by(tmp_path / "a.bmp", bitmap(truth(), bytes(4), numbers)) == (0, ())
     assert off_by(tmp_path / "a.bmp", bitmap(truth(), b"BGRs")) == (0, ())
     assert off_by(tmp_path / "a.bmp", bitmap(truth(), bytes(4))) == (0, ())
     assert "a file of its own" in off_by(tmp_path / "a.bmp", bitmap(truth(), b"KNIL"))[1][0]

@@ -175,6 +175,9 @@ def test_several_pictures_in_a_jpeg(tmp_path):
     """Of a JPEG with further pictures behind it the first is used, and it is said."""
     (tmp_path / "a.jpg").write_bytes(encoded("MPO", save_all=True, append_images=[scene()], quality=95))
     assert load_photo(tmp_path / "a.jpg").notes == ("first frame of 2 used",)
+    with (tmp_path / "a.jpg").open("ab") as file:
+        file.write(b"urn:com:apple:photo:2020:aux:hdrgainmap")
+    assert load_photo(tmp_path / "a.jpg").notes == ("its HDR gain map was ignored, the standard picture was used",)
 
 
 def test_still_picture_beside_an_animation(tmp_path):
@@ -355,6 +358,22 @@ def test_sparse_files(tmp_path, start):
             read(path)
 
 
+def test_large_files_are_what_they_are(tmp_path):
+    """A large camera raw file is called that, and a large TIFF whose picture is behind a thumbnail is read."""
+    path = tmp_path / "a.tif"
+
+    def write(data: bytes) -> None:
+        path.write_bytes(data)
+        os.truncate(path, 40 * 2**20)
+
+    write(tiff([page(16, 12, t254=1)], [page(64, 48, t262=32803)]))
+    assert len(photo_sha256(path)) == 64
+    with pytest.raises(NotAnImageError, match="camera raw"):
+        load_photo(path)
+    write(tiff([page(16, 12, t254=1)], [page(2000, 1500)]))
+    assert load_photo(path).image.size == (2000, 1500)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_only_files_are_opened(tmp_path):
     """Pipes, devices and links to them are refused without being opened, for the hash of a photo too."""
@@ -406,7 +425,7 @@ def test_surplus_opacities(tmp_path):
     """A palette picture with more opacities than colours is read, as other programs read it."""
     rows = zlib.compress(b"\0\0\1\0\1\0")
     data = png(
-        header(2, 2, kind=3), (b"PLTE", bytes([255, 0, 0, 0, 0, 255])), (b"tRNS", bytes(9)), (b"IDAT", rows), END
+        header(2, 2, kind=3), (b"PLTE", bytes([255, 0, 0, 0, 0, 255])), (b"tRNS", bytes(300)), (b"IDAT", rows), END
     )
     (tmp_path / "a.png").write_bytes(data)
     assert load_photo(tmp_path / "a.png").image.getpixel((0, 0)) == (255, 255, 255)

@@ -1,6 +1,6 @@
-"""What stands in a manifest, still unchecked: one mapping for each photo of a folder, line of a file, or object.
+"""Entries of manifests, still unchecked: one mapping for each photo of a folder, line of a file, or object.
 
-What can be read is bounded: bytes, entries, and for JSON its nesting and its parts.
+Bytes, entries, lines, and the nesting and parts of JSON are bounded before they take memory.
 """
 
 import csv
@@ -45,7 +45,7 @@ Entry = tuple[str, Any]
 def of_folder(path: Path) -> Iterator[Entry]:
     """The photos of a folder in order of their names.
 
-    Left alone are hidden files, what macOS keeps beside its own (`._*`), the tool's own results, and a camera raw
+    Left alone are hidden files, companions of files that macOS writes (`._*`), the tool's own results, and a camera raw
     file beside its picture of another format. A pipe, device or broken link with a photo's name is an error of its own.
 
     Raises:
@@ -117,6 +117,9 @@ def _text(path: Path) -> str:
             data = file.read(MAX_MANIFEST_BYTES)
     except NotRegularError:
         raise ConfigError(f"manifest {path} is a pipe or device; expected a folder or a file") from None
+    # Text of two bytes a letter has zeros in it, also without a mark.
+    if b"\0" in data[:1000] and data[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        raise ConfigError(f"manifest {path} is not UTF-8 text; save it as UTF-8")
     coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return data.decode(coding)
@@ -182,16 +185,16 @@ def _of_table(path: Path, text: str) -> Iterator[Entry]:
     Raises:
         ConfigError: No columns that are an item's, or a row that cannot be told from the next.
     """
-    mark, begin = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE), 0  # what Excel writes and hides
-    if mark:
-        begin = mark.end()
-    lines = _lines(path, text[begin:] if begin else text)
-    first = next((line for line in lines if line.strip()), "")
-    skipped = text[: text.find(first)].count("\n") if first else 0
+    mark = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # which Excel writes and hides
+    lines = _lines(path, text)
+    number, first = next(
+        ((number, line) for number, line in enumerate(lines, start=1) if line.strip() and not (mark and number == 1)),
+        (1, ""),
+    )
     separator = mark[1] if mark else _separator(first)
-    columns = _columns(path, first, separator, skipped + 1)
+    columns = _columns(path, first, separator, number)
     reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=separator)
-    start = skipped + 2
+    start = number + 1
     while True:
         try:
             row = next(reader, None)
@@ -203,12 +206,12 @@ def _of_table(path: Path, text: str) -> Iterator[Entry]:
         if row is None:
             return
         if any(cell.strip() for cell in row):
-            yield f"line {skipped + 1 + reader.line_num}", _row(row, columns, separator)
-        start = skipped + 2 + reader.line_num
+            yield f"line {number + reader.line_num}", _row(row, columns, separator)
+        start = number + 1 + reader.line_num
 
 
 def _separator(first: str) -> str:
-    """What separates the columns: of comma, semicolon and tab, the one that gives the most known names."""
+    """The separator of the columns: of comma, semicolon and tab, the one that gives the most known names."""
     return max(",;\t", key=lambda one: sum(_field(name) in KINDS for name in first[:10_000].split(one)))
 
 
@@ -247,7 +250,8 @@ def _row(row: Sequence[str], columns: Sequence[str], separator: str) -> Any:
         advice = "put a sentence with such in it in quotes"
         if columns[-1] == "sentence":
             between = separator if separator == "\t" else f"{separator} "
-            sentence = between.join(row[len(columns) - 1 :])[:200].replace('"', '""')
+            sentence = " ".join(between.join(row[len(columns) - 1 :])[:200].replace('"', '""').split())
+            sentence = "".join(letter if letter.isprintable() else "?" for letter in sentence)
             advice = f'put the sentence in quotes: "{sentence}"'
         called = {",": "a comma", ";": "a semicolon", "\t": "a tab"}.get(separator, repr(separator))
         return ConfigError(

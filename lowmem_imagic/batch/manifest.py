@@ -66,7 +66,7 @@ def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], 
     items, bad = list[Item](), list[BadItem]()
     taken: dict[str, str] = {}
     try:
-        # One entry at a time: what an entry says beside an item's fields is not kept.
+        # One entry at a time, so that only the fields of items are kept.
         for position, (where, entry) in enumerate(_entries(path, sentence)):
             try:
                 item = replace(_item(where, entry, folder, sentence), position=position)
@@ -89,7 +89,7 @@ def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], 
 
 
 def _entries(path: Path, sentence: str | None) -> Iterator[Entry]:
-    """What stands in the manifest.
+    """The entries of the manifest.
 
     Raises:
         ConfigError: It is none.

@@ -9,7 +9,7 @@ from .contents import Contents
 from .formats import Format
 
 UNREADABLE = (ValueError, LookupError, ArithmeticError, struct.error, zlib.error)
-"""What damaged bytes lead to in these functions."""
+"""Errors that damaged bytes lead to in these functions."""
 
 _BY_NAME: Mapping[str, Callable[[bytes, int], Contents]] = {
     "JPEG": containers.examine_jpeg,
@@ -26,7 +26,7 @@ _BY_NAME: Mapping[str, Callable[[bytes, int], Contents]] = {
 
 
 def examine(data: bytes, kind: Format, *, max_pixels: int) -> Contents:
-    """What a file of a format holds, without decoding a pixel.
+    """The contents of a file of a format, without decoding a pixel.
 
     Raises:
         NotThisKind: It looks like the format and is another kind.

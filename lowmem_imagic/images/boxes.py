@@ -8,7 +8,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .contents import MAX_PROFILE_BYTES, Cicp, Contents, Icc, Signal, TooCostly, Unheeded
+from .contents import MAX_PROFILE_BYTES, Calibrated, Cicp, Contents, Icc, Signal, TooCostly, Unheeded
+from .spaces import ROMM_RGB
 
 _MAX_BOXES = 20_000
 _MAX_META_BYTES = 16 * 2**20
@@ -56,7 +57,7 @@ class _Meta:
 
 
 def examine_heif(data: bytes, max_pixels: int) -> Contents:
-    """What an AVIF or HEIC file holds.
+    """The contents of an AVIF or HEIC file.
 
     Its data come without Exif: the format itself says how the picture is turned, and readers leave it to that.
 
@@ -157,16 +158,17 @@ def _colours(data: bytes, properties: list[tuple[bytes, int, int]]) -> list[Sign
 
 # Enumerated colour spaces of JPEG 2000 (ISO/IEC 15444-1 and -2) that mean sRGB or have no colour.
 _JPEG2000_PLAIN = {0, 12, 14, 15, 16, 17, 18}
-_JPEG2000_NAMES = {20: "e-sRGB", 21: "ROMM RGB", 24: "e-sYCC"}
+_JPEG2000_ROMM = 21
+_JPEG2000_NAMES = {20: "e-sRGB", 24: "e-sYCC"}
 _MAX_TILES = 4096
 _MAX_COMPONENTS = 8
 
 
 def examine_jpeg2000(data: bytes, max_pixels: int) -> Contents:
-    """What a JPEG 2000 file or bare codestream holds.
+    """The contents of a JPEG 2000 file or bare codestream.
 
     Raises:
-        TooCostly: Tiles, components or resolutions beyond what pictures have.
+        TooCostly: More tiles or components than pictures have.
     """
     signals = list[Signal]()
     start = 0
@@ -178,7 +180,9 @@ def examine_jpeg2000(data: bytes, max_pixels: int) -> Contents:
                 signals.append(Icc(data[first + 3 : last]))
             elif data[first] == 1 and last - first >= 7:
                 space = struct.unpack_from(">I", data, first + 3)[0]
-                if space not in _JPEG2000_PLAIN:
+                if space == _JPEG2000_ROMM:
+                    signals.append(Calibrated("ROMM RGB", 1.8, None, ROMM_RGB))
+                elif space not in _JPEG2000_PLAIN:
                     name = _JPEG2000_NAMES.get(space, f"number {space}")
                     signals.append(Unheeded(f"its colour space ({name}) is not known here, it was taken for sRGB"))
         start = (find(data, b"jp2c") or (0, 0))[0]

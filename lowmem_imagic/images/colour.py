@@ -1,6 +1,7 @@
 """Colours as sRGB, by the signal of the file that counts most."""
 
 import dataclasses
+import struct
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -50,7 +51,11 @@ def to_srgb(colour: Image.Image, signals: Sequence[Signal], notes: list[str]) ->
                     [min(255, max(0, round((n - 16) * 255 / 219))) for n in range(256)] * _bands(colour)
                 )
                 notes.append("its narrow range of values was widened")
-            rgb = _from_space(colour, space)
+            try:
+                rgb = _from_space(colour, space)
+            except (ImageCms.PyCMSError, ValueError, struct.error):
+                notes.append("what it says of its colours cannot be applied and was ignored")
+                continue
             if rgb is not None:
                 notes.append(words)
                 return rgb, None
@@ -65,7 +70,7 @@ def _bands(image: Image.Image) -> int:
 
 
 def _of_cicp(signal: Cicp, notes: list[str]) -> tuple[Space, str] | None:
-    """The space of code points and what is said of its use; None where they name none."""
+    """The space of code points and the remark on its use; None where they name none."""
     primaries, transfer = signal.primaries, signal.transfer
     if not signal.decoded and signal.matrix != 0:
         notes.append(f"its colour code points say YCbCr (matrix {signal.matrix}) of RGB data and were ignored")
@@ -82,12 +87,12 @@ def _of_cicp(signal: Cicp, notes: list[str]) -> tuple[Space, str] | None:
         notes.append("its camera transfer (BT.709) was taken for sRGB's, as browsers do")
     words = f"converted to sRGB from {name} (code points {primaries}/{transfer})"
     if transfer in spaces.HDR_NAMES:
-        words += f"; of its HDR range ({spaces.HDR_NAMES[transfer]}) what is brighter than white was cut off"
+        words += f"; of its HDR range ({spaces.HDR_NAMES[transfer]}) everything brighter than white was cut off"
     return Space(around, curve), words
 
 
 def _of_calibrated(signal: Calibrated, notes: list[str]) -> tuple[Space, str] | None:
-    """The space of a file's own numbers and what is said of its use; None where they make none."""
+    """The space of a file's own numbers and the remark on its use; None where they make none."""
     around = signal.chromaticities
     if around is not None and not spaces.is_valid(around):
         notes.append(f"{signal.words}: primaries that span no colours were ignored")
@@ -102,8 +107,7 @@ def _of_calibrated(signal: Calibrated, notes: list[str]) -> tuple[Space, str] | 
         # sRGB's own transfer is written as 1/2.2 (PNG, third edition, 11.3.2.5), and with its primaries that is meant.
         if not (low <= signal.gamma <= high and spaces.is_srgb(space)):
             space = dataclasses.replace(space, curves=spaces.power_curve(signal.gamma))
-    words = signal.words if signal.words.startswith("Adobe") else f"the numbers of {signal.words}"
-    return space, f"converted to sRGB from {words}"
+    return space, f"converted to sRGB from {signal.words}"
 
 
 def _from_space(colour: Image.Image, space: Space) -> Image.Image | None:
@@ -113,17 +117,18 @@ def _from_space(colour: Image.Image, space: Space) -> Image.Image | None:
 
 
 def _through_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> tuple[Image.Image, bytes | None] | None:
-    """What `to_srgb` returns, by an embedded profile; None, with a remark, where it cannot be used."""
+    """Picture and profile as `to_srgb` returns them, by an embedded profile; None, with a remark, if it is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = source.profile.xcolor_space.strip()
-    except (OSError, ImageCms.PyCMSError):
+    except (OSError, ValueError, ImageCms.PyCMSError):
         notes.append("its colour profile is damaged and was ignored")
         return None
     if space == "RGB" and colour.mode == "L":
         colour = colour.convert("RGB")
     if space != {"L": "GRAY"}.get(colour.mode, colour.mode):
-        notes.append(f"its colour profile is for {space} data and was ignored")
+        named = space if space.isascii() and space.isprintable() else "other"
+        notes.append(f"its colour profile is for {named} data and was ignored")
         return None
     try:
         rgb = _applied(colour, source, unless_same=True)

@@ -1,7 +1,7 @@
 """JPEG, PNG, WebP, GIF, BMP and PPM files taken apart.
 
-Each function bounds what its format lets a small file demand, collects the colour signals in the order in which they
-count, and gives the decoder only what makes the pixels of one picture.
+Each function bounds the demands of its format, collects the colour signals in the order in which they count, and gives
+the decoder only the parts that make the pixels of one picture.
 """
 
 import re
@@ -24,7 +24,7 @@ _GAIN_MAP = "its HDR gain map was ignored, the standard picture was used"
 
 
 def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
-    """What a JPEG file holds: its first picture without application segments but JFIF's and Adobe's.
+    """The contents of a JPEG file: its first picture without application segments but JFIF's and Adobe's.
 
     Raises:
         TooCostly: More scans than progressive pictures have; each costs a pass over all pixels.
@@ -70,7 +70,9 @@ def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
     else:
         raise TooCostly(f"more than {_MAX_SEGMENTS} segments; save it again as a plain JPEG")
     notes = []
-    gain_map = gain_map or b"hdrgm:" in xmp or (pictures > 1 and b"hdrgainmap" in data[at:])
+    if pictures > 1:
+        gain_map = gain_map or max(data.find(name, at) for name in (b"hdrgainmap", b"HDRGainMap")) >= 0
+    gain_map = gain_map or b"hdrgm:" in xmp
     if gain_map:
         notes.append(_GAIN_MAP)
     elif pictures > 1:
@@ -96,7 +98,7 @@ def _exif(block: bytes) -> tuple[int, list[Signal]]:
 
 
 def examine_png(data: bytes, max_pixels: int) -> Contents:
-    """What a PNG file holds: its still picture; colour chunks in the order of PNG, third edition, 4.3.
+    """The contents of a PNG file: its still picture; colour chunks in the order of PNG, third edition, 4.3.
 
     Raises:
         TooCostly: More chunks than files have.
@@ -124,7 +126,7 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
             chunks.setdefault(kind, data[start:end])
         elif kind in (b"tEXt", b"zTXt", b"iTXt") and len(texts) < 100:
             keyword, _, rest = data[start : min(end, start + _MAX_TEXT_BYTES)].partition(b"\0")
-            if keyword in (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1"):
+            if keyword == b"XML:com.adobe.xmp" or keyword.startswith(b"Raw profile type "):
                 texts.setdefault(keyword, _inflated(rest[1:], _MAX_TEXT_BYTES) if kind == b"zTXt" else rest)
         elif kind == b"acTL" and end - start >= 4:
             frames = struct.unpack_from(">I", data, start)[0]
@@ -145,7 +147,9 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
         notes.append(
             f"first frame of {frames} used" if still_is_frame else f"its still picture used, {frames} frames not"
         )
-    turned, told = _exif(chunks.get(b"eXIf", b"") or _from_hex(texts))
+    turned, told = _exif(chunks.get(b"eXIf", b"") or _from_hex(texts, b"exif") or _from_hex(texts, b"APP1"))
+    if profile := _from_hex(texts, b"icc") or _from_hex(texts, b"icm"):
+        told.insert(0, Icc(profile))
     return Contents(
         data=b"".join(kept),
         width=width,
@@ -186,29 +190,28 @@ def _png_signals(chunks: dict[bytes, bytes], *, is_grey: bool) -> list[Signal]:
         around = tuple(value / 100_000 for value in struct.unpack_from(">8I", stated))
     if gamma or around:
         names = " and ".join(f"{name} chunk" for name, value in (("gAMA", gamma), ("cHRM", around)) if value)
-        signals.append(Calibrated(f"its {names}", gamma, None, around))
+        signals.append(Calibrated(f"the numbers in its {names}", gamma, None, around))
     return signals
 
 
 def _inflated(packed: bytes, most: int) -> bytes:
-    """Up to `most` bytes of what zlib data hold; nothing of damaged data."""
+    """Up to `most` bytes of unpacked zlib data; none of damaged data."""
     try:
         return zlib.decompressobj().decompress(packed, most)
     except zlib.error:
         return b""
 
 
-def _from_hex(texts: dict[bytes, bytes]) -> bytes:
-    """The Exif block that ImageMagick writes into text chunks: a name, its length, and hexadecimal digits."""
-    text = texts.get(b"Raw profile type exif", b"") or texts.get(b"Raw profile type APP1", b"")
+def _from_hex(texts: dict[bytes, bytes], name: bytes) -> bytes:
+    """A block that ImageMagick writes into a text chunk: its name, its length, and hexadecimal digits."""
     try:
-        return bytes.fromhex(b"".join(text.split()[2:]).decode("ascii"))
+        return bytes.fromhex(b"".join(texts.get(b"Raw profile type " + name, b"").split()[2:]).decode("ascii"))
     except ValueError:
         return b""
 
 
 def examine_webp(data: bytes, max_pixels: int) -> Contents:
-    """What a WebP file holds; its data are the whole file."""
+    """The contents of a WebP file; its data are the whole file."""
     del max_pixels
     chunks: dict[bytes, bytes] = {}
     frames, at, width, height = 0, 12, 0, 0
@@ -234,7 +237,7 @@ def examine_webp(data: bytes, max_pixels: int) -> Contents:
 
 
 def examine_gif(data: bytes, max_pixels: int) -> Contents:
-    """What a GIF file holds: its first frame, with what it says of the colours."""
+    """The contents of a GIF file: its first frame and its colour profile."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
     frames, end, profile = 0, len(data), b""
@@ -279,7 +282,7 @@ _MAX_RUN_LENGTH_BYTES = 4 * 2**20
 
 
 def examine_bmp(data: bytes, max_pixels: int) -> Contents:
-    """What a BMP file holds, with the colour space of its version 4 or 5 header.
+    """The contents of a BMP file, with the colour space of its version 4 or 5 header.
 
     Raises:
         TooCostly: More run-length coded data than can be decoded in a second or two.
@@ -311,7 +314,7 @@ def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
     The numbers are XYZ, whose sum is white, or chromaticities, as most programs write them: those add up to 1 each.
     """
     if not any(numbers):
-        return []  # what writers leave that know nothing of colours
+        return []  # written by programs that know nothing of colours
     ends = np.array(numbers[:9], np.float64).reshape(3, 3) / 2**30
     sums = ends.sum(axis=1)
     around = None
@@ -320,15 +323,15 @@ def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
         around = tuple(float(part) for part in (*white, *(ends / sums[:, None])[:, :2].ravel()))
     gammas = [value / 65536 for value in numbers[9:]]
     if not all(0.1 <= value <= 10 for value in gammas):
-        return [Calibrated("its bitmap header", None, None, around)]
+        return [Calibrated("the numbers in its bitmap header", None, None, around)]
     if len(set(gammas)) == 1:
-        return [Calibrated("its bitmap header", gammas[0], None, around)]
+        return [Calibrated("the numbers in its bitmap header", gammas[0], None, around)]
     curves = np.linspace(0, 1, 1024)[None] ** np.array(gammas)[:, None]
-    return [Calibrated("its bitmap header", None, curves, around)]
+    return [Calibrated("the numbers in its bitmap header", None, curves, around)]
 
 
 def examine_ppm(data: bytes, max_pixels: int) -> Contents:
-    """What a binary PPM, PGM or PBM file holds, with samples of 8 bits: Pillow's own scaling takes minutes."""
+    """The contents of a binary PPM, PGM or PBM file, with samples of 8 bits: Pillow's own scaling takes minutes."""
     head = re.match(rb"P([456])(?:\s|#[^\n]{0,999}\n)+(\d{1,9})(?:\s|#[^\n]{0,999}\n)+(\d{1,9})", data)
     if head is None:
         raise ValueError("no size")

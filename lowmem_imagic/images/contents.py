@@ -1,4 +1,4 @@
-"""What a picture file says of itself, told from its bytes before anything is decoded."""
+"""The contents of a picture file, told from its bytes before anything is decoded."""
 
 from dataclasses import dataclass, field
 
@@ -41,10 +41,10 @@ class Cicp:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Primaries and transfer given as numbers; what is None is sRGB's.
+    """Primaries and transfer given as numbers; None stands for sRGB's.
 
     Attributes:
-        words: Where that stands, e.g. "its gAMA chunk".
+        words: The space or the place of its numbers, e.g. "the numbers in its gAMA chunk".
         gamma: Linear light is the sample to this power.
         curves: Instead of `gamma`, linear light for equally spaced samples, [1 or 3, entries], 0 to 1.
         chromaticities: x and y of white, red, green and blue.
@@ -76,12 +76,12 @@ class Contents:
     """A file taken apart.
 
     Attributes:
-        data: Bytes for the decoder: what makes the pixels of one picture, without metadata and further pictures.
+        data: Bytes for the decoder: the parts that make the pixels, without metadata and further pictures.
         width, height: As the header says, 0 where only the decoder can tell.
         bits: Per sample where the file can hold more than 8, otherwise 8.
         orientation: As Exif numbers it; 1 where the decoder turns the picture itself.
         signals: Of colour, the one that counts most first.
-        notes: Remarks on what was left out.
+        notes: Remarks, e.g. on parts that were left out.
         white_is_zero: Of a TIFF.
     """
 

@@ -46,6 +46,8 @@ def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, m
     if kind.name == "AVIF":
         # The decoder tells its own turning as Exif, whatever Exif data the file has.
         contents.orientation = int(image.getexif().get(0x0112, 1))
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            contents.notes.append(f"first frame of {frames} used")
     return image
 
 

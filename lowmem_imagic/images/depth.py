@@ -9,7 +9,7 @@ from .contents import Contents
 def to_eight_bit(image: Image.Image, format_name: str, contents: Contents) -> Image.Image:
     """The picture with 8-bit samples; wide ones are scaled, where Pillow's own `convert` clips at 255.
 
-    What was scaled is added to the remarks.
+    A remark says so.
     """
     bits, notes = contents.bits, contents.notes
     key = image.info.get("transparency")

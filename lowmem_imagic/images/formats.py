@@ -1,4 +1,4 @@
-"""The kinds of picture files that are edited: how their bytes begin and what their files are called.
+"""The kinds of picture files that are edited: the first bytes and the extensions of their files.
 
 Those that people edit and that Pillow decodes by itself: EPS and WMF (helper programs), TGA (any text could pass for
 one) and rare ones with slow or little used decoders stay out.
@@ -52,7 +52,7 @@ RAW_SUFFIXES = frozenset(
 )
 """Of camera raw files, which are told to be developed."""
 PHOTO_SUFFIXES = frozenset(suffix for one in FORMATS for suffix in one.suffixes)
-"""What is taken for a photo in a folder; a manifest may name any file."""
+"""Of photos in a folder; a manifest may name any file."""
 
 _FOREIGN = (
     (rb"%PDF", "a PDF document"),
@@ -109,7 +109,7 @@ def has_photo_suffix(name: str) -> bool:
 
 
 def describe(data: bytes) -> str:
-    """What bytes that are no supported picture look like, for an error message."""
+    """The likely kind of bytes that are no supported picture, for an error message."""
     if not data:
         return "an empty file"
     if not data[:4096].strip(b"\0"):
@@ -131,5 +131,5 @@ def is_text(data: bytes) -> bool:
 
 
 def missing_reader() -> str:
-    """What is said of a HEIC file where no package reads it."""
+    """The words for a HEIC file where no package reads it."""
     return "a HEIC picture, which needs the package pillow-heif; install it or convert the picture to PNG or JPEG"

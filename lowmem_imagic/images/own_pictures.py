@@ -11,7 +11,7 @@ _HEAD_BYTES = 1 << 16
 
 
 def is_apple_double(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is what macOS keeps beside another one on foreign disks."""
+    """Whether a file is a companion of another one, as macOS writes them on foreign disks."""
     return _head(path, 4) == _APPLE_DOUBLE
 
 

@@ -1,7 +1,7 @@
 """Any picture file to an upright 8-bit sRGB picture.
 
-Reading is the part that meets files nobody checked, so every refusal is one of four named errors, what a file demands
-is known before anything is decoded, and whatever decoders raise ends at one boundary, which is `_refusals`.
+Reading is the part that meets files nobody checked, so every refusal is one of four named errors, a file's demands are
+known before anything is decoded, and all errors of decoders end at one boundary, which is `_refusals`.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_p
             raise NotThisKind(RAW if is_raw(data[:64]) else describe(data[:4096]))
         size = len(data)
         contents = examine(data, kind, max_pixels=max_pixels)
-        del data  # the contents have what is needed of it
+        del data  # the contents have the parts that are needed
         with quiet(captured=kind.name in PRINTING):
             image = decode(contents, kind, size, max_pixels, MAX_PHOTO_SIDE_PX)
             contents.data = b""
@@ -140,7 +140,7 @@ def _finished(
 
 @contextmanager
 def _refusals(shown: str, head: bytes, size: int, kind: Format | None) -> Iterator[None]:
-    """Makes one of the named errors of whatever is raised inside, but for want of memory.
+    """Makes one of the named errors of any exception inside but MemoryError.
 
     On damaged data decoders raise nearly any built-in exception, at any time until the picture is finished.
     """

@@ -1,4 +1,4 @@
-"""Silence around decoders: what Pillow and the libraries below it print goes to the log."""
+"""Silence around decoders: lines that Pillow and the libraries below it print go to the log."""
 
 import logging
 import os
@@ -18,8 +18,8 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 _decoding = threading.Lock()
 
 _MAX_LINES = 100
-# libtiff begins a line with one of its functions ("TIFFReadDirectory: ... ."), others with their own name. What Python
-# prints of an exception begins alike.
+# libtiff begins a line with one of its functions ("TIFFReadDirectory: ... ."), others with their own name. The last
+# line of a Python traceback begins alike.
 _LIBRARY_LINE = re.compile(
     rb"(?!\w+(?:Error|Exception|Warning|Interrupt):)_?[A-Z]\w*[A-Z]\w*: .*\.\s*$"
     rb"|(?:Fax|Old|Predictor|tempfile|libtiff|dav1d|libheif|libpng|\[(?:ERROR|WARNING|INFO)\])\W?[^:]*[: ]",

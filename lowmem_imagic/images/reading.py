@@ -11,7 +11,7 @@ from ..regular_files import NotRegularError, open_regular
 from .anatomy import UNREADABLE, examine
 from .contents import NotThisKind, TooCostly
 from .formats import KINDS, Format, describe, format_of
-from .tiff import directories
+from .tiff import pixels_of
 
 MAX_FILE_BYTES = 1 << 30
 """Of formats whose samples may stand there uncompressed: 100 million of 16-bit RGBA are 800 MB."""
@@ -92,7 +92,7 @@ def _pixels(file: BufferedReader, size: int, kind: Format) -> int:
     """The pixels of a large file's pictures as its first bytes tell, 0 where they do not."""
     try:
         if kind.name == "TIFF":
-            return sum(page.pixels for page in directories(_Slices(file, size)))
+            return pixels_of(_Slices(file, size))
         found = examine(file.read(_HEAD_BYTES), kind, max_pixels=1)
     except (NotThisKind, TooCostly, *UNREADABLE):
         return 0

@@ -26,6 +26,9 @@ PRIMARIES = {
     22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
 }
 """Chromaticities of white, red, green and blue by code point."""
+ADOBE_RGB = (*D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+ROMM_RGB = (0.3457, 0.3585, 0.7347, 0.2653, 0.1596, 0.8404, 0.0366, 0.0001)
+"""Chromaticities of Adobe RGB (1998), 4.3.1, and of ROMM RGB (ISO 22028-2), known as ProPhoto."""
 PRIMARY_NAMES = {1: "sRGB", 9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
 UNSPECIFIED = 2
 CAMERA_CURVES = frozenset({1, 6, 11, 12, 14, 15})

@@ -2,7 +2,7 @@
 
 A directory may point anywhere in its file, also several times to the same place, so sizes that it claims can add up
 to far more than the file has. Only tags that are asked for are read here, and the decoder gets a file of one directory
-that holds what makes the pixels (TIFF 6.0 of 1992; BigTIFF; DNG 1.7 and TIFF/EP for the signs of camera raw).
+that holds the tags of the pixels alone (TIFF 6.0 of 1992; BigTIFF; DNG 1.7 and TIFF/EP for the signs of camera raw).
 """
 
 import struct
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .contents import MAX_PROFILE_BYTES, Calibrated, Contents, Icc, NotThisKind, Signal, Srgb, TooCostly, Unheeded
+from .spaces import ADOBE_RGB
 
 RAW = "a camera raw file, which holds a sensor's values; develop it to JPEG or TIFF first"
 
@@ -144,24 +145,18 @@ def directory_at(data: Source, place: int) -> tuple[Directory, int] | None:
 
 
 def examine(data: bytes) -> Contents:
-    """What a TIFF file holds; its data are a TIFF file of the one picture that is meant.
+    """The contents of a TIFF file; its data are a TIFF file of the one picture that is meant.
 
     Raises:
         NotThisKind: Camera raw.
         TooCostly: Tiles or tables far beyond the picture.
     """
-    pages = list(directories(data))
-    if not pages:
-        raise ValueError("no directory of tags")
+    pages, inside = _all(data)
     first = pages[0]
-    inside = [
-        found[0]
-        for page in pages[:4]
-        for place in page.numbers(SUB_DIRECTORIES)
-        if (found := directory_at(data, int(place))) is not None
-    ]
     if data[8:10] == b"CR" or DNG_VERSION in first.entries or any(map(_is_raw, [*pages, *inside])):
         raise NotThisKind(RAW)
+    if data[:4] == b"MM\0+":
+        raise NotThisKind("a BigTIFF file with its high bytes first, which Pillow does not read; save it as plain TIFF")
     page = _picture(pages, inside)
     notes = []
     if page is not first:
@@ -173,10 +168,10 @@ def examine(data: bytes) -> Contents:
     if page.is_reduced:
         notes.append("it is marked as a reduced copy, and the file has no other picture")
     _check_extent(page)
-    signals: list[Signal] = list(colour_of(page, "its TIFF tags"))
+    signals: list[Signal] = list(colour_of(page, "the numbers in its TIFF tags"))
     # A second picture has tags of its own; a profile that stands at the first only is meant for both.
     if page is not first and not signals:
-        signals = colour_of(first, "its TIFF tags")
+        signals = colour_of(first, "the numbers in its TIFF tags")
     return Contents(
         data=_alone(data, page),
         width=page.number(WIDTH),
@@ -187,6 +182,27 @@ def examine(data: bytes) -> Contents:
         notes=notes,
         white_is_zero=page.number(PHOTOMETRIC, 1) == 0,
     )
+
+
+def pixels_of(data: Source) -> int:
+    """The pixels of all pictures of a TIFF file together; 0 where that says little of its size, as for camera raw."""
+    pages, inside = _all(data)
+    if len(pages) >= _MAX_DIRECTORIES or DNG_VERSION in pages[0].entries or any(map(_is_raw, [*pages, *inside])):
+        return 0
+    return sum(one.pixels for one in (*pages, *inside))
+
+
+def _all(data: Source) -> tuple[list[Directory], list[Directory]]:
+    """The directories of a TIFF file in their chain, at least one, and those inside of the first few.
+
+    Raises:
+        ValueError: It has none.
+    """
+    pages = list(directories(data))
+    if not pages:
+        raise ValueError("no directory of tags")
+    places = [int(place) for page in pages[:4] for place in page.numbers(SUB_DIRECTORIES)]
+    return pages, [found[0] for place in places if (found := directory_at(data, place)) is not None]
 
 
 def _is_raw(directory: Directory) -> bool:
@@ -251,6 +267,8 @@ def colour_of(directory: Directory, words: str) -> list[Signal]:
     signals = list[Signal]()
     if profile := directory.text(PROFILE):
         signals.append(Icc(profile))
+    elif PROFILE in directory.entries:
+        signals.append(Unheeded("its colour profile is damaged or too large and was ignored"))
     exif = _at(directory, EXIF)
     gamma, interoperability, space = None, b"", 0
     if exif is not None:
@@ -271,9 +289,6 @@ def colour_of(directory: Directory, words: str) -> list[Signal]:
     if space not in (0, 1, 2):
         signals.append(Unheeded("its Exif data name no known colour space, so it was taken for sRGB"))
     return signals
-
-
-ADOBE_RGB = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 
 
 def _at(directory: Directory, tag: int) -> Directory | None:
@@ -305,4 +320,6 @@ def exif_of(block: bytes) -> tuple[int, list[Signal]]:
     first = next(directories(block), None)
     if first is None:
         return 0, []
-    return first.number(ORIENTATION), [one for one in colour_of(first, "its Exif data") if not isinstance(one, Icc)]
+    return first.number(ORIENTATION), [
+        one for one in colour_of(first, "the numbers in its Exif data") if not isinstance(one, Icc)
+    ]
