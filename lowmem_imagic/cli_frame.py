@@ -12,6 +12,7 @@ import logging
 import os
 import reprlib
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -110,7 +111,7 @@ def _kept(details: str) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(shown(f"lowmem-imagic: {message}"), err=True)
+    print(shown(f"lowmem-imagic: {message}"), file=sys.stderr)
     raise typer.Exit(code)
 
 

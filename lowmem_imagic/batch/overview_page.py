@@ -136,7 +136,16 @@ def _article(item: Shown) -> str:
 
 def _link(*parts: str) -> str:
     """The address of a file beside the page."""
-    return "/".join(quote(os.fsencode(part), safe="") for part in parts)
+    # As os.fsencode does, but that takes no half of a surrogate pair; neither does any disk.
+    return "/".join(quote(part, safe="", errors="surrogateescape" if _on_disk(part) else "replace") for part in parts)
+
+
+def _on_disk(name: str) -> bool:
+    """Whether a file may have this name."""
+    try:
+        return bool(os.fsencode(name))
+    except UnicodeEncodeError:
+        return False
 
 
 def _figure(item: Shown, label: str, name: str, size: tuple[int, int]) -> str:

@@ -1,0 +1,248 @@
+# ruff: noqa: F811  fixtures of another file
+"""Facts about batches that meet errors nobody raised on purpose: no such error ends a run or fails another's item."""
+
+import errno
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowmem_imagic import base_model, packing, pipeline, preparation
+from lowmem_imagic.batch import worker
+from lowmem_imagic.result_folder import ResultFolder
+from tests.test_batch_faults import ONE_PICTURE, Said, call, items, limit, listed, run  # noqa: F401
+from tests.test_nonfinite import PARTS, damage, schedule
+
+LOG = ".lowmem-imagic/errors.log"
+
+
+class Odd(Exception):
+    """An error of no library in particular."""
+
+
+ERRORS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore lines"),
+    ValueError("tensor holds NaN"),
+    KeyError("conv\x1b[31m"),
+    IndexError("list index out of range"),
+    RecursionError("maximum recursion depth exceeded"),
+    AssertionError(),
+    OSError(errno.EBADF, "Bad file descriptor"),
+    sqlite3.OperationalError("no such table"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    NotImplementedError("no kernel"),
+    Odd("\u202eodd\r\nline"),
+    torch.linalg.LinAlgError("svd did not converge"),
+    StopIteration(),
+    TimeoutError("late"),
+]
+
+
+def fail_for(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, picks: Callable[..., bool]
+) -> None:
+    """Makes a function raise where `picks` says so of its arguments."""
+    before = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if picks(*args, **kwargs):
+            raise error
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def of_item(name: str) -> Callable[..., bool]:
+    """Picks calls about the item whose photo has this name."""
+    return lambda *args, **kwargs: any(name in str(getattr(arg, "name", arg)) for arg in (*args, *kwargs.values()))
+
+
+def only_n1_failed(said: Said, out: Path, kind: str = "internal") -> str:
+    """Makes sure that of three items one failed; returns its reason."""
+    assert (said.code, sorted(said.report["done"])) == (3, ["n0", "n2"]), said
+    [bad] = said.report["failed"]
+    seen = items(out)
+    assert bad["name"] == "n1" and (seen["n1"]["state"], seen["n1"]["kind"]) == ("failed", kind)
+    assert "Traceback" not in said.errors and "\x1b" not in said.errors and "\u202e" not in said.errors
+    return str(bad["reason"])
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_while_a_photo_is_read(
+    error: Exception, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The item fails with the kind of the error and its first line; where it came from is in a file."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    fail_for(monkeypatch, worker, "load_photo", error, of_item("p1.png"))
+    reason = only_n1_failed(run(manifest, "--out", out, "--slots", 3), out)
+    assert f"unexpected error ended this: {type(error).__name__}" in reason and "\n" not in reason
+    assert "Traceback" in (out / LOG).read_text() and "in failing" in (out / LOG).read_text()
+
+
+@pytest.mark.parametrize("error", [ERRORS[0], ERRORS[2], ERRORS[11]], ids=lambda error: type(error).__name__)
+def test_an_error_while_a_pack_trains(
+    error: Exception, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack that breaks off is tried again edit by edit: the one at fault fails, the others are made."""
+    manifest, out, enter = listed(tmp_path, 3), tmp_path / "out", packing.Pack._enter
+    bad = list[Any]()
+    encode = preparation.Prepared._encode
+
+    def encoded(self: Any, jobs: Any) -> None:
+        before = len(self._ready)
+        encode(self, jobs)
+        bad.extend(t.latents for t in list(self._ready)[before:] if t.job.photo.name.startswith("p1"))
+
+    def entering(self: Any, slot: int, stage: str, losses: Any) -> bool:
+        if stage == "finetune" and any(self._held[slot].task.latents is latents for latents in bad):
+            raise error
+        return enter(self, slot, stage, losses)
+
+    monkeypatch.setattr(preparation.Prepared, "_encode", encoded)
+    monkeypatch.setattr(packing.Pack, "_enter", entering)
+    only_n1_failed(run(manifest, "--out", out, "--slots", 3), out)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "picks"),
+    [
+        (worker, "finished_edit", of_item("n1")),
+        (ResultFolder, "write_pictures", lambda folder, *_: "n1" in str(folder.path)),
+        (worker.publishing, "begin", lambda folder, job: "n1" in str(folder.path)),
+        (worker.publishing, "end", lambda folder, report: "n1" in str(folder.path)),
+        (worker, "remove_temporaries", lambda path: "n1" in str(path)),
+    ],
+)
+def test_an_error_while_results_are_made(
+    owner: Any, name: str, picks: Any, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rendering, writing and reporting fail for their own item."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    fail_for(monkeypatch, owner, name, ValueError("no such thing"), picks)
+    reason = only_n1_failed(run(manifest, "--out", out), out)
+    written = (out / "n1/n1.safetensors").exists()
+    assert ("the edit itself is finished" in reason) == written
+
+
+def test_an_error_in_the_numbers_of_one_edit(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine makes of a trained edit may fail for one of a pack."""
+    manifest, out, calls = listed(tmp_path, 3), tmp_path / "out", Counter[str]()
+    edit = pipeline.Edit
+
+    def making(**fields: Any) -> Any:
+        calls["made"] += 1
+        if fields["source"].sha256 == worker.load_photo(tmp_path / "p1.png").sha256:
+            raise RuntimeError("lapack")
+        return edit(**fields)
+
+    monkeypatch.setattr(pipeline, "Edit", making)
+    only_n1_failed(run(manifest, "--out", out, "--slots", 3), out)
+
+
+def test_running_out_of_memory_where_nobody_looks(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out outside the guards is a failure for want of memory, which the next run tries again."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    fail_for(monkeypatch, worker, "finished_edit", error, of_item("n1"))
+    assert "out of memory" in only_n1_failed(run(manifest, "--out", out), out, kind="memory")
+
+
+def test_an_error_while_the_list_is_looked_at(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item that cannot even be looked at is named with the bad lines; `batch retry --failed` tries it again."""
+    from lowmem_imagic.batch import runner
+
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_for(patch, runner, "photo_sha256", MemoryError(), of_item("p0.png"))
+        fail_for(patch, runner, "photo_sha256", ERRORS[10], of_item("p1.png"))
+        said = run(manifest, "--out", out)
+    assert said.code == 3 and said.report["done"] == ["n2"]
+    assert {item["kind"] for item in items(out).values()} == {"internal", "memory", None}
+    again = call("retry", out, "--failed")
+    assert again.code == 0 and again.report["left"] == 0
+
+
+def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a crew raises becomes its items' failure, and the run reports."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+
+    def make(*_: Any, **__: Any) -> Any:
+        raise Odd("broken crew")
+        yield
+
+    monkeypatch.setattr(worker.LocalCrew, "make", make)
+    said = run(manifest, "--out", out)
+    assert said.code == 3 and len(said.report["failed"]) == 2 and "Odd: broken crew" in said.errors
+
+
+def test_the_log_is_no_way_out_of_the_folder(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link in place of the log is not followed."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    (out / LOG).parent.mkdir(parents=True)
+    (target := tmp_path / "precious").write_text("mine")
+    (out / LOG).symlink_to(target)
+    fail_for(monkeypatch, worker, "load_photo", ValueError("x"), of_item("p1.png"))
+    only_n1_failed(run(manifest, "--out", out), out)
+    assert target.read_text() == "mine"
+
+
+def test_stopping_is_no_error(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C goes through every one of these boundaries."""
+    fail_for(monkeypatch, worker, "finished_edit", KeyboardInterrupt(), of_item("n1"))  # type: ignore[arg-type]
+    assert run(listed(tmp_path, 3), "--out", tmp_path / "out").code == 130
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_with_a_bad_number_fails_its_own_items(
+    part: str, run: Callable[..., Said], folder_copy: Path, tmp_path: Path
+) -> None:
+    """Items of a damaged model fail one by one, by the part; those of another go on, whichever comes first."""
+    damaged = str(damage(folder_copy, *PARTS[part], float("nan")))
+    manifest, out = listed(tmp_path, 4, model=[damaged, None, damaged, None]), tmp_path / "out"
+    said = run(manifest, "--out", out)
+    assert said.code == 3 and said.report["done"] == ["n1", "n3"], said
+    assert [part in bad["reason"] for bad in said.report["failed"]] == [True, True]
+    assert "learning rate" not in said.errors
+    assert run(manifest, "--out", out).report["done_before"] == ["n1", "n3"]
+
+
+def test_a_schedule_that_divides_by_zero_does_not_block(
+    run: Callable[..., Said], folder_copy: Path, tmp_path: Path
+) -> None:
+    """A model that cannot be sampled, first in the list, does not keep the others from being made."""
+    model = str(schedule(folder_copy, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+    said = run(listed(tmp_path, 3, model=[model, None, None]), "--out", tmp_path / "out")
+    assert said.code == 3 and said.report["done"] == ["n1", "n2"] and "noise schedule" in said.errors
+
+
+def test_one_word_that_the_text_encoder_cannot_read(
+    run: Callable[..., Said], folder_copy: Path, tmp_path: Path
+) -> None:
+    """Damage that only one sentence meets fails the items with that sentence."""
+    base = base_model.BaseModel.load(str(folder_copy), device="cpu")
+    tokens = [set(base.family.tokenizer(s).input_ids) for s in ("a grass cube", "a photo")]
+    token = min(tokens[0] - tokens[1])
+    path = folder_copy / "text_encoder/model.safetensors"
+    tensors = load_file(path)
+    [name] = [name for name in tensors if name.endswith("token_embedding.weight")]
+    tensors[name][token] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    manifest = listed(tmp_path, 3, sentence=["a photo", "a grass cube", "a photo"])
+    out = tmp_path / "out"
+    reason = only_n1_failed(
+        call("run", "--model", folder_copy, *ONE_PICTURE, manifest, "--out", out), out, kind="input"
+    )
+    assert "the text encoder" in reason
