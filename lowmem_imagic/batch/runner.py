@@ -27,7 +27,7 @@ from .jobs import bad_entry, bytes_of, job_id, megabytes, plain
 from .ledger import Ledger, at_work
 from .ledger_file import Entry
 from .manifest import BadItem, Item
-from .paths import Part, ledgers_in
+from .paths import HIDDEN, Part, ledgers_in
 from .publishing import check_own
 from .stopping import Stop
 from .tally import Tally
@@ -314,7 +314,7 @@ class Batch:
     def _book(self, ledger: Ledger, outcome: Outcome) -> None:
         """Writes down what became of an item."""
         assignment, error = outcome.assignment, outcome.error
-        if outcome.lost:
+        if outcome.lost or (error is not None and not assignment.attempt.current):
             self._lose(ledger, assignment, error)
             return
         if error is None:
@@ -336,11 +336,18 @@ class Batch:
     def _lose(self, ledger: Ledger, assignment: Assignment, error: LowmemImagicError | None) -> None:
         """Leaves an item to whoever has begun it anew; it waits again where that is nobody."""
         self._held.pop(assignment.job, None)
-        ledger.release([assignment.job], tried=True)
         rest = f" ({error})" if error else ""
-        self._console.warn(
-            f"{assignment.name}: another run took it over while this one was silent; nothing of it was touched{rest}"
-        )
+        if not ledger.release([assignment.job], tried=True):
+            self._console.warn(f"{assignment.name}: another run took it over while this one was silent{rest}")
+            return
+        self._tries[assignment.job] += 1
+        gone = f"its folder in {HIDDEN} has gone{rest}"
+        if self._tries[assignment.job] < MAX_TRIES:
+            self._console.warn(f"{assignment.name}: {gone}; tried again later")
+            return
+        ledger.fail(assignment.job, TRANSIENT, plain(gone))
+        self._failed_jobs.add(assignment.job)
+        self._fail(BadItem(self._places[assignment.job], assignment.name, gone))
 
     def _take_others(self, ledger: Ledger) -> None:
         """Counts what other runners have made or failed at meanwhile."""
