@@ -162,10 +162,8 @@ class Batch:
             bad = BadItem(item.where, item.name, str(error), item.position)
             self._fail(bad)
             return bad_entry(bad, kind_of(error))
-        warnings = tuple(silent.warnings)
-        self._assignments[job] = lambda attempt: Assignment(
-            job, item.name, item.photo, digest, item.sentence, attempt, warnings
-        )
+        fixed = (job, item.name, item.photo, digest, item.sentence)
+        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings))
         self._groups.setdefault(group, []).append(job)
         self._places[job] = item.where
         return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
@@ -336,7 +334,8 @@ class Batch:
     def _lose(self, ledger: Ledger, assignment: Assignment, error: LowmemImagicError | None) -> None:
         """Leaves an item to whoever has begun it anew; it waits again where that is nobody."""
         self._held.pop(assignment.job, None)
-        rest = f" ({error})" if error else ""
+        kept = str(error).partition("the finished edit was kept as ")[2]
+        rest = f"; its own edit was kept as {kept}" if kept else ""
         if not ledger.release([assignment.job], tried=True):
             self._console.warn(f"{assignment.name}: another run took it over while this one was silent{rest}")
             return
