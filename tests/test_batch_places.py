@@ -13,8 +13,12 @@ import pytest
 
 from lowmem_imagic import atomic
 from lowmem_imagic.batch import worker
+from lowmem_imagic.batch.ledger import Ledger, at_work
+from lowmem_imagic.batch.ledger_file import WAITING, snapshot
 from lowmem_imagic.batch.outputs import EMPTY, OTHER, UNFINISHED, look
+from lowmem_imagic.errors import OutputUnwritableError
 from tests.test_batch_faults import call, limit, listed, run  # noqa: F401  fixtures among them
+from tests.test_ledger import entries, opened
 
 HIDDEN = ".lowmem-imagic"
 LEDGER = f"{HIDDEN}/ledger.sqlite3"
@@ -32,7 +36,7 @@ def before_the_last(monkeypatch: pytest.MonkeyPatch, harm: Callable[[], None]) -
     monkeypatch.setattr(worker._Pack, "_finish", harming)
 
 
-@pytest.mark.parametrize("how", ["deleted", "moved", "its own folder deleted", "its ledger deleted", "its log deleted"])
+@pytest.mark.parametrize("how", ["deleted", "moved", "its ledger deleted"])
 def test_it_goes_away(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:  # noqa: F811
     """A batch's folder that is deleted or moved in mid-run, or its ledger, is one clear line and exit code 1; nothing
     is made in its old place, and where it is now, or what is left, is gone on with."""
@@ -40,20 +44,36 @@ def test_it_goes_away(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     harm = {
         "deleted": lambda: shutil.rmtree(out),
         "moved": lambda: out.rename(tmp_path / "moved"),
-        "its own folder deleted": lambda: shutil.rmtree(out / HIDDEN),
         "its ledger deleted": lambda: (out / LEDGER).unlink(),
-        "its log deleted": lambda: (out / f"{LEDGER}-wal").unlink(),
     }[how]
     with monkeypatch.context() as patch:
         before_the_last(patch, harm)
         said = run(manifest, "--out", out, "--slots", 1)
     assert said.code == 1 and "was deleted" in said.errors and "Traceback" not in said.errors, said.errors
-    assert out.exists() == (how not in ("deleted", "moved"))
+    assert out.exists() == (how == "its ledger deleted")
+    if how == "deleted":
+        return
     if how == "moved":
         (tmp_path / "moved").rename(out)
     said = run(manifest, "--out", out, "--slots", 1)
-    assert said.code == 0 and len(said.report["done_before"]) + len(said.report["done"]) == 2
-    assert ("n0" in said.report["done_before"]) == (how != "deleted") and not (out / HIDDEN / "training").exists()
+    assert said.code == 0 and said.report["done_before"][0] == "n0" and said.report["left"] == 0
+    assert not (out / HIDDEN / "training").exists()
+
+
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", "all"])
+def test_a_ledger_that_goes_away_is_noticed(tmp_path: Path, end: str) -> None:
+    """sqlite goes on writing into files that are deleted; the next thing that is asked of the ledger says so."""
+    path = tmp_path / "out" / LEDGER
+    path.parent.mkdir(parents=True)
+    with opened(path, entries(2)) as ledger:
+        assert ledger.counts()[WAITING] == 2
+        shutil.rmtree(path.parent) if end == "all" else Path(f"{path}{end}").unlink()
+        for ask in (ledger.counts, ledger.take_over, lambda: ledger.claim("", 1)):
+            with pytest.raises(OutputUnwritableError, match=r"was deleted or replaced.*run the command again"):
+                ask()
+    path.parent.mkdir(exist_ok=True)
+    with opened(path, entries(2)) as ledger:
+        assert ledger.counts()[WAITING] == 2
 
 
 def test_it_becomes_read_only(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -75,19 +95,18 @@ def test_it_becomes_read_only(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert run(manifest, "--out", out).report["done_before"] == ["n0"]
 
 
-@pytest.mark.parametrize("name", [HIDDEN, f"{HIDDEN}/training", LEDGER, f"{LEDGER}-wal", f"{LEDGER}.lock"])
+@pytest.mark.parametrize("name", [HIDDEN, f"{HIDDEN}/training"])
 def test_links_are_not_followed(run: Any, tmp_path: Path, name: str) -> None:  # noqa: F811
-    """A link in the place of anything of the batch's own is refused in one line, and nothing at its end is touched."""
+    """A link in the place of the batch's own folders is refused in one line, and nothing at its end is touched."""
     manifest, out, precious = listed(tmp_path, 1), tmp_path / "out", tmp_path / "precious"
     (precious / "job").mkdir(parents=True)
     (precious / "job" / "state").write_bytes(b"precious")
     (out / name).parent.mkdir(parents=True)
-    (out / name).symlink_to(precious if "." not in name.removeprefix(HIDDEN) else precious / "job" / "state")
+    (out / name).symlink_to(precious)
     said = run(manifest, "--out", out)
     assert said.code == 1 and "is a link" in said.errors and "Traceback" not in said.errors, said.errors
-    assert [path.read_bytes() for path in precious.rglob("state")] == [b"precious"] and len(list(out.iterdir())) == 1
-    (out / name).unlink()
-    assert run(manifest, "--out", out).code == 0
+    assert [path.read_bytes() for path in precious.rglob("*") if path.is_file()] == [b"precious"]
+    assert os.listdir(out) == [HIDDEN]
 
 
 def test_links_deeper_down_are_removed_alone(run: Any, tmp_path: Path) -> None:  # noqa: F811
@@ -120,23 +139,28 @@ def test_an_item_in_the_place_of_a_link(run: Any, tmp_path: Path) -> None:  # no
 
 
 @pytest.mark.parametrize("content", [b"garbage" * 999, b"SQLite format 3\0" + bytes(80), b"", os.urandom(4096)])
-def test_garbage_in_the_lock(run: Any, tmp_path: Path, content: bytes) -> None:  # noqa: F811
+def test_garbage_in_the_lock(tmp_path: Path, content: bytes) -> None:
     """What the lock file holds does not matter."""
-    (tmp_path / "out" / HIDDEN).mkdir(parents=True)
-    (tmp_path / "out" / f"{LEDGER}.lock").write_bytes(content)
-    assert run(listed(tmp_path, 1), "--out", tmp_path / "out").code == 0
+    path = tmp_path / "ledger.sqlite3"
+    Path(f"{path}.lock").write_bytes(content)
+    with opened(path, entries(2)) as ledger:
+        assert ledger.counts()[WAITING] == 2
 
 
 @pytest.mark.parametrize("end", ["", "-wal", "-shm", ".lock"])
-@pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_no_file_in_the_place_of_the_ledger(run: Any, tmp_path: Path, kind: str, end: str) -> None:  # noqa: F811
-    """A folder or a pipe in the place of any of the ledger's files is one line; the status is told from the files."""
-    out = tmp_path / "out"
-    (out / HIDDEN).mkdir(parents=True)
-    {"folder": os.mkdir, "pipe": os.mkfifo}[kind](out / f"{LEDGER}{end}")
-    said = run(listed(tmp_path, 1), "--out", out)
-    assert said.code == 1 and "expected a file of the batch's own; remove it" in said.errors
-    assert call("status", out).code == 2
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "broken link"])
+def test_no_file_in_the_place_of_the_ledger(tmp_path: Path, kind: str, end: str) -> None:
+    """A folder, a pipe or a link in the place of any of the ledger's files is one line; nothing is read or written."""
+    path, elsewhere = tmp_path / "ledger.sqlite3", tmp_path / "elsewhere"
+    place = Path(f"{path}{end}")
+    if kind == "link":
+        elsewhere.write_bytes(b"precious")
+    make = {"folder": os.mkdir, "pipe": os.mkfifo}.get(kind, lambda place: place.symlink_to(elsewhere))
+    make(place)
+    with pytest.raises(OutputUnwritableError, match=r"expected a file of the batch's own; remove it"):
+        Ledger(path)
+    assert snapshot(path) is None and at_work(path) is None
+    assert elsewhere.exists() == (kind == "link") and (not elsewhere.exists() or elsewhere.read_bytes() == b"precious")
 
 
 def test_pipes_are_not_waited_for(run: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -23,9 +23,8 @@ from tests import crashes
 from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
 from tests.test_ledger import change, entries, opened
 
-PLACES = ("before-state", "before-file:2", "report-written", "report-written:2", "temporary-written:4")
-"""Where a run is suspended: before it saves a state, between two files, before its first and its last report, and with
-a temporary on disk."""
+PLACES = ("before-state", "before-file:2", "report-written:2")
+"""Where a run is suspended: before it saves a state, between two files, and before its report."""
 
 
 @pytest.fixture

@@ -186,14 +186,18 @@ class Ledger:
         """An item could not be made; `again` tries it once more when the others are done."""
         self._end(job, WAITING if again else FAILED, kind, error, None)
 
-    def release(self, jobs: Sequence[str], *, tried: bool = False) -> None:
-        """Gives back items that were taken and not made, as if they never had been unless they were `tried`."""
+    def release(self, jobs: Sequence[str], *, tried: bool = False) -> int:
+        """Gives back items that were taken and not made, as if they never had been unless they were `tried`.
+
+        Returns how many of them were still this runner's.
+        """
         with self._changing() as database:
-            database.executemany(
+            changed = database.executemany(
                 f"UPDATE jobs SET state = '{WAITING}', attempts = attempts - {int(not tried)} "
                 f"WHERE job = ? AND state = '{RUNNING}' AND runner = ?",
                 [(job, self.me) for job in jobs],
             )
+            return max(0, changed.rowcount)
 
     def entries(self) -> list[Entry]:
         """The items of this run, in their order."""

@@ -45,12 +45,12 @@ CHUNK = 16
 _POLL_S = 1.0
 _CONNECT_S = 10.0
 _LEAVE_S = 5.0
-_SOCKETS_BYTES = 107 - 72
-"""Longest name of a folder under which Ray's sockets have names that the system takes."""
+_MOST_BYTES = 107 - 64 - 20
+"""Longest name of a temporary folder in which Ray's sockets have names that the system takes."""
 _PATIENT = {
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "120",
 }
 """On a machine with very much to do, Ray's processes take each other for dead after seconds, and end all of them."""
 
@@ -318,7 +318,9 @@ def driving(address: str | None) -> Iterator[dict[str, str]]:
         yield environment
         return
     place = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="lmi-ray-", dir=place if len(os.fsencode(place)) < _SOCKETS_BYTES - 17 else "/tmp")
+    if len(os.fsencode(place)) > _MOST_BYTES and os.path.isdir("/tmp"):
+        place = "/tmp"
+    folder = tempfile.mkdtemp(prefix="lmi-ray-", dir=place)
     try:
         # The last makes Ray listen at the loopback address alone.
         yield (

@@ -28,7 +28,7 @@ from .jobs import bad_entry, job_id, megabytes, plain
 from .ledger import Ledger, at_work
 from .ledger_file import Entry
 from .manifest import BadItem, Item
-from .paths import Part, ledgers_in
+from .paths import HIDDEN, Part, ledgers_in
 from .publishing import check_own
 from .stopping import Stop
 from .tally import Tally
@@ -165,10 +165,8 @@ class Batch:
             self._keep_details(failure, item.name)
             self._fail(bad)
             return bad_entry(bad, kind_of(failure))
-        warnings = tuple(silent.warnings)
-        self._assignments[job] = lambda attempt: Assignment(
-            job, item.name, item.photo, digest, item.sentence, attempt, warnings
-        )
+        fixed = (job, item.name, item.photo, digest, item.sentence)
+        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings))
         self._groups.setdefault(group, []).append(job)
         self._places[job] = item.where
         return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
@@ -317,7 +315,7 @@ class Batch:
     def _book(self, ledger: Ledger, outcome: Outcome) -> None:
         """Writes down what became of an item."""
         assignment, error = outcome.assignment, outcome.error
-        if outcome.lost:
+        if outcome.lost or (error is not None and not assignment.attempt.current):
             self._lose(ledger, assignment, error)
             return
         if error is None:
@@ -340,11 +338,19 @@ class Batch:
     def _lose(self, ledger: Ledger, assignment: Assignment, error: LowmemImagicError | None) -> None:
         """Leaves an item to whoever has begun it anew; it waits again where that is nobody."""
         self._held.pop(assignment.job, None)
-        ledger.release([assignment.job], tried=True)
-        rest = f" ({error})" if error else ""
-        self._console.warn(
-            f"{assignment.name}: another run took it over while this one was silent; nothing of it was touched{rest}"
-        )
+        kept = str(error).partition("the finished edit was kept as ")[2]
+        rest = f"; its own edit was kept as {kept}" if kept else ""
+        if not ledger.release([assignment.job], tried=True):
+            self._console.warn(f"{assignment.name}: another run took it over while this one was silent{rest}")
+            return
+        self._tries[assignment.job] += 1
+        gone = f"its folder in {HIDDEN} has gone{rest}"
+        if self._tries[assignment.job] < MAX_TRIES:
+            self._console.warn(f"{assignment.name}: {gone}; tried again later")
+            return
+        ledger.fail(assignment.job, TRANSIENT, plain(gone))
+        self._failed_jobs.add(assignment.job)
+        self._fail(BadItem(self._places[assignment.job], assignment.name, gone))
 
     def _take_others(self, ledger: Ledger) -> None:
         """Counts what other runners have made or failed at meanwhile."""
