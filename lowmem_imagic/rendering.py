@@ -36,7 +36,7 @@ class BaseOptions:
     weights: str | None
     attention: str
     checkpointing: bool
-    config_folder: Path | None
+    config_folder: str | None
 
     def load(self) -> BaseModel:
         """The base model."""

@@ -5,12 +5,13 @@
 
 from pathlib import Path
 
+from .configuration import findable
 from .locate import locate
 from .published import PUBLISHED, Published
 from .source import DEMO, SHORT_NAMES
 from .stable_diffusion import StableDiffusion
 
-__all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "load_architecture", "load_family"]
+__all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]
 
 
 def load_family(name: str, *, revision: str | None = None, config_folder: str | Path | None = None) -> StableDiffusion:

@@ -1,4 +1,4 @@
-"""One ``.safetensors`` file with all of a model, in Stable Diffusion's original layout, and whose configuration it has."""
+"""One ``.safetensors`` file with all of a model in Stable Diffusion's original layout, and its configuration."""
 
 import re
 from collections.abc import Mapping
@@ -123,10 +123,13 @@ class SingleFile:
         try:
             return locate_configuration(name)
         except UnknownModelError as error:
-            if self.config_folder is not None and SHORT_NAMES.get(name, name) not in str(error):
+            repository = SHORT_NAMES.get(name, name)
+            if repository not in str(error):
                 raise
             raise IncompleteModelError(
-                f"{self.path.name} needs the configuration of {SHORT_NAMES.get(name, name)}: {error}"
+                f"{self.path.name} needs the configuration and the tokenizer of a {name}: "
+                f"{str(error).partition('; ')[0]}; connect once (2 MB), or give a diffusers folder of the same family "
+                "(--model-config FOLDER)"
             ) from error
 
     @cached_property
@@ -170,7 +173,9 @@ class SingleFile:
         if unknown := sorted(set(weights.names) - {place.name for place in places.values()}):
             raise IncompleteModelError(
                 f"{self.path.name}: the {component} has {len(unknown)} tensors that the configuration of "
-                f"{self.configuration.label} lacks, such as {', '.join(name[:100] for name in unknown[:3])}; expected a "
-                "checkpoint that fits it, so give the one of the same family (--model-config)"
+                f"{self.configuration.label} lacks, such as {', '.join(name[:100] for name in unknown[:3])}; expected "
+                "a checkpoint that fits it, so give the one of the same family (--model-config)"
             )
-        return layout.Tensors(weights, {new: place for new, place in places.items() if not new.startswith(layout.UNUSED)})
+        return layout.Tensors(
+            weights, {new: place for new, place in places.items() if not new.startswith(layout.UNUSED)}
+        )

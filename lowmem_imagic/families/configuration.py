@@ -29,13 +29,19 @@ def locate_configuration(name: str) -> Folder:
         mention_hidden(name, exists)
     elif exists and path.is_dir():
         return Folder(path, label_of(path.resolve().name))
-    if not exists or name in SHORT_NAMES:
-        if repository := repository_of(name):
-            return Folder(hub.fetch_configuration(repository), repository)
+    if (name in SHORT_NAMES or not exists) and (repository := repository_of(name)):
+        return Folder(hub.fetch_configuration(repository), repository)
     raise UnknownModelError(
         f"no configuration {reprlib.repr(name)}: expected {', '.join(SHORT_NAMES)}, a diffusers folder or a Hub id "
         "such as stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
+
+
+def findable(name: str) -> str:
+    """A model's name that means the same from another working directory: a path that is there, made absolute."""
+    if name == DEMO or name in SHORT_NAMES or not exists_here(name):
+        return name
+    return str(Path(name).absolute())
 
 
 def exists_here(name: str) -> bool:

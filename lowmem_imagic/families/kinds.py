@@ -37,7 +37,7 @@ _PARTS = (
 
 
 def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str) -> None:
-    """Makes sure that a file has the UNet of a Stable Diffusion 1.x or 2.x that is trained and sampled in the plain way.
+    """Makes sure that a file has the UNet of a Stable Diffusion 1.x or 2.x that takes latents, time and text alone.
 
     Args:
         name: the file, for messages.
@@ -54,27 +54,29 @@ def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str
             f"{name} could not be read as a Stable Diffusion checkpoint (it has no tensors {unet}*)"
             + (f": it looks like {found}" if found else f"; {_WHOLE}")
         )
+    problems = []
     first = shapes.get(unet + "input_blocks.0.0.weight", ())
     channels = first[1] if len(first) == 4 else 0
-    found = []
     if not channels:
-        found.append("another first layer")
+        problems.append("another first layer")
     elif channels != 4:
-        found.append(f"{channels} input channels{_channels(channels)}")
+        problems.append(f"{channels} input channels{_channels(channels)}")
     if any(key.startswith(unet + "label_emb.") for key in shapes):
-        found.append(f"a second conditioning ({_second(shapes)})")
+        problems.append(f"a second conditioning ({_second(shapes)})")
     if any(key.startswith(unet + "time_embed.cond_proj.") for key in shapes):
-        found.append(
+        problems.append(
             "the guidance built in (time_embed.cond_proj, as LCM's distilled models; take the model it was made from)"
         )
-    if any(re.search(r"\.(motion_modules|temporal_transformer|time_stack|image_proj|ip_adapter)\.", key) for key in shapes):
-        found.append("layers for films or for a second picture")
+    if any(
+        re.search(r"\.(motion_modules|temporal_transformer|time_stack|image_proj|ip_adapter)\.", key) for key in shapes
+    ):
+        problems.append("layers for films or for a second picture")
     if any(key.startswith("control_model.") for key in shapes):
-        found.append("a ControlNet inside (control_model.*; take the base without it)")
+        problems.append("a ControlNet inside (control_model.*; take the base without it)")
     if not any(key.endswith(".attn2.to_k.weight") and len(shape) for key, shape in shapes.items()):
-        found.append("no text conditioning")
-    if found:
-        raise WrongFamilyError(f"{name} has a network with {' and '.join(found)}; {_PLAIN}")
+        problems.append("no text conditioning")
+    if problems:
+        raise WrongFamilyError(f"{name} has a network with {' and '.join(problems)}; {_PLAIN}")
 
 
 def _channels(count: int) -> str:
@@ -98,8 +100,8 @@ def check_unet(values: Mapping[str, Any], label: str) -> None:
     """
     if values.get("time_cond_proj_dim") is not None:
         raise WrongFamilyError(
-            f"{label} has the guidance built in (time_cond_proj_dim, as LCM's distilled models); take the model that it "
-            "was made from"
+            f"{label} has the guidance built in (time_cond_proj_dim, as LCM's distilled models); take the model that "
+            "it was made from"
         )
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
         if values.get(key) is not None:
@@ -152,7 +154,9 @@ def check_class(values: Mapping[str, Any], component: str, label: str) -> None:
     """
     name = values.get("_class_name")
     if name is not None and str(name).removeprefix("Flax") not in _CLASSES[component]:
-        raise WrongFamilyError(f"{label} has a {component} of the class {str(name)[:60]}; expected {_CLASSES[component][0]}")
+        raise WrongFamilyError(
+            f"{label} has a {component} of the class {str(name)[:60]}; expected {_CLASSES[component][0]}"
+        )
 
 
 def check_text_encoder(values: Mapping[str, Any], label: str) -> None:
@@ -165,4 +169,6 @@ def check_text_encoder(values: Mapping[str, Any], label: str) -> None:
     if kind not in (None, "clip_text_model", "clip"):
         raise WrongFamilyError(f"{label} has a text encoder of the kind {str(kind)[:60]}; expected one of CLIP")
     if values.get("use_attention_mask"):
-        raise WrongFamilyError(f"{label} has a text encoder that takes an attention mask; expected Stable Diffusion's own")
+        raise WrongFamilyError(
+            f"{label} has a text encoder that takes an attention mask; expected Stable Diffusion's own"
+        )

@@ -62,7 +62,9 @@ class _Name(str):
 def unet(names: Iterable[str], configuration: Mapping[str, Any]) -> dict[str, Place]:
     """Places of a UNet's tensors in the original layout, by diffusers' converter."""
     named = {f"model.diffusion_model.{name}": _Name(name) for name in names}
-    return {new: Place(str(old)) for new, old in single_file_utils.convert_ldm_unet_checkpoint(named, configuration).items()}
+    return {
+        new: Place(str(old)) for new, old in single_file_utils.convert_ldm_unet_checkpoint(named, configuration).items()
+    }
 
 
 def vae(names: Iterable[str], configuration: Mapping[str, Any]) -> dict[str, Place]:
@@ -72,8 +74,10 @@ def vae(names: Iterable[str], configuration: Mapping[str, Any]) -> dict[str, Pla
     return {new: Place(str(old), flat=".attentions." in new) for new, old in converted.items()}
 
 
-_CLIP = re.compile(r"((clip_[lh]|transformer|model|text_encoder)\.)*(text_model\.)?((embeddings|encoder|final_layer_norm)\..+)")
-_OPEN_CLIP = re.compile(r"((clip_[lh]|model|transformer)\.)*?(transformer\.resblocks\.(\d+)\.|)([a-z_]+(\.[a-z_0-9]+)*)")
+_CLIP = re.compile(
+    r"((clip_[lh]|transformer|model|text_encoder)\.)*(text_model\.)?((embeddings|encoder|final_layer_norm)\..+)"
+)
+_OPEN_CLIP = re.compile(r"(?:(?:clip_[lh]|model)\.)*(?:transformer\.resblocks\.(\d+)\.)?(.+)")
 _OPEN_CLIP_ENDS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -101,7 +105,7 @@ def text_encoder(names: Iterable[str], configuration: Mapping[str, Any]) -> dict
             continue
         if not (found := _OPEN_CLIP.fullmatch(name)):
             continue
-        layer, last = found[4], found[5]
+        layer, last = found[1], found[2]
         if layer is None:
             if last in _OPEN_CLIP_ENDS:
                 places[_OPEN_CLIP_ENDS[last]] = Place(name)
@@ -139,7 +143,9 @@ def of_folder(component: str, names: Iterable[str]) -> dict[str, Place]:
         if component == "text_encoder":
             # transformers writes the prefix before version 5.6, and leaves it out since.
             new = name.removeprefix("text_model.")
-        elif component == "vae" and (found := re.fullmatch(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.+)", name)):
+        elif component == "vae" and (
+            found := re.fullmatch(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.+)", name)
+        ):
             # diffusers before 0.18; Stable Diffusion 1.x is published so.
             new = f"{found[1]}.{_OLD_ATTENTION[found[2]]}.{found[3]}"
         places[new] = Place(name, flat=component == "vae" and ".attentions." in name)

@@ -7,7 +7,7 @@ bounded by anything. Stable Diffusion 2 has 16 transformer blocks in its UNet, S
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import IncompleteModelError
 
@@ -103,7 +103,7 @@ def check(component: str, values: Mapping[str, Any], label: str) -> None:
         )
         if units > _MOST_UNITS:
             raise IncompleteModelError(
-                f"{where} describes a network of about {units} blocks, expected at most {_MOST_UNITS}; download it again"
+                f"{where} describes about {units} blocks, expected at most {_MOST_UNITS}; download it again"
             )
     if component == "vae":
         scaling = values.get("scaling_factor")
@@ -136,7 +136,9 @@ def check_schedule(values: Mapping[str, Any], label: str) -> None:
         if not isinstance(betas, list) or len(betas) != steps or not all(_number(beta) for beta in betas):
             raise _wrong(where, "trained_betas", betas, f"a list of {steps} numbers")
     elif not (_number(values["beta_start"]) and _number(values["beta_end"])):
-        raise _wrong(where, "beta_start", [values["beta_start"], values["beta_end"]], "numbers for beta_start and beta_end")
+        raise _wrong(
+            where, "beta_start", [values["beta_start"], values["beta_end"]], "numbers for beta_start and beta_end"
+        )
     for key in ("rescale_betas_zero_snr", "set_alpha_to_one"):
         if not isinstance(values.get(key, False), bool):
             raise _wrong(where, key, values[key], "true or false")
@@ -149,12 +151,14 @@ def _wrong(where: str, key: str, found: object, expected: str) -> IncompleteMode
     return IncompleteModelError(f"{where} has {key} {reprlib.repr(found)}, expected {expected}; download it again")
 
 
-def _integer(value: object) -> bool:
+def _integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**40 and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**40 and math.isfinite(value)
+    )
 
 
 def _numbers(value: object) -> Iterator[Any]:

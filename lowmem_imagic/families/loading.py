@@ -45,9 +45,10 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
     """
     with init_empty_weights(include_buffers=False), quiet(), complete(label, component):
         if component == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig(**values))
+            part: nn.Module = CLIPTextModel(CLIPTextConfig(**values))
+            return part
         kind: Any = UNet2DConditionModel if component == "unet" else AutoencoderKL
-        part: nn.Module = kind.from_config(dict(values))
+        part = kind.from_config(dict(values))
         return part
 
 
@@ -66,8 +67,14 @@ def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str,
     return Tensors(weights, layout.of_folder(component, names))
 
 
-def check_fit(part: nn.Module, tensors: Tensors, label: str, component: str) -> dict[str, str]:
+def check_fit(part: nn.Module, tensors: Tensors, label: str, configured: str) -> dict[str, str]:
     """Makes sure that tensors are those of a network, in name and shape, before one is read.
+
+    Args:
+        part: the network.
+        tensors: its tensors.
+        label: the model and the part, for messages.
+        configured: the model whose configuration it has.
 
     Returns:
         the network's name of each tensor: transformers' own have had a prefix, until version 5.6.
@@ -79,16 +86,16 @@ def check_fit(part: nn.Module, tensors: Tensors, label: str, component: str) -> 
     shapes = tensors.shapes()
     problems = (
         ("lacks {} tensors", sorted(expected.keys() - shapes.keys())),
-        ("has {} tensors that its configuration lacks", sorted(shapes.keys() - expected.keys())),
+        ("has {} tensors beyond the configuration", sorted(shapes.keys() - expected.keys())),
         (
-            "has {} tensors of another shape than its configuration says",
+            "has {} tensors of another shape than in the configuration",
             sorted(name for name in shapes.keys() & expected.keys() if shapes[name] != expected[name][1]),
         ),
     )
     for words, names in problems:
         if names:
             raise IncompleteModelError(
-                f"{label}: the {component} {words.format(len(names))}, such as "
+                f"{label} {words.format(len(names))} of {configured}, such as "
                 f"{', '.join(name[:100] for name in names[:3])}; download it again, or give the configuration that it "
                 "was made with"
             )

@@ -46,7 +46,7 @@ def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) 
     last = {name.removeprefix("model.diffusion_model."): name for name in names}
     if other := [name for name in _OTHER_TENSORS if name in last]:
         raise WrongFamilyError(
-            f"{label} is marked as a model of another noise schedule ({other[0]}); expected one that predicts epsilon or v"
+            f"{label} is marked as of another noise schedule ({other[0]}); expected a model that predicts epsilon or v"
         )
     said: dict[str, str] = {}
     zero: dict[str, bool] = {}

@@ -55,15 +55,16 @@ def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: 
 
     Args:
         values: ``scheduler/scheduler_config.json``.
-        model_index: ``model_index.json``, which names the class that a pipeline would read the file with.
+        model_index: ``model_index.json``, which names a class where the file does not.
         label: the model, for messages.
 
     Raises:
         WrongFamilyError: a scheduler that adds noise in another way than Stable Diffusion was trained with.
     """
     named = model_index.get("scheduler")
-    # As `DiffusionPipeline.from_pretrained`: the class in model_index.json reads the file, whatever that names.
-    name = named[1] if isinstance(named, list) and len(named) == 2 and named[1] is not None else values.get("_class_name")
+    # The class that the values were written for; a pipeline reads them with the one in model_index.json, which differs
+    # only where someone put another file in.
+    name = values.get("_class_name", named[1] if isinstance(named, list) and len(named) == 2 else None)
     short = name.removeprefix("Flax").removesuffix("Scheduler") if isinstance(name, str) else ""
     if name is not None and short not in SCHEDULERS:
         raise WrongFamilyError(
@@ -79,14 +80,16 @@ def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: 
     }
     if keys := [key for key, is_other in other.items() if is_other]:
         raise WrongFamilyError(
-            f"{label} has a noise schedule with {keys[0]} {str(complete[keys[0]])[:40]}; expected one of Stable Diffusion"
+            f"{label} has a noise schedule with {keys[0]} {str(complete[keys[0]])[:40]}; expected Stable Diffusion's"
         )
     # Latents exceed [-1, 1], so a schedule for them neither clips nor thresholds. The pipelines' constructors set
     # clip_sample to false; diffusers' documentation calls thresholding unsuitable for latents. Files that were saved
     # by a class without these keys leave them out, and DDIM's own default is to clip: a grey picture.
     for key in ("clip_sample", "thresholding"):
         if values.get(key):
-            log.warning("%s: %s in its noise schedule is not for models with an autoencoder, and is left out", label, key)
+            log.warning(
+                "%s: %s in its noise schedule is not for models with an autoencoder, and is left out", label, key
+            )
         complete[key] = False
     # The pipelines' constructors set 1 whatever the file says: Stable Diffusion's timesteps begin at 1.
     complete["steps_offset"] = 1

@@ -40,24 +40,25 @@ def read_schedule(source: Folder | SingleFile, folder: Folder) -> dict[str, Any]
     limits.check_schedule(values, label)
     if values["beta_schedule"] not in BETA_SCHEDULES:
         raise WrongFamilyError(
-            f"{label} has the beta_schedule {values['beta_schedule'][:40]!r}, expected one of {', '.join(BETA_SCHEDULES)}"
+            f"{label} has the beta_schedule {values['beta_schedule'][:40]!r}, expected one of "
+            f"{', '.join(BETA_SCHEDULES)}"
         )
     if isinstance(source, SingleFile):
         values = _marked(values, source, label)
     kind = str(values["prediction_type"])
     if kind not in PREDICTION_TYPES:
         raise WrongFamilyError(f"{source.label} predicts {kind[:40]!r}, expected one of {', '.join(PREDICTION_TYPES)}")
-    alpha_bar = alphas(values, label)
-    falling = bool((alpha_bar[1:] <= alpha_bar[:-1]).all())
-    if not (alpha_bar.isfinite().all() and falling and alpha_bar[0] <= 1 and alpha_bar[-1] >= 0 and alpha_bar[0] > 0):
+    scheduler = _ddim(values, label)
+    betas, alpha_bar = scheduler.betas, scheduler.alphas_cumprod
+    if not (betas.isfinite().all() and betas.min() >= 0 and betas.max() <= 1 and alpha_bar[0] > 0):
         raise IncompleteModelError(
             f"{label}: scheduler/scheduler_config.json has betas that are not between 0 and 1; download it again"
         )
     if kind == "epsilon" and not alpha_bar[-1] > 0:
         raise WrongFamilyError(
-            f"{source.label} predicts epsilon on a noise schedule that ends at pure noise (rescale_betas_zero_snr), where "
-            "the noise says nothing about the picture; expected v_prediction with such a schedule, so set the "
-            "prediction_type or the schedule that the model was trained with in scheduler/scheduler_config.json"
+            f"{source.label} predicts epsilon on a noise schedule that ends at pure noise (rescale_betas_zero_snr), "
+            "where the noise says nothing about the picture; expected v_prediction with such a schedule, so set in "
+            "scheduler/scheduler_config.json what the model was trained with"
         )
     return values
 
@@ -68,9 +69,13 @@ def alphas(values: Mapping[str, Any], label: str) -> Tensor:
     Raises:
         IncompleteModelError: diffusers cannot make a schedule of it.
     """
+    found: Tensor = _ddim(values, label).alphas_cumprod
+    return found
+
+
+def _ddim(values: Mapping[str, Any], label: str) -> Any:
     try:
-        found: Tensor = diffusers.DDIMScheduler.from_config(dict(values)).alphas_cumprod
-        return found
+        return diffusers.DDIMScheduler.from_config(dict(values))
     except Exception as error:
         # Whatever diffusers and torch raise for values they cannot use.
         raise IncompleteModelError(

@@ -44,14 +44,14 @@ class StableDiffusion:
         self._folder = source if isinstance(source, Folder) else source.configuration
         kinds.check_pipeline(self._folder.config(".", "model_index.json"), self._folder.label)
         limits.check_side(self.unet_config["sample_size"], self.vae_factor, self._folder.label)
+        if isinstance(source, SingleFile):
+            self._check_checkpoint(source)
         if (text_width := self.text_config["hidden_size"]) != self.cross_attention_dim:
             raise IncompleteModelError(
                 f"{self._folder.label} has a text encoder of width {text_width} and a UNet for width "
                 f"{self.cross_attention_dim}; download it again"
             )
         _ = self.scheduler_config
-        if isinstance(source, SingleFile):
-            self._check_checkpoint(source)
 
     def _check_checkpoint(self, source: SingleFile) -> None:
         """Makes sure that a single file is of the size and the scale that its configuration says.
@@ -240,11 +240,11 @@ class StableDiffusion:
             tensors = list(unet.named_parameters())
         else:
             tensors = tensors_of(self.source, "unet", self.unet_config)
-            check_fit(unet, tensors, self.source.label, "UNet")
+            check_fit(unet, tensors, f"{self._shown}: the UNet", self._folder.label)
         try:
             load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
         except ValueError as error:
-            raise IncompleteModelError(f"{self.source.label}: the UNet's {error}") from error
+            raise IncompleteModelError(f"{self._shown}: the UNet's {error}") from error
         make_frugal(unet)
         return unet
 
@@ -261,14 +261,17 @@ class StableDiffusion:
             vae.tile_sample_min_size, vae.tile_latent_min_size = self.size_px // 2, self.latent_shape[1] // 2
         return vae  # type: ignore[no-any-return]
 
-    def _frozen(
-        self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype
-    ) -> nn.Module:
+    @property
+    def _shown(self) -> str:
+        """The base, for messages about its weights."""
+        return self.source.path.name if isinstance(self.source, SingleFile) else self.source.label
+
+    def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
         part = build(component, values, self._folder.label)
         if device.type == "meta":
             return part.to(device, dtype).requires_grad_(False).eval()
         tensors = tensors_of(self.source, component, values)
-        names = check_fit(part, tensors, self.source.label, component)
+        names = check_fit(part, tensors, f"{self._shown}: the {component}", self._folder.label)
         fill(part, tensors, names, device, dtype)
         return part
 

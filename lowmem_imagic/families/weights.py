@@ -48,6 +48,8 @@ class Entry:
     """One tensor of a file, not read."""
 
     path: Path
+    key: str
+    """Its name in the file."""
     dtype: str
     shape: tuple[int, ...]
 
@@ -69,7 +71,7 @@ def read_header(path: Path, name: str) -> tuple[dict[str, Entry], dict[str, str]
             raise IncompleteModelError(f"{name} has a header of {header} bytes, expected at most {MAX_HEADER_BYTES}")
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            entries = {key: Entry(path, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+            entries = {key: Entry(path, key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
             return entries, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise broken from error
@@ -151,13 +153,6 @@ class Weights:
         if kind not in _COMFY_FORMATS:
             self._refuse(f"weights in ComfyUI's format {kind[:40]!r} ({name[:100]})")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that loses nothing of any of them: half precision only where all are stored in it."""
-        kinds = {self._entries[name].dtype for name in self.names} - {"I64", "I32"}
-        half = {"F16": torch.float16, "BF16": torch.bfloat16}
-        return half.get(kinds.pop(), torch.float32) if len(kinds) == 1 and not self._scales else torch.float32
-
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self._entries[name].shape
@@ -179,16 +174,18 @@ class Weights:
             scale = scale / 127
         blocks = self._blocks(name)
         if blocks is None:
-            return tensor.float() * (scale.reshape(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() else scale.reshape(()))
+            return tensor.float() * (
+                scale.reshape(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() else scale.reshape(())
+            )
         spread = scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
         return tensor.float() * spread[: tensor.shape[0], : tensor.shape[1]]
 
     def _read(self, name: str) -> Tensor:
-        path = self._entries[name].path
+        path, key = self._entries[name].path, self._entries[name].key
         try:
             if path not in self._files:
                 self._files[path] = safe_open(path, framework="pt")
-            tensor: Tensor = self._files[path].get_tensor(name)
+            tensor: Tensor = self._files[path].get_tensor(key)
             return tensor
         except (OSError, SafetensorError, RuntimeError, AttributeError) as error:
             raise IncompleteModelError(f"{self._label}: {name[:100]} cannot be read; download it again") from error
