@@ -176,9 +176,11 @@ def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
     wanted = values.pop("sentence", sentence)
     if "photo" not in values or wanted is None:
         raise ConfigError(f"has no {'sentence' if 'photo' in values else 'photo'}")
-    if "model" in values and os.path.exists(folder / values["model"]):
+    if "model" in values:
+        from ..families import findable
+
         # A folder or file beside the manifest, as a photo is; any other word is a name.
-        values["model"] = str((folder / values["model"]).absolute())
+        values["model"] = findable(values["model"], folder)
     photo = Path(values.pop("photo"))
     name = safe_stem(values.pop("name", None) or f"{photo.stem} {wanted}")
     return Item(where, name, _found(folder, photo), wanted, values)

@@ -1,6 +1,7 @@
 """Whose configurations and tokenizer a name means, and what a name can mean at all."""
 
 import logging
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -37,11 +38,17 @@ def locate_configuration(name: str) -> Folder:
     )
 
 
-def findable(name: str) -> str:
-    """A model's name that means the same from another working directory: a path that is there, made absolute."""
-    if name == DEMO or name in SHORT_NAMES or not exists_here(name):
+def findable(name: str, folder: Path | None = None) -> str:
+    """A model's name that means the same from any working directory: a path that is there, made absolute.
+
+    Args:
+        name: as a user typed it.
+        folder: where a relative path begins; None for the working directory.
+    """
+    if name == DEMO or name in SHORT_NAMES:
         return name
-    return str(Path(name).absolute())
+    path = (folder or Path()) / name
+    return str(path.absolute()) if name and os.path.exists(path) else name
 
 
 def exists_here(name: str) -> bool:

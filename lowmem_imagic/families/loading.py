@@ -52,6 +52,35 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
         return part
 
 
+def try_out(component: str, values: Mapping[str, Any], label: str, side: int) -> None:
+    """Makes sure that a part so configured computes what Stable Diffusion needs of it, without weights.
+
+    Many values are looked at only when a network computes: some libraries take them all while they build it. This is
+    the pass itself, on the meta device, of one picture of `side` latent pixels.
+
+    Raises:
+        IncompleteModelError: it cannot compute, or gives another shape.
+    """
+    part: Any = build(component, values, label).to("meta")
+    latents = torch.empty(1, 4, side, side, device="meta")
+    with torch.no_grad(), quiet(), complete(label, component):
+        if component == "text_encoder":
+            ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
+            shapes = [(part(ids)[0].shape, (*ids.shape, values["hidden_size"]))]
+        elif component == "unet":
+            text = torch.empty(1, 2, values["cross_attention_dim"], device="meta")
+            time = torch.empty(1, dtype=torch.int64, device="meta")
+            shapes = [(part(latents, time, encoder_hidden_states=text).sample.shape, latents.shape)]
+        else:
+            picture = part.decode(latents).sample
+            factor = 2 ** (len(values["block_out_channels"]) - 1)
+            shapes = [(picture.shape, (1, 3, factor * side, factor * side))]
+            shapes.append((part.encode(picture).latent_dist.mean.shape, latents.shape))
+        for found, expected in shapes:
+            if tuple(found) != tuple(expected):
+                raise ValueError(f"it computes the shape {list(found)}, expected {list(expected)}")
+
+
 def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str, Any]) -> Tensors:
     """The tensors of a part, under diffusers' names and without those that take no part in making a picture.
 

@@ -19,7 +19,7 @@ from ..quantize import load_frozen
 from . import kinds, limits, repairs
 from .checkpoint import SingleFile
 from .frugal_unet import make_frugal
-from .loading import build, check_fit, complete, fill, first_line, quiet, tensors_of
+from .loading import build, check_fit, complete, fill, first_line, quiet, tensors_of, try_out
 from .schedule import alphas, read_schedule
 from .source import Folder
 
@@ -41,6 +41,7 @@ class StableDiffusion:
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
+        self._tried: set[str] = set()
         self._folder = source if isinstance(source, Folder) else source.configuration
         kinds.check_pipeline(self._folder.config(".", "model_index.json"), self._folder.label)
         limits.check_side(self.unet_config["sample_size"], self.vae_factor, self._folder.label)
@@ -234,7 +235,7 @@ class StableDiffusion:
 
         On the meta device only its configuration is read, as for the other parts.
         """
-        unet = build("unet", self.unet_config, self._folder.label)
+        unet = self._build("unet", self.unet_config)
         tensors: Iterable[tuple[str, Tensor]]
         if device.type == "meta":
             tensors = list(unet.named_parameters())
@@ -261,13 +262,20 @@ class StableDiffusion:
             vae.tile_sample_min_size, vae.tile_latent_min_size = self.size_px // 2, self.latent_shape[1] // 2
         return vae  # type: ignore[no-any-return]
 
+    def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
+        """A part on the meta device, which was tried once."""
+        if component not in self._tried:
+            try_out(component, values, self._folder.label, self.latent_shape[1])
+            self._tried.add(component)
+        return build(component, values, self._folder.label)
+
     @property
     def _shown(self) -> str:
         """The base, for messages about its weights."""
         return self.source.path.name if isinstance(self.source, SingleFile) else self.source.label
 
     def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-        part = build(component, values, self._folder.label)
+        part = self._build(component, values)
         if device.type == "meta":
             return part.to(device, dtype).requires_grad_(False).eval()
         tensors = tensors_of(self.source, component, values)
