@@ -60,7 +60,9 @@ def read_bytes(path: Path, name: str, limit: int) -> bytes:
 
 
 def read_json(path: Path, name: str, limit: int = MAX_CONFIGURATION_BYTES) -> dict[str, Any]:
-    """The JSON object in a file, without duplicate keys and with finite numbers.
+    """The JSON object in a file, without duplicate keys.
+
+    Numbers may be infinite: diffusers writes so for DPMSolver, whose ``lambda_min_clipped`` is.
 
     Raises:
         IncompleteModelError: as `read_bytes`, or another content.
@@ -72,13 +74,10 @@ def read_json(path: Path, name: str, limit: int = MAX_CONFIGURATION_BYTES) -> di
             raise ValueError("a key occurs twice")
         return values
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"found {constant}, expected finite numbers")
-
     try:
         # Editors on Windows begin a file with a byte order mark.
         text = read_bytes(path, name, limit).decode("utf-8-sig")
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0][:100]
         raise IncompleteModelError(f"{name} is no JSON that can be used ({reason}); download it again") from error
