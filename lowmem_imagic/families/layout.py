@@ -33,6 +33,10 @@ class Tensors:
         """The shape of every tensor; nothing is read."""
         return {name: self._shape(place) for name, place in self._places.items()}
 
+    def in_file(self, name: str) -> str:
+        """What a tensor is called in the file; itself where there is none of that name."""
+        return self._places[name].name if name in self._places else name
+
     def _shape(self, place: Place) -> tuple[int, ...]:
         shape = self._weights.shape(place.name)
         if place.third is not None and shape and shape[0] % 3 == 0:

@@ -28,6 +28,7 @@ _UNET = {
     "block_out_channels": _WIDTH,
     "layers_per_block": _COUNT,
     "transformer_layers_per_block": _COUNT,
+    "reverse_transformer_layers_per_block": _COUNT,
     "attention_head_dim": _WIDTH,
     "num_attention_heads": _WIDTH,
     "cross_attention_dim": _WIDTH,
@@ -57,13 +58,14 @@ _LISTS = (
     "block_out_channels",
     "layers_per_block",
     "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
     "attention_head_dim",
     "num_attention_heads",
 )
 """Keys that may have one number for each block."""
 _RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT}
 _OPTIONAL: dict[str, tuple[str, ...]] = {
-    "unet": ("num_attention_heads", "time_embedding_dim"),
+    "unet": ("num_attention_heads", "time_embedding_dim", "reverse_transformer_layers_per_block"),
     "vae": (),
     "text_encoder": ("projection_dim",),
 }

@@ -125,7 +125,7 @@ def check_fit(part: nn.Module, tensors: Tensors, label: str, configured: str) ->
         if names:
             raise IncompleteModelError(
                 f"{label} {words.format(len(names))} of {configured}, such as "
-                f"{', '.join(name[:100] for name in names[:3])}; download it again, or give the configuration that it "
+                f"{', '.join(tensors.in_file(name)[:100] for name in names[:3])}; download it again, or give the configuration that it "
                 "was made with"
             )
     return {name: expected[name][0] for name in shapes}

@@ -157,7 +157,8 @@ class StableDiffusion:
     def inverse_scheduler(self) -> Any:
         """diffusers' `DDIMInverseScheduler`, on this model's noise schedule at evenly spaced ("leading") timesteps."""
         settings = {**self.scheduler_config, "timestep_spacing": "leading"}
-        return diffusers.DDIMInverseScheduler.from_config(settings)
+        with quiet():
+            return diffusers.DDIMInverseScheduler.from_config(settings)
 
     def scheduler(self, name: str) -> Any:
         """A diffusers scheduler by class name, with or without "Scheduler", on this model's noise schedule.
