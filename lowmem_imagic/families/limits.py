@@ -100,9 +100,10 @@ def check(component: str, values: Mapping[str, Any], label: str) -> None:
             types = values.get(key)
             if not isinstance(types, list) or len(types) != len(channels) or not all(isinstance(t, str) for t in types):
                 raise _wrong(where, key, types, f"a list of {len(channels)} names")
-        units = _per_block(values["layers_per_block"], len(channels)) * (
-            1 + _per_block(values.get("transformer_layers_per_block", 1), 1)
-        )
+        layers = values["layers_per_block"]
+        residual = sum(_numbers(layers)) if isinstance(layers, list) else layers * len(channels)
+        kept = (values.get("transformer_layers_per_block"), values.get("reverse_transformer_layers_per_block"))
+        units = residual * (1 + max((number for part in kept for number in _numbers(part) if number), default=1))
         if units > _MOST_UNITS:
             raise IncompleteModelError(
                 f"{where} describes about {units} blocks, expected at most {_MOST_UNITS}; download it again"
@@ -174,10 +175,3 @@ def _numbers(value: object) -> Iterator[Any]:
             pending.extend(part)
         else:
             yield part
-
-
-def _per_block(value: Any, blocks: int) -> int:
-    """The sum over `blocks` blocks of a number for all of them, or of a list; for one block the largest."""
-    if not isinstance(value, list):
-        return int(value) * blocks
-    return max(sum(_numbers(value)), 1) if blocks > 1 else max(_numbers(value), default=1)

@@ -225,10 +225,15 @@ class StableDiffusion:
             )
             longest, words = self.text_config["max_position_embeddings"], self.text_config["vocab_size"]
             # transformers takes 1e30 where the configuration does not say.
-            if not 3 <= tokenizer.model_max_length <= longest:
+            if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):
                 raise ValueError(f"model_max_length is {tokenizer.model_max_length}, expected 3 to {longest}")
             if max(tokenizer.get_vocab().values()) >= words:
                 raise ValueError(f"it has words beyond the {words} of the text encoder")
+            # Some settings are looked at only now.
+            ids = _padded(tokenizer, ["a", ""])
+            if ids.shape != (2, tokenizer.model_max_length):
+                raise ValueError(f"it gives ids of the shape {list(ids.shape)}")
+            tokenizer.decode(ids[0])
             return tokenizer
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -295,11 +300,7 @@ class StableDiffusion:
         for prompt in prompts:
             ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
             cut.append(self.tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else "")
-        encoded = self.tokenizer(
-            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        )
-        kept: Tensor = encoded.input_ids
-        return kept, cut
+        return _padded(self.tokenizer, prompts), cut
 
     def check_prompt(self, prompt: str) -> str:
         """The words of `prompt` that do not fit into the text encoder ("" when all do).
@@ -341,3 +342,12 @@ class StableDiffusion:
     @property
     def _scaling(self) -> float:
         return float(self.vae_config["scaling_factor"])
+
+
+def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Token ids (B, T) at the full length of the text encoder."""
+    encoded = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    ids: Tensor = encoded.input_ids
+    return ids
