@@ -104,7 +104,7 @@ class BaseModel:
         weights: str = "int8",
         attention: str = "auto",
         checkpointing: bool = False,
-        config_folder: Path | None = None,
+        config_folder: str | Path | None = None,
     ) -> "BaseModel":
         """The base called `name`; reads configurations now and weights when they are first needed.
 
@@ -115,7 +115,7 @@ class BaseModel:
             weights: "int8", "bnb-int8" (stock bitsandbytes), "bf16" or "fp32".
             attention: "auto", "xformers" or "sdpa".
             checkpointing: recompute activations: less memory, about 1.3 times the arithmetic.
-            config_folder: for a single file, a diffusers folder with its configuration.
+            config_folder: for a single file, whose configuration it has: a short name, a Hub id or a diffusers folder.
 
         Raises:
             ModelError: unknown, incomplete or wrong model; a backend that is missing.

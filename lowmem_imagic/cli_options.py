@@ -18,9 +18,10 @@ Model = Annotated[
     ),
 ]
 ModelConfig = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="diffusers folder whose configuration a .safetensors file uses; one of SD 2.x needs it, others offline"
+        help="whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; "
+        "one of SD 2.x needs it"
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub model")]

@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ class BaseOptions:
     weights: str | None
     attention: str
     checkpointing: bool
-    config_folder: Path | None
+    config_folder: str | None
 
     def load(self) -> BaseModel:
         """The base model."""

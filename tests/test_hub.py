@@ -281,7 +281,7 @@ class _HttpLibraryError(Exception):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (LocalEntryNotFoundError("outgoing traffic has been disabled.\nTo enable it, ..."), "LocalEntryNotFoundError"),
+        (LocalEntryNotFoundError("outgoing traffic has been disabled.\nTo enable it, ..."), "HF_HUB_OFFLINE is set"),
         (_HttpLibraryError("connection reset\nby peer"), "_HttpLibraryError"),
         (ConnectionError("no route"), "ConnectionError"),
         (OSError(28, "No space left on device"), "No space left on device"),

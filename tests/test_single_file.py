@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import huggingface_hub
 import pytest
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
-from lowmem_imagic.families import source
+from lowmem_imagic.families import SHORT_NAMES
+from lowmem_imagic.families import checkpoint as checkpoint_module
+from lowmem_imagic.families.weights import Weights
 
 PROMPTS = ("a photo of a red cube on the grass", "two birds kissing", "")
 
@@ -134,91 +135,91 @@ def test_identity_is_the_checkpoint(checkpoint: Path, tiny_folder: Path) -> None
 
 
 @pytest.fixture
-def conversions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, "weakref.ref[Any]", torch.dtype]]:
-    """Name, weak reference and type of each part that diffusers converts."""
-    made: list[tuple[str, weakref.ref[Any], torch.dtype]] = []
-    convert = diffusers.StableDiffusionPipeline.from_single_file
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]:
+    """Name, weak reference and type of each tensor that is read from a file, in order."""
+    read: list[tuple[str, weakref.ref[Tensor], torch.dtype]] = []
+    get = Weights.__getitem__
 
-    def watched(*arguments: Any, **options: Any) -> Any:
-        pipeline = convert(*arguments, **options)
-        for name, part in pipeline.components.items():
-            if isinstance(part, torch.nn.Module):
-                made.append((name, weakref.ref(part), next(part.parameters()).dtype))
-        return pipeline
+    def watched(weights: Weights, name: str) -> Tensor:
+        tensor = get(weights, name)
+        read.append((name, weakref.ref(tensor), tensor.dtype))
+        return tensor
 
-    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", watched)
-    return made
+    monkeypatch.setattr(Weights, "__getitem__", watched)
+    return read
 
 
-def alive(conversions: list[tuple[str, "weakref.ref[Any]", torch.dtype]]) -> list[str]:
-    """The converted parts that something still holds."""
+def parts(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[str]:
+    """The parts whose tensors were read, in order: each once for every time that it was read whole."""
+    firsts = {"out.2.bias": "unet", "decoder.conv_out.bias": "vae"}
+    ends = {name: "text_encoder" for name, _, _ in reads if name.endswith("final_layer_norm.bias")}
+    return [part for name, _, _ in reads if (part := {**firsts, **ends}.get(name))]
+
+
+def alive(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[str]:
+    """The tensors as they were read that something still holds."""
     gc.collect()
-    return [name for name, part, _ in conversions if part() is not None]
+    return [name for name, tensor, _ in reads if tensor() is not None]
 
 
-def test_loading_converts_nothing(checkpoint: Path, tiny_folder: Path, conversions: list[Any]) -> None:
+def test_loading_converts_nothing(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Loading a base reads the checkpoint's header and the configurations; no part is converted."""
     base = load(checkpoint, tiny_folder)
     assert (base.size_px, base.family.cross_attention_dim) == (16, TEXT_WIDTH)
     assert base.family.check_prompt("a cube") == ""
-    assert conversions == []
+    assert reads == []
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
-def test_no_copy_stays_beside_the_unet(
-    weights: str, checkpoint: Path, tiny_folder: Path, conversions: list[Any]
-) -> None:
+def test_no_copy_stays_beside_the_unet(weights: str, checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Once the UNet is there, the converted one it was made from is gone, and its weights are its own."""
     base = load(checkpoint, tiny_folder, weights=weights)
     base.unet.eval()
-    assert [name for name, _, _ in conversions] == ["unet"]
-    assert alive(conversions) == []
+    assert parts(reads) == ["unet"]
+    assert alive(reads) == []
     bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base.unet.parameters()}
     assert sum(bytes_of.values()) <= sum(t.numel() * t.element_size() for t in base.unet.parameters())
 
 
-def test_parts_are_read_when_needed(checkpoint: Path, tiny_folder: Path, conversions: list[Any]) -> None:
+def test_parts_are_read_when_needed(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Text encoder and autoencoder are converted alone, as often as they are asked for, and dropped each time."""
     base = load(checkpoint, tiny_folder)
     for sentence in ("a cube", "a sphere"):
         base.encode_text([sentence])
-        assert alive(conversions) == []
+        assert alive(reads) == []
     for _ in range(2):
         base.decode(base.encode_images(torch.zeros(1, 3, 16, 16)))
-        assert alive(conversions) == []
-    assert [name for name, _, _ in conversions] == ["text_encoder"] * 2 + ["vae"] * 4
+        assert alive(reads) == []
+    assert parts(reads) == ["text_encoder"] * 2 + ["vae"] * 4
 
 
-def test_released_unet_is_read_again(checkpoint: Path, tiny_folder: Path, conversions: list[Any]) -> None:
+def test_released_unet_is_read_again(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """After `release` the UNet is read from the file again and predicts the same."""
     base = load(checkpoint, tiny_folder)
     before = everything(base)["prediction"]
     base.release()
     assert torch.equal(everything(base)["prediction"], before)
-    assert [name for name, _, _ in conversions].count("unet") == 2
-    assert alive(conversions) == []
+    assert parts(reads).count("unet") == 2
+    assert alive(reads) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_parts_are_read_in_the_files_precision(
-    dtype: torch.dtype, tiny_folder: Path, tmp_path: Path, conversions: list[Any]
+    dtype: torch.dtype, tiny_folder: Path, tmp_path: Path, reads: list[Any]
 ) -> None:
     """Parts are converted in the type they are stored in, whatever the type of the noise schedule beside them."""
     path = write_checkpoint(tiny_folder, tmp_path / "some.safetensors", dtype=dtype)
     everything(load(path, tiny_folder))
-    assert {kind for _, _, kind in conversions} == {dtype}
+    assert {kind for name, _, kind in reads if name != "alphas_cumprod"} == {dtype}
 
 
-def test_mixed_precision_loses_nothing(changed: Callable[..., Path], tiny_folder: Path, conversions: list[Any]) -> None:
-    """One fp32 tensor among half-precision ones is enough for a part to be read in fp32."""
+def test_mixed_precision_loses_nothing(changed: Callable[..., Path], tiny_folder: Path, reads: list[Any]) -> None:
+    """Tensors keep their own types: the one in fp32 among half-precision ones is not rounded with them."""
     half = {name: t.half() for name, t in load_file(changed()).items() if name != f"{UNET}out.2.bias"}
     half["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(32)[None]
     everything(load(changed(put=half), tiny_folder))
-    assert {name: kind for name, _, kind in conversions} == {
-        "unet": torch.float32,
-        "vae": torch.float16,
-        "text_encoder": torch.float16,
-    }
+    assert {kind for name, _, kind in reads if name == "out.2.bias"} == {torch.float32}
+    assert {kind for name, _, kind in reads if name != "out.2.bias"} == {torch.float16}
 
 
 # What is refused
@@ -230,7 +231,7 @@ def test_no_configuration_and_no_network(changed: Callable[..., Path]) -> None:
     path = changed(put={f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": text})
     with pytest.raises(IncompleteModelError) as error:
         load(path)
-    one_line(error, "changed.safetensors", source.SHORT_NAMES["sd15"], "connect once", "--model-config")
+    one_line(error, "changed.safetensors", SHORT_NAMES["sd15"], "connect once", "--model-config")
 
 
 @pytest.mark.parametrize("width", [TEXT_WIDTH, 1024])
@@ -253,7 +254,7 @@ def test_configuration_from_the_hub(
         return str(tiny_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(source, "_CONFIGURATIONS", {TEXT_WIDTH: "someone/plain"})
+    monkeypatch.setattr(checkpoint_module, "CONFIGURATIONS", {TEXT_WIDTH: "someone/plain"})
     ours, theirs = everything(load(changed())), everything(load(tiny_folder))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     [(repository, patterns)] = asked
@@ -289,7 +290,7 @@ def test_other_safetensors(names: list[str], tiny_folder: Path, tmp_path: Path) 
     save_file({name: torch.zeros(3) for name in names}, path)
     with pytest.raises(IncompleteModelError) as error:
         load(path, tiny_folder)
-    one_line(error, "other.safetensors could not be read as a Stable Diffusion checkpoint", "UNet")
+    one_line(error, "other.safetensors could not be read as a Stable Diffusion checkpoint", "model.diffusion_model.*")
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_checkpoint_without_a_part(
 @pytest.mark.parametrize(
     ("component", "name"),
     [
-        ("unet", f"{UNET}middle_block.0.in_layers.2.weight"),
+        ("UNet", f"{UNET}middle_block.0.in_layers.2.weight"),
         ("vae", f"{VAE}decoder.mid.block_1.conv1.weight"),
         ("text_encoder", f"{TEXT}transformer.text_model.encoder.layers.1.mlp.fc1.weight"),
     ],
@@ -350,10 +351,12 @@ def test_configuration_of_another_family(checkpoint: Path, folder_copy: Path) ->
 
 def test_configuration_folder_that_is_none(checkpoint: Path, tmp_path: Path) -> None:
     """A configuration folder that is missing or no diffusers folder is refused by its name."""
-    for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(IncompleteModelError) as error:
-            load(checkpoint, folder)
-        one_line(error, folder.name, "model_index.json")
+    with pytest.raises(IncompleteModelError) as error:
+        load(checkpoint, tmp_path)
+    one_line(error, tmp_path.name, "model_index.json")
+    with pytest.raises(UnknownModelError) as unknown:
+        load(checkpoint, tmp_path / "nothing")
+    one_line(unknown, "nothing", "a diffusers folder")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".CKPT", ".pt", ".bin"])

@@ -100,14 +100,15 @@ def run(
     words = dict(locals())
     del words["as_json"], words["quiet"]
     with importing():
+        from ..families import findable
         from .request import Request
 
-    for name in ("manifest", "out", "model_config"):
+    for name in ("manifest", "out"):
+        words[name] = str(words[name].absolute())
+    for name in ("model", "model_config"):
         if words[name] is not None:
-            words[name] = str(words[name].absolute())
-    if model is not None and Path(model).exists():
-        # For `batch retry`, from wherever.
-        words["model"] = str(Path(model).absolute())
+            # For `batch retry`, from wherever.
+            words[name] = findable(words[name])
     _run([Request(**words)], as_json=as_json, quiet=quiet)
 
 

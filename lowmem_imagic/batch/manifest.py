@@ -136,9 +136,11 @@ def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
     wanted = values.pop("sentence", sentence)
     if not values.get("photo") or wanted is None:
         raise ConfigError(f"has no {'sentence' if values.get('photo') else 'photo'}")
-    if "model" in values and os.path.exists(folder / values["model"]):
+    if "model" in values:
+        from ..families import findable
+
         # A folder or file beside the manifest, as a photo is; any other word is a name.
-        values["model"] = str((folder / values["model"]).absolute())
+        values["model"] = findable(values["model"], folder)
     _check_local(values["photo"], folder)
     photo = Path(values.pop("photo"))
     name = safe_stem(values.pop("name", None) or f"{photo.stem} {wanted}")

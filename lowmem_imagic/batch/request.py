@@ -248,7 +248,7 @@ class _Bases:
                 asked.base_weights,
                 asked.attention,
                 asked.checkpointing,
-                Path(asked.model_config) if asked.model_config and model is None else None,
+                asked.model_config if model is None else None,
             )
             self._opened[name] = open_base(options, self._console, ["a photo", asked.negative or ""])
         return self._opened[name]

@@ -5,14 +5,16 @@
 
 from pathlib import Path
 
+from .configuration import findable
+from .locate import locate
 from .published import PUBLISHED, Published
-from .source import DEMO, SHORT_NAMES, locate
+from .source import DEMO, SHORT_NAMES
 from .stable_diffusion import StableDiffusion
 
-__all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "load_architecture", "load_family"]
+__all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]
 
 
-def load_family(name: str, *, revision: str | None = None, config_folder: Path | None = None) -> StableDiffusion:
+def load_family(name: str, *, revision: str | None = None, config_folder: str | Path | None = None) -> StableDiffusion:
     """The family object for a model name (see `locate`); reads configurations, no weights.
 
     Raises:

@@ -1,10 +1,18 @@
 """Downloads from the Hugging Face Hub: configurations and safetensors, never a pickle or a whole repository."""
 
+import importlib.util
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..errors import UnknownModelError
 
+log = logging.getLogger(__name__)
+
+_SETTINGS = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+"""Variables of the environment that decide where the Hub is."""
 _CONFIGURATION = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
 
 
@@ -34,8 +42,6 @@ def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Pa
     try:
         folder = _fetch(repository, revision, _CONFIGURATION + _weights(stems))
     except UnknownModelError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
         try:
             return _fetch(repository, revision, _CONFIGURATION + _weights(stems, ".fp16"), local_files_only=True)
         except UnknownModelError:
@@ -71,16 +77,62 @@ def _weights(stems: Mapping[str, str], variant: str = "") -> list[str]:
 def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
+    def download(local: bool) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local))
+
     try:
-        folder = snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
-        )
+        return download(local_files_only)
     except Exception as error:
         # Besides its own errors the hub raises those of its HTTP library, which differs between its versions.
-        reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
+        reason = _reason(error)
+        # It looks into its cache where the network fails, but not where a proxy or an endpoint cannot even be tried.
+        if not local_files_only and not isinstance(error, FileNotFoundError):
+            try:
+                folder = download(True)
+            except Exception:
+                pass
+            else:
+                log.warning(
+                    "the Hub cannot be asked for %s (%s); going on with the copy in the cache", repository, reason
+                )
+                return folder
         at = "" if revision is None else f" at revision {revision}"
         raise UnknownModelError(
             f"model {repository}{at} is not in the local cache and could not be downloaded ({reason}); "
             "check its name and the network, or give a local folder"
         ) from error
-    return Path(folder)
+
+
+def _reason(error: Exception) -> str:
+    """Why the Hub could not be asked, in few words: a setting that cannot be used, else the kind of error."""
+    if isinstance(error, FileNotFoundError) and os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    ):
+        return "HF_HUB_OFFLINE is set"
+    for name in _SETTINGS:
+        for spelling in (name, name.lower()):
+            value = os.environ.get(spelling, "")
+            if value and (problem := _problem(value, proxy=name != "HF_ENDPOINT")):
+                return f"{spelling} cannot be used: {problem}"
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
+
+
+def _problem(url: str, *, proxy: bool) -> str:
+    """What is wrong with an address, without repeating it: it may hold a password. Empty if nothing is."""
+    schemes = ("http", "https", "socks5", "socks5h") if proxy else ("http", "https")
+    try:
+        # A proxy may be written without its scheme.
+        parts = urlsplit(url if "://" in url or not proxy else f"http://{url}")
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return f"no address ({str(error)[:60]})"
+    if parts.scheme not in schemes:
+        return f"its scheme is {parts.scheme[:20]!r}, expected {', '.join(schemes)}"
+    if not host:
+        return "it names no host"
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        return "a SOCKS proxy needs the package socksio (pip install socksio)"
+    return ""

@@ -4,6 +4,7 @@ The only place that knows diffusers' and transformers' classes.
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -11,21 +12,25 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTokenizerFast
 
-from ..diffusion import PREDICTION_TYPES
-from ..errors import ConfigError, IncompleteModelError, NonFiniteModelError, PromptError, WrongFamilyError
+from ..errors import ConfigError, IncompleteModelError, NonFiniteModelError, PromptError
 from ..quantize import load_frozen
+from . import kinds, limits, repairs
+from .checkpoint import SingleFile
 from .frugal_unet import make_frugal
-from .loading import complete, converted, first_line, quiet
+from .loading import build, check_fit, complete, fill, first_line, quiet, tensors_of, try_out
 from .rehearsal import rehearse
-from .source import Folder, SingleFile
+from .schedule import alphas, read_schedule
+from .source import Folder
+
+log = logging.getLogger(__name__)
 
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 """Family by width of the text conditioning; others are of the same make but another size."""
+_FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
+"""Entries of a tokenizer's settings that would have it read another file."""
 
 
 class StableDiffusion:
@@ -38,53 +43,43 @@ class StableDiffusion:
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
+        self._tried: set[str] = set()
         self._folder = source if isinstance(source, Folder) else source.configuration
-        kind = self._folder.config(".", "model_index.json").get("_class_name")
-        if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
-            raise WrongFamilyError(
-                f"{self._folder.label} is a {kind or 'model without a pipeline class'}; this version edits with "
-                "StableDiffusionPipeline models (Stable Diffusion 1.x and 2.x)"
-            )
-        unet = self.unet_config
-        self._check_configurations()
-        if unet.get("in_channels") != 4 or unet.get("addition_embed_type") or not unet.get("cross_attention_dim"):
-            raise WrongFamilyError(
-                f"{source.label} has a UNet with {unet.get('in_channels')} input channels and "
-                f"addition_embed_type {unet.get('addition_embed_type')}; expected a plain text-to-image "
-                "Stable Diffusion 1.x or 2.x (not inpainting, not SDXL)"
-            )
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise WrongFamilyError(
-                f"{source.label} predicts {self.prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}"
-            )
-        if isinstance(source, SingleFile) and source.width != self.cross_attention_dim:
+        kinds.check_pipeline(self._folder.config(".", "model_index.json"), self._folder.label)
+        limits.check_side(self.unet_config["sample_size"], self.vae_factor, self._folder.label)
+        if isinstance(source, SingleFile):
+            self._check_checkpoint(source)
+        if (text_width := self.text_config["hidden_size"]) != self.cross_attention_dim:
             raise IncompleteModelError(
-                f"{source.label} takes text of width {source.width}, but the configuration of {self._folder.label} "
-                f"says {self.cross_attention_dim}; give a diffusers folder of the same family (--model-config)"
+                f"{self._folder.label} has a text encoder of width {text_width} and a UNet for width "
+                f"{self.cross_attention_dim}; download it again"
             )
+        _ = self.scheduler_config
 
-    def _check_configurations(self) -> None:
-        """Makes sure of what is read off the configurations below.
+    def _check_checkpoint(self, source: SingleFile) -> None:
+        """Makes sure that a single file is of the size and the scale that its configuration says.
 
         Raises:
-            IncompleteModelError: a value is missing or of the wrong kind.
+            IncompleteModelError: it is not.
         """
-
-        def positive(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-        channels = self.vae_config.get("block_out_channels")
-        width = self.unet_config.get("cross_attention_dim")
-        wrong = {
-            "unet/config.json: sample_size": not positive(self.unet_config.get("sample_size")),
-            # None is left to the check of the family: that is a UNet that takes no text.
-            "unet/config.json: cross_attention_dim": width is not None and not positive(width),
-            "vae/config.json: block_out_channels": not isinstance(channels, list) or not channels,
-        }
-        if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        if source.width != self.cross_attention_dim:
             raise IncompleteModelError(
-                f"{self._folder.label} has no usable {', '.join(found)}; expected a Stable Diffusion folder as "
-                "diffusers writes it, so download it again"
+                f"{source.label} takes text of width {source.width}, but the configuration of {self._folder.label} "
+                f"says {self.cross_attention_dim}; give a model or a diffusers folder of the same family "
+                "(--model-config)"
+            )
+        factor = source.beside("scale_factor")
+        if factor is not None and factor.numel() == 1 and abs(float(factor) / self._scaling - 1) > 0.01:
+            raise IncompleteModelError(
+                f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
+                f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (--model-config)"
+            )
+        if ignored := source.ignored:
+            log.warning(
+                "%s: %d tensors are no part of a Stable Diffusion and are not used, such as %s",
+                source.path.name,
+                len(ignored),
+                ", ".join(name[:60] for name in ignored[:3]),
             )
 
     @property
@@ -95,23 +90,36 @@ class StableDiffusion:
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
-        """The UNet's configuration."""
-        return self._folder.config("unet")
+        """The UNet's configuration, complete."""
+        values = self._folder.config("unet")
+        kinds.check_class(values, "unet", self.source.label)
+        complete_values = repairs.unet(values, self._folder.label)
+        kinds.check_unet(complete_values, self.source.label)
+        limits.check("unet", complete_values, self._folder.label)
+        return complete_values
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
-        """The autoencoder's configuration."""
-        return self._folder.config("vae")
+        """The autoencoder's configuration, complete."""
+        values = self._folder.config("vae")
+        kinds.check_class(values, "vae", self.source.label)
+        complete_values = repairs.vae(values)
+        limits.check("vae", complete_values, self._folder.label)
+        return complete_values
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
-        """The text encoder's configuration."""
-        return self._folder.config("text_encoder")
+        """The text encoder's configuration, complete."""
+        values = self._folder.config("text_encoder")
+        kinds.check_text_encoder(values, self.source.label)
+        complete_values = repairs.text_encoder(values)
+        limits.check("text_encoder", complete_values, self._folder.label)
+        return complete_values
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """The noise schedule's configuration."""
-        return self._folder.config("scheduler", "scheduler_config.json")
+        """The noise schedule's configuration, complete and as the model's marks say."""
+        return read_schedule(self.source, self._folder)
 
     @cached_property
     def family(self) -> str:
@@ -126,7 +134,7 @@ class StableDiffusion:
     @property
     def prediction_type(self) -> str:
         """What the UNet predicts, one of `PREDICTION_TYPES`."""
-        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+        return str(self.scheduler_config["prediction_type"])
 
     @property
     def vae_factor(self) -> int:
@@ -141,18 +149,18 @@ class StableDiffusion:
     @property
     def num_train_timesteps(self) -> int:
         """Steps of the noise schedule."""
-        return int(self.scheduler_config.get("num_train_timesteps", 1000))
+        return int(self.scheduler_config["num_train_timesteps"])
 
     @cached_property
     def alpha_bar(self) -> Tensor:
         """Cumulative product of alphas (num_train_timesteps,), fp32."""
-        alphas: Tensor = self.scheduler("DDIM").alphas_cumprod
-        return alphas
+        return alphas(self.scheduler_config, self._folder.label)
 
     def inverse_scheduler(self) -> Any:
         """diffusers' `DDIMInverseScheduler`, on this model's noise schedule at evenly spaced ("leading") timesteps."""
-        settings = {**self.scheduler_config, "timestep_spacing": "leading", "clip_sample": False}
-        return diffusers.DDIMInverseScheduler.from_config(settings)
+        settings = {**self.scheduler_config, "timestep_spacing": "leading"}
+        with quiet():
+            return diffusers.DDIMInverseScheduler.from_config(settings)
 
     def scheduler(self, name: str) -> Any:
         """A diffusers scheduler by class name, with or without "Scheduler", on this model's noise schedule.
@@ -167,7 +175,8 @@ class StableDiffusion:
             names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
             raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
         try:
-            return kind.from_config(self.scheduler_config)  # type: ignore[attr-defined]
+            with quiet():
+                return kind.from_config(repairs.for_sampler(self.scheduler_config, kind.__name__))  # type: ignore[attr-defined]
         except ImportError as error:
             raise ConfigError(
                 f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}"
@@ -216,15 +225,28 @@ class StableDiffusion:
     def tokenizer(self) -> CLIPTokenizerFast:
         """The tokenizer."""
         self._folder.vocabulary()
-        self._folder.config("tokenizer", "tokenizer_config.json")
-        with quiet(), complete(self._folder, "tokenizer"):
+        values = self._folder.config("tokenizer", "tokenizer_config.json")
+        if elsewhere := [key for key in _FILES_OF_TOKENIZERS if key in values and "/" in str(values[key])]:
+            raise IncompleteModelError(
+                f"{self._folder.label}: tokenizer/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
+                "remove that entry"
+            )
+        with quiet(), complete(self._folder.label, "tokenizer"):
             # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(
                 self._folder.path, subfolder="tokenizer", local_files_only=True
             )
+            longest, words = self.text_config["max_position_embeddings"], self.text_config["vocab_size"]
             # transformers takes 1e30 where the configuration does not say.
-            if not 3 <= tokenizer.model_max_length <= 10_000:
-                raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
+            if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):
+                raise ValueError(f"model_max_length is {tokenizer.model_max_length}, expected 3 to {longest}")
+            if max(tokenizer.get_vocab().values()) >= words:
+                raise ValueError(f"it has words beyond the {words} of the text encoder")
+            # Some settings are looked at only now.
+            ids = _padded(tokenizer, ["a", ""])
+            if ids.shape != (2, tokenizer.model_max_length):
+                raise ValueError(f"it gives ids of the shape {list(ids.shape)}")
+            tokenizer.decode(ids[0])
             return tokenizer
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -232,67 +254,53 @@ class StableDiffusion:
 
         On the meta device only its configuration is read, as for the other parts.
         """
-        with init_empty_weights(include_buffers=False), complete(self._folder, "unet"):
-            unet: nn.Module = UNet2DConditionModel.from_config(self.unet_config)
+        unet = self._build("unet", self.unet_config)
         tensors: Iterable[tuple[str, Tensor]]
         if device.type == "meta":
             tensors = list(unet.named_parameters())
-        elif isinstance(self.source, SingleFile):
-            tensors = converted(self.source, "unet").state_dict().items()
         else:
-            tensors = self.source.tensors("unet")
+            tensors = tensors_of(self.source, "unet", self.unet_config)
+            check_fit(unet, tensors, f"{self._shown}: the UNet", self._folder.label)
         try:
             load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
         except ValueError as error:
-            raise IncompleteModelError(f"{self.source.label}: the UNet's {error}") from error
+            raise IncompleteModelError(f"{self._shown}: the UNet's {error}") from error
         make_frugal(unet)
         return unet
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The frozen CLIP text encoder."""
-        # As transformers 5.6 and later write them the names lack a prefix that earlier versions need and all take.
-        names = {r"^(?!text_model\.)": "text_model."}
-        return self._frozen(CLIPTextModel, "text_encoder", device, dtype, key_mapping=names)
+        return self._frozen("text_encoder", self.text_config, device, dtype)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
         """The frozen autoencoder; `tiling` makes it work in overlapping quarters: a fraction of the memory."""
-        vae: Any = self._frozen(AutoencoderKL, "vae", device, dtype)
+        vae: Any = self._frozen("vae", self.vae_config, device, dtype)
         if tiling:
             vae.enable_tiling()
             # diffusers' own tiles are of the size that the model was made for.
             vae.tile_sample_min_size, vae.tile_latent_min_size = self.size_px // 2, self.latent_shape[1] // 2
         return vae  # type: ignore[no-any-return]
 
-    def _frozen(self, kind: Any, component: str, device: torch.device, dtype: torch.dtype, **options: Any) -> nn.Module:
-        part: Any
+    def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
+        """A part on the meta device, which was tried once."""
+        if component not in self._tried:
+            try_out(component, values, self._folder.label, self.latent_shape[1])
+            self._tried.add(component)
+        return build(component, values, self._folder.label)
+
+    @property
+    def _shown(self) -> str:
+        """The base, for messages about its weights."""
+        return self.source.path.name if isinstance(self.source, SingleFile) else self.source.label
+
+    def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+        part = self._build(component, values)
         if device.type == "meta":
-            values = self._folder.config(component)
-            with init_empty_weights(), complete(self._folder, component):
-                part = kind.from_config(values) if kind is AutoencoderKL else kind(CLIPTextConfig(**values))
-        elif isinstance(self.source, SingleFile):
-            part = converted(self.source, component)
-        else:
-            self.source.weight_files(component)
-            with quiet(), complete(self.source, component):
-                part, report = kind.from_pretrained(
-                    self._folder.path,
-                    subfolder=component,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    variant=self.source.variant(component),
-                    output_loading_info=True,
-                    **options,
-                )
-            if report["missing_keys"]:
-                # The libraries fill these with random numbers, or leave them without any.
-                some = ", ".join(sorted(report["missing_keys"])[:3])
-                raise IncompleteModelError(
-                    f"{self.source.label}: {component} lacks {len(report['missing_keys'])} tensors, such as {some}; "
-                    "download it again"
-                )
-        with quiet():
-            part.to(device, dtype)
-        return part.requires_grad_(False).eval()  # type: ignore[no-any-return]
+            return part.to(device, dtype).requires_grad_(False).eval()
+        tensors = tensors_of(self.source, component, values)
+        names = check_fit(part, tensors, f"{self._shown}: the {component}", self._folder.label)
+        fill(part, tensors, names, device, dtype)
+        return part
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """Token ids (B, T), and for each prompt the words that no longer fit ("" when all do).
@@ -305,11 +313,7 @@ class StableDiffusion:
         for prompt in prompts:
             ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
             cut.append(self.tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else "")
-        encoded = self.tokenizer(
-            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        )
-        kept: Tensor = encoded.input_ids
-        return kept, cut
+        return _padded(self.tokenizer, prompts), cut
 
     def check_prompt(self, prompt: str) -> str:
         """The words of `prompt` that do not fit into the text encoder ("" when all do).
@@ -350,6 +354,13 @@ class StableDiffusion:
 
     @property
     def _scaling(self) -> float:
-        # Old configurations leave it out; then diffusers' own default holds.
-        default = inspect.signature(AutoencoderKL).parameters["scaling_factor"].default
-        return float(self.vae_config.get("scaling_factor", default))
+        return float(self.vae_config["scaling_factor"])
+
+
+def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Token ids (B, T) at the full length of the text encoder."""
+    encoded = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    ids: Tensor = encoded.input_ids
+    return ids

@@ -1,0 +1,177 @@
+"""Bounds of a model's configuration, checked before a network is built from it.
+
+Building a network takes time and memory for every module, whatever its weights; and what a configuration says is not
+bounded by anything. Stable Diffusion 2 has 16 transformer blocks in its UNet, SDXL has 70.
+"""
+
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+from ..errors import IncompleteModelError
+
+MAX_SIDE_PX = 4096
+"""Largest side of the pictures a model is made for."""
+MAX_TIMESTEPS = 10_000
+_MOST_BLOCKS = 8
+_MOST_UNITS = 400
+"""Residual blocks and transformer blocks of a network, each about twenty modules and a millisecond to build."""
+_MOST_VALUES = 20_000
+"""Numbers and texts in one configuration."""
+_WIDTH = (1, 2**14)
+_COUNT = (1, 64)
+
+_UNET = {
+    "in_channels": _WIDTH,
+    "out_channels": _WIDTH,
+    "block_out_channels": _WIDTH,
+    "layers_per_block": _COUNT,
+    "transformer_layers_per_block": _COUNT,
+    "reverse_transformer_layers_per_block": _COUNT,
+    "attention_head_dim": _WIDTH,
+    "num_attention_heads": _WIDTH,
+    "cross_attention_dim": _WIDTH,
+    "norm_num_groups": _WIDTH,
+    "conv_in_kernel": (1, 15),
+    "conv_out_kernel": (1, 15),
+    "time_embedding_dim": _WIDTH,
+}
+_VAE = {
+    "in_channels": (3, 3),
+    "out_channels": (3, 3),
+    "block_out_channels": _WIDTH,
+    "layers_per_block": _COUNT,
+    "latent_channels": (4, 4),
+    "norm_num_groups": _WIDTH,
+}
+_TEXT = {
+    "hidden_size": _WIDTH,
+    "intermediate_size": (1, 2**16),
+    "num_hidden_layers": _COUNT,
+    "num_attention_heads": (1, 2**10),
+    "max_position_embeddings": (3, 2**12),
+    "vocab_size": (3, 2**20),
+    "projection_dim": _WIDTH,
+}
+_LISTS = (
+    "block_out_channels",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+)
+"""Keys that may have one number for each block."""
+_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "unet": ("num_attention_heads", "time_embedding_dim", "reverse_transformer_layers_per_block"),
+    "vae": (),
+    "text_encoder": ("projection_dim",),
+}
+"""Keys that may be null, which leaves the number to the class."""
+
+
+def check(component: str, values: Mapping[str, Any], label: str) -> None:
+    """Makes sure that a part's configuration (complete, see `repairs`) describes a network of bounded size.
+
+    Raises:
+        IncompleteModelError: a value of the wrong kind or beyond its bounds.
+    """
+    where = f"{label}: {component}/config.json"
+    for count, number in enumerate(_numbers(dict(values))):
+        if count >= _MOST_VALUES:
+            raise IncompleteModelError(f"{where} has more than {_MOST_VALUES} values; download it again")
+        if isinstance(number, int | float) and not abs(number) < 2**40:
+            raise IncompleteModelError(f"{where} has a number that is too large; download it again")
+    for key, (low, high) in _RANGES[component].items():
+        value = values.get(key)
+        if value is None and key in _OPTIONAL[component]:
+            continue
+        parts = list(_numbers(value)) if isinstance(value, list) and key in _LISTS else [value]
+        if not parts or not all(_integer(part) and low <= part <= high for part in parts):
+            expected = str(low) if low == high else f"integers from {low} to {high}"
+            raise _wrong(where, key, value, expected)
+    channels = values.get("block_out_channels")
+    if channels is not None:
+        if not isinstance(channels, list) or not 1 <= len(channels) <= _MOST_BLOCKS:
+            raise _wrong(where, "block_out_channels", channels, f"a list of 1 to {_MOST_BLOCKS} integers")
+        for key in ("down_block_types", "up_block_types"):
+            types = values.get(key)
+            if not isinstance(types, list) or len(types) != len(channels) or not all(isinstance(t, str) for t in types):
+                raise _wrong(where, key, types, f"a list of {len(channels)} names")
+        layers = values["layers_per_block"]
+        residual = sum(_numbers(layers)) if isinstance(layers, list) else layers * len(channels)
+        kept = (values.get("transformer_layers_per_block"), values.get("reverse_transformer_layers_per_block"))
+        units = residual * (1 + max((number for part in kept for number in _numbers(part) if number), default=1))
+        if units > _MOST_UNITS:
+            raise IncompleteModelError(
+                f"{where} describes about {units} blocks, expected at most {_MOST_UNITS}; download it again"
+            )
+    if component == "vae":
+        scaling = values.get("scaling_factor")
+        if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not 1e-4 <= scaling <= 1e4:
+            raise _wrong(where, "scaling_factor", scaling, "a number from 0.0001 to 10000")
+
+
+def check_side(sample_size: object, factor: int, label: str) -> None:
+    """Makes sure that the pictures a model is made for have a side that can be worked with.
+
+    Raises:
+        IncompleteModelError: it is no integer, or above `MAX_SIDE_PX`.
+    """
+    most = MAX_SIDE_PX // factor
+    if not (_integer(sample_size) and 1 <= sample_size <= most):
+        raise _wrong(f"{label}: unet/config.json", "sample_size", sample_size, f"an integer from 1 to {most}")
+
+
+def check_schedule(values: Mapping[str, Any], label: str) -> None:
+    """Makes sure that a noise schedule has a bounded number of steps, and numbers where numbers belong.
+
+    Raises:
+        IncompleteModelError: it has not.
+    """
+    where = f"{label}: scheduler/scheduler_config.json"
+    steps, betas = values["num_train_timesteps"], values.get("trained_betas")
+    if not (_integer(steps) and 2 <= steps <= MAX_TIMESTEPS):
+        raise _wrong(where, "num_train_timesteps", steps, f"an integer from 2 to {MAX_TIMESTEPS}")
+    if betas is not None:
+        if not isinstance(betas, list) or len(betas) != steps or not all(_number(beta) for beta in betas):
+            raise _wrong(where, "trained_betas", betas, f"a list of {steps} numbers")
+    elif not (_number(values["beta_start"]) and _number(values["beta_end"])):
+        raise _wrong(
+            where, "beta_start", [values["beta_start"], values["beta_end"]], "numbers for beta_start and beta_end"
+        )
+    for key in ("rescale_betas_zero_snr", "set_alpha_to_one"):
+        if not isinstance(values.get(key, False), bool):
+            raise _wrong(where, key, values[key], "true or false")
+    for key in ("beta_schedule", "prediction_type", "timestep_spacing"):
+        if not isinstance(values.get(key, ""), str):
+            raise _wrong(where, key, values[key], "a name")
+
+
+def _wrong(where: str, key: str, found: object, expected: str) -> IncompleteModelError:
+    return IncompleteModelError(f"{where} has {key} {reprlib.repr(found)}, expected {expected}; download it again")
+
+
+def _integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**40 and math.isfinite(value)
+    )
+
+
+def _numbers(value: object) -> Iterator[Any]:
+    """The numbers and texts in nested lists and objects."""
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            pending.extend(part.values())
+        elif isinstance(part, list):
+            pending.extend(part)
+        else:
+            yield part
