@@ -67,6 +67,30 @@ def _crash_rows() -> Iterator[str]:
         yield f"| two runs on one folder, {len(pairs)} times 24 items: made twice or not at all | {twice} | 0 |"
 
 
+def recipe() -> list[str]:
+    """Rows: what is taken from an edit file, what comes back of the photo in diffusers."""
+    edits = _result("other_programs").get("pictures", [])
+    names = " | ".join(f"`{edit['preset']}`" for edit in edits)
+    rows = [f"| taken from the file | {names} |", "|---|" + "---|" * len(edits)]
+    for words in edits[0]["photo_db"] if edits else ():
+        rows.append(f"| {words} | " + " | ".join(f"{edit['photo_db'][words]:.1f} dB" for edit in edits) + " |")
+    return rows
+
+
+def versions_of_diffusers() -> list[str]:
+    """Rows: version, the furthest that its UNet is from ours and from one that is merged by hand."""
+    rows = ["| diffusers | peft | edits | UNet's output: ours to diffusers' | ours to one merged by hand |"]
+    rows.append("|---|---|---|---|---|")
+    by_version = _result("other_programs").get("unet", {})
+    for version in sorted(by_version, key=lambda text: [int(part) for part in text.split(".")]):
+        measured = by_version[version]["rows"]
+        furthest = [max(row[name] for row in measured) for name in ("diffusers", "merged_by_hand")]
+        rows.append(
+            f"| {version} | {by_version[version]['peft']} | {len(measured)} | {furthest[0]:.1e} | {furthest[1]:.1e} |"
+        )
+    return rows
+
+
 def _result(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -119,6 +143,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "goals on validation": quality_tables.goals_on_validation,
         "suggestion": quality_tables.suggestion,
     },
+    "docs/other_programs.md": {"recipe": recipe, "diffusers": versions_of_diffusers},
 }
 """The tables of each document."""
 
