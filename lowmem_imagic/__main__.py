@@ -4,11 +4,13 @@ import signal
 import sys
 
 from .streams import end_output, steady_streams
+from .threads import wait_passively
 
 
 def main() -> None:
     """Runs the command line; while it is being imported, Ctrl-C ends the process without a word."""
     steady_streams()
+    wait_passively()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .cli import main as run
 

@@ -13,7 +13,7 @@ PACKAGE = Path(lowmem_imagic.__file__).parent
 
 LAYERS = {
     0: ("errors", "failpoints", "plain_text"),
-    1: ("config", "atomic", "names", "regular_files", "streams", "strict_json", "writable", "unexpected"),
+    1: ("config", "atomic", "names", "regular_files", "streams", "strict_json", "threads", "unexpected", "writable"),
     2: (
         "images",
         "letterbox",
