@@ -176,6 +176,30 @@ def interleaved(place: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
     return "early" if early else "woken in between" if steps["second"] >= wake_at else "woken after"
 
 
+def test_of_two_that_begin_at_once_one_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is paused while it begins, with another in between, ends that when it wakes, or is ended: never are two
+    the last."""
+    for number in range(1, 30):
+        attempts, inside, calls = Attempts(tmp_path / str(number)), list[Attempt](), iter(range(1, 99))
+
+        def watched(call: Any, attempts: Attempts = attempts, number: int = number, **rest: Any) -> Any:
+            inside, calls = rest["inside"], rest["calls"]
+
+            def replaced(*values: Any, **more: Any) -> Any:
+                if not inside and next(calls) == number:
+                    inside.append(Attempt(Path()))
+                    inside[0] = attempts.begin("job")
+                return call(*values, **more)
+
+            return replaced
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "rename", "lstat", "listdir", "scandir"):
+                patch.setattr(os, name, watched(getattr(os, name), inside=inside, calls=calls))
+            outer = attempts.begin("job")
+        assert [one.current for one in (outer, *inside)].count(True) == 1, number
+
+
 def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:
     """A whole list that is run after its part was given up goes on with the part's state, and the part can do
     nothing more."""
