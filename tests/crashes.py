@@ -200,7 +200,6 @@ PLACES = (
     "state-saved",
     "before-file",
     "before-report",
-    "report-written",
 )
 """Failpoints: between any two durable steps."""
 

@@ -62,7 +62,7 @@ def test_a_process_that_is_killed_is_started_again(manifest: Path, tiny_folder: 
     run = start(manifest, out, tiny_folder)
     wait_for(out, 1)
     os.kill(children(run.pid)[0], signal.SIGKILL)
-    said, errors = run.communicate(timeout=120)
+    said, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     tally = json.loads(said)
     assert sorted(tally["done"]) == [f"n{n}" for n in range(ITEMS)] and not tally["failed"]
@@ -76,11 +76,11 @@ def test_ctrl_c_reaches_every_process_once(manifest: Path, tiny_folder: Path, tm
     wait_for(out, 1)
     below = children(run.pid)
     run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=300)
     assert run.returncode == 130 and "Traceback" not in errors, errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in below)
     run = start(manifest, out, tiny_folder)
-    said, errors = run.communicate(timeout=120)
+    said, errors = run.communicate(timeout=300)
     tally = json.loads(said)
     assert run.returncode == 0 and len(tally["done"]) + len(tally["done_before"]) == ITEMS
     assert tally["done_before"] and len(files_of(out)) == 5 * ITEMS
@@ -90,7 +90,7 @@ def test_an_error_of_all_is_said_once(manifest: Path, tiny_folder: Path, tmp_pat
     """What no process can do, such as writing where nothing can be written, is one line and the right exit code."""
     (tmp_path / "list.jsonl").write_text("")
     run = start(manifest, tmp_path / "out", tiny_folder)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=300)
     assert run.returncode == 2 and errors.count("has no items") == 1 and "Traceback" not in errors
 
 

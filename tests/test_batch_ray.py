@@ -94,10 +94,13 @@ def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: bool = F
     order = {"request": request, "folder": str(manifest.parent), "sentence": SENTENCE, "items": ITEMS, "kill": kill}
     words = (sys.executable, "-m", "tests.ray_driver", "crew", json.dumps(order))
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "first\n"
-        if remove:
-            print("remove", file=cluster.orders, flush=True)
-        answer = json.loads(process.stdout.readline())
+        assert process.stdout is not None
+        # Ray prints words of its own to the standard output of who drives it.
+        for line in process.stdout:
+            if line == "first\n" and remove:
+                print("remove", file=cluster.orders, flush=True)
+            if line.startswith("{"):
+                answer = json.loads(line)
         assert process.wait(60) == 0
     good = [f"n{n}" for n in range(ITEMS) if n != 3]
     assert sorted(answer["done"]) == [f"n{n}" for n in range(ITEMS)] and answer["files"] == good

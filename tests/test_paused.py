@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.publishing import publish, staged
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.batch.watch import Watch
+from lowmem_imagic.errors import OutputUnwritableError
 from tests import crashes
 from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
 from tests.test_ledger import change, entries, opened
@@ -109,6 +112,92 @@ def test_it_leaves_alone_what_its_successor_is_at(tmp_path: Path) -> None:
     report = {"job": "job", "finished": True, "pictures": [], "sha256": results.digests()}
     assert publish(second, results, folder, "job", report)
     assert sorted(os.listdir(folder)) == ["a.safetensors", "report.json"] and look(folder, "job") == FINISHED
+
+
+def test_paused_between_any_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the step of the system at which one is paused, and however far its successor has come when it wakes,
+    the item ends as the successor's, whole."""
+    found = [interleaved(tmp_path / str(seed), random.Random(seed), monkeypatch) for seed in range(60)]
+    assert {"woken in between", "woken after"} <= set(found)
+
+
+def interleaved(place: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Pauses one attempt at a random step, lets the next begin, and go on at a random step of that; how it went."""
+    place.mkdir()
+    (place / "n0").mkdir()
+    old_report = {"job": "job", "finished": False, "pictures": ["eta_0.00.png", "eta_9.00.png"]}
+    (place / "n0" / "report.json").write_text(json.dumps(old_report))
+    (place / "n0" / "eta_9.00.png").write_bytes(b"stale")
+    attempts, paused, go_on = Attempts(place / "training"), threading.Event(), threading.Event()
+    steps, pause_at, wake_at = {"first": 0, "second": 0}, rng.randrange(1, 36), rng.randrange(1, 60)
+
+    def put(attempt: Attempt, word: str, names: str) -> bool:
+        results = staged(attempt)
+        with contextlib.suppress(OutputUnwritableError):
+            for name in names:
+                results.write(f"eta_{name}.00.png", word.encode())
+        report = {"job": "job", "finished": True, "pictures": sorted(results.files), "sha256": results.digests()}
+        return publish(attempt, results, place / "n0", "job", report)
+
+    def step() -> None:
+        who = threading.current_thread().name
+        if who in steps:
+            steps[who] += 1
+            if (who, steps[who]) == ("first", pause_at):
+                paused.set()
+                assert go_on.wait(60)
+            elif (who, steps[who]) == ("second", wake_at):
+                go_on.set()
+                first.join()
+
+    def watched(call: Any) -> Any:
+        return lambda *values, **more: (step(), call(*values, **more))[1]
+
+    def started(name: str, *values: Any) -> threading.Thread:
+        thread = threading.Thread(target=lambda: put(*values), name=name)
+        thread.start()
+        return thread
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "replace", "rename", "mkdir", "unlink", "link", "fsync"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        first = started("first", attempts.begin("job"), "old", "013")
+        while first.is_alive() and not paused.wait(0.01):
+            pass
+        early = not paused.is_set()
+        # The last one to begin is this one, wherever the other is.
+        second = attempts.begin("job")
+        started("second", second, "new", "0245").join()
+        go_on.set()
+        first.join()
+    names = {path.name for path in (place / "n0").iterdir()}
+    assert look(place / "n0", "job") == FINISHED and names == {"report.json", *(f"eta_{n}.00.png" for n in "0245")}
+    assert all((place / "n0" / f"eta_{n}.00.png").read_bytes() == b"new" for n in "0245")
+    return "early" if early else "woken in between" if steps["second"] >= wake_at else "woken after"
+
+
+def test_of_two_that_begin_at_once_one_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is paused while it begins, with another in between, ends that when it wakes, or is ended: never are two
+    the last."""
+    for number in range(1, 30):
+        attempts, inside, calls = Attempts(tmp_path / str(number)), list[Attempt](), iter(range(1, 99))
+
+        def watched(call: Any, attempts: Attempts = attempts, number: int = number, **rest: Any) -> Any:
+            inside, calls = rest["inside"], rest["calls"]
+
+            def replaced(*values: Any, **more: Any) -> Any:
+                if not inside and next(calls) == number:
+                    inside.append(Attempt(Path()))
+                    inside[0] = attempts.begin("job")
+                return call(*values, **more)
+
+            return replaced
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "rename", "lstat", "listdir", "scandir"):
+                patch.setattr(os, name, watched(getattr(os, name), inside=inside, calls=calls))
+            outer = attempts.begin("job")
+        assert [one.current for one in (outer, *inside)].count(True) == 1, number
 
 
 def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:

@@ -74,11 +74,14 @@ class Attempts:
                     self._end_others(parent.name, mine)
                     if not is_plain(mine, stat.S_IFDIR):
                         os.mkdir(mine)
+                        # Another may have begun since. Of two, the one whose folder is made later sees the other's.
+                        self._end_others(parent.name, mine)
                     break
                 except FileNotFoundError:
                     if not left:
                         raise
-            _clear(mine)
+            with contextlib.suppress(FileNotFoundError):  # ended already by another
+                _clear(mine)
         except OSError as error:
             raise unusable(parent, error) from error
         return Attempt(mine)
@@ -125,13 +128,13 @@ class Attempts:
         for folder in self._of_all_parts():
             if not is_plain(folder / job, stat.S_IFDIR):
                 continue
-            for number, other in enumerate(sorted(set((folder / job).iterdir()) - {mine})):
+            for other in sorted(set((folder / job).iterdir()) - {mine}):
                 if not is_plain(other, stat.S_IFDIR):
                     _discard(other)
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     there = is_plain(mine, stat.S_IFDIR)
-                    os.rename(other, mine / f"{_ENDED}{number}" if there else mine)
+                    os.rename(other, mine / f"{_ENDED}{secrets.token_hex(4)}" if there else mine)
             if folder != self._folder:
                 with contextlib.suppress(OSError):
                     (folder / job).rmdir()

@@ -93,8 +93,8 @@ def _publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, re
         os.mkdir(folder)
     remove_temporaries(folder)
     stale = pictures_of_report(folder)
-    # First of all whose folder it is, should the run end before the item is finished.
-    _put(attempt, folder, {"job": job, "finished": False, "pictures": sorted(stale)})
+    # First of all whose folder it is, and what may be in it, should the run end before the item is finished.
+    _put(attempt, folder, {"job": job, "finished": False, "pictures": sorted(stale | results.files.keys())})
     # Before the report, so that one that is there is true.
     for name in sorted(stale - results.files.keys()):
         if os.path.lexists(folder / name):
