@@ -123,10 +123,10 @@ def check_fit(part: nn.Module, tensors: Tensors, label: str, configured: str) ->
     )
     for words, names in problems:
         if names:
+            some = ", ".join(tensors.in_file(name)[:100] for name in names[:3])
             raise IncompleteModelError(
-                f"{label} {words.format(len(names))} of {configured}, such as "
-                f"{', '.join(tensors.in_file(name)[:100] for name in names[:3])}; download it again, or give the configuration that it "
-                "was made with"
+                f"{label} {words.format(len(names))} of {configured}, such as {some}; download it again, or give the "
+                "configuration that it was made with"
             )
     return {name: expected[name][0] for name in shapes}
 
