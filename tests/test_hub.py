@@ -10,11 +10,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from conftest import TEXT_WIDTH
 from huggingface_hub.errors import LocalEntryNotFoundError
+from ldm_layout import write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, UnknownModelError
 from lowmem_imagic.families import SHORT_NAMES
+from lowmem_imagic.families import checkpoint as checkpoint_module
 from lowmem_imagic.families.source import WEIGHTS_STEM
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -100,8 +104,6 @@ def use(base: BaseModel) -> torch.Tensor:
 
 def halve(folder: Path, *components: str, keep: bool = False) -> None:
     """Gives components an fp16 variant, instead of their weights or (keep) beside them."""
-    from safetensors.torch import load_file, save_file
-
     for component in components:
         path = folder / component / f"{WEIGHTS_STEM[component]}.safetensors"
         tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
@@ -326,3 +328,86 @@ def test_offline_and_cached(tiny_folder: Path, tmp_path: Path, monkeypatch: pyte
     base = load()
     assert base.identity.revision == COMMIT
     assert torch.equal(use(base), use(load(str(tiny_folder))))
+
+
+# Names and settings
+
+
+@pytest.mark.parametrize("name", ["sd21", "sd21-base", "sd15", NAME])
+def test_the_configuration_of_a_checkpoint_by_name(name: str, hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint takes its configuration from a short name or a Hub id, for which no weights are downloaded."""
+    path = write_checkpoint(tiny_folder, tmp_path / "one.safetensors")
+    base = load(str(path), config_folder=name)
+    assert torch.equal(use(base), use(load(str(tiny_folder))))
+    assert [asked["repository"] for asked in hub.asked] == [SHORT_NAMES.get(name, name)]
+    assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "name"), [("v", "sd21"), ("epsilon", "sd21-base")], ids=lambda value: str(value)
+)
+def test_marked_checkpoints_need_no_configuration(
+    prediction: str, name: str, hub: Hub, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the width leaves two models, the checkpoint's own mark decides between their configurations."""
+    kinds = {(TEXT_WIDTH, "v_prediction"): "sd21", (TEXT_WIDTH, "epsilon"): "sd21-base"}
+    monkeypatch.setattr(checkpoint_module, "BY_PREDICTION", kinds)
+    path = write_checkpoint(tiny_folder, tmp_path / "one.safetensors")
+    save_file(load_file(path), path, metadata={"modelspec.prediction_type": prediction})
+    load(str(path))
+    assert hub.asked[0]["repository"] == SHORT_NAMES[name]
+
+
+@pytest.mark.parametrize("name", ["sd99", "no/such/thing", "", "./sd15"])
+def test_configurations_that_are_not_there(name: str, hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
+    """A name that means no configuration is refused with those that do."""
+    path = write_checkpoint(tiny_folder, tmp_path / "one.safetensors")
+    with pytest.raises((UnknownModelError, IncompleteModelError)) as error:
+        load(str(path), config_folder=name)
+    assert "sd21" in str(error.value) or "width" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_does_not_hide_a_short_name(
+    hub: Hub, folder_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that happens to be called sd15 is not the model sd15; one line says how to name it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder_copy, tmp_path / "sd15")
+    assert load("sd15").name == SHORT_NAMES["sd15"]
+    assert "./sd15" in caplog.text
+    assert load("./sd15").name == "sd15"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("HTTPS_PROXY", "foo://user:secret@host:1", "HTTPS_PROXY cannot be used: its scheme is 'foo'"),
+        ("https_proxy", "ftp://user:secret@host:1", "https_proxy cannot be used: its scheme is 'ftp'"),
+        ("HTTP_PROXY", "http://user:secret@:8080", "HTTP_PROXY cannot be used: it names no host"),
+        ("ALL_PROXY", "http://user:secret@host:99999", "ALL_PROXY cannot be used: no address"),
+        ("HF_ENDPOINT", "htp://secret", "HF_ENDPOINT cannot be used: its scheme is 'htp'"),
+        ("HF_ENDPOINT", "secret", "HF_ENDPOINT cannot be used: its scheme is ''"),
+        ("HF_ENDPOINT", "https://", "HF_ENDPOINT cannot be used: it names no host"),
+    ],
+)
+def test_settings_that_cannot_be_used(
+    variable: str, value: str, problem: str, hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A proxy or endpoint that cannot be used is named, without its password, and a cached model is used."""
+
+    def fail(*arguments: Any, local_files_only: bool = False, **options: Any) -> str:
+        if not local_files_only:
+            raise ValueError("what an HTTP library says of it")
+        return hub.snapshot_download(*arguments, local_files_only=True, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UnknownModelError) as error:
+        load()
+    assert problem in str(error.value) and "secret" not in str(error.value)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    expected = use(load())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert torch.equal(use(load()), expected)
+    assert problem in caplog.text and "secret" not in caplog.text

@@ -54,7 +54,7 @@ _BESIDE = re.compile(
 """Tensors outside of the parts that take no part in making a picture."""
 CONFIGURATIONS = {768: "sd15"}
 """Whose configuration a single checkpoint has, by width of the text conditioning, where that decides it."""
-_BY_PREDICTION = {(1024, "v_prediction"): "sd21", (1024, "epsilon"): "sd21-base"}
+BY_PREDICTION = {(1024, "v_prediction"): "sd21", (1024, "epsilon"): "sd21-base"}
 """The same where width and the checkpoint's own mark decide it."""
 
 
@@ -113,7 +113,7 @@ class SingleFile:
         """
         name = self.config_folder or CONFIGURATIONS.get(self.width)
         if name is None and self.marks.prediction_type is not None:
-            name = _BY_PREDICTION.get((self.width, self.marks.prediction_type))
+            name = BY_PREDICTION.get((self.width, self.marks.prediction_type))
         if name is None:
             # Of width 1024 there are models that predict noise and models that predict velocity.
             raise IncompleteModelError(
