@@ -10,7 +10,7 @@ def wait_passively() -> None:
     """Lets threads that wait sleep, here and in processes started from here, unless the user has chosen otherwise.
 
     By default they spin: on a machine with other work, a thread that has none keeps the core that another of its own
-    program needs. On two cores shared with five programs an edit of 22 s then takes 123 (``benchmarks/threads.py``).
+    program needs. On two cores shared with ten programs an edit of 43 s then takes 287 (``benchmarks/threads.py``).
     Without effect once torch is loaded, which reads it then.
     """
     if not any(name in os.environ for name in SETTINGS):
