@@ -127,7 +127,7 @@ class SingleFile:
             if repository not in str(error):
                 raise
             raise IncompleteModelError(
-                f"{self.path.name} needs the configuration and the tokenizer of a {name}: "
+                f"{self.path.name} needs the configuration and the tokenizer of {name}: "
                 f"{str(error).partition('; ')[0]}; connect once (2 MB), or give a diffusers folder of the same family "
                 "(--model-config FOLDER)"
             ) from error
