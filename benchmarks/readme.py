@@ -72,7 +72,7 @@ def recipe() -> list[str]:
     edits = _result("other_programs").get("pictures", [])
     names = " | ".join(f"`{edit['preset']}`" for edit in edits)
     rows = [f"| taken from the file | {names} |", "|---|" + "---|" * len(edits)]
-    for words in edits[0]["photo_db"] if edits else ():
+    for words in sorted(edits[0]["photo_db"], key=lambda words: -edits[0]["photo_db"][words]) if edits else ():
         rows.append(f"| {words} | " + " | ".join(f"{edit['photo_db'][words]:.1f} dB" for edit in edits) + " |")
     return rows
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem_imagic import base_model, packing, pipeline, preparation
+from lowmem_imagic import base_model, commands, packing, pipeline, preparation
 from lowmem_imagic.batch import worker
-from lowmem_imagic.result_folder import ResultFolder
 from tests.test_batch_faults import ONE_PICTURE, Said, call, items, limit, listed, run  # noqa: F401
 from tests.test_nonfinite import PARTS, damage, schedule
 
@@ -112,10 +111,9 @@ def test_an_error_while_a_pack_trains(
     ("owner", "name", "picks"),
     [
         (worker, "finished_edit", of_item("n1")),
-        (ResultFolder, "write_pictures", lambda folder, *_: "n1" in str(folder.path)),
-        (worker.publishing, "begin", lambda folder, job: "n1" in str(folder.path)),
-        (worker.publishing, "end", lambda folder, report: "n1" in str(folder.path)),
-        (worker, "remove_temporaries", lambda path: "n1" in str(path)),
+        (commands, "render", lambda base, made, *_, photo, **__: photo.name.startswith("p1")),
+        (worker.publishing, "publish", lambda attempt, results, folder, job, report: "n1" in str(folder)),
+        (worker.publishing, "pictures_of_report", lambda folder: "n1" in str(folder)),
     ],
 )
 def test_an_error_while_results_are_made(
@@ -186,16 +184,14 @@ def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, m
     assert said.code == 3 and len(said.report["failed"]) == 2 and "Odd: broken crew" in said.errors
 
 
-def test_the_log_is_no_way_out_of_the_folder(
-    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A link in place of the log is not followed."""
+def test_the_log_is_no_way_out_of_the_folder(run: Callable[..., Said], tmp_path: Path) -> None:
+    """A link in place of the log is not followed: the run says so and makes nothing."""
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     (out / LOG).parent.mkdir(parents=True)
     (target := tmp_path / "precious").write_text("mine")
     (out / LOG).symlink_to(target)
-    fail_for(monkeypatch, worker, "load_photo", ValueError("x"), of_item("p1.png"))
-    only_n1_failed(run(manifest, "--out", out), out)
+    said = run(manifest, "--out", out)
+    assert said.code == 1 and "errors.log is a link" in said.errors
     assert target.read_text() == "mine"
 
 

@@ -118,6 +118,7 @@ def test_marks_of_velocity(
         {"ss_v_parameterization": "None", "ss_zero_terminal_snr": "False"},
         {"ss_base_model_version": "sd_v1"},
         {"format": "pt", "modelspec.title": "v_pred"},
+        {"modelspec.encoder_layer": "1", "ss_clip_skip": "None"},
     ],
     ids=str,
 )
@@ -147,6 +148,16 @@ def test_marks_of_zero_snr(tensors: list[str], metadata: dict[str, str], write: 
     scheduler = base.family.scheduler("DDIM")
     scheduler.set_timesteps(10)
     assert (base.family.alpha_bar[-1], scheduler.timesteps[0]) == (0, 999)
+
+
+@pytest.mark.parametrize("metadata", [{"modelspec.encoder_layer": "2"}, {"ss_clip_skip": "2"}], ids=str)
+def test_a_clip_skip_is_said_not_to_be_applied(
+    metadata: dict[str, str], write: Callable[..., BaseModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint that asks for an earlier layer of its text encoder is loaded, and that mark is not passed over."""
+    with caplog.at_level(logging.WARNING):
+        write(metadata=metadata)
+    assert "earlier layer of its text encoder" in caplog.text
 
 
 def test_the_schedule_in_the_checkpoint(write: Callable[..., BaseModel], plain: dict[str, Tensor]) -> None:

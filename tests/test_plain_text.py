@@ -130,7 +130,7 @@ def test_listings_of_an_edit_have_their_own_lines(text: str) -> None:
         "base": {"source": text, "revision": text, "family": text, "prediction_type": text},
         "base_weights": text,
         "source": {"width_px": 1, "height_px": 1, "sha256": text},
-        "adapter": {"ranks": [1], "layers": 1},
+        "adapter": {"ranks": [2], "layers": 1, "alphas": [1.0]},
         "embedding": {"shape": [1, 1]},
         "etas": [0.0],
         "seed": 0,

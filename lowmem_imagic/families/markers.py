@@ -4,7 +4,7 @@ Programs write this in two ways, as empty tensors and as metadata, under many na
 sd-scripts' and Forge's sources, and in the specification at github.com/Stability-AI/ModelSpec).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import IncompleteModelError, WrongFamilyError
@@ -18,6 +18,8 @@ _PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "predi
 _V_KEYS = ("ss_v_parameterization", "ss_v_prediction", "v_prediction", "v_parameterization", "v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "modelspec.zero_terminal_snr", "ztsnr", "zsnr")
 _ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version")
+_CLIP_SKIP_KEYS = ("modelspec.encoder_layer", "ss_clip_skip")
+"""Which layer of the text encoder, counted from the end, the model was trained on."""
 _WORDS = {
     "epsilon": ("epsilon", "eps", "noise", "epsilon_prediction"),
     "v_prediction": ("v", "v_prediction", "v_pred", "vpred", "velocity"),
@@ -33,6 +35,8 @@ class Marks:
     zero_snr: bool | None = None
     said_by: str = ""
     """Where it says so, for messages."""
+    clip_skip: str = ""
+    """The layer of the text encoder that it asks for, where that is not the last one, which is always taken."""
 
 
 def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) -> Marks:
@@ -75,7 +79,16 @@ def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) 
         prediction_type=next(iter(said.values()), None),
         zero_snr=next(iter(zero.values()), None),
         said_by=", ".join([*said, *zero]),
+        clip_skip=next((f"{key} {asked[:20]}" for key, asked in _clip_skips(metadata)), ""),
     )
+
+
+def _clip_skips(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Keys that ask for another layer of the text encoder than its last, and what they say."""
+    for key in _CLIP_SKIP_KEYS:
+        asked = metadata.get(key, "").strip()
+        if asked.lower() not in ("", "1", "none", "null"):
+            yield key, asked
 
 
 def _prediction(text: str, key: str, label: str) -> str:

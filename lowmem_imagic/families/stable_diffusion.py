@@ -74,6 +74,14 @@ class StableDiffusion:
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
                 f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (--model-config)"
             )
+        # Stable Diffusion 2 is made without the last layer: its second from the end is the last that there is.
+        made_without_last = self.cross_attention_dim == 1024 and source.marks.clip_skip.endswith(" 2")
+        if source.marks.clip_skip and not made_without_last:
+            log.warning(
+                "%s asks for an earlier layer of its text encoder (%s), which is not applied: the last one is taken",
+                source.path.name,
+                source.marks.clip_skip,
+            )
         if ignored := source.ignored:
             log.warning(
                 "%s: %d tensors are no part of a Stable Diffusion and are not used, such as %s",
