@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..errors import IncompleteModelError, LowmemImagicError
+from ..unexpected import first_line
 from . import layout
 from .checkpoint import SingleFile
 from .layout import Tensors
@@ -158,11 +159,6 @@ def complete(label: str, component: str) -> Iterator[None]:
         raise IncompleteModelError(
             f"{label}: {component} cannot be loaded ({first_line(error)}); download it again"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its text, if it has one."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:160]
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..diffusion import PREDICTION_TYPES
 from ..errors import IncompleteModelError, WrongFamilyError
+from ..unexpected import first_line
 from . import limits, repairs
 from .checkpoint import SingleFile
-from .loading import first_line
 from .source import Folder
 
 log = logging.getLogger(__name__)

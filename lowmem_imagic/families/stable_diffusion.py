@@ -17,10 +17,11 @@ from transformers import CLIPTokenizerFast
 
 from ..errors import ConfigError, IncompleteModelError, NonFiniteModelError, PromptError
 from ..quantize import load_frozen
+from ..unexpected import first_line
 from . import kinds, limits, repairs
 from .checkpoint import SingleFile
 from .frugal_unet import make_frugal
-from .loading import build, check_fit, complete, fill, first_line, quiet, tensors_of, try_out
+from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
 from .rehearsal import rehearse
 from .schedule import alphas, read_schedule
 from .source import Folder
