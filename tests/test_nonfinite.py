@@ -176,8 +176,8 @@ def test_right_predictions_lead_every_scheduler_to_the_picture(
 ) -> None:
     """Without a model, each scheduler ends at the picture whose right predictions it is told."""
     family = loaded(schedule(folder_copy, prediction_type=prediction_type)).family
-    if name == "PNDM" and steps == 3:
-        pytest.skip("takes more steps")
+    # PNDM's first steps are of another kind, and it takes no fewer than these.
+    steps = max(steps, 5) if name == "PNDM" else steps
     assert family.rehearsal(name, steps) < 0.1 < SCHEDULER_ERROR
 
 

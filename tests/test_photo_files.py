@@ -166,7 +166,7 @@ def test_camera_raw_is_named(tmp_path, data):
 
 
 def test_a_cameras_own_tiff_is_no_raw_file(tmp_path):
-    """A TIFF that a camera wrote is read, whoever made it."""
+    """A TIFF that a camera wrote is read, of any make."""
     (tmp_path / "a.tif").write_bytes(encoded("TIFF", tiffinfo={271: "NIKON CORPORATION", 272: "NIKON D850"}))
     assert load_photo(tmp_path / "a.tif").image.size == (48, 32)
 

@@ -1,4 +1,4 @@
-"""Facts about configurations: they mean here what they mean in diffusers' own pipeline, whoever saved them."""
+"""Facts about configurations: they mean here what they mean in diffusers' own pipeline, by whatever class they were saved."""
 
 import json
 import logging

@@ -295,7 +295,7 @@ class Batch:
         entries = ledger.claim(group.key, CLAIM, without=self._held, begin=begin)
         self._held |= {assignment.job: assignment for assignment in begun}
         for entry, assignment in zip(entries, list(begun), strict=True):
-            # Whoever had it may have put it in place and not come to say so.
+            # Another run may have put it in place and not come to say so.
             if entry.attempts and self._is_finished(entry):
                 begun.remove(assignment)
                 self._end(ledger, assignment, entry.seconds or 0.0)
@@ -336,7 +336,7 @@ class Batch:
             self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
 
     def _lose(self, ledger: Ledger, assignment: Assignment, error: LowmemImagicError | None) -> None:
-        """Leaves an item to whoever has begun it anew; it waits again where that is nobody."""
+        """Leaves an item to the run that has begun it anew; where there is none, it waits again."""
         self._held.pop(assignment.job, None)
         kept = str(error).partition("the finished edit was kept as ")[2]
         rest = f"; its own edit was kept as {kept}" if kept else ""
