@@ -1,4 +1,4 @@
-"""Facts about configurations: they mean here what they mean in diffusers' own pipeline, by whatever class they were saved."""
+"""Facts about configurations: they mean here what they mean in diffusers' own pipeline, saved by any class."""
 
 import json
 import logging

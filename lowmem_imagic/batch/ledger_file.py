@@ -221,7 +221,7 @@ def _lock_of(path: Path) -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """While a ledger is opened, and made anew where it is damaged, which is one's matter at a time.
 
-    Whoever had the damaged file open, and read it only when it was gone and there was a new one, would take the new
+    A run that had the damaged file open, and read it only when it was gone and there was a new one, would take the new
     one's log for its own.
 
     Raises:
