@@ -8,7 +8,6 @@ sentences. Its weights give pictures of noise.
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowmem_imagic.demo.architecture import train_tokenizer
 from lowmem_imagic.families.published import PUBLISHED
+
+from .random_unet import drawn
 
 CAPTIONS = ("a photo of a red cube on the grass", "a blue sphere on a wooden floor", "two birds kissing")
 """What the vocabulary is learnt from."""
@@ -48,7 +49,7 @@ def write_random_folder(folder: Path, *, device: torch.device | str = "cpu", see
         _write_json(folder / part / "config.json", values)
         with init_empty_weights(include_buffers=False):
             network: nn.Module = build(dict(configurations[part]))
-        tensors = {name: _drawn(p.shape, name, generator) for name, p in network.named_parameters()}
+        tensors = {name: drawn(name, p.shape, generator).cpu() for name, p in network.named_parameters()}
         save_file(tensors, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
     _write_json(
         folder / "scheduler" / "scheduler_config.json",
@@ -58,13 +59,6 @@ def write_random_folder(folder: Path, *, device: torch.device | str = "cpu", see
     tokenizer.model_max_length = configurations["text_encoder"]["max_position_embeddings"]
     tokenizer.save_pretrained(folder / "tokenizer")
     return folder
-
-
-def _drawn(shape: torch.Size, name: str, generator: torch.Generator) -> Tensor:
-    if len(shape) == 1:
-        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.float16)
-    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float16)
-    return drawn.div_(math.sqrt(math.prod(shape[1:]))).cpu()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

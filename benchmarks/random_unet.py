@@ -19,6 +19,7 @@ from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
 from lowmem_imagic.families.frugal_unet import make_frugal
 from lowmem_imagic.families.published import SD15_UNET, Published
+from lowmem_imagic.families.weights import Weights
 from lowmem_imagic.quantize import load_frozen
 
 SDXL_UNET: dict[str, Any] = {
@@ -53,24 +54,44 @@ def meta_unet(name: str) -> nn.Module:
 
 
 def random_weights(unet: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp16 tensor) of every parameter, one at a time, scaled so that activations neither grow nor vanish."""
+    """(name, fp16 tensor) of every parameter, one at a time; see `drawn`."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in unet.named_parameters():
-        tensor = torch.empty(parameter.shape, dtype=torch.float16)
-        if parameter.dim() == 1:
-            yield name, tensor.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            yield name, tensor.normal_(0.0, 1 / math.sqrt(math.prod(parameter.shape[1:])), generator=generator)
+        yield name, drawn(name, parameter.shape, generator)
+
+
+def drawn(name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A random weight in fp16 on the generator's device, scaled so that activations neither grow nor vanish."""
+    tensor = torch.empty(shape, dtype=torch.float16, device=generator.device)
+    if len(shape) == 1:
+        return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+    return tensor.normal_(0.0, 1 / math.sqrt(math.prod(shape[1:])), generator=generator)
+
+
+class _Drawn(Weights):
+    """Weights of a network that are drawn when they are asked for."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        self.names = list(self._shapes)
+        self._generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight."""
+        return self._shapes[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return drawn(name, self._shapes[name], self._generator)
 
 
 @dataclass(frozen=True)
 class _Random(Published):
     """Stable Diffusion 1.5's configurations, with random weights for the UNet."""
 
-    def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, component: str) -> Weights:
         """Random weights of the UNet, the only component that has any."""
         assert component == "unet"
-        return random_weights(meta_unet("sd15"))
+        return _Drawn(meta_unet("sd15"))
 
 
 class RandomBase(BaseModel):
