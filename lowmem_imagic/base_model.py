@@ -21,6 +21,7 @@ from .families import DEMO, StableDiffusion, load_family
 from .identity import BaseIdentity
 from .memory import in_rungs, return_freed_memory
 from .quantize import weight_bytes
+from .unexpected import first_line
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class BaseModel:
                 return_freed_memory()
             unet = self.family.load_unet(weights=self.weights, device=self.device, dtype=self.dtype)
             if self.attention == "xformers":
-                unet.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
+                self.family.use_xformers(unet)
             if self.checkpointing:
                 unet.enable_gradient_checkpointing()  # type: ignore[operator]
             log.info(
@@ -203,7 +204,8 @@ class BaseModel:
         try:
             yield part
         finally:
-            del part
+            # The caller's name for the part outlives the block, and would keep its weights.
+            part.to("meta")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -357,19 +359,44 @@ class BaseModel:
 
 
 def resolve_attention(name: str, device: torch.device) -> str:
-    """``"xformers"`` or ``"sdpa"``; "auto" takes xformers on CUDA where it is installed."""
+    """``"xformers"`` or ``"sdpa"``; "auto" takes xformers on CUDA where it is installed and runs.
+
+    Raises:
+        BackendUnavailableError: xformers was asked for by name and does not run.
+    """
     if name == "sdpa":
         return name
-    usable = device.type == "cuda" and _has_xformers()
-    if name == "xformers" and not usable:
-        reason = "it has no CPU kernels" if device.type == "cpu" else "it is not installed (pip install xformers)"
-        raise BackendUnavailableError(f"attention xformers was asked for, but {reason}; use --attention auto or sdpa")
-    return "xformers" if usable else "sdpa"
+    problem = _NOT_ON_CPU if device.type == "cpu" else _xformers_problem(device)
+    if name == "xformers" and problem:
+        raise BackendUnavailableError(f"attention xformers was asked for, but {problem}; use --attention auto or sdpa")
+    if problem not in ("", _NOT_ON_CPU, _NOT_INSTALLED):
+        log.warning("xformers is installed and not used: %s", problem)
+    return "sdpa" if problem else "xformers"
 
 
-def _has_xformers() -> bool:
+_NOT_ON_CPU = "it has no CPU kernels"
+_NOT_INSTALLED = "it is not installed (pip install xformers)"
+
+
+def _xformers_problem(device: torch.device) -> str:
+    """Why xformers does not run on a device, found by trying; "" where it does.
+
+    An installation for another CUDA or torch is imported without an error and has no kernels.
+    """
+    log_of_xformers = logging.getLogger("xformers")
+    level = log_of_xformers.level
     try:
-        import xformers.ops  # noqa: F401
+        log_of_xformers.setLevel(logging.ERROR)
+        from xformers.ops import memory_efficient_attention
+
+        # On this device: diffusers' own probe takes the first GPU, and fp32, whatever is going to be used.
+        tried = torch.zeros(1, 8, 2, 40, device=device, dtype=torch.float16, requires_grad=True)
+        memory_efficient_attention(tried, tried, tried).sum().backward()
+        return ""
     except ImportError:
-        return False
-    return True
+        return _NOT_INSTALLED
+    except Exception as error:
+        # NotImplementedError, RuntimeError, AttributeError: as the installation is broken.
+        return f"it does not run on {device} ({first_line(error)})"
+    finally:
+        log_of_xformers.setLevel(level)

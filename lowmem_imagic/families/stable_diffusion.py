@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast
 
@@ -277,6 +278,16 @@ class StableDiffusion:
         make_frugal(unet)
         return unet
 
+    @staticmethod
+    def use_xformers(unet: nn.Module) -> None:
+        """Makes a UNet compute attention with xformers, which is known to run.
+
+        Not diffusers' own switch: it tries xformers on the first GPU and in fp32, whatever the UNet is on and in.
+        """
+        for module in unet.modules():
+            if isinstance(module, Attention):
+                module.set_processor(XFormersAttnProcessor())
+
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The frozen CLIP text encoder."""
         return self._frozen("text_encoder", self.text_config, device, dtype)
@@ -305,7 +316,8 @@ class StableDiffusion:
     def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
         part = self._build(component, values)
         if device.type == "meta":
-            return part.to(device, dtype).requires_grad_(False).eval()
+            with quiet():
+                return part.to(device, dtype).requires_grad_(False).eval()
         tensors = tensors_of(self.source, component, values)
         names = check_fit(part, tensors, f"{self._shown}: the {component}", self._folder.label)
         fill(part, tensors, names, device, dtype)
