@@ -68,8 +68,8 @@ class BaseModel:
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
         text_on_cpu: whether sentences are encoded on the CPU.
-        replays: whether a GPU records training passes and replays them (see `replay`); not with checkpointing. Off: it
-            has not been measured on a GPU yet (``benchmarks/gpu.py`` does so).
+        replays: whether a GPU records training passes and replays them (see `replay`); not with checkpointing. A pass
+            has some 6,600 kernels, which take Python 0.3 s to start one by one (``benchmarks/gpu.py``).
         rungs: what was made cheaper because memory ran out, in words and in order.
         most_rows, most_images: of a training pass and of a sampling batch, as learnt from running out; None until then.
     """
@@ -89,7 +89,7 @@ class BaseModel:
         self.attention, self.checkpointing = attention, checkpointing
         self.vae_tiling = False
         self.text_on_cpu = device.type == "cpu"
-        self.replays = False
+        self.replays = device.type == "cuda"
         self.rungs: list[str] = []
         self.most_rows: int | None = None
         self.most_images: int | None = None

@@ -102,16 +102,26 @@ class Costs:
         each = 16 * (self.adapter_weights + math.prod(self._text_shape))
         return slots * (each + 4 * self.adapter_weights * bool(second.average or first.average))
 
-    def train(self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune") -> int:
-        """Most bytes of a training pass, and of the optimiser's step after it (two copies, see `PackedAdam.step`)."""
+    def train(
+        self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune", recorded: bool = False
+    ) -> int:
+        """Most bytes of a training pass, and of the optimiser's step after it (two copies, see `PackedAdam.step`).
+
+        Where passes are recorded (see `replay`), a pass's bytes stay taken in that step, and are taken while a copy of
+        the gradients is.
+        """
         adapted = stage == "finetune"
         stepped = self.adapter_weights if adapted else math.prod(self._text_shape)
-        return max(self._pass(rows, edits, checkpointing, adapted), 2 * 4 * edits * stepped)
+        both = self._pass(rows, edits, checkpointing, adapted), 2 * 4 * edits * stepped
+        return sum(both) if recorded else max(both)
 
-    def train_about(self, *, checkpointing: bool) -> Callable[[int, int], int]:
+    def train_about(self, *, checkpointing: bool, recorded: bool = False) -> Callable[[int, int], int]:
         """`train` of (rows, edits) without running each, to a few parts in a hundred."""
-        plane = _Linear.through(lambda rows, edits: self.train(rows, edits, checkpointing=checkpointing))
-        return plane.of
+
+        def exactly(rows: int, edits: int) -> int:
+            return self.train(rows, edits, checkpointing=checkpointing, recorded=recorded)
+
+        return _Linear.through(exactly).of
 
     @_once
     def sample(self, rows: int, edits: int = 1) -> int:

@@ -56,9 +56,14 @@ def in_rungs(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
             torch.cuda.empty_cache()
 
 
-def ran_out(error: Exception) -> bool:
-    """Whether memory ran out; on a CPU torch says so in a bare RuntimeError, and so do cuBLAS and cuDNN."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_OUT_OF_MEMORY.search(str(error)))
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out; on a CPU torch says so in a bare RuntimeError, and so do cuBLAS and cuDNN.
+
+    Running out while a CUDA graph is recorded ends in another error, of which it is the context.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(str(error)):
+        return True
+    return error.__context__ is not None and ran_out(error.__context__)
 
 
 @dataclass

@@ -176,8 +176,13 @@ def plan_for(
 class _Planner:
     """The search for a plan; see `plan`."""
 
-    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int) -> None:
+    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int, on_cpu: bool) -> None:
         self._costs, self._config, self._available, self._jobs = costs, config, available, jobs
+        self._on_cpu = on_cpu
+
+    def recorded(self, checkpointing: bool) -> bool:
+        """Whether training passes will be recorded."""
+        return not self._on_cpu and not checkpointing
 
     def room(self, slots: int) -> int:
         """Bytes for activations beside `slots` edits in training."""
@@ -185,7 +190,8 @@ class _Planner:
 
     def training(self, checkpointing: bool) -> tuple[int, int] | None:
         """Slots and rows a pass: most rows, in the fewest slots that have them; None where not one fits."""
-        about = self._costs.train_about(checkpointing=checkpointing)
+        recorded = self.recorded(checkpointing)
+        about = self._costs.train_about(checkpointing=checkpointing, recorded=recorded)
         draws = max(self._config.embed.draws, self._config.finetune.draws)
         found = [
             (-slots * each, slots)
@@ -195,7 +201,8 @@ class _Planner:
             if about(slots * each, slots) <= 4 / 3 * self.room(slots)
         ]
         for negative, slots in sorted(found):
-            if self._costs.train(-negative, slots, checkpointing=checkpointing) <= self.room(slots):
+            exactly = self._costs.train(-negative, slots, checkpointing=checkpointing, recorded=recorded)
+            if exactly <= self.room(slots):
                 return slots, -negative
         return None
 
@@ -242,7 +249,7 @@ def plan(
         MemoryLimitError: not even one row of one edit fits, in the cheapest way.
     """
     available = math.floor((budget_bytes - context_bytes) * (1 - RESERVE))
-    planner = _Planner(costs, config, available, jobs)
+    planner = _Planner(costs, config, available, jobs, on_cpu)
     for recompute in (True,) if checkpointing else (False, True):
         if (found := planner.training(recompute)) is not None:
             slots, rows = found
@@ -279,13 +286,17 @@ def plan(
     def phase(weights_bytes: int, adapters: int, activations: int) -> Phase:
         return Phase(weights_bytes, adapters, activations, context_bytes)
 
-    first, second = (costs.train(rows, slots, checkpointing=recompute, stage=s) for s in ("embed", "finetune"))
+    recorded = planner.recorded(recompute)
+    first, second = (
+        costs.train(rows, slots, checkpointing=recompute, stage=s, recorded=recorded) for s in ("embed", "finetune")
+    )
     frozen = costs.unet if beside else 0
     photos = phase(frozen + costs.vae, held, costs.encode(tiling=tiling))
     sentences = phase(frozen + costs.text_encoder, held, costs.encode_text())
     phases = {
         "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
-        **({"invert": phase(costs.unet, held, costs.sample(1))} if config.sample.start == "inverted" else {}),
+        # All but the first photo are inverted beside what is to be trained.
+        **({"invert": phase(costs.unet, training, costs.sample(1))} if config.sample.start == "inverted" else {}),
         "embed": phase(costs.unet, training, first),
         "finetune": phase(costs.unet, training, second),
         "sample": phase(costs.unet, held, costs.sample(batch_rows)),

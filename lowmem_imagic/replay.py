@@ -20,11 +20,15 @@ class Replay:
             nothing back to the CPU, and does not depend on anything else that changes.
         inputs: such as every call has, on any device.
         device: where it runs.
-        changed: what `run` changes in place; recording leaves it as it was.
+        changed: tensors that `run` changes in place; recording leaves them as they were, also where it fails.
         beside: another, of which a call never comes between a call of this and the use of what it gives, nor the
             other way round: they have their memory in common.
 
-    **Memory**: what `run` holds at its peak stays taken for as long as this is there.
+    Raises:
+        RuntimeError: it cannot be recorded; among them `torch.OutOfMemoryError`.
+
+    **Memory**: what `run` holds at its peak stays taken for as long as this is there; a copy of `changed` while it is
+    recorded.
     """
 
     def __init__(
@@ -58,8 +62,8 @@ class Replay:
                 self._output = self._run(*self._inputs)
         finally:
             torch.cuda.current_stream().wait_stream(self._stream)
-        for tensor, value in zip(changed, before, strict=True):
-            tensor.copy_(value)
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
         self._graph = graph
 
     def __call__(self, *inputs: Tensor) -> Tensor:

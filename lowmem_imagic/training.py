@@ -4,6 +4,7 @@ A batch row is (edit, timestep, noise). Each edit draws from its own generator i
 in cannot change what it sees; it has a slot of the pack, which it enters and leaves on its own.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +19,13 @@ from .base_model import BaseModel
 from .config import StageConfig
 from .diffusion import add_noise, draw_timesteps, loss_per_edit, training_target
 from .errors import TensorShapeError
-from .memory import in_rungs
+from .memory import in_rungs, ran_out
 from .optimizer import PackedAdam
 from .replay import Replay
 from .runs import Losses, Run
+from .unexpected import first_line
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
@@ -214,7 +218,16 @@ class Trainer:
                 # Of another stage, which does not come back soon.
                 self.release()
             changed, beside = [part.grads for part in self._trained], next(iter(self._recorded.values()), None)
-            self._recorded[key] = Replay(run, rows, device=self._base.device, changed=changed, beside=beside)
+            try:
+                self._recorded[key] = Replay(run, rows, device=self._base.device, changed=changed, beside=beside)
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                # A driver or a kernel that cannot be recorded: slower, and otherwise the same.
+                log.warning("training passes are not recorded: %s", first_line(error))
+                self.release()
+                self._base.replays = False
+                return run(*rows)
         return self._recorded[key](*rows)
 
     def _pass(

@@ -66,7 +66,7 @@ def test_without_a_gpu_every_figure_is_null(
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(path)])
     assert gpu.main() == 0
     result = json.loads(path.read_text())
-    assert len(result["lines"]) == 28 and all(line["value"] is None for line in result["lines"])
+    assert len(result["lines"]) == 29 and all(line["value"] is None for line in result["lines"])
     goals = [line for line in result["lines"] if line["goal"] is not None]
     assert {line["goal"] for line in goals} == {12.0, 3.0, 8.0, 0.4, 0.1}
     assert "not measured" in capsys.readouterr().out

@@ -295,6 +295,9 @@ class StableDiffusion:
     def load_vae(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
         """The frozen autoencoder; `tiling` makes it work in overlapping quarters: a fraction of the memory."""
         vae: Any = self._frozen("vae", self.vae_config, device, dtype)
+        if device.type == "cuda":
+            # cuDNN computes in this layout, and would keep a copy of every tensor in it.
+            vae.to(memory_format=torch.channels_last)
         if tiling:
             vae.enable_tiling()
             # diffusers' own tiles are of the size that the model was made for.
@@ -358,7 +361,7 @@ class StableDiffusion:
     def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
         """Latents (B, 4, H/f, W/f), fp32 on the CPU: the posterior's mean, scaled; images (B, 3, H, W) in [-1, 1]."""
         first = next(vae.parameters())
-        parts = [vae.encode(image[None].to(first)).latent_dist.mean for image in images]  # type: ignore[operator]
+        parts = [vae.encode(_laid_out(image[None], first)).latent_dist.mean for image in images]  # type: ignore[operator]
         return torch.cat(parts).float().cpu() * self._scaling
 
     @torch.no_grad()
@@ -368,7 +371,7 @@ class StableDiffusion:
         Not finite where the autoencoder overflows in its type.
         """
         first = next(vae.parameters())
-        parts = [vae.decode((z[None] / self._scaling).to(first)).sample for z in latents]  # type: ignore[operator]
+        parts = [vae.decode(_laid_out(z[None] / self._scaling, first)).sample for z in latents]  # type: ignore[operator]
         # Clamping would hide an overflow to infinity, not one to NaN.
         images = torch.cat(parts).float().cpu()
         return images.where(~images.isfinite(), images.clamp(-1, 1))
@@ -376,6 +379,13 @@ class StableDiffusion:
     @property
     def _scaling(self) -> float:
         return float(self.vae_config["scaling_factor"])
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """A batch on the device of a part and in its type; on a GPU in the layout that cuDNN computes in."""
+    if like.device.type == "cuda":
+        return x.to(like.device, like.dtype, memory_format=torch.channels_last)
+    return x.to(like)
 
 
 def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
