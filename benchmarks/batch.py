@@ -18,19 +18,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.actions.console import Silent
+from lowmem_imagic.actions.edit import finished_edit
+from lowmem_imagic.actions.result_folder import ResultFolder
 from lowmem_imagic.batch.attempts import Attempts
-from lowmem_imagic.batch.crew import Assignment, Group
+from lowmem_imagic.batch.executors.executor import Assignment, Group
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.batch.stopping import Stop
-from lowmem_imagic.commands import finished_edit
-from lowmem_imagic.console import Silent
-from lowmem_imagic.images import load_photo, photo_sha256
-from lowmem_imagic.memory import Meter
-from lowmem_imagic.pipeline import make_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.result_folder import ResultFolder
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.engine.memory import Meter
+from lowmem_imagic.pictures import load_photo, photo_sha256
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.settings.presets import preset
 from tests.crashes import SHORT, scenes
 
 from .goals import Line, table
@@ -108,7 +108,7 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
-    from lowmem_imagic.batch.ray_cluster import RayCrew
+    from lowmem_imagic.batch.executors.ray import RayCrew
 
     manifest = scenes(folder, items)
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]

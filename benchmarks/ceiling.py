@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic import edit_file, sample
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline import apply_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.pipeline.make import apply_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling import sample
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig
 
 from .edit_judge import Verdict, bootstrap, judge
 from .edit_methods import SEED, as_photo, trained

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic.config import SampleConfig
-from lowmem_imagic.presets import SMALL_KEEP, preset
+from lowmem_imagic.settings.presets import SMALL_KEEP, preset
+from lowmem_imagic.settings.stages import SampleConfig
 
 from .edit_methods import Method, ours, packed
 from .full_finetuning import full_finetune

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import WEIGHT_FORMATS
 from lowmem_imagic.demo.pictures import to_tensor
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import DEMO
-from lowmem_imagic.png import encode_png
+from lowmem_imagic.pictures.png import encode_png
+from lowmem_imagic.settings.stages import WEIGHT_FORMATS
+from lowmem_imagic.storage.atomic import write_bytes
 
 from .oracle import ORACLE, Attributes, Oracle, accuracy
 from .oracle import TARGET as ORACLE_TARGET

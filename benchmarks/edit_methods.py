@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.diffusion import starting_noise
-from lowmem_imagic.edit import LoraFactors
-from lowmem_imagic.images import Photo
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.png import encode_png
-from lowmem_imagic.portable import scaled_alike
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.diffusion.schedules import starting_noise
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import LoraFactors
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.layers.portable import scaled_alike
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pictures.png import encode_png
+from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.storage.atomic import write_bytes
 
 SEED = 0
 """Of every item's training and starting noise."""
@@ -191,7 +191,7 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 
 def same_noise(base: BaseModel, rows: int) -> Tensor:
-    """The same starting noise (C, H, W) for every row: (B, C, H, W), as `lowmem_imagic.sample` draws it."""
+    """The same starting noise (C, H, W) for every row: (B, C, H, W), as `lowmem_imagic.sampling.sample` draws it."""
     noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(SEED))
     return noise.expand(rows, *noise.shape).contiguous()
 

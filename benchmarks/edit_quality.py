@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.letterbox import to_images, to_tensor
-from lowmem_imagic.png import contact_sheet, encode_png
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.pictures.png import contact_sheet, encode_png
+from lowmem_imagic.storage.atomic import write_bytes
 
 from .compared import FP32, compared
 from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary

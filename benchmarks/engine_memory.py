@@ -23,12 +23,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import FinetuneConfig
-from lowmem_imagic.finetune import finetune
-from lowmem_imagic.memory import peak_bytes, reset_peak, resident_bytes
-from lowmem_imagic.quantize import weight_bytes
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.frozen import weight_bytes
+from lowmem_imagic.settings.stages import FinetuneConfig
+from lowmem_imagic.training.finetune import finetune
 
 from .goals import Line, fresh, in_gib
 from .random_unet import TOKENS, random_sd15

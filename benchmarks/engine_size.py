@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.adapters import AdapterPack, Factors
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import ADAPT_TARGETS, EditConfig
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.edit import Edit, LoraFactors
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import Edit, LoraFactors
+from lowmem_imagic.edits.identity import BaseIdentity, SourcePicture
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import DEMO
-from lowmem_imagic.identity import BaseIdentity, SourcePicture
-from lowmem_imagic.images import Photo
-from lowmem_imagic.pipeline import COARSE_SIDE, make_edits, versions
-from lowmem_imagic.portable import portable
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import PRESETS, SMALL_KEEP, preset
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
+from lowmem_imagic.layers.portable import portable
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pipeline.make import COARSE_SIDE, make_edits, versions
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.settings.presets import PRESETS, SMALL_KEEP, preset
+from lowmem_imagic.settings.stages import ADAPT_TARGETS, EditConfig
 
 from .goals import Line, fresh
 from .random_unet import TOKENS, meta_unet

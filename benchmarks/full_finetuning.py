@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EmbedConfig, SampleConfig
-from lowmem_imagic.diffusion import coarse, loss_per_edit
-from lowmem_imagic.embed import embed
-from lowmem_imagic.inversion import own_noise
-from lowmem_imagic.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline import COARSE_SIDE
-from lowmem_imagic.sample import Cell, sample
-from lowmem_imagic.training import draw_rows
+from lowmem_imagic.diffusion.schedules import coarse, loss_per_edit
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.pipeline.make import COARSE_SIDE
+from lowmem_imagic.sampling.inversion import own_noise
+from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.settings.stages import EmbedConfig, SampleConfig
+from lowmem_imagic.storage.atomic import write_bytes
+from lowmem_imagic.training.embed import embed
+from lowmem_imagic.training.loop import draw_rows
 
 from .edit_methods import SEED, Method, Outcome, as_photo, digest
 

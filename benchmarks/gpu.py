@@ -26,19 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel, pick_dtype, resolve_attention
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.diffusion import coarse
-from lowmem_imagic.inversion import own_noise
-from lowmem_imagic.memory import peak_bytes, reset_peak
-from lowmem_imagic.packing import Pack, Task, TrainedEdit
-from lowmem_imagic.pipeline import COARSE_SIDE
-from lowmem_imagic.planning import Budget, plan_for
-from lowmem_imagic.portable import portable
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell, sample
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.diffusion.schedules import coarse
+from lowmem_imagic.engine.base import BaseModel, pick_dtype, resolve_attention
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.portable import portable
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pipeline.make import COARSE_SIDE
+from lowmem_imagic.planning.plan import Budget, plan_for
+from lowmem_imagic.sampling.inversion import own_noise
+from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.training.pack import Pack, Task, TrainedEdit
 
 from .goals import Line, fresh, in_gib, table
 from .memory import Case

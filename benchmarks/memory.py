@@ -6,8 +6,8 @@
 Three ways to train LoRA of rank 4 on attention: this package (every weight matrix and convolution in int8), peft on a
 base in bfloat16, and peft on stock bitsandbytes (linear layers in int8). The others train one adapter at a time, so
 their rows are draws of one edit; ours are N edits. *Counted*: bytes of live tensors while the real code runs on the
-meta device (`lowmem_imagic.accounting`), transients included, a device's context and its kernels' scratch memory not.
-*Measured*: what the allocator of a GPU says, or on a CPU the resident memory over what was there before the weights.
+meta device (`lowmem_imagic.planning.counting`), transients included; a device's context and kernels' scratch memory are
+not. *Measured*: what a GPU's allocator says, or on a CPU the resident memory over what was there before the weights.
 What needs a GPU is ``null`` without one.
 """
 
@@ -24,11 +24,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowmem_imagic.accounting import fused_attention, peak_of
-from lowmem_imagic.adapters import TARGETS, AdapterPack, strided_gradients
-from lowmem_imagic.diffusion import loss_per_edit
-from lowmem_imagic.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
-from lowmem_imagic.quantize import load_frozen, weight_bytes
+from lowmem_imagic.diffusion.schedules import loss_per_edit
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
+from lowmem_imagic.layers.adapter_pack import TARGETS, AdapterPack, strided_gradients
+from lowmem_imagic.layers.frozen import load_frozen, weight_bytes
+from lowmem_imagic.planning.counting import fused_attention, peak_of
 
 from .goals import Line, fresh, in_gib, table
 from .random_unet import CONFIGURATIONS, TOKENS, frozen_meta, meta_unet, random_weights
@@ -90,7 +90,7 @@ class Step:
         if device.type == "meta":
             self.unet: Any = frozen_meta(case.model, weights=weights, dtype=dtype, frugal=packed)
         else:
-            from lowmem_imagic.families.frugal_unet import make_frugal
+            from lowmem_imagic.families.lean_unet import make_frugal
 
             self.unet = meta_unet(case.model)
             load_frozen(self.unet, random_weights(meta_unet(case.model)), weights=weights, device=device, dtype=dtype)

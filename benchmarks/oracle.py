@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.demo.architecture import SIZE_PX
 from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES, Scene
-from lowmem_imagic.safetensors_codec import serialize
+from lowmem_imagic.storage.atomic import write_bytes
+from lowmem_imagic.storage.safetensors_writer import serialize
 
 ORACLE = Path(__file__).parent / "oracle.safetensors"
 """The trained oracle."""

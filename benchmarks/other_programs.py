@@ -22,20 +22,20 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.adapters import AdapterPack, Factors
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.diffusion import refined
-from lowmem_imagic.edit import Edit
-from lowmem_imagic.families.published import PUBLISHED
-from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.portable import portable
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.safetensors_codec import serialize
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.diffusion.schedules import refined
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import Edit
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.files.published import PUBLISHED
+from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
+from lowmem_imagic.layers.portable import portable
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.storage.safetensors_writer import serialize
 
 from .edit_methods import as_photo
 from .results import RESULTS, provenance, write_result

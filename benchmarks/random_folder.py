@@ -20,7 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowmem_imagic.demo.architecture import train_tokenizer
-from lowmem_imagic.families.published import PUBLISHED
+from lowmem_imagic.families.files.published import PUBLISHED
 
 from .random_unet import drawn
 

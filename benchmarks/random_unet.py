@@ -15,12 +15,12 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
-from lowmem_imagic.families.frugal_unet import make_frugal
-from lowmem_imagic.families.published import SD15_UNET, Published
-from lowmem_imagic.families.weights import Weights
-from lowmem_imagic.quantize import load_frozen
+from lowmem_imagic.families.files.published import SD15_UNET, Published
+from lowmem_imagic.families.files.weights import Weights
+from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.layers.frozen import load_frozen
 
 SDXL_UNET: dict[str, Any] = {
     **SD15_UNET,

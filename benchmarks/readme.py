@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lowmem_imagic.presets import PRESETS, preset
+from lowmem_imagic.settings.presets import PRESETS, preset
 
 from . import quality_tables
 from .goals import REPOSITORY

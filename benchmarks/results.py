@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lowmem_imagic.atomic import write_bytes
+from lowmem_imagic.storage.atomic import write_bytes
 
 RESULTS = Path(__file__).parent / "results"
 """Where full runs are kept."""

@@ -17,11 +17,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import SampleConfig
 from lowmem_imagic.demo.pictures import scene_at
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
-from lowmem_imagic.png import contact_sheet
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.png import contact_sheet
+from lowmem_imagic.settings.stages import SampleConfig
 
 from .oracle import WORDS, Attributes, Oracle
 from .training_free import denoised

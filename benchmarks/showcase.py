@@ -6,15 +6,15 @@ along eta, and the ground truth: the same scene rendered with the edit applied.
 
 from pathlib import Path
 
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.png import contact_sheet, encode_png
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.png import contact_sheet, encode_png
+from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.storage.atomic import write_bytes
 
 from .edit_methods import SEED, as_photo
 from .goals import REPOSITORY

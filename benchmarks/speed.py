@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from lowmem_imagic.accounting import Kernels, fused_attention
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.diffusion import starting_noise
-from lowmem_imagic.packing import Pack, Task
-from lowmem_imagic.planning import CPU_SLOTS
-from lowmem_imagic.presets import preset
+from lowmem_imagic.diffusion.schedules import starting_noise
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.planning.counting import Kernels, fused_attention
+from lowmem_imagic.planning.plan import CPU_SLOTS
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.training.pack import Pack, Task
 
 from .goals import Line, fresh, table
 from .memory import META, PACKS, WAYS, Case, Step

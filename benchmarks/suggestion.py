@@ -3,7 +3,8 @@
     python -m benchmarks.suggestion --set validation --work DIR
 
 Edits are those of `benchmarks.edit_quality --method balanced` (kept in ``--work``, or trained again). The price of
-leaving the photo (`lowmem_imagic.suggest.PRICE`) is tried at several values, for the validation set to choose from.
+leaving the photo (`lowmem_imagic.sampling.suggestion.PRICE`) is tried at several values, for the validation set to
+choose from.
 """
 
 import argparse
@@ -11,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.pipeline import decode_cells, render_latents
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.suggest import PRICE, Suggestion, suggest_eta, worth
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pipeline.make import decode_cells, render_latents
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.sampling.suggestion import PRICE, Suggestion, suggest_eta, worth
+from lowmem_imagic.settings.presets import preset
 
 from .edit_judge import Verdict, bootstrap, judge
 from .edit_methods import SEED, as_photo, trained

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Not `python -m lowmem_imagic`, which chooses for itself how threads wait.
-EDIT = "from lowmem_imagic.cli import app; app()"
+EDIT = "from lowmem_imagic.cli.commands import app; app()"
 LOAD = "import torch\nx = torch.randn(700, 700)\nwhile True:\n    x = (x @ x).tanh()"
 WORDS = ("--preset", "fast", "--steps-embed", "2", "--steps-finetune", "4", "--steps-sample", "3", "--etas", "0")
 

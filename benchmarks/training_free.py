@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import SampleConfig
-from lowmem_imagic.diffusion import add_noise, guide
-from lowmem_imagic.letterbox import to_images, to_tensor
+from lowmem_imagic.diffusion.schedules import add_noise, guide
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.settings.stages import SampleConfig
 
 from .edit_methods import Method, Outcome, same_noise
 

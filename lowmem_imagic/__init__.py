@@ -44,43 +44,43 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .adapters import AdapterPack
-    from .base_model import BaseModel
-    from .config import EditConfig, SampleConfig
-    from .edit import Edit
-    from .edit_file import read as read_edit
-    from .edit_file import write as write_edit
+    from .edits.edit import Edit
+    from .edits.file import read as read_edit
+    from .edits.file import write as write_edit
+    from .engine.base import BaseModel
+    from .engine.memory import Meter
     from .errors import LowmemImagicError
-    from .images import Photo, load_photo
-    from .memory import Meter
-    from .pipeline import apply_edits, check_base, make_edits, stream_edits
-    from .planning import Budget, Plan, plan_for
-    from .preparation import Job
-    from .presets import preset
-    from .sample import Cell
+    from .layers.adapter_pack import AdapterPack
+    from .pictures import Photo, load_photo
+    from .pipeline.make import apply_edits, check_base, make_edits, stream_edits
+    from .pipeline.prepare import Job
+    from .planning.plan import Budget, Plan, plan_for
+    from .sampling.sample import Cell
+    from .settings.presets import preset
+    from .settings.stages import EditConfig, SampleConfig
 
 _HOMES = {
-    "AdapterPack": ("adapters", "AdapterPack"),
-    "BaseModel": ("base_model", "BaseModel"),
-    "Budget": ("planning", "Budget"),
-    "Cell": ("sample", "Cell"),
-    "Edit": ("edit", "Edit"),
-    "EditConfig": ("config", "EditConfig"),
-    "Job": ("preparation", "Job"),
+    "AdapterPack": ("layers.adapter_pack", "AdapterPack"),
+    "BaseModel": ("engine.base", "BaseModel"),
+    "Budget": ("planning.plan", "Budget"),
+    "Cell": ("sampling.sample", "Cell"),
+    "Edit": ("edits.edit", "Edit"),
+    "EditConfig": ("settings.stages", "EditConfig"),
+    "Job": ("pipeline.prepare", "Job"),
     "LowmemImagicError": ("errors", "LowmemImagicError"),
-    "Meter": ("memory", "Meter"),
-    "Photo": ("images", "Photo"),
-    "Plan": ("planning", "Plan"),
-    "SampleConfig": ("config", "SampleConfig"),
-    "apply_edits": ("pipeline", "apply_edits"),
-    "check_base": ("pipeline", "check_base"),
-    "load_photo": ("images", "load_photo"),
-    "make_edits": ("pipeline", "make_edits"),
-    "plan_for": ("planning", "plan_for"),
-    "preset": ("presets", "preset"),
-    "read_edit": ("edit_file", "read"),
-    "stream_edits": ("pipeline", "stream_edits"),
-    "write_edit": ("edit_file", "write"),
+    "Meter": ("engine.memory", "Meter"),
+    "Photo": ("pictures", "Photo"),
+    "Plan": ("planning.plan", "Plan"),
+    "SampleConfig": ("settings.stages", "SampleConfig"),
+    "apply_edits": ("pipeline.make", "apply_edits"),
+    "check_base": ("pipeline.make", "check_base"),
+    "load_photo": ("pictures", "load_photo"),
+    "make_edits": ("pipeline.make", "make_edits"),
+    "plan_for": ("planning.plan", "plan_for"),
+    "preset": ("settings.presets", "preset"),
+    "read_edit": ("edits.file", "read"),
+    "stream_edits": ("pipeline.make", "stream_edits"),
+    "write_edit": ("edits.file", "write"),
 }
 
 

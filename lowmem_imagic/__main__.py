@@ -3,8 +3,8 @@
 import signal
 import sys
 
-from .streams import end_output, steady_streams
-from .threads import wait_passively
+from .cli.streams import end_output, steady_streams
+from .cli.threads import wait_passively
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     steady_streams()
     wait_passively()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from .cli import main as run
+    from .cli.commands import main as run
 
     signal.signal(signal.SIGINT, before)
     try:

@@ -122,7 +122,7 @@ def folder_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def load_base(tiny_folder: Path) -> Callable[..., Any]:
     """Loads the tiny model on the CPU as a fresh `BaseModel`, with `BaseModel.load`'s options."""
-    from lowmem_imagic.base_model import BaseModel
+    from lowmem_imagic.engine.base import BaseModel
 
     def load(**options: Any) -> BaseModel:
         return BaseModel.load(str(tiny_folder), device="cpu", **options)
@@ -147,7 +147,7 @@ def edits(base: Any, text: Any) -> tuple[Any, Any]:
     """An `AdapterPack` of three edits and their e_opt, away from zero and from e_tgt."""
     import torch
 
-    from lowmem_imagic.adapters import AdapterPack
+    from lowmem_imagic.layers.adapter_pack import AdapterPack
 
     generator = torch.Generator().manual_seed(21)
     pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)

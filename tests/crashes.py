@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.results import RESULTS, provenance, write_result
-from lowmem_imagic import edit_file
+from lowmem_imagic.edits import file as edit_file
 
 HIDDEN = ".lowmem-imagic"
 SHORT = ("--steps-embed", "6", "--steps-finetune", "10", "--steps-sample", "3", "--etas", "0,1", "--save-every", "4")

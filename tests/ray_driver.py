@@ -30,13 +30,13 @@ def crew(order: dict[str, Any]) -> None:
     """Makes the photos of a folder, and lets harm be done after the first."""
     import ray
 
-    from lowmem_imagic import edit_file
     from lowmem_imagic.batch.attempts import Attempts
-    from lowmem_imagic.batch.crew import Assignment, Group
-    from lowmem_imagic.batch.ray_cluster import RayCrew
+    from lowmem_imagic.batch.executors.executor import Assignment, Group
+    from lowmem_imagic.batch.executors.ray import RayCrew
     from lowmem_imagic.batch.request import Request
     from lowmem_imagic.batch.stopping import Stop
-    from lowmem_imagic.images import photo_sha256
+    from lowmem_imagic.edits import file as edit_file
+    from lowmem_imagic.pictures import photo_sha256
 
     asked = Request(**dict.fromkeys(Request.__dataclass_fields__) | order["request"])
     folder, files = Path(order["folder"]), dict[str, dict[str, bytes]]()

@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lowmem_imagic import adapter_layers
-from lowmem_imagic.accounting import Kernels
-from lowmem_imagic.adapters import TARGETS, AdapterPack, Factors, kohya_key, target_modules
-from lowmem_imagic.config import ADAPT_TARGETS
+from lowmem_imagic.layers import lora as adapter_layers
+from lowmem_imagic.layers.adapter_pack import TARGETS, AdapterPack, Factors, kohya_key, target_modules
+from lowmem_imagic.planning.counting import Kernels
+from lowmem_imagic.settings.stages import ADAPT_TARGETS
 
 RANK, ALPHA = 3, 5.0
 """Unequal, so that a forgotten scale shows."""

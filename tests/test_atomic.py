@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_imagic import atomic
 from lowmem_imagic.errors import OutputExistsError, OutputUnwritableError
+from lowmem_imagic.storage import atomic
 
 
 def _no_links(*_: object, **__: object) -> None:

@@ -19,10 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from lowmem_imagic import base_model
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel, pick_device, pick_dtype, resolve_attention
-from lowmem_imagic.config import WEIGHT_FORMATS
+from lowmem_imagic.engine import base as base_model
+from lowmem_imagic.engine.base import BaseModel, pick_device, pick_dtype, resolve_attention
 from lowmem_imagic.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -31,6 +29,8 @@ from lowmem_imagic.errors import (
     UnknownModelError,
     WrongFamilyError,
 )
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.settings.stages import WEIGHT_FORMATS
 
 PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "")
 WEIGHTS = {

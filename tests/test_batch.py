@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from lowmem_imagic import commands, edit_file, packing, preparation
-from lowmem_imagic.batch import worker
+from lowmem_imagic.actions import edit as commands
+from lowmem_imagic.actions.result_folder import ResultFolder
+from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.manifest import read_manifest
-from lowmem_imagic.cli import app
+from lowmem_imagic.cli.commands import app
+from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
-from lowmem_imagic.result_folder import ResultFolder
+from lowmem_imagic.pipeline import prepare as preparation
+from lowmem_imagic.training import pack as packing
 
 QUICK = [
     "--steps-embed",
@@ -446,7 +449,7 @@ def test_progress_is_one_for_all(
 ) -> None:
     """The display counts steps of all items to their end, and says how many are done, in slots and waiting; it begins
     before the first photo is inverted, and never goes back."""
-    from lowmem_imagic.console import Console
+    from lowmem_imagic.actions.console import Console
 
     monkeypatch.setattr(worker, "CPU_SLOTS", slots)
     seen: list[tuple[str, int, int, str]] = []

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic.batch import worker
 from lowmem_imagic.batch.attempts import Attempts
-from lowmem_imagic.batch.ledger import LEASE_S, Ledger
-from lowmem_imagic.batch.ledger_file import Entry
+from lowmem_imagic.batch.executors import local as worker
+from lowmem_imagic.batch.ledger.file import Entry
+from lowmem_imagic.batch.ledger.ledger import LEASE_S, Ledger
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.errors import OutputUnwritableError
@@ -195,7 +195,7 @@ def test_a_state_of_another_version_is_not_used(
     import torch
 
     from lowmem_imagic.batch.states import States
-    from lowmem_imagic.training_state import TrainingState
+    from lowmem_imagic.training.state import TrainingState
 
     state = TrainingState(
         stage="finetune",

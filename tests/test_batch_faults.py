@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lowmem_imagic import edit_file, packing, pipeline, writable
-from lowmem_imagic.batch import outputs, request, worker
+from lowmem_imagic.batch import outputs, request
+from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.failures import MAX_TRIES
 from lowmem_imagic.batch.runner import Batch
 from lowmem_imagic.batch.status import status
-from lowmem_imagic.cli import app
+from lowmem_imagic.cli.commands import app
+from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.errors import MemoryLimitError
+from lowmem_imagic.pipeline import make as pipeline
+from lowmem_imagic.storage import writable
+from lowmem_imagic.training import pack as packing
 from tests import crashes
 from tests.test_batch import QUICK, SENTENCE, photo
 from tests.test_ledger import mounted

@@ -12,8 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem_imagic import base_model, commands, packing, pipeline, preparation
-from lowmem_imagic.batch import worker
+from lowmem_imagic.actions import edit as commands
+from lowmem_imagic.batch.executors import local as worker
+from lowmem_imagic.engine import base as base_model
+from lowmem_imagic.pipeline import make as pipeline
+from lowmem_imagic.pipeline import prepare as preparation
+from lowmem_imagic.training import pack as packing
 from tests.test_batch_faults import ONE_PICTURE, Said, call, items, limit, listed, run  # noqa: F401
 from tests.test_nonfinite import PARTS, damage, schedule
 

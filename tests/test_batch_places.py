@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic import atomic
-from lowmem_imagic.batch import worker
-from lowmem_imagic.batch.ledger import Ledger, at_work
-from lowmem_imagic.batch.ledger_file import WAITING, snapshot
+from lowmem_imagic.batch.executors import local as worker
+from lowmem_imagic.batch.ledger.file import WAITING, snapshot
+from lowmem_imagic.batch.ledger.ledger import Ledger, at_work
 from lowmem_imagic.batch.outputs import EMPTY, OTHER, UNFINISHED, look
 from lowmem_imagic.errors import OutputUnwritableError
+from lowmem_imagic.storage import atomic
 from tests.test_batch_faults import call, limit, listed, run  # noqa: F401  fixtures among them
 from tests.test_ledger import entries, opened
 

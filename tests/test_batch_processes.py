@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_imagic.batch.ledger_file import DONE, snapshot
-from lowmem_imagic.batch.processes import cpu_environments, gpu_environments
+from lowmem_imagic.batch.executors.processes import cpu_environments, gpu_environments
+from lowmem_imagic.batch.ledger.file import DONE, snapshot
 from tests.crashes import files_of
 from tests.test_batch import QUICK, SENTENCE, photo
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 from typer.testing import CliRunner
 
-from lowmem_imagic.cli import app
+from lowmem_imagic.cli.commands import app
 from tests.crashes import least_psnr
 from tests.test_batch import QUICK, SENTENCE, photo
 from tests.test_batch_processes import children, wait_for

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lowmem_imagic.batch import overview
-from lowmem_imagic.cli import app
+from lowmem_imagic.cli.commands import app
 from tests.test_batch import SENTENCE, batch, photos  # noqa: F401  fixtures
 
 
@@ -209,7 +209,7 @@ def test_no_folder_of_a_batch(tmp_path: Path) -> None:
 def test_looking_takes_no_torch(out: Path, command: str) -> None:
     """``batch sheet`` and ``batch status`` answer without importing torch."""
     script = (
-        "import sys\nfrom lowmem_imagic.cli import app\n"
+        "import sys\nfrom lowmem_imagic.cli.commands import app\n"
         f"sys.argv = ['lowmem-imagic', 'batch', {command!r}, {str(out)!r}]\n"
         "try:\n    app()\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
         "assert 'torch' not in sys.modules\n"

@@ -14,7 +14,7 @@ from ldm_layout import TEXT, UNET, VAE, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
 
 EMPTY = torch.tensor([])

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.cli import app
-from lowmem_imagic.config import SampleConfig
-from lowmem_imagic.presets import SMALL_KEEP
-from lowmem_imagic.result_folder import ResultFolder
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.actions.result_folder import ResultFolder
+from lowmem_imagic.cli.commands import app
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import SMALL_KEEP
+from lowmem_imagic.settings.stages import SampleConfig
 
 SENTENCE = "a photo of a blue cube on the grass"
 QUICK = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2", "--steps-sample", "2", "--quiet"]
@@ -202,7 +202,7 @@ def test_sample_takes_every_knob(run, finished):
 
 def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
     """With --suggest-eta the report gives one of the etas with its scores and the sheet marks it; otherwise neither."""
-    from lowmem_imagic import result_folder
+    from lowmem_imagic.actions import result_folder
 
     labels = []
     drawn = result_folder.contact_sheet
@@ -229,7 +229,7 @@ def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
 
 def test_sheet_shows_two_axes(run, finished, photo, monkeypatch):
     """`sheet` renders rows x columns with the photo, the sentence alone and the reconstruction in front, at once."""
-    from lowmem_imagic import sheet
+    from lowmem_imagic.actions import sheet
 
     shown, batches = [], []
     drawn, rendered = sheet.contact_sheet, sheet.pictures_of
@@ -299,7 +299,7 @@ def test_inspect_shows_the_edit(run, finished):
 def test_inspect_imports_no_torch(finished):
     """`inspect` answers without torch, which alone would take longer than the answer."""
     script = (
-        "import sys\nfrom lowmem_imagic.edit_header import describe\n"
+        "import sys\nfrom lowmem_imagic.edits.header import describe\n"
         f"describe({str(finished)!r})\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -355,7 +355,9 @@ def test_memory_is_planned_for(run, photo, tmp_path):
 
 def test_model_left_out_is_the_bundled_one_and_said_so(photo, monkeypatch):
     """Without --model one line says that the bundled model is used and how to name a real one."""
-    from lowmem_imagic import commands, console, rendering
+    from lowmem_imagic.actions import console
+    from lowmem_imagic.actions import edit as commands
+    from lowmem_imagic.actions import render as rendering
 
     said = []
     monkeypatch.setattr(console.Console, "say", lambda self, text: said.append(text))
@@ -414,7 +416,7 @@ def test_long_and_foreign_sentences_are_kept_whole(run, photo):
 
 def test_divergence_ends_with_what_to_change(run, photo, monkeypatch):
     """A loss that is no longer finite ends the run with one line that says to lower the learning rate."""
-    from lowmem_imagic import training
+    from lowmem_imagic.training import loop as training
 
     monkeypatch.setattr(
         training, "loss_per_edit", lambda prediction, target, n: prediction.sum().expand(n) * float("nan")
@@ -606,7 +608,7 @@ def test_a_base_of_another_size(run, finished, tiny_folder, tmp_path):
 
 def test_full_disk_keeps_the_finished_edit(run, photo, monkeypatch):
     """An edit that cannot be written after training is kept in the temporary folder, and the message says where."""
-    from lowmem_imagic import result_folder
+    from lowmem_imagic.actions import result_folder
     from lowmem_imagic.errors import OutputUnwritableError
 
     real = result_folder.write_bytes
@@ -688,7 +690,7 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
         f"        if name == {stage!r}: wait()\n"
         "        yield\n"
         "memory.Meter.stage = stage\n"
-        "from lowmem_imagic.cli import main\n"
+        "from lowmem_imagic.cli.commands import main\n"
         "main()\n"
     )
     words = ["edit", str(photo), SENTENCE, "--model", str(tiny_folder), "--device", "cpu", "--out", "made", *QUICK]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.config import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, parse_strength, strengths
 from lowmem_imagic.errors import ConfigError
-from lowmem_imagic.presets import PRESETS, preset
+from lowmem_imagic.settings.presets import PRESETS, preset
+from lowmem_imagic.settings.stages import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, parse_strength, strengths
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lowmem_imagic import console
+from lowmem_imagic.actions import console
 
 
 class Terminal(io.StringIO):

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.demo.render import object_mask, render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.families.source import Folder
-from lowmem_imagic.images import load_photo
-from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.png import encode_png
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell, sample
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.files.source import Folder
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures import load_photo
+from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.pictures.png import encode_png
+from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.settings.presets import preset
 
 SEED = 11
 SCENES = [

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.demo import architecture, pictures, train
 from lowmem_imagic.demo.render import render
-from lowmem_imagic.families.source import Folder
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.files.source import Folder
 
 STEPS = 600
 

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.diffusion import (
+from lowmem_imagic.diffusion.schedules import (
     PREDICTION_TYPES,
     add_noise,
     coarse,

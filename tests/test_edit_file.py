@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from lowmem_imagic import container, safetensors_codec, strict_json
-from lowmem_imagic.config import MAX_ALPHA
-from lowmem_imagic.edit import MAX_FACTOR, Edit, LoraFactors
-from lowmem_imagic.edit_file import decode, encode, read, write
-from lowmem_imagic.edit_header import contents, describe, summary
+from lowmem_imagic.actions.render import sampling_of
+from lowmem_imagic.edits.edit import MAX_FACTOR, Edit, LoraFactors
+from lowmem_imagic.edits.file import decode, encode, read, write
+from lowmem_imagic.edits.header import contents, describe, summary
+from lowmem_imagic.edits.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.errors import (
     ConfigError,
     EditChangedError,
@@ -49,10 +49,12 @@ from lowmem_imagic.errors import (
     UnknownTensorError,
     UnsupportedEditVersionError,
 )
-from lowmem_imagic.identity import BaseIdentity, SourcePicture
-from lowmem_imagic.names import safe_stem
-from lowmem_imagic.pipeline import letterbox
-from lowmem_imagic.rendering import sampling_of
+from lowmem_imagic.pipeline.make import letterbox
+from lowmem_imagic.settings.stages import MAX_ALPHA
+from lowmem_imagic.storage import safetensors_reader as container
+from lowmem_imagic.storage import safetensors_writer as safetensors_codec
+from lowmem_imagic.storage import strict_json
+from lowmem_imagic.storage.file_names import safe_stem
 
 LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_conv_in"

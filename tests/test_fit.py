@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lowmem_imagic.fit import OVERFIT_DB, UNDERFIT_DB, Fit, embedding_distance
+from lowmem_imagic.actions.fit_hint import OVERFIT_DB, UNDERFIT_DB, Fit, embedding_distance
 
 
 @pytest.mark.parametrize(

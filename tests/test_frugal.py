@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import away_from_start, new_tiny_unet
 from torch import Tensor, nn
 
-from lowmem_imagic.accounting import LiveBytes
-from lowmem_imagic.families.frugal_unet import make_frugal
-from lowmem_imagic.frugal import GroupNormSiLU, geglu
+from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.layers.lean import GroupNormSiLU, geglu
+from lowmem_imagic.planning.counting import LiveBytes
 
 RESIZING = ("ResnetDownsampleBlock2D", "DownBlock2D")
 """Blocks of a UNet that halves pictures in residual blocks; only such heed some of the settings."""

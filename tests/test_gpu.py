@@ -32,8 +32,8 @@ from lowmem_imagic import (
     read_edit,
     write_edit,
 )
-from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.quantize import FrozenLinear8bit, Int8Conv2d
+from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d
+from lowmem_imagic.pictures.letterbox import psnr
 
 SENTENCES = ("a blue sphere on a wooden floor", "two birds kissing")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import gpu, random_unet
-from lowmem_imagic import training
-from lowmem_imagic.planning import Budget
-from lowmem_imagic.presets import preset
+from lowmem_imagic.planning.plan import Budget
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.training import loop as training
 
 CONFIG = preset(
     "fast",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, LowmemImagicError, ModelError
 
 CONFIGURATIONS = (

@@ -15,11 +15,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ldm_layout import write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, UnknownModelError
 from lowmem_imagic.families import SHORT_NAMES
-from lowmem_imagic.families import checkpoint as checkpoint_module
-from lowmem_imagic.families.source import WEIGHTS_STEM
+from lowmem_imagic.families.files import checkpoint as checkpoint_module
+from lowmem_imagic.families.files.source import WEIGHTS_STEM
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-sd"

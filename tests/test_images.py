@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageOps, PngImagePlugin, features
 
-from lowmem_imagic import images
-from lowmem_imagic.config import MAX_PHOTO_PIXELS
+from lowmem_imagic import pictures as images
 from lowmem_imagic.errors import (
     ConfigError,
     ImageNotFoundError,
@@ -24,9 +23,10 @@ from lowmem_imagic.errors import (
     NotAnImageError,
     TruncatedImageError,
 )
-from lowmem_imagic.images import load_photo
-from lowmem_imagic.letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
-from lowmem_imagic.png import contact_sheet, encode_png
+from lowmem_imagic.pictures import load_photo
+from lowmem_imagic.pictures.letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
+from lowmem_imagic.pictures.png import contact_sheet, encode_png
+from lowmem_imagic.settings.stages import MAX_PHOTO_PIXELS
 
 
 @pytest.fixture(autouse=True)

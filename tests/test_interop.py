@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from lowmem_imagic import Cell, Job, apply_edits, edit_file, load_photo, make_edits, preset
-from lowmem_imagic.adapters import TARGETS, AdapterPack, kohya_key, target_modules
-from lowmem_imagic.container import parse
-from lowmem_imagic.edit import Edit, LoraFactors
-from lowmem_imagic.identity import SourcePicture
-from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.portable import MIN_RANK, portable
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic import Cell, Job, apply_edits, load_photo, make_edits, preset
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import Edit, LoraFactors
+from lowmem_imagic.edits.identity import SourcePicture
+from lowmem_imagic.layers.adapter_pack import TARGETS, AdapterPack, kohya_key, target_modules
+from lowmem_imagic.layers.portable import MIN_RANK, portable
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.storage.safetensors_reader import parse
 
 # The UNet part of ComfyUI's map from diffusers names (comfy/utils.py, unet_to_diffusers), as kohya spells it.
 _TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"

@@ -10,21 +10,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig, SampleConfig
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.diffusion import VARIATION, refined, training_target, varied
+from lowmem_imagic.diffusion.schedules import VARIATION, refined, training_target, varied
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import ConfigError, TensorShapeError
-from lowmem_imagic.images import Photo
-from lowmem_imagic.inversion import SOFTENING, own_noise
-from lowmem_imagic.letterbox import to_tensor
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.training import Trainer
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pictures.letterbox import to_tensor
+from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.inversion import SOFTENING, own_noise
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig, SampleConfig
+from lowmem_imagic.training.loop import Trainer
 
 SENTENCE = "a photo of a blue cube on a stone floor"
 

@@ -19,19 +19,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.batch import ledger as ledgers
-from lowmem_imagic.batch import ledger_file
-from lowmem_imagic.batch.ledger import Ledger
-from lowmem_imagic.batch.ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
-from lowmem_imagic.batch.owner import Owner
+from lowmem_imagic.batch.ledger import file as ledger_file
+from lowmem_imagic.batch.ledger import ledger as ledgers
+from lowmem_imagic.batch.ledger.file import DONE, FAILED, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
+from lowmem_imagic.batch.ledger.ledger import Ledger
+from lowmem_imagic.batch.ledger.owner import Owner
 from lowmem_imagic.errors import OutputUnwritableError
 
 SPAWN = multiprocessing.get_context("spawn")
 STEPS = ("register", "claim", "finish", "fail", "again", "release", "close", "lose")
 HOLDER = """
 import pathlib, sys
-from lowmem_imagic.batch.ledger import Ledger
-from lowmem_imagic.batch.ledger_file import Entry
+from lowmem_imagic.batch.ledger.ledger import Ledger
+from lowmem_imagic.batch.ledger.file import Entry
 open("/proc/self/comm", "w").write("a) Z 1 (b")
 ledger = Ledger(pathlib.Path(sys.argv[1]))
 ledger.register([Entry(str(n), n, "", "") for n in range(3)], finished=lambda entry: False)
@@ -188,7 +188,7 @@ def test_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     me = Owner.of_this_process()
     assert me.alive and Owner(me.host, me.boot, me.pid, "1").alive is False
     assert Owner(me.host, "another start", me.pid, me.started).alive is None
-    monkeypatch.setattr("lowmem_imagic.batch.owner._PROC", tmp_path / "nowhere")
+    monkeypatch.setattr("lowmem_imagic.batch.ledger.owner._PROC", tmp_path / "nowhere")
     assert me.alive is None and Owner.of_this_process().boot == Owner.of_this_process().boot != me.boot
 
 

@@ -12,7 +12,7 @@ from lowmem_imagic.batch import entries, manifest
 from lowmem_imagic.batch.entries import MAX_MANIFEST_BYTES
 from lowmem_imagic.batch.manifest import read_manifest
 from lowmem_imagic.errors import ConfigError
-from lowmem_imagic.png import SHEET_TITLE, contact_sheet, encode_png
+from lowmem_imagic.pictures.png import SHEET_TITLE, contact_sheet, encode_png
 
 SENTENCE = "a red cube, on grass"
 

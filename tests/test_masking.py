@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_imagic import sample as sampling
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import SampleConfig
 from lowmem_imagic.demo.render import object_mask, render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.letterbox import to_tensor
-from lowmem_imagic.masking import change_mask
-from lowmem_imagic.sample import Cell, sample
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures.letterbox import to_tensor
+from lowmem_imagic.sampling import sample as sampling
+from lowmem_imagic.sampling.masking import change_mask
+from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.settings.stages import SampleConfig
 
 SCHEDULERS = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "DDPM", "HeunDiscrete")
 

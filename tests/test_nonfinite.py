@@ -24,15 +24,15 @@ from lowmem_imagic import (
     preset,
     stream_edits,
 )
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.edit import Edit
+from lowmem_imagic.actions.fit_hint import SCHEDULER_ERROR, Fit
+from lowmem_imagic.edits.edit import Edit
 from lowmem_imagic.errors import ConfigError, DivergenceError, NonFiniteEditError, NonFiniteModelError
 from lowmem_imagic.families.rehearsal import rehearse
-from lowmem_imagic.fit import SCHEDULER_ERROR, Fit
-from lowmem_imagic.inversion import own_noise
-from lowmem_imagic.packing import Pack
-from lowmem_imagic.sample import sample
-from lowmem_imagic.suggest import suggest_eta
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.sampling.inversion import own_noise
+from lowmem_imagic.sampling.sample import sample
+from lowmem_imagic.sampling.suggestion import suggest_eta
+from lowmem_imagic.training.pack import Pack
 
 SHORT = {
     "embed": {"steps": 2},
@@ -114,8 +114,8 @@ def test_no_weight_format_hides_a_bad_number(weights: str, folder_copy: Path, ph
 
 def test_stages_by_themselves_tell_base_and_learning_rate_apart(base: BaseModel, folder_copy: Path, text: Any) -> None:
     """A loss that is not finite is the learning rate's fault on a good base, and the base's on a damaged one."""
-    from lowmem_imagic.embed import embed
-    from lowmem_imagic.finetune import finetune
+    from lowmem_imagic.training.embed import embed
+    from lowmem_imagic.training.finetune import finetune
 
     damaged, latents = loaded(damage(folder_copy, *PARTS["the UNet"], float("nan"))), torch.randn(1, 4, 8, 8)
     config = preset("fast", SHORT)

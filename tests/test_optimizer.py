@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_imagic.optimizer import PackedAdam
+from lowmem_imagic.training.adam import PackedAdam
 
 ROWS, SIZE, STEPS = 3, 40, 20
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_imagic import packing, training
-from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
-from lowmem_imagic.embed import embed
 from lowmem_imagic.errors import DivergenceError
-from lowmem_imagic.finetune import finetune
-from lowmem_imagic.optimizer import PackedAdam
-from lowmem_imagic.packing import Pack, Task, TrainedEdit
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.training import loop as training
+from lowmem_imagic.training import pack as packing
+from lowmem_imagic.training.adam import PackedAdam
+from lowmem_imagic.training.embed import embed
+from lowmem_imagic.training.finetune import finetune
+from lowmem_imagic.training.pack import Pack, Task, TrainedEdit
 
 PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing", "a cat", "a tall green tree")
 CONFIG = EditConfig(

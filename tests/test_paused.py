@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic.batch import ledger_file
 from lowmem_imagic.batch.attempts import Attempt, Attempts
+from lowmem_imagic.batch.ledger import file as ledger_file
+from lowmem_imagic.batch.ledger.watch import Watch
 from lowmem_imagic.batch.outputs import FINISHED, look
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.publishing import publish, staged
 from lowmem_imagic.batch.status import status
-from lowmem_imagic.batch.watch import Watch
 from lowmem_imagic.errors import OutputUnwritableError
 from tests import crashes
 from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
@@ -258,8 +258,8 @@ def test_who_slept_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a night in which the whole machine slept, nobody is taken for silent: all have just woken up."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    from lowmem_imagic.batch.ledger_file import Runner
-    from lowmem_imagic.batch.owner import Owner
+    from lowmem_imagic.batch.ledger.file import Runner
+    from lowmem_imagic.batch.ledger.owner import Owner
 
     watch, runner = Watch(10.0), Runner(1, Owner("h", "b", 1, ""), 5, 0, 0.0, 0, 0)
     for now in (0.0, 5.0, 30_000.0):

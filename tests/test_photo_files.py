@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lowmem_imagic import images
+from lowmem_imagic import pictures as images
 from lowmem_imagic.errors import (
     ImageError,
     ImageNotFoundError,
@@ -26,7 +26,7 @@ from lowmem_imagic.errors import (
     NotAnImageError,
     TruncatedImageError,
 )
-from lowmem_imagic.images import load_photo, photo, photo_sha256
+from lowmem_imagic.pictures import load_photo, photo, photo_sha256
 
 
 def scene(width: int = 48, height: int = 32) -> Image.Image:

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from lowmem_imagic import console, edit_header
+from lowmem_imagic.actions import console
+from lowmem_imagic.actions.result_folder import generation_parameters
 from lowmem_imagic.batch.overview_page import Shown, page_of
-from lowmem_imagic.cli import app
-from lowmem_imagic.cli_frame import print_report
+from lowmem_imagic.cli.commands import app
+from lowmem_imagic.cli.frame import print_report
+from lowmem_imagic.edits import header as edit_header
+from lowmem_imagic.pictures.png import contact_sheet
 from lowmem_imagic.plain_text import one_line, shown
-from lowmem_imagic.png import contact_sheet
-from lowmem_imagic.result_folder import generation_parameters
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.sampling.sample import Cell
 
 HOSTILE = {
     "colours": "\x1b[31mred\x1b[0m",
@@ -302,7 +303,7 @@ def test_an_unexpected_error_is_one_line_with_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Callable[[], list[Path]]
 ) -> None:
     """It ends with exit code 1, its kind and first line, and its traceback in a file that is named."""
-    from lowmem_imagic import doctor
+    from lowmem_imagic.actions import doctor
 
     def broken() -> Any:
         raise KeyError("\x1b[31mtwo\nlines")
@@ -327,7 +328,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list
 def test_libraries_speak_on_one_line(pipes: dict[str, int], tmp_path: Path) -> None:
     """Warnings and logs of libraries are escaped like our own text."""
     script = (
-        "import logging, warnings\nfrom lowmem_imagic.streams import steady_streams\nsteady_streams()\n"
+        "import logging, warnings\nfrom lowmem_imagic.cli.streams import steady_streams\nsteady_streams()\n"
         "warnings.warn('\\x1b[2J\\u202ea\\nb')\nlogging.getLogger('any').warning('%s', '\\x1b[2J\\u202ea\\nb')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1], **pipes)  # type: ignore[call-overload]

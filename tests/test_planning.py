@@ -11,17 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_imagic import planning, training
-from lowmem_imagic.accounting import LiveBytes, peak_of
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
-from lowmem_imagic.costs import Costs
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
 from lowmem_imagic.families import load_architecture
-from lowmem_imagic.packing import Pack, Task
-from lowmem_imagic.planning import CUDA_CONTEXT_BYTES, Budget, Plan, parse_bytes, plan, plan_for
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell, sample
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.planning import plan as planning
+from lowmem_imagic.planning.costs import Costs
+from lowmem_imagic.planning.counting import LiveBytes, peak_of
+from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, parse_bytes, plan, plan_for
+from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.training import loop as training
+from lowmem_imagic.training.pack import Pack, Task
 
 CONFIG = EditConfig(
     embed=EmbedConfig(steps=1, learning_rate=1e-2, draws=2),

@@ -21,11 +21,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowmem_imagic import quantize
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.config import WEIGHT_FORMATS
-from lowmem_imagic.families.frugal_unet import make_frugal
-from lowmem_imagic.quantize import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
+from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.layers import frozen as quantize
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
+from lowmem_imagic.settings.stages import WEIGHT_FORMATS
 
 CPU = torch.device("cpu")
 CONVOLUTIONS: dict[str, dict[str, Any]] = {

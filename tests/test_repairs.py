@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import new_tiny_unet
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, WrongFamilyError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_imagic import training
-from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
-from lowmem_imagic.packing import Pack, Task
-from lowmem_imagic.replay import WARM_UPS, Replay
+from lowmem_imagic.engine.cuda_graphs import WARM_UPS, Replay
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.training import loop as training
+from lowmem_imagic.training.pack import Pack, Task
 
 CPU = torch.device("cpu")
 CONFIG = EditConfig(

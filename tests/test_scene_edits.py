@@ -27,10 +27,10 @@ from benchmarks import (
 from benchmarks.oracle import Attributes, Oracle
 from benchmarks.scene_edits import KINDS, SAME_LEVELS, TEST, VALIDATION, SceneEdit
 from benchmarks.workers import each
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import SampleConfig
-from lowmem_imagic.presets import preset
-from lowmem_imagic.suggest import EtaScore, Suggestion
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.sampling.suggestion import EtaScore, Suggestion
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import SampleConfig
 
 PX = 64
 ITEMS = VALIDATION.items()

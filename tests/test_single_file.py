@@ -16,11 +16,11 @@ from ldm_layout import TEXT, UNET, VAE, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
 from lowmem_imagic.families import SHORT_NAMES
-from lowmem_imagic.families import checkpoint as checkpoint_module
-from lowmem_imagic.families.weights import Weights
+from lowmem_imagic.families.files import checkpoint as checkpoint_module
+from lowmem_imagic.families.files.weights import Weights
 
 PROMPTS = ("a photo of a red cube on the grass", "two birds kissing", "")
 

@@ -14,19 +14,19 @@ from conftest import PROMPTS
 from PIL import Image
 from torch import Tensor, nn
 
-from lowmem_imagic import training
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig, StageConfig
-from lowmem_imagic.diffusion import coarse, interpolate, loss_per_edit, project, refined
-from lowmem_imagic.embed import embed
+from lowmem_imagic.diffusion.schedules import coarse, interpolate, loss_per_edit, project, refined
 from lowmem_imagic.errors import DivergenceError
-from lowmem_imagic.finetune import finetune
-from lowmem_imagic.images import Photo
-from lowmem_imagic.optimizer import PackedAdam
-from lowmem_imagic.pipeline import make_edits, stream_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.sample import Cell, sample
-from lowmem_imagic.training import draw_rows, train
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pipeline.make import make_edits, stream_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig, StageConfig
+from lowmem_imagic.training import loop as training
+from lowmem_imagic.training.adam import PackedAdam
+from lowmem_imagic.training.embed import embed
+from lowmem_imagic.training.finetune import finetune
+from lowmem_imagic.training.loop import draw_rows, train
 
 SEEDS = (3, 4, 5)
 EMBED = EmbedConfig(steps=3, learning_rate=1e-2, draws=2)

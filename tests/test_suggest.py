@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_imagic.suggest import PRICE, suggest_eta
+from lowmem_imagic.sampling.suggestion import PRICE, suggest_eta
 
 WORDS = {"photo": torch.full((2, 3), -1.0), "sentence": torch.full((2, 3), 1.0)}
 

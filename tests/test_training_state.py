@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_imagic import training_state
-from lowmem_imagic.config import EditConfig
 from lowmem_imagic.errors import EditFileError
-from lowmem_imagic.packing import Pack, Task, TrainedEdit
-from lowmem_imagic.training_state import TrainingState
+from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.training import state as training_state
+from lowmem_imagic.training.pack import Pack, Task, TrainedEdit
+from lowmem_imagic.training.state import TrainingState
 from tests.test_packing import CONFIG, STEPS, far, same, tasks_of, train
 
 KEY = "photo, sentence, settings"

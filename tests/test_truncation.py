@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_imagic.adapters import Factors
-from lowmem_imagic.portable import MIN_RANK
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.layers.adapter_pack import Factors
+from lowmem_imagic.layers.portable import MIN_RANK
+from lowmem_imagic.layers.truncation import truncated
 
 SHAPES = {
     "lora_unet_a": ((4, 20), (12, 4)),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizerFast
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 
 TEXTS = [*CAPTIONS, "", "A RED Cube!", "it's 123 ...  \n two", "Ünïcode 漢字 🙂"]
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputUnwritableError
-from ..regular_files import is_plain, kind_at
-from ..writable import unusable
+from ..storage.regular_files import is_plain, kind_at
+from ..storage.writable import unusable
 
 _STATE, _FILES, _ENDED = "state", "files", "ended-"
 _TRIES = 20

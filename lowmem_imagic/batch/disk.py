@@ -1,9 +1,9 @@
 """What a batch takes on disk, told before it begins."""
 
-from ..base_model import BaseModel
-from ..config import EditConfig
-from ..planning import CPU_SLOTS, MAX_SLOTS, adapter_weights
-from ..png import SHEET_CELL_PX
+from ..engine.base import BaseModel
+from ..pictures.png import SHEET_CELL_PX
+from ..planning.plan import CPU_SLOTS, MAX_SLOTS, adapter_weights
+from ..settings.stages import EditConfig
 
 
 def disk_bytes(base: BaseModel, config: EditConfig, count: int) -> tuple[int, int]:

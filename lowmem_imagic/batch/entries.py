@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, EditHeaderError
-from ..images import RAW_SUFFIXES, has_photo_suffix, is_apple_double, png_text
-from ..names import REPORT
-from ..png import SHEET_TITLE
-from ..regular_files import NotRegularError, open_regular
-from ..strict_json import load_json, parse_json
+from ..pictures import RAW_SUFFIXES, has_photo_suffix, is_apple_double, png_text
+from ..pictures.png import SHEET_TITLE
+from ..storage.file_names import REPORT
+from ..storage.regular_files import NotRegularError, open_regular
+from ..storage.strict_json import load_json, parse_json
 from .overview_page import GENERATOR
 
 MAX_MANIFEST_BYTES = 64 * 2**20

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from ..engine.memory import ran_out
 from ..errors import (
     ConfigError,
     DivergenceError,
@@ -16,9 +17,8 @@ from ..errors import (
     OutputUnwritableError,
     UnexpectedError,
 )
-from ..memory import ran_out
+from ..storage.writable import check_writable
 from ..unexpected import first_line, unexpected
-from ..writable import check_writable
 
 INPUT, MEMORY, TRANSIENT, DIVERGED, INTERNAL = "input", "memory", "io", "diverged", "internal"
 RETRIED = (MEMORY, TRANSIENT)

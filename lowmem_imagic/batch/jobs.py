@@ -3,11 +3,11 @@
 import hashlib
 import json
 
-from ..base_model import BaseModel
-from ..config import EditConfig
-from ..edit_header import SPEC_VERSION
+from ..edits.header import SPEC_VERSION
+from ..engine.base import BaseModel
+from ..settings.stages import EditConfig
 from .failures import INPUT
-from .ledger_file import FAILED, Entry
+from .ledger.file import FAILED, Entry
 from .manifest import BadItem
 
 

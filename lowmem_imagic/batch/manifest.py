@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import MAX_VALUES
 from ..errors import ConfigError
-from ..names import safe_stem
+from ..settings.stages import MAX_VALUES
+from ..storage.file_names import safe_stem
 from .entries import ALIASES, KINDS, Entry, of_file, of_folder
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]{1,20})://", re.IGNORECASE)

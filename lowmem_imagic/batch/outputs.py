@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..names import MAX_REPORT_BYTES, REPORT
-from ..regular_files import open_regular, read_regular
+from ..storage.file_names import MAX_REPORT_BYTES, REPORT
+from ..storage.regular_files import open_regular, read_regular
 
 EMPTY, UNFINISHED, FINISHED, OTHER = "empty", "unfinished", "finished", "other"
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..atomic import write_bytes
 from ..errors import OutputExistsError
-from ..png import Box, contact_sheet, encode_png
-from ..regular_files import is_plain, open_regular
-from .ledger_file import DONE
+from ..pictures.png import Box, contact_sheet, encode_png
+from ..storage.atomic import write_bytes
+from ..storage.regular_files import is_plain, open_regular
+from .ledger.file import DONE
 from .outputs import report_of
 from .overview_page import GENERATOR, GONE, MARK, PAGE, PICTURE, SHEET, Shown, counts_of, page_of
 from .status import status

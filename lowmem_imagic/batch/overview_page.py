@@ -8,9 +8,9 @@ from html import escape as _escape
 from typing import Any
 from urllib.parse import quote
 
+from ..pictures.png import Box
 from ..plain_text import shown
-from ..png import Box
-from .ledger_file import DONE, FAILED, RUNNING, WAITING
+from .ledger.file import DONE, FAILED, RUNNING, WAITING
 
 PAGE, PICTURE, SHEET = "index.html", "overview.png", "sheet.png"
 GENERATOR = "lowmem-imagic batch sheet"

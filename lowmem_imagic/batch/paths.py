@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..regular_files import is_plain
+from ..storage.regular_files import is_plain
 
 HIDDEN = ".lowmem-imagic"
 """Folder in a batch's folder: ledgers, which hold local paths and are not for sharing, and training states."""

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..atomic import remove_temporaries, sync_folder, write_bytes
+from ..actions.result_folder import ResultFolder, encode_report, pictures_of_report
 from ..errors import OutputExistsError, OutputUnwritableError
-from ..failpoints import reach
-from ..names import REPORT
-from ..regular_files import is_plain
-from ..result_folder import ResultFolder, encode_report, pictures_of_report
-from ..writable import unusable
+from ..storage.atomic import remove_temporaries, sync_folder, write_bytes
+from ..storage.failpoints import reach
+from ..storage.file_names import REPORT
+from ..storage.regular_files import is_plain
+from ..storage.writable import unusable
 from .attempts import Attempt
 
 

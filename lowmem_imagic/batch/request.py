@@ -8,28 +8,28 @@ from typing import Any
 
 import torch
 
-from ..base_model import BaseModel, pick_device
-from ..cli_frame import Words
-from ..commands import fit_memory, open_base
-from ..config import EditConfig
-from ..console import Console
+from ..actions.console import Console
+from ..actions.edit import fit_memory, open_base
+from ..actions.render import BaseOptions
+from ..cli.frame import Words
+from ..engine.base import BaseModel, pick_device
 from ..errors import ConfigError, OutputExistsError
-from ..planning import Budget
-from ..rendering import BaseOptions
-from ..writable import check_writable
+from ..planning.plan import Budget
+from ..settings.stages import EditConfig
+from ..storage.writable import check_writable
 from .attempts import Attempts
-from .crew import Bases, Crew
+from .executors.executor import Bases, Crew
+from .executors.local import LocalCrew
+from .executors.processes import cpu_environments, gpu_environments, run_in_processes
+from .executors.ray import RayCrew, check_executor, driving
 from .failures import RETRIED
 from .manifest import BadItem, Item, read_manifest
 from .paths import Part
-from .processes import cpu_environments, gpu_environments, run_in_processes
 from .publishing import publish_files
-from .ray_cluster import RayCrew, check_executor, driving
 from .runner import Batch
 from .states import States
 from .stopping import Stop
 from .tally import Tally
-from .worker import LocalCrew
 
 
 @dataclass(frozen=True, kw_only=True)

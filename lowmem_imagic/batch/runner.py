@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import make_folder
-from ..config import EditConfig
-from ..console import Console, Silent
+from ..actions.console import Console, Silent
+from ..actions.render import check_sentences
+from ..actions.result_folder import ResultFolder
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
-from ..images import photo_sha256
-from ..preparation import check_sentence
-from ..rendering import check_sentences
-from ..result_folder import ResultFolder
-from ..writable import unusable
-from . import ledger_file as ledgers
+from ..pictures import photo_sha256
+from ..pipeline.prepare import check_sentence
+from ..settings.stages import EditConfig
+from ..storage.atomic import make_folder
+from ..storage.writable import unusable
 from . import outputs
 from .attempts import Attempt, Attempts, check_hidden
-from .crew import Assignment, Bases, Crew, Group, Outcome
 from .disk import disk_bytes
+from .executors.executor import Assignment, Bases, Crew, Group, Outcome
 from .failures import MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
 from .jobs import bad_entry, job_id, megabytes, plain
-from .ledger import Ledger, at_work
-from .ledger_file import Entry
+from .ledger import file as ledgers
+from .ledger.file import Entry
+from .ledger.ledger import Ledger, at_work
 from .manifest import BadItem, Item
 from .paths import HIDDEN, Part, ledgers_in
 from .publishing import check_own

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterator
 
-from .. import training_state
-from ..atomic import write_bytes
-from ..container import MAX_FILE_BYTES
 from ..errors import EditFileError, OutputUnwritableError
-from ..failpoints import reach
-from ..regular_files import read_regular
-from ..training_state import TrainingState
-from .crew import Assignment
+from ..storage.atomic import write_bytes
+from ..storage.failpoints import reach
+from ..storage.regular_files import read_regular
+from ..storage.safetensors_reader import MAX_FILE_BYTES
+from ..training import state as training_state
+from ..training.state import TrainingState
+from .executors.executor import Assignment
 
 SAVING_SHARE = 1 / 40
 """Most of a run's time that goes into saving training states."""

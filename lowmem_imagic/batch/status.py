@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .ledger_file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
+from .ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
 from .paths import ledgers_in
 

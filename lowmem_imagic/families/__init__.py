@@ -5,10 +5,10 @@
 
 from pathlib import Path
 
-from .configuration import findable
-from .locate import locate
-from .published import PUBLISHED, Published
-from .source import DEMO, SHORT_NAMES
+from .files.configuration import findable
+from .files.locate import locate
+from .files.published import PUBLISHED, Published
+from .files.source import DEMO, SHORT_NAMES
 from .stable_diffusion import StableDiffusion
 
 __all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]

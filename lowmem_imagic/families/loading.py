@@ -21,10 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..errors import IncompleteModelError, LowmemImagicError
 from ..unexpected import first_line
-from . import layout
-from .checkpoint import SingleFile
-from .layout import Tensors
-from .source import Folder
+from .files import layout
+from .files.checkpoint import SingleFile
+from .files.layout import Tensors
+from .files.source import Folder
 
 _EXTRAS = {
     "unet": re.compile(r"(?!)"),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion import training_target
+from ..diffusion.schedules import training_target
 
 SHAPE = (1, 4, 8, 8)
 """Of the latents it is tried on: white, with the variance of 1 that latents are scaled to."""

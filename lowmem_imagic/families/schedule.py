@@ -8,12 +8,12 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..diffusion import PREDICTION_TYPES
+from ..diffusion.schedules import PREDICTION_TYPES
 from ..errors import IncompleteModelError, WrongFamilyError
 from ..unexpected import first_line
 from . import limits, repairs
-from .checkpoint import SingleFile
-from .source import Folder
+from .files.checkpoint import SingleFile
+from .files.source import Folder
 
 log = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizerFast
 
 from ..errors import ConfigError, IncompleteModelError, NonFiniteModelError, PromptError
-from ..quantize import load_frozen
+from ..layers.frozen import load_frozen
 from ..unexpected import first_line
 from . import kinds, limits, repairs
-from .checkpoint import SingleFile
-from .frugal_unet import make_frugal
+from .files.checkpoint import SingleFile
+from .files.source import Folder
+from .lean_unet import make_frugal
 from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
 from .rehearsal import rehearse
 from .schedule import alphas, read_schedule
-from .source import Folder
 
 log = logging.getLogger(__name__)
 

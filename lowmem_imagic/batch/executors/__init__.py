@@ -1,0 +1,1 @@
+"""What makes a batch's items: this process, other processes, Ray."""

@@ -1,0 +1,264 @@
+"""Several processes on one folder, one for each GPU: every one is a run of its own, and the ledger shares the work.
+
+A crash takes one process down, not the others; it is started again. They end in an orderly way when the pipe to their
+standard input closes, which it also does when this process is killed.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import IO, Any
+
+from ...actions.console import Console, Silent
+from ...cli.frame import quiet_libraries
+from ...errors import ConfigError, LowmemImagicError
+from ...unexpected import unexpected
+from ..failures import keep_details
+from ..ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Snapshot, snapshot
+from ..ledger.owner import is_stopped
+from ..manifest import BadItem
+from ..paths import HIDDEN
+from ..stopping import Stop
+from ..tally import Tally
+
+MAX_STARTS = 4
+"""How often a process is started that ends without a word."""
+_POLL_S = 0.5
+_PAUSES = 20
+"""How much longer than a look at the ledger the time to the next is, at least."""
+
+
+class _Process:
+    """One of the processes, started again when it crashes."""
+
+    def __init__(
+        self, request: Mapping[str, Any], retry: Sequence[str], environment: Mapping[str, str], console: Console
+    ) -> None:
+        self._console = console
+        self._order = json.dumps({"request": request, "retry": list(retry)}) + "\n"
+        self._environment = {**os.environ, **environment}
+        self._starts, self._given_up, self._suspended = 0, False, False
+        self._opened = contextlib.ExitStack()
+        self.result: dict[str, Any] | None = None
+        """What it said at its end."""
+        self._start()
+
+    def _start(self) -> None:
+        self._starts += 1
+        self._opened.close()
+        # A file, since nobody reads a pipe while the process is at work.
+        self._said: IO[bytes] = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        self._process = subprocess.Popen(
+            (sys.executable, "-m", __name__),
+            stdin=subprocess.PIPE,
+            stdout=self._said,
+            env=self._environment,
+            # Ctrl-C is this process's to pass on.
+            start_new_session=True,
+        )
+        self._opened.callback(self._close_pipe)
+        with contextlib.suppress(OSError):
+            self._pipe.write(self._order.encode())
+            self._pipe.flush()
+
+    @property
+    def _pipe(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def poll(self, *, again: bool) -> bool:
+        """Whether it is at work; one that has crashed is started again if `again`."""
+        if self._process.poll() is None:
+            return True
+        if self.result is None:
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").splitlines()
+            with contextlib.suppress(IndexError, ValueError):
+                self.result = json.loads(lines[-1])
+        if self.result is None and again:
+            code = self._process.returncode
+            how = f"process {self._process.pid} of the batch ended without a word ({_end_of(code)})"
+            if self._starts < MAX_STARTS:
+                self._console.warn(f"{how}; it is started again, and goes on with what is missing")
+                self._start()
+                return True
+            if not self._given_up:
+                self._console.warn(f"{how}, the last of {MAX_STARTS} starts")
+                self._given_up = True
+        return False
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it is there and does nothing, as after SIGSTOP; said whenever it begins."""
+        before, self._suspended = self._suspended, self._process.poll() is None and is_stopped(self._process.pid)
+        if self._suspended and not before:
+            after = f"others take its items over after {LEASE_S:.0f} s"
+            self._console.warn(f"process {self._process.pid} of the batch is suspended; {after}")
+        return self._suspended
+
+    def ask_to_stop(self) -> None:
+        """Asks for an orderly end."""
+        self._close_pipe()
+
+    def kill(self) -> None:
+        """Ends it at once; whatever it was writing appears whole or not at all."""
+        self._process.kill()
+        self._process.wait()
+        self._opened.close()
+
+    def _close_pipe(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+
+
+def run_in_processes(
+    request: Mapping[str, Any],
+    environments: Sequence[Mapping[str, str]],
+    ledger: Path,
+    console: Console,
+    stop: Stop,
+    *,
+    retry: Sequence[str],
+) -> Tally:
+    """Runs a batch in as many processes as there are environments, and says what came of it.
+
+    Args:
+        request: a `request.Request` as plain values.
+        environments: what each process has in its environment besides this one's.
+        ledger: the ledger they share.
+        console: where progress is told.
+        stop: asks for an end; they save what is in training first.
+        retry: kinds of failure to try again.
+
+    Raises:
+        LowmemImagicError: one of them could not go on, in its words.
+        KeyboardInterrupt: `stop` was asked for.
+    """
+    before = {entry.job for entry in _entries(snapshot(ledger)) if entry.state == DONE}
+    processes: list[_Process] = []
+    # What failed before is named again, as in a run of one process.
+    asked, told = False, set(before)
+    try:
+        processes += (_Process(request, retry, environment, console) for environment in environments)
+        while at_work := [process for process in processes if process.poll(again=not stop.asked)]:
+            if stop.asked and not asked:
+                asked = True
+                for process in processes:
+                    process.ask_to_stop()
+            started = time.perf_counter()
+            if (seen := snapshot(ledger)) is not None:
+                told |= _tell(seen, told, console)
+                _show(seen, console)
+            # The others have taken over what they had, and made it.
+            idle = all([process.suspended for process in at_work]) and len(at_work) < len(processes)
+            if idle and not any(entry.state in (WAITING, RUNNING) for entry in _entries(seen)):
+                break
+            # A ledger of very many items is looked at less often.
+            time.sleep(max(_POLL_S, _PAUSES * (time.perf_counter() - started)))
+    finally:
+        for process in processes:
+            process.kill()
+        console.close()
+    stop.check()
+    entries = _entries(snapshot(ledger))
+    results = [process.result for process in processes]
+    errors = [result["error"] for result in results if result and "error" in result]
+    if errors or not any(results):
+        kind = ConfigError if any(result and result.get("usage") for result in results) else LowmemImagicError
+        raise kind(
+            errors[0]
+            if errors
+            else "every process of the batch crashed; see their messages above. The same command goes on with the rest"
+        )
+    return Tally(
+        len(entries),
+        done=[entry.name for entry in entries if entry.state == DONE and entry.job not in before],
+        before=[entry.name for entry in entries if entry.state == DONE and entry.job in before],
+        failed=[BadItem(e.place, e.name, e.error or "") for e in entries if e.state == FAILED],
+    )
+
+
+def _end_of(code: int) -> str:
+    """How a process ended, for people."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _entries(seen: Snapshot | None) -> tuple[Entry, ...]:
+    return () if seen is None else seen.entries
+
+
+def _tell(seen: Snapshot, told: Set[str], console: Console) -> set[str]:
+    """Says what has been made or failed since; returns those jobs."""
+    new = [entry for entry in seen.entries if entry.state in (DONE, FAILED) and entry.job not in told]
+    for entry in new:
+        if entry.state == DONE:
+            console.say(f"{entry.name}: done")
+        else:
+            console.warn(f"{entry.place}{f' ({entry.name})' if entry.name else ''}: {entry.error}")
+    return {entry.job for entry in new}
+
+
+def _show(seen: Snapshot, console: Console) -> None:
+    """The display of all processes as one."""
+    total = sum(entry.steps for entry in seen.entries)
+    ended = sum(entry.steps for entry in seen.entries if entry.state in (DONE, FAILED))
+    count = {state: sum(entry.state == state for entry in seen.entries) for state in (WAITING, RUNNING, DONE, FAILED)}
+    slots = sum(runner.slots for runner in seen.runners)
+    waiting = count[WAITING] + max(0, count[RUNNING] - slots)
+    failed = f", {count[FAILED]} failed" if count[FAILED] else ""
+    if total:
+        step = min(total, ended + sum(runner.training for runner in seen.runners))
+        console.progress("train", step, total, f"{count[DONE]} done, {slots} in slots, {waiting} waiting{failed}")
+
+
+def gpu_environments(count: int) -> Iterator[dict[str, str]]:
+    """For each of `count` processes: one GPU of those that this process may see."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    for number in range(count):
+        yield {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)] if visible else str(number)}
+
+
+def cpu_environments(count: int) -> Iterator[dict[str, str]]:
+    """For each of `count` processes: its share of the processor's cores."""
+    threads = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]) // count)
+    for _ in range(count):
+        yield {"OMP_NUM_THREADS": str(threads)}
+
+
+def _work() -> None:
+    """What a process does: reads its order, runs it, and says what came of it."""
+    from ..request import Request
+
+    order = json.loads(sys.stdin.readline())
+    stop = Stop()
+
+    def listen() -> None:
+        # Nothing more is written to the pipe: this returns when it closes.
+        sys.stdin.read()
+        stop.asked = True
+
+    threading.Thread(target=listen, daemon=True).start()
+    quiet_libraries()
+    try:
+        tally = Request.of(order["request"]).run(Silent(), stop, retry=order["retry"], alone=True)
+        print(json.dumps(tally.as_json()))
+    except LowmemImagicError as error:
+        print(json.dumps({"error": str(error), "usage": isinstance(error, ConfigError)}))
+    except KeyboardInterrupt:
+        print(json.dumps({"stopped": True}))
+    except Exception as error:
+        # Of no item, since those fail by themselves; it would be the same when started again.
+        failure = unexpected(error)
+        keep_details(failure, "a process of the batch", Path(order["request"]["out"]) / HIDDEN / "errors.log")
+        print(json.dumps({"error": str(failure), "usage": False}))
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,0 +1,364 @@
+"""Items made by Ray actors, one for each GPU of a cluster, each with the base model resident.
+
+The ledger stays with the process that was started: actors are given photos, and give back files, so nothing but that
+process's folder needs to be shared. An actor or a machine that is lost is started again by Ray, and what it had in
+hand is handed out anew; items are idempotent, so making one twice harms nothing. What an actor was training is lost
+with it: training states are not kept across machines.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import errors
+from ...errors import (
+    BackendUnavailableError,
+    ConfigError,
+    LowmemImagicError,
+    OutputExistsError,
+    OutputUnwritableError,
+    UnexpectedError,
+)
+from ...unexpected import first_line
+from ..failures import is_of_one_item
+from ..stopping import Stop
+from .executor import Assignment, Claims, Group, OnStep, Outcome
+from .ray_actor import Maker
+
+if TYPE_CHECKING:
+    from ..request import Request
+
+MAX_LOSSES = 3
+"""How often an item's actor may be lost before it is held to be the item's doing."""
+CHUNK = 16
+"""Most items in an actor's hands."""
+_POLL_S = 1.0
+_CONNECT_S = 10.0
+_LEAVE_S = 5.0
+_MOST_BYTES = 107 - 64 - 20
+"""Longest name of a temporary folder in which Ray's sockets have names that the system takes."""
+_PATIENT = {
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "120",
+}
+"""On a machine with very much to do, Ray's processes take each other for dead after seconds, and end all of them."""
+
+
+class RayCrew:
+    """Makes items on a Ray cluster; see `crew.Crew`.
+
+    Args:
+        request: what was asked for; actors read their settings from it.
+        publish: puts an item's files in place; False where another run has begun an attempt of its own.
+        stop: asks for an end; items in training are given up.
+
+    Raises:
+        BackendUnavailableError: Ray is not installed, or there is no such cluster.
+    """
+
+    def __init__(self, request: "Request", publish: Callable[[Assignment, dict[str, bytes]], bool], stop: Stop) -> None:
+        # Before Ray is imported: nothing is sent to anybody.
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        try:
+            import ray
+        except ImportError as error:
+            raise BackendUnavailableError(
+                "--executor ray was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
+            ) from error
+        self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
+        _check_address(request.address)
+        # Ray takes SIGTERM for itself, which would end the run without an orderly end.
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            # Without an address always a cluster of its own, and none that happens to be there.
+            where = request.address or os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            [reason, *_] = str(error).splitlines() or [type(error).__name__]
+            raise BackendUnavailableError(f"no Ray cluster at {request.address or 'this machine'}: {reason}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+        self._hands = [_Hand(ray, actor) for actor in self._actors()]
+        self._lost = Counter[str]()
+
+    def close(self) -> None:
+        """Lets go of the actors, and of the cluster."""
+        # First of all they remove what they have of the photos, which they cannot once they are ended.
+        leaving = [ref for hand in self._hands for ref in hand.leave()]
+        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # nobody to be waited for
+            self._ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
+        for hand in self._hands:
+            hand.dismiss()
+        self._ray.shutdown()
+
+    def __enter__(self) -> "RayCrew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _actors(self) -> list[Any]:
+        """One actor for each GPU; on a cluster without, one for each machine, or as many as were asked for."""
+        resources = self._ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if self._request.device != "cpu" else 0
+        machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
+        count = self._request.workers or gpus or machines
+        needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
+        needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
+        # Two threads: one makes items, one answers how far it is.
+        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(Maker)
+        return [kind.remote(self._request.as_json()) for _ in range(count)]
+
+    def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
+        """See `crew.Crew`."""
+        waiting, given, more = deque[Assignment](), 0, True
+        while True:
+            for hand in self._hands:
+                # Evenly at first, and in ever smaller parts, so that all finish together.
+                size = min(CHUNK, max(1, math.ceil((count - given) / (2 * len(self._hands)))))
+                while hand.idle and more and len(waiting) < size:
+                    claimed = next(claims, None)
+                    more = claimed is not None
+                    waiting.extend(claimed or ())
+                if hand.idle and waiting:
+                    if self._lost[waiting[0].job]:
+                        # By itself, so that whatever ended its worker is put down to nobody else.
+                        size = 1
+                    chunk = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+                    given += len(chunk)
+                    unreadable = hand.begin(group, chunk)
+                    yield from unreadable
+            if not more and not waiting and not any(hand.open for hand in self._hands):
+                return
+            self._wait()
+            for hand in self._hands:
+                for assignment, result in hand.results():
+                    yield self._outcome(assignment, result)
+                for assignment in hand.dropped():
+                    self._lost[assignment.job] += 1
+                    given -= 1
+                    if self._lost[assignment.job] < MAX_LOSSES:
+                        waiting.append(assignment)
+                    elif hand.failure:
+                        yield Outcome(assignment, UnexpectedError(f"its worker failed: {hand.failure}"))
+                    else:
+                        lost = LowmemImagicError(f"its worker was lost {MAX_LOSSES} times while it was being made")
+                        yield Outcome(assignment, lost)
+            on_step([steps for hand in self._hands for steps in hand.in_training])
+            self._stop.check()
+
+    def _wait(self) -> None:
+        """Until something has happened anywhere, or a second has passed."""
+        pending = [ref for hand in self._hands for ref in hand.pending]
+        if pending:
+            self._ray.wait(pending, num_returns=1, timeout=_POLL_S, fetch_local=False)
+        else:
+            time.sleep(_POLL_S)
+
+    def _outcome(self, assignment: Assignment, result: dict[str, Any]) -> Outcome:
+        try:
+            if result["files"] and not self._publish(assignment, result["files"]):
+                return Outcome(assignment, lost=True)
+        except OutputUnwritableError as error:
+            if not is_of_one_item(error, Path(self._request.out)):
+                raise
+            return Outcome(assignment, error)
+        except OutputExistsError as error:
+            return Outcome(assignment, error)
+        if "error" in result:
+            kind = getattr(errors, result["error"], LowmemImagicError)
+            failure = kind(result["text"])
+            if isinstance(failure, UnexpectedError):
+                failure.details = result["details"]
+            return Outcome(assignment, failure)
+        return Outcome(assignment, seconds=result["seconds"])
+
+
+class _Hand:
+    """An actor as its employer sees it."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray, self._actor = ray, actor
+        self._greeting: Any = actor.ready.remote()
+        self._greeted = False
+        self._stream: Any = None
+        self._asked: Any = None
+        self._dropped: list[Assignment] = []
+        self.open: dict[str, Assignment] = {}
+        """What it has in hand, by job."""
+        self.in_training: list[int] = []
+        """Steps of what it trains."""
+        self.failure = ""
+        """What its last task ended with, if that was an error of its code."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is there and has nothing to do."""
+        return self._greeting is None and self._stream is None
+
+    @property
+    def pending(self) -> list[Any]:
+        """What may be waited for."""
+        return [ref for ref in (self._greeting, self._stream) if ref is not None]
+
+    def begin(self, group: Group, chunk: list[Assignment]) -> list[Outcome]:
+        """Gives it items to make; returns those whose photos cannot be read."""
+        given, unreadable = [], []
+        for assignment in chunk:
+            try:
+                data = assignment.photo.read_bytes()
+            except OSError as error:
+                failure = errors.ImageNotFoundError(f"{str(assignment.photo)!r} cannot be read ({error.strerror})")
+                failure.__cause__ = error
+                unreadable.append(Outcome(assignment, failure))
+                continue
+            self.open[assignment.job] = assignment
+            given.append(
+                {
+                    "job": assignment.job,
+                    "name": assignment.name,
+                    "photo": (str(assignment.photo), data),
+                    "sha256": assignment.sha256,
+                    "sentence": assignment.sentence,
+                    "warnings": assignment.warnings,
+                }
+            )
+        if given:
+            # Not repeated by Ray, which would make again what has been given back already: `dropped` is what is left.
+            self._stream = self._actor.make.options(num_returns="streaming", max_task_retries=0).remote(group, given)
+        return unreadable
+
+    def results(self) -> Iterator[tuple[Assignment, dict[str, Any]]]:
+        """What it has finished since."""
+        try:
+            if self._greeting is not None and self._ready(self._greeting):
+                self._ray.get(self._greeting)
+                self._greeting, self._greeted = None, True
+            self._ask()
+            while self._stream is not None and self._ready(self._stream):
+                try:
+                    result = self._ray.get(next(self._stream))
+                except StopIteration:
+                    self._stream, self.in_training = None, []
+                    self._drop()
+                    return
+                if (assignment := self.open.pop(result["job"], None)) is not None:
+                    yield assignment, result
+        except self._ray.exceptions.RayTaskError as error:
+            self.failure = first_line(error.cause)
+            if not self._greeted:
+                raise BackendUnavailableError(f"a worker of the cluster failed: {self.failure}") from None
+            # Of what it has in hand, not of the worker, which is still there.
+            self._stream, self.in_training, self._asked = None, [], None
+            self._drop()
+        except self._ray.exceptions.RayError as error:
+            if not self._greeted and isinstance(error, self._ray.exceptions.ActorDiedError):
+                # It could not even be made: no model or package there. Ray would not try again.
+                lines = str(error).strip().splitlines() or ["no reason given"]
+                raise BackendUnavailableError(f"a worker of the cluster cannot start: {lines[-1].strip()}") from None
+            self.failure = ""
+            # Ray starts it again, here or elsewhere; until it answers it gets nothing to do.
+            self._stream, self.in_training, self._asked = None, [], None
+            self._drop()
+            self._greeting = self._actor.ready.remote()
+
+    def dropped(self) -> list[Assignment]:
+        """What it was given and did not finish, since it was lost."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def leave(self) -> list[Any]:
+        """Tells it to remove its files."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            return [self._actor.leave.remote()] if self._greeted else []
+        return []
+
+    def dismiss(self) -> None:
+        """Ends the actor."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(self._actor)
+
+    def _drop(self) -> None:
+        self._dropped += self.open.values()
+        self.open = {}
+
+    def _ready(self, ref: Any) -> bool:
+        return bool(self._ray.wait([ref], timeout=0, fetch_local=False)[0])
+
+    def _ask(self) -> None:
+        """Asks how far it is, and takes down the last answer."""
+        if self._stream is None:
+            return
+        if self._asked is not None and self._ready(self._asked):
+            self.in_training, self._asked = self._ray.get(self._asked), None
+        if self._asked is None:
+            self._asked = self._actor.progress.remote()
+
+
+@contextlib.contextmanager
+def driving(address: str | None) -> Iterator[dict[str, str]]:
+    """The environment of a process that drives Ray.
+
+    Ray ends that process, at once and without a word, when its own processes are lost; so it is none in which anything
+    else is done. A cluster of its own can be reached from this machine alone, and leaves no files behind.
+    """
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if address or os.environ.get("RAY_ADDRESS"):
+        yield environment
+        return
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > _MOST_BYTES and os.path.isdir("/tmp"):
+        place = "/tmp"
+    folder = tempfile.mkdtemp(prefix="lmi-ray-", dir=place)
+    try:
+        # The last makes Ray listen at the loopback address alone.
+        yield (
+            environment
+            | {"RAY_TMPDIR": folder, "TMPDIR": folder, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+            | {name: os.environ.get(name, value) for name, value in _PATIENT.items()}
+        )
+    finally:
+        # Ray's processes end a little later than the one that started them.
+        for _ in range(20):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.lexists(folder):
+                break
+            time.sleep(0.25)
+
+
+def _check_address(address: str | None) -> None:
+    """Makes sure that somebody listens there: Ray would try for minutes, and then end the process.
+
+    Raises:
+        BackendUnavailableError: nobody does.
+    """
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check --address") from error
+
+
+def check_executor(executor: str, address: str | None) -> None:
+    """Makes sure that there is an executor of that name.
+
+    Raises:
+        ConfigError: there is none, or an address makes no sense for it.
+    """
+    if executor not in ("local", "ray"):
+        raise ConfigError(f"--executor is {executor!r}, expected local or ray")
+    if address is not None and executor != "ray":
+        raise ConfigError("--address names a Ray cluster; give --executor ray with it")

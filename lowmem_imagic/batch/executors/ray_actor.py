@@ -1,0 +1,91 @@
+"""The side of a Ray actor: what runs on the machines of the cluster."""
+
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..attempts import Attempts
+from ..ledger.owner import Owner
+from ..paths import HIDDEN
+from ..stopping import Stop
+from .executor import Assignment, Group
+
+_PREFIX = "lowmem-imagic-ray"
+
+
+class Maker:
+    """The actor: makes items with a crew of its own, in a temporary folder."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        from ...actions.console import Silent
+        from ...cli.frame import quiet_libraries
+        from ..request import Request
+
+        quiet_libraries()
+        self._folder = _new_folder()
+        self._out = request["out"]
+        self._crew = Request.of(request).crew(self._folder, Silent(), Stop())
+        self._in_training: list[int] = []
+
+    def ready(self) -> str:
+        """Says that it is there, and where."""
+        return f"{platform.node()} {os.getpid()}"
+
+    def leave(self) -> None:
+        """Removes its files, the photos among them; the process is ended next."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def progress(self) -> list[int]:
+        """Steps of what it trains."""
+        return self._in_training
+
+    def make(self, group: Group, given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """What becomes of some items, as they are finished: their files, or the error."""
+        out = self._folder
+        inputs, attempts = out / HIDDEN / "photos", Attempts(out / HIDDEN / "training")
+        assignments = []
+        names = {str(out): self._out}
+        for number, one in enumerate(given):
+            # A folder of its own for each: photos keep their names, and two may have the same.
+            name, data = one.pop("photo")
+            place = inputs / str(number)
+            place.mkdir(parents=True, exist_ok=True)
+            photo = place / Path(name).name
+            photo.write_bytes(data)
+            names = {str(photo): name, **names}
+            assignments.append(Assignment(photo=photo, attempt=attempts.begin(one["job"]), **one))
+
+        def on_step(steps: list[int]) -> None:
+            self._in_training = steps
+
+        for outcome in self._crew.make(group, iter([assignments]), len(assignments), on_step=on_step):
+            folder = out / outcome.assignment.name
+            answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
+            # Of one that failed, too: its edit may be finished.
+            answer["files"] = {path.name: path.read_bytes() for path in folder.glob("*")}
+            if outcome.error is not None:
+                text = str(outcome.error)
+                for here, there in names.items():
+                    text = text.replace(here, there)
+                details = getattr(outcome.error, "details", "")
+                answer |= {"error": type(outcome.error).__name__, "text": text, "details": details}
+            yield answer
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(out / HIDDEN, ignore_errors=True)
+        self._in_training = []
+
+
+def _new_folder() -> Path:
+    """A temporary folder, which its name says is this process's; those of processes that were killed are removed."""
+    me = Owner.of_this_process()
+    boot = hashlib.sha256(me.boot.encode()).hexdigest()[:12]
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}-{boot}-*"):
+        pid, started = [*path.name.split("-"), "", ""][4:6]
+        if pid.isdecimal() and Owner(me.host, me.boot, int(pid), started).alive is False:
+            shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{boot}-{me.pid}-{me.started}-"))

@@ -1,0 +1,402 @@
+"""One frozen, quantised base shared by every edit: encode text, encode pictures, predict, decode.
+
+**Memory**: text encoder and VAE are loaded for the moment they are needed and dropped again; only the
+UNet stays. So encode everything first, then train (`release` drops the UNet too).
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.schedules import add_noise
+from ..edits.identity import BaseIdentity
+from ..errors import BackendUnavailableError, ConfigError, DivergenceError, NonFiniteModelError
+from ..families import DEMO, StableDiffusion, load_family
+from ..layers.frozen import weight_bytes
+from ..settings.stages import base_problems
+from ..unexpected import first_line
+from .memory import in_rungs, return_freed_memory
+
+log = logging.getLogger(__name__)
+
+MAX_SENTENCES = 128
+"""Sentences whose embeddings are remembered; more than are ever in training and waiting together."""
+PROBES = 8
+"""Timesteps at which the UNet is asked when something went wrong."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        BackendUnavailableError: asked for by name and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailableError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def pick_dtype(device: torch.device, weights: str) -> torch.dtype:
+    """The type to compute in: bfloat16 on GPUs that have it, else fp32 (bfloat16 is slower on most CPUs)."""
+    if weights == "fp32":
+        return torch.float32
+    if weights == "bf16":
+        return torch.bfloat16
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if capable else torch.float32
+
+
+class BaseModel:
+    """A frozen base model; see `load`.
+
+    Attributes:
+        family: what is particular to its model family.
+        device, dtype: where and in which type the UNet computes.
+        weights: format of the UNet's weights, one of `config.WEIGHT_FORMATS`.
+        attention: ``"xformers"`` or ``"sdpa"``, as resolved.
+        checkpointing: whether activations are recomputed in the backward pass.
+        vae_tiling: whether the autoencoder works in tiles.
+        text_on_cpu: whether sentences are encoded on the CPU.
+        replays: whether a GPU records training passes and replays them (see `replay`); not with checkpointing. A pass
+            has some 6,600 kernels, which take Python 0.3 s to start one by one (``benchmarks/gpu.py``).
+        rungs: what was made cheaper because memory ran out, in words and in order.
+        most_rows, most_images: of a training pass and of a sampling batch, as learnt from running out; None until then.
+    """
+
+    def __init__(
+        self,
+        family: StableDiffusion,
+        *,
+        device: torch.device,
+        weights: str,
+        attention: str,
+        checkpointing: bool,
+    ) -> None:
+        self.family = family
+        self.device, self.weights = device, weights
+        self.dtype = pick_dtype(device, weights)
+        self.attention, self.checkpointing = attention, checkpointing
+        self.vae_tiling = False
+        self.text_on_cpu = device.type == "cpu"
+        self.replays = device.type == "cuda"
+        self.rungs: list[str] = []
+        self.most_rows: int | None = None
+        self.most_images: int | None = None
+        self._unet: nn.Module | None = None
+        self._embeddings: dict[str, Tensor] = {}
+
+    @staticmethod
+    def load(
+        name: str = DEMO,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        weights: str = "int8",
+        attention: str = "auto",
+        checkpointing: bool = False,
+        config_folder: str | Path | None = None,
+    ) -> "BaseModel":
+        """The base called `name`; reads configurations now and weights when they are first needed.
+
+        Args:
+            name: "demo", a short name, a diffusers folder, a ``.safetensors`` file or a Hub id.
+            revision: Hub commit, tag or branch.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            weights: "int8", "bnb-int8" (stock bitsandbytes), "bf16" or "fp32".
+            attention: "auto", "xformers" or "sdpa".
+            checkpointing: recompute activations: less memory, about 1.3 times the arithmetic.
+            config_folder: for a single file, whose configuration it has: a short name, a Hub id or a diffusers folder.
+
+        Raises:
+            ModelError: unknown, incomplete or wrong model; a backend that is missing.
+            ConfigError: unknown option values.
+        """
+        if problems := base_problems(device=device, weights=weights, attention=attention):
+            raise ConfigError(problems)
+        place = pick_device(device)
+        return BaseModel(
+            load_family(name, revision=revision, config_folder=config_folder),
+            device=place,
+            weights=weights,
+            attention=resolve_attention(attention, place),
+            checkpointing=checkpointing,
+        )
+
+    @property
+    def name(self) -> str:
+        """What the edit file calls this base."""
+        return self.family.source.label
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """Which base this is, with the hashes of its files."""
+        return BaseIdentity(
+            source=self.name,
+            revision=self.family.source.revision,
+            family=self.family.family,
+            prediction_type=self.family.prediction_type,
+            cross_attention_dim=self.family.cross_attention_dim,
+            files=self.family.source.hashes,
+        )
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square pictures this base edits."""
+        return self.family.size_px
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """Cumulative product of alphas (num_train_timesteps,), fp32 on the CPU."""
+        return self.family.alpha_bar
+
+    @property
+    def unet(self) -> nn.Module:
+        """The frozen UNet, loaded and quantised at the first use."""
+        if self._unet is None:
+            if self.device.type == "cpu":
+                return_freed_memory()
+            unet = self.family.load_unet(weights=self.weights, device=self.device, dtype=self.dtype)
+            if self.attention == "xformers":
+                self.family.use_xformers(unet)
+            if self.checkpointing:
+                unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            log.info(
+                "UNet of %s: %s weights, %.0f MB, %s attention, checkpointing %s",
+                self.name,
+                self.weights,
+                weight_bytes(unet) / 1e6,
+                self.attention,
+                "on" if self.checkpointing else "off",
+            )
+            self._unet = unet
+        return self._unet
+
+    def recompute(self) -> None:
+        """Switches gradient checkpointing on."""
+        self.checkpointing = True
+        if self._unet is not None:
+            self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def step_down(self, words: str) -> None:
+        """Records a rung that was taken because memory ran out."""
+        log.warning("out of memory; going on with %s", words)
+        self.rungs.append(words)
+
+    def release(self) -> None:
+        """Drops the UNet; the next `predict` loads it again."""
+        self._unet = None
+
+    @contextlib.contextmanager
+    def _part(self, load: Any, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """A part for the length of a ``with`` block; nothing of it stays on the device."""
+        part: nn.Module = load(device=device, dtype=dtype)
+        try:
+            yield part
+        finally:
+            # The caller's name for the part outlives the block, and would keep its weights.
+            part.to("meta")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @property
+    def part_dtype(self) -> torch.dtype:
+        """Half precision on GPUs: these parts are used once and their fp32 activations would set the peak."""
+        return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings (B, T, D), fp32 on the CPU; the last `MAX_SENTENCES` are remembered.
+
+        Sentences are encoded one by one: an embedding's last bits do not depend on the others.
+
+        Raises:
+            NonFiniteModelError: the text encoder gives NaN or infinity.
+        """
+        in_rungs(lambda: self._encode_new(prompts), self._text_to_cpu)
+        for prompt in prompts:
+            # To the end: what was asked for longest ago is forgotten first.
+            self._embeddings[prompt] = self._embeddings.pop(prompt)
+        found = torch.stack([self._embeddings[prompt] for prompt in prompts])
+        for prompt in list(self._embeddings)[:-MAX_SENTENCES]:
+            del self._embeddings[prompt]
+        return found
+
+    def _encode_new(self, prompts: Sequence[str]) -> None:
+        """Encodes what is not remembered."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if not new:
+            return
+        device, dtype = (torch.device("cpu"), torch.float32) if self.text_on_cpu else (self.device, self.part_dtype)
+        # Some models overflow in half precision.
+        for precision in dict.fromkeys((dtype, torch.float32)):
+            with self._part(self.family.load_text_encoder, device, precision) as text_encoder:
+                for prompt in new:
+                    embedding = self.family.encode_text(text_encoder, [prompt])[0]
+                    if embedding.isfinite().all():
+                        self._embeddings[prompt] = embedding
+            new = [prompt for prompt in new if prompt not in self._embeddings]
+            if not new:
+                return
+        raise self.damaged("the text encoder")
+
+    def _text_to_cpu(self) -> bool:
+        """The text encoder's only cheaper way."""
+        if self.text_on_cpu:
+            return False
+        self.text_on_cpu = True
+        self.step_down("the text encoder on the CPU")
+        return True
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1].
+
+        Raises:
+            NonFiniteModelError: the autoencoder gives NaN or infinity, or numbers that half precision does not hold.
+        """
+        latents = self._in_either_precision(self.family.encode_images, images)
+        # Edits hold them in half precision.
+        if not latents.half().isfinite().all():
+            raise self.damaged("the autoencoder's encoder")
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, size, size) in [-1, 1], fp32 on the CPU; not finite where the latents are not, or are huge.
+
+        Raises:
+            NonFiniteModelError: the autoencoder gives NaN or infinity for latents of zeros, too.
+        """
+        images = self._in_either_precision(self.family.decode, latents)
+        if not images.isfinite().all():
+            grey = self._with_vae(self.family.decode, torch.zeros_like(latents[:1]), torch.float32)
+            if not grey.isfinite().all():
+                raise self.damaged("the autoencoder's decoder")
+        return images
+
+    def _in_either_precision(self, work: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """What `work` makes of `x` with the autoencoder; in fp32 where that is not finite, as some overflow in half."""
+        made = self._with_vae(work, x, self.part_dtype)
+        if self.part_dtype == torch.float32 or made.isfinite().all():
+            return made
+        return self._with_vae(work, x, torch.float32)
+
+    def _with_vae(self, work: Callable[[nn.Module, Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `work` makes of `x` with the autoencoder, in tiles where it does not fit."""
+
+        def run() -> Tensor:
+            with self._part(partial(self.family.load_vae, tiling=self.vae_tiling), self.device, dtype) as vae:
+                return work(vae, x)
+
+        def cheaper() -> bool:
+            if self.vae_tiling:
+                return False
+            self.vae_tiling = True
+            self.step_down("the autoencoder in tiles")
+            return True
+
+        return in_rungs(run, cheaper)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """The UNet's prediction (R, C, H, W) for noisy latents (R, C, H, W), timesteps (R,), text (R, T, D)."""
+        noisy = latents.to(self.device, self.dtype, memory_format=torch.channels_last)
+        prediction: Tensor = self.unet(
+            noisy, timesteps.to(self.device), encoder_hidden_states=embeddings.to(self.device, self.dtype)
+        ).sample
+        return prediction
+
+    @torch.no_grad()
+    def check_unet(self, latents: Tensor, embedding: Tensor) -> None:
+        """Makes sure that the UNet by itself predicts finite values, asked all along the noise schedule.
+
+        A few passes, for when something is not finite and it has to be told whose fault that is: no adapter may be
+        attached.
+
+        Args:
+            latents: a picture (C, H, W).
+            embedding: a text (T, D) as the text encoder gives it.
+
+        Raises:
+            NonFiniteModelError: it does not.
+
+        **Memory**: one UNet row, nothing for a backward pass.
+        """
+        if not (latents.isfinite().all() and embedding.isfinite().all()):
+            return  # whatever it makes of them is not its fault
+        noise = torch.randn(latents[None].shape, generator=torch.Generator().manual_seed(0))
+        for timestep in torch.linspace(0, len(self.alpha_bar) - 1, PROBES).long().view(-1, 1):
+            noisy = add_noise(latents[None], noise, timestep, self.alpha_bar)
+            if not self.predict(noisy, timestep, embedding[None]).isfinite().all():
+                raise self.damaged("the UNet")
+
+    def fault(
+        self, error: DivergenceError, latents: Tensor, embedding: Tensor
+    ) -> DivergenceError | NonFiniteModelError:
+        """The error to report when training on a picture diverged: `error`, or that the UNet is damaged.
+
+        See `check_unet`.
+        """
+        try:
+            self.check_unet(latents, embedding)
+        except NonFiniteModelError as damaged:
+            return damaged
+        return error
+
+    def damaged(self, part: str) -> NonFiniteModelError:
+        """The error to raise where a part of the base gives what is not finite."""
+        return NonFiniteModelError(
+            f"{part} of {self.name} gives NaN or infinity; the model is damaged or unsuitable: download it again, or "
+            "choose another"
+        )
+
+
+def resolve_attention(name: str, device: torch.device) -> str:
+    """``"xformers"`` or ``"sdpa"``; "auto" takes xformers on CUDA where it is installed and runs.
+
+    Raises:
+        BackendUnavailableError: xformers was asked for by name and does not run.
+    """
+    if name == "sdpa":
+        return name
+    problem = _NOT_ON_CPU if device.type == "cpu" else _xformers_problem(device)
+    if name == "xformers" and problem:
+        raise BackendUnavailableError(f"attention xformers was asked for, but {problem}; use --attention auto or sdpa")
+    if problem not in ("", _NOT_ON_CPU, _NOT_INSTALLED):
+        log.warning("xformers is installed and not used: %s", problem)
+    return "sdpa" if problem else "xformers"
+
+
+_NOT_ON_CPU = "it has no CPU kernels"
+_NOT_INSTALLED = "it is not installed (pip install xformers)"
+
+
+def _xformers_problem(device: torch.device) -> str:
+    """Why xformers does not run on a device, found by trying; "" where it does.
+
+    An installation for another CUDA or torch is imported without an error and has no kernels.
+    """
+    log_of_xformers = logging.getLogger("xformers")
+    level = log_of_xformers.level
+    try:
+        log_of_xformers.setLevel(logging.ERROR)
+        from xformers.ops import memory_efficient_attention
+
+        # On this device: diffusers' own probe takes the first GPU, and fp32, whatever is going to be used.
+        tried = torch.zeros(1, 8, 2, 40, device=device, dtype=torch.float16, requires_grad=True)
+        memory_efficient_attention(tried, tried, tried).sum().backward()
+        return ""
+    except ImportError:
+        return _NOT_INSTALLED
+    except Exception as error:
+        # NotImplementedError, RuntimeError, AttributeError: as the installation is broken.
+        return f"it does not run on {device} ({first_line(error)})"
+    finally:
+        log_of_xformers.setLevel(level)

@@ -1,0 +1,154 @@
+"""Photos and sentences on their way into training: encoded, and each with the noise its edit is anchored to."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from unicodedata import category
+
+import torch
+from torch import Tensor
+
+from ..diffusion.schedules import starting_noise, varied
+from ..edits.identity import SourcePicture
+from ..edits.meta import MAX_PROMPT_CHARS
+from ..engine.base import BaseModel
+from ..engine.memory import Meter, clear_errors
+from ..errors import PromptError
+from ..pictures import Photo
+from ..pictures.letterbox import Letterbox, to_square, to_tensor
+from ..sampling.inversion import own_noise
+from ..settings.stages import EditConfig
+from ..training.pack import StageProgress, Task
+from ..training.state import TrainingState
+
+STAGES = ("encode", "load", "invert")
+"""What is measured before an edit trains."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit to make."""
+
+    photo: Photo
+    prompt: str
+    state: TrainingState | None = None
+    """Where its training goes on, if it was begun before."""
+
+
+@dataclass
+class Taken:
+    """What an edit is made of, beside what training gives."""
+
+    job: Job
+    latents: Tensor
+    """(C, H, W)."""
+    target_embedding: Tensor
+    """(T, D)."""
+    source: SourcePicture
+    inverted_noise: Tensor | None = None
+    """(C, H, W) in fp16; None where edits start from their seeds' noise."""
+    measured: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
+    """Seconds and peak bytes of the stages before training."""
+
+
+class Prepared(Iterator[Task]):
+    """The tasks of jobs, which are taken and encoded group by group as tasks are asked for, and inverted one by one.
+
+    **Memory**: the UNet is loaded once the first group is encoded, and stays.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        config: EditConfig,
+        meter: Meter,
+        groups: Iterator[Sequence[Job]],
+        progress: StageProgress | None,
+    ) -> None:
+        self._base, self._config, self._meter, self._groups = base, config, meter, groups
+        self._progress = progress
+        self._ready: deque[Taken] = deque()
+        self._count = 0
+        self.taken: dict[int, Taken] = {}
+        """By the number of their task; taken from here once it is trained."""
+
+    def __next__(self) -> Task:
+        while not self._ready:
+            self._encode(next(self._groups))
+        taken = self._ready.popleft()
+        generator = torch.Generator().manual_seed(self._config.seed)
+        noise = self._start_noise(taken, generator)
+        taken.measured = {name: self._meter.stages[name] for name in STAGES if name in self._meter.stages}
+        self.taken[self._count] = taken
+        self._count += 1
+        return Task(taken.latents, taken.target_embedding, generator, noise, taken.job.state)
+
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        for job in jobs:
+            check_sentence(job.prompt)
+            self._base.family.check_prompt(job.prompt)
+        boxes = [Letterbox.fit(*job.photo.image.size, self._base.size_px) for job in jobs]
+        sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
+        with measured_stage(self._meter, "encode", "--device cpu"):
+            # The negative prompt is for sampling and the empty one for inversion: the text encoder is loaded once.
+            sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt, ""]
+            target = self._base.encode_text(sentences)
+            squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
+            latents = self._base.encode_images(torch.cat([to_tensor(square) for square in squares]))
+        if not self._count:
+            with measured_stage(self._meter, "load", "--base-weights int8, or --device cpu"):
+                self._base.unet.eval()
+        for job, x, e, source in zip(jobs, latents, target[: len(jobs)], sources, strict=True):
+            self._ready.append(Taken(job, x, e, source))
+
+    def _start_noise(self, taken: Taken, generator: torch.Generator) -> Tensor:
+        """The noise (C, H, W) that sampling will start from with the first of its seeds."""
+        seed = self._config.sample.seeds[0]
+        drawn = starting_noise(self._base.family.latent_shape, torch.Generator().manual_seed(seed))
+        if self._config.sample.start != "inverted":
+            return drawn
+        with measured_stage(self._meter, "invert", "--device cpu"):
+            progress = named(self._progress, "invert")
+            taken.inverted_noise = own_noise(self._base, taken.latents, generator, progress).half()
+        # As the file holds it: what is trained is what will be sampled.
+        return varied(taken.inverted_noise.float(), drawn, seed)
+
+
+def check_sentence(sentence: str) -> None:
+    """Makes sure that an edit file can hold the sentence.
+
+    Raises:
+        PromptError: too long, or with characters that cannot be shown.
+    """
+    if len(sentence) > MAX_PROMPT_CHARS:
+        raise PromptError(f"the sentence has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
+    hidden = [letter for letter in sentence if category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
+    if hidden:
+        raise PromptError(f"the sentence has the unprintable character {hidden[0]!a}; expected plain text")
+
+
+def _source(photo: Photo, box: Letterbox) -> SourcePicture:
+    return SourcePicture(
+        sha256=photo.sha256,
+        width_px=box.width_px,
+        height_px=box.height_px,
+        size_px=box.size_px,
+        box=(box.left, box.top, box.right, box.bottom),
+    )
+
+
+def named(progress: StageProgress | None, stage: str) -> Callable[[int, int, str], None] | None:
+    """`progress` for one stage."""
+    if progress is None:
+        return None
+    return lambda step, steps, remark: progress(stage, step, steps, remark)
+
+
+@contextlib.contextmanager
+def measured_stage(meter: Meter, name: str, cheaper: str) -> Iterator[None]:
+    """Measures a stage, and turns running out of memory in it into one clear error."""
+    with clear_errors(name, cheaper), meter.stage(name):
+        yield

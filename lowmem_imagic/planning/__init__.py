@@ -1,0 +1,1 @@
+"""Bytes that a run will take, predicted before a weight is read."""

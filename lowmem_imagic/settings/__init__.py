@@ -1,0 +1,1 @@
+"""What can be chosen: the stages' settings and named presets. Nothing here imports torch."""

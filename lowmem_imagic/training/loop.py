@@ -1,0 +1,376 @@
+"""The loop both training stages share: draw rows, predict, step, for a whole pack at once.
+
+A batch row is (edit, timestep, noise). Each edit draws from its own generator in its own order, so the pack it travels
+in cannot change what it sees; it has a slot of the pack, which it enters and leaves on its own.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.schedules import add_noise, draw_timesteps, loss_per_edit, training_target
+from ..engine.base import BaseModel
+from ..engine.cuda_graphs import Replay
+from ..engine.memory import in_rungs, ran_out
+from ..errors import TensorShapeError
+from ..layers.adapter_pack import AdapterPack, strided_gradients
+from ..settings.stages import StageConfig
+from ..unexpected import first_line
+from .adam import PackedAdam
+from .run import Losses, Run
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+"""Called as ``progress(step, steps, remark)`` after every step."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tensor that training changes in place."""
+
+    weights: Tensor
+    """(N, P): everything that is trained of an edit in one row."""
+    grads: Tensor
+    """(N, P), where backward passes leave the gradient of `weights`."""
+    learning_rate: float
+    weight_decay: float = 0.0
+
+
+def draw_rows(
+    latents: Tensor,
+    draws: int,
+    alpha_bar: Tensor,
+    prediction_type: str,
+    generators: Sequence[torch.Generator],
+    span: tuple[float, float] = (0.0, 1.0),
+    anchor: Tensor | None = None,
+    anchored: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents (R, C, H, W), timesteps (R,) and targets (R, C, H, W) for one step, edit by edit.
+
+    Args:
+        latents: (N, C, H, W) on the CPU.
+        draws: rows per edit; R = N * draws.
+        alpha_bar: (num_train_timesteps,).
+        prediction_type: what the UNet predicts.
+        generators: one CPU generator per edit; of each, the timesteps are drawn first, then the noise, then which
+            rows have the noise `anchor` instead.
+        span: part of the schedule that timesteps come from; 0 is the clean end.
+        anchor: noise (C, H, W) that some rows have.
+        anchored: how many of each edit's.
+    """
+    timesteps, noise = [], []
+    for generator in generators:
+        timesteps.append(draw_timesteps(draws, len(alpha_bar), generator, span))
+        noise.append(torch.randn((draws, *latents.shape[1:]), generator=generator))
+        if anchor is not None and anchored:
+            noise[-1][torch.randperm(draws, generator=generator)[:anchored]] = anchor
+    t, epsilon = torch.cat(timesteps), torch.cat(noise)
+    x = latents.repeat_interleave(draws, 0)
+    noisy = add_noise(x, epsilon, t, alpha_bar)
+    return noisy, t, training_target(x, epsilon, t, alpha_bar, prediction_type)
+
+
+class Trainer:
+    """Takes steps of the denoising loss (paper eq. 2) for the edits in the slots of a pack.
+
+    Args:
+        base: the frozen base, with whatever is trained already in it.
+        trained: what is trained, N rows each: a row is a slot's.
+        embeddings: gives the text conditioning (N, T, D) of a pass, asked with the trainer.
+        pack: the adapters that are attached, to be told whose rows a pass has.
+        max_rows: most rows of a pass; a step of more takes several passes, and their gradients add up. None is no
+            limit. Halved, for the base as long as it is there, whenever a pass runs out of memory; when it is 1,
+            checkpointing is switched on.
+
+    **Memory**: the activations of one pass, freed before the optimiser steps (kept until `release` where passes are
+    replayed); with averaging, 4 bytes a weight.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        trained: Sequence[Trained],
+        embeddings: Callable[["Trainer"], Tensor],
+        *,
+        pack: AdapterPack | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        self._base, self._trained, self._embeddings = base, trained, embeddings
+        self._pack, self._max_rows = pack, max_rows
+        self._slots = len(trained[0].weights)
+        self._optimizers = [
+            PackedAdam(part.weights, learning_rate=part.learning_rate, weight_decay=part.weight_decay)
+            for part in trained
+        ]
+        self._averages: list[Tensor | None] = [None for _ in trained]
+        self._recorded: dict[Any, Replay] = {}
+        self._rates: dict[int, Sequence[float]] = {}
+        self.runs: dict[int, Run] = {}
+        """What is in the slots, by their numbers."""
+
+    @torch.no_grad()
+    def begin(self, slot: int, run: Run, rates: Sequence[float] | None = None) -> None:
+        """Puts an edit into a free slot, whose row of every trained tensor holds what it begins with.
+
+        Args:
+            slot: number of the slot.
+            run: the edit.
+            rates: learning rate of each trained tensor, 0 for one that stays; by default as in `trained`.
+        """
+        self.runs[slot] = run
+        self._rates[slot] = [part.learning_rate for part in self._trained] if rates is None else rates
+        for number, (part, rate) in enumerate(zip(self._trained, self._rates[slot], strict=True)):
+            self._optimizers[number].restart(slot, learning_rate=rate, max_grad_norm=run.config.max_grad_norm)
+            if run.config.average:
+                average = self._averages[number]
+                if average is None:
+                    average = self._averages[number] = part.weights.clone()
+                average[slot].copy_(part.weights[slot])
+
+    def forget(self, slot: int) -> None:
+        """Takes an edit out of its slot as if it had never begun; does nothing for a free one."""
+        self.runs.pop(slot, None)
+
+    @torch.no_grad()
+    def save(self, slot: int) -> dict[str, Tensor]:
+        """What a slot's training has come to, as copies on the CPU: for each trained tensor that has a rate, its row,
+        its moments, its count of steps and its average; what it began with is not among them."""
+        saved: dict[str, Tensor] = {}
+        for name, row in self._state(slot):
+            saved[name] = row.detach().to("cpu", copy=True)
+        return saved
+
+    @torch.no_grad()
+    def restore(self, slot: int, saved: Mapping[str, Tensor]) -> None:
+        """Puts back what `save` gave, after `begin` with the same run and rates.
+
+        Raises:
+            TensorShapeError: it is of something else.
+        """
+        rows = dict(self._state(slot))
+        if {name: row.shape for name, row in rows.items()} != {name: value.shape for name, value in saved.items()}:
+            raise TensorShapeError("the saved state is of another training; expected one of the same settings")
+        for name, row in rows.items():
+            row.copy_(saved[name])
+
+    def _state(self, slot: int) -> Iterator[tuple[str, Tensor]]:
+        """Rows of all that training changes of a slot, by name."""
+        for number, (part, optimizer) in enumerate(zip(self._trained, self._optimizers, strict=True)):
+            if not self._rates[slot][number]:
+                continue
+            yield f"{number}.weights", part.weights[slot]
+            yield f"{number}.first", optimizer.first[slot]
+            yield f"{number}.second", optimizer.second[slot]
+            yield f"{number}.steps", optimizer.steps[slot]
+            if self.runs[slot].config.average and (average := self._averages[number]) is not None:
+                yield f"{number}.average", average[slot]
+
+    def trains(self, part: int) -> bool:
+        """Whether the trained tensor of this number is trained by any edit that has a slot now."""
+        return any(self._rates[slot][part] for slot in self.runs)
+
+    def step(self) -> dict[int, Run]:
+        """One step of every edit that has a slot; those that finish with it leave their slots and are returned.
+
+        Draws are made before anything that memory could fail at, so a step broken off is the same step again.
+        """
+        rows = {slot: self._draw(run) for slot, run in self.runs.items()}
+        losses = in_rungs(lambda: self._gradients(rows), self._cheaper)
+        self._update()
+        for slot, loss in enumerate(losses.tolist()):
+            if slot in self.runs:
+                self.runs[slot].losses.append(loss)
+        return {slot: self._leave(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
+
+    def _gradients(self, rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """Fills the gradients of a step's rows, pass by pass; returns each slot's loss (N,)."""
+        for part in self._trained:
+            part.grads.zero_()
+        losses = torch.zeros(self._slots, device=self._base.device)
+        for slots, draws in self._passes():
+            share = len(draws) / self.runs[slots[0]].config.draws
+            chosen = [[values[draws.start : draws.stop] for values in rows[slot]] for slot in slots]
+            noisy, timesteps, target = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+            index = torch.tensor(slots, device=self._base.device)
+            whole = slots == list(range(self._slots))
+            found = self._passed((whole, share), (noisy, timesteps, target.to(self._base.device), index))
+            losses[index] += found
+        return losses
+
+    def _passed(self, kind: tuple[bool, float], rows: Sequence[Tensor]) -> Tensor:
+        """`_pass`, replayed where the base is to be."""
+        run = partial(self._pass, *kind)
+        # What is recomputed in a backward pass saves the state of random numbers, which no GPU records.
+        if not self._base.replays or self._base.checkpointing:
+            return run(*rows)
+        trains = tuple(map(self.trains, range(len(self._trained))))
+        key = (trains, *kind, *(values.shape for values in rows))
+        if key not in self._recorded:
+            if any(recorded[0] != trains for recorded in self._recorded):
+                # Of another stage, which does not come back soon.
+                self.release()
+            changed, beside = [part.grads for part in self._trained], next(iter(self._recorded.values()), None)
+            try:
+                self._recorded[key] = Replay(run, rows, device=self._base.device, changed=changed, beside=beside)
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                # A driver or a kernel that cannot be recorded: slower, and otherwise the same.
+                log.warning("training passes are not recorded: %s", first_line(error))
+                self.release()
+                self._base.replays = False
+                return run(*rows)
+        return self._recorded[key](*rows)
+
+    def _pass(
+        self, whole: bool, share: float, noisy: Tensor, timesteps: Tensor, target: Tensor, index: Tensor
+    ) -> Tensor:
+        """Adds a pass's gradients to those there are; the share of its step of the loss of each of its slots (n,).
+
+        Args:
+            whole: whether these are all slots in their order.
+            share: of the step's rows of a slot, those in this pass.
+            noisy: (R, C, H, W), slot by slot.
+            timesteps: (R,).
+            target: (R, C, H, W).
+            index: (n,) numbers of the slots.
+        """
+        if self._pack is not None:
+            self._pack.set_rows(None if whole else index)
+        text = self._embeddings(self)[index].repeat_interleave(len(noisy) // len(index), 0)
+        prediction = self._base.predict(noisy, timesteps, text)
+        found = share * loss_per_edit(prediction, target, len(index))
+        with strided_gradients():
+            found.sum().backward()
+        return found.detach()
+
+    def release(self) -> None:
+        """Frees what replaying keeps; later steps record anew."""
+        self._recorded.clear()
+
+    def _cheaper(self) -> bool:
+        """Takes fewer rows a pass, or else checkpointing; whether there was one of them left."""
+        if self._base.replays:
+            self.release()
+            self._base.replays = False
+            self._base.step_down("passes that are not recorded")
+            return True
+        widest = max(len(slots) * len(draws) for slots, draws in self._passes())
+        if widest > 1:
+            self._base.most_rows = widest // 2
+            self._base.step_down(f"{widest // 2} rows a training pass")
+        elif not self._base.checkpointing:
+            self._base.recompute()
+            self._base.step_down("checkpointing")
+        else:
+            return False
+        return True
+
+    def _draw(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps and targets of an edit's next step, a row a draw."""
+        config = run.config
+        return draw_rows(
+            run.latents[None],
+            config.draws,
+            self._base.alpha_bar,
+            self._base.family.prediction_type,
+            [run.generator],
+            config.timesteps,
+            run.start_noise,
+            round(config.anchor * config.draws),
+        )
+
+    def _passes(self) -> Iterator[tuple[list[int], range]]:
+        """The passes of a step: slots, and which of their draws; in a pass all slots have equally many."""
+        for draws in sorted({run.config.draws for run in self.runs.values()}):
+            slots = [slot for slot in sorted(self.runs) if self.runs[slot].config.draws == draws]
+            limits = [limit for limit in (self._max_rows, self._base.most_rows) if limit is not None]
+            most = min([len(slots) * draws, *limits])
+            at_once = max(1, min(draws, most // len(slots)))
+            for first in range(0, draws, at_once):
+                for start in range(0, len(slots), most):
+                    yield slots[start : start + most], range(first, min(draws, first + at_once))
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Moves what is trained along its gradients, each edit at its own rate."""
+        shares, follow = torch.zeros(self._slots), torch.zeros(self._slots)
+        for slot, run in self.runs.items():
+            shares[slot], follow[slot] = run.rate_share, run.average_share
+        for number, part in enumerate(self._trained):
+            if not self.trains(number):
+                continue
+            active = torch.tensor([slot in self.runs and self._rates[slot][number] > 0 for slot in range(self._slots)])
+            self._optimizers[number].step(part.grads, active, shares)
+            if (average := self._averages[number]) is not None:
+                average.lerp_(part.weights, follow.to(average).unsqueeze(1))
+
+    @torch.no_grad()
+    def _leave(self, slot: int) -> Run:
+        """Frees a slot; its rows hold what the edit came to."""
+        run = self.runs.pop(slot)
+        if run.config.average:
+            for part, average in zip(self._trained, self._averages, strict=True):
+                if average is not None:
+                    part.weights[slot].copy_(average[slot])
+        return run
+
+
+def train(
+    base: BaseModel,
+    latents: Tensor,
+    embeddings: Callable[[], Tensor],
+    *,
+    trained: Sequence[Trained],
+    config: StageConfig,
+    generators: Sequence[torch.Generator],
+    start_noise: Tensor | None = None,
+    pack: AdapterPack | None = None,
+    progress: Progress | None = None,
+) -> Losses:
+    """Takes edits that begin together through one stage: what is trained changes in place.
+
+    Args:
+        base: the frozen base, with whatever is trained already in it.
+        latents: (N, C, H, W), fp32 on the CPU.
+        embeddings: gives the text conditioning (N, T, D) of a pass.
+        trained: what is trained, each with a rate of its own.
+        config: the stage.
+        generators: one CPU generator per edit.
+        start_noise: what sampling will start from (N, C, H, W); only read with `StageConfig.anchor`.
+        pack: the adapters that are attached.
+        progress: called after every step.
+
+    Raises:
+        DivergenceError: a loss is no longer finite; see `BaseModel.fault`, for which no adapter may be attached.
+    """
+    trainer = Trainer(base, trained, lambda _: embeddings(), pack=pack)
+    noise = [None] * len(latents) if start_noise is None else start_noise
+    runs = [Run(x, config, generator, own) for x, generator, own in zip(latents, generators, noise, strict=True)]
+    if config.steps:
+        for slot, run in enumerate(runs):
+            trainer.begin(slot, run)
+    try:
+        for step in range(1, config.steps + 1):
+            running = list(trainer.runs.values())
+            for run in trainer.step().values():
+                if run.diverged:
+                    raise run.diverged
+            if progress is not None:
+                progress(step, config.steps, f"loss {fmean(run.losses[-1] for run in running):.4f}")
+            if not trainer.runs:
+                break
+    finally:
+        trainer.release()
+    history = torch.full((config.steps, len(runs)), float("nan"))
+    for number, run in enumerate(runs):
+        history[: len(run.losses), number] = torch.tensor(run.losses)
+    return Losses(history, tuple(len(run.losses) for run in runs))

@@ -1,0 +1,81 @@
+"""One edit's way through a training stage: what it draws from, the losses it saw, and when it is finished."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from ..errors import DivergenceError
+from ..settings.stages import StageConfig
+
+
+def tail(losses: Sequence[float], share: float = 0.2) -> float | None:
+    """Mean of the last `share` of some losses; None when there are none."""
+    return fmean(losses[-max(1, round(len(losses) * share)) :]) if losses else None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a training stage saw."""
+
+    per_step: Tensor
+    """(steps, N) mean squared error of each edit; NaN after an edit stopped."""
+    steps_run: tuple[int, ...]
+    """Steps each edit took."""
+
+    def tail(self, edit: int, share: float = 0.2) -> float | None:
+        """Mean loss of an edit over the last `share` of its steps; None when it took none."""
+        return tail(self.per_step[: self.steps_run[edit], edit].tolist(), share)
+
+
+@dataclass
+class Run:
+    """One edit's way through one stage."""
+
+    latents: Tensor
+    """The photo (C, H, W), fp32 on the CPU."""
+    config: StageConfig
+    """Steps, draws, their timesteps and noise, fall of the rate, averaging, early stop."""
+    generator: torch.Generator
+    """What it draws from, on the CPU."""
+    start_noise: Tensor | None = None
+    """What sampling will start from (C, H, W); only read with `StageConfig.anchor`."""
+    losses: list[float] = field(default_factory=list)
+    """Mean squared error in each step it took."""
+
+    @property
+    def rate_share(self) -> float:
+        """Share of the learning rate that its next step has."""
+        return 1 - (1 - self.config.final_rate) * len(self.losses) / max(1, self.config.steps - 1)
+
+    @property
+    def average_share(self) -> float:
+        """How far the running average moves to the weights; in early steps farther, so that the start is forgotten."""
+        step = len(self.losses)
+        return 1 - min(self.config.average, (1 + step) / (10 + step))
+
+    @property
+    def diverged(self) -> DivergenceError | None:
+        """The error to report when its loss is no longer finite."""
+        if not self.losses or torch.tensor(self.losses[-1]).isfinite():
+            return None
+        return DivergenceError(
+            f"the loss is {self.losses[-1]:g} after {len(self.losses)} of {self.config.steps} steps at learning "
+            f"rate {self.config.learning_rate:g}; lower the learning rate of this stage"
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether it took all its steps, stopped early or broke."""
+        return len(self.losses) >= self.config.steps or self._stalled or self.diverged is not None
+
+    @property
+    def _stalled(self) -> bool:
+        """Whether the mean loss over the last `patience` steps is no better than over as many before."""
+        window = self.config.patience
+        if not window or len(self.losses) < 2 * window:
+            return False
+        before, now = fmean(self.losses[-2 * window : -window]), fmean(self.losses[-window:])
+        return now > before * (1 - self.config.min_improvement)
