@@ -23,6 +23,7 @@ from lowmem_imagic.batch.publishing import publish, staged
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.errors import OutputUnwritableError
 from tests import crashes
+from tests.processes import Process
 from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
 from tests.test_ledger import change, entries, opened
 
@@ -38,7 +39,7 @@ def batch(tiny_folder: Path, tmp_path: Path) -> crashes.Batch:
 
 
 @contextlib.contextmanager
-def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[subprocess.Popen[str]]:
+def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[Process]:
     """A run that has come to a place and is suspended there."""
     process = batch.start(out, failpoint=f"{failpoint}{'' if ':' in failpoint else ':1'}:stop")
     try:
