@@ -19,6 +19,7 @@ from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import SMALL_KEEP
 from lowmem_imagic.settings.stages import SampleConfig
+from tests.processes import Process
 
 SENTENCE = "a photo of a blue cube on the grass"
 QUICK = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2", "--steps-sample", "2", "--quiet"]
@@ -668,6 +669,7 @@ def test_truncated_edit_file(run, finished):
     _fails(run("sample", "cut.safetensors", "--quiet"), 1, "cut.safetensors")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", ["encode", "load", "embedding", "adapter", "pictures", "decode"])
 def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
     """Ctrl-C while a stage runs ends with code 130, one line, and no half file; a finished edit file is kept."""
@@ -675,7 +677,8 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
     # A real process and a real signal; the stage announces itself through a file and then takes its time.
     script.write_text(
         "import contextlib, time, pathlib\n"
-        "from lowmem_imagic import console, memory\n"
+        "from lowmem_imagic.actions import console\n"
+        "from lowmem_imagic.engine import memory\n"
         "def wait():\n"
         "    pathlib.Path('ready').touch(); time.sleep(30)\n"
         "real = console.Console.progress\n"
@@ -694,11 +697,8 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
         "main()\n"
     )
     words = ["edit", str(photo), SENTENCE, "--model", str(tiny_folder), "--device", "cpu", "--out", "made", *QUICK]
-    process = subprocess.Popen(
-        [sys.executable, str(script), *words], stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    deadline = time.monotonic() + 120
-    while not Path("ready").exists() and process.poll() is None and time.monotonic() < deadline:
+    process = Process(str(script), *words)
+    while not Path("ready").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
@@ -713,6 +713,7 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
         assert left == set()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("after_s", [0.1, 0.6, 1.5])
 def test_ctrl_c_while_libraries_are_imported(after_s, photo):
     """Ctrl-C before there is anything to lose ends the process without a traceback, whatever is being imported."""

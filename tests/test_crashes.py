@@ -1,6 +1,6 @@
 """Facts about batches whose processes are killed: whatever the moment, the same command makes what was to be made.
 
-``pytest -m long tests/test_crashes.py`` does it a hundred times on the bundled model; `tests.crashes` is the harness.
+``pytest -m process tests/test_crashes.py`` runs it, and ``-m long`` does it a hundred times on the bundled model; `tests.crashes` is the harness.
 """
 
 import json
@@ -11,6 +11,7 @@ import pytest
 from tests import crashes
 from tests.crashes import SHORT, Batch, campaign, failpoints, scenes, shared
 
+pytestmark = pytest.mark.process
 ITEMS = 4
 
 

@@ -62,6 +62,7 @@ def given_up(out: Path) -> None:
     change(Part().ledger(out), "UPDATE runners SET started = '1'")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", PLACES)
 def test_it_leaves_alone_what_its_successor_has_made(
     batch: crashes.Batch,
@@ -212,6 +213,7 @@ def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:
     assert isinstance(part.begin("job"), Attempt) and not second.current
 
 
+@pytest.mark.process
 def test_others_say_what_they_wait_for(
     batch: crashes.Batch,
     run: Any,  # noqa: F811
