@@ -193,6 +193,7 @@ class Request:
             states=states,
             stop=stop,
             slots=self.slots,
+            budget=budget,
         )
 
     def _run(
