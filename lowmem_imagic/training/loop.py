@@ -116,8 +116,8 @@ class Trainer:
             for part in trained
         ]
         self._averages: list[Tensor | None] = [None for _ in trained]
-        # Gradients below 6e-8 are zero in fp16: losses are scaled up, each edit's by its own power of two, which changes
-        # no digit, and gradients down again (Micikevicius et al. 2018, section 3.2).
+        # Gradients below 6e-8 are zero in fp16: losses are scaled up, each edit's by its own power of two (it changes
+        # no digit), and gradients down again (Micikevicius et al. 2018, section 3.2).
         self._scaled = base.dtype == torch.float16
         self._scales = torch.full((self._slots, 1), FIRST_SCALE if self._scaled else 1.0, device=base.device)
         self._good = torch.zeros(self._slots, 1, device=base.device)
