@@ -19,6 +19,7 @@ from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import SMALL_KEEP
 from lowmem_imagic.settings.stages import SampleConfig
+from lowmem_imagic.settings.text import BaseOptions
 
 SENTENCE = "a photo of a blue cube on the grass"
 QUICK = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2", "--steps-sample", "2", "--quiet"]
@@ -363,9 +364,9 @@ def test_model_left_out_is_the_bundled_one_and_said_so(photo, monkeypatch):
     monkeypatch.setattr(console.Console, "say", lambda self, text: said.append(text))
     monkeypatch.setattr(rendering.BaseModel, "load", lambda name, **options: pytest.fail(f"loads {name}"))
     with pytest.raises(pytest.fail.Exception, match="loads demo"):
-        options = rendering.BaseOptions(None, None, "cpu", "int8", "auto", False, None)
+        options = BaseOptions(device="cpu")
         commands.open_base(options, console.Console(), [SENTENCE])
-    assert len(said) == 1 and "bundled" in said[0] and "--model" in said[0]
+    assert len(said) == 1 and "bundled" in said[0] and "`model=sd15`" in said[0]
 
 
 # Bad input: one clear line, the right exit code, nothing lost.

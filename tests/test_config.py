@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lowmem_imagic.errors import ConfigError
 from lowmem_imagic.settings.presets import PRESETS, preset
-from lowmem_imagic.settings.stages import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, parse_strength, strengths
+from lowmem_imagic.settings.stages import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, strengths
+from lowmem_imagic.settings.text import parse_strength
 
 
 @pytest.mark.parametrize("name", PRESETS)

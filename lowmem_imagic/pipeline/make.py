@@ -189,7 +189,7 @@ def decode_squares(base: BaseModel, latents: Tensor, *, meter: Meter | None = No
     Raises:
         NonFiniteEditError: the latents are more than the autoencoder can take.
     """
-    with measured_stage(meter or Meter(base.device), "decode", "--device cpu"):
+    with measured_stage(meter or Meter(base.device), "decode", "`device=cpu`"):
         decoded = base.decode(latents)
     if not decoded.isfinite().all():
         raise NonFiniteEditError(
@@ -220,7 +220,7 @@ def render_latents(
     optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
     coarse_latents = torch.cat([_coarse_latents(edit, base) for edit in edits])
     own = [_inverted_noise(edit, base) for edit in edits] if config.start == "inverted" else []
-    with measured_stage(meter or Meter(base.device), "sample", "fewer rows a batch (--batch-rows)"):
+    with measured_stage(meter or Meter(base.device), "sample", "fewer rows a batch (`batch_rows`)"):
         adapters = [{key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits]
         try:
             pack = AdapterPack.load(base.unet, adapters, device=base.device)
@@ -260,12 +260,12 @@ def _inverted_noise(edit: Edit, base: BaseModel) -> Tensor:
     if edit.inverted_noise is None:
         raise ConfigError(
             "start is inverted, and this edit was not made with it: it holds no noise of its photo's own; "
-            "start from the photo's colours (--start photo)"
+            "start from the photo's colours (`start=photo`)"
         )
     if tuple(edit.inverted_noise.shape) != base.family.latent_shape:
         raise TensorShapeError(
             f"the edit's own noise has shape {tuple(edit.inverted_noise.shape)}, the base's latents have "
-            f"{base.family.latent_shape}; use the base the edit was made for, or --start photo"
+            f"{base.family.latent_shape}; use the base the edit was made for, or `start=photo`"
         )
     return edit.inverted_noise.float()
 
@@ -289,7 +289,7 @@ def check_base(edit: Edit, base: BaseModel) -> str:
     raise BaseMismatchError(
         f"this edit was made for {edit.base.source} ({edit.base.family}, {edit.base.prediction_type}, "
         f"width {edit.base.cross_attention_dim}) and cannot be used on {base.name} ({base.family.family}, "
-        f"{base.family.prediction_type}, width {base.family.cross_attention_dim}); name its own base with --model"
+        f"{base.family.prediction_type}, width {base.family.cross_attention_dim}); name its own base with `model`"
     )
 
 

@@ -7,7 +7,7 @@ from ..errors import ConfigError
 from .stages import EditConfig
 
 SMALL_KEEP = 0.046
-"""Share of the adapter's bytes that the smallest edit files keep (``--small``)."""
+"""Share of the adapter's bytes that the smallest edit files keep (option `small`)."""
 
 _ANCHORED_EMBED: dict[str, Any] = {"draws": 2, "anchor": 0.5, "timesteps": (0.2, 1.0)}
 _ANCHORED_FINETUNE: dict[str, Any] = {

@@ -61,24 +61,6 @@ def base_problems(*, device: str, weights: str | None, attention: str) -> list[s
     return problems
 
 
-def parse_strength(text: str) -> Strength:
-    """The strength that words describe: ``0.8``, or ``down=0.5,up=1.2`` with 1 for a block that is left out.
-
-    Raises:
-        ConfigError: neither.
-    """
-    try:
-        if "=" not in text:
-            return float(text)
-        given = dict(part.split("=") for part in text.replace(" ", "").split(","))
-        factors = {block: float(given.pop(block, "1")) for block in BLOCKS}
-        if given:
-            raise ValueError(f"no block {', '.join(given)}")
-    except ValueError as error:
-        raise ConfigError(f"strength is {text!r} ({error}), expected 0.8 or down=0.5,mid=1,up=1.2") from None
-    return factors["down"], factors["mid"], factors["up"]
-
-
 def strength_text(value: Strength) -> str:
     """The strength as a person reads it."""
     if not isinstance(value, tuple):
