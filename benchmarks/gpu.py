@@ -33,7 +33,7 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.portable import portable
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pipeline.make import COARSE_SIDE
-from lowmem_imagic.planning.plan import Budget, plan_for
+from lowmem_imagic.planning.plan import Budget, Plan, plan_for, planned
 from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.presets import preset
@@ -154,13 +154,8 @@ def card(base: BaseModel, config: EditConfig, budget: Budget, jobs: int) -> dict
         finetune=replace(config.finetune, steps=CARD_STEPS),
         sample=replace(config.sample, batch_rows=plan.batch_rows),
     )
-    made = train(base, few, plan.slots, slots=plan.slots, max_rows=plan.rows)
-    peaks = {stage: made.edits[0].measured[stage]["peak_bytes"] for stage in ("embed", "finetune")}
-    reset_peak(base.device)
-    # One edit at a time, as the command line renders, in as many pictures as fill a batch: a guided one takes two rows.
-    first = replace(made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets[:1])
-    render(base, few, first, [number / plan.batch_rows for number in range(plan.batch_rows)])
-    peaks["sample"] = peak_bytes(base.device)
+    with planned(base, plan, budget):
+        peaks = _peaks(base, few, plan)
     # An allocator knows nothing of what was taken before any tensor.
     predicted = {name: plan.phases[name].total - plan.phases[name].context for name in peaks}
     return {
@@ -168,6 +163,18 @@ def card(base: BaseModel, config: EditConfig, budget: Budget, jobs: int) -> dict
         "peaks": {name: {"predicted": predicted[name], "measured": peak} for name, peak in peaks.items()},
         "rungs": base.rungs,
     }
+
+
+def _peaks(base: BaseModel, few: EditConfig, plan: Plan) -> dict[str, Any]:
+    """Peak bytes of a plan's training and sampling."""
+    made = train(base, few, plan.slots, slots=plan.slots, max_rows=plan.rows)
+    peaks = {stage: made.edits[0].measured[stage]["peak_bytes"] for stage in ("embed", "finetune")}
+    reset_peak(base.device)
+    # One edit at a time, as the command line renders, in as many pictures as fill a batch: a guided one takes two rows.
+    first = replace(made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets[:1])
+    render(base, few, first, [number / plan.batch_rows for number in range(plan.batch_rows)])
+    peaks["sample"] = peak_bytes(base.device)
+    return peaks
 
 
 @dataclass(frozen=True)

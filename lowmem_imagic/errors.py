@@ -15,6 +15,7 @@
     │   ├── IncompleteModelError     a folder with parts missing (half a download)
     │   ├── WrongFamilyError         a model of a kind this version does not edit
     │   ├── BackendUnavailableError  an option was asked for by name and is missing here
+    │   ├── BaseInUseError           another thread is using it
     │   └── NonFiniteModelError      a part of the base gives NaN or infinity
     ├── EditFileError                the edit file cannot be used
     │   ├── EditNotFoundError        no such file, or it may not be read
@@ -43,7 +44,7 @@
 Catch the base class to catch them all::
 
     try:
-        make_edit(base, photo, "a blue cube")
+        make_edits(base, [Job(photo, "a blue cube")], preset("balanced"))
     except LowmemImagicError as error:
         print(error)
 
@@ -116,6 +117,10 @@ class WrongFamilyError(ModelError):
 
 class BackendUnavailableError(ModelError):
     """A device, attention or weight format was asked for by name and is missing here."""
+
+
+class BaseInUseError(ModelError):
+    """A loaded base was used from a second thread while another was using it."""
 
 
 class NonFiniteModelError(ModelError):

@@ -211,7 +211,7 @@ def test_no_more_slots_than_fill_the_rows(predicted: Costs) -> None:
 
 
 def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
-    """A plan for a process that runs already counts what it holds, and sets the base to what it chose."""
+    """A plan for a process that runs already counts what it holds."""
     base = load_base()
     with pytest.raises(MemoryLimitError, match="hold no training step"):
         plan_for(base, CONFIG, Budget.of(base.device, "50MB"))
@@ -222,16 +222,24 @@ def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
 
 
 def test_budgets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the budget is what is free, or what was asked for up to that, and the allocator is held to it."""
+    """On a GPU the budget is what is free, or the amount asked for up to that; the allocator is held to an amount that
+    was asked for, as long as the work lasts."""
     told: list[tuple[float, Any]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(6e9), int(8e9)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: told.append(words))
     gpu = torch.device("cuda")
-    assert Budget.of(gpu, None) == Budget(int(6e9)) and not told
-    assert Budget.of(gpu, "4GB") == Budget(int(4e9), CUDA_CONTEXT_BYTES)
-    assert Budget.of(gpu, "24GB") == Budget(int(6e9) + CUDA_CONTEXT_BYTES, CUDA_CONTEXT_BYTES)
-    assert told == [((4e9 - CUDA_CONTEXT_BYTES) / 8e9, 1), (6e9 / 8e9, 1)]
+    free = Budget.of(gpu, None)
+    assert free == Budget(int(6e9))
+    four, more = Budget.of(gpu, "4GB"), Budget.of(gpu, "24GB")
+    assert four == Budget(int(4e9), CUDA_CONTEXT_BYTES, enforced=True)
+    assert more == Budget(int(6e9) + CUDA_CONTEXT_BYTES, CUDA_CONTEXT_BYTES, enforced=True)
+    with free.held(gpu):
+        assert not told
+    with pytest.raises(KeyboardInterrupt), four.held(gpu):
+        assert told == [((4e9 - CUDA_CONTEXT_BYTES) / 8e9, 1)]
+        raise KeyboardInterrupt
+    assert told[1:] == [(1.0, 1)]
 
 
 def test_rendering_beside_training_is_counted(predicted: Costs) -> None:

@@ -35,6 +35,7 @@ def load_base(options: BaseOptions) -> BaseModel:
         device=options.device,
         weights=options.weights or "int8",
         attention=options.attention,
+        compute=options.compute,
         checkpointing=options.checkpointing,
         config_folder=options.config_folder,
     )

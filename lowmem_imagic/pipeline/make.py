@@ -56,11 +56,12 @@ def make_edits(
         NonFiniteModelError: a part of the base gives NaN or infinity.
     """
     made: dict[int, Edit] = {}
-    for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
-        for number, edit in group:
-            if isinstance(edit, LowmemImagicError):
-                raise edit
-            made[number] = edit
+    with base.restored():
+        for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
+            for number, edit in group:
+                if isinstance(edit, LowmemImagicError):
+                    raise edit
+                made[number] = edit
     return [made[number] for number in range(len(jobs))]
 
 
@@ -169,8 +170,9 @@ def apply_edits(
         NonFiniteEditError: an edit makes it do so.
         MemoryLimitError: does not fit.
     """
-    latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
-    return decode_cells(base, edits, cells, latents, meter=meter)
+    with base.restored():
+        latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
+        return decode_cells(base, edits, cells, latents, meter=meter)
 
 
 def decode_cells(

@@ -17,7 +17,7 @@ from ..diffusion.schedules import loss_per_edit
 from ..engine.base import BaseModel
 from ..families import StableDiffusion
 from ..layers.adapter_pack import AdapterPack, strided_gradients
-from ..layers.frozen import weight_bytes
+from ..layers.frozen import Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from .counting import fused_attention, peak_of
 
@@ -90,6 +90,18 @@ class Costs:
     def unet(self) -> int:
         """Bytes of the frozen UNet."""
         return weight_bytes(self._base.unet)
+
+    @cached_property
+    def load(self) -> int:
+        """Most bytes while the UNet is loaded and quantised, itself included.
+
+        A kernel of n weights is there in half precision, as it came from the file, in fp32, and twice in 8 bits (see
+        `layers.frozen.Int8Conv2d.quantize_`); any other weight in half precision and as it is kept.
+        """
+        modules = list(self._base.unet.modules())
+        kernels = [7 * layer.weight.numel() for layer in modules if isinstance(layer, Int8Conv2d)]
+        others = [2 * parameter.numel() for parameter in self._base.unet.parameters()]
+        return self.unet + max(*kernels, *others)
 
     @cached_property
     def adapter_weights(self) -> int:

@@ -286,7 +286,7 @@ class _Sampler:
         held = round(config.hold * len(scheduler.timesteps))
         path: list[Tensor] = []
         attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(base.unet)
-        with torch.no_grad(), attached:
+        with base.used(), torch.no_grad(), attached:
             for step, timestep in enumerate(scheduler.timesteps):
                 if step == 0 and held:
                     text = way.at([0.0] * len(cells)).to(base.device)

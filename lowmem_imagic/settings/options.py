@@ -105,6 +105,9 @@ _START_HELP = (
     "what denoising starts from: noise; photo (noise over its overall colours); or inverted (over them the photo's own "
     "noise, which the edit must have been trained with)"
 )
+_COMPUTE_HELP = (
+    "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those older than RTX 30xx, fp32 on CPUs"
+)
 _CONFIG_HELP = (
     "whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; one of SD 2.x "
     "needs it"
@@ -203,6 +206,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("base_weights", _OPENING, Kind.TEXT, BASE, "format of the frozen UNet [default: as in training]",
            fills=_WEIGHTS),
     Option("attention", _ALL, Kind.TEXT, BASE, "auto, xformers or sdpa", "auto", fills=("base.attention",)),
+    Option("compute", _ALL, Kind.TEXT, BASE, _COMPUTE_HELP, "auto", fills=("base.compute",)),
     Option("checkpointing", _TRAINING, Kind.SWITCH, BASE, "recompute activations: less memory, more time", False,
            fills=("base.checkpointing",)),
     Option("model_config", _ALL, Kind.TEXT, BASE, _CONFIG_HELP, fills=("base.config_folder",)),

@@ -17,6 +17,7 @@ ADAPT_TARGETS = ("attn", "attn+ff", "all")
 WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
 """Of the frozen UNet. ``int8``: `quantize`'s layers. ``bnb-int8``: stock bitsandbytes, linear layers only."""
 ATTENTION = ("auto", "xformers", "sdpa")
+COMPUTE = ("auto", "bf16", "fp16", "fp32")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
 MAX_RANK = 256
 MAX_ALPHA = 10_000
@@ -49,7 +50,7 @@ def strengths(value: Strength) -> tuple[float, float, float]:
     return value if isinstance(value, tuple) else (value, value, value)
 
 
-def base_problems(*, device: str, weights: str | None, attention: str) -> list[str]:
+def base_problems(*, device: str, weights: str | None, attention: str, compute: str = "auto") -> list[str]:
     """What is wrong with how a base is asked for, as far as words show it; `weights` None is left open."""
     problems = []
     if not _DEVICE.fullmatch(device):
@@ -58,6 +59,8 @@ def base_problems(*, device: str, weights: str | None, attention: str) -> list[s
         problems.append(f"base weights are {weights!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
     if attention not in ATTENTION:
         problems.append(f"attention is {attention!r}, expected one of {', '.join(ATTENTION)}")
+    if compute not in COMPUTE:
+        problems.append(f"compute is {compute!r}, expected one of {', '.join(COMPUTE)}")
     return problems
 
 

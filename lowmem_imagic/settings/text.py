@@ -25,6 +25,7 @@ class BaseOptions:
     weights: str | None = None
     """None takes the format that an edit was trained on, or int8."""
     attention: str = "auto"
+    compute: str = "auto"
     checkpointing: bool = False
     config_folder: str | None = None
 
@@ -41,7 +42,7 @@ class Words:
         self._values = values
         self._settings: dict[str, dict[str, Any]] = {}
         filled = [option for option in options_of(command) if option.fills]
-        base = {name: values.get(name) for name in ("device", "attention")}
+        base = {name: values.get(name) for name in ("device", "attention", "compute")}
         self._problems = base_problems(
             **{name: "auto" if value is None else value for name, value in base.items()},
             weights=values.get("base_weights"),

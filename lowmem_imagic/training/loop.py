@@ -27,6 +27,11 @@ from .run import Losses, Run
 
 log = logging.getLogger(__name__)
 
+FIRST_SCALE, MOST_SCALE = 2.0**16, 2.0**24
+"""Of an edit's loss in fp16, at first and at most."""
+GROW_AFTER = 50
+"""Steps without an overflow after which an edit's scale doubles."""
+
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(step, steps, remark)`` after every step."""
 
@@ -111,6 +116,11 @@ class Trainer:
             for part in trained
         ]
         self._averages: list[Tensor | None] = [None for _ in trained]
+        # Gradients below 6e-8 are zero in fp16: losses are scaled up, each edit's by its own power of two (it changes
+        # no digit), and gradients down again (Micikevicius et al. 2018, section 3.2).
+        self._scaled = base.dtype == torch.float16
+        self._scales = torch.full((self._slots, 1), FIRST_SCALE if self._scaled else 1.0, device=base.device)
+        self._good = torch.zeros(self._slots, 1, device=base.device)
         self._recorded: dict[Any, Replay] = {}
         self._rates: dict[int, Sequence[float]] = {}
         self.runs: dict[int, Run] = {}
@@ -126,6 +136,7 @@ class Trainer:
             rates: learning rate of each trained tensor, 0 for one that stays; by default as in `trained`.
         """
         self.runs[slot] = run
+        self._scales[slot], self._good[slot] = FIRST_SCALE if self._scaled else 1.0, 0
         self._rates[slot] = [part.learning_rate for part in self._trained] if rates is None else rates
         for number, (part, rate) in enumerate(zip(self._trained, self._rates[slot], strict=True)):
             self._optimizers[number].restart(slot, learning_rate=rate, max_grad_norm=run.config.max_grad_norm)
@@ -172,6 +183,9 @@ class Trainer:
             yield f"{number}.steps", optimizer.steps[slot]
             if self.runs[slot].config.average and (average := self._averages[number]) is not None:
                 yield f"{number}.average", average[slot]
+        if self._scaled:
+            yield "scale", self._scales[slot]
+            yield "steps_without_overflow", self._good[slot]
 
     def trains(self, part: int) -> bool:
         """Whether the trained tensor of this number is trained by any edit that has a slot now."""
@@ -248,8 +262,9 @@ class Trainer:
         text = self._embeddings(self)[index].repeat_interleave(len(noisy) // len(index), 0)
         prediction = self._base.predict(noisy, timesteps, text)
         found = share * loss_per_edit(prediction, target, len(index))
+        scaled = found * self._scales[index, 0] if self._scaled else found
         with strided_gradients():
-            found.sum().backward()
+            scaled.sum().backward()
         return found.detach()
 
     def release(self) -> None:
@@ -305,13 +320,37 @@ class Trainer:
         shares, follow = torch.zeros(self._slots), torch.zeros(self._slots)
         for slot, run in self.runs.items():
             shares[slot], follow[slot] = run.rate_share, run.average_share
+        sound = self._unscale() if self._scaled else None
         for number, part in enumerate(self._trained):
             if not self.trains(number):
                 continue
             active = torch.tensor([slot in self.runs and self._rates[slot][number] > 0 for slot in range(self._slots)])
+            if sound is not None:
+                active &= sound
             self._optimizers[number].step(part.grads, active, shares)
             if (average := self._averages[number]) is not None:
                 average.lerp_(part.weights, follow.to(average).unsqueeze(1))
+
+    def _unscale(self) -> Tensor:
+        """Takes the scales out of the gradients; which slots (N,) have finite ones.
+
+        An overflow halves an edit's scale, and its step is skipped. The loss itself is of fp32, and finite.
+        """
+        trained = [part.grads for number, part in enumerate(self._trained) if self.trains(number)]
+        finite = torch.stack([grads.isfinite().all(1) for grads in trained]).all(0)
+        for grads in trained:
+            grads.div_(self._scales).masked_fill_(~finite.unsqueeze(1), 0)
+        kept = finite.unsqueeze(1)
+        self._good = torch.where(kept, self._good + 1, 0)
+        grown = kept & (self._good >= GROW_AFTER)
+        self._good[grown] = 0
+        factors = torch.where(kept, torch.where(grown, 2.0, 1.0), 0.5)
+        # In place: recorded passes read it.
+        self._scales.mul_(factors).clamp_(1.0, MOST_SCALE)
+        sound = finite.cpu()
+        for slot, run in self.runs.items():
+            run.skipped += not sound[slot]
+        return sound
 
     @torch.no_grad()
     def _leave(self, slot: int) -> Run:

@@ -82,10 +82,13 @@ class _Held:
     since: float = field(default_factory=time.perf_counter)
     """When its stage began, on this process's clock; for one that was resumed, earlier."""
     peak: int | None = None
+    skipped: int = 0
+    """Steps of its stage that overflowed in fp16."""
 
     def measured(self) -> dict[str, float | int | None]:
         """What its stage has taken so far."""
-        return {"seconds": round(time.perf_counter() - self.since, 3), "peak_bytes": self.peak}
+        taken = {"seconds": round(time.perf_counter() - self.since, 3), "peak_bytes": self.peak}
+        return {**taken, "skipped_steps": self.skipped} if self.skipped else taken
 
 
 class Pack:
@@ -161,6 +164,7 @@ class Pack:
         while True:
             # The adapters are attached for as long as nobody else uses the base, nor the memory.
             with contextlib.ExitStack() as attached:
+                attached.enter_context(self._base.used())
                 attached.callback(self._trainer.release)
                 adapting = False
                 while not (finished := self._fill()):
@@ -242,7 +246,7 @@ class Pack:
         )
         run = Run(held.task.latents, config, held.task.generator, held.task.start_noise, losses)
         held.made.losses[stage] = run.losses
-        held.since, held.peak = time.perf_counter(), None
+        held.since, held.peak, held.skipped = time.perf_counter(), None, 0
         if len(losses) < config.steps:
             self._trainer.begin(slot, run, rates)
             return True
@@ -307,6 +311,7 @@ class Pack:
         finished = []
         for slot, run in ended.items():
             held = self._held[slot]
+            held.skipped = run.skipped
             if run.diverged:
                 held.made.error = run.diverged
                 self._broken[held.made.number] = (held.task.latents, held.task.target_embedding)

@@ -44,6 +44,8 @@ class Run:
     """What sampling will start from (C, H, W); only read with `StageConfig.anchor`."""
     losses: list[float] = field(default_factory=list)
     """Mean squared error in each step it took."""
+    skipped: int = 0
+    """Steps whose gradients overflowed in fp16, which moved nothing."""
 
     @property
     def rate_share(self) -> float:

@@ -1,12 +1,12 @@
 """Builds what makes a batch's items in this process from a request: its base models and the executor."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ...actions.console import Console
 from ...actions.edit import fit_memory, open_base
 from ...engine.base import BaseModel
 from ...planning.plan import Budget
-from ...settings.text import BaseOptions
 from ..request import Request
 from ..states import States
 from ..stopping import Stop
@@ -27,13 +27,7 @@ class OpenBases:
             options = self._request.base
             if model is not None:
                 # Revision and configuration belong to the request's own model.
-                options = BaseOptions(
-                    name,
-                    device=options.device,
-                    weights=options.weights,
-                    attention=options.attention,
-                    checkpointing=options.checkpointing,
-                )
+                options = replace(options, model=name, revision=None, config_folder=None)
             sentences = ["a photo", self._request["negative"] or ""]
             self._opened[name] = open_base(options, self._console, sentences)
         return self._opened[name]
@@ -69,4 +63,5 @@ def local_executor(
         stop=stop,
         slots=request["slots"],
         suggest=request["suggest_eta"],
+        budget=budget,
     )

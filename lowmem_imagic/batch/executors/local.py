@@ -16,7 +16,7 @@ from ...errors import ImageError, LowmemImagicError, MemoryLimitError, OutputUnw
 from ...pictures import Photo, load_photo
 from ...pipeline.make import stream_edits
 from ...pipeline.prepare import Job
-from ...planning.plan import CPU_SLOTS, Plan
+from ...planning.plan import CPU_SLOTS, Budget, Plan, planned
 from ...settings.stages import EditConfig
 from ...training.pack import Pack
 from .. import publishing
@@ -38,6 +38,7 @@ class LocalExecutor:
         stop: asks for an end; states are saved first.
         slots: most edits that train side by side; None leaves it to the plan.
         suggest: name the eta that the base model itself would take.
+        budget: the memory that `fit` plans for.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class LocalExecutor:
         stop: Stop,
         slots: int | None = None,
         suggest: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         self._bases, self._fit, self._out, self._background = bases, fit, out, background
-        self._states, self._stop, self._slots, self._suggest = states, stop, slots, suggest
+        self._states, self._stop, self._slots, self._suggest, self._budget = states, stop, slots, suggest, budget
         self._base: BaseModel | None = None
 
     def make(
@@ -90,10 +92,11 @@ class LocalExecutor:
         while True:
             pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs, self._suggest)
             try:
-                config, planned = self._fit(base, group.config, min(count, self._slots or count))
-                most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
+                config, plan = self._fit(base, group.config, min(count, self._slots or count))
+                most = min(self._slots or count, count, CPU_SLOTS if plan is None else plan.slots)
                 slots = min(slots or most, most)
-                yield from pack.make(chain([unmade], claims), config, planned, slots)
+                with planned(base, plan, self._budget):
+                    yield from pack.make(chain([unmade], claims), config, plan, slots)
                 return
             except Exception as error:
                 failure = failure_of(error)
@@ -149,14 +152,14 @@ class _Pack:
         """Items that were taken and have not come out."""
         return [assignment for assignment, _ in self._held.values()]
 
-    def make(self, claims: Claims, config: EditConfig, planned: Plan | None, slots: int) -> Iterator[Outcome]:
+    def make(self, claims: Claims, config: EditConfig, plan: Plan | None, slots: int) -> Iterator[Outcome]:
         """Makes what there is to claim."""
         groups = stream_edits(
             self._base,
             self._jobs(claims),
             config,
             slots=slots,
-            max_rows=None if planned is None else planned.rows,
+            max_rows=None if plan is None else plan.rows,
             preparing=lambda stage, step, steps, remark: self._preparing(),
             between=self._between,
         )
@@ -164,7 +167,7 @@ class _Pack:
             yield from self.unreadable()
             for number, made in group:
                 assignment, photo = self._held.pop(number)
-                yield self._finish(assignment, photo, made, config, planned)
+                yield self._finish(assignment, photo, made, config, plan)
             # With others still in training the next step saves them first.
             if not self._held:
                 self._stop.check()
@@ -216,7 +219,7 @@ class _Pack:
         photo: Photo,
         made: Edit | LowmemImagicError,
         config: EditConfig,
-        planned: Plan | None,
+        plan: Plan | None,
     ) -> Outcome:
         """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
         if isinstance(made, LowmemImagicError):
@@ -234,7 +237,7 @@ class _Pack:
             try:
                 quiet = Silent(assignment.warnings)
                 report = finished_edit(
-                    self._base, results, name, made, photo, config, planned, meter, quiet, suggest=self._suggest
+                    self._base, results, name, made, photo, config, plan, meter, quiet, suggest=self._suggest
                 )
             except Exception as error:
                 if isinstance(error, OutputUnwritableError) or name not in results.files:
