@@ -97,7 +97,10 @@ _MANIFEST_HELP = "a folder of photos, or a .jsonl, .csv or .json list of photo, 
 _SENTENCE_HELP = "what the edited picture shows, with what is to stay as it is"
 _PROMPT_HELP = "another sentence than the one the edit was trained for; nothing is trained"
 _FAILED_HELP = "also what failed for a reason that does not pass, such as a bad photo"
-_ADAPT_HELP = f"layers to adapt: {', '.join(ADAPT_TARGETS)}"
+_ADAPT_HELP = (
+    f"layers to adapt: {', '.join(ADAPT_TARGETS)}, or what peft takes as target_modules: endings of names (to_q,to_v), "
+    "a regular expression for whole names, or all-linear"
+)
 _KEEP_HELP = "share of the adapter's bytes to keep in the edit file [default: the preset's; 1 with --rank or --adapt]"
 _STRENGTH_HELP = "factor on the adapter, 0 (the base alone) to 2; or one a block: down=0.5,mid=1,up=1.2"
 _MASK_HELP = "keep to the photo where the sentence says nothing new; up to 1, higher keeps more; 0 is off"
@@ -106,7 +109,7 @@ _START_HELP = (
     "noise, which the edit must have been trained with)"
 )
 _COMPUTE_HELP = (
-    "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those older than RTX 30xx, fp32 on CPUs"
+    "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs"
 )
 _CONFIG_HELP = (
     "whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; one of SD 2.x "

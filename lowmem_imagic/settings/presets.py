@@ -83,7 +83,7 @@ def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | 
         ConfigError: unknown preset, unknown names, values out of range; all problems at once.
     """
     if name not in _VALUES:
-        raise ConfigError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
+        raise ConfigError(f"`preset` is {name!r}, expected one of {', '.join(PRESETS)}")
     given, base = overrides or {}, _VALUES[name]
     stages = {stage: {**base.get(stage, {}), **given.get(stage, {})} for stage in {**base, **given} if stage}
     return EditConfig.from_dict({**stages, **given.get("", {})})
