@@ -25,12 +25,12 @@ from ..errors import (
     TensorShapeError,
     TensorValueError,
 )
-from ..layers.adapter_pack import AdapterPack, Factors
+from ..layers.adapter_pack import AdapterPack, Factors, target_modules
 from ..layers.portable import portable
 from ..layers.truncation import truncated
 from ..pictures.letterbox import Letterbox, from_square, to_images
 from ..sampling.sample import Cell, sample
-from ..settings.stages import EditConfig, SampleConfig
+from ..settings.stages import ADAPT_TARGETS, EditConfig, FinetuneConfig, SampleConfig
 from ..training.pack import Pack, StageProgress, TrainedEdit
 from ..training.run import tail
 from .prepare import Job, Prepared, Taken, measured_stage, named
@@ -97,6 +97,7 @@ def stream_edits(
         between: called before every step with the pack, whose `states` may be kept; what it raises ends the run.
 
     Raises:
+        ConfigError: the base has none of the layers that `config` adapts.
         PromptError: a sentence with nothing to encode, or one no edit file can hold.
         NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.
         MemoryLimitError: a stage does not fit.
@@ -110,6 +111,7 @@ def stream_edits(
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
     base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
+    _check_layers(base, config.finetune)
     prepared = Prepared(base, config, meter, groups, progress if count == 1 else preparing)
     if (first := next(prepared, None)) is None:
         return
@@ -141,6 +143,17 @@ def stream_edits(
                 )
             finished.append((made.number, edit))
         yield finished
+
+
+def _check_layers(base: BaseModel, config: FinetuneConfig) -> None:
+    """Makes sure that the base has the layers to adapt, before any weights are read.
+
+    Raises:
+        ConfigError: it has none, or they cannot be adapted.
+    """
+    if config.adapt not in ADAPT_TARGETS:
+        network = base.family.load_unet(weights=base.weights, device=torch.device("meta"), dtype=base.dtype)
+        target_modules(network, config.adapt, config.blocks)
 
 
 def apply_edits(
