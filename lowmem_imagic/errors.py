@@ -48,12 +48,23 @@ Catch the base class to catch them all::
     except LowmemImagicError as error:
         print(error)
 
-A message is one line: what was found, what was expected, what to do.
+A message is one line: what was found, what was expected, what to do. It names a setting in backticks, as in
+`batch_rows`, `adapt=attn` or `embed.steps`; the command line shows the flag of that setting in its place.
 """
+
+import re
+
+SETTING = re.compile("`(?P<name>[a-z_]+(?:[.][a-z_]+)?)(?:=(?P<value>[^`]+))?`")
+"""A setting in a message, with a value or without one."""
 
 
 class LowmemImagicError(Exception):
     """Base of every error raised on purpose; its text is fit to be shown to a user as it is."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The names of the settings that the message speaks of, each once."""
+        return tuple(dict.fromkeys(match["name"] for match in SETTING.finditer(str(self))))
 
 
 class ConfigError(LowmemImagicError):

@@ -1,5 +1,6 @@
 """Facts about packed adapters: they are N peft runs in one pass, and leaving them leaves nothing behind."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import torch
 from conftest import TEXT_WIDTH
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lowmem_imagic.errors import ConfigError
 from lowmem_imagic.layers import lora as adapter_layers
 from lowmem_imagic.layers.adapter_pack import TARGETS, AdapterPack, Factors, kohya_key, target_modules
 from lowmem_imagic.planning.counting import Kernels
@@ -338,6 +341,39 @@ def test_attn_is_attention_only(stable_diffusion: nn.Module) -> None:
         assert isinstance(module, nn.Linear) or module.kernel_size == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("adapt", "target_modules_of_peft"),
+    [
+        ("to_q,to_v", ["to_q", "to_v"]),
+        ("to_out.0, ff.net.2", ["to_out.0", "ff.net.2"]),
+        ("mid_block.resnets.0.conv1", ["mid_block.resnets.0.conv1"]),
+        (r"(down|up)_blocks\.0\..*(conv1|to_k)", r"(down|up)_blocks\.0\..*(conv1|to_k)"),
+        ("all-linear", "all-linear"),
+        ("attn", list(TARGETS["attn"])),
+    ],
+)
+def test_an_expression_covers_the_layers_that_peft_adapts(
+    stable_diffusion: nn.Module, adapt: str, target_modules_of_peft: Any
+) -> None:
+    """`adapt` takes any `target_modules` of peft, and covers the layers that get an adapter from peft itself."""
+    config, network = LoraConfig(r=1, target_modules=target_modules_of_peft), copy.deepcopy(stable_diffusion)
+    adapted = inject_adapter_in_model(config, network, low_cpu_mem_usage=True)
+    theirs = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert target_modules(stable_diffusion, adapt).keys() == theirs != set()
+
+
+@pytest.mark.parametrize(
+    ("adapt", "reason"), [("attnn", "covers no layer"), (".*attn1", "kind Attention"), ("norm1", "kind [A-Z]")]
+)
+def test_an_expression_that_covers_no_such_layers_is_refused(
+    stable_diffusion: nn.Module, adapt: str, reason: str
+) -> None:
+    """Layers that cannot be adapted, or none at all, are an error that names the setting and the expression."""
+    with pytest.raises(ConfigError, match=reason) as caught:
+        target_modules(stable_diffusion, adapt)
+    assert caught.value.settings == ("adapt",) and repr(adapt) in str(caught.value)
+
+
 def test_choices_are_those_of_the_settings() -> None:
     """The settings offer exactly the choices that adapters know."""
     assert tuple(TARGETS) == ADAPT_TARGETS
@@ -352,7 +388,7 @@ def test_kohya_keys_are_distinct(stable_diffusion: nn.Module) -> None:
 
 def test_a_network_without_such_layers_is_refused() -> None:
     """A network that has none of the layers to adapt is refused, not adapted in nothing."""
-    with pytest.raises(ValueError, match="none of the layers"):
+    with pytest.raises(ConfigError, match="covers no layer"):
         AdapterPack(nn.Sequential(nn.Linear(3, 3)), edits=1, adapt="all", rank=1, alpha=1.0)
 
 

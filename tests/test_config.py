@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lowmem_imagic.errors import ConfigError
 from lowmem_imagic.settings.presets import PRESETS, preset
-from lowmem_imagic.settings.stages import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, parse_strength, strengths
+from lowmem_imagic.settings.stages import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, strengths
+from lowmem_imagic.settings.text import parse_strength
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -52,14 +53,15 @@ def test_every_problem_of_every_stage_is_named():
             {
                 "": {"seed": -1, "sede": 3},
                 "embed": {"steps": 1.5, "learning_rate": 0},
-                "finetune": {"adapt": "some", "lora_rank": 1000},
+                "finetune": {"adapt": "(", "lora_rank": 1000},
                 "sample": {"etas": (), "sheduler": "DDIM", "scheduler": "os.system('x')"},
             },
         )
     text = str(caught.value)
     for part in ("embed.steps", "embed.learning_rate", "finetune.adapt", "finetune.lora_rank", "sample.etas"):
         assert part in text
-    assert "sample.sheduler is not a setting" in text and "sede is not a setting" in text and "seed is -1" in text
+    assert "`sample.sheduler` is not a setting" in text and "`sede` is not a setting" in text and "`seed` is -1" in text
+    assert caught.value.settings[:2] == ("embed.steps", "embed.learning_rate")
     assert all(", expected" in problem or "not a setting" in problem for problem in caught.value.problems)
 
 

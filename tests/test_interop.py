@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,11 @@ def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
     )
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5, 0.2])
-@pytest.mark.parametrize("adapt", sorted(TARGETS))
+EXPRESSIONS = ("to_q,to_v", "all-linear", r"mid_block\..*(conv1|to_q)", "conv_in,time_embedding.linear_1,ff.net.2")
+"""peft's ways to choose layers."""
+
+
+@pytest.mark.parametrize(("adapt", "keep"), [*product(sorted(TARGETS), (1.0, 0.5, 0.2)), *product(EXPRESSIONS, (0.5,))])
 def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, tmp_path):
     """diffusers' load_lora_weights gives the same UNet as ours on an fp32 base, at an embedding given by hand.
 

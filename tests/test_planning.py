@@ -17,10 +17,11 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.counting import LiveBytes, peak_of
-from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, parse_bytes, plan, plan_for
+from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, plan, plan_for
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.settings.text import parse_bytes
 from lowmem_imagic.training import loop as training
 from lowmem_imagic.training.pack import Pack, Task
 

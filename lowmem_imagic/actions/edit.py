@@ -17,10 +17,11 @@ from ..pipeline.make import make_edits, versions
 from ..pipeline.prepare import Job
 from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig
+from ..settings.text import BaseOptions, check_suggestable
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
-from .render import BaseOptions, check_sentences, check_suggestable, open_edit, render, sampling_of
+from .render import check_sentences, load_base, open_edit, render, sampling_of
 from .result_folder import ResultFolder, rescue
 
 
@@ -118,7 +119,7 @@ def train(
     if os.path.isdir(path):
         path = path / f"{_default_name(source, sentence)}.safetensors"
     if path.suffix != ".safetensors":
-        raise ConfigError(f"--out is {path}, expected a name ending in .safetensors")
+        raise ConfigError(f"`out` is {path}, expected a name ending in .safetensors")
     check_target(path, overwrite=force)
     base = open_base(options, console, [sentence])
     budget = Budget.of(base.device, vram)
@@ -179,9 +180,9 @@ def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> B
     if options.model is None:
         console.say(
             "using the bundled model, which knows only its own little world of solids on floors; "
-            "for real photos name one, e.g. --model sd15"
+            "for real photos name one, e.g. `model=sd15`"
         )
-    base = options.load()
+    base = load_base(options)
     console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
     check_sentences(base, sentences, console)
     return base

@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+        raise BackendUnavailableError("device cuda was asked for, but torch sees no CUDA GPU; use `device=cpu`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendUnavailableError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device
@@ -429,7 +429,9 @@ def resolve_attention(name: str, device: torch.device) -> str:
         return name
     problem = _NOT_ON_CPU if device.type == "cpu" else _xformers_problem(device)
     if name == "xformers" and problem:
-        raise BackendUnavailableError(f"attention xformers was asked for, but {problem}; use --attention auto or sdpa")
+        raise BackendUnavailableError(
+            f"attention xformers was asked for, but {problem}; use `attention=auto` or `attention=sdpa`"
+        )
     if problem not in ("", _NOT_ON_CPU, _NOT_INSTALLED):
         log.warning("xformers is installed and not used: %s", problem)
     return "sdpa" if problem else "xformers"

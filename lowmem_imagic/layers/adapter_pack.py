@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
-from ..settings.stages import BLOCKS
+from ..errors import ConfigError
+from ..settings.stages import BLOCKS, peft_targets
 from .lora import Rows, packed_kind
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -55,15 +58,33 @@ def block_of(module_name: str) -> int:
 
 
 def target_modules(network: nn.Module, adapt: str, blocks: Sequence[str] = BLOCKS) -> dict[str, nn.Module]:
-    """The layers of `network` that ``adapt`` (a key of `TARGETS`) covers in `blocks`, by name, in its order."""
-    endings = tuple("." + ending for ending in TARGETS[adapt])
-    return {
+    """The layers of `network` that `adapt` covers in `blocks`, by name, in the network's order.
+
+    peft chooses them, as for its own adapters.
+
+    Args:
+        network: the network; its layers may be on any device.
+        adapt: a key of `TARGETS`, or an expression (see `peft_targets`).
+        blocks: parts of the UNet, some of `BLOCKS`.
+
+    Raises:
+        ConfigError: it covers no layer, or one that is neither linear nor a convolution.
+    """
+    config = LoraConfig(target_modules=TARGETS.get(adapt) or peft_targets(adapt))
+    config = _maybe_include_all_linear_layers(config, network)
+    modules = {
         name: module
         for name, module in network.named_modules()
-        if ("." + name).endswith(endings)
-        and isinstance(module, (nn.Linear, nn.Conv2d))
-        and BLOCKS[block_of(name)] in blocks
+        if name and BLOCKS[block_of(name)] in blocks and check_target_module_exists(config, name)
     }
+    expected = "expected linear layers or convolutions, such as to_q,to_v"
+    if not modules:
+        raise ConfigError(f"`adapt` is {adapt!r}, which covers no layer of the network; {expected}")
+    for name, module in modules.items():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            kind = type(module).__name__
+            raise ConfigError(f"`adapt` is {adapt!r}, which covers {name} of the kind {kind}; {expected}")
+    return modules
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,7 @@ class AdapterPack:
     Args:
         network: a frozen network; it is not changed until `attach`.
         edits: N.
-        adapt: key of `TARGETS`.
+        adapt: the layers, see `target_modules`.
         blocks: parts of the UNet to adapt, some of `BLOCKS`.
         rank: r.
         alpha: the output is scaled by ``alpha / r``.
@@ -136,8 +157,6 @@ class AdapterPack:
     def _create(
         self, modules: Mapping[str, nn.Module], edits: int, ranks: Mapping[str, int], device: torch.device | str
     ) -> None:
-        if not modules:
-            raise ValueError("the network has none of the layers to adapt")
         self.edits = edits
         self.rows = Rows()
         self._shapes = {name: _Shape.of(module, ranks[name]) for name, module in modules.items()}

@@ -92,14 +92,14 @@ class Prepared(Iterator[Task]):
             self._base.family.check_prompt(job.prompt)
         boxes = [Letterbox.fit(*job.photo.image.size, self._base.size_px) for job in jobs]
         sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
-        with measured_stage(self._meter, "encode", "--device cpu"):
+        with measured_stage(self._meter, "encode", "`device=cpu`"):
             # The negative prompt is for sampling and the empty one for inversion: the text encoder is loaded once.
             sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt, ""]
             target = self._base.encode_text(sentences)
             squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
             latents = self._base.encode_images(torch.cat([to_tensor(square) for square in squares]))
         if not self._count:
-            with measured_stage(self._meter, "load", "--base-weights int8, or --device cpu"):
+            with measured_stage(self._meter, "load", "`base_weights=int8`, or `device=cpu`"):
                 self._base.unet.eval()
         for job, x, e, source in zip(jobs, latents, target[: len(jobs)], sources, strict=True):
             self._ready.append(Taken(job, x, e, source))
@@ -110,7 +110,7 @@ class Prepared(Iterator[Task]):
         drawn = starting_noise(self._base.family.latent_shape, torch.Generator().manual_seed(seed))
         if self._config.sample.start != "inverted":
             return drawn
-        with measured_stage(self._meter, "invert", "--device cpu"):
+        with measured_stage(self._meter, "invert", "`device=cpu`"):
             progress = named(self._progress, "invert")
             taken.inverted_noise = own_noise(self._base, taken.latents, generator, progress).half()
         # As the file holds it: what is trained is what will be sampled.

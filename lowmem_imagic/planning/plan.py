@@ -10,8 +10,9 @@ import torch
 
 from ..engine.base import BaseModel
 from ..engine.memory import resident_bytes
-from ..errors import ConfigError, MemoryLimitError
+from ..errors import MemoryLimitError
 from ..settings.stages import EditConfig
+from ..settings.text import parse_bytes
 from .costs import Costs
 
 MAX_SLOTS = 16
@@ -22,25 +23,6 @@ CUDA_CONTEXT_BYTES = 500_000_000
 """What a process takes on a GPU before any tensor: a usual figure."""
 RESERVE = 0.1
 """Share of a budget left for the allocator's rounding and kernels' scratch memory."""
-_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """The bytes that words describe: ``8GB``, ``7.5GiB``, ``6000MB``; a bare number below 1024 is in GB.
-
-    Raises:
-        ConfigError: neither.
-    """
-    words = text.strip().lower()
-    number = words.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = words[len(number) :].strip()
-    try:
-        value = float(number)
-        if not math.isfinite(value) or value <= 0 or unit not in _UNITS:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"--vram is {text!r}, expected an amount of memory such as 8GB or 7.5GiB") from None
-    return round(value * (1e9 if not unit and value < 1024 else _UNITS[unit]))
 
 
 @dataclass(frozen=True)
@@ -294,7 +276,7 @@ def plan(
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
-            "free; take fewer weights to train (--adapt attn, a smaller --rank), or a smaller model"
+            "free; take fewer weights to train (`adapt=attn`, a smaller `rank`), or a smaller model"
         )
     if costs.load > available:
         raise MemoryLimitError(

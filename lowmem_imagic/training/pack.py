@@ -31,8 +31,8 @@ StageProgress = Callable[[str, int, int, str], None]
 log = logging.getLogger(__name__)
 
 HINTS = {
-    "embed": "--checkpointing, or fewer draws a step",
-    "finetune": "--checkpointing, fewer draws a step, or --adapt attn",
+    "embed": "`checkpointing`, or fewer draws a step",
+    "finetune": "`checkpointing`, fewer draws a step, or `adapt=attn`",
 }
 """What takes less memory in each training stage."""
 _EMBEDDING, _ADAPTER = 0, 1
