@@ -182,8 +182,6 @@ def test_sample_takes_every_knob(run, finished):
         "strength": ("--strength", "down=0,up=1.5"),
         "interpolation": ("--interpolation", "projection"),
         "start": ("--start", "noise"),
-        "hold": ("--hold", "0.5"),
-        "release": ("--release", "0.6"),
         "mask": ("--mask", "1"),
         "guidance": ("--guidance", "7"),
         "negative": ("--negative", "a red cube"),
@@ -196,7 +194,6 @@ def test_sample_takes_every_knob(run, finished):
     said = {out: _picture(f"{out}/eta_0.50.png").text["parameters"] for out in knobs}
     assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
     assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: noise" in said["start"]
-    assert "Imagic hold: 0.5" in said["hold"] and "Imagic release: 0.6" in said["release"]
     assert "Imagic mask: 1" in said["mask"]
 
 

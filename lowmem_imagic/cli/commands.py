@@ -50,8 +50,6 @@ def edit(
     strength: opt.StrengthText = None,
     interpolation: opt.Interpolation = None,
     start: opt.Start = None,
-    hold: opt.Hold = None,
-    release: opt.Release = None,
     mask: opt.Mask = None,
     suggest_eta: opt.SuggestEta = False,
     cover: opt.Cover = False,
@@ -81,8 +79,6 @@ def edit(
         batch_rows=batch_rows,
         interpolation=interpolation,
         start=start,
-        hold=hold,
-        release=release,
         mask=mask,
     )
     config = words.edit(
@@ -197,8 +193,6 @@ def sample(
     strength: opt.StrengthText = None,
     interpolation: opt.Interpolation = None,
     start: opt.Start = None,
-    hold: opt.Hold = None,
-    release: opt.Release = None,
     mask: opt.Mask = None,
     suggest_eta: opt.SuggestEta = False,
     steps_sample: opt.StepsSample = None,
@@ -230,8 +224,6 @@ def sample(
         batch_rows=batch_rows,
         interpolation=interpolation,
         start=start,
-        hold=hold,
-        release=release,
         mask=mask,
     )
     words.check(overrides)
@@ -271,8 +263,6 @@ def sheet(
     prompt: opt.Prompt = None,
     interpolation: opt.Interpolation = None,
     start: opt.Start = None,
-    hold: opt.Hold = None,
-    release: opt.Release = None,
     mask: opt.Mask = None,
     steps_sample: opt.StepsSample = None,
     photo_guidance: opt.PhotoGuidance = None,
@@ -304,8 +294,6 @@ def sheet(
         batch_rows=batch_rows,
         interpolation=interpolation,
         start=start,
-        hold=hold,
-        release=release,
         mask=mask,
     )
     words.check(overrides)

@@ -68,15 +68,9 @@ Start = Annotated[
         "photo's own noise, which the edit must have been trained with)"
     ),
 ]
-Hold = Annotated[
-    float | None, typer.Option(help="share of the denoising steps, up to 1, that first settle the photo's layout")
-]
 Mask = Annotated[
     float | None,
     typer.Option(help="keep to the photo where the sentence says nothing new; up to 1, higher keeps more; 0 is off"),
-]
-Release = Annotated[
-    float | None, typer.Option(help="how far the adapter is let go at eta 1, up to 1: more follows the sentence more")
 ]
 Prompt = Annotated[
     str | None, typer.Option(help="another sentence than the one the edit was trained for; nothing is trained")
