@@ -10,7 +10,7 @@ from torch import Tensor
 from lowmem_imagic.engine.cuda_graphs import WARM_UPS, Replay
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
 from lowmem_imagic.training import loop as training
-from lowmem_imagic.training.pack import Pack, Task
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
 CPU = torch.device("cpu")
 CONFIG = EditConfig(
@@ -65,7 +65,7 @@ def trained(base: Any, numbers: list[int], *, slots: int, **options: Any) -> dic
     text = base.encode_text(["a red cube", "a cat", "two birds kissing", "a blue sphere on a floor"])
     draw = torch.Generator().manual_seed(2)
     photos, noise = torch.randn(2, 4, 4, 8, 8, generator=draw)
-    tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
+    tasks = [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
     made = [edit for group in Pack(base, tasks, CONFIG, slots=slots, **options).run() for edit in group]
     return {
         numbers[edit.number]: [
@@ -122,11 +122,11 @@ def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> N
         replay(torch.ones(3), two)
 
 
-def tasks_of_two(base: Any) -> list[Task]:
+def tasks_of_two(base: Any) -> list[TrainingInput]:
     """Two tasks, fresh."""
     text = base.encode_text(["a red cube", "a cat"])
     photos = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    return [Task(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
+    return [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
 
 
 def stop_after(steps: int) -> Any:
