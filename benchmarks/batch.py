@@ -24,6 +24,7 @@ from lowmem_imagic.actions.result_folder import ResultFolder
 from lowmem_imagic.batch.attempts import Attempts
 from lowmem_imagic.batch.executors.executor import Assignment, Group
 from lowmem_imagic.batch.request import Request
+from lowmem_imagic.batch.run import run
 from lowmem_imagic.batch.stopping import Stop
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.engine.memory import Meter
@@ -42,21 +43,7 @@ SLOTS = 4
 
 def request(manifest: Path, out: Path, **changes: Any) -> Request:
     """What ``batch run MANIFEST --out OUT`` asks for."""
-    left_open: dict[str, Any] = dict.fromkeys(Request.__dataclass_fields__)
-    plain = {
-        "preset": "balanced",
-        "seed": 0,
-        "small": False,
-        "background": "white",
-        "device": "cpu",
-        "base_weights": "int8",
-        "attention": "auto",
-        "checkpointing": False,
-        "executor": "local",
-        "save_every": 25,
-        "force": False,
-    }
-    return Request(**left_open | plain | {"manifest": str(manifest), "out": str(out)} | changes)
+    return Request.of({"manifest": str(manifest), "out": str(out), "device": "cpu", **changes})
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -87,7 +74,7 @@ def overhead(folder: Path, items: int) -> dict[str, Any]:
 
     def queue(out: Path) -> None:
         asked = request(manifest, out, preset="fast", slots=SLOTS)
-        assert len(asked.run(Silent(), Stop()).done) == items
+        assert len(run(asked, Silent(), Stop()).done) == items
 
     loop(folder / "warm-up")
     pairs = [
@@ -108,7 +95,8 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
-    from lowmem_imagic.batch.executors.ray import RayCrew
+    from lowmem_imagic.batch.executors.ray import RayExecutor
+    from lowmem_imagic.batch.executors.ray_actor import Actor
 
     manifest = scenes(folder, items)
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -129,10 +117,10 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
                     for photo, job in [(folder / line["photo"], f"{round_} {line['name']}")]
                 ]
 
-            with RayCrew(asked, lambda one, files: True, Stop()) as crew:
+            with RayExecutor(asked, Actor, lambda one, files: True, Stop()) as executor:
 
-                def make(part: list[Assignment], crew: RayCrew = crew, group: Group = group) -> None:
-                    made = crew.make(group, iter([part]), len(part), on_step=lambda s: None)
+                def make(part: list[Assignment], executor: RayExecutor = executor, group: Group = group) -> None:
+                    made = executor.make(group, iter([part]), len(part), on_step=lambda s: None)
                     for outcome in made:
                         assert outcome.error is None, outcome.error
 

@@ -33,12 +33,12 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.portable import portable
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pipeline.make import COARSE_SIDE
-from lowmem_imagic.planning.plan import Budget, plan_for
+from lowmem_imagic.planning.plan import Budget, Plan, plan_for, planned
 from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig
-from lowmem_imagic.training.pack import Pack, Task, TrainedEdit
+from lowmem_imagic.training.pack import Pack, TrainedEdit, TrainingInput
 
 from .goals import Line, fresh, in_gib, table
 from .memory import Case
@@ -80,7 +80,7 @@ class Made:
     """(N, T, D)."""
 
 
-def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[Task], Made]:
+def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[TrainingInput], Made]:
     """Tasks with photos of noise, each with its own sentence, and what is known of them; or with noise just drawn."""
     photos = torch.randn(count, *base.family.latent_shape, generator=torch.Generator().manual_seed(1))
     targets = base.encode_text([f"sentence {number}" for number in range(count)])
@@ -89,7 +89,7 @@ def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[Task], 
         own_noise(base, photo, draw).half().float() if invert else torch.randn(photo.shape, generator=draw)
         for photo, draw in zip(photos, generators, strict=True)
     ]
-    tasks = [Task(*parts) for parts in zip(photos, targets, generators, noise, strict=True)]
+    tasks = [TrainingInput(*parts) for parts in zip(photos, targets, generators, noise, strict=True)]
     return tasks, Made([], noise, photos, targets)
 
 
@@ -154,13 +154,8 @@ def card(base: BaseModel, config: EditConfig, budget: Budget, jobs: int) -> dict
         finetune=replace(config.finetune, steps=CARD_STEPS),
         sample=replace(config.sample, batch_rows=plan.batch_rows),
     )
-    made = train(base, few, plan.slots, slots=plan.slots, max_rows=plan.rows)
-    peaks = {stage: made.edits[0].measured[stage]["peak_bytes"] for stage in ("embed", "finetune")}
-    reset_peak(base.device)
-    # One edit at a time, as the command line renders, in as many pictures as fill a batch: a guided one takes two rows.
-    first = replace(made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets[:1])
-    render(base, few, first, [number / plan.batch_rows for number in range(plan.batch_rows)])
-    peaks["sample"] = peak_bytes(base.device)
+    with planned(base, plan, budget):
+        peaks = _peaks(base, few, plan)
     # An allocator knows nothing of what was taken before any tensor.
     predicted = {name: plan.phases[name].total - plan.phases[name].context for name in peaks}
     return {
@@ -168,6 +163,18 @@ def card(base: BaseModel, config: EditConfig, budget: Budget, jobs: int) -> dict
         "peaks": {name: {"predicted": predicted[name], "measured": peak} for name, peak in peaks.items()},
         "rungs": base.rungs,
     }
+
+
+def _peaks(base: BaseModel, few: EditConfig, plan: Plan) -> dict[str, Any]:
+    """Peak bytes of a plan's training and sampling."""
+    made = train(base, few, plan.slots, slots=plan.slots, max_rows=plan.rows)
+    peaks = {stage: made.edits[0].measured[stage]["peak_bytes"] for stage in ("embed", "finetune")}
+    reset_peak(base.device)
+    # One edit at a time, as the command line renders, in as many pictures as fill a batch: a guided one takes two rows.
+    first = replace(made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets[:1])
+    render(base, few, first, [number / plan.batch_rows for number in range(plan.batch_rows)])
+    peaks["sample"] = peak_bytes(base.device)
+    return peaks
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ __all__ = [
     "load_photo",
     "make_edits",
     "plan_for",
+    "planned",
     "preset",
     "read_edit",
     "stream_edits",
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from .pictures import Photo, load_photo
     from .pipeline.make import apply_edits, check_base, make_edits, stream_edits
     from .pipeline.prepare import Job
-    from .planning.plan import Budget, Plan, plan_for
+    from .planning.plan import Budget, Plan, plan_for, planned
     from .sampling.sample import Cell
     from .settings.presets import preset
     from .settings.stages import EditConfig, SampleConfig
@@ -77,6 +78,7 @@ _HOMES = {
     "load_photo": ("pictures", "load_photo"),
     "make_edits": ("pipeline.make", "make_edits"),
     "plan_for": ("planning.plan", "plan_for"),
+    "planned": ("planning.plan", "planned"),
     "preset": ("settings.presets", "preset"),
     "read_edit": ("edits.file", "read"),
     "stream_edits": ("pipeline.make", "stream_edits"),

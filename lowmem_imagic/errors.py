@@ -15,6 +15,7 @@
     │   ├── IncompleteModelError     a folder with parts missing (half a download)
     │   ├── WrongFamilyError         a model of a kind this version does not edit
     │   ├── BackendUnavailableError  an option was asked for by name and is missing here
+    │   ├── BaseInUseError           another thread is using it
     │   └── NonFiniteModelError      a part of the base gives NaN or infinity
     ├── EditFileError                the edit file cannot be used
     │   ├── EditNotFoundError        no such file, or it may not be read
@@ -43,16 +44,27 @@
 Catch the base class to catch them all::
 
     try:
-        make_edit(base, photo, "a blue cube")
+        make_edits(base, [Job(photo, "a blue cube")], preset("balanced"))
     except LowmemImagicError as error:
         print(error)
 
-A message is one line: what was found, what was expected, what to do.
+A message is one line: what was found, what was expected, what to do. It names a setting in backticks, as in
+`batch_rows`, `adapt=attn` or `embed.steps`; the command line shows the flag of that setting in its place.
 """
+
+import re
+
+SETTING = re.compile("`(?P<name>[a-z_]+(?:[.][a-z_]+)?)(?:=(?P<value>[^`]+))?`")
+"""A setting in a message, with a value or without one."""
 
 
 class LowmemImagicError(Exception):
     """Base of every error raised on purpose; its text is fit to be shown to a user as it is."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The names of the settings that the message speaks of, each once."""
+        return tuple(dict.fromkeys(match["name"] for match in SETTING.finditer(str(self))))
 
 
 class ConfigError(LowmemImagicError):
@@ -105,6 +117,10 @@ class WrongFamilyError(ModelError):
 
 class BackendUnavailableError(ModelError):
     """A device, attention or weight format was asked for by name and is missing here."""
+
+
+class BaseInUseError(ModelError):
+    """A loaded base was used from a second thread while another was using it."""
 
 
 class NonFiniteModelError(ModelError):

@@ -1,5 +1,6 @@
-"""Errors that nobody raised on purpose: a fault of this package or of a library it uses, told in one line."""
+"""Faults and remarks of libraries: an error that nobody raised on purpose, told in one line; logs, kept quiet."""
 
+import logging
 import traceback
 
 from .errors import UnexpectedError
@@ -22,3 +23,12 @@ def unexpected(error: BaseException, remark: str = "") -> UnexpectedError:
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its text, if it has one."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300].removesuffix(": ")
+
+
+def quiet_libraries() -> None:
+    """Libraries log advice to developers, such as bitsandbytes about its kernels; after this call they log errors only.
+
+    For programs, which own the process; the package itself never calls it.
+    """
+    for library in ("bitsandbytes", "diffusers", "transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -231,7 +231,7 @@ def test_a_damaged_result_is_made_again(
     file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
     said = run(ten[0], "--out", copy)
     assert said.report["done"] == ["n7"] and len(said.report["done_before"]) == GOOD - 1
-    assert outputs.look(copy / "n7", job) == outputs.FINISHED and items(copy)["n7"]["attempts"] == 2
+    assert outputs.item_state(copy / "n7", job) == outputs.FINISHED and items(copy)["n7"]["attempts"] == 2
     assert {path for path, when in times(copy).items() if before.get(path) != when} == {
         path for path in before if path.startswith("n7/")
     }

@@ -176,14 +176,14 @@ def test_an_error_while_the_list_is_looked_at(
 
 
 def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a crew raises becomes its items' failure, and the run reports."""
+    """Whatever an executor raises becomes its items' failure, and the run reports."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
 
     def make(*_: Any, **__: Any) -> Any:
         raise Odd("broken crew")
         yield
 
-    monkeypatch.setattr(worker.LocalCrew, "make", make)
+    monkeypatch.setattr(worker.LocalExecutor, "make", make)
     said = run(manifest, "--out", out)
     assert said.code == 3 and len(said.report["failed"]) == 2 and "Odd: broken crew" in said.errors
 

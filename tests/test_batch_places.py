@@ -14,7 +14,7 @@ import pytest
 from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.ledger.file import WAITING, snapshot
 from lowmem_imagic.batch.ledger.ledger import Ledger, at_work
-from lowmem_imagic.batch.outputs import EMPTY, OTHER, UNFINISHED, look
+from lowmem_imagic.batch.outputs import EMPTY, OTHER, UNFINISHED, item_state
 from lowmem_imagic.errors import OutputUnwritableError
 from lowmem_imagic.storage import atomic
 from tests.test_batch_faults import call, limit, listed, run  # noqa: F401  fixtures among them
@@ -189,12 +189,12 @@ def test_reports_that_are_none(tmp_path: Path, content: bytes | None) -> None:
             file.truncate(2**30)
     else:
         report.write_bytes(content)
-    assert look(tmp_path / "n0", "job") == OTHER
+    assert item_state(tmp_path / "n0", "job") == OTHER
     report.unlink()
-    assert look(tmp_path / "n0", "job") == EMPTY
+    assert item_state(tmp_path / "n0", "job") == EMPTY
     report.write_text('{"job": "job", "finished": true, "sha256": {"pipe": ""}}')
     os.mkfifo(tmp_path / "n0" / "pipe")
-    assert look(tmp_path / "n0", "job") == UNFINISHED
+    assert item_state(tmp_path / "n0", "job") == UNFINISHED
 
 
 def test_folders_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: bool = F
     request |= {"checkpointing": False, "small": False, "force": False, "save_every": 0, "steps_sample": 2}
     request |= {"steps_embed": 2, "steps_finetune": 2, "executor": "ray", "address": cluster.address, "workers": 2}
     order = {"request": request, "folder": str(manifest.parent), "sentence": SENTENCE, "items": ITEMS, "kill": kill}
-    words = (sys.executable, "-m", "tests.ray_driver", "crew", json.dumps(order))
+    words = (sys.executable, "-m", "tests.ray_driver", "items", json.dumps(order))
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         # Ray prints words of its own to the standard output of who drives it.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import SMALL_KEEP
 from lowmem_imagic.settings.stages import SampleConfig
+from lowmem_imagic.settings.text import BaseOptions
 from tests.processes import Process
 
 SENTENCE = "a photo of a blue cube on the grass"
@@ -183,8 +185,6 @@ def test_sample_takes_every_knob(run, finished):
         "strength": ("--strength", "down=0,up=1.5"),
         "interpolation": ("--interpolation", "projection"),
         "start": ("--start", "noise"),
-        "hold": ("--hold", "0.5"),
-        "release": ("--release", "0.6"),
         "mask": ("--mask", "1"),
         "guidance": ("--guidance", "7"),
         "negative": ("--negative", "a red cube"),
@@ -197,7 +197,6 @@ def test_sample_takes_every_knob(run, finished):
     said = {out: _picture(f"{out}/eta_0.50.png").text["parameters"] for out in knobs}
     assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
     assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: noise" in said["start"]
-    assert "Imagic hold: 0.5" in said["hold"] and "Imagic release: 0.6" in said["release"]
     assert "Imagic mask: 1" in said["mask"]
 
 
@@ -364,9 +363,9 @@ def test_model_left_out_is_the_bundled_one_and_said_so(photo, monkeypatch):
     monkeypatch.setattr(console.Console, "say", lambda self, text: said.append(text))
     monkeypatch.setattr(rendering.BaseModel, "load", lambda name, **options: pytest.fail(f"loads {name}"))
     with pytest.raises(pytest.fail.Exception, match="loads demo"):
-        options = rendering.BaseOptions(None, None, "cpu", "int8", "auto", False, None)
+        options = BaseOptions(device="cpu")
         commands.open_base(options, console.Console(), [SENTENCE])
-    assert len(said) == 1 and "bundled" in said[0] and "--model" in said[0]
+    assert len(said) == 1 and "bundled" in said[0] and "`model=sd15`" in said[0]
 
 
 # Bad input: one clear line, the right exit code, nothing lost.
@@ -426,20 +425,30 @@ def test_divergence_ends_with_what_to_change(run, photo, monkeypatch):
     assert not Path("e.safetensors").exists()
 
 
+def test_layers_are_chosen_by_an_expression(run, photo):
+    """--adapt takes a regular expression; the edit has those layers, says so, and renders like any other."""
+    words = ("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK[:6], "--quiet")
+    assert run(*words, "--adapt", r"mid_block\..*attn2\.to_[qk]").exit_code == 0
+    edit = edit_file.read(Path("e.safetensors"))
+    assert edit.settings["finetune"]["adapt"] == r"mid_block\..*attn2\.to_[qk]"
+    assert all(re.fullmatch("lora_unet_mid_block_.*attn2_to_[qk]", layer) for layer in edit.adapter)
+    assert run("sample", "e.safetensors", "--etas", "1", "--steps-sample", 2, "--quiet").exit_code == 0
+    _fails(run(*words, "--force", "--adapt", "attnn"), 2, "--adapt is 'attnn', which covers no layer")
+
+
 def test_all_settings_problems_at_once(run, photo):
     """Every setting out of range is named in one message, before anything is loaded."""
     words = ["--etas", "0,nan,9", "--rank", 0, "--steps-embed", -1, "--draws", 0, "--seed", -5, "--guidance", -1]
     _fails(
         run("edit", photo, SENTENCE, *words),
         2,
-        "sample.etas has nan",
-        "sample.etas has 9.0",
-        "finetune.lora_rank is 0",
-        "embed.steps is -1",
-        "embed.draws is 0",
-        "finetune.draws is 0",
-        "seed is -5",
-        "guidance_scale is -1",
+        "--etas has nan",
+        "--etas has 9.0",
+        "--rank is 0",
+        "--steps-embed is -1",
+        "--draws is 0",
+        "--seed is -5",
+        "--guidance is -1",
     )
 
 

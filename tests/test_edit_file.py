@@ -821,7 +821,7 @@ def test_recorded_settings_that_are_none(key: str, value: Any) -> None:
     edit = small_edit(settings={"sample": {key: value}})
     with pytest.raises(EditHeaderError, match=f"imagic.meta settings sample.*{key}"):
         sampling_of(decode(encode(edit)), {})
-    with pytest.raises(ConfigError, match="etas has 9"):
+    with pytest.raises(ConfigError, match="`etas` has 9"):
         sampling_of(small_edit(), {"etas": (9.0,)})
 
 

@@ -28,6 +28,7 @@ from lowmem_imagic import (
     load_photo,
     make_edits,
     plan_for,
+    planned,
     preset,
     read_edit,
     write_edit,
@@ -168,17 +169,19 @@ def test_peaks_are_as_planned(gpu: Place, photo_file: Path, capsys: pytest.Captu
     """Every phase of a plan for 8 GB takes what was predicted, to a tenth."""
     base = gpu.load()
     config = preset("balanced", {**SHORT, "sample": {**SHORT["sample"], "start": "inverted"}})
-    plan = plan_for(base, config, Budget.of(base.device, "8GB"), jobs=2)
+    budget = Budget.of(base.device, "8GB")
+    plan = plan_for(base, config, budget, jobs=2)
     assert plan is not None
     meter, cells = Meter(base.device), [Cell(0, eta / 100, 0) for eta in range(plan.batch_rows)]
-    edits = make_edits(base, jobs(photo_file), config, slots=plan.slots, max_rows=plan.rows, meter=meter)
-    apply_edits(base, edits, cells, config.sample, meter=meter)
+    with planned(base, plan, budget):
+        edits = make_edits(base, jobs(photo_file), config, slots=plan.slots, max_rows=plan.rows, meter=meter)
+        apply_edits(base, edits, cells, config.sample, meter=meter)
     rows = []
     for name, phase in plan.phases.items():
         measured = meter.stages[name]["peak_bytes"]
         rows.append((name, phase.total - phase.context, measured, measured / (phase.total - phase.context)))
     with capsys.disabled():
-        print(f"\nplan: {plan}; load {meter.stages['load']}")
+        print(f"\nplan: {plan}")
         for row in rows:
             print("  {:9} predicted {:>13,} measured {:>13,} ratio {:.3f}".format(*row))
     assert {name: ratio for name, _, _, ratio in rows if not 0.9 <= ratio <= 1.1} == {}

@@ -17,7 +17,7 @@ import pytest
 from lowmem_imagic.batch.attempts import Attempt, Attempts
 from lowmem_imagic.batch.ledger import file as ledger_file
 from lowmem_imagic.batch.ledger.watch import Watch
-from lowmem_imagic.batch.outputs import FINISHED, look
+from lowmem_imagic.batch.outputs import FINISHED, item_state
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.publishing import publish, staged
 from lowmem_imagic.batch.status import status
@@ -83,7 +83,7 @@ def test_it_leaves_alone_what_its_successor_has_made(
     assert process.returncode == 0 and "another run took it over" in errors and "Traceback" not in errors, errors
     assert json.loads(answer)["failed"] == [] and json.loads(answer)["left"] == 0
     assert stamps(out) == before and not list(out.glob(".lowmem-imagic/training*"))
-    assert all(look(out / name, json.loads(files["report.json"])["job"]) == FINISHED for name, files in read(out))
+    assert all(item_state(out / name, json.loads(files["report.json"])["job"]) == FINISHED for name, files in read(out))
 
 
 def read(out: Path) -> list[tuple[str, dict[str, str]]]:
@@ -113,7 +113,7 @@ def test_it_leaves_alone_what_its_successor_is_at(tmp_path: Path) -> None:
     results.write("a.safetensors", b"newer")
     report = {"job": "job", "finished": True, "pictures": [], "sha256": results.digests()}
     assert publish(second, results, folder, "job", report)
-    assert sorted(os.listdir(folder)) == ["a.safetensors", "report.json"] and look(folder, "job") == FINISHED
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "report.json"] and item_state(folder, "job") == FINISHED
 
 
 def test_paused_between_any_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,10 @@ def interleaved(place: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
         go_on.set()
         first.join()
     names = {path.name for path in (place / "n0").iterdir()}
-    assert look(place / "n0", "job") == FINISHED and names == {"report.json", *(f"eta_{n}.00.png" for n in "0245")}
+    assert item_state(place / "n0", "job") == FINISHED and names == {
+        "report.json",
+        *(f"eta_{n}.00.png" for n in "0245"),
+    }
     assert all((place / "n0" / f"eta_{n}.00.png").read_bytes() == b"new" for n in "0245")
     return "early" if early else "woken in between" if steps["second"] >= wake_at else "woken after"
 

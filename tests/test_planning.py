@@ -17,12 +17,13 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.counting import LiveBytes, peak_of
-from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, parse_bytes, plan, plan_for
+from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, plan, plan_for
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.settings.text import parse_bytes
 from lowmem_imagic.training import loop as training
-from lowmem_imagic.training.pack import Pack, Task
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
 CONFIG = EditConfig(
     embed=EmbedConfig(steps=1, learning_rate=1e-2, draws=2),
@@ -32,12 +33,12 @@ CONFIG = EditConfig(
 SENTENCES = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
 
 
-def tasks(base: Any, count: int) -> list[Task]:
+def tasks(base: Any, count: int) -> list[TrainingInput]:
     """Edits to train."""
     draws = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 2, 4, LATENT_SIDE, LATENT_SIDE, generator=draws)
     text = base.encode_text(SENTENCES[:count])
-    return [Task(noise[n, 0], text[n], torch.Generator().manual_seed(n), noise[n, 1]) for n in range(count)]
+    return [TrainingInput(noise[n, 0], text[n], torch.Generator().manual_seed(n), noise[n, 1]) for n in range(count)]
 
 
 def costs_of(base: Any, config: EditConfig = CONFIG) -> Costs:
@@ -81,7 +82,7 @@ def test_training_takes_what_is_predicted(
 def test_sampling_takes_what_is_predicted(load_base: Callable[..., Any], images: int) -> None:
     """Live bytes of a sampling batch, its adapters included, are within 10 % of the prediction."""
     base = load_base()
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(base.unet, count=1, adapt="all", rank=2, alpha=2.0)
     text = base.encode_text([SENTENCES[0], ""])[:1]
     cells = [Cell(0, eta / 10, 0) for eta in range(images)]
     measured = peak_of(lambda: sample(base, pack, text, text, cells, CONFIG.sample)) + pack.weights.nbytes
@@ -100,13 +101,9 @@ def test_the_autoencoder_takes_what_is_predicted(load_base: Callable[..., Any]) 
     assert [costs_of(base).encode(), costs_of(base).decode()] == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_training_state_is_what_is_predicted(
-    load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, average: float
-) -> None:
-    """Embeddings, adapters, gradients, moments and, where they are kept, averages have the predicted bytes."""
-    base = load_base()
-    config = replace(CONFIG, finetune=replace(CONFIG.finetune, average=average))
+def test_training_state_is_what_is_predicted(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, adapters, gradients and moments have the predicted bytes."""
+    base, config = load_base(), CONFIG
     edits = tasks(base, 3)
     base.unet.eval()
     count, seen = LiveBytes(), []
@@ -210,7 +207,7 @@ def test_no_more_slots_than_fill_the_rows(predicted: Costs) -> None:
 
 
 def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
-    """A plan for a process that runs already counts what it holds, and sets the base to what it chose."""
+    """A plan for a process that runs already counts what it holds."""
     base = load_base()
     with pytest.raises(MemoryLimitError, match="hold no training step"):
         plan_for(base, CONFIG, Budget.of(base.device, "50MB"))
@@ -221,16 +218,24 @@ def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
 
 
 def test_budgets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the budget is what is free, or what was asked for up to that, and the allocator is held to it."""
+    """On a GPU the budget is what is free, or the amount asked for up to that; the allocator is held to an amount that
+    was asked for, as long as the work lasts."""
     told: list[tuple[float, Any]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(6e9), int(8e9)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: told.append(words))
     gpu = torch.device("cuda")
-    assert Budget.of(gpu, None) == Budget(int(6e9)) and not told
-    assert Budget.of(gpu, "4GB") == Budget(int(4e9), CUDA_CONTEXT_BYTES)
-    assert Budget.of(gpu, "24GB") == Budget(int(6e9) + CUDA_CONTEXT_BYTES, CUDA_CONTEXT_BYTES)
-    assert told == [((4e9 - CUDA_CONTEXT_BYTES) / 8e9, 1), (6e9 / 8e9, 1)]
+    free = Budget.of(gpu, None)
+    assert free == Budget(int(6e9))
+    four, more = Budget.of(gpu, "4GB"), Budget.of(gpu, "24GB")
+    assert four == Budget(int(4e9), CUDA_CONTEXT_BYTES, enforced=True)
+    assert more == Budget(int(6e9) + CUDA_CONTEXT_BYTES, CUDA_CONTEXT_BYTES, enforced=True)
+    with free.held(gpu):
+        assert not told
+    with pytest.raises(KeyboardInterrupt), four.held(gpu):
+        assert told == [((4e9 - CUDA_CONTEXT_BYTES) / 8e9, 1)]
+        raise KeyboardInterrupt
+    assert told[1:] == [(1.0, 1)]
 
 
 def test_rendering_beside_training_is_counted(predicted: Costs) -> None:
@@ -375,7 +380,7 @@ def test_sampling_goes_on_in_less_memory(load_base: Callable[..., Any], monkeypa
     cells = [Cell(0, eta / 10, 0) for eta in range(5)]
 
     def sampled(base: Any) -> Tensor:
-        pack = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0)
+        pack = AdapterPack(base.unet, count=1, adapt="attn", rank=1, alpha=1.0)
         return sample(base, pack, text, text, cells, CONFIG.sample)
 
     expected = sampled(load_base())

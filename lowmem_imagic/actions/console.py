@@ -1,7 +1,7 @@
 """Standard error of the commands: remarks, warnings, progress bars."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -18,10 +18,15 @@ STAGES = {
 
 
 class Console:
-    """Standard error: remarks, and progress bars with the time left (on a terminal)."""
+    """Standard error: remarks, and progress bars with the time left (on a terminal).
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    Args:
+        quiet: show warnings only.
+        wording: puts a program's own words in place of the names of settings in a message.
+    """
+
+    def __init__(self, *, quiet: bool = False, wording: Callable[[str], str] = str) -> None:
+        self._quiet, self._wording = quiet, wording
         self._bar: tqdm[Any] | None = None
         self._stage = ""
         self.warnings: list[str] = []
@@ -39,7 +44,7 @@ class Console:
 
     def _print(self, text: str) -> None:
         """A line above the bar, if there is one."""
-        text = shown(text)
+        text = shown(self._wording(text))
         if self._bar is None:
             print(text, file=sys.stderr)
         else:

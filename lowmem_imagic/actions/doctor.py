@@ -15,8 +15,9 @@ from ..families import load_architecture
 from ..layers.frozen import FrozenLinear8bit, Int8Conv2d
 from ..pipeline.make import versions
 from ..planning.costs import Costs
-from ..planning.plan import CUDA_CONTEXT_BYTES, parse_bytes, plan
+from ..planning.plan import CUDA_CONTEXT_BYTES, plan
 from ..settings.stages import EditConfig
+from ..settings.text import parse_bytes
 
 MANY = 40
 """Photos of a plan for many: more than any pack has slots."""
@@ -61,7 +62,7 @@ def plans(
     budgets = [parse_bytes(amount) for amount in amounts]
     family = load_architecture(model)
     if size_px is not None and (size_px < 64 or size_px % (8 * family.vae_factor)):
-        raise ConfigError(f"--size is {size_px}, expected a multiple of {8 * family.vae_factor} from 64 px")
+        raise ConfigError(f"`size` is {size_px}, expected a multiple of {8 * family.vae_factor} from 64 px")
     costs = Costs(
         family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size_px=size_px or None
     )

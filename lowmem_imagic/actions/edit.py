@@ -15,12 +15,13 @@ from ..errors import ConfigError, LowmemImagicError, OutputError
 from ..pictures import Photo, load_photo
 from ..pipeline.make import make_edits, versions
 from ..pipeline.prepare import Job
-from ..planning.plan import Budget, Plan, plan_for
+from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig
+from ..settings.text import BaseOptions, check_suggestable
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
-from .render import BaseOptions, check_sentences, check_suggestable, open_edit, render, sampling_of
+from .render import check_sentences, load_base, open_edit, render, sampling_of
 from .result_folder import ResultFolder, rescue
 
 
@@ -45,12 +46,14 @@ def edit(
     source = load_photo(photo, background=background)
     folder = ResultFolder.prepare(out or Path(_default_name(source, sentence)), overwrite=force)
     base = open_base(options, console, [sentence, config.sample.negative_prompt])
-    config, planned = fit_memory(base, config, Budget.of(base.device, vram), console)
+    budget = Budget.of(base.device, vram)
+    config, plan = fit_memory(base, config, budget, console)
     loaded_s = time.perf_counter() - started
     meter = Meter(base.device)
-    made = _train(base, source, sentence, config, planned, meter, console)
-    name = f"{_default_name(source, sentence)}.safetensors"
-    report = finished_edit(base, folder, name, made, source, config, planned, meter, console, suggest=suggest)
+    with planned(base, plan, budget):
+        made = _train(base, source, sentence, config, plan, meter, console)
+        name = f"{_default_name(source, sentence)}.safetensors"
+        report = finished_edit(base, folder, name, made, source, config, plan, meter, console, suggest=suggest)
     if cover:
         report["cover"] = folder.write_cover(Path(name).with_suffix(".png").name, _cover_of(report, config))
     report["seconds"] = {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)}
@@ -71,7 +74,7 @@ def finished_edit(
     made: Edit,
     photo: Photo,
     config: EditConfig,
-    planned: Plan | None,
+    plan: Plan | None,
     meter: Meter,
     console: Console,
     *,
@@ -92,7 +95,7 @@ def finished_edit(
         "photo_notes": list(photo.notes),
         "settings": config.to_dict(),
         "result": made.settings["result"],
-        "plan": planned and planned.as_json(),
+        "plan": plan and plan.as_json(),
         **_facts(base, meter, console),
     }
 
@@ -116,18 +119,20 @@ def train(
     if os.path.isdir(path):
         path = path / f"{_default_name(source, sentence)}.safetensors"
     if path.suffix != ".safetensors":
-        raise ConfigError(f"--out is {path}, expected a name ending in .safetensors")
+        raise ConfigError(f"`out` is {path}, expected a name ending in .safetensors")
     check_target(path, overwrite=force)
     base = open_base(options, console, [sentence])
-    config, planned = fit_memory(base, config, Budget.of(base.device, vram), console)
+    budget = Budget.of(base.device, vram)
+    config, plan = fit_memory(base, config, budget, console)
     meter = Meter(base.device)
-    made = _train(base, source, sentence, config, planned, meter, console)
+    with planned(base, plan, budget):
+        made = _train(base, source, sentence, config, plan, meter, console)
     _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
     return {
         "edit_file": path.name,
         "edit_bytes": path.stat().st_size,
         "model": base.name,
-        "plan": planned and planned.as_json(),
+        "plan": plan and plan.as_json(),
         "rungs": base.rungs,
         "stages": meter.stages,
         "seconds": {"total": round(time.perf_counter() - started, 3)},
@@ -175,9 +180,9 @@ def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> B
     if options.model is None:
         console.say(
             "using the bundled model, which knows only its own little world of solids on floors; "
-            "for real photos name one, e.g. --model sd15"
+            "for real photos name one, e.g. `model=sd15`"
         )
-    base = options.load()
+    base = load_base(options)
     console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
     check_sentences(base, sentences, console)
     return base
@@ -192,12 +197,12 @@ def fit_memory(
     jobs: int = 1,
     beside: bool = False,
 ) -> tuple[EditConfig, Plan | None]:
-    """The settings within the memory there is, and how; None where nothing limits it. See `planning.plan_for`."""
-    made = plan_for(base, config, budget, jobs=jobs, beside=beside)
-    if made is None:
+    """The settings within a budget, and the plan to follow (see `planning.plan`); None where nothing limits it."""
+    plan = plan_for(base, config, budget, jobs=jobs, beside=beside)
+    if plan is None:
         return config, None
-    console.say(f"plan for {made.budget_bytes / 1e9:.2f} GB: {made}")
-    return replace(config, sample=replace(config.sample, batch_rows=made.batch_rows)), made
+    console.say(f"plan for {plan.budget_bytes / 1e9:.2f} GB: {plan}")
+    return replace(config, sample=replace(config.sample, batch_rows=plan.batch_rows)), plan
 
 
 def _train(
@@ -205,11 +210,11 @@ def _train(
     photo: Photo,
     sentence: str,
     config: EditConfig,
-    planned: Plan | None,
+    plan: Plan | None,
     meter: Meter,
     console: Console,
 ) -> Edit:
-    max_rows = None if planned is None else planned.rows
+    max_rows = None if plan is None else plan.rows
     for note in photo.notes:
         console.say(f"photo: {note}")
     try:

@@ -51,7 +51,7 @@ class Fit:
         if self.scheduler_error > SCHEDULER_ERROR:
             return (
                 f"the scheduler does not fit this base: even with right predictions it ends {self.scheduler_error:.0%} "
-                "away from the picture (less than 8% is usual); another --scheduler or --model may do better, more "
+                "away from the picture (less than 8% is usual); another `scheduler` or `model` may do better, more "
                 "training does not"
             )
         if self.round_trip_db is not None and self.round_trip_db < ROUND_TRIP_DB:
@@ -75,12 +75,12 @@ class Fit:
         if self.reconstruction_db is not None and self.reconstruction_db < UNDERFIT_DB:
             return (
                 f"this edit looks under-fitted: at eta 0 it is {self.reconstruction_db:.0f} dB from the photo "
-                f"({UNDERFIT_DB:.0f} and more is usual); try a higher --steps-finetune or --rank, or --adapt all"
+                f"({UNDERFIT_DB:.0f} and more is usual); try a higher `steps_finetune` or `rank`, or `adapt=all`"
             )
         if self.change_db is not None and self.change_db > OVERFIT_DB:
             return (
                 f"this edit looks over-fitted: eta changes next to nothing ({self.change_db:.0f} dB between its ends); "
-                "try a lower --steps-finetune or --learning-rate, or render with a lower --mask or --strength 0.7"
+                "try a lower `steps_finetune` or `learning_rate`, or render with a lower `mask` or `strength=0.7`"
             )
         return ""
 

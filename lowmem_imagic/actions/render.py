@@ -1,7 +1,7 @@
 """Pictures of finished edits: opening an edit and its base, rendering cells into a folder or onto a sheet."""
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,34 +21,24 @@ from ..pipeline.prepare import check_sentence
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
 from ..settings.stages import SampleConfig, strength_text
+from ..settings.text import BaseOptions
 from .console import Console
 from .fit_hint import Fit, embedding_distance
 from .result_folder import ResultFolder
 
 
-@dataclass(frozen=True)
-class BaseOptions:
-    """Which base model to load, and how."""
-
-    model: str | None
-    revision: str | None
-    device: str
-    weights: str | None
-    attention: str
-    checkpointing: bool
-    config_folder: str | None
-
-    def load(self) -> BaseModel:
-        """The base model."""
-        return BaseModel.load(
-            DEMO if self.model is None else self.model,
-            revision=self.revision,
-            device=self.device,
-            weights=self.weights or "int8",
-            attention=self.attention,
-            checkpointing=self.checkpointing,
-            config_folder=self.config_folder,
-        )
+def load_base(options: BaseOptions) -> BaseModel:
+    """The base model that the options name, the bundled one if they name none."""
+    return BaseModel.load(
+        DEMO if options.model is None else options.model,
+        revision=options.revision,
+        device=options.device,
+        weights=options.weights or "int8",
+        attention=options.attention,
+        compute=options.compute,
+        checkpointing=options.checkpointing,
+        config_folder=options.config_folder,
+    )
 
 
 def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
@@ -88,28 +78,18 @@ def open_edit(
         if edit.base.source != DEMO and edit.base.source not in SHORT_NAMES.values():
             raise ModelError(
                 f"this edit was made for {edit.base.source}; a file is not trusted to name a download, "
-                f"so say which base to use, as in --model {edit.base.source}"
+                f"so say which base to use, as in `model={edit.base.source}`"
             )
         chosen = replace(chosen, model=edit.base.source, revision=options.revision or edit.base.revision)
     if options.weights is None:
         chosen = replace(chosen, weights=edit.base_weights)
-    base = chosen.load()
+    base = load_base(chosen)
     base.family.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
     check_sentences(base, [edit.target_prompt if prompt is None else prompt, config.negative_prompt], console)
     if prompt is not None:
         console.say(f"trained for {edit.target_prompt!r}, rendered under {prompt!r}")
     return base, edit.target_prompt if prompt is None else prompt
-
-
-def check_suggestable(config: SampleConfig) -> None:
-    """Makes sure that there are etas to choose from.
-
-    Raises:
-        ConfigError: fewer than two.
-    """
-    if (found := len(set(config.etas))) < 2:
-        raise ConfigError(f"--suggest-eta chooses among --etas, found {found}; give two or more, 0 among them")
 
 
 def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console) -> None:
@@ -273,7 +253,7 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[
     strength = "" if "strength" in but else f", strength {strength_text(config.strength)}"
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
-        f"{guidance}{config.interpolation}, hold {config.hold:g}, release {config.release:g}, mask {config.mask:g} | "
+        f"{guidance}{config.interpolation}, mask {config.mask:g} | "
         f"adapter of rank {edit.rank} on {len(edit.adapter)} layers{strength} | base in {base.weights}"
     )
 

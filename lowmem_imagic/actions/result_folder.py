@@ -59,9 +59,9 @@ class ResultFolder:
         check_writable(path)
         try:
             if os.path.lexists(path) and not path.is_dir():
-                raise OutputExistsError(f"{path} is no folder; name a folder with --out")
+                raise OutputExistsError(f"{path} is no folder; name a folder with `out`")
             if path.is_dir() and any(path.iterdir()) and not overwrite:
-                raise OutputExistsError(f"{path} holds files already; name another folder with --out, or use --force")
+                raise OutputExistsError(f"{path} holds files already; name another folder with `out`, or use `force`")
         except OSError as error:
             raise unusable(path, error) from error
         return ResultFolder(path, overwrite, stale=pictures_of_report(path))
@@ -180,8 +180,6 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
         "Imagic strength": strength_text(cell.strength),
         "Imagic interpolation": parameters["interpolation"],
         "Imagic start": parameters["start"],
-        "Imagic hold": parameters["hold"],
-        "Imagic release": parameters["release"],
         "Imagic mask": parameters["mask"],
         "Version": f"lowmem-imagic {parameters['version']}",
     }

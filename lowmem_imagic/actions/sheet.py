@@ -13,11 +13,12 @@ from ..pictures import Photo, load_photo
 from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..sampling.sample import Cell
 from ..settings.stages import SampleConfig, strength_text
+from ..settings.text import BaseOptions
 from ..storage.atomic import write_bytes
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
-from .render import BaseOptions, footer_of, open_edit, parameters_of, pictures_of, sampling_of
+from .render import footer_of, open_edit, parameters_of, pictures_of, sampling_of
 from .result_folder import generation_parameters
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -70,7 +71,7 @@ def sheet(
     _check_ranges(config, points)
     target = out or Path(safe_stem(path.stem) + "-sheet.png")
     if target.suffix.lower() != ".png":
-        raise ConfigError(f"--out is {target}, expected a name ending in .png")
+        raise ConfigError(f"`out` is {target}, expected a name ending in .png")
     check_target(target, overwrite=force)
     source = None if photo is None else _photo_of(photo, opened.source.sha256, console)
     base, sentence = open_edit(opened, options, config, prompt, console)

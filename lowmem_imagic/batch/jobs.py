@@ -5,19 +5,32 @@ import json
 
 from ..edits.header import SPEC_VERSION
 from ..engine.base import BaseModel
-from ..settings.stages import EditConfig
+from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
 from .ledger.file import FAILED, Entry
 from .manifest import BadItem
 
 
-def job_id(name: str, photo_sha256: str, sentence: str, config: EditConfig, base: BaseModel, background: str) -> str:
-    """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base
-    and the version of the edit format."""
-    settings = config.to_dict()
+def job_id(
+    name: str,
+    photo_sha256: str,
+    sentence: str,
+    config: EditConfig,
+    base: BaseModel,
+    background: str,
+    *,
+    suggest: bool = False,
+) -> str:
+    """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base,
+    the version of the edit format, and whether an eta is suggested."""
+    # With the settings that an earlier version had: what it finished stays finished.
+    settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in config.to_dict().items()}
     # How many rows go together is the machine's matter and changes nothing but rounding.
     del settings["sample"]["batch_rows"]
     made_of = [SPEC_VERSION, photo_sha256, background, sentence, settings, base.identity.files, base.weights]
+    if suggest:
+        # Without a suggestion the hash is the one of versions that had none.
+        made_of.append("suggest")
     return hashlib.sha256(json.dumps([name, *made_of], sort_keys=True).encode()).hexdigest()
 
 

@@ -52,6 +52,42 @@ class BadItem:
     position: int = 0
 
 
+@dataclass
+class Summary:
+    """The number of items of a run, and what became of them."""
+
+    total: int
+    done: list[str] = field(default_factory=list)
+    """Names of the items made by this run."""
+    before: list[str] = field(default_factory=list)
+    """Names of those that were there already, or that another run made meanwhile."""
+    failed: list[BadItem] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """Items that are still to be made."""
+        return self.total - len(self.done) - len(self.before) - len(self.failed)
+
+    def __add__(self, other: "Summary") -> "Summary":
+        """The summary of both runs."""
+        return Summary(
+            self.total + other.total,
+            self.done + other.done,
+            self.before + other.before,
+            self.failed + other.failed,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "total": self.total,
+            "done": self.done,
+            "done_before": self.before,
+            "failed": [{"where": bad.where, "name": bad.name, "reason": bad.reason} for bad in self.failed],
+            "left": self.left,
+        }
+
+
 def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], list[BadItem]]:
     """The items of a manifest, and those that are none.
 
@@ -96,7 +132,7 @@ def _entries(path: Path, sentence: str | None) -> Iterator[Entry]:
     """
     if path.is_dir():
         if sentence is None:
-            raise ConfigError(f"{path} is a folder of photos; say with --prompt what the edited pictures show")
+            raise ConfigError(f"{path} is a folder of photos; say with `prompt` what the edited pictures show")
         return of_folder(path)
     if not os.path.lexists(path):
         raise ConfigError(f"manifest is {path}, which is not there; expected a folder or a .jsonl, .csv or .json file")

@@ -15,8 +15,9 @@ from ..storage.regular_files import open_regular, read_regular
 EMPTY, UNFINISHED, FINISHED, OTHER = "empty", "unfinished", "finished", "other"
 
 
-def look(folder: Path, job: str) -> str:
-    """What an item's folder holds: nothing (`EMPTY`), the job begun (`UNFINISHED`) or `FINISHED`, or something else."""
+def item_state(folder: Path, job: str) -> str:
+    """The state of an item by its folder: nothing there (`EMPTY`), the job begun (`UNFINISHED`) or `FINISHED`, or
+    something else (`OTHER`)."""
     try:
         report = _report(folder)
         if report["job"] != job:

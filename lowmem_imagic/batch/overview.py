@@ -48,7 +48,7 @@ def write_overview(folder: Path, *, force: bool) -> dict[str, Any]:
     if not force:
         for path, ours in ((page, _is_our_page(page)), (picture, _is_our_picture(picture))):
             if os.path.lexists(path) and not ours:
-                raise OutputExistsError(f"{path} is none of `batch sheet`'s; --force replaces it")
+                raise OutputExistsError(f"{path} is none of `batch sheet`'s; `force` replaces it")
     made = [item for item in items if item.pictures]
     files = [PAGE]
     if made:

@@ -47,23 +47,23 @@ def escape(text: str) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #fafaf8; --ink: #202024; --quiet: #6c6c72; --rule: #dededa; --bad: #a3261c;
+:root { color-scheme: light dark; --paper: #fafaf8; --ink: #202024; --muted: #6c6c72; --rule: #dededa; --bad: #a3261c;
   --height: clamp(6.5rem, 26vw, 11rem); --gap: .75rem }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #17171a; --ink: #ececea; --quiet: #9a9aa0; --rule: #34343a; --bad: #ff8a7a } }
+  :root { --paper: #17171a; --ink: #ececea; --muted: #9a9aa0; --rule: #34343a; --bad: #ff8a7a } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 92rem; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; font-weight: 600; margin: 0 }
 h2 { font-size: 1.05rem; font-weight: 600; margin: 0 }
-p { margin: .2rem 0 } .quiet { color: var(--quiet); font-size: .875rem } .bad { color: var(--bad) }
+p { margin: .2rem 0 } .quiet { color: var(--muted); font-size: .875rem } .bad { color: var(--bad) }
 a { color: inherit; text-underline-offset: .15em }
 main { display: grid; column-gap: 3rem; margin-top: 1.4rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--cells) * (var(--height) + var(--gap))), 1fr)) }
 article { border-top: 1px solid var(--rule); padding: 1.4rem 0 1.6rem; min-width: 0 }
 .row { display: flex; flex-wrap: wrap; gap: var(--gap); padding-top: .8rem }
 figure { margin: 0; max-width: 100%; width: calc(var(--height) * var(--aspect)) }
-figcaption { color: var(--quiet); font-size: .8rem; margin-top: .3rem; overflow-wrap: normal }
+figcaption { color: var(--muted); font-size: .8rem; margin-top: .3rem; overflow-wrap: normal }
 figure img, .photo { display: block; width: 100%; height: auto; border-radius: .3rem; background: var(--rule) }
 .photo { overflow: hidden; position: relative; aspect-ratio: var(--aspect) }
 .photo img { position: absolute; border-radius: 0 }

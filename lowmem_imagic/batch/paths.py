@@ -23,7 +23,7 @@ class Part:
 
     @staticmethod
     def of(shard: str | None) -> "Part":
-        """The part that ``--shard`` names.
+        """The part that the option `shard` names.
 
         Raises:
             ConfigError: no such thing.
@@ -32,11 +32,11 @@ class Part:
             return Part()
         found = _SHARD.fullmatch(shard)
         if not found or int(found[1]) > int(found[2]):
-            raise ConfigError(f"--shard is {shard!r}, expected i/n such as 3/16 with i from 1 to n")
+            raise ConfigError(f"`shard` is {shard!r}, expected i/n such as 3/16 with i from 1 to n")
         return Part(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
-        return "the whole list" if self.count == 1 else f"--shard {self.number}/{self.count}"
+        return "the whole list" if self.count == 1 else f"`shard={self.number}/{self.count}`"
 
     @property
     def _suffix(self) -> str:

@@ -21,17 +21,16 @@ from ..storage.writable import unusable
 from . import outputs
 from .attempts import Attempt, Attempts, check_hidden
 from .disk import disk_bytes
-from .executors.executor import Assignment, Bases, Crew, Group, Outcome
+from .executors.executor import Assignment, Bases, Executor, Group, Outcome
 from .failures import MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
 from .jobs import bad_entry, job_id, megabytes, plain
 from .ledger import file as ledgers
 from .ledger.file import Entry
 from .ledger.ledger import Ledger, at_work
-from .manifest import BadItem, Item
+from .manifest import BadItem, Item, Summary
 from .paths import HIDDEN, Part, ledgers_in
 from .publishing import check_own
 from .stopping import Stop
-from .tally import Tally
 
 CLAIM = 16
 """Most items taken at once; their photos are in memory together, and encoded in one go."""
@@ -45,13 +44,14 @@ class Batch:
     """One run over a manifest's items; several on one folder share the work.
 
     Args:
-        bases: see `crew.Bases`.
-        crew: who makes the items.
+        bases: see `executor.Bases`.
+        executor: makes the items.
         items: what to make.
         bad: what the manifest has besides; reported as failed.
         out: the folder that gets a folder for each item.
         settings: see `Settings`.
         background: colour under transparent parts of photos.
+        suggest: whether each item's report names the eta that the base model itself would take.
         attempts: those at the items.
         console: where progress and failures are told.
         force: replace folders that hold something else.
@@ -66,13 +66,14 @@ class Batch:
     def __init__(
         self,
         bases: Bases,
-        crew: Crew,
+        executor: Executor,
         items: Sequence[Item],
         bad: Sequence[BadItem],
         out: Path,
         *,
         settings: Settings,
         background: str,
+        suggest: bool,
         attempts: Attempts,
         console: Console,
         force: bool,
@@ -81,11 +82,12 @@ class Batch:
         retry: Sequence[str] = RETRIED,
         command: Mapping[str, Any] | None = None,
     ) -> None:
-        self._bases, self._crew, self._items, self._bad, self._out = bases, crew, items, bad, out
+        self._bases, self._executor, self._items, self._bad, self._out = bases, executor, items, bad, out
         self._settings, self._background, self._attempts = settings, background, attempts
+        self._suggest = suggest
         self._console, self._force, self._stop = console, force, stop
         self._part, self._retry, self._command = part, retry, command
-        self.tally = Tally(len(items) + len(bad))
+        self.summary = Summary(len(items) + len(bad))
         self._groups: dict[Group, list[str]] = {}
         self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
@@ -97,7 +99,7 @@ class Batch:
         self._resumed: int | None = None
         self._ended_steps, self._counts = 0, dict[str, int]()
 
-    def run(self) -> Tally:
+    def run(self) -> Summary:
         """Makes what is not there yet; what cannot be made is reported and left out.
 
         Raises:
@@ -127,7 +129,7 @@ class Batch:
                     ledger.release(list(self._held))
                     self._attempts.keep(ledger.unfinished)
                     self._take_others(ledger)
-        return self.tally
+        return self.summary
 
     # Before anything is made
 
@@ -155,7 +157,7 @@ class Batch:
             silent = Silent()
             check_sentences(base, [item.sentence, group.config.sample.negative_prompt], silent)
             digest = photo_sha256(item.photo)
-            job = job_id(item.name, digest, item.sentence, group.config, base, self._background)
+            job = job_id(item.name, digest, item.sentence, group.config, base, self._background, suggest=self._suggest)
             state = self._look(item, job)
         except Exception as error:
             if isinstance(error, OutputUnwritableError) and not is_of_one_item(error, self._out):
@@ -178,28 +180,28 @@ class Batch:
             OutputExistsError: its folder holds something else, or is a link.
         """
         folder = self._out / item.name
-        found = outputs.look(folder, job)
+        found = outputs.item_state(folder, job)
         if found == outputs.FINISHED:
             return ledgers.DONE
         check_own(folder)
         if found == outputs.OTHER and not self._force:
-            raise OutputExistsError(f"{folder} holds something else; --force replaces it, or give the item a name")
+            raise OutputExistsError(f"{folder} holds something else; `force` replaces it, or give the item a name")
         ResultFolder.prepare(folder, overwrite=True)
         return ledgers.WAITING
 
     def _is_finished(self, entry: Entry) -> bool:
-        return outputs.look(self._out / entry.name, entry.job) == outputs.FINISHED
+        return outputs.item_state(self._out / entry.name, entry.job) == outputs.FINISHED
 
     def _take_stock(self, ledger: Ledger) -> None:
         """Says how much there is to do, and what it takes on disk."""
         known = ledger.entries()
         for entry in known:
             if entry.state == ledgers.DONE:
-                self.tally.before.append(entry.name)
+                self.summary.before.append(entry.name)
             elif entry.state == ledgers.FAILED and entry.job in self._assignments:
                 self._failed_jobs.add(entry.job)
                 self._fail(
-                    BadItem(entry.place, entry.name, f"{entry.error} (as before; `batch retry --failed` tries again)")
+                    BadItem(entry.place, entry.name, f"{entry.error} (as before; a retry with `failed` tries again)")
                 )
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
         self._attempts.keep(ledger.unfinished)
@@ -249,10 +251,10 @@ class Batch:
             claimed = first
             while claimed:
                 yield claimed
-                # Before its next step the crew saves what is in training.
+                # Before its next step the executor saves what is in training.
                 claimed = [] if self._stop.asked else self._claim(ledger, group)
 
-        outcomes = self._crew.make(
+        outcomes = self._executor.make(
             group,
             claims(),
             len(self._groups[group]),
@@ -271,8 +273,7 @@ class Batch:
         self._held.clear()
 
     def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, group: Group) -> Iterator[Outcome]:
-        """What the crew gives; where it can do nothing for a group, such as when its model is damaged, the failure of
-        all its items."""
+        """The outcomes of a group; if the group as a whole fails (a damaged model), every item fails with its error."""
         try:
             yield from outcomes
             return
@@ -299,7 +300,7 @@ class Batch:
             if entry.attempts and self._is_finished(entry):
                 begun.remove(assignment)
                 self._end(ledger, assignment, entry.seconds or 0.0)
-                self.tally.before.append(entry.name)
+                self.summary.before.append(entry.name)
         self._refresh(ledger, at_once=True)
         if begun:
             # Photos are read and encoded before the first step is told.
@@ -320,7 +321,7 @@ class Batch:
             return
         if error is None:
             self._end(ledger, assignment, outcome.seconds)
-            self.tally.done.append(assignment.name)
+            self.summary.done.append(assignment.name)
             self._console.say(f"{assignment.name}: done")
             return
         self._keep_details(error, assignment.name)
@@ -354,17 +355,17 @@ class Batch:
 
     def _take_others(self, ledger: Ledger) -> None:
         """Counts what other runners have made or failed at meanwhile."""
-        mine = {*self.tally.done, *self.tally.before, *self._failed_jobs}
+        mine = {*self.summary.done, *self.summary.before, *self._failed_jobs}
         for entry in ledger.entries():
             if entry.name in mine or entry.job in mine or entry.job not in self._assignments:
                 continue
             if entry.state == ledgers.DONE:
-                self.tally.before.append(entry.name)
+                self.summary.before.append(entry.name)
             elif entry.state == ledgers.FAILED:
                 self._fail(BadItem(entry.place, entry.name, str(entry.error)))
 
     def _fail(self, bad: BadItem) -> None:
-        self.tally.failed.append(bad)
+        self.summary.failed.append(bad)
         self._console.warn(f"{bad.where}{f' ({bad.name})' if bad.name else ''}: {bad.reason}")
 
     def _keep_details(self, error: LowmemImagicError, name: str) -> None:

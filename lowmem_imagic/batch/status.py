@@ -36,13 +36,13 @@ def status(folder: Path) -> dict[str, Any]:
         ConfigError: no folder of a batch.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; name the --out of a batch run")
+        raise ConfigError(f"{folder} is no folder; name the `out` of a batch run")
     seen = ledgers_of(folder)
     entries = list(_merged(folder, seen))
     if not seen:
         entries = list(_from_files(folder))
         if not entries:
-            raise ConfigError(f"{folder} has no batch in it; name the --out of a batch run")
+            raise ConfigError(f"{folder} has no batch in it; name the `out` of a batch run")
     counts = {state: sum(entry.state == state for entry in entries) for state in (WAITING, RUNNING, DONE, FAILED)}
     runners = [runner for one in seen for runner in one.runners]
     left_s = _seconds_left(seen, entries)

@@ -1,4 +1,4 @@
-"""What the command line's commands share: the application, errors to exit codes, words to settings.
+"""What the command line's commands share: the application, errors to exit codes, reports to lines.
 
 Exit codes: 0 done, 1 failure, 2 usage (settings, sentence), 130 stopped by Ctrl-C. Results go to standard
 output (with ``--json`` as one JSON object), everything else to standard error. An error that nobody raised on
@@ -8,9 +8,7 @@ purpose ends a command in one line, too, with its traceback in a file; with `DEB
 import contextlib
 import functools
 import json
-import logging
 import os
-import reprlib
 import signal
 import sys
 import tempfile
@@ -22,9 +20,8 @@ from typer.core import TyperGroup
 
 from ..errors import ConfigError, LowmemImagicError, OutputUnwritableError, PromptError
 from ..plain_text import shown
-from ..settings.presets import SMALL_KEEP, preset
-from ..settings.stages import EditConfig, SampleConfig, base_problems, parse_strength
-from ..unexpected import unexpected
+from ..unexpected import quiet_libraries, unexpected
+from .flags import with_flags
 from .streams import end_output
 
 DEBUG = "LOWMEM_IMAGIC_DEBUG"
@@ -70,12 +67,6 @@ app = typer.Typer(
 INTERRUPTED = 130
 
 
-def quiet_libraries() -> None:
-    """Libraries advise developers in their logs; a user of the command line can do nothing about it."""
-    for library in ("bitsandbytes", "diffusers", "transformers", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
-
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the package's errors turned into one line and an exit code."""
 
@@ -85,7 +76,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except LowmemImagicError as error:
-            _fail(str(error), 2 if isinstance(error, (ConfigError, PromptError)) else 1)
+            _fail(_told(error), 2 if isinstance(error, (ConfigError, PromptError)) else 1)
         except KeyboardInterrupt:
             _fail("stopped; nothing half-written was left behind", INTERRUPTED)
         except Exception as error:
@@ -97,6 +88,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _fail(f"{failure}{_kept(failure.details)}", 1)
 
     return run
+
+
+def _told(error: LowmemImagicError) -> str:
+    """The text of an error with flags; two settings that one option fills are one problem."""
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    return "; ".join(dict.fromkeys(map(with_flags, problems)))
 
 
 def _kept(details: str) -> str:
@@ -132,6 +129,15 @@ def put(line: str) -> None:
         raise OutputUnwritableError(f"standard output cannot be written ({error.strerror})") from error
 
 
+def put_text(text: str) -> None:
+    """Prints a line for a person: flags in place of settings' names, and nothing that a terminal would obey.
+
+    Raises:
+        OutputUnwritableError: it cannot be written.
+    """
+    put(shown(with_flags(text)))
+
+
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Around imports of large libraries: Ctrl-C ends the process at once.
@@ -149,106 +155,17 @@ def importing() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-class Words:
-    """Turns the words of a command into settings; what is wrong with any of them is reported together by `check`."""
-
-    def __init__(self, *, device: str, weights: str | None, attention: str) -> None:
-        self._problems = base_problems(device=device, weights=weights, attention=attention)
-
-    def numbers(self, text: str | None, name: str, kind: type) -> tuple[Any, ...] | None:
-        """The numbers of a comma-separated option; None where it was not given."""
-        if text is None:
-            return None
-        try:
-            return tuple(kind(part) for part in text.replace(" ", "").split(",") if part)
-        except ValueError:
-            self._problems.append(f"{name} is {reprlib.repr(text)}, expected comma-separated numbers such as 0,0.6,1")
-            return None
-
-    def sampling(
-        self, *, etas: str | None = None, seeds: str | None = None, strength: str | None = None, **others: Any
-    ) -> dict[str, Any]:
-        """The fields of `config.SampleConfig` that were given; their ranges are not checked yet."""
-        factor = None
-        try:
-            factor = None if strength is None else parse_strength(strength)
-        except ConfigError as error:
-            self._problems += error.problems
-        numbers = {"etas": self.numbers(etas, "etas", float), "seeds": self.numbers(seeds, "seeds", int)}
-        return given(**numbers, strength=factor, **others)
-
-    def edit(
-        self,
-        name: str,
-        *,
-        seed: int,
-        steps_embed: int | None,
-        steps_finetune: int | None,
-        learning_rate: float | None,
-        draws: int | None,
-        adapt: str | None,
-        rank: int | None,
-        keep: float | None,
-        small: bool,
-        sampling: dict[str, Any] | None = None,
-    ) -> EditConfig:
-        """The settings of the preset `name` with the given options on top.
-
-        Raises:
-            ConfigError: with all that is wrong with any word so far.
-        """
-        if small and keep is not None:
-            self._problems.append("--keep and --small both say how much of the adapter to keep, expected one of them")
-        if small:
-            keep = SMALL_KEEP
-        elif keep is None and (rank is not None or adapt is not None):
-            # The preset's share is of the preset's adapter; of another, all is kept unless something else is asked.
-            keep = 1.0
-        finetune = given(
-            steps=steps_finetune,
-            learning_rate=learning_rate,
-            draws=draws,
-            adapt=adapt,
-            keep=keep,
-            lora_rank=rank,
-            lora_alpha=None if rank is None else float(rank),
-        )
-        embed = given(steps=steps_embed, draws=draws)
-        try:
-            made = preset(name, {"": {"seed": seed}, "embed": embed, "finetune": finetune, "sample": sampling or {}})
-        except ConfigError as error:
-            self._problems += error.problems
-        self.check()
-        return made
-
-    def check(self, sampling: dict[str, Any] | None = None) -> None:
-        """Reports what is wrong with any word so far, and with the ranges of `sampling`.
-
-        Raises:
-            ConfigError: with all problems.
-        """
-        try:
-            SampleConfig(**sampling or {})
-        except ConfigError as error:
-            self._problems += error.problems
-        if self._problems:
-            raise ConfigError(self._problems)
-
-
-def given(**values: Any) -> dict[str, Any]:
-    """The values that were given."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def print_report(report: dict[str, Any], as_json: bool) -> None:
     """Prints what a command reports: the lines for a person, or everything as JSON.
 
     Raises:
         OutputUnwritableError: standard output cannot be written; the files that were made are named.
     """
-    lines = [json.dumps(report, indent=2)] if as_json else [shown(line) for line in report["summary"]]
     try:
-        for line in lines:
-            put(line)
+        if as_json:
+            put(json.dumps(report, indent=2))
+        else:
+            for line in report["summary"]:
+                put_text(line)
     except OutputUnwritableError as error:
         raise OutputUnwritableError(f"{error}; the files are there: {' | '.join(report['summary'])}") from error

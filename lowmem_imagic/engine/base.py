@@ -6,6 +6,7 @@ UNet stays. So encode everything first, then train (`release` drops the UNet too
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..diffusion.schedules import add_noise
 from ..edits.identity import BaseIdentity
-from ..errors import BackendUnavailableError, ConfigError, DivergenceError, NonFiniteModelError
+from ..errors import BackendUnavailableError, BaseInUseError, ConfigError, DivergenceError, NonFiniteModelError
 from ..families import DEMO, StableDiffusion, load_family
 from ..layers.frozen import weight_bytes
 from ..settings.stages import base_problems
@@ -41,20 +42,28 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError("device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
+        raise BackendUnavailableError("device cuda was asked for, but torch sees no CUDA GPU; use `device=cpu`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendUnavailableError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device
 
 
-def pick_dtype(device: torch.device, weights: str) -> torch.dtype:
-    """The type to compute in: bfloat16 on GPUs that have it, else fp32 (bfloat16 is slower on most CPUs)."""
-    if weights == "fp32":
+COMPUTE_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_dtype(device: torch.device, weights: str, compute: str = "auto") -> torch.dtype:
+    """The type to compute in.
+
+    "auto" takes that of the weights where they are bf16 or fp32. With weights in 8 bits it takes bfloat16 on GPUs that
+    have it, fp16 on older ones (RTX 20xx, GTX 16xx), and fp32 on CPUs, most of which are slower in bfloat16.
+    """
+    if compute != "auto":
+        return COMPUTE_TYPES[compute]
+    if weights in COMPUTE_TYPES:
+        return COMPUTE_TYPES[weights]
+    if device.type != "cuda":
         return torch.float32
-    if weights == "bf16":
-        return torch.bfloat16
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if capable else torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 class BaseModel:
@@ -68,10 +77,15 @@ class BaseModel:
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
         text_on_cpu: whether sentences are encoded on the CPU.
-        replays: whether a GPU records training passes and replays them (see `replay`); not with checkpointing. A pass
-            has some 6,600 kernels, which take Python 0.3 s to start one by one (``benchmarks/gpu.py``).
-        rungs: what was made cheaper because memory ran out, in words and in order.
-        most_rows, most_images: of a training pass and of a sampling batch, as learnt from running out; None until then.
+        replays: whether a GPU records training passes and replays them (see `engine.cuda_graphs`); not with
+            checkpointing. Off: no GPU has done so yet, though one spent five sixths of a step's time on starting 6,600
+            kernels one by one (``benchmarks/results/gpu_first_run.json``).
+        rungs: what was made cheaper because memory ran out, in words and in order, since the base was loaded.
+        most_rows, most_images: limits of a training pass and of a sampling batch, found by running out of memory; None
+            if that has not happened.
+
+    Not for two threads at a time: adapters are attached to its network, and what it learns of memory is its own. A
+    second thread gets `BaseInUseError`.
     """
 
     def __init__(
@@ -82,19 +96,60 @@ class BaseModel:
         weights: str,
         attention: str,
         checkpointing: bool,
+        compute: str = "auto",
     ) -> None:
         self.family = family
         self.device, self.weights = device, weights
-        self.dtype = pick_dtype(device, weights)
+        self.dtype = pick_dtype(device, weights, compute)
         self.attention, self.checkpointing = attention, checkpointing
         self.vae_tiling = False
         self.text_on_cpu = device.type == "cpu"
-        self.replays = device.type == "cuda"
+        self.replays = False
         self.rungs: list[str] = []
         self.most_rows: int | None = None
         self.most_images: int | None = None
+        self.remembered: dict[Any, Any] = {}
+        """For those who work with this base: what they worked out about it, by keys of their own."""
         self._unet: nn.Module | None = None
         self._embeddings: dict[str, Tensor] = {}
+        self._user = threading.RLock()
+        self._restoring = False
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Within the block this thread alone uses the base; it may enter again.
+
+        Raises:
+            BaseInUseError: another thread uses it now.
+        """
+        if not self._user.acquire(blocking=False):
+            raise BaseInUseError(
+                f"{self.name} is in use by another thread; a base is for one at a time: wait, or load a second one"
+            )
+        try:
+            yield
+        finally:
+            self._user.release()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within the block the base may be made to take less memory; afterwards it works as before.
+
+        Inside of another such block, that one's end counts.
+        """
+        if self._restoring:
+            yield
+            return
+        names = ("vae_tiling", "text_on_cpu", "replays", "most_rows", "most_images")
+        before, checkpointing = {name: getattr(self, name) for name in names}, self.checkpointing
+        self._restoring = True
+        try:
+            yield
+        finally:
+            self._restoring = False
+            for name, value in before.items():
+                setattr(self, name, value)
+            self.recompute(checkpointing)
 
     @staticmethod
     def load(
@@ -104,6 +159,7 @@ class BaseModel:
         device: str = "auto",
         weights: str = "int8",
         attention: str = "auto",
+        compute: str = "auto",
         checkpointing: bool = False,
         config_folder: str | Path | None = None,
     ) -> "BaseModel":
@@ -115,6 +171,7 @@ class BaseModel:
             device: "auto", "cpu", "cuda" or "cuda:N".
             weights: "int8", "bnb-int8" (stock bitsandbytes), "bf16" or "fp32".
             attention: "auto", "xformers" or "sdpa".
+            compute: type of the arithmetic: "auto" (see `pick_dtype`), "bf16", "fp16" or "fp32". Adapters are fp32.
             checkpointing: recompute activations: less memory, about 1.3 times the arithmetic.
             config_folder: for a single file, whose configuration it has: a short name, a Hub id or a diffusers folder.
 
@@ -122,7 +179,7 @@ class BaseModel:
             ModelError: unknown, incomplete or wrong model; a backend that is missing.
             ConfigError: unknown option values.
         """
-        if problems := base_problems(device=device, weights=weights, attention=attention):
+        if problems := base_problems(device=device, weights=weights, attention=attention, compute=compute):
             raise ConfigError(problems)
         place = pick_device(device)
         return BaseModel(
@@ -131,6 +188,7 @@ class BaseModel:
             weights=weights,
             attention=resolve_attention(attention, place),
             checkpointing=checkpointing,
+            compute=compute,
         )
 
     @property
@@ -182,11 +240,12 @@ class BaseModel:
             self._unet = unet
         return self._unet
 
-    def recompute(self) -> None:
-        """Switches gradient checkpointing on."""
-        self.checkpointing = True
+    def recompute(self, on: bool = True) -> None:
+        """Switches gradient checkpointing on or off."""
+        self.checkpointing = on
         if self._unet is not None:
-            self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            unet: Any = self._unet
+            (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
 
     def step_down(self, words: str) -> None:
         """Records a rung that was taken because memory ran out."""
@@ -222,7 +281,8 @@ class BaseModel:
         Raises:
             NonFiniteModelError: the text encoder gives NaN or infinity.
         """
-        in_rungs(lambda: self._encode_new(prompts), self._text_to_cpu)
+        with self.used():
+            in_rungs(lambda: self._encode_new(prompts), self._text_to_cpu)
         for prompt in prompts:
             # To the end: what was asked for longest ago is forgotten first.
             self._embeddings[prompt] = self._embeddings.pop(prompt)
@@ -303,7 +363,8 @@ class BaseModel:
             self.step_down("the autoencoder in tiles")
             return True
 
-        return in_rungs(run, cheaper)
+        with self.used():
+            return in_rungs(run, cheaper)
 
     def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         """The UNet's prediction (R, C, H, W) for noisy latents (R, C, H, W), timesteps (R,), text (R, T, D)."""
@@ -368,7 +429,9 @@ def resolve_attention(name: str, device: torch.device) -> str:
         return name
     problem = _NOT_ON_CPU if device.type == "cpu" else _xformers_problem(device)
     if name == "xformers" and problem:
-        raise BackendUnavailableError(f"attention xformers was asked for, but {problem}; use --attention auto or sdpa")
+        raise BackendUnavailableError(
+            f"attention xformers was asked for, but {problem}; use `attention=auto` or `attention=sdpa`"
+        )
     if problem not in ("", _NOT_ON_CPU, _NOT_INSTALLED):
         log.warning("xformers is installed and not used: %s", problem)
     return "sdpa" if problem else "xformers"

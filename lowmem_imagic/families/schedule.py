@@ -96,7 +96,7 @@ def _marked(values: dict[str, Any], source: SingleFile, label: str) -> dict[str,
         if marks.zero_snr is not None or not _same(recorded, rescaled, label):
             raise IncompleteModelError(
                 f"{source.path.name} has another noise schedule (alphas_cumprod) than the configuration of {label}; "
-                "give the configuration that it was trained with (--model-config)"
+                "give the configuration that it was trained with (`model_config`)"
             )
         marked = rescaled
     if marked["rescale_betas_zero_snr"] and not values["rescale_betas_zero_snr"]:

@@ -68,13 +68,13 @@ class StableDiffusion:
             raise IncompleteModelError(
                 f"{source.label} takes text of width {source.width}, but the configuration of {self._folder.label} "
                 f"says {self.cross_attention_dim}; give a model or a diffusers folder of the same family "
-                "(--model-config)"
+                "(`model_config`)"
             )
         factor = source.beside("scale_factor")
         if factor is not None and factor.numel() == 1 and abs(float(factor) / self._scaling - 1) > 0.01:
             raise IncompleteModelError(
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
-                f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (--model-config)"
+                f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (`model_config`)"
             )
         # Stable Diffusion 2 is made without the last layer: its second from the end is the last that there is.
         made_without_last = self.cross_attention_dim == 1024 and source.marks.clip_skip.endswith(" 2")

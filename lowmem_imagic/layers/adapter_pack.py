@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
-from ..settings.stages import BLOCKS
+from ..errors import ConfigError
+from ..settings.stages import BLOCKS, peft_targets
 from .lora import Rows, packed_kind
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -55,15 +58,33 @@ def block_of(module_name: str) -> int:
 
 
 def target_modules(network: nn.Module, adapt: str, blocks: Sequence[str] = BLOCKS) -> dict[str, nn.Module]:
-    """The layers of `network` that ``adapt`` (a key of `TARGETS`) covers in `blocks`, by name, in its order."""
-    endings = tuple("." + ending for ending in TARGETS[adapt])
-    return {
+    """The layers of `network` that `adapt` covers in `blocks`, by name, in the network's order.
+
+    peft chooses them, as for its own adapters.
+
+    Args:
+        network: the network; its layers may be on any device.
+        adapt: a key of `TARGETS`, or an expression (see `peft_targets`).
+        blocks: parts of the UNet, some of `BLOCKS`.
+
+    Raises:
+        ConfigError: it covers no layer, or one that is neither linear nor a convolution.
+    """
+    config = LoraConfig(target_modules=TARGETS.get(adapt) or peft_targets(adapt))
+    config = _maybe_include_all_linear_layers(config, network)
+    modules = {
         name: module
         for name, module in network.named_modules()
-        if ("." + name).endswith(endings)
-        and isinstance(module, (nn.Linear, nn.Conv2d))
-        and BLOCKS[block_of(name)] in blocks
+        if name and BLOCKS[block_of(name)] in blocks and check_target_module_exists(config, name)
     }
+    expected = "expected linear layers or convolutions, such as to_q,to_v"
+    if not modules:
+        raise ConfigError(f"`adapt` is {adapt!r}, which covers no layer of the network; {expected}")
+    for name, module in modules.items():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            kind = type(module).__name__
+            raise ConfigError(f"`adapt` is {adapt!r}, which covers {name} of the kind {kind}; {expected}")
+    return modules
 
 
 @dataclass(frozen=True)
@@ -106,8 +127,8 @@ class AdapterPack:
 
     Args:
         network: a frozen network; it is not changed until `attach`.
-        edits: N.
-        adapt: key of `TARGETS`.
+        count: N, the number of edits.
+        adapt: the layers, see `target_modules`.
         blocks: parts of the UNet to adapt, some of `BLOCKS`.
         rank: r.
         alpha: the output is scaled by ``alpha / r``.
@@ -122,7 +143,7 @@ class AdapterPack:
         self,
         network: nn.Module,
         *,
-        edits: int,
+        count: int,
         adapt: str,
         rank: int,
         alpha: float,
@@ -130,19 +151,17 @@ class AdapterPack:
         device: torch.device | str = "cpu",
     ) -> None:
         modules = target_modules(network, adapt, blocks)
-        self._create(modules, edits, dict.fromkeys(modules, rank), device)
-        self._set_alphas({name: [float(alpha)] * edits for name in self._shapes})
+        self._create(modules, count, dict.fromkeys(modules, rank), device)
+        self._set_alphas({name: [float(alpha)] * count for name in self._shapes})
 
     def _create(
-        self, modules: Mapping[str, nn.Module], edits: int, ranks: Mapping[str, int], device: torch.device | str
+        self, modules: Mapping[str, nn.Module], count: int, ranks: Mapping[str, int], device: torch.device | str
     ) -> None:
-        if not modules:
-            raise ValueError("the network has none of the layers to adapt")
-        self.edits = edits
+        self.count = count
         self.rows = Rows()
         self._shapes = {name: _Shape.of(module, ranks[name]) for name, module in modules.items()}
         size = sum(shape.size for shape in self._shapes.values())
-        self.weights = torch.zeros(edits, size, device=device)
+        self.weights = torch.zeros(count, size, device=device)
         self._parameters = {name: (nn.Parameter(d), nn.Parameter(u)) for name, d, u in self._views(self.weights)}
 
     def _set_alphas(self, alphas: dict[str, list[float]]) -> None:
@@ -162,8 +181,8 @@ class AdapterPack:
             middle, end = start + shape.down_size, start + shape.size
             yield (
                 name,
-                flat[:, start:middle].view(self.edits, *shape.down),
-                flat[:, middle:end].view(self.edits, *shape.up),
+                flat[:, start:middle].view(self.count, *shape.down),
+                flat[:, middle:end].view(self.count, *shape.up),
             )
             start = end
 
@@ -171,11 +190,6 @@ class AdapterPack:
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, views of `weights`."""
         return [parameter for pair in self._parameters.values() for parameter in pair]
-
-    def initialize(self, generators: Sequence[torch.Generator]) -> None:
-        """Draws every edit's adapter from its own generator, see `initialize_edit`."""
-        for edit, generator in enumerate(generators):
-            self.initialize_edit(edit, generator)
 
     @torch.no_grad()
     def initialize_edit(self, edit: int, generator: torch.Generator) -> None:
@@ -195,12 +209,6 @@ class AdapterPack:
             parameters[0].grad, parameters[1].grad = down, up
         return grads
 
-    def disable_gradients(self) -> None:
-        """Frees the gradients; the factors are trained no further."""
-        for parameter in self.parameters:
-            parameter.grad = None
-            parameter.requires_grad_(False)
-
     def set_rows(self, index: Tensor | None, strengths: Tensor | None = None) -> None:
         """Says which edit each row of the following passes belongs to, and how strongly it is adapted.
 
@@ -210,7 +218,7 @@ class AdapterPack:
                 alone. None when all are 1.
         """
         device = self.weights.device
-        self.rows.index = None if index is None or self.edits == 1 else index.to(device)
+        self.rows.index = None if index is None or self.count == 1 else index.to(device)
         plain = strengths is None or bool((strengths == 1).all())
         self.rows.strengths = None if plain else strengths.to(device)  # type: ignore[union-attr]
 

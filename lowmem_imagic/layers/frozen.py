@@ -9,6 +9,7 @@ its input. Stock bitsandbytes keeps every input on the autograd context, where g
 cannot free it.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -150,9 +151,10 @@ class Int8Conv2d(nn.Conv2d):
 
     def quantize_(self) -> "Int8Conv2d":
         """Replaces the float weight by int8 values and one absmax per output channel; returns itself."""
-        weight = self.weight.data.float()
-        absmax = weight.abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
-        rounded = (weight * (127 / absmax).view(-1, 1, 1, 1)).round_().to(torch.int8)
+        # One fp32 copy and no more: on a small card the largest layer's sets the peak of loading.
+        weight = self.weight.data.to(torch.float32, copy=True)
+        absmax = torch.linalg.vector_norm(weight, math.inf, dim=(1, 2, 3)).clamp_min(1e-12)
+        rounded = weight.mul_((127 / absmax).view(-1, 1, 1, 1)).round_().to(torch.int8)
         # Channels-last is the layout tensor cores and oneDNN compute in.
         self.weight = nn.Parameter(rounded.contiguous(memory_format=torch.channels_last), requires_grad=False)
         self.register_buffer("absmax", absmax)

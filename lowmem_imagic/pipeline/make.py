@@ -25,12 +25,12 @@ from ..errors import (
     TensorShapeError,
     TensorValueError,
 )
-from ..layers.adapter_pack import AdapterPack, Factors
+from ..layers.adapter_pack import AdapterPack, Factors, target_modules
 from ..layers.portable import portable
 from ..layers.truncation import truncated
 from ..pictures.letterbox import Letterbox, from_square, to_images
 from ..sampling.sample import Cell, sample
-from ..settings.stages import EditConfig, SampleConfig
+from ..settings.stages import ADAPT_TARGETS, EditConfig, FinetuneConfig, SampleConfig
 from ..training.pack import Pack, StageProgress, TrainedEdit
 from ..training.run import tail
 from .prepare import Job, Prepared, Taken, measured_stage, named
@@ -56,11 +56,12 @@ def make_edits(
         NonFiniteModelError: a part of the base gives NaN or infinity.
     """
     made: dict[int, Edit] = {}
-    for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
-        for number, edit in group:
-            if isinstance(edit, LowmemImagicError):
-                raise edit
-            made[number] = edit
+    with base.restored():
+        for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
+            for number, edit in group:
+                if isinstance(edit, LowmemImagicError):
+                    raise edit
+                made[number] = edit
     return [made[number] for number in range(len(jobs))]
 
 
@@ -96,6 +97,7 @@ def stream_edits(
         between: called before every step with the pack, whose `states` may be kept; what it raises ends the run.
 
     Raises:
+        ConfigError: the base has none of the layers that `config` adapts.
         PromptError: a sentence with nothing to encode, or one no edit file can hold.
         NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.
         MemoryLimitError: a stage does not fit.
@@ -109,6 +111,7 @@ def stream_edits(
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
     base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
+    _check_layers(base, config.finetune)
     prepared = Prepared(base, config, meter, groups, progress if count == 1 else preparing)
     if (first := next(prepared, None)) is None:
         return
@@ -142,6 +145,17 @@ def stream_edits(
         yield finished
 
 
+def _check_layers(base: BaseModel, config: FinetuneConfig) -> None:
+    """Makes sure that the base has the layers to adapt, before any weights are read.
+
+    Raises:
+        ConfigError: it has none, or they cannot be adapted.
+    """
+    if config.adapt not in ADAPT_TARGETS:
+        network = base.family.load_unet(weights=base.weights, device=torch.device("meta"), dtype=base.dtype)
+        target_modules(network, config.adapt, config.blocks)
+
+
 def apply_edits(
     base: BaseModel,
     edits: Sequence[Edit],
@@ -169,8 +183,9 @@ def apply_edits(
         NonFiniteEditError: an edit makes it do so.
         MemoryLimitError: does not fit.
     """
-    latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
-    return decode_cells(base, edits, cells, latents, meter=meter)
+    with base.restored():
+        latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
+        return decode_cells(base, edits, cells, latents, meter=meter)
 
 
 def decode_cells(
@@ -189,7 +204,7 @@ def decode_squares(base: BaseModel, latents: Tensor, *, meter: Meter | None = No
     Raises:
         NonFiniteEditError: the latents are more than the autoencoder can take.
     """
-    with measured_stage(meter or Meter(base.device), "decode", "--device cpu"):
+    with measured_stage(meter or Meter(base.device), "decode", "`device=cpu`"):
         decoded = base.decode(latents)
     if not decoded.isfinite().all():
         raise NonFiniteEditError(
@@ -220,7 +235,7 @@ def render_latents(
     optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
     coarse_latents = torch.cat([_coarse_latents(edit, base) for edit in edits])
     own = [_inverted_noise(edit, base) for edit in edits] if config.start == "inverted" else []
-    with measured_stage(meter or Meter(base.device), "sample", "fewer rows a batch (--batch-rows)"):
+    with measured_stage(meter or Meter(base.device), "sample", "fewer rows a batch (`batch_rows`)"):
         adapters = [{key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits]
         try:
             pack = AdapterPack.load(base.unet, adapters, device=base.device)
@@ -260,12 +275,12 @@ def _inverted_noise(edit: Edit, base: BaseModel) -> Tensor:
     if edit.inverted_noise is None:
         raise ConfigError(
             "start is inverted, and this edit was not made with it: it holds no noise of its photo's own; "
-            "start from the photo's colours (--start photo)"
+            "start from the photo's colours (`start=photo`)"
         )
     if tuple(edit.inverted_noise.shape) != base.family.latent_shape:
         raise TensorShapeError(
             f"the edit's own noise has shape {tuple(edit.inverted_noise.shape)}, the base's latents have "
-            f"{base.family.latent_shape}; use the base the edit was made for, or --start photo"
+            f"{base.family.latent_shape}; use the base the edit was made for, or `start=photo`"
         )
     return edit.inverted_noise.float()
 
@@ -289,7 +304,7 @@ def check_base(edit: Edit, base: BaseModel) -> str:
     raise BaseMismatchError(
         f"this edit was made for {edit.base.source} ({edit.base.family}, {edit.base.prediction_type}, "
         f"width {edit.base.cross_attention_dim}) and cannot be used on {base.name} ({base.family.family}, "
-        f"{base.family.prediction_type}, width {base.family.cross_attention_dim}); name its own base with --model"
+        f"{base.family.prediction_type}, width {base.family.cross_attention_dim}); name its own base with `model`"
     )
 
 

@@ -19,7 +19,7 @@ from ..pictures import Photo
 from ..pictures.letterbox import Letterbox, to_square, to_tensor
 from ..sampling.inversion import own_noise
 from ..settings.stages import EditConfig
-from ..training.pack import StageProgress, Task
+from ..training.pack import StageProgress, TrainingInput
 from ..training.state import TrainingState
 
 STAGES = ("encode", "load", "invert")
@@ -52,7 +52,7 @@ class Taken:
     """Seconds and peak bytes of the stages before training."""
 
 
-class Prepared(Iterator[Task]):
+class Prepared(Iterator[TrainingInput]):
     """The tasks of jobs, which are taken and encoded group by group as tasks are asked for, and inverted one by one.
 
     **Memory**: the UNet is loaded once the first group is encoded, and stays.
@@ -73,7 +73,7 @@ class Prepared(Iterator[Task]):
         self.taken: dict[int, Taken] = {}
         """By the number of their task; taken from here once it is trained."""
 
-    def __next__(self) -> Task:
+    def __next__(self) -> TrainingInput:
         while not self._ready:
             self._encode(next(self._groups))
         taken = self._ready.popleft()
@@ -82,7 +82,7 @@ class Prepared(Iterator[Task]):
         taken.measured = {name: self._meter.stages[name] for name in STAGES if name in self._meter.stages}
         self.taken[self._count] = taken
         self._count += 1
-        return Task(taken.latents, taken.target_embedding, generator, noise, taken.job.state)
+        return TrainingInput(taken.latents, taken.target_embedding, generator, noise, taken.job.state)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -92,14 +92,14 @@ class Prepared(Iterator[Task]):
             self._base.family.check_prompt(job.prompt)
         boxes = [Letterbox.fit(*job.photo.image.size, self._base.size_px) for job in jobs]
         sources = [_source(job.photo, box) for job, box in zip(jobs, boxes, strict=True)]
-        with measured_stage(self._meter, "encode", "--device cpu"):
+        with measured_stage(self._meter, "encode", "`device=cpu`"):
             # The negative prompt is for sampling and the empty one for inversion: the text encoder is loaded once.
             sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt, ""]
             target = self._base.encode_text(sentences)
             squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
             latents = self._base.encode_images(torch.cat([to_tensor(square) for square in squares]))
         if not self._count:
-            with measured_stage(self._meter, "load", "--base-weights int8, or --device cpu"):
+            with measured_stage(self._meter, "load", "`base_weights=int8`, or `device=cpu`"):
                 self._base.unet.eval()
         for job, x, e, source in zip(jobs, latents, target[: len(jobs)], sources, strict=True):
             self._ready.append(Taken(job, x, e, source))
@@ -110,7 +110,7 @@ class Prepared(Iterator[Task]):
         drawn = starting_noise(self._base.family.latent_shape, torch.Generator().manual_seed(seed))
         if self._config.sample.start != "inverted":
             return drawn
-        with measured_stage(self._meter, "invert", "--device cpu"):
+        with measured_stage(self._meter, "invert", "`device=cpu`"):
             progress = named(self._progress, "invert")
             taken.inverted_noise = own_noise(self._base, taken.latents, generator, progress).half()
         # As the file holds it: what is trained is what will be sampled.

@@ -17,7 +17,7 @@ from ..diffusion.schedules import loss_per_edit
 from ..engine.base import BaseModel
 from ..families import StableDiffusion
 from ..layers.adapter_pack import AdapterPack, strided_gradients
-from ..layers.frozen import weight_bytes
+from ..layers.frozen import Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from .counting import fused_attention, peak_of
 
@@ -92,15 +92,25 @@ class Costs:
         return weight_bytes(self._base.unet)
 
     @cached_property
+    def load(self) -> int:
+        """Most bytes while the UNet is loaded and quantised, itself included.
+
+        A kernel of n weights is there in half precision, as it came from the file, in fp32, and twice in 8 bits (see
+        `layers.frozen.Int8Conv2d.quantize_`); any other weight in half precision and as it is kept.
+        """
+        modules = list(self._base.unet.modules())
+        kernels = [7 * layer.weight.numel() for layer in modules if isinstance(layer, Int8Conv2d)]
+        others = [2 * parameter.numel() for parameter in self._base.unet.parameters()]
+        return self.unet + max(*kernels, *others)
+
+    @cached_property
     def adapter_weights(self) -> int:
         """Numbers in one edit's adapter."""
         return self._adapters(1).weights.numel()
 
     def adapters(self, slots: int) -> int:
-        """Bytes of what trains in `slots` slots, fp32: with gradients, two moments and averages, if kept."""
-        first, second = self._config.embed, self._config.finetune
-        each = 16 * (self.adapter_weights + math.prod(self._text_shape))
-        return slots * (each + 4 * self.adapter_weights * bool(second.average or first.average))
+        """Bytes of what trains in `slots` slots, fp32, with gradients and two moments."""
+        return slots * 16 * (self.adapter_weights + math.prod(self._text_shape))
 
     def train(
         self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune", recorded: bool = False
@@ -185,7 +195,7 @@ class Costs:
         tuned = self._config.finetune
         return AdapterPack(
             self._base.unet,
-            edits=edits,
+            count=edits,
             adapt=tuned.adapt,
             blocks=tuned.blocks,
             rank=tuned.lora_rank,

@@ -1,17 +1,18 @@
 """What fits into a stated amount of memory, and how: slots, rows, checkpointing, batches, predicted bytes by phase."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..engine.base import BaseModel
 from ..engine.memory import resident_bytes
-from ..errors import ConfigError, MemoryLimitError
-from ..families import StableDiffusion
+from ..errors import MemoryLimitError
 from ..settings.stages import EditConfig
+from ..settings.text import parse_bytes
 from .costs import Costs
 
 MAX_SLOTS = 16
@@ -22,25 +23,6 @@ CUDA_CONTEXT_BYTES = 500_000_000
 """What a process takes on a GPU before any tensor: a usual figure."""
 RESERVE = 0.1
 """Share of a budget left for the allocator's rounding and kernels' scratch memory."""
-_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """The bytes that words describe: ``8GB``, ``7.5GiB``, ``6000MB``; a bare number below 1024 is in GB.
-
-    Raises:
-        ConfigError: neither.
-    """
-    words = text.strip().lower()
-    number = words.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = words[len(number) :].strip()
-    try:
-        value = float(number)
-        if not math.isfinite(value) or value <= 0 or unit not in _UNITS:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"--vram is {text!r}, expected an amount of memory such as 8GB or 7.5GiB") from None
-    return round(value * (1e9 if not unit and value < 1024 else _UNITS[unit]))
 
 
 @dataclass(frozen=True)
@@ -108,13 +90,15 @@ class Budget:
     """Bytes, those included that are taken before any tensor."""
     context: int = 0
     """Bytes taken before any tensor."""
+    enforced: bool = False
+    """Whether a GPU's allocator is to be held to it."""
 
     @staticmethod
     def of(device: torch.device, vram: str | None) -> "Budget | None":
         """The budget before a run's weights are loaded; None where nothing limits it.
 
         It is `vram`, of which what is taken before any tensor is a part: on a GPU `CUDA_CONTEXT_BYTES`, else what this
-        process holds now. By default it is what a GPU has free, and nothing on a CPU. A GPU's allocator is held to it.
+        process holds now. By default it is what a GPU has free, and nothing on a CPU.
 
         Raises:
             ConfigError: `vram` is no amount of memory.
@@ -122,41 +106,56 @@ class Budget:
         asked = None if vram is None else parse_bytes(vram)
         if device.type != "cuda":
             return None if asked is None else Budget(asked, resident_bytes() or 0)
-        free, everything = torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info(device)
         if asked is None:
             return Budget(free)
-        budget = Budget(min(asked, free + CUDA_CONTEXT_BYTES), CUDA_CONTEXT_BYTES)
+        return Budget(min(asked, free + CUDA_CONTEXT_BYTES), CUDA_CONTEXT_BYTES, enforced=True)
+
+    @contextmanager
+    def held(self, device: torch.device) -> Iterator[None]:
+        """Within the block a GPU's allocator gives no more than an enforced budget; afterwards all there is."""
+        if not self.enforced or device.type != "cuda":
+            yield
+            return
         # torch takes no device without a number here.
         index = torch.cuda.current_device() if device.index is None else device.index
-        share = min(1.0, max(0, budget.total - budget.context) / everything)
+        _, everything = torch.cuda.mem_get_info(device)
+        share = min(1.0, max(0, self.total - self.context) / everything)
         torch.cuda.set_per_process_memory_fraction(share, index)
-        return budget
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
-@lru_cache(maxsize=16)
-def _costs(
-    family: StableDiffusion, config: EditConfig, weights: str, dtype: torch.dtype, part_dtype: torch.dtype
-) -> Costs:
-    return Costs(family, config, weights=weights, dtype=dtype, part_dtype=part_dtype)
+def _costs(base: BaseModel, config: EditConfig) -> Costs:
+    """What the phases take on a base; remembered as long as the base is there."""
+    key = (Costs, config, base.weights, base.dtype, base.part_dtype)
+    if key not in base.remembered:
+        base.remembered[key] = Costs(
+            base.family, config, weights=base.weights, dtype=base.dtype, part_dtype=base.part_dtype
+        )
+    costs: Costs = base.remembered[key]
+    return costs
 
 
 def adapter_weights(base: BaseModel, config: EditConfig) -> int:
     """Numbers in an adapter as it is trained, counted without weights."""
-    return _costs(base.family, config, base.weights, base.dtype, base.part_dtype).adapter_weights
+    return _costs(base, config).adapter_weights
 
 
 def plan_for(
     base: BaseModel, config: EditConfig, budget: Budget | None, *, jobs: int = 1, beside: bool = False
 ) -> Plan | None:
-    """The plan for a base, which is set accordingly; None without a budget. See `plan`.
+    """The plan for a base, to be followed within `planned`; None without a budget. See `plan`.
 
     Raises:
         MemoryLimitError: nothing fits.
     """
     if budget is None:
         return None
-    made = plan(
-        _costs(base.family, config, base.weights, base.dtype, base.part_dtype),
+    return plan(
+        _costs(base, config),
         config,
         budget_bytes=budget.total,
         jobs=jobs,
@@ -164,25 +163,41 @@ def plan_for(
         on_cpu=base.device.type == "cpu",
         weights=base.weights,
         checkpointing=base.checkpointing,
+        replays=base.replays,
         context_bytes=budget.context,
     )
-    if made.checkpointing:
+
+
+@contextmanager
+def planned(base: BaseModel, plan: Plan | None, budget: Budget | None) -> Iterator[None]:
+    """Within the block a base works as planned and takes no more than the budget; afterwards as it did before.
+
+    Without a plan or a budget there is nothing to follow; what the base learns of its memory is forgotten all the same.
+    """
+    with base.restored(), nullcontext() if budget is None else budget.held(base.device):
+        if plan is not None:
+            follow(base, plan)
+        yield
+
+
+def follow(base: BaseModel, plan: Plan) -> None:
+    """Makes a base work as planned."""
+    if plan.checkpointing:
         base.recompute()
-    base.vae_tiling |= made.vae_tiling
-    base.text_on_cpu |= made.text_on_cpu
-    return made
+    base.vae_tiling |= plan.vae_tiling
+    base.text_on_cpu |= plan.text_on_cpu
 
 
 class _Planner:
     """The search for a plan; see `plan`."""
 
-    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int, on_cpu: bool) -> None:
+    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int, replays: bool) -> None:
         self._costs, self._config, self._available, self._jobs = costs, config, available, jobs
-        self._on_cpu = on_cpu
+        self._replays = replays
 
     def recorded(self, checkpointing: bool) -> bool:
         """Whether training passes will be recorded."""
-        return not self._on_cpu and not checkpointing
+        return self._replays and not checkpointing
 
     def room(self, slots: int) -> int:
         """Bytes for activations beside `slots` edits in training."""
@@ -228,6 +243,7 @@ def plan(
     on_cpu: bool = False,
     weights: str = "int8",
     checkpointing: bool = False,
+    replays: bool = False,
     context_bytes: int = 0,
 ) -> Plan:
     """The fastest way to make `jobs` edits within a budget.
@@ -243,13 +259,14 @@ def plan(
         on_cpu: whether the budget is the CPU's own, so that nothing can be done there instead.
         weights: format of the UNet, for the record.
         checkpointing: in any case.
+        replays: whether training passes without checkpointing are recorded, see `BaseModel`.
         context_bytes: taken before any tensor.
 
     Raises:
         MemoryLimitError: not even one row of one edit fits, in the cheapest way.
     """
     available = math.floor((budget_bytes - context_bytes) * (1 - RESERVE))
-    planner = _Planner(costs, config, available, jobs, on_cpu)
+    planner = _Planner(costs, config, available, jobs, replays)
     for recompute in (True,) if checkpointing else (False, True):
         if (found := planner.training(recompute)) is not None:
             slots, rows = found
@@ -259,10 +276,15 @@ def plan(
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
-            "free; take fewer weights to train (--adapt attn, a smaller --rank), or a smaller model"
+            "free; take fewer weights to train (`adapt=attn`, a smaller `rank`), or a smaller model"
+        )
+    if costs.load > available:
+        raise MemoryLimitError(
+            f"{budget_bytes / 1e9:.2f} GB hold a training step but not the loading of the UNet, which takes "
+            f"{(costs.load + context_bytes) / 1e9:.2f} GB for a moment"
         )
     training = costs.adapters(slots)
-    # Whoever trains on keeps its place, and so does the UNet.
+    # Edits still in training keep their memory, and so does the UNet.
     held = training if beside else 0
     batch_rows = planner.batch_rows(costs.unet + held)
     room = available - costs.unet - held - costs.vae
@@ -294,6 +316,7 @@ def plan(
     photos = phase(frozen + costs.vae, held, costs.encode(tiling=tiling))
     sentences = phase(frozen + costs.text_encoder, held, costs.encode_text())
     phases = {
+        "load": Phase(costs.load, held, 0, context_bytes),
         "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
         # All but the first photo are inverted beside what is to be trained.
         **({"invert": phase(costs.unet, training, costs.sample(1))} if config.sample.start == "inverted" else {}),

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .stages import EditConfig
+from .stages import EditConfig, build
 
 SMALL_KEEP = 0.046
-"""Share of the adapter's bytes that the smallest edit files keep (``--small``)."""
+"""Share of the adapter's bytes that the smallest edit files keep (option `small`)."""
 
 _ANCHORED_EMBED: dict[str, Any] = {"draws": 2, "anchor": 0.5, "timesteps": (0.2, 1.0)}
 _ANCHORED_FINETUNE: dict[str, Any] = {
@@ -83,7 +83,8 @@ def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | 
         ConfigError: unknown preset, unknown names, values out of range; all problems at once.
     """
     if name not in _VALUES:
-        raise ConfigError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
+        raise ConfigError(f"`preset` is {name!r}, expected one of {', '.join(PRESETS)}")
     given, base = overrides or {}, _VALUES[name]
     stages = {stage: {**base.get(stage, {}), **given.get(stage, {})} for stage in {**base, **given} if stage}
-    return EditConfig.from_dict({**stages, **given.get("", {})})
+    top = {**stages, **given.get("", {})}
+    return build(lambda stage: top.get(stage, {}), top)

@@ -13,10 +13,17 @@ from typing import Any
 from ..errors import ConfigError
 
 ADAPT_TARGETS = ("attn", "attn+ff", "all")
-"""Layers an adapter may cover: attention; plus feed-forward and projections; plus every convolution."""
+"""Layers an adapter may cover by a name of ours: attention; plus feed-forward and projections; plus every
+convolution."""
+ALL_LINEAR = "all-linear"
+"""peft's name for every linear layer."""
+MAX_EXPRESSION = 1000
+"""Characters of an expression that chooses layers."""
+_ENDINGS = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(, *[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)*")
 WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
 """Of the frozen UNet. ``int8``: `quantize`'s layers. ``bnb-int8``: stock bitsandbytes, linear layers only."""
 ATTENTION = ("auto", "xformers", "sdpa")
+COMPUTE = ("auto", "bf16", "fp16", "fp32")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
 MAX_RANK = 256
 MAX_ALPHA = 10_000
@@ -49,34 +56,27 @@ def strengths(value: Strength) -> tuple[float, float, float]:
     return value if isinstance(value, tuple) else (value, value, value)
 
 
-def base_problems(*, device: str, weights: str | None, attention: str) -> list[str]:
+def base_problems(*, device: str, weights: str | None, attention: str, compute: str = "auto") -> list[str]:
     """What is wrong with how a base is asked for, as far as words show it; `weights` None is left open."""
     problems = []
     if not _DEVICE.fullmatch(device):
-        problems.append(f"device is {device!r}, expected one of auto, cuda, cpu or cuda:N")
+        problems.append(f"`device` is {device!r}, expected one of auto, cuda, cpu or cuda:N")
     if weights is not None and weights not in WEIGHT_FORMATS:
-        problems.append(f"base weights are {weights!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
+        problems.append(f"`base_weights` is {weights!r}, expected one of {', '.join(WEIGHT_FORMATS)}")
     if attention not in ATTENTION:
-        problems.append(f"attention is {attention!r}, expected one of {', '.join(ATTENTION)}")
+        problems.append(f"`attention` is {attention!r}, expected one of {', '.join(ATTENTION)}")
+    if compute not in COMPUTE:
+        problems.append(f"`compute` is {compute!r}, expected one of {', '.join(COMPUTE)}")
     return problems
 
 
-def parse_strength(text: str) -> Strength:
-    """The strength that words describe: ``0.8``, or ``down=0.5,up=1.2`` with 1 for a block that is left out.
+def peft_targets(adapt: str) -> str | tuple[str, ...]:
+    """The ``target_modules`` of peft for an expression that is no name of `ADAPT_TARGETS`.
 
-    Raises:
-        ConfigError: neither.
+    Names with commas between them, such as ``to_q,to_v``, are endings of layers' names. Anything else is a regular
+    expression for the whole name of a layer, or `ALL_LINEAR`.
     """
-    try:
-        if "=" not in text:
-            return float(text)
-        given = dict(part.split("=") for part in text.replace(" ", "").split(","))
-        factors = {block: float(given.pop(block, "1")) for block in BLOCKS}
-        if given:
-            raise ValueError(f"no block {', '.join(given)}")
-    except ValueError as error:
-        raise ConfigError(f"strength is {text!r} ({error}), expected 0.8 or down=0.5,mid=1,up=1.2") from None
-    return factors["down"], factors["mid"], factors["up"]
+    return tuple(adapt.replace(" ", "").split(",")) if _ENDINGS.fullmatch(adapt) else adapt
 
 
 def strength_text(value: Strength) -> str:
@@ -91,6 +91,16 @@ def _within(value: object, low: float, high: float, whole: bool) -> bool:
     return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
+_DROPPED_FROM_TRAINING = {"max_grad_norm": 0.0, "patience": 0, "min_improvement": 0.01, "average": 0.0}
+DROPPED: dict[str, dict[str, float]] = {
+    "embed": _DROPPED_FROM_TRAINING,
+    "finetune": {**_DROPPED_FROM_TRAINING, "weight_decay": 0.0, "embedding_learning_rate": 0.0},
+    "sample": {"ddim_eta": 0.0, "release": 0.0, "hold": 0.0},
+}
+"""Settings of earlier versions, by stage, each with the value that changed nothing. They were measured to gain nothing
+(docs/quality.md). Files that carry them are still read."""
+
+
 class _Check:
     """Collects what is wrong with the fields of one settings value."""
 
@@ -102,23 +112,33 @@ class _Check:
         kind = "a whole number" if whole else "a number"
         if not _within(value, low, high, whole) or (above and value == low):
             limits = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
-            self.problems.append(f"{name} is {reprlib.repr(value)}, expected {kind} {limits}")
+            self.problems.append(f"`{name}` is {reprlib.repr(value)}, expected {kind} {limits}")
 
     def numbers(self, name: str, low: float, high: float, *, whole: bool = False) -> None:
         values = getattr(self._owner, name)
         if not isinstance(values, tuple) or not 1 <= len(values) <= MAX_VALUES:
             found = f"{len(values)} values" if isinstance(values, tuple) else reprlib.repr(values)
-            self.problems.append(f"{name} has {found}, expected 1 to {MAX_VALUES} numbers")
+            self.problems.append(f"`{name}` has {found}, expected 1 to {MAX_VALUES} numbers")
             return
         for value in values:
             if not _within(value, low, high, whole):
                 kind = "whole numbers" if whole else "numbers"
-                self.problems.append(f"{name} has {reprlib.repr(value)}, expected {kind} from {low:g} to {high:g}")
+                self.problems.append(f"`{name}` has {reprlib.repr(value)}, expected {kind} from {low:g} to {high:g}")
 
     def choice(self, name: str, allowed: Iterable[str]) -> None:
         value = getattr(self._owner, name)
         if value not in tuple(allowed):
-            self.problems.append(f"{name} is {reprlib.repr(value)}, expected one of {', '.join(allowed)}")
+            self.problems.append(f"`{name}` is {reprlib.repr(value)}, expected one of {', '.join(allowed)}")
+
+    def expression(self, name: str) -> None:
+        value = getattr(self._owner, name)
+        try:
+            if not isinstance(value, str) or not 0 < len(value) <= MAX_EXPRESSION:
+                raise re.error("no text of a usual length")
+            re.compile(value)
+        except re.error as error:
+            expected = f"{', '.join(ADAPT_TARGETS)}, endings of layers' names, or a regular expression for a whole name"
+            self.problems.append(f"`{name}` is {reprlib.repr(value)} ({error}), expected {expected}")
 
     def done(self) -> None:
         if self.problems:
@@ -135,16 +155,6 @@ class StageConfig:
     """Adam's step size."""
     draws: int = 8
     """(timestep, noise) draws per edit and step; timesteps are stratified over the schedule. Paper: 1."""
-    max_grad_norm: float = 0.0
-    """Gradients of an edit are scaled down to this norm; 0 leaves them alone, as in the paper."""
-    patience: int = 0
-    """An edit stops early when its mean loss over this many steps is no better than over the
-    same number before (see `min_improvement`); 0 never stops early."""
-    min_improvement: float = 0.01
-    """Relative improvement between the two windows that counts as progress."""
-    average: float = 0.0
-    """Decay of a running average of what is trained, which is then the result; 0 takes the last step's, as the paper
-    does."""
     timesteps: tuple[float, float] = (0.0, 1.0)
     """Part of the noise schedule that draws come from: 0 is the clean end, 1 the noisy one. Paper: all of it."""
     anchor: float = 0.0
@@ -162,24 +172,20 @@ class StageConfig:
         check.number("steps", 0, 100_000, whole=True)
         check.number("learning_rate", 0, 1, above=True)
         check.number("draws", 1, 1024, whole=True)
-        check.number("max_grad_norm", 0, 1e6)
-        check.number("patience", 0, 100_000, whole=True)
-        check.number("min_improvement", 0, 1)
-        check.number("average", 0, 0.9999)
         check.number("anchor", 0, 1)
         check.number("final_rate", 0, 1)
         span = self.timesteps
         if not isinstance(span, tuple) or len(span) != 2:
-            check.problems.append(f"timesteps is {reprlib.repr(span)}, expected two numbers such as 0,1")
+            check.problems.append(f"`timesteps` is {reprlib.repr(span)}, expected two numbers such as 0,1")
         else:
             before = len(check.problems)
             check.numbers("timesteps", 0, 1)
             if len(check.problems) == before and not span[0] < span[1]:
-                check.problems.append(f"timesteps is {reprlib.repr(span)}, expected the first below the second")
+                check.problems.append(f"`timesteps` is {reprlib.repr(span)}, expected the first below the second")
 
     @property
     def passes(self) -> int:
-        """Rows that go forward and backward through the UNet for one edit, without early stop."""
+        """Rows that go forward and backward through the UNet for one edit."""
         return self.steps * self.draws
 
 
@@ -193,7 +199,8 @@ class FinetuneConfig(StageConfig):
     """Stage 2: the model is tuned on the photo with the embedding fixed; here, LoRA adapters only."""
 
     adapt: str = "all"
-    """Layers that get an adapter, one of `ADAPT_TARGETS`. The paper tunes all weights."""
+    """Layers that get an adapter: one of `ADAPT_TARGETS`, or an expression (see `peft_targets`). The paper tunes all
+    weights."""
     lora_rank: int = 8
     lora_alpha: float = 8.0
     """The adapter's output is scaled by ``lora_alpha / lora_rank``."""
@@ -201,21 +208,15 @@ class FinetuneConfig(StageConfig):
     """Parts of the UNet that get adapters."""
     keep: float = 1.0
     """Share of the trained adapter's bytes that the edit keeps (see `truncation`)."""
-    weight_decay: float = 0.0
-    """Decoupled decay of the adapter's factors, a unit of learning rate (AdamW's)."""
-    embedding_learning_rate: float = 0.0
-    """Rate at which e_opt goes on training beside the adapter; 0 keeps it fixed, as in the paper."""
 
     def _check(self, check: _Check) -> None:
         super()._check(check)
-        check.choice("adapt", ADAPT_TARGETS)
+        check.expression("adapt")
         check.number("lora_rank", 1, MAX_RANK, whole=True)
         check.number("lora_alpha", 0, MAX_ALPHA, above=True)
         check.number("keep", 0, 1, above=True)
-        check.number("weight_decay", 0, 1000)
-        check.number("embedding_learning_rate", 0, 1)
         if not isinstance(self.blocks, tuple) or not self.blocks or not all(b in BLOCKS for b in self.blocks):
-            check.problems.append(f"blocks is {reprlib.repr(self.blocks)}, expected some of {', '.join(BLOCKS)}")
+            check.problems.append(f"`blocks` is {reprlib.repr(self.blocks)}, expected some of {', '.join(BLOCKS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,16 +236,8 @@ class SampleConfig:
     negative_prompt: str = ""
     scheduler: str = "DDIM"
     """Name of a diffusers scheduler class, with or without "Scheduler"."""
-    ddim_eta: float = 0.0
-    """Noise added by DDIM at each step (the eta of the DDIM paper, not Imagic's)."""
     strength: Strength = 1.0
     """Factor on the adapter: 0 is the base model alone."""
-    release: float = 0.0
-    """How far the adapter is let go on the way to the sentence: its strength is times ``1 - release * eta``, so that
-    eta 0 is the photo as trained and the sentence meets a model that still follows text. Paper: 0."""
-    hold: float = 0.0
-    """Share of the steps, from the noisiest, that are taken towards the photo (eta 0) before any towards the sentence:
-    they settle where things are. Paper: 0."""
     mask: float = 0.0
     """Keeps to the photo (eta 0) at every step where the base finds the sentence no different from it: places change
     from about this difference on, a share of its largest (see `masking`). 0 lets everything change. Paper: 0."""
@@ -264,32 +257,31 @@ class SampleConfig:
             check.numbers(name, low, high, whole=name == "seeds")
             values = getattr(self, name)
             if len(check.problems) == known and len(set(values)) < len(values):
-                check.problems.append(f"{name} has a number twice, expected each once")
+                check.problems.append(f"`{name}` has a number twice, expected each once")
         if not check.problems and len(self.etas) * len(self.seeds) > MAX_PICTURES:
             found = f"{len(self.etas)} etas and {len(self.seeds)} seeds"
-            check.problems.append(f"etas and seeds make pictures of {found}, expected at most {MAX_PICTURES} pictures")
+            check.problems.append(
+                f"`etas` and `seeds` make pictures of {found}, expected at most {MAX_PICTURES} pictures"
+            )
         check.number("num_inference_steps", 1, 1000, whole=True)
         check.number("guidance_scale", 0, 100)
         if self.photo_guidance is not None:
             check.number("photo_guidance", 0, 100)
-        check.number("ddim_eta", 0, 1)
         if isinstance(self.strength, tuple):
             check.numbers("strength", *STRENGTH_RANGE)
             if len(self.strength) != 3:
-                check.problems.append(f"strength has {len(self.strength)} numbers, expected one, or down, mid and up")
+                check.problems.append(f"`strength` has {len(self.strength)} numbers, expected one, or down, mid and up")
         else:
             check.number("strength", *STRENGTH_RANGE)
-        check.number("release", 0, 1)
-        check.number("hold", 0, 1)
         check.number("mask", 0, 1)
         if not isinstance(self.negative_prompt, str):
-            check.problems.append(f"negative_prompt is {reprlib.repr(self.negative_prompt)}, expected text")
+            check.problems.append(f"`negative_prompt` is {reprlib.repr(self.negative_prompt)}, expected text")
         check.choice("interpolation", INTERPOLATIONS)
         check.choice("start", STARTS)
         check.number("batch_rows", 1, 4096, whole=True)
         if not isinstance(self.scheduler, str) or not self.scheduler.isidentifier():
             check.problems.append(
-                f"scheduler is {reprlib.repr(self.scheduler)}, expected a diffusers scheduler such as DDIM"
+                f"`scheduler` is {reprlib.repr(self.scheduler)}, expected a diffusers scheduler such as DDIM"
             )
         check.done()
 
@@ -314,30 +306,36 @@ class EditConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "EditConfig":
-        """The config described by nested plain values.
+        """The config described by nested plain values, as `to_dict` of this or an earlier version gives them.
+
+        Settings that were dropped since are ignored.
 
         Raises:
             ConfigError: unknown or missing names, values out of range; all problems at once.
         """
-        return _build(lambda stage: values.get(stage, {}), values)
+
+        def kept(stage: str) -> Mapping[str, Any]:
+            return {name: v for name, v in values.get(stage, {}).items() if name not in DROPPED[stage]}
+
+        return build(kept, values)
 
 
-def _build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, Any]) -> EditConfig:
+def build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, Any]) -> EditConfig:
     """An `EditConfig` from per-stage values, collecting the problems of all stages."""
     problems, stages = [], {}
     kinds: dict[str, type[Any]] = {"embed": EmbedConfig, "finetune": FinetuneConfig, "sample": SampleConfig}
     for stage, kind in kinds.items():
         values = dict(stage_values(stage))
         known = {f.name for f in fields(kind)}
-        problems += [f"{stage}.{name} is not a setting" for name in sorted(set(values) - known)]
+        problems += [f"`{stage}.{name}` is not a setting" for name in sorted(set(values) - known)]
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known}
         try:
             stages[stage] = kind(**values)
         except ConfigError as error:
-            problems += [f"{stage}.{problem}" for problem in error.problems]
+            problems += [re.sub("`(?=[a-z_]+`)", f"`{stage}.", problem) for problem in error.problems]
         except TypeError as error:
             problems.append(f"{stage}: {error}")
-    problems += [f"{name} is not a setting" for name in sorted(set(top) - set(kinds) - {"seed"})]
+    problems += [f"`{name}` is not a setting" for name in sorted(set(top) - set(kinds) - {"seed"})]
     seed = top.get("seed", 0)
     problems += _seed_problems(seed)
     if problems:
@@ -348,4 +346,4 @@ def _build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, A
 def _seed_problems(seed: object) -> list[str]:
     if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed <= MAX_SEED:
         return []
-    return [f"seed is {seed!r}, expected a whole number from 0 to {MAX_SEED}"]
+    return [f"`seed` is {seed!r}, expected a whole number from 0 to {MAX_SEED}"]

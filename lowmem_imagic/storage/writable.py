@@ -22,7 +22,7 @@ def check_writable(path: Path) -> None:
         if folder == path and not folder.is_dir():
             folder = folder.parent
         if not folder.is_dir():
-            raise OutputUnwritableError(f"{folder} is a file, expected a folder; choose another --out")
+            raise OutputUnwritableError(f"{folder} is a file, expected a folder; choose another `out`")
         # Permission bits do not tell the truth for root or on read-only mounts; a real file does.
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -50,7 +50,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     except (OSError, ValueError) as error:
         raise unusable(path, error) from error
     if not overwrite:
-        raise OutputExistsError(f"{path} exists already; name another with --out, or use --force")
+        raise OutputExistsError(f"{path} exists already; name another with `out`, or use `force`")
 
 
 def unusable(path: Path, error: OSError | ValueError) -> OutputUnwritableError:
@@ -58,5 +58,5 @@ def unusable(path: Path, error: OSError | ValueError) -> OutputUnwritableError:
     reason = getattr(error, "strerror", None) or str(error)
     name = str(path)
     return OutputUnwritableError(
-        f"{name if len(name) <= 200 else name[:200] + '...'} cannot be written ({reason}); choose another --out"
+        f"{name if len(name) <= 200 else name[:200] + '...'} cannot be written ({reason}); choose another `out`"
     )

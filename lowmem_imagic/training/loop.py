@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,19 +19,20 @@ from ..engine.cuda_graphs import Replay
 from ..engine.memory import in_rungs, ran_out
 from ..errors import TensorShapeError
 from ..layers.adapter_pack import AdapterPack, strided_gradients
-from ..settings.stages import StageConfig
 from ..unexpected import first_line
 from .adam import PackedAdam
-from .run import Losses, Run
+from .run import Run
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
-"""Called as ``progress(step, steps, remark)`` after every step."""
+FIRST_SCALE, MOST_SCALE = 2.0**16, 2.0**24
+"""Of an edit's loss in fp16, at first and at most."""
+GROW_AFTER = 50
+"""Steps without an overflow after which an edit's scale doubles."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTensor:
     """A tensor that training changes in place."""
 
     weights: Tensor
@@ -40,7 +40,7 @@ class Trained:
     grads: Tensor
     """(N, P), where backward passes leave the gradient of `weights`."""
     learning_rate: float
-    weight_decay: float = 0.0
+    """Where an edit has none of its own."""
 
 
 def draw_rows(
@@ -91,13 +91,13 @@ class Trainer:
             checkpointing is switched on.
 
     **Memory**: the activations of one pass, freed before the optimiser steps (kept until `release` where passes are
-    replayed); with averaging, 4 bytes a weight.
+    replayed).
     """
 
     def __init__(
         self,
         base: BaseModel,
-        trained: Sequence[Trained],
+        trained: Sequence[TrainedTensor],
         embeddings: Callable[["Trainer"], Tensor],
         *,
         pack: AdapterPack | None = None,
@@ -106,11 +106,12 @@ class Trainer:
         self._base, self._trained, self._embeddings = base, trained, embeddings
         self._pack, self._max_rows = pack, max_rows
         self._slots = len(trained[0].weights)
-        self._optimizers = [
-            PackedAdam(part.weights, learning_rate=part.learning_rate, weight_decay=part.weight_decay)
-            for part in trained
-        ]
-        self._averages: list[Tensor | None] = [None for _ in trained]
+        self._optimizers = [PackedAdam(part.weights, learning_rate=part.learning_rate) for part in trained]
+        # Gradients below 6e-8 are zero in fp16: losses are scaled up, each edit's by its own power of two (it changes
+        # no digit), and gradients down again (Micikevicius et al. 2018, section 3.2).
+        self._scaled = base.dtype == torch.float16
+        self._scales = torch.full((self._slots, 1), FIRST_SCALE if self._scaled else 1.0, device=base.device)
+        self._good = torch.zeros(self._slots, 1, device=base.device)
         self._recorded: dict[Any, Replay] = {}
         self._rates: dict[int, Sequence[float]] = {}
         self.runs: dict[int, Run] = {}
@@ -126,14 +127,10 @@ class Trainer:
             rates: learning rate of each trained tensor, 0 for one that stays; by default as in `trained`.
         """
         self.runs[slot] = run
+        self._scales[slot], self._good[slot] = FIRST_SCALE if self._scaled else 1.0, 0
         self._rates[slot] = [part.learning_rate for part in self._trained] if rates is None else rates
-        for number, (part, rate) in enumerate(zip(self._trained, self._rates[slot], strict=True)):
-            self._optimizers[number].restart(slot, learning_rate=rate, max_grad_norm=run.config.max_grad_norm)
-            if run.config.average:
-                average = self._averages[number]
-                if average is None:
-                    average = self._averages[number] = part.weights.clone()
-                average[slot].copy_(part.weights[slot])
+        for optimizer, rate in zip(self._optimizers, self._rates[slot], strict=True):
+            optimizer.restart(slot, learning_rate=rate)
 
     def forget(self, slot: int) -> None:
         """Takes an edit out of its slot as if it had never begun; does nothing for a free one."""
@@ -141,12 +138,9 @@ class Trainer:
 
     @torch.no_grad()
     def save(self, slot: int) -> dict[str, Tensor]:
-        """What a slot's training has come to, as copies on the CPU: for each trained tensor that has a rate, its row,
-        its moments, its count of steps and its average; what it began with is not among them."""
-        saved: dict[str, Tensor] = {}
-        for name, row in self._state(slot):
-            saved[name] = row.detach().to("cpu", copy=True)
-        return saved
+        """The state of a slot's training, as copies on the CPU: for each trained tensor that has a rate, its row, its
+        moments and its count of steps."""
+        return {name: row.detach().to("cpu", copy=True) for name, row in self._state(slot)}
 
     @torch.no_grad()
     def restore(self, slot: int, saved: Mapping[str, Tensor]) -> None:
@@ -170,8 +164,9 @@ class Trainer:
             yield f"{number}.first", optimizer.first[slot]
             yield f"{number}.second", optimizer.second[slot]
             yield f"{number}.steps", optimizer.steps[slot]
-            if self.runs[slot].config.average and (average := self._averages[number]) is not None:
-                yield f"{number}.average", average[slot]
+        if self._scaled:
+            yield "scale", self._scales[slot]
+            yield "steps_without_overflow", self._good[slot]
 
     def trains(self, part: int) -> bool:
         """Whether the trained tensor of this number is trained by any edit that has a slot now."""
@@ -188,7 +183,7 @@ class Trainer:
         for slot, loss in enumerate(losses.tolist()):
             if slot in self.runs:
                 self.runs[slot].losses.append(loss)
-        return {slot: self._leave(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
+        return {slot: self.runs.pop(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
 
     def _gradients(self, rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Fills the gradients of a step's rows, pass by pass; returns each slot's loss (N,)."""
@@ -248,8 +243,9 @@ class Trainer:
         text = self._embeddings(self)[index].repeat_interleave(len(noisy) // len(index), 0)
         prediction = self._base.predict(noisy, timesteps, text)
         found = share * loss_per_edit(prediction, target, len(index))
+        scaled = found * self._scales[index, 0] if self._scaled else found
         with strided_gradients():
-            found.sum().backward()
+            scaled.sum().backward()
         return found.detach()
 
     def release(self) -> None:
@@ -302,75 +298,35 @@ class Trainer:
     @torch.no_grad()
     def _update(self) -> None:
         """Moves what is trained along its gradients, each edit at its own rate."""
-        shares, follow = torch.zeros(self._slots), torch.zeros(self._slots)
+        shares = torch.zeros(self._slots)
         for slot, run in self.runs.items():
-            shares[slot], follow[slot] = run.rate_share, run.average_share
+            shares[slot] = run.rate_share
+        sound = self._unscale() if self._scaled else None
         for number, part in enumerate(self._trained):
             if not self.trains(number):
                 continue
             active = torch.tensor([slot in self.runs and self._rates[slot][number] > 0 for slot in range(self._slots)])
+            if sound is not None:
+                active &= sound
             self._optimizers[number].step(part.grads, active, shares)
-            if (average := self._averages[number]) is not None:
-                average.lerp_(part.weights, follow.to(average).unsqueeze(1))
 
-    @torch.no_grad()
-    def _leave(self, slot: int) -> Run:
-        """Frees a slot; its rows hold what the edit came to."""
-        run = self.runs.pop(slot)
-        if run.config.average:
-            for part, average in zip(self._trained, self._averages, strict=True):
-                if average is not None:
-                    part.weights[slot].copy_(average[slot])
-        return run
+    def _unscale(self) -> Tensor:
+        """Takes the scales out of the gradients; which slots (N,) have finite ones.
 
-
-def train(
-    base: BaseModel,
-    latents: Tensor,
-    embeddings: Callable[[], Tensor],
-    *,
-    trained: Sequence[Trained],
-    config: StageConfig,
-    generators: Sequence[torch.Generator],
-    start_noise: Tensor | None = None,
-    pack: AdapterPack | None = None,
-    progress: Progress | None = None,
-) -> Losses:
-    """Takes edits that begin together through one stage: what is trained changes in place.
-
-    Args:
-        base: the frozen base, with whatever is trained already in it.
-        latents: (N, C, H, W), fp32 on the CPU.
-        embeddings: gives the text conditioning (N, T, D) of a pass.
-        trained: what is trained, each with a rate of its own.
-        config: the stage.
-        generators: one CPU generator per edit.
-        start_noise: what sampling will start from (N, C, H, W); only read with `StageConfig.anchor`.
-        pack: the adapters that are attached.
-        progress: called after every step.
-
-    Raises:
-        DivergenceError: a loss is no longer finite; see `BaseModel.fault`, for which no adapter may be attached.
-    """
-    trainer = Trainer(base, trained, lambda _: embeddings(), pack=pack)
-    noise = [None] * len(latents) if start_noise is None else start_noise
-    runs = [Run(x, config, generator, own) for x, generator, own in zip(latents, generators, noise, strict=True)]
-    if config.steps:
-        for slot, run in enumerate(runs):
-            trainer.begin(slot, run)
-    try:
-        for step in range(1, config.steps + 1):
-            running = list(trainer.runs.values())
-            for run in trainer.step().values():
-                if run.diverged:
-                    raise run.diverged
-            if progress is not None:
-                progress(step, config.steps, f"loss {fmean(run.losses[-1] for run in running):.4f}")
-            if not trainer.runs:
-                break
-    finally:
-        trainer.release()
-    history = torch.full((config.steps, len(runs)), float("nan"))
-    for number, run in enumerate(runs):
-        history[: len(run.losses), number] = torch.tensor(run.losses)
-    return Losses(history, tuple(len(run.losses) for run in runs))
+        An overflow halves an edit's scale, and its step is skipped. The loss itself is of fp32, and finite.
+        """
+        trained = [part.grads for number, part in enumerate(self._trained) if self.trains(number)]
+        finite = torch.stack([grads.isfinite().all(1) for grads in trained]).all(0)
+        for grads in trained:
+            grads.div_(self._scales).masked_fill_(~finite.unsqueeze(1), 0)
+        kept = finite.unsqueeze(1)
+        self._good = torch.where(kept, self._good + 1, 0)
+        grown = kept & (self._good >= GROW_AFTER)
+        self._good[grown] = 0
+        factors = torch.where(kept, torch.where(grown, 2.0, 1.0), 0.5)
+        # In place: recorded passes read it.
+        self._scales.mul_(factors).clamp_(1.0, MOST_SCALE)
+        sound = finite.cpu()
+        for slot, run in self.runs.items():
+            run.skipped += not sound[slot]
+        return sound

@@ -1,1 +1,1 @@
-"""What makes a batch's items: this process, other processes, Ray."""
+"""Executors make a batch's items: in this process, in other processes, or on a Ray cluster."""

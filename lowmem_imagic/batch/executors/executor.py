@@ -1,4 +1,4 @@
-"""What is asked of whoever makes a batch's items, and what they answer."""
+"""The interface between a batch and its executors."""
 
 import hashlib
 import json
@@ -71,11 +71,11 @@ class Outcome:
     """Another run has begun an attempt of its own meanwhile; nothing of it was touched."""
 
 
-class Crew(Protocol):
-    """Whoever makes the items of a group: a `LocalCrew`, or one on other machines."""
+class Executor(Protocol):
+    """Makes the items of a group: in this process (`LocalExecutor`), or on other machines (`RayExecutor`)."""
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
-        """What becomes of the items of `claims`, as they are finished; their files are in place by then.
+        """Gives the outcome of each item of `claims` when it is finished; its files are in place by then.
 
         Args:
             group: what the items have in common.

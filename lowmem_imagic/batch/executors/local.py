@@ -1,4 +1,4 @@
-"""Makes items in refilling packs. Whoever hands them out, and keeps the books, is not known here."""
+"""Makes items in this process, in refilling packs; knows nothing of the ledger."""
 
 import time
 import weakref
@@ -16,7 +16,7 @@ from ...errors import ImageError, LowmemImagicError, MemoryLimitError, OutputUnw
 from ...pictures import Photo, load_photo
 from ...pipeline.make import stream_edits
 from ...pipeline.prepare import Job
-from ...planning.plan import CPU_SLOTS, Plan
+from ...planning.plan import CPU_SLOTS, Budget, Plan, planned
 from ...settings.stages import EditConfig
 from ...training.pack import Pack
 from .. import publishing
@@ -26,7 +26,7 @@ from ..stopping import Stop
 from .executor import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner
 
 
-class LocalCrew:
+class LocalExecutor:
     """Makes items in this process.
 
     Args:
@@ -37,6 +37,8 @@ class LocalCrew:
         states: where training states are kept.
         stop: asks for an end; states are saved first.
         slots: most edits that train side by side; None leaves it to the plan.
+        suggest: name the eta that the base model itself would take.
+        budget: the memory that `fit` plans for.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class LocalCrew:
         states: States,
         stop: Stop,
         slots: int | None = None,
+        suggest: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         self._bases, self._fit, self._out, self._background = bases, fit, out, background
-        self._states, self._stop, self._slots = states, stop, slots
+        self._states, self._stop, self._slots, self._suggest, self._budget = states, stop, slots, suggest, budget
         self._base: BaseModel | None = None
 
     def make(
@@ -62,9 +66,12 @@ class LocalCrew:
         *,
         on_step: OnStep = lambda steps: None,
     ) -> Iterator[Outcome]:
-        """See `Crew`. Where not one training step fits in memory, fewer edits train side by side; where one alone does
-        not fit, all that are left fail. Where a pack breaks off for another reason, each of its edits is tried once
-        more by itself, so that only the one at fault fails."""
+        """See `Executor`.
+
+        Where not one training step fits in memory, fewer edits train side by side; where one alone does not fit, all
+        that are left fail. Where a pack breaks off for another reason, each of its edits is tried once more by itself,
+        so that only the one at fault fails.
+        """
         return self._make(group, claims, count, on_step)
 
     def _make(
@@ -83,12 +90,13 @@ class LocalCrew:
         self._base = base
         slots, unmade, rungs = None, list[Assignment](), len(base.rungs)
         while True:
-            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs)
+            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs, self._suggest)
             try:
-                config, planned = self._fit(base, group.config, min(count, self._slots or count))
-                most = min(self._slots or count, count, CPU_SLOTS if planned is None else planned.slots)
+                config, plan = self._fit(base, group.config, min(count, self._slots or count))
+                most = min(self._slots or count, count, CPU_SLOTS if plan is None else plan.slots)
                 slots = min(slots or most, most)
-                yield from pack.make(chain([unmade], claims), config, planned, slots)
+                with planned(base, plan, self._budget):
+                    yield from pack.make(chain([unmade], claims), config, plan, slots)
                 return
             except Exception as error:
                 failure = failure_of(error)
@@ -128,9 +136,10 @@ class _Pack:
         stop: Stop,
         on_step: OnStep,
         rungs: int,
+        suggest: bool,
     ) -> None:
         self._base, self._out, self._background, self._rungs = base, out, background, rungs
-        self._states, self._stop, self._on_step = states, stop, on_step
+        self._states, self._stop, self._on_step, self._suggest = states, stop, on_step, suggest
         self._held: dict[int, tuple[Assignment, Photo]] = {}
         self._fallen: list[Outcome] = []
         self.began = False
@@ -143,14 +152,14 @@ class _Pack:
         """Items that were taken and have not come out."""
         return [assignment for assignment, _ in self._held.values()]
 
-    def make(self, claims: Claims, config: EditConfig, planned: Plan | None, slots: int) -> Iterator[Outcome]:
+    def make(self, claims: Claims, config: EditConfig, plan: Plan | None, slots: int) -> Iterator[Outcome]:
         """Makes what there is to claim."""
         groups = stream_edits(
             self._base,
             self._jobs(claims),
             config,
             slots=slots,
-            max_rows=None if planned is None else planned.rows,
+            max_rows=None if plan is None else plan.rows,
             preparing=lambda stage, step, steps, remark: self._preparing(),
             between=self._between,
         )
@@ -158,7 +167,7 @@ class _Pack:
             yield from self.unreadable()
             for number, made in group:
                 assignment, photo = self._held.pop(number)
-                yield self._finish(assignment, photo, made, config, planned)
+                yield self._finish(assignment, photo, made, config, plan)
             # With others still in training the next step saves them first.
             if not self._held:
                 self._stop.check()
@@ -210,7 +219,7 @@ class _Pack:
         photo: Photo,
         made: Edit | LowmemImagicError,
         config: EditConfig,
-        planned: Plan | None,
+        plan: Plan | None,
     ) -> Outcome:
         """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
         if isinstance(made, LowmemImagicError):
@@ -227,7 +236,9 @@ class _Pack:
         try:
             try:
                 quiet = Silent(assignment.warnings)
-                report = finished_edit(self._base, results, name, made, photo, config, planned, meter, quiet)
+                report = finished_edit(
+                    self._base, results, name, made, photo, config, plan, meter, quiet, suggest=self._suggest
+                )
             except Exception as error:
                 if isinstance(error, OutputUnwritableError) or name not in results.files:
                     raise

@@ -10,26 +10,21 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import IO, Any
 
-from ...actions.console import Console, Silent
-from ...cli.frame import quiet_libraries
+from ...actions.console import Console
 from ...errors import ConfigError, LowmemImagicError
-from ...unexpected import unexpected
-from ..failures import keep_details
 from ..ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Snapshot, snapshot
 from ..ledger.owner import is_stopped
-from ..manifest import BadItem
-from ..paths import HIDDEN
+from ..manifest import BadItem, Summary
 from ..stopping import Stop
-from ..tally import Tally
 
 MAX_STARTS = 4
 """How often a process is started that ends without a word."""
+_PROGRAM = "lowmem_imagic.batch.run_one"
 _POLL_S = 0.5
 _PAUSES = 20
 """How much longer than a look at the ledger the time to the next is, at least."""
@@ -56,7 +51,7 @@ class _Process:
         # A file, since nobody reads a pipe while the process is at work.
         self._said: IO[bytes] = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._process = subprocess.Popen(
-            (sys.executable, "-m", __name__),
+            (sys.executable, "-m", _PROGRAM),
             stdin=subprocess.PIPE,
             stdout=self._said,
             env=self._environment,
@@ -126,7 +121,7 @@ def run_in_processes(
     stop: Stop,
     *,
     retry: Sequence[str],
-) -> Tally:
+) -> Summary:
     """Runs a batch in as many processes as there are environments, and says what came of it.
 
     Args:
@@ -177,7 +172,7 @@ def run_in_processes(
             if errors
             else "every process of the batch crashed; see their messages above. The same command goes on with the rest"
         )
-    return Tally(
+    return Summary(
         len(entries),
         done=[entry.name for entry in entries if entry.state == DONE and entry.job not in before],
         before=[entry.name for entry in entries if entry.state == DONE and entry.job in before],
@@ -230,35 +225,3 @@ def cpu_environments(count: int) -> Iterator[dict[str, str]]:
     threads = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]) // count)
     for _ in range(count):
         yield {"OMP_NUM_THREADS": str(threads)}
-
-
-def _work() -> None:
-    """What a process does: reads its order, runs it, and says what came of it."""
-    from ..request import Request
-
-    order = json.loads(sys.stdin.readline())
-    stop = Stop()
-
-    def listen() -> None:
-        # Nothing more is written to the pipe: this returns when it closes.
-        sys.stdin.read()
-        stop.asked = True
-
-    threading.Thread(target=listen, daemon=True).start()
-    quiet_libraries()
-    try:
-        tally = Request.of(order["request"]).run(Silent(), stop, retry=order["retry"], alone=True)
-        print(json.dumps(tally.as_json()))
-    except LowmemImagicError as error:
-        print(json.dumps({"error": str(error), "usage": isinstance(error, ConfigError)}))
-    except KeyboardInterrupt:
-        print(json.dumps({"stopped": True}))
-    except Exception as error:
-        # Of no item, since those fail by themselves; it would be the same when started again.
-        failure = unexpected(error)
-        keep_details(failure, "a process of the batch", Path(order["request"]["out"]) / HIDDEN / "errors.log")
-        print(json.dumps({"error": str(failure), "usage": False}))
-
-
-if __name__ == "__main__":
-    _work()

@@ -17,8 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ... import errors
 from ...errors import (
@@ -31,12 +30,9 @@ from ...errors import (
 )
 from ...unexpected import first_line
 from ..failures import is_of_one_item
+from ..request import Request
 from ..stopping import Stop
 from .executor import Assignment, Claims, Group, OnStep, Outcome
-from .ray_actor import Maker
-
-if TYPE_CHECKING:
-    from ..request import Request
 
 MAX_LOSSES = 3
 """How often an item's actor may be lost before it is held to be the item's doing."""
@@ -55,11 +51,12 @@ _PATIENT = {
 """On a machine with very much to do, Ray's processes take each other for dead after seconds, and end all of them."""
 
 
-class RayCrew:
-    """Makes items on a Ray cluster; see `crew.Crew`.
+class RayExecutor:
+    """Makes items on a Ray cluster; see `Executor`.
 
     Args:
-        request: what was asked for; actors read their settings from it.
+        request: the options of the run; actors read their settings from it.
+        actor: the class of the actors, see `ray_actor.Actor`.
         publish: puts an item's files in place; False where another run has begun an attempt of its own.
         stop: asks for an end; items in training are given up.
 
@@ -67,100 +64,108 @@ class RayCrew:
         BackendUnavailableError: Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(self, request: "Request", publish: Callable[[Assignment, dict[str, bytes]], bool], stop: Stop) -> None:
+    def __init__(
+        self,
+        request: Request,
+        actor: type[Any],
+        publish: Callable[[Assignment, dict[str, bytes]], bool],
+        stop: Stop,
+    ) -> None:
         # Before Ray is imported: nothing is sent to anybody.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
             import ray
         except ImportError as error:
             raise BackendUnavailableError(
-                "--executor ray was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
+                "`executor=ray` was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
             ) from error
         self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
-        _check_address(request.address)
+        _check_address(request["address"])
         # Ray takes SIGTERM for itself, which would end the run without an orderly end.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             # Without an address always a cluster of its own, and none that happens to be there.
-            where = request.address or os.environ.get("RAY_ADDRESS") or "local"
+            where = request["address"] or os.environ.get("RAY_ADDRESS") or "local"
             ray.init(where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             [reason, *_] = str(error).splitlines() or [type(error).__name__]
-            raise BackendUnavailableError(f"no Ray cluster at {request.address or 'this machine'}: {reason}") from error
+            raise BackendUnavailableError(
+                f"no Ray cluster at {request['address'] or 'this machine'}: {reason}"
+            ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
-        self._hands = [_Hand(ray, actor) for actor in self._actors()]
+        self._handles = [_ActorHandle(ray, one) for one in self._actors(actor)]
         self._lost = Counter[str]()
 
     def close(self) -> None:
         """Lets go of the actors, and of the cluster."""
         # First of all they remove what they have of the photos, which they cannot once they are ended.
-        leaving = [ref for hand in self._hands for ref in hand.leave()]
+        leaving = [ref for handle in self._handles for ref in handle.leave()]
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # nobody to be waited for
             self._ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
-        for hand in self._hands:
-            hand.dismiss()
+        for handle in self._handles:
+            handle.dismiss()
         self._ray.shutdown()
 
-    def __enter__(self) -> "RayCrew":
+    def __enter__(self) -> "RayExecutor":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _actors(self) -> list[Any]:
+    def _actors(self, actor: type[Any]) -> list[Any]:
         """One actor for each GPU; on a cluster without, one for each machine, or as many as were asked for."""
         resources = self._ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if self._request.device != "cpu" else 0
+        gpus = int(resources.get("GPU", 0)) if self._request["device"] != "cpu" else 0
         machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
-        count = self._request.workers or gpus or machines
+        count = self._request["workers"] or gpus or machines
         needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
         needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
         # Two threads: one makes items, one answers how far it is.
-        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(Maker)
+        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(actor)
         return [kind.remote(self._request.as_json()) for _ in range(count)]
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
-        """See `crew.Crew`."""
+        """See `Executor`."""
         waiting, given, more = deque[Assignment](), 0, True
         while True:
-            for hand in self._hands:
+            for handle in self._handles:
                 # Evenly at first, and in ever smaller parts, so that all finish together.
-                size = min(CHUNK, max(1, math.ceil((count - given) / (2 * len(self._hands)))))
-                while hand.idle and more and len(waiting) < size:
+                size = min(CHUNK, max(1, math.ceil((count - given) / (2 * len(self._handles)))))
+                while handle.idle and more and len(waiting) < size:
                     claimed = next(claims, None)
                     more = claimed is not None
                     waiting.extend(claimed or ())
-                if hand.idle and waiting:
+                if handle.idle and waiting:
                     if self._lost[waiting[0].job]:
                         # By itself, so that whatever ended its worker is put down to nobody else.
                         size = 1
                     chunk = [waiting.popleft() for _ in range(min(size, len(waiting)))]
                     given += len(chunk)
-                    unreadable = hand.begin(group, chunk)
+                    unreadable = handle.begin(group, chunk)
                     yield from unreadable
-            if not more and not waiting and not any(hand.open for hand in self._hands):
+            if not more and not waiting and not any(handle.open for handle in self._handles):
                 return
             self._wait()
-            for hand in self._hands:
-                for assignment, result in hand.results():
+            for handle in self._handles:
+                for assignment, result in handle.results():
                     yield self._outcome(assignment, result)
-                for assignment in hand.dropped():
+                for assignment in handle.dropped():
                     self._lost[assignment.job] += 1
                     given -= 1
                     if self._lost[assignment.job] < MAX_LOSSES:
                         waiting.append(assignment)
-                    elif hand.failure:
-                        yield Outcome(assignment, UnexpectedError(f"its worker failed: {hand.failure}"))
+                    elif handle.failure:
+                        yield Outcome(assignment, UnexpectedError(f"its worker failed: {handle.failure}"))
                     else:
                         lost = LowmemImagicError(f"its worker was lost {MAX_LOSSES} times while it was being made")
                         yield Outcome(assignment, lost)
-            on_step([steps for hand in self._hands for steps in hand.in_training])
+            on_step([steps for handle in self._handles for steps in handle.in_training])
             self._stop.check()
 
     def _wait(self) -> None:
         """Until something has happened anywhere, or a second has passed."""
-        pending = [ref for hand in self._hands for ref in hand.pending]
+        pending = [ref for handle in self._handles for ref in handle.pending]
         if pending:
             self._ray.wait(pending, num_returns=1, timeout=_POLL_S, fetch_local=False)
         else:
@@ -171,7 +176,7 @@ class RayCrew:
             if result["files"] and not self._publish(assignment, result["files"]):
                 return Outcome(assignment, lost=True)
         except OutputUnwritableError as error:
-            if not is_of_one_item(error, Path(self._request.out)):
+            if not is_of_one_item(error, self._request.out):
                 raise
             return Outcome(assignment, error)
         except OutputExistsError as error:
@@ -185,8 +190,8 @@ class RayCrew:
         return Outcome(assignment, seconds=result["seconds"])
 
 
-class _Hand:
-    """An actor as its employer sees it."""
+class _ActorHandle:
+    """An actor, as the process that drives it sees it."""
 
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
@@ -349,7 +354,7 @@ def _check_address(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
-        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check --address") from error
+        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check `address`") from error
 
 
 def check_executor(executor: str, address: str | None) -> None:
@@ -359,6 +364,6 @@ def check_executor(executor: str, address: str | None) -> None:
         ConfigError: there is none, or an address makes no sense for it.
     """
     if executor not in ("local", "ray"):
-        raise ConfigError(f"--executor is {executor!r}, expected local or ray")
+        raise ConfigError(f"`executor` is {executor!r}, expected local or ray")
     if address is not None and executor != "ray":
-        raise ConfigError("--address names a Ray cluster; give --executor ray with it")
+        raise ConfigError("`address` names a Ray cluster; give `executor=ray` with it")

@@ -9,27 +9,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...actions.console import Silent
+from ...unexpected import quiet_libraries
 from ..attempts import Attempts
 from ..ledger.owner import Owner
 from ..paths import HIDDEN
+from ..request import Request
 from ..stopping import Stop
+from .build import OpenBases, local_executor
 from .executor import Assignment, Group
 
 _PREFIX = "lowmem-imagic-ray"
 
 
-class Maker:
-    """The actor: makes items with a crew of its own, in a temporary folder."""
+class Actor:
+    """Makes items with a local executor of its own, in a temporary folder."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        from ...actions.console import Silent
-        from ...cli.frame import quiet_libraries
-        from ..request import Request
-
         quiet_libraries()
         self._folder = _new_folder()
         self._out = request["out"]
-        self._crew = Request.of(request).crew(self._folder, Silent(), Stop())
+        asked, silent = Request.of(request), Silent()
+        # Training states are not kept across machines.
+        self._executor = local_executor(asked, OpenBases(asked, silent), self._folder, silent, Stop(), save_every=0)
         self._in_training: list[int] = []
 
     def ready(self) -> str:
@@ -63,7 +65,7 @@ class Maker:
         def on_step(steps: list[int]) -> None:
             self._in_training = steps
 
-        for outcome in self._crew.make(group, iter([assignments]), len(assignments), on_step=on_step):
+        for outcome in self._executor.make(group, iter([assignments]), len(assignments), on_step=on_step):
             folder = out / outcome.assignment.name
             answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
             # Of one that failed, too: its edit may be finished.

@@ -307,5 +307,5 @@ def runners_in(database: sqlite3.Connection) -> list[Runner]:
 
 def unwritable(path: Path, error: sqlite3.Error) -> OutputUnwritableError:
     return OutputUnwritableError(
-        f"the ledger {path} cannot be written ({error}); make room or choose another --out, then run the command again"
+        f"the ledger {path} cannot be written ({error}); make room or choose another `out`, then run the command again"
     )

@@ -119,7 +119,7 @@ class SingleFile:
             # Of width 1024 there are models that predict noise and models that predict velocity.
             raise IncompleteModelError(
                 f"{self.path.name} does not say how it is configured (text width {self.width}); "
-                "name a model or give a diffusers folder of the same family, such as sd21 or sd21-base (--model-config)"
+                "name a model or give a diffusers folder of the same family, such as sd21 or sd21-base (`model_config`)"
             )
         try:
             return locate_configuration(name)
@@ -130,7 +130,7 @@ class SingleFile:
             raise IncompleteModelError(
                 f"{self.path.name} needs the configuration and the tokenizer of {name}: "
                 f"{str(error).partition('; ')[0]}; connect once (2 MB), or give a diffusers folder of the same family "
-                "(--model-config FOLDER)"
+                "(`model_config`)"
             ) from error
 
     @cached_property
@@ -175,7 +175,7 @@ class SingleFile:
             raise IncompleteModelError(
                 f"{self.path.name}: the {component} has {len(unknown)} tensors that the configuration of "
                 f"{self.configuration.label} lacks, such as {', '.join(name[:100] for name in unknown[:3])}; expected "
-                "a checkpoint that fits it, so give the one of the same family (--model-config)"
+                "a checkpoint that fits it, so give the one of the same family (`model_config`)"
             )
         return layout.Tensors(
             weights, {new: place for new, place in places.items() if not new.startswith(layout.UNUSED)}

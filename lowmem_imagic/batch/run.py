@@ -1,0 +1,107 @@
+"""Runs a request: in this process, in several processes of this machine, or on a Ray cluster."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+
+from ..actions.console import Console
+from ..engine.base import pick_device
+from ..errors import OutputExistsError
+from ..settings.text import parse_bytes
+from ..storage.writable import check_writable
+from .attempts import Attempts
+from .executors.build import OpenBases, local_executor
+from .executors.executor import Executor
+from .executors.processes import cpu_environments, gpu_environments, run_in_processes
+from .executors.ray import RayExecutor, check_executor, driving
+from .executors.ray_actor import Actor
+from .failures import RETRIED
+from .manifest import Summary
+from .publishing import publish_files
+from .request import Request
+from .runner import Batch
+from .stopping import Stop
+
+
+def run(
+    request: Request, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED, alone: bool = False
+) -> Summary:
+    """Makes the items of a request and says what came of them; see `Batch.run`.
+
+    Args:
+        request: the options of the run.
+        console: where progress is told.
+        stop: asks for an end.
+        retry: kinds of failure to try again.
+        alone: stay in this process, whatever the request says of executor and workers.
+    """
+    request.settings({})
+    check_executor(request["executor"], request["address"])
+    if request["vram"] is not None:
+        parse_bytes(request["vram"])
+    items, bad = request.items()
+    out = request.out
+    check_writable(out)
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is no folder; name a folder with `out`")
+    if not alone:
+        with contextlib.ExitStack() as places:
+            environments = _environments(request, places)
+            if environments:
+                ledger = request.part.ledger(out)
+                return run_in_processes(request.as_json(), environments, ledger, console, stop, retry=retry)
+    bases = OpenBases(request, console)
+    with contextlib.ExitStack() as hired:
+        executor: Executor
+        if request["executor"] == "ray":
+            executor = hired.enter_context(
+                RayExecutor(
+                    request,
+                    Actor,
+                    lambda one, files: publish_files(one.attempt, files, out / one.name, one.job),
+                    stop,
+                )
+            )
+        else:
+            executor = local_executor(request, bases, out, console, stop, save_every=request["save_every"])
+        batch = Batch(
+            bases,
+            executor,
+            items,
+            bad,
+            out,
+            settings=request.settings,
+            background=request["background"],
+            suggest=request["suggest_eta"],
+            attempts=Attempts(request.part.attempts(out)),
+            console=console,
+            force=request["force"],
+            stop=stop,
+            part=request.part,
+            retry=retry,
+            command=request.as_json(),
+        )
+        try:
+            return batch.run()
+        except KeyboardInterrupt:
+            done, left = len(batch.summary.done), batch.summary.left
+            console.say(f"{done} done, {left} left; the same command goes on", always=True)
+            raise
+
+
+def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[str, str]]:
+    """The environments of the processes that are to run it; none where this process does."""
+    if request["executor"] == "ray":
+        return [places.enter_context(driving(request["address"]))]
+    if (count := _processes(request)) == 1:
+        return []
+    return list(cpu_environments(count) if pick_device(request["device"]).type == "cpu" else gpu_environments(count))
+
+
+def _processes(request: Request) -> int:
+    """The number of processes: as asked for, else one for each GPU, and one on a CPU or on a GPU that is named."""
+    if request["workers"] is not None:
+        return int(request["workers"])
+    everything = request["device"] in ("auto", "cuda") and pick_device(request["device"]).type == "cuda"
+    return torch.cuda.device_count() if everything else 1

@@ -1,0 +1,49 @@
+"""One process of several on a folder: ``python -m lowmem_imagic.batch.run_one``, started by `executors.processes`.
+
+It reads its order as a line of JSON from standard input, and prints what came of it as another. It ends in an orderly
+way when standard input closes.
+"""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+from ..actions.console import Silent
+from ..errors import ConfigError, LowmemImagicError
+from ..unexpected import quiet_libraries, unexpected
+from .failures import keep_details
+from .paths import HIDDEN
+from .request import Request
+from .run import run
+from .stopping import Stop
+
+
+def main() -> None:
+    """Runs the order that standard input gives."""
+    order = json.loads(sys.stdin.readline())
+    stop = Stop()
+
+    def listen() -> None:
+        # Nothing more is written to the pipe: this returns when it closes.
+        sys.stdin.read()
+        stop.asked = True
+
+    threading.Thread(target=listen, daemon=True).start()
+    quiet_libraries()
+    try:
+        summary = run(Request.of(order["request"]), Silent(), stop, retry=order["retry"], alone=True)
+        print(json.dumps(summary.as_json()))
+    except LowmemImagicError as error:
+        print(json.dumps({"error": str(error), "usage": isinstance(error, ConfigError)}))
+    except KeyboardInterrupt:
+        print(json.dumps({"stopped": True}))
+    except Exception as error:
+        # Of no item, since those fail by themselves; it would be the same when started again.
+        failure = unexpected(error)
+        keep_details(failure, "a process of the batch", Path(order["request"]["out"]) / HIDDEN / "errors.log")
+        print(json.dumps({"error": str(failure), "usage": False}))
+
+
+if __name__ == "__main__":
+    main()

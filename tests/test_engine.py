@@ -1,0 +1,206 @@
+"""Facts about a base in use: what it learns of memory is forgotten in the end, one thread at a time, and fp16."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lowmem_imagic import (
+    BaseModel,
+    Budget,
+    Cell,
+    Edit,
+    Job,
+    apply_edits,
+    load_photo,
+    make_edits,
+    plan_for,
+    planned,
+    preset,
+)
+from lowmem_imagic.engine.base import pick_dtype
+from lowmem_imagic.errors import BaseInUseError, ConfigError
+from lowmem_imagic.training import loop
+
+CONFIG = preset(
+    "fast",
+    {
+        "embed": {"steps": 3, "draws": 4},
+        "finetune": {"steps": 4, "draws": 4},
+        "sample": {"num_inference_steps": 3, "start": "photo"},
+    },
+)
+SENTENCES = ("a red cube", "two birds kissing")
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[Job]:
+    """A photo under two sentences."""
+    Image.linear_gradient("L").resize((24, 16)).convert("RGB").save(tmp_path / "photo.png")
+    return [Job(load_photo(tmp_path / "photo.png"), sentence) for sentence in SENTENCES]
+
+
+def out_of_memory_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The first call of a method of the base runs out of memory."""
+    method, calls = getattr(base, name), list[None]()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(base, name, failing)
+
+
+def test_what_ran_out_once_is_tried_again_in_the_next_call(
+    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training pass that ran out of memory is made smaller for the call at hand, which says so, and no longer."""
+    base = load_base()
+    out_of_memory_once(base, monkeypatch, "predict")
+    [edit] = make_edits(base, jobs[:1], CONFIG)
+    assert edit.measured["rungs"] == ["2 rows a training pass"]
+    assert base.most_rows is None
+    assert make_edits(base, jobs[:1], CONFIG)[0].measured["rungs"] == []
+
+
+def test_rendering_that_ran_out_is_tried_again(
+    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampling batch that ran out of memory is made smaller for the call at hand alone."""
+    base = load_base()
+    edits = make_edits(base, jobs[:1], CONFIG)
+    out_of_memory_once(base, monkeypatch, "predict")
+    apply_edits(base, edits, [Cell(0, eta, 0) for eta in (0.8, 1.0, 1.2)], replace(CONFIG.sample, mask=0.0))
+    assert base.most_images is None and base.rungs[-1].endswith("images a sampling batch")
+
+
+def test_a_plan_is_followed_as_long_as_asked(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
+    """Checkpointing that a plan asks for is on inside of `planned` and off afterwards, in the network too."""
+    base = load_base()
+    _ = base.unet
+    held = Budget.of(base.device, "20GB")
+    assert held is not None
+    generous = plan_for(base, CONFIG, held)
+    assert generous is not None and not generous.checkpointing
+    tight = next(
+        plan
+        for room in range(200_000, 40_000_000, 200_000)
+        if (plan := _plan_or_none(base, Budget(held.context + room, held.context))) is not None
+    )
+    assert tight.checkpointing
+
+    def checkpointed() -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in base.unet.modules())
+
+    with planned(base, tight, held):
+        assert base.checkpointing and checkpointed()
+        make_edits(base, jobs[:1], CONFIG, max_rows=tight.rows)
+        assert base.checkpointing and checkpointed()
+    assert not base.checkpointing and not checkpointed()
+
+
+def _plan_or_none(base: BaseModel, budget: Budget) -> Any:
+    try:
+        return plan_for(base, CONFIG, budget)
+    except Exception:
+        return None
+
+
+def test_a_second_thread_is_refused(
+    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an edit trains, another thread that uses the base gets an error at once, and the edit is finished."""
+    base, refused = load_base(), list[BaseException]()
+
+    def other() -> None:
+        try:
+            base.encode_text(["another sentence"])
+        except BaseInUseError as error:
+            refused.append(error)
+
+    def progress(*_: Any) -> None:
+        if not refused:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    assert len(make_edits(base, jobs[:1], CONFIG, progress=progress)) == 1
+    assert "in use by another thread" in str(refused[0])
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(refused) == 1
+
+
+def test_the_type_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards before Ampere compute in fp16, later ones in bfloat16, CPUs in fp32; what is asked for wins."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((8, 9), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert pick_dtype(gpu, "int8") == expected
+        assert pick_dtype(gpu, "int8", "fp32") == torch.float32
+    assert pick_dtype(cpu, "int8") == torch.float32 and pick_dtype(cpu, "int8", "fp16") == torch.float16
+    assert pick_dtype(gpu, "fp32") == torch.float32
+
+
+def test_an_unknown_type(tiny_folder: Path) -> None:
+    """A type that is none is refused with those there are."""
+    with pytest.raises(ConfigError, match="compute is 'fp8', expected one of auto, bf16, fp16, fp32"):
+        BaseModel.load(str(tiny_folder), device="cpu", compute="fp8")
+
+
+def distance(edit: Edit, other: Edit) -> float:
+    """Distance of two edits' e_opt, as a share of how far the second is from its sentence's own."""
+    return float((edit.optimized_embedding.float() - other.optimized_embedding.float()).norm())
+
+
+def test_fp16_trains_what_fp32_trains(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
+    """In fp16 an edit has the losses it has in fp32, beside another edit as alone, and no step overflows."""
+    exact, half = load_base(), load_base(compute="fp16")
+    assert half.dtype == torch.float16
+    together = make_edits(half, jobs, CONFIG)
+    for edit, job in zip(together, jobs, strict=True):
+        [expected], [alone] = make_edits(exact, [job], CONFIG), make_edits(half, [job], CONFIG)
+        for stage in ("embed_loss", "finetune_loss"):
+            assert edit.settings["result"][stage] == pytest.approx(expected.settings["result"][stage], rel=0.02)
+            assert edit.settings["result"][stage] == pytest.approx(alone.settings["result"][stage], rel=0.01)
+        assert "skipped_steps" not in edit.measured["stages"]["finetune"]
+
+
+def test_an_overflow_in_fp16_skips_a_step(
+    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss scale too large for fp16 costs steps, which the edit counts, and ends no edit."""
+    config = preset(
+        "fast",
+        {"embed": {"steps": 12, "draws": 2}, "finetune": {"steps": 12, "draws": 2}, "sample": {"start": "photo"}},
+    )
+    usual = make_edits(load_base(compute="fp16"), jobs[:1], config)[0]
+    monkeypatch.setattr(loop, "FIRST_SCALE", 2.0**24)
+    [edit] = make_edits(load_base(compute="fp16"), jobs[:1], config)
+    skipped = edit.measured["stages"]["finetune"]["skipped_steps"]
+    assert 0 < skipped < 12
+    assert edit.settings["result"]["finetune_steps"] == 12
+    assert edit.optimized_embedding.isfinite().all()
+    assert distance(edit, usual) > 0
+
+
+def test_small_gradients_reach_fp16(
+    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a loss scale gradients of an edit are lost in fp16; with it the embedding moves as in fp32."""
+    moved = {}
+    for name, compute, scale in (("fp32", "fp32", 2.0**16), ("scaled", "fp16", 2.0**16), ("plain", "fp16", 1.0)):
+        monkeypatch.setattr(loop, "FIRST_SCALE", scale)
+        base = load_base(compute=compute)
+        [edit] = make_edits(base, jobs[:1], CONFIG)
+        moved[name] = edit.optimized_embedding.float() - base.encode_text([SENTENCES[0]])[0]
+    errors = {name: float((moved[name] - moved["fp32"]).norm() / moved["fp32"].norm()) for name in ("scaled", "plain")}
+    assert errors["scaled"] < 0.1 and errors["scaled"] < errors["plain"]
