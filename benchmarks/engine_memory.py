@@ -1,7 +1,7 @@
 """Resident bytes of Stable Diffusion 1.5's UNet, and the peak of training one photo, per weight format.
 
 Weights are random (`random_unet`), everything else is the product: `quantize.load_frozen` fills the network layer by
-layer, `finetune.finetune` trains attention adapters of rank 4 on one row at 512 px with gradient checkpointing,
+layer, `Pack` trains attention adapters of rank 4 on one row at 512 px with gradient checkpointing,
 in bfloat16 for every format. Memory is the process's resident memory on a Linux CPU, over what Python and the
 imports take; the numbers of a GPU differ by its kernels' workspaces.
 
@@ -27,8 +27,8 @@ from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import weight_bytes
-from lowmem_imagic.settings.stages import FinetuneConfig
-from lowmem_imagic.training.finetune import finetune
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
 from .goals import Line, fresh, in_gib
 from .random_unet import TOKENS, random_sd15
@@ -108,15 +108,20 @@ def run(case: Case) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, case.latent_side, case.latent_side, generator=generator)
     e_opt = torch.randn(1, TOKENS, base.family.cross_attention_dim, generator=generator)
-    config = FinetuneConfig(
-        steps=case.rows, learning_rate=1e-4, draws=1, adapt=case.adapt, lora_rank=case.rank, lora_alpha=case.rank
+    config = EditConfig(
+        embed=EmbedConfig(steps=0, learning_rate=1e-2),
+        finetune=FinetuneConfig(
+            steps=case.rows, learning_rate=1e-4, draws=1, adapt=case.adapt, lora_rank=case.rank, lora_alpha=case.rank
+        ),
     )
     ends = [time.perf_counter()]
     with _peak() as row_peak:
-        pack, losses, _ = finetune(
-            base, latents, e_opt, config, [generator], lambda *_: ends.append(time.perf_counter())
-        )
-    assert losses.per_step.isfinite().all()
+        photo = TrainingInput(latents[0], e_opt[0], generator, latents[0])
+        training = Pack(base, [photo], config, slots=1, progress=lambda *_: ends.append(time.perf_counter()))
+        [[edit]] = training.run()
+        del training
+    assert edit.error is None
+    pack = AdapterPack.load(base.unet, [edit.adapter])
     return {
         "baseline_bytes": baseline,
         "weight_bytes": weight_bytes(unet),

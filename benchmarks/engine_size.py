@@ -86,7 +86,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     config = _config(name)
     tuning = config.finetune
     unet = meta_unet("sd15")
-    pack = AdapterPack(unet, edits=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
+    pack = AdapterPack(unet, count=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
     generator = torch.Generator().manual_seed(0)
     pack.weights.normal_(0.0, 0.02, generator=generator)
     whole = {key: _evened(*factors) for key, factors in pack.export(0).items()}

@@ -24,8 +24,8 @@ from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EmbedConfig, SampleConfig
 from lowmem_imagic.storage.atomic import write_bytes
-from lowmem_imagic.training.embed import embed
-from lowmem_imagic.training.loop import draw_rows
+from lowmem_imagic.training.loop import TrainedTensor, Trainer, draw_rows
+from lowmem_imagic.training.run import Run
 
 from .edit_methods import SEED, Method, Outcome, as_photo, digest
 
@@ -81,7 +81,7 @@ def full_finetune(
                 noise = own_noise(base, latents[0], torch.Generator().manual_seed(SEED))[None]
             base.unet.load_state_dict(stage2)
             # An adapter of zeros, so that sampling is this package's own in every respect.
-            nothing = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0, device=base.device)
+            nothing = AdapterPack(base.unet, count=1, adapt="attn", rank=1, alpha=1.0, device=base.device)
             cells, low = [Cell(0, eta, SEED) for eta in etas], coarse(latents, COARSE_SIDE)
             made = sample(
                 base,
@@ -110,9 +110,17 @@ def full_finetune(
 
 def _embed(base: BaseModel, latents: Tensor, target: Tensor, config: EmbedConfig) -> dict[str, Tensor]:
     """e_opt (1, T, D), and where its generator stands."""
-    generator = torch.Generator().manual_seed(SEED)
-    optimized, _ = embed(base, latents, target, config, [generator])
-    return {"embedding": optimized, "generator": generator.get_state()}
+    run = Run(latents[0], config, torch.Generator().manual_seed(SEED))
+    optimized = target.to(base.device).clone().requires_grad_()
+    optimized.grad = torch.zeros_like(optimized)
+    part = TrainedTensor(optimized.detach().flatten(1), optimized.grad.flatten(1), config.learning_rate)
+    trainer = Trainer(base, [part], lambda _: optimized)
+    trainer.begin(0, run)
+    while trainer.runs:
+        trainer.step()
+    if run.diverged:
+        raise run.diverged
+    return {"embedding": optimized.detach().cpu(), "generator": run.generator.get_state()}
 
 
 def _finetune(

@@ -38,7 +38,7 @@ from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig
-from lowmem_imagic.training.pack import Pack, Task, TrainedEdit
+from lowmem_imagic.training.pack import Pack, TrainedEdit, TrainingInput
 
 from .goals import Line, fresh, in_gib, table
 from .memory import Case
@@ -80,7 +80,7 @@ class Made:
     """(N, T, D)."""
 
 
-def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[Task], Made]:
+def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[TrainingInput], Made]:
     """Tasks with photos of noise, each with its own sentence, and what is known of them; or with noise just drawn."""
     photos = torch.randn(count, *base.family.latent_shape, generator=torch.Generator().manual_seed(1))
     targets = base.encode_text([f"sentence {number}" for number in range(count)])
@@ -89,7 +89,7 @@ def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[Task], 
         own_noise(base, photo, draw).half().float() if invert else torch.randn(photo.shape, generator=draw)
         for photo, draw in zip(photos, generators, strict=True)
     ]
-    tasks = [Task(*parts) for parts in zip(photos, targets, generators, noise, strict=True)]
+    tasks = [TrainingInput(*parts) for parts in zip(photos, targets, generators, noise, strict=True)]
     return tasks, Made([], noise, photos, targets)
 
 

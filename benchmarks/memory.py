@@ -101,7 +101,7 @@ class Step:
             self.unet.enable_gradient_checkpointing()
         self.pack: AdapterPack | None = None
         if packed:
-            self.pack = AdapterPack(self.unet, edits=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device)
+            self.pack = AdapterPack(self.unet, count=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device)
             self.pack.enable_gradients()
             trained = [self.pack.weights]
         else:

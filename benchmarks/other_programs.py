@@ -160,7 +160,7 @@ def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any
 
 def _mixed(unet: nn.Module, adapt: str, rank: int, keep: float, generator: torch.Generator) -> dict[str, Factors]:
     """An adapter as files hold it, of layers whose spectra differ; rounded as files are."""
-    pack = AdapterPack(unet, edits=1, adapt=adapt, rank=rank, alpha=float(rank))
+    pack = AdapterPack(unet, count=1, adapt=adapt, rank=rank, alpha=float(rank))
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
     whole = pack.export(0)
     for number, (down, _, _) in enumerate(whole.values()):

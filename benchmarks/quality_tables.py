@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
+from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, names
 from .edit_judge import difference
 from .edit_quality import result_name
 from .results import RESULTS
@@ -55,9 +55,9 @@ CEILINGS = {
 
 
 def results(items: str) -> dict[str, dict[str, Any]]:
-    """The committed results on a set ("validation" or "test"), by method, in the order of `compared`."""
+    """The committed results on a set ("validation" or "test"), by method, in the order of `compared.names`."""
     found = {}
-    for name in compared():
+    for name in names():
         result = _result(result_name(items, name))
         if result:
             found[name] = result

@@ -29,7 +29,7 @@ from lowmem_imagic.planning.counting import Kernels, fused_attention
 from lowmem_imagic.planning.plan import CPU_SLOTS
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig
-from lowmem_imagic.training.pack import Pack, Task
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
 from .goals import Line, fresh, table
 from .memory import META, PACKS, WAYS, Case, Step
@@ -70,7 +70,7 @@ def trained(slots: int) -> dict[str, Any]:
     base.unet.eval()
 
     def run(count: int, settings: EditConfig) -> float:
-        tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), noise) for n in range(count)]
+        tasks = [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), noise) for n in range(count)]
         started = time.perf_counter()
         list(Pack(base, tasks, settings, slots=slots).run())
         return time.perf_counter() - started

@@ -150,7 +150,7 @@ def edits(base: Any, text: Any) -> tuple[Any, Any]:
     from lowmem_imagic.layers.adapter_pack import AdapterPack
 
     generator = torch.Generator().manual_seed(21)
-    pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(base.unet, count=3, adapt="all", rank=2, alpha=2.0)
     pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
     return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
 

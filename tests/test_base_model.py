@@ -486,7 +486,7 @@ def test_checkpointing_does_not_change_gradients(
         base = load(tiny_folder, weights=weights, checkpointing=checkpointing)
         latents, timesteps, text = rows(base)
         text.requires_grad_()
-        pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
+        pack = AdapterPack(base.unet, count=3, adapt="all", rank=2, alpha=2.0)
         pack.weights.add_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
         grads = pack.enable_gradients()
         with pack.attached(base.unet):

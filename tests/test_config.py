@@ -68,7 +68,7 @@ def test_every_problem_of_every_stage_is_named():
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["steps", "learning_rate", "draws", "adapt", "lora_rank", "lora_alpha", "patience"]),
+        st.sampled_from(["steps", "learning_rate", "draws", "adapt", "lora_rank", "lora_alpha", "anchor"]),
         st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers())),
     )
 )
@@ -168,9 +168,9 @@ def test_strength_of_blocks_survives_json():
         {"blocks": ()},
         {"blocks": ("left",)},
         {"blocks": "up"},
-        {"average": 1.0},
-        {"weight_decay": -1},
-        {"embedding_learning_rate": 2},
+        {"keep": 0.0},
+        {"average": 0.9},
+        {"weight_decay": 1.0},
     ],
 )
 def test_training_settings_out_of_range(values):
@@ -184,3 +184,13 @@ def test_etas_times_seeds_are_bounded():
     SampleConfig(etas=tuple(n / 100 for n in range(128)), seeds=tuple(range(8)))
     with pytest.raises(ConfigError, match="128 etas and 9 seeds, expected at most 1024"):
         SampleConfig(etas=tuple(n / 100 for n in range(128)), seeds=tuple(range(9)))
+
+
+def test_settings_of_earlier_versions_are_read():
+    """Plain values with settings that were dropped since give the config without them."""
+    config = preset("balanced")
+    values = config.to_dict()
+    values["embed"] |= {"patience": 5, "average": 0.9}
+    values["finetune"] |= {"weight_decay": 1.0, "embedding_learning_rate": 1e-3}
+    values["sample"] |= {"ddim_eta": 0.5, "hold": 0.1, "release": 0.3}
+    assert EditConfig.from_dict(json.loads(json.dumps(values))) == config

@@ -126,7 +126,7 @@ def test_the_sentence_decides_what_the_base_draws():
     settings = replace(preset("balanced").sample, start="noise")
     prompts = ["a photo of a large red cube on a stone floor", "a photo of a large blue cube on a stone floor"]
     text = base.encode_text(prompts)
-    nothing = AdapterPack(base.unet, edits=2, adapt="attn", rank=1, alpha=1.0)
+    nothing = AdapterPack(base.unet, count=2, adapt="attn", rank=1, alpha=1.0)
     latents = sample(base, nothing, text, text, [Cell(edit, 1.0, SEED) for edit in range(2)], settings)
     red, blue = base.decode(latents)
     excess = [picture[0] - picture[2] for picture in (red, blue)]

@@ -41,7 +41,7 @@ _A1111 = [
 def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
     """An edit with random factors, an alpha that differs from its rank, and spectra that differ by layer."""
     generator = torch.Generator().manual_seed(3)
-    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=8, alpha=3.0)
+    pack = AdapterPack(base.unet, count=1, adapt=adapt, rank=8, alpha=3.0)
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
     whole = pack.export(0)
     for number, (down, _, _) in enumerate(whole.values()):
@@ -132,7 +132,7 @@ def test_file_holds_no_tensor_beside_the_lora(load_base):
 def test_a_file_has_one_alpha_and_no_layer_of_rank_one(rank, keep, load_base):
     """diffusers 0.33 to 0.42 misread alphas that differ by layer, stable-diffusion.cpp the scale of rank 1."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=rank, alpha=2.0)
+    pack = AdapterPack(base.unet, count=1, adapt="all", rank=rank, alpha=2.0)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(5)))
     stored = portable(truncated(pack.export(0), keep), base.unet)
     assert len({alpha for _, _, alpha in stored.values()}) == 1
@@ -156,7 +156,7 @@ def _invokeai_width(keys: dict[str, tuple[int, ...]]) -> int | None:
 def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
     """Whatever blocks and layers an edit keeps, the layer that InvokeAI asks for the base's kind is of the text."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
+    pack = AdapterPack(base.unet, count=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(6)))
     whole = pack.export(0)
     for key, (down, _, _) in whole.items():
@@ -170,7 +170,7 @@ def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
 def test_layers_added_for_other_programs_change_nothing(load_base):
     """An adapter of the up blocks alone gives the same prediction with and without the layer InvokeAI needs."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=1, alpha=2.0, blocks=("up",))
+    pack = AdapterPack(base.unet, count=1, adapt="all", rank=1, alpha=2.0, blocks=("up",))
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(7)))
     whole = pack.export(0)
     stored = portable(whole, base.unet)

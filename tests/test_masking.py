@@ -78,7 +78,7 @@ def test_outside_the_mask_is_the_photo(
     pack, optimized = edits
 
     def render(etas: Sequence[float], mask: float) -> Tensor:
-        config = SampleConfig(num_inference_steps=3, scheduler=scheduler, ddim_eta=0.5, mask=mask)
+        config = SampleConfig(num_inference_steps=3, scheduler=scheduler, mask=mask)
         return sample(base, pack, text, optimized, [Cell(1, eta, 7) for eta in etas], config)
 
     [photo] = render([0.0], 0.0)

@@ -33,6 +33,7 @@ from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import sample
 from lowmem_imagic.sampling.suggestion import suggest_eta
 from lowmem_imagic.training.pack import Pack
+from tests.reference_stages import embed, finetune
 
 SHORT = {
     "embed": {"steps": 2},
@@ -114,9 +115,6 @@ def test_no_weight_format_hides_a_bad_number(weights: str, folder_copy: Path, ph
 
 def test_stages_by_themselves_tell_base_and_learning_rate_apart(base: BaseModel, folder_copy: Path, text: Any) -> None:
     """A loss that is not finite is the learning rate's fault on a good base, and the base's on a damaged one."""
-    from lowmem_imagic.training.embed import embed
-    from lowmem_imagic.training.finetune import finetune
-
     damaged, latents = loaded(damage(folder_copy, *PARTS["the UNet"], float("nan"))), torch.randn(1, 4, 8, 8)
     config = preset("fast", SHORT)
     for stage, settings in ((embed, config.embed), (finetune, config.finetune)):
@@ -206,7 +204,7 @@ def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.
 @pytest.mark.parametrize("start", ["noise", "photo", "inverted"])
 def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str, mask: float) -> None:
     """An edit of huge finite numbers is told apart from the base, which renders the same settings by itself."""
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(base.unet, count=1, adapt="all", rank=2, alpha=2.0)
     config = replace(preset("fast", SHORT).sample, start=start, mask=mask)
     photo = {"coarse_latents": torch.zeros(1, 4, 4, 4), "inverted_noise": torch.randn(1, 4, 8, 8)}
     cells = [Cell(0, 1.0, 0), Cell(0, 0.0, 0)]
@@ -218,7 +216,7 @@ def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str
 
 def test_guidance_that_explodes_is_not_put_down_to_the_edit(base: BaseModel, text: Any) -> None:
     """Settings that make infinity of the base alone are named."""
-    pack, config = AdapterPack(base.unet, edits=1, adapt="all", rank=2, alpha=2.0), preset("fast", SHORT).sample
+    pack, config = AdapterPack(base.unet, count=1, adapt="all", rank=2, alpha=2.0), preset("fast", SHORT).sample
     exploding = [Cell(0, 1.0, 0, guidance_scale=3e38)]
     with pytest.raises(NonFiniteModelError, match="with and without the edit, with scheduler DDIM in 4 steps"):
         sample(base, pack, text[:1], text[:1], exploding, replace(config, start="noise", mask=0.0))

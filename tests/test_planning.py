@@ -23,7 +23,7 @@ from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
 from lowmem_imagic.settings.text import parse_bytes
 from lowmem_imagic.training import loop as training
-from lowmem_imagic.training.pack import Pack, Task
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
 CONFIG = EditConfig(
     embed=EmbedConfig(steps=1, learning_rate=1e-2, draws=2),
@@ -33,12 +33,12 @@ CONFIG = EditConfig(
 SENTENCES = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing")
 
 
-def tasks(base: Any, count: int) -> list[Task]:
+def tasks(base: Any, count: int) -> list[TrainingInput]:
     """Edits to train."""
     draws = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 2, 4, LATENT_SIDE, LATENT_SIDE, generator=draws)
     text = base.encode_text(SENTENCES[:count])
-    return [Task(noise[n, 0], text[n], torch.Generator().manual_seed(n), noise[n, 1]) for n in range(count)]
+    return [TrainingInput(noise[n, 0], text[n], torch.Generator().manual_seed(n), noise[n, 1]) for n in range(count)]
 
 
 def costs_of(base: Any, config: EditConfig = CONFIG) -> Costs:
@@ -82,7 +82,7 @@ def test_training_takes_what_is_predicted(
 def test_sampling_takes_what_is_predicted(load_base: Callable[..., Any], images: int) -> None:
     """Live bytes of a sampling batch, its adapters included, are within 10 % of the prediction."""
     base = load_base()
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(base.unet, count=1, adapt="all", rank=2, alpha=2.0)
     text = base.encode_text([SENTENCES[0], ""])[:1]
     cells = [Cell(0, eta / 10, 0) for eta in range(images)]
     measured = peak_of(lambda: sample(base, pack, text, text, cells, CONFIG.sample)) + pack.weights.nbytes
@@ -101,13 +101,9 @@ def test_the_autoencoder_takes_what_is_predicted(load_base: Callable[..., Any]) 
     assert [costs_of(base).encode(), costs_of(base).decode()] == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_training_state_is_what_is_predicted(
-    load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, average: float
-) -> None:
-    """Embeddings, adapters, gradients, moments and, where they are kept, averages have the predicted bytes."""
-    base = load_base()
-    config = replace(CONFIG, finetune=replace(CONFIG.finetune, average=average))
+def test_training_state_is_what_is_predicted(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, adapters, gradients and moments have the predicted bytes."""
+    base, config = load_base(), CONFIG
     edits = tasks(base, 3)
     base.unet.eval()
     count, seen = LiveBytes(), []
@@ -384,7 +380,7 @@ def test_sampling_goes_on_in_less_memory(load_base: Callable[..., Any], monkeypa
     cells = [Cell(0, eta / 10, 0) for eta in range(5)]
 
     def sampled(base: Any) -> Tensor:
-        pack = AdapterPack(base.unet, edits=1, adapt="attn", rank=1, alpha=1.0)
+        pack = AdapterPack(base.unet, count=1, adapt="attn", rank=1, alpha=1.0)
         return sample(base, pack, text, text, cells, CONFIG.sample)
 
     expected = sampled(load_base())

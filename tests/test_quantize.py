@@ -263,8 +263,9 @@ def held_for_backward(unet: Any, *, checkpointing: bool, adapted: bool) -> int:
     if not adapted:
         text.requires_grad_()
         return _held(unet, latents, timesteps, text)
-    pack = AdapterPack(unet, edits=2, adapt="all", rank=2, alpha=2.0)
-    pack.initialize([torch.Generator().manual_seed(0)] * 2)
+    pack = AdapterPack(unet, count=2, adapt="all", rank=2, alpha=2.0)
+    for edit in range(2):
+        pack.initialize_edit(edit, torch.Generator().manual_seed(0))
     with pack.attached(unet):
         return _held(unet, latents, timesteps, text)
 
@@ -347,7 +348,7 @@ def test_checkpointing_stops_before_a_blocks_last_product(adapt: str | None, aga
             if name.endswith("." + ending) and "blocks" in name:
                 module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
                 blocks += 1
-    pack = adapt and AdapterPack(unet, edits=2, adapt=adapt, rank=2, alpha=2.0)
+    pack = adapt and AdapterPack(unet, count=2, adapt=adapt, rank=2, alpha=2.0)
     with pack.attached(unet) if pack else nullcontext():
         unet(latents, timesteps, text if pack else text.requires_grad_()).sample.sum().backward()
     assert len(calls) == blocks > 10

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowmem_imagic.engine.cuda_graphs import WARM_UPS, Replay
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
 from lowmem_imagic.training import loop as training
-from lowmem_imagic.training.pack import Pack, Task
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
 CPU = torch.device("cpu")
 CONFIG = EditConfig(
@@ -65,7 +65,7 @@ def trained(base: Any, numbers: list[int], *, slots: int, **options: Any) -> dic
     text = base.encode_text(["a red cube", "a cat", "two birds kissing", "a blue sphere on a floor"])
     draw = torch.Generator().manual_seed(2)
     photos, noise = torch.randn(2, 4, 4, 8, 8, generator=draw)
-    tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
+    tasks = [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
     made = [edit for group in Pack(base, tasks, CONFIG, slots=slots, **options).run() for edit in group]
     return {
         numbers[edit.number]: [
@@ -122,11 +122,11 @@ def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> N
         replay(torch.ones(3), two)
 
 
-def tasks_of_two(base: Any) -> list[Task]:
+def tasks_of_two(base: Any) -> list[TrainingInput]:
     """Two tasks, fresh."""
     text = base.encode_text(["a red cube", "a cat"])
     photos = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    return [Task(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
+    return [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
 
 
 def stop_after(steps: int) -> Any:
@@ -182,3 +182,42 @@ def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.
     base.replays = True
     monkeypatch.setattr(training, "Replay", None)
     assert len(trained(base, [0], slots=1)) == 1
+
+
+class Unrecordable(Replay):
+    """Fails while it records, after it has changed what it was to leave alone, with a given error."""
+
+    error: Exception = RuntimeError("operation not permitted when stream is capturing")
+
+    def __init__(self, run: Any, inputs: Any, *, device: torch.device, changed: Any = (), beside: Any = None) -> None:
+        try:
+            raise self.error
+        finally:
+            # As on a GPU, where the end of a recording that broke off is an error of its own.
+            if isinstance(self.error, torch.OutOfMemoryError):
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_passes_that_cannot_be_recorded_are_taken_as_they_are(
+    base: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where recording fails, training goes on unrecorded with the same bits, and says so once."""
+    expected = trained(base, [0, 1], slots=2)
+    monkeypatch.setattr(training, "Replay", Unrecordable)
+    monkeypatch.setattr(base, "replays", True)
+    found = trained(base, [0, 1], slots=2)
+    assert [r.message for r in caplog.records] == [
+        "training passes are not recorded: RuntimeError: operation not permitted when stream is capturing"
+    ]
+    for number, values in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[number], values, strict=True))
+
+
+def test_running_out_of_memory_while_recording_is_a_fallback(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that ends a recording hides that memory ran out; passes are then not recorded, before anything else."""
+    monkeypatch.setattr(Unrecordable, "error", torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(training, "Replay", Unrecordable)
+    monkeypatch.setattr(base, "replays", True)
+    monkeypatch.setattr(base, "rungs", [])
+    trained(base, [0, 1], slots=2)
+    assert base.rungs == ["passes that are not recorded"] and base.most_rows is None

@@ -253,7 +253,7 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[
     strength = "" if "strength" in but else f", strength {strength_text(config.strength)}"
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
-        f"{guidance}{config.interpolation}, hold {config.hold:g}, release {config.release:g}, mask {config.mask:g} | "
+        f"{guidance}{config.interpolation}, mask {config.mask:g} | "
         f"adapter of rank {edit.rank} on {len(edit.adapter)} layers{strength} | base in {base.weights}"
     )
 

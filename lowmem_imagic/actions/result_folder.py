@@ -180,8 +180,6 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
         "Imagic strength": strength_text(cell.strength),
         "Imagic interpolation": parameters["interpolation"],
         "Imagic start": parameters["start"],
-        "Imagic hold": parameters["hold"],
-        "Imagic release": parameters["release"],
         "Imagic mask": parameters["mask"],
         "Version": f"lowmem-imagic {parameters['version']}",
     }

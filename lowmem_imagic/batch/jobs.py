@@ -5,7 +5,7 @@ import json
 
 from ..edits.header import SPEC_VERSION
 from ..engine.base import BaseModel
-from ..settings.stages import EditConfig
+from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
 from .ledger.file import FAILED, Entry
 from .manifest import BadItem
@@ -23,7 +23,8 @@ def job_id(
 ) -> str:
     """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base,
     the version of the edit format, and whether an eta is suggested."""
-    settings = config.to_dict()
+    # With the settings that an earlier version had: what it finished stays finished.
+    settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in config.to_dict().items()}
     # How many rows go together is the machine's matter and changes nothing but rounding.
     del settings["sample"]["batch_rows"]
     made_of = [SPEC_VERSION, photo_sha256, background, sentence, settings, base.identity.files, base.weights]

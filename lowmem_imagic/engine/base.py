@@ -77,8 +77,9 @@ class BaseModel:
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
         text_on_cpu: whether sentences are encoded on the CPU.
-        replays: whether a GPU records training passes and replays them (see `replay`); not with checkpointing. A pass
-            has some 6,600 kernels, which take Python 0.3 s to start one by one (``benchmarks/gpu.py``).
+        replays: whether a GPU records training passes and replays them (see `engine.cuda_graphs`); not with
+            checkpointing. Off: no GPU has done so yet, though one spent five sixths of a step's time on starting 6,600
+            kernels one by one (``benchmarks/results/gpu_first_run.json``).
         rungs: what was made cheaper because memory ran out, in words and in order, since the base was loaded.
         most_rows, most_images: limits of a training pass and of a sampling batch, found by running out of memory; None
             if that has not happened.
@@ -103,7 +104,7 @@ class BaseModel:
         self.attention, self.checkpointing = attention, checkpointing
         self.vae_tiling = False
         self.text_on_cpu = device.type == "cpu"
-        self.replays = device.type == "cuda"
+        self.replays = False
         self.rungs: list[str] = []
         self.most_rows: int | None = None
         self.most_images: int | None = None

@@ -127,7 +127,7 @@ class AdapterPack:
 
     Args:
         network: a frozen network; it is not changed until `attach`.
-        edits: N.
+        count: N, the number of edits.
         adapt: the layers, see `target_modules`.
         blocks: parts of the UNet to adapt, some of `BLOCKS`.
         rank: r.
@@ -143,7 +143,7 @@ class AdapterPack:
         self,
         network: nn.Module,
         *,
-        edits: int,
+        count: int,
         adapt: str,
         rank: int,
         alpha: float,
@@ -151,17 +151,17 @@ class AdapterPack:
         device: torch.device | str = "cpu",
     ) -> None:
         modules = target_modules(network, adapt, blocks)
-        self._create(modules, edits, dict.fromkeys(modules, rank), device)
-        self._set_alphas({name: [float(alpha)] * edits for name in self._shapes})
+        self._create(modules, count, dict.fromkeys(modules, rank), device)
+        self._set_alphas({name: [float(alpha)] * count for name in self._shapes})
 
     def _create(
-        self, modules: Mapping[str, nn.Module], edits: int, ranks: Mapping[str, int], device: torch.device | str
+        self, modules: Mapping[str, nn.Module], count: int, ranks: Mapping[str, int], device: torch.device | str
     ) -> None:
-        self.edits = edits
+        self.count = count
         self.rows = Rows()
         self._shapes = {name: _Shape.of(module, ranks[name]) for name, module in modules.items()}
         size = sum(shape.size for shape in self._shapes.values())
-        self.weights = torch.zeros(edits, size, device=device)
+        self.weights = torch.zeros(count, size, device=device)
         self._parameters = {name: (nn.Parameter(d), nn.Parameter(u)) for name, d, u in self._views(self.weights)}
 
     def _set_alphas(self, alphas: dict[str, list[float]]) -> None:
@@ -181,8 +181,8 @@ class AdapterPack:
             middle, end = start + shape.down_size, start + shape.size
             yield (
                 name,
-                flat[:, start:middle].view(self.edits, *shape.down),
-                flat[:, middle:end].view(self.edits, *shape.up),
+                flat[:, start:middle].view(self.count, *shape.down),
+                flat[:, middle:end].view(self.count, *shape.up),
             )
             start = end
 
@@ -190,11 +190,6 @@ class AdapterPack:
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, views of `weights`."""
         return [parameter for pair in self._parameters.values() for parameter in pair]
-
-    def initialize(self, generators: Sequence[torch.Generator]) -> None:
-        """Draws every edit's adapter from its own generator, see `initialize_edit`."""
-        for edit, generator in enumerate(generators):
-            self.initialize_edit(edit, generator)
 
     @torch.no_grad()
     def initialize_edit(self, edit: int, generator: torch.Generator) -> None:
@@ -214,12 +209,6 @@ class AdapterPack:
             parameters[0].grad, parameters[1].grad = down, up
         return grads
 
-    def disable_gradients(self) -> None:
-        """Frees the gradients; the factors are trained no further."""
-        for parameter in self.parameters:
-            parameter.grad = None
-            parameter.requires_grad_(False)
-
     def set_rows(self, index: Tensor | None, strengths: Tensor | None = None) -> None:
         """Says which edit each row of the following passes belongs to, and how strongly it is adapted.
 
@@ -229,7 +218,7 @@ class AdapterPack:
                 alone. None when all are 1.
         """
         device = self.weights.device
-        self.rows.index = None if index is None or self.edits == 1 else index.to(device)
+        self.rows.index = None if index is None or self.count == 1 else index.to(device)
         plain = strengths is None or bool((strengths == 1).all())
         self.rows.strengths = None if plain else strengths.to(device)  # type: ignore[union-attr]
 

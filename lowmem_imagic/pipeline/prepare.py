@@ -19,7 +19,7 @@ from ..pictures import Photo
 from ..pictures.letterbox import Letterbox, to_square, to_tensor
 from ..sampling.inversion import own_noise
 from ..settings.stages import EditConfig
-from ..training.pack import StageProgress, Task
+from ..training.pack import StageProgress, TrainingInput
 from ..training.state import TrainingState
 
 STAGES = ("encode", "load", "invert")
@@ -52,7 +52,7 @@ class Taken:
     """Seconds and peak bytes of the stages before training."""
 
 
-class Prepared(Iterator[Task]):
+class Prepared(Iterator[TrainingInput]):
     """The tasks of jobs, which are taken and encoded group by group as tasks are asked for, and inverted one by one.
 
     **Memory**: the UNet is loaded once the first group is encoded, and stays.
@@ -73,7 +73,7 @@ class Prepared(Iterator[Task]):
         self.taken: dict[int, Taken] = {}
         """By the number of their task; taken from here once it is trained."""
 
-    def __next__(self) -> Task:
+    def __next__(self) -> TrainingInput:
         while not self._ready:
             self._encode(next(self._groups))
         taken = self._ready.popleft()
@@ -82,7 +82,7 @@ class Prepared(Iterator[Task]):
         taken.measured = {name: self._meter.stages[name] for name in STAGES if name in self._meter.stages}
         self.taken[self._count] = taken
         self._count += 1
-        return Task(taken.latents, taken.target_embedding, generator, noise, taken.job.state)
+        return TrainingInput(taken.latents, taken.target_embedding, generator, noise, taken.job.state)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         if not jobs:

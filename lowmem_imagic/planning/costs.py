@@ -109,10 +109,8 @@ class Costs:
         return self._adapters(1).weights.numel()
 
     def adapters(self, slots: int) -> int:
-        """Bytes of what trains in `slots` slots, fp32: with gradients, two moments and averages, if kept."""
-        first, second = self._config.embed, self._config.finetune
-        each = 16 * (self.adapter_weights + math.prod(self._text_shape))
-        return slots * (each + 4 * self.adapter_weights * bool(second.average or first.average))
+        """Bytes of what trains in `slots` slots, fp32, with gradients and two moments."""
+        return slots * 16 * (self.adapter_weights + math.prod(self._text_shape))
 
     def train(
         self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune", recorded: bool = False
@@ -197,7 +195,7 @@ class Costs:
         tuned = self._config.finetune
         return AdapterPack(
             self._base.unet,
-            edits=edits,
+            count=edits,
             adapt=tuned.adapt,
             blocks=tuned.blocks,
             rank=tuned.lora_rank,

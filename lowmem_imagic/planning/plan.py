@@ -163,6 +163,7 @@ def plan_for(
         on_cpu=base.device.type == "cpu",
         weights=base.weights,
         checkpointing=base.checkpointing,
+        replays=base.replays,
         context_bytes=budget.context,
     )
 
@@ -190,13 +191,13 @@ def follow(base: BaseModel, plan: Plan) -> None:
 class _Planner:
     """The search for a plan; see `plan`."""
 
-    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int, on_cpu: bool) -> None:
+    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int, replays: bool) -> None:
         self._costs, self._config, self._available, self._jobs = costs, config, available, jobs
-        self._on_cpu = on_cpu
+        self._replays = replays
 
     def recorded(self, checkpointing: bool) -> bool:
         """Whether training passes will be recorded."""
-        return not self._on_cpu and not checkpointing
+        return self._replays and not checkpointing
 
     def room(self, slots: int) -> int:
         """Bytes for activations beside `slots` edits in training."""
@@ -242,6 +243,7 @@ def plan(
     on_cpu: bool = False,
     weights: str = "int8",
     checkpointing: bool = False,
+    replays: bool = False,
     context_bytes: int = 0,
 ) -> Plan:
     """The fastest way to make `jobs` edits within a budget.
@@ -257,13 +259,14 @@ def plan(
         on_cpu: whether the budget is the CPU's own, so that nothing can be done there instead.
         weights: format of the UNet, for the record.
         checkpointing: in any case.
+        replays: whether training passes without checkpointing are recorded, see `BaseModel`.
         context_bytes: taken before any tensor.
 
     Raises:
         MemoryLimitError: not even one row of one edit fits, in the cheapest way.
     """
     available = math.floor((budget_bytes - context_bytes) * (1 - RESERVE))
-    planner = _Planner(costs, config, available, jobs, on_cpu)
+    planner = _Planner(costs, config, available, jobs, replays)
     for recompute in (True,) if checkpointing else (False, True):
         if (found := planner.training(recompute)) is not None:
             slots, rows = found

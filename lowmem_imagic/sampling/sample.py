@@ -38,8 +38,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """The ways of B images from their photos to their sentences."""
+class _Conditions:
+    """The text and the adapters of B images, between their photos and their sentences."""
 
     pack: AdapterPack | None
     """None renders the base alone."""
@@ -56,13 +56,11 @@ class _Way:
     config: SampleConfig
 
     def at(self, etas: Sequence[float]) -> Tensor:
-        """Sets the adapters for these etas, and gives the text: (B, T, D), or (2 B, T, D) with the negative first."""
-        eta = torch.tensor(etas).view(-1, 1, 1)
-        text = PATHS[self.config.interpolation](self.target, self.optimized, eta)
-        factors = self.strengths * (1 - self.config.release * eta.view(-1, 1).clamp(0, 1))
+        """Sets the adapters, and gives the text at these etas: (B, T, D), or (2 B, T, D) with the negative first."""
+        text = PATHS[self.config.interpolation](self.target, self.optimized, torch.tensor(etas).view(-1, 1, 1))
         copies = 1 if self.negative is None else 2
         if self.pack is not None:
-            self.pack.set_rows(self.rows.repeat(copies), factors.repeat(copies, 1))
+            self.pack.set_rows(self.rows.repeat(copies), self.strengths.repeat(copies, 1))
         return text if self.negative is None else torch.cat([self.negative.expand_as(text), text])
 
 
@@ -106,7 +104,7 @@ def sample(
         target_embeddings: e_tgt, (N, T, D).
         optimized_embeddings: e_opt, (N, T, D).
         cells: what to render.
-        config: steps, scheduler, start, interpolation, hold, release, mask, rows per batch; guidance where a cell has
+        config: steps, scheduler, start, interpolation, mask, rows per batch; guidance where a cell has
             none of its own.
         progress: called after every step of every batch; its steps are those of all images.
         coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from anything but pure noise.
@@ -265,7 +263,7 @@ class _Sampler:
         rows = torch.tensor([cell.edit for cell in cells])
         scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
         guidance = scales.to(base.device) if scales[0] != 1 else None
-        way = _Way(
+        conditions = _Conditions(
             self.pack,
             rows,
             torch.tensor([strengths(cell.strength) for cell in cells]),
@@ -282,16 +280,12 @@ class _Sampler:
         masked = [row for row, cell in enumerate(cells) if cell in kept]
         photos = [kept[cells[row]] for row in masked]
         masks = torch.stack([photo.mask for photo in photos]).to(base.device) if photos else None
-        options = _step_options(scheduler, config, generators)
-        held = round(config.hold * len(scheduler.timesteps))
+        options = _step_options(scheduler, generators)
+        text = conditions.at([cell.eta for cell in cells]).to(base.device)
         path: list[Tensor] = []
         attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(base.unet)
         with base.used(), torch.no_grad(), attached:
             for step, timestep in enumerate(scheduler.timesteps):
-                if step == 0 and held:
-                    text = way.at([0.0] * len(cells)).to(base.device)
-                elif step in (0, held):
-                    text = way.at([cell.eta for cell in cells]).to(base.device)
                 both = latents if guidance is None else torch.cat([latents, latents])
                 scaled = scheduler.scale_model_input(both, timestep)
                 prediction = base.predict(scaled, timestep.expand(len(scaled)), text).float()
@@ -342,8 +336,6 @@ def _batches(cells: Sequence[Cell], batch_rows: int, most_images: int | None) ->
             yield order[begin : begin + size]
 
 
-def _step_options(scheduler: Any, config: SampleConfig, generators: list[torch.Generator]) -> dict[str, Any]:
-    """What this scheduler's step takes beyond the usual three."""
-    takes = inspect.signature(scheduler.step).parameters
-    offered = {"eta": config.ddim_eta, "generator": generators}
-    return {name: value for name, value in offered.items() if name in takes}
+def _step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """The generators, for a scheduler whose step draws noise."""
+    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .stages import EditConfig
+from .stages import EditConfig, build
 
 SMALL_KEEP = 0.046
 """Share of the adapter's bytes that the smallest edit files keep (option `small`)."""
@@ -86,4 +86,5 @@ def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | 
         raise ConfigError(f"`preset` is {name!r}, expected one of {', '.join(PRESETS)}")
     given, base = overrides or {}, _VALUES[name]
     stages = {stage: {**base.get(stage, {}), **given.get(stage, {})} for stage in {**base, **given} if stage}
-    return EditConfig.from_dict({**stages, **given.get("", {})})
+    top = {**stages, **given.get("", {})}
+    return build(lambda stage: top.get(stage, {}), top)

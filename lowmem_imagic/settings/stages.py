@@ -91,6 +91,16 @@ def _within(value: object, low: float, high: float, whole: bool) -> bool:
     return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
+_DROPPED_FROM_TRAINING = {"max_grad_norm": 0.0, "patience": 0, "min_improvement": 0.01, "average": 0.0}
+DROPPED: dict[str, dict[str, float]] = {
+    "embed": _DROPPED_FROM_TRAINING,
+    "finetune": {**_DROPPED_FROM_TRAINING, "weight_decay": 0.0, "embedding_learning_rate": 0.0},
+    "sample": {"ddim_eta": 0.0, "release": 0.0, "hold": 0.0},
+}
+"""Settings of earlier versions, by stage, each with the value that changed nothing. They were measured to gain nothing
+(docs/quality.md). Files that carry them are still read."""
+
+
 class _Check:
     """Collects what is wrong with the fields of one settings value."""
 
@@ -145,16 +155,6 @@ class StageConfig:
     """Adam's step size."""
     draws: int = 8
     """(timestep, noise) draws per edit and step; timesteps are stratified over the schedule. Paper: 1."""
-    max_grad_norm: float = 0.0
-    """Gradients of an edit are scaled down to this norm; 0 leaves them alone, as in the paper."""
-    patience: int = 0
-    """An edit stops early when its mean loss over this many steps is no better than over the
-    same number before (see `min_improvement`); 0 never stops early."""
-    min_improvement: float = 0.01
-    """Relative improvement between the two windows that counts as progress."""
-    average: float = 0.0
-    """Decay of a running average of what is trained, which is then the result; 0 takes the last step's, as the paper
-    does."""
     timesteps: tuple[float, float] = (0.0, 1.0)
     """Part of the noise schedule that draws come from: 0 is the clean end, 1 the noisy one. Paper: all of it."""
     anchor: float = 0.0
@@ -172,10 +172,6 @@ class StageConfig:
         check.number("steps", 0, 100_000, whole=True)
         check.number("learning_rate", 0, 1, above=True)
         check.number("draws", 1, 1024, whole=True)
-        check.number("max_grad_norm", 0, 1e6)
-        check.number("patience", 0, 100_000, whole=True)
-        check.number("min_improvement", 0, 1)
-        check.number("average", 0, 0.9999)
         check.number("anchor", 0, 1)
         check.number("final_rate", 0, 1)
         span = self.timesteps
@@ -189,7 +185,7 @@ class StageConfig:
 
     @property
     def passes(self) -> int:
-        """Rows that go forward and backward through the UNet for one edit, without early stop."""
+        """Rows that go forward and backward through the UNet for one edit."""
         return self.steps * self.draws
 
 
@@ -212,10 +208,6 @@ class FinetuneConfig(StageConfig):
     """Parts of the UNet that get adapters."""
     keep: float = 1.0
     """Share of the trained adapter's bytes that the edit keeps (see `truncation`)."""
-    weight_decay: float = 0.0
-    """Decoupled decay of the adapter's factors, a unit of learning rate (AdamW's)."""
-    embedding_learning_rate: float = 0.0
-    """Rate at which e_opt goes on training beside the adapter; 0 keeps it fixed, as in the paper."""
 
     def _check(self, check: _Check) -> None:
         super()._check(check)
@@ -223,8 +215,6 @@ class FinetuneConfig(StageConfig):
         check.number("lora_rank", 1, MAX_RANK, whole=True)
         check.number("lora_alpha", 0, MAX_ALPHA, above=True)
         check.number("keep", 0, 1, above=True)
-        check.number("weight_decay", 0, 1000)
-        check.number("embedding_learning_rate", 0, 1)
         if not isinstance(self.blocks, tuple) or not self.blocks or not all(b in BLOCKS for b in self.blocks):
             check.problems.append(f"`blocks` is {reprlib.repr(self.blocks)}, expected some of {', '.join(BLOCKS)}")
 
@@ -246,16 +236,8 @@ class SampleConfig:
     negative_prompt: str = ""
     scheduler: str = "DDIM"
     """Name of a diffusers scheduler class, with or without "Scheduler"."""
-    ddim_eta: float = 0.0
-    """Noise added by DDIM at each step (the eta of the DDIM paper, not Imagic's)."""
     strength: Strength = 1.0
     """Factor on the adapter: 0 is the base model alone."""
-    release: float = 0.0
-    """How far the adapter is let go on the way to the sentence: its strength is times ``1 - release * eta``, so that
-    eta 0 is the photo as trained and the sentence meets a model that still follows text. Paper: 0."""
-    hold: float = 0.0
-    """Share of the steps, from the noisiest, that are taken towards the photo (eta 0) before any towards the sentence:
-    they settle where things are. Paper: 0."""
     mask: float = 0.0
     """Keeps to the photo (eta 0) at every step where the base finds the sentence no different from it: places change
     from about this difference on, a share of its largest (see `masking`). 0 lets everything change. Paper: 0."""
@@ -285,15 +267,12 @@ class SampleConfig:
         check.number("guidance_scale", 0, 100)
         if self.photo_guidance is not None:
             check.number("photo_guidance", 0, 100)
-        check.number("ddim_eta", 0, 1)
         if isinstance(self.strength, tuple):
             check.numbers("strength", *STRENGTH_RANGE)
             if len(self.strength) != 3:
                 check.problems.append(f"`strength` has {len(self.strength)} numbers, expected one, or down, mid and up")
         else:
             check.number("strength", *STRENGTH_RANGE)
-        check.number("release", 0, 1)
-        check.number("hold", 0, 1)
         check.number("mask", 0, 1)
         if not isinstance(self.negative_prompt, str):
             check.problems.append(f"`negative_prompt` is {reprlib.repr(self.negative_prompt)}, expected text")
@@ -327,15 +306,21 @@ class EditConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "EditConfig":
-        """The config described by nested plain values.
+        """The config described by nested plain values, as `to_dict` of this or an earlier version gives them.
+
+        Settings that were dropped since are ignored.
 
         Raises:
             ConfigError: unknown or missing names, values out of range; all problems at once.
         """
-        return _build(lambda stage: values.get(stage, {}), values)
+
+        def kept(stage: str) -> Mapping[str, Any]:
+            return {name: v for name, v in values.get(stage, {}).items() if name not in DROPPED[stage]}
+
+        return build(kept, values)
 
 
-def _build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, Any]) -> EditConfig:
+def build(stage_values: Callable[[str], Mapping[str, Any]], top: Mapping[str, Any]) -> EditConfig:
     """An `EditConfig` from per-stage values, collecting the problems of all stages."""
     problems, stages = [], {}
     kinds: dict[str, type[Any]] = {"embed": EmbedConfig, "finetune": FinetuneConfig, "sample": SampleConfig}

@@ -1,4 +1,4 @@
-"""Adam for a pack: one update for all edits, with rate, clipping, step count and stop mask of each its own."""
+"""Adam for a pack: one update for all edits, with a rate, a step count and a stop mask of its own for each."""
 
 import math
 
@@ -15,9 +15,6 @@ class PackedAdam:
     Args:
         weights: (N, P) fp32, updated in place.
         learning_rate: step size, one for all or (N,).
-        max_grad_norm: rows with a larger gradient norm are scaled down to it; 0 never.
-        weight_decay: share of each weight taken off per unit of learning rate, apart from the gradient
-            (AdamW: Loshchilov & Hutter 2019, algorithm 2).
 
     **Memory**: 8 bytes a weight.
     """
@@ -25,29 +22,18 @@ class PackedAdam:
     BETAS = (0.9, 0.999)
     EPSILON = 1e-8
 
-    def __init__(
-        self,
-        weights: Tensor,
-        *,
-        learning_rate: float | Tensor,
-        max_grad_norm: float = 0.0,
-        weight_decay: float = 0.0,
-    ) -> None:
+    def __init__(self, weights: Tensor, *, learning_rate: float | Tensor) -> None:
         self.weights = weights
         rate = torch.as_tensor(learning_rate, dtype=torch.float32, device=weights.device)
         self.learning_rate = rate.expand(weights.shape[0]).unsqueeze(1).clone()
-        self.weight_decay = weight_decay
-        # Kept as plain numbers too: whether any row is clipped must not cost a question to the device.
-        self._limits = [max_grad_norm] * len(weights)
         self.steps = torch.zeros(weights.shape[0], 1, device=weights.device)
         self.first = torch.zeros_like(weights)
         self.second = torch.zeros_like(weights)
 
     @torch.no_grad()
-    def restart(self, row: int, *, learning_rate: float, max_grad_norm: float = 0.0) -> None:
-        """Forgets all about a row: it begins anew, with a rate and a limit of its own."""
+    def restart(self, row: int, *, learning_rate: float) -> None:
+        """Begins a row anew, with a rate of its own: its moments and its step count are zero."""
         self.learning_rate[row] = learning_rate
-        self._limits[row] = max_grad_norm
         for state in (self.steps, self.first, self.second):
             state[row].zero_()
 
@@ -58,9 +44,6 @@ class PackedAdam:
         share = share.to(self.weights).unsqueeze(1) if isinstance(share, Tensor) else share
         rate = self.learning_rate * share
         mask = active.to(self.weights).unsqueeze(1)
-        if any(self._limits):
-            limits = torch.tensor([limit or math.inf for limit in self._limits]).to(self.weights).unsqueeze(1)
-            grads = grads * (limits / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
         b1, b2 = self.BETAS
         self.steps += mask
         self.first.lerp_(grads, (1 - b1) * mask)
@@ -69,6 +52,4 @@ class PackedAdam:
         # 1 - beta ** count; taken literally, fp32 leaves 1 - 0.999 with four digits.
         bias1, bias2 = (-torch.expm1(count * math.log(beta)) for beta in self.BETAS)
         denominator = (self.second / bias2).sqrt_().add_(self.EPSILON)
-        if self.weight_decay:
-            self.weights.mul_(1 - mask * rate * self.weight_decay)
         self.weights.addcdiv_(self.first * (mask * rate / bias1), denominator, value=-1)

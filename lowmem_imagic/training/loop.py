@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from ..engine.cuda_graphs import Replay
 from ..engine.memory import in_rungs, ran_out
 from ..errors import TensorShapeError
 from ..layers.adapter_pack import AdapterPack, strided_gradients
-from ..settings.stages import StageConfig
 from ..unexpected import first_line
 from .adam import PackedAdam
-from .run import Losses, Run
+from .run import Run
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +30,9 @@ FIRST_SCALE, MOST_SCALE = 2.0**16, 2.0**24
 GROW_AFTER = 50
 """Steps without an overflow after which an edit's scale doubles."""
 
-Progress = Callable[[int, int, str], None]
-"""Called as ``progress(step, steps, remark)`` after every step."""
-
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTensor:
     """A tensor that training changes in place."""
 
     weights: Tensor
@@ -45,7 +40,7 @@ class Trained:
     grads: Tensor
     """(N, P), where backward passes leave the gradient of `weights`."""
     learning_rate: float
-    weight_decay: float = 0.0
+    """Where an edit has none of its own."""
 
 
 def draw_rows(
@@ -96,13 +91,13 @@ class Trainer:
             checkpointing is switched on.
 
     **Memory**: the activations of one pass, freed before the optimiser steps (kept until `release` where passes are
-    replayed); with averaging, 4 bytes a weight.
+    replayed).
     """
 
     def __init__(
         self,
         base: BaseModel,
-        trained: Sequence[Trained],
+        trained: Sequence[TrainedTensor],
         embeddings: Callable[["Trainer"], Tensor],
         *,
         pack: AdapterPack | None = None,
@@ -111,11 +106,7 @@ class Trainer:
         self._base, self._trained, self._embeddings = base, trained, embeddings
         self._pack, self._max_rows = pack, max_rows
         self._slots = len(trained[0].weights)
-        self._optimizers = [
-            PackedAdam(part.weights, learning_rate=part.learning_rate, weight_decay=part.weight_decay)
-            for part in trained
-        ]
-        self._averages: list[Tensor | None] = [None for _ in trained]
+        self._optimizers = [PackedAdam(part.weights, learning_rate=part.learning_rate) for part in trained]
         # Gradients below 6e-8 are zero in fp16: losses are scaled up, each edit's by its own power of two (it changes
         # no digit), and gradients down again (Micikevicius et al. 2018, section 3.2).
         self._scaled = base.dtype == torch.float16
@@ -138,13 +129,8 @@ class Trainer:
         self.runs[slot] = run
         self._scales[slot], self._good[slot] = FIRST_SCALE if self._scaled else 1.0, 0
         self._rates[slot] = [part.learning_rate for part in self._trained] if rates is None else rates
-        for number, (part, rate) in enumerate(zip(self._trained, self._rates[slot], strict=True)):
-            self._optimizers[number].restart(slot, learning_rate=rate, max_grad_norm=run.config.max_grad_norm)
-            if run.config.average:
-                average = self._averages[number]
-                if average is None:
-                    average = self._averages[number] = part.weights.clone()
-                average[slot].copy_(part.weights[slot])
+        for optimizer, rate in zip(self._optimizers, self._rates[slot], strict=True):
+            optimizer.restart(slot, learning_rate=rate)
 
     def forget(self, slot: int) -> None:
         """Takes an edit out of its slot as if it had never begun; does nothing for a free one."""
@@ -152,12 +138,9 @@ class Trainer:
 
     @torch.no_grad()
     def save(self, slot: int) -> dict[str, Tensor]:
-        """What a slot's training has come to, as copies on the CPU: for each trained tensor that has a rate, its row,
-        its moments, its count of steps and its average; what it began with is not among them."""
-        saved: dict[str, Tensor] = {}
-        for name, row in self._state(slot):
-            saved[name] = row.detach().to("cpu", copy=True)
-        return saved
+        """The state of a slot's training, as copies on the CPU: for each trained tensor that has a rate, its row, its
+        moments and its count of steps."""
+        return {name: row.detach().to("cpu", copy=True) for name, row in self._state(slot)}
 
     @torch.no_grad()
     def restore(self, slot: int, saved: Mapping[str, Tensor]) -> None:
@@ -181,8 +164,6 @@ class Trainer:
             yield f"{number}.first", optimizer.first[slot]
             yield f"{number}.second", optimizer.second[slot]
             yield f"{number}.steps", optimizer.steps[slot]
-            if self.runs[slot].config.average and (average := self._averages[number]) is not None:
-                yield f"{number}.average", average[slot]
         if self._scaled:
             yield "scale", self._scales[slot]
             yield "steps_without_overflow", self._good[slot]
@@ -202,7 +183,7 @@ class Trainer:
         for slot, loss in enumerate(losses.tolist()):
             if slot in self.runs:
                 self.runs[slot].losses.append(loss)
-        return {slot: self._leave(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
+        return {slot: self.runs.pop(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
 
     def _gradients(self, rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Fills the gradients of a step's rows, pass by pass; returns each slot's loss (N,)."""
@@ -317,9 +298,9 @@ class Trainer:
     @torch.no_grad()
     def _update(self) -> None:
         """Moves what is trained along its gradients, each edit at its own rate."""
-        shares, follow = torch.zeros(self._slots), torch.zeros(self._slots)
+        shares = torch.zeros(self._slots)
         for slot, run in self.runs.items():
-            shares[slot], follow[slot] = run.rate_share, run.average_share
+            shares[slot] = run.rate_share
         sound = self._unscale() if self._scaled else None
         for number, part in enumerate(self._trained):
             if not self.trains(number):
@@ -328,8 +309,6 @@ class Trainer:
             if sound is not None:
                 active &= sound
             self._optimizers[number].step(part.grads, active, shares)
-            if (average := self._averages[number]) is not None:
-                average.lerp_(part.weights, follow.to(average).unsqueeze(1))
 
     def _unscale(self) -> Tensor:
         """Takes the scales out of the gradients; which slots (N,) have finite ones.
@@ -351,65 +330,3 @@ class Trainer:
         for slot, run in self.runs.items():
             run.skipped += not sound[slot]
         return sound
-
-    @torch.no_grad()
-    def _leave(self, slot: int) -> Run:
-        """Frees a slot; its rows hold what the edit came to."""
-        run = self.runs.pop(slot)
-        if run.config.average:
-            for part, average in zip(self._trained, self._averages, strict=True):
-                if average is not None:
-                    part.weights[slot].copy_(average[slot])
-        return run
-
-
-def train(
-    base: BaseModel,
-    latents: Tensor,
-    embeddings: Callable[[], Tensor],
-    *,
-    trained: Sequence[Trained],
-    config: StageConfig,
-    generators: Sequence[torch.Generator],
-    start_noise: Tensor | None = None,
-    pack: AdapterPack | None = None,
-    progress: Progress | None = None,
-) -> Losses:
-    """Takes edits that begin together through one stage: what is trained changes in place.
-
-    Args:
-        base: the frozen base, with whatever is trained already in it.
-        latents: (N, C, H, W), fp32 on the CPU.
-        embeddings: gives the text conditioning (N, T, D) of a pass.
-        trained: what is trained, each with a rate of its own.
-        config: the stage.
-        generators: one CPU generator per edit.
-        start_noise: what sampling will start from (N, C, H, W); only read with `StageConfig.anchor`.
-        pack: the adapters that are attached.
-        progress: called after every step.
-
-    Raises:
-        DivergenceError: a loss is no longer finite; see `BaseModel.fault`, for which no adapter may be attached.
-    """
-    trainer = Trainer(base, trained, lambda _: embeddings(), pack=pack)
-    noise = [None] * len(latents) if start_noise is None else start_noise
-    runs = [Run(x, config, generator, own) for x, generator, own in zip(latents, generators, noise, strict=True)]
-    if config.steps:
-        for slot, run in enumerate(runs):
-            trainer.begin(slot, run)
-    try:
-        for step in range(1, config.steps + 1):
-            running = list(trainer.runs.values())
-            for run in trainer.step().values():
-                if run.diverged:
-                    raise run.diverged
-            if progress is not None:
-                progress(step, config.steps, f"loss {fmean(run.losses[-1] for run in running):.4f}")
-            if not trainer.runs:
-                break
-    finally:
-        trainer.release()
-    history = torch.full((config.steps, len(runs)), float("nan"))
-    for number, run in enumerate(runs):
-        history[: len(run.losses), number] = torch.tensor(run.losses)
-    return Losses(history, tuple(len(run.losses) for run in runs))

@@ -1,8 +1,8 @@
-"""Edits trained side by side in the slots of a pack: who is finished makes room for the next, and nobody waits.
+"""Trains several edits at once in a fixed number of slots; a finished edit's slot goes to the next one.
 
-A slot is an edit's row of every static buffer: embedding, adapter, their gradients and optimiser moments. Stage 1 of
-one edit and stage 2 of another share a pass: a row in stage 1 has an adapter of zeros and moves its embedding alone, a
-row in stage 2 moves its adapter.
+A slot is an edit's row of every static buffer: embedding, adapter, their gradients and optimiser moments. Edits in
+different stages share a pass: a row in stage 1 has an adapter of zeros and moves its embedding alone, a row in stage 2
+moves its adapter.
 """
 
 import contextlib
@@ -21,8 +21,10 @@ from ..engine.memory import clear_errors, peak_bytes, reset_peak
 from ..errors import DivergenceError, NonFiniteModelError, TensorShapeError
 from ..layers.adapter_pack import AdapterPack, Factors
 from ..settings.stages import EditConfig
-from .loop import Trained, Trainer
+from . import embed, finetune
+from .loop import TrainedTensor, Trainer
 from .run import Run
+from .stage import Slot, Stage
 from .state import TrainingState
 
 StageProgress = Callable[[str, int, int, str], None]
@@ -30,17 +32,17 @@ StageProgress = Callable[[str, int, int, str], None]
 
 log = logging.getLogger(__name__)
 
-HINTS = {
-    "embed": "`checkpointing`, or fewer draws a step",
-    "finetune": "`checkpointing`, fewer draws a step, or `adapt=attn`",
-}
-"""What takes less memory in each training stage."""
 _EMBEDDING, _ADAPTER = 0, 1
 """Numbers of what is trained, for the trainer."""
 
 
+def stages(config: EditConfig) -> tuple[Stage, ...]:
+    """The stages of an edit, in their order."""
+    return embed.stage(config), finetune.stage(config)
+
+
 @dataclass(frozen=True)
-class Task:
+class TrainingInput:
     """One edit to train."""
 
     latents: Tensor
@@ -57,28 +59,29 @@ class Task:
 
 @dataclass
 class TrainedEdit:
-    """What an edit came to."""
+    """The result of training one edit."""
 
     number: int
-    """Of its task."""
+    """Of its input."""
     optimized_embedding: Tensor
-    """e_opt (T, D), fp32 on the CPU, in values that fp16 holds unless stage 2 trained it on."""
+    """e_opt (T, D), fp32 on the CPU, in values that fp16 holds."""
     adapter: dict[str, Factors]
     """By kohya key, fp32 on the CPU."""
     losses: dict[str, list[float]]
-    """Of each step of stages "embed" and "finetune"."""
+    """Of each step, by stage."""
     measured: dict[str, dict[str, float | int | None]]
-    """Seconds it spent in each stage, whoever it shared them with, and peak bytes of the pack."""
+    """Seconds it spent in each stage, other edits beside it or not, and peak bytes of the pack."""
     error: DivergenceError | NonFiniteModelError | None = None
-    """Its loss is no longer finite: there is nothing to be had from it."""
+    """Set where its loss is no longer finite; the edit is of no use then."""
 
 
 @dataclass
-class _Held:
-    """What a slot holds."""
+class _InTraining:
+    """An edit in a slot."""
 
-    task: Task
+    task: TrainingInput
     made: TrainedEdit
+    stage: Stage
     since: float = field(default_factory=time.perf_counter)
     """When its stage began, on this process's clock; for one that was resumed, earlier."""
     peak: int | None = None
@@ -86,34 +89,34 @@ class _Held:
     """Steps of its stage that overflowed in fp16."""
 
     def measured(self) -> dict[str, float | int | None]:
-        """What its stage has taken so far."""
+        """Seconds and peak bytes of its stage so far."""
         taken = {"seconds": round(time.perf_counter() - self.since, 3), "peak_bytes": self.peak}
         return {**taken, "skipped_steps": self.skipped} if self.skipped else taken
 
 
 class Pack:
-    """Trains tasks in a fixed number of slots, into which they are taken as slots become free.
+    """Trains edits in a fixed number of slots, which they enter as slots become free.
 
     Every edit is what it would have been alone: same draws, same gradients to rounding. With one slot a CPU gives the
-    same bits every time, those of `embed.embed` and `finetune.finetune` one after the other.
+    same bits every time, those of its stages one after the other.
 
     Args:
         base: the frozen base.
-        tasks: what to train, in this order; one at least.
-        config: settings of both stages, for all.
+        inputs: what to train, in this order; one at least.
+        config: settings of all stages, for all edits.
         slots: N, how many edits train at once.
-        count: how many tasks there are, None where that is not known; only for progress.
+        count: how many inputs there are, None where that is not known; only for progress.
         max_rows: most rows of a pass, see `Trainer`; None is no limit.
         progress: called after every step: with one task as its stages go, else as edits go ("train").
         between: called before every step, when `states` may be asked for; what it raises ends the run there.
 
-    **Memory**: 16 bytes a weight of N adapters and N embeddings, 4 more with averaging, and a pass's activations.
+    **Memory**: 16 bytes a weight of N adapters and N embeddings, and a pass's activations.
     """
 
     def __init__(
         self,
         base: BaseModel,
-        tasks: Iterable[Task],
+        inputs: Iterable[TrainingInput],
         config: EditConfig,
         *,
         slots: int,
@@ -122,13 +125,14 @@ class Pack:
         progress: StageProgress | None = None,
         between: Callable[["Pack"], None] | None = None,
     ) -> None:
-        self._base, self._config, self._progress, self._between = base, config, progress, between
-        waiting = iter(tasks)
+        self._base, self._progress, self._between = base, progress, between
+        self._stages = stages(config)
+        waiting = iter(inputs)
         first = next(waiting)
         self._waiting, self._count = chain([first], waiting), count
         self._free = list(range(slots))
         self._taken = self._done = 0
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, _InTraining] = {}
         self._broken: dict[int, tuple[Tensor, Tensor]] = {}
         embeddings = torch.zeros(slots, *first.target_embedding.shape, device=base.device, requires_grad=True)
         embeddings.grad = torch.zeros_like(embeddings)
@@ -136,7 +140,7 @@ class Pack:
         tuned = config.finetune
         self._adapters = AdapterPack(
             base.unet,
-            edits=slots,
+            count=slots,
             adapt=tuned.adapt,
             blocks=tuned.blocks,
             rank=tuned.lora_rank,
@@ -144,8 +148,8 @@ class Pack:
             device=base.device,
         )
         trained = [
-            Trained(embeddings.detach().flatten(1), embeddings.grad.flatten(1), config.embed.learning_rate),
-            Trained(self._adapters.weights, self._adapters.enable_gradients(), tuned.learning_rate, tuned.weight_decay),
+            TrainedTensor(embeddings.detach().flatten(1), embeddings.grad.flatten(1), config.embed.learning_rate),
+            TrainedTensor(self._adapters.weights, self._adapters.enable_gradients(), tuned.learning_rate),
         ]
 
         def text(trainer: Trainer) -> Tensor:
@@ -193,7 +197,7 @@ class Pack:
         """Where every edit in training stands, by the number of its task; resumed from there in any pack, it goes on
         with the same draws, and alone with the same bits."""
         for slot, held in sorted(self._held.items()):
-            stage = self._stage_of(slot)
+            stage = held.stage.name
             yield (
                 held.made.number,
                 TrainingState(
@@ -211,7 +215,9 @@ class Pack:
         finished = []
         while self._free and (task := next(self._waiting, None)) is not None:
             slot = self._free.pop(0)
-            self._held[slot] = _Held(task, TrainedEdit(self._taken, task.target_embedding, {}, {}, {}))
+            self._held[slot] = _InTraining(
+                task, TrainedEdit(self._taken, task.target_embedding, {}, {}, {}), self._stages[0]
+            )
             self._taken += 1
             with torch.no_grad():
                 self._embeddings[slot].copy_(task.target_embedding)
@@ -219,36 +225,31 @@ class Pack:
                 self._adapters.weights[slot].zero_()
             if task.state is not None and self._resumed(slot, task.state):
                 continue
-            if self._begin(slot, "embed"):
+            if self._begin(slot, self._stages[0]):
                 finished.append(self._leave(slot))
         return finished
 
-    def _begin(self, slot: int, stage: str) -> bool:
+    def _slot(self, slot: int) -> Slot:
+        """The rows of an edit, for its stages."""
+        task = self._held[slot].task
+        return Slot(self._embeddings[slot], self._adapters, slot, task.target_embedding, task.generator)
+
+    def _begin(self, slot: int, stage: Stage) -> bool:
         """Puts a slot's edit into a stage, and into the next where it has no steps; whether that was the last."""
-        generator = self._held[slot].task.generator
-        if stage == "finetune":
-            with torch.no_grad():
-                # Rounded as the file stores it, so that an edit and its file give the same pictures.
-                self._embeddings[slot].copy_(self._embeddings[slot].half())
-            self._adapters.initialize_edit(slot, generator)
+        with torch.no_grad():
+            stage.start(self._slot(slot))
         if self._enter(slot, stage, []):
             return False
-        return self._end(slot, stage)
+        return self._end(slot)
 
-    def _enter(self, slot: int, stage: str, losses: list[float]) -> bool:
+    def _enter(self, slot: int, stage: Stage, losses: list[float]) -> bool:
         """Gives the trainer a slot's edit in a stage, after the steps with these losses; whether it has any left."""
-        held, first = self._held[slot], stage == "embed"
-        config = self._config.embed if first else self._config.finetune
-        rates = (
-            (config.learning_rate, 0.0)
-            if first
-            else (self._config.finetune.embedding_learning_rate, config.learning_rate)
-        )
-        run = Run(held.task.latents, config, held.task.generator, held.task.start_noise, losses)
-        held.made.losses[stage] = run.losses
-        held.since, held.peak, held.skipped = time.perf_counter(), None, 0
-        if len(losses) < config.steps:
-            self._trainer.begin(slot, run, rates)
+        held = self._held[slot]
+        run = Run(held.task.latents, stage.config, held.task.generator, held.task.start_noise, losses)
+        held.made.losses[stage.name] = run.losses
+        held.stage, held.since, held.peak, held.skipped = stage, time.perf_counter(), None, 0
+        if len(losses) < stage.config.steps:
+            self._trainer.begin(slot, run, (stage.rate("text"), stage.rate("adapter")))
             return True
         return False
 
@@ -260,7 +261,7 @@ class Pack:
         try:
             self._resume(slot, state)
             return True
-        except (TensorShapeError, KeyError, TypeError, RuntimeError) as error:
+        except (TensorShapeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             log.warning("a saved training state is of another version (%s); the edit begins anew", error)
         self._trainer.forget(slot)
         held.task.generator.set_state(before)
@@ -285,25 +286,29 @@ class Pack:
             self._embeddings[slot].copy_(state.embedding)
         held.made.losses |= {stage: list(losses) for stage, losses in state.losses.items()}
         held.made.measured |= {stage: dict(values) for stage, values in state.measured.items() if stage != state.stage}
-        self._enter(slot, state.stage, held.made.losses[state.stage])
+        [stage] = [stage for stage in self._stages if stage.name == state.stage]
+        self._enter(slot, stage, held.made.losses[stage.name])
         before = state.measured[state.stage]
         held.since -= before["seconds"] or 0.0
         held.peak = before["peak_bytes"]
         self._trainer.restore(slot, state.trained)
 
-    def _end(self, slot: int, stage: str) -> bool:
-        """Ends a stage of a slot's edit and begins the next; whether that was the last."""
+    def _end(self, slot: int) -> bool:
+        """Ends the stage of a slot's edit and begins the next; whether that was the last."""
         held = self._held[slot]
-        held.made.measured[stage] = held.measured()
-        return stage == "finetune" or self._begin(slot, "finetune")
+        held.made.measured[held.stage.name] = held.measured()
+        with torch.no_grad():
+            held.stage.end(self._slot(slot))
+        following = self._stages[self._stages.index(held.stage) + 1 :]
+        return not following or self._begin(slot, following[0])
 
     def _step(self) -> list[TrainedEdit]:
-        """One step of everybody; returns those that are finished with everything."""
-        before = {slot: (self._stage_of(slot), run) for slot, run in self._trainer.runs.items()}
-        late = "finetune" if self._trainer.trains(_ADAPTER) else "embed"
+        """One step of every edit in a slot; returns those that have taken their last."""
+        before = {slot: (self._held[slot].stage, run) for slot, run in self._trainer.runs.items()}
+        latest = max((stage for stage, _ in before.values()), key=self._stages.index)
         # Of each step by itself: in between, finished edits are rendered.
         reset_peak(self._base.device)
-        with clear_errors(late, HINTS[late]):
+        with clear_errors(latest.name, latest.cheaper):
             ended = self._trainer.step()
         if (peak := peak_bytes(self._base.device)) is not None:
             for slot in before:
@@ -315,14 +320,10 @@ class Pack:
             if run.diverged:
                 held.made.error = run.diverged
                 self._broken[held.made.number] = (held.task.latents, held.task.target_embedding)
-            if run.diverged or self._end(slot, before[slot][0]):
+            if run.diverged or self._end(slot):
                 finished.append(self._leave(slot))
         self._report(list(before.values()))
         return finished
-
-    def _stage_of(self, slot: int) -> str:
-        """The stage a slot's edit is in."""
-        return "finetune" if "finetune" in self._held[slot].made.losses else "embed"
 
     def _leave(self, slot: int) -> TrainedEdit:
         """Takes an edit out of its slot."""
@@ -335,18 +336,18 @@ class Pack:
         self._done += 1
         return made
 
-    def _report(self, stepped: Sequence[tuple[str, Run]]) -> None:
+    def _report(self, stepped: Sequence[tuple[Stage, Run]]) -> None:
         """Says how far things are."""
         if self._progress is None:
             return
         loss = f"loss {fmean(run.losses[-1] for _, run in stepped):.4f}"
         if self._count == 1:
             [(stage, run)] = stepped
-            self._progress(stage, len(run.losses), run.config.steps, loss)
+            self._progress(stage.name, len(run.losses), run.config.steps, loss)
             return
-        each = self._config.embed.steps + self._config.finetune.steps
+        each = sum(stage.config.steps for stage in self._stages)
         count, training = max(self._count or 0, self._taken), len(self._held)
-        # Whoever stopped early has taken the rest of its steps, too.
+        # An edit that broke counts as one that has taken all its steps.
         taken = sum(self.in_slots)
         waiting = f"{count - self._taken} waiting, {loss}"
         remark = f"{self._done} of {count} edits trained, {training} in slots, {waiting}"

@@ -16,20 +16,6 @@ def tail(losses: Sequence[float], share: float = 0.2) -> float | None:
     return fmean(losses[-max(1, round(len(losses) * share)) :]) if losses else None
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What a training stage saw."""
-
-    per_step: Tensor
-    """(steps, N) mean squared error of each edit; NaN after an edit stopped."""
-    steps_run: tuple[int, ...]
-    """Steps each edit took."""
-
-    def tail(self, edit: int, share: float = 0.2) -> float | None:
-        """Mean loss of an edit over the last `share` of its steps; None when it took none."""
-        return tail(self.per_step[: self.steps_run[edit], edit].tolist(), share)
-
-
 @dataclass
 class Run:
     """One edit's way through one stage."""
@@ -37,7 +23,7 @@ class Run:
     latents: Tensor
     """The photo (C, H, W), fp32 on the CPU."""
     config: StageConfig
-    """Steps, draws, their timesteps and noise, fall of the rate, averaging, early stop."""
+    """Steps, draws, their timesteps and noise, fall of the rate."""
     generator: torch.Generator
     """What it draws from, on the CPU."""
     start_noise: Tensor | None = None
@@ -53,12 +39,6 @@ class Run:
         return 1 - (1 - self.config.final_rate) * len(self.losses) / max(1, self.config.steps - 1)
 
     @property
-    def average_share(self) -> float:
-        """How far the running average moves to the weights; in early steps farther, so that the start is forgotten."""
-        step = len(self.losses)
-        return 1 - min(self.config.average, (1 + step) / (10 + step))
-
-    @property
     def diverged(self) -> DivergenceError | None:
         """The error to report when its loss is no longer finite."""
         if not self.losses or torch.tensor(self.losses[-1]).isfinite():
@@ -70,14 +50,5 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it took all its steps, stopped early or broke."""
-        return len(self.losses) >= self.config.steps or self._stalled or self.diverged is not None
-
-    @property
-    def _stalled(self) -> bool:
-        """Whether the mean loss over the last `patience` steps is no better than over as many before."""
-        window = self.config.patience
-        if not window or len(self.losses) < 2 * window:
-            return False
-        before, now = fmean(self.losses[-2 * window : -window]), fmean(self.losses[-window:])
-        return now > before * (1 - self.config.min_improvement)
+        """Whether it took all its steps or broke."""
+        return len(self.losses) >= self.config.steps or self.diverged is not None
