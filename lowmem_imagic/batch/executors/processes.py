@@ -42,7 +42,7 @@ class _Process:
         self._starts, self._given_up, self._suspended = 0, False, False
         self._opened = contextlib.ExitStack()
         self.result: dict[str, Any] | None = None
-        """What it said at its end."""
+        """Its last line."""
         self._start()
 
     def _start(self) -> None:
@@ -138,7 +138,7 @@ def run_in_processes(
     """
     before = {entry.job for entry in _entries(snapshot(ledger)) if entry.state == DONE}
     processes: list[_Process] = []
-    # What failed before is named again, as in a run of one process.
+    # Earlier failures are named again, as in a run of one process.
     asked, told = False, set(before)
     try:
         processes += (_Process(request, retry, environment, console) for environment in environments)
