@@ -43,7 +43,7 @@ SHOWN = (
     UNTRAINED,
     "sentence-alone",
 )
-"""Methods whose results on the test set the README shows."""
+"""Methods whose results on the test set the short table shows."""
 CEILINGS = {
     "the ground truth": "ground_truth",
     "the same through the autoencoder": "round_trip",
@@ -100,7 +100,7 @@ def kinds(items: str, names: Iterable[str]) -> list[str]:
 
 
 def readme() -> list[str]:
-    """The README's table: the test set; until it is measured, the validation set."""
+    """The short table: the test set; until it is measured, the validation set."""
     items = TEST.name if results(TEST.name) else VALIDATION.name
     return methods(items, [name for name in SHOWN if name in results(items)])
 

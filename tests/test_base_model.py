@@ -261,7 +261,7 @@ def test_unknown_devices(name: str, tiny_folder: Path) -> None:
 def test_cuda_without_cuda(name: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA asked for by name where there is none is an error, never a silent fallback; "auto" takes the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="--device cpu"):
+    with pytest.raises(BackendUnavailableError, match="`device=cpu`"):
         BaseModel.load(str(tiny_folder), device=name)
     assert pick_device("auto") == CPU
 

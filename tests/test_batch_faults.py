@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lowmem_imagic.batch import outputs, request
+from lowmem_imagic.batch import outputs
+from lowmem_imagic.batch.executors import build
 from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.failures import MAX_TRIES
 from lowmem_imagic.batch.runner import Batch
@@ -241,7 +242,7 @@ def test_a_folder_that_cannot_be_written(
     run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read-only disk, or one with hardly any room, is one clear error before any model is opened."""
-    monkeypatch.setattr(request, "open_base", lambda *_: pytest.fail("a model was opened"))
+    monkeypatch.setattr(build, "open_base", lambda *_: pytest.fail("a model was opened"))
     manifest = listed(tmp_path, 1)
     with mounted(tmp_path / "disk", "2m") as disk:
         said = run(manifest, "--out", disk / "out")

@@ -6,12 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lowmem_imagic.actions.console import Silent
+from lowmem_imagic.batch import run as batch_run
 from lowmem_imagic.batch.executors.processes import cpu_environments, gpu_environments
 from lowmem_imagic.batch.ledger.file import DONE, snapshot
+from lowmem_imagic.batch.manifest import Summary
+from lowmem_imagic.batch.request import Request
+from lowmem_imagic.batch.stopping import Stop
 from tests.crashes import files_of
 from tests.test_batch import QUICK, SENTENCE, photo
 
@@ -98,10 +106,49 @@ def test_an_error_of_all_is_said_once(manifest: Path, tiny_folder: Path, tmp_pat
 
 
 def test_each_process_has_its_own_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPUs are given out one by one, of those that may be seen; cores in equal parts."""
+    """GPUs are given out in turn, of those that may be seen and are there; cores in equal parts."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert list(gpu_environments(2)) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in gpu_environments(3, 2)] == ["3", "5", "3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert list(gpu_environments(2)) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in gpu_environments(2, 2)] == ["0", "1"]
+    # Number 1 is a GPU that is not there, and "auto" would train on the CPU.
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in gpu_environments(2, 1)] == ["0", "0"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert list(cpu_environments(2)) == [{"OMP_NUM_THREADS": "4"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "environments", "vram"),
+    [
+        ("auto", 1, ["0", "0", "0"], "2.40GB"),
+        ("cuda", 2, ["0", "1", "0"], "3.60GB"),
+        ("cuda", 3, ["0", "1", "2"], None),
+        ("cuda:1", 2, [None, None, None], "2.40GB"),
+    ],
+)
+def test_processes_that_share_a_gpu(
+    device: str,
+    gpus: int,
+    environments: list[str | None],
+    vram: str | None,
+    manifest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More processes than GPUs share them and their memory; none is left without one, to train on the CPU."""
+    orders: list[Any] = []
+
+    def run_in_processes(order: Any, places: Any, *_: Any, **__: Any) -> Summary:
+        orders.append((order["vram"], [place.get("CUDA_VISIBLE_DEVICES") for place in places]))
+        return Summary(0, done=[], before=[], failed=[])
+
+    place = torch.device("cuda" if device == "auto" else device)
+    monkeypatch.setattr(batch_run, "pick_device", lambda _: place)
+    monkeypatch.setattr(batch_run, "run_in_processes", run_in_processes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    memory = types.SimpleNamespace(total_memory=8e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    values = {"manifest": str(manifest), "out": str(tmp_path / "out"), "device": device, "workers": 3}
+    batch_run.run(Request.of(values), Silent(), Stop())
+    assert orders == [(vram, environments)]

@@ -489,7 +489,7 @@ def test_all_settings_problems_at_once(run, photo):
         (["--adapt", "everything"], "adapt"),
         (["--scheduler", "Nothing"], "scheduler"),
         (["--device", "toaster"], "device"),
-        (["--base-weights", "int2"], "base weights"),
+        (["--base-weights", "int2"], "--base-weights is"),
         (["--attention", "flash"], "attention"),
     ],
 )
@@ -598,7 +598,7 @@ def test_all_wrong_words_at_once(photo):
     """Words that are no numbers, values out of range and unknown choices are reported together, before any import."""
     words = ["--etas", "x", "--strength", "y", "--guidance", "nan", "--learning-rate", "9", "--device", "gpu"]
     result = CliRunner().invoke(app, ["edit", str(photo), SENTENCE, "--attention", "flash", *words])
-    _fails(result, 2, "etas", "strength", "guidance_scale", "learning_rate", "device", "attention")
+    _fails(result, 2, "--etas", "--strength", "--guidance", "--learning-rate", "--device", "--attention")
     result = CliRunner().invoke(app, ["sample", "none.safetensors", "--seeds", "x", "--etas", "9", "--start", "here"])
     _fails(result, 2, "seeds", "etas", "start")
 

@@ -24,7 +24,8 @@ from lowmem_imagic import (
     preset,
 )
 from lowmem_imagic.engine.base import pick_dtype
-from lowmem_imagic.errors import BaseInUseError, ConfigError
+from lowmem_imagic.errors import BaseInUseError, ConfigError, MemoryLimitError
+from lowmem_imagic.sampling.suggestion import suggest_eta
 from lowmem_imagic.training import loop
 
 CONFIG = preset(
@@ -79,6 +80,53 @@ def test_rendering_that_ran_out_is_tried_again(
     out_of_memory_once(base, monkeypatch, "predict")
     apply_edits(base, edits, [Cell(0, eta, 0) for eta in (0.8, 1.0, 1.2)], replace(CONFIG.sample, mask=0.0))
     assert base.most_images is None and base.rungs[-1].endswith("images a sampling batch")
+
+
+def test_what_ran_out_while_the_first_photo_is_encoded_is_recorded(
+    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit says that its photo went through the autoencoder in tiles, whose seams may show."""
+    base = load_base()
+    load, calls = base.family.load_vae, list[None]()
+
+    def failing(**options: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return load(**options)
+
+    monkeypatch.setattr(base.family, "load_vae", failing)
+    [edit] = make_edits(base, jobs[:1], CONFIG)
+    assert edit.measured["rungs"] == ["the autoencoder in tiles"]
+
+
+def test_a_suggestion_that_ran_out_takes_fewer_rows(
+    load_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Suggesting an eta keeps to a limit of rows, halves it when memory runs out, and suggests what it did before."""
+    base = load_base()
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    target, optimized = base.encode_text(SENTENCES)
+    expected = suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized)
+    out_of_memory_once(base, monkeypatch, "predict")
+    found = suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized, max_rows=8)
+    assert base.rungs == ["4 rows at once to suggest an eta"] and found.eta == expected.eta
+
+
+@pytest.mark.parametrize("method", ["encode_text", "decode"])
+def test_running_out_for_good_names_the_stage(
+    method: str, load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no cheaper way is left for a sentence or a picture, the error says which stage did not fit."""
+    base = load_base()
+    edits = make_edits(base, jobs[:1], CONFIG)
+
+    def failing(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(base, method, failing)
+    with pytest.raises(MemoryLimitError, match="out of memory in stage"):
+        apply_edits(base, edits, [Cell(0, 1.0, 0)], CONFIG.sample, prompts=["a new sentence"])
 
 
 def test_a_plan_is_followed_as_long_as_asked(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:

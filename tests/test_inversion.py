@@ -161,10 +161,10 @@ def test_seed_0_is_the_photos_own_noise_and_others_vary_it(tiny: Any, monkeypatc
 def test_what_has_no_fitting_noise_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An edit without noise of its own, or for pictures of another size, cannot start from it, and is told what can."""
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick(start="photo"))
-    with pytest.raises(ConfigError, match="--start photo"):
+    with pytest.raises(ConfigError, match="`start=photo`"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick())
     shape = property(lambda self: (4, 16, 16))
     monkeypatch.setattr(type(tiny.family), "latent_shape", shape)
-    with pytest.raises(TensorShapeError, match="--start photo"):
+    with pytest.raises(TensorShapeError, match="`start=photo`"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)

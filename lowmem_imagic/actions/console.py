@@ -58,7 +58,7 @@ class Console:
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage
-            # What was done before this bar began took none of its time.
+            # Earlier steps took none of this bar's time.
             self._bar = tqdm(
                 total=steps, initial=step, desc=STAGES.get(stage, stage), unit="step", disable=None, leave=True
             )

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, memory, and the paths that would be taken; what would fit on a card."""
+"""The doctor: versions, devices, memory, the paths that a run would take, and plans for cards."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def examine() -> dict[str, dict[str, Any]]:
 def plans(
     model: str, amounts: Sequence[str], config: EditConfig, *, size_px: int | None = None
 ) -> list[dict[str, Any]]:
-    """What fits on graphics cards of these amounts of memory, for one photo and for many, as plain values.
+    """Plans for graphics cards of these amounts of memory, for one photo and for many, as plain values.
 
     Nothing is downloaded for a model with a short name, and no weight is read.
 
@@ -104,10 +104,10 @@ def plan_table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _tried(error_of: Callable[[torch.device], float], device: torch.device) -> str:
-    """What comes of a small 8-bit layer on this device, forward and backward."""
+    """The error of a small 8-bit layer on this device, forward and backward."""
     try:
         error = error_of(device)
-    except Exception as reason:  # whatever a library or driver raises, this is where a user looks for it
+    except Exception as reason:  # of a library or a driver: this is where a user looks for it
         return f"int8 weights FAIL on {device}: {type(reason).__name__}: {str(reason).splitlines()[0][:160]}"
     return f"int8 weights work on {device} (tried: {100 * error:.1f} % from exact)"
 

@@ -1,4 +1,4 @@
-"""What the commands of the command line do, once their words are understood."""
+"""The work of the commands `edit`, `train` and `sample`."""
 
 import os
 import time
@@ -236,7 +236,7 @@ def _write_edit(folder: ResultFolder, name: str, made: Edit) -> Path:
 
 
 def _facts(base: BaseModel, meter: Meter, console: Console) -> dict[str, Any]:
-    """What a report says of the run."""
+    """The report's part on the run."""
     return {
         "model": base.name,
         "device": str(base.device),

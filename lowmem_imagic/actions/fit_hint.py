@@ -30,7 +30,7 @@ UNTRAINED_LOSS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What the pictures of an edit say of its training."""
+    """Signs in the pictures of an edit of how well it was trained."""
 
     reconstruction_db: float | None
     """PSNR of the picture at eta 0 to the photo's round trip; None where eta 0 was not rendered."""
@@ -69,7 +69,7 @@ class Fit:
 
     @property
     def hint(self) -> str:
-        """What to change, "" where nothing looks wrong."""
+        """A hint at the setting to change, "" where nothing looks wrong."""
         if fault := self.fault_of_base:
             return fault
         if self.reconstruction_db is not None and self.reconstruction_db < UNDERFIT_DB:

@@ -17,7 +17,7 @@ from ..pictures import Photo
 from ..pictures.letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
 from ..pictures.png import SHEET_CELL_PX
 from ..pipeline.make import check_base, decode_squares, letterbox, render_latents, versions
-from ..pipeline.prepare import check_sentence
+from ..pipeline.prepare import check_sentence, measured_stage
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
 from ..settings.stages import SampleConfig, strength_text
@@ -137,10 +137,10 @@ def render(
     by_eta = {cell.eta: rendered[cell] for cell in cells if cell.seed == config.seeds[0]}
     suggested = None
     if suggest:
-        suggested = _suggestion(base, edit, sentence, by_eta, meter)
+        suggested = _suggestion(base, edit, sentence, by_eta, config.batch_rows, meter)
         report["suggestion"] = suggested.as_json()
     if photo is not None:
-        round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit))
+        round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit), meter)
         sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
         fit = _fit(base, edit, config, by_eta, round_trip, round_trip_db)
         console.warn(fit.hint)
@@ -161,16 +161,17 @@ def render(
 
 
 def _suggestion(
-    base: BaseModel, edit: Edit, sentence: str, by_eta: Mapping[float, "Rendered"], meter: Meter
+    base: BaseModel, edit: Edit, sentence: str, by_eta: Mapping[float, "Rendered"], max_rows: int, meter: Meter
 ) -> Suggestion:
     """The suggested eta among those rendered with one seed."""
-    with meter.stage("suggest"):
+    with measured_stage(meter, "suggest", "no suggestion (`suggest_eta`)"):
         return suggest_eta(
             base,
             torch.stack([made.latents for made in by_eta.values()]),
             list(by_eta),
             base.encode_text([sentence])[0],
             edit.optimized_embedding.float(),
+            max_rows=max_rows,
         )
 
 
@@ -264,8 +265,9 @@ def _guidance_text(config: SampleConfig) -> str:
     return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 
 
-def _round_trip(base: BaseModel, photo: Photo, box: Letterbox) -> tuple[Image.Image, float]:
+def _round_trip(base: BaseModel, photo: Photo, box: Letterbox, meter: Meter) -> tuple[Image.Image, float]:
     """The photo through the autoencoder, which is the best any reconstruction can be, and its PSNR at that size."""
     square = to_square(photo.image, box)
-    decoded = to_images(base.decode(base.encode_images(to_tensor(square))))[0]
+    with measured_stage(meter, "round trip", "`device=cpu`"):
+        decoded = to_images(base.decode(base.encode_images(to_tensor(square))))[0]
     return from_square(decoded, box), psnr(decoded, square)

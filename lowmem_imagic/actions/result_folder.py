@@ -1,4 +1,4 @@
-"""What a run leaves on disk: pictures with their parameters, the contact sheet, the report.
+"""The results of a run on disk: pictures with their parameters, the contact sheet, the report.
 
 Nothing is replaced unless asked, which is checked before any work is done; every file appears whole or
 not at all.
@@ -28,7 +28,7 @@ from ..storage.regular_files import read_regular
 from ..storage.writable import check_writable, unusable
 
 _TEXTS = ("parameters", "Software")
-"""What a picture says of itself."""
+"""The remarks in a picture about itself."""
 COVER_PX = 512
 """Longest side of a cover."""
 _PICTURE = re.compile(r"eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")

@@ -27,7 +27,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "seed": (0, 1, 2, 3),
     "guidance": (1.0, 3.0, 5.0, 7.5),
 }
-"""What may vary along rows and columns, and the values it takes unless told otherwise."""
+"""Names of what may vary along rows and columns, with their default values."""
 
 _NEUTRAL = {"eta": 1.0, "strength": 1.0, "seed": 0, "guidance": None}
 """The value of what is no axis; None is the guidance the edit was made with."""

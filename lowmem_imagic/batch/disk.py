@@ -1,4 +1,4 @@
-"""What a batch takes on disk, told before it begins."""
+"""Bytes that a batch takes on disk, told before it begins."""
 
 from ..engine.base import BaseModel
 from ..pictures.png import SHEET_CELL_PX

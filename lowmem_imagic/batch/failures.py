@@ -41,9 +41,9 @@ _PASSING = frozenset(
     )
     if hasattr(errno, name)
 )
-"""What a network or a disk answers that may answer otherwise later."""
+"""Errors of a network or a disk that may pass."""
 _FULL = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO") if hasattr(errno, name))
-"""What no other item could be written for, either."""
+"""Errors that stop every item from being written."""
 
 
 def kind_of(error: LowmemImagicError) -> str:

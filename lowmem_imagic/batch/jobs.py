@@ -1,4 +1,4 @@
-"""What a job is: its hash, and its entry in the ledger where it cannot be run."""
+"""Jobs: their hashes, and their entries in the ledger where they cannot be run."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def job_id(
 
 
 def bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
-    """What the ledger says of an item that cannot be run."""
+    """The ledger's entry for an item that cannot be run."""
     word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
     place, reason = plain(bad.where), plain(bad.reason)
     return Entry(f"bad {word}", bad.position, place, bad.name, state=FAILED, kind=kind, error=reason)

@@ -1,6 +1,6 @@
-"""What is to be edited: a folder of photos, or a list of (photo, sentence) in JSONL, CSV or JSON.
+"""Manifests: a folder of photos, or a list of (photo, sentence) in JSONL, CSV or JSON.
 
-Outputs are never named by a path of the manifest: every name goes through `names.safe_stem`.
+Outputs are never named by a path of the manifest: every name goes through `storage.file_names.safe_stem`.
 """
 
 import hashlib

@@ -32,7 +32,7 @@ _PATH = re.compile(
 """An absolute path in a message; one in quotes may hold spaces."""
 _MAX_SIDE_PX = 20_000
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises on damaged pictures."""
+"""Pillow's errors for damaged pictures."""
 
 
 def write_overview(folder: Path, *, force: bool) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def write_overview(folder: Path, *, force: bool) -> dict[str, Any]:
 
 
 def _shown(folder: Path, item: dict[str, Any]) -> Shown:
-    """What can be shown of an item that the ledger, or a look at the files, has found."""
+    """The row of an item that the ledger, or a look at the files, has found."""
     name, state, where = str(item["name"]), str(item["state"]), str(item["where"])
     report = report_of(folder / name) if _plain(name) and state == DONE else None
     if report is None:
@@ -106,7 +106,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _seconds(report: Any, *keys: str) -> float:
-    """What a report says under these keys, if that can be a time."""
+    """The seconds under these keys of a report, if they can be a time."""
     for key in keys:
         report = report.get(key) if isinstance(report, dict) else None
     return float(report) if isinstance(report, int | float) and 0 <= report < 1e9 else 0.0

@@ -38,7 +38,7 @@ class Shown:
     """Of training and of rendering."""
     state: str = DONE
     remark: str = ""
-    """What went wrong, or where it stands in the manifest."""
+    """Its error, or its place in the manifest."""
 
 
 def escape(text: str) -> str:

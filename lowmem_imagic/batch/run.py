@@ -1,7 +1,9 @@
 """Runs a request: in this process, in several processes of this machine, or on a Ray cluster."""
 
 import contextlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,6 +24,9 @@ from .publishing import publish_files
 from .request import Request
 from .runner import Batch
 from .stopping import Stop
+
+_SHARED = 0.9
+"""Share of a GPU's memory that processes divide among themselves."""
 
 
 def run(
@@ -49,8 +54,8 @@ def run(
         with contextlib.ExitStack() as places:
             environments = _environments(request, places)
             if environments:
-                ledger = request.part.ledger(out)
-                return run_in_processes(request.as_json(), environments, ledger, console, stop, retry=retry)
+                ledger, order = request.part.ledger(out), request.as_json() | _shared(request, environments, console)
+                return run_in_processes(order, environments, ledger, console, stop, retry=retry)
     bases = OpenBases(request, console)
     with contextlib.ExitStack() as hired:
         executor: Executor
@@ -96,7 +101,26 @@ def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[s
         return [places.enter_context(driving(request["address"]))]
     if (count := _processes(request)) == 1:
         return []
-    return list(cpu_environments(count) if pick_device(request["device"]).type == "cpu" else gpu_environments(count))
+    device = pick_device(request["device"])
+    if device.type == "cpu":
+        return list(cpu_environments(count))
+    if device.index is not None:
+        # All on the GPU that is named, by the number that it has for this process.
+        return [{} for _ in range(count)]
+    return list(gpu_environments(count, torch.cuda.device_count()))
+
+
+def _shared(request: Request, environments: Sequence[Mapping[str, str]], console: Console) -> dict[str, Any]:
+    """Options that the processes have for themselves: a share of its memory where they share a GPU."""
+    device = pick_device(request["device"])
+    most = max(Counter(environment.get("CUDA_VISIBLE_DEVICES") for environment in environments).values())
+    if device.type == "cpu" or request["executor"] == "ray" or most == 1:
+        return {}
+    console.say(f"up to {most} processes share a GPU; one process for each GPU is as fast (`workers`)")
+    if request["vram"] is not None:
+        return {}
+    smallest = min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+    return {"vram": f"{_SHARED * smallest / most / 1e9:.2f}GB"}
 
 
 def _processes(request: Request) -> int:

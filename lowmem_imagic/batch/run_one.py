@@ -9,18 +9,21 @@ import sys
 import threading
 from pathlib import Path
 
-from ..actions.console import Silent
 from ..errors import ConfigError, LowmemImagicError
 from ..unexpected import quiet_libraries, unexpected
-from .failures import keep_details
 from .paths import HIDDEN
 from .request import Request
-from .run import run
 from .stopping import Stop
 
 
 def main() -> None:
     """Runs the order that standard input gives."""
+    # Before they are imported: some log as they are.
+    quiet_libraries()
+    from ..actions.console import Silent
+    from .failures import keep_details
+    from .run import run
+
     order = json.loads(sys.stdin.readline())
     stop = Stop()
 
@@ -30,7 +33,6 @@ def main() -> None:
         stop.asked = True
 
     threading.Thread(target=listen, daemon=True).start()
-    quiet_libraries()
     try:
         summary = run(Request.of(order["request"]), Silent(), stop, retry=order["retry"], alone=True)
         print(json.dumps(summary.as_json()))

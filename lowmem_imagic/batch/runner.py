@@ -1,4 +1,4 @@
-"""One run over a manifest's items: looks at what is there, hands out the rest, keeps the ledger."""
+"""One run over a manifest's items: finds the finished ones, hands out the rest, keeps the ledger."""
 
 import contextlib
 import shutil
@@ -268,7 +268,7 @@ class Batch:
             self._refresh(ledger, at_once=True)
             self._show()
         self._in_training = self._slots = 0
-        # Whatever was taken and has not come back would be waited for without end.
+        # Items that were taken and have not come back would be waited for without end.
         ledger.release(list(self._held))
         self._held.clear()
 

@@ -11,7 +11,7 @@ from .paths import ledgers_in
 
 
 def ledgers_of(folder: Path) -> list[Snapshot]:
-    """What the ledgers of a folder say: one, or one for each shard."""
+    """The state of a folder by its ledgers: one, or one for each shard."""
     return [seen for path in ledgers_in(folder).values() if (seen := snapshot(path)) is not None]
 
 

@@ -36,7 +36,7 @@ def listening() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.asked = True
         # Not print, which must not be entered from within itself.
-        with contextlib.suppress(OSError):  # whoever read it may have ended of the same Ctrl-C
+        with contextlib.suppress(OSError):  # its reader may have ended of the same Ctrl-C
             os.write(2, b"\nstopping when what is under way is saved; Ctrl-C once more stops at once\n")
 
     try:

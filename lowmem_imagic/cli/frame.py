@@ -1,4 +1,4 @@
-"""What the command line's commands share: the application, errors to exit codes, reports to lines.
+"""The frame of all commands: the application, errors to exit codes, reports to lines.
 
 Exit codes: 0 done, 1 failure, 2 usage (settings, sentence), 130 stopped by Ctrl-C. Results go to standard
 output (with ``--json`` as one JSON object), everything else to standard error. An error that nobody raised on

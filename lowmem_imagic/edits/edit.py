@@ -1,7 +1,7 @@
 """The `Edit`: one photo's adapter and optimised embedding, as a value.
 
 The checks sit in the constructors, so an edit that exists can be written to a file, and one that was read
-is as good as a new one. Messages name a value as the file does (see `edit_file`).
+is as good as a new one. Messages name a value as the file does (see `edits.file`).
 """
 
 import re
@@ -90,7 +90,7 @@ class Edit:
     """e_opt, ``(T, D)``: what stage 1 found, in the space of the text encoder's output."""
     coarse_latents: Tensor = field(repr=False)
     """The photo's latents averaged over a few large cells, ``(C, h, w)``: its overall brightness and colours, which
-    sampling may start from (`config.SampleConfig.start`)."""
+    sampling may start from (`settings.stages.SampleConfig.start`)."""
     inverted_noise: Tensor | None = field(default=None, repr=False)
     """The photo's own noise, ``(C, H, W)`` as its latents; None unless training was anchored to it."""
     target_prompt: str
@@ -234,7 +234,7 @@ def _check_noise(noise: object, coarse: Tensor) -> Tensor | None:
 
 
 def picture_kind(picture: object) -> str:
-    """Returns ``jpeg`` or ``png``, by the picture's first bytes."""
+    """Returns ``jpeg`` or ``pictures.png``, by the picture's first bytes."""
     if isinstance(picture, bytes) and len(picture) <= MAX_THUMBNAIL_BYTES:
         for kind, magic in _MAGIC.items():
             if picture.startswith(magic):

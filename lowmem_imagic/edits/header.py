@@ -1,4 +1,4 @@
-"""The header of an edit file, read strictly and without torch; the format is described in `edit_file`."""
+"""The header of an edit file, read strictly and without torch; the format is described in `edits.file`."""
 
 import contextlib
 import os

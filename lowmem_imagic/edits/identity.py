@@ -1,6 +1,6 @@
 """What an edit file says about where the edit comes from: the base model, and the photo.
 
-Messages name a value as the file does (see `edit_header`).
+Messages name a value as the file does (see `edits.header`).
 """
 
 import re

@@ -1,6 +1,6 @@
 """The plain values of an edit, checked alike when an edit is made, when its file is read and when it is shown.
 
-No torch: `edit_header.describe` answers without it.
+No torch: `edits.header.describe` answers without it.
 """
 
 import math

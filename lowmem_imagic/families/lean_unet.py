@@ -1,4 +1,4 @@
-"""Where a diffusers UNet's layers are replaced by those that keep less for the backward pass (see `frugal`)."""
+"""Where a diffusers UNet's layers are replaced by those that keep less for the backward pass (see `layers.lean`)."""
 
 from typing import Any
 

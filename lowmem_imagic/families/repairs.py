@@ -1,4 +1,4 @@
-"""What a model's configurations mean: the defaults of the classes they name, and what diffusers' pipelines correct.
+"""The meaning of a model's configurations: the defaults of the classes they name, and what diffusers' pipelines correct.
 
 A configuration file says only part of what a model is. Keys that it leaves out have the default of the class that it
 names, and `StableDiffusionPipeline` changes some values in its constructor. Here no pipeline is built, and a schedule
@@ -177,7 +177,7 @@ TEXT_KEYS = (
     "bos_token_id",
     "eos_token_id",
 )
-"""What decides a text encoder's layers."""
+"""Entries that decide a text encoder's layers."""
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:

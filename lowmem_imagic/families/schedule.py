@@ -77,7 +77,7 @@ def _ddim(values: Mapping[str, Any], label: str) -> Any:
     try:
         return diffusers.DDIMScheduler.from_config(dict(values))
     except Exception as error:
-        # Whatever diffusers and torch raise for values they cannot use.
+        # diffusers and torch raise anything for values they cannot use.
         raise IncompleteModelError(
             f"{label}: scheduler/scheduler_config.json cannot be used ({first_line(error)}); download it again"
         ) from error

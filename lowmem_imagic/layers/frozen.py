@@ -249,7 +249,7 @@ def load_frozen(
     Args:
         model: a network on the meta device; linear layers and convolutions are replaced in place.
         tensors: (name, tensor) pairs in any order, each read when it is asked for.
-        weights: one of `config.WEIGHT_FORMATS`.
+        weights: one of `settings.stages.WEIGHT_FORMATS`.
         device: where the weights go.
         dtype: type of everything that is not quantised.
 

@@ -112,6 +112,8 @@ def stream_edits(
     identity = base.identity
     base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
     _check_layers(base, config.finetune)
+    # Encoding the first photo may lead to fallbacks, too.
+    rungs_before = len(base.rungs)
     prepared = Prepared(base, config, meter, groups, progress if count == 1 else preparing)
     if (first := next(prepared, None)) is None:
         return
@@ -125,7 +127,6 @@ def stream_edits(
         progress=progress,
         between=between,
     )
-    rungs_before = len(base.rungs)
     for group in pack.run():
         finished: list[tuple[int, Edit | LowmemImagicError]] = []
         for made in group:
@@ -225,7 +226,9 @@ def render_latents(
     meter: Meter | None = None,
 ) -> Tensor:
     """The latents (len(cells), C, H, W) of `cells`; see `apply_edits`."""
-    target = base.encode_text(prompts if prompts is not None else [edit.target_prompt for edit in edits])
+    meter = meter or Meter(base.device)
+    with measured_stage(meter, "encode sentence", "`device=cpu`"):
+        target = base.encode_text(prompts if prompts is not None else [edit.target_prompt for edit in edits])
     for edit, embedding in zip(edits, target, strict=True):
         if edit.optimized_embedding.shape != embedding.shape:
             raise TensorShapeError(
@@ -235,7 +238,7 @@ def render_latents(
     optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
     coarse_latents = torch.cat([_coarse_latents(edit, base) for edit in edits])
     own = [_inverted_noise(edit, base) for edit in edits] if config.start == "inverted" else []
-    with measured_stage(meter or Meter(base.device), "sample", "fewer rows a batch (`batch_rows`)"):
+    with measured_stage(meter, "sample", "fewer rows a batch (`batch_rows`)"):
         adapters = [{key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits]
         try:
             pack = AdapterPack.load(base.unet, adapters, device=base.device)

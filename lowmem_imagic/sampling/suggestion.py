@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..diffusion.schedules import add_noise, draw_timesteps, loss_per_edit, training_target
 from ..engine.base import BaseModel
+from ..engine.memory import in_rungs
 from ..errors import NonFiniteEditError
 
 PRICE = 0.5
@@ -23,7 +24,7 @@ PRICE = 0.5
 SPAN = (0.2, 0.8)
 """Part of the noise schedule the losses are taken over; towards its ends the text hardly matters."""
 BATCH = 32
-"""UNet rows at once."""
+"""Most UNet rows at once."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def suggest_eta(
     *,
     draws: int = 16,
     seed: int = 0,
+    max_rows: int = BATCH,
 ) -> Suggestion:
     """The suggested one of `etas`.
 
@@ -73,6 +75,7 @@ def suggest_eta(
         optimized_embedding: e_opt, (T, D).
         draws: (timestep, noise) draws, the same for every eta.
         seed: of the draws.
+        max_rows: most UNet rows at once; fewer are taken when memory runs out.
 
     Raises:
         ValueError: fewer than two etas.
@@ -84,7 +87,22 @@ def suggest_eta(
     generator = torch.Generator().manual_seed(seed)
     timesteps = draw_timesteps(draws, len(base.alpha_bar), generator, SPAN)
     noise = torch.randn((draws, *latents.shape[1:]), generator=generator)
-    losses = [_losses(base, latents, timesteps, noise, text) for text in (optimized_embedding, target_embedding)]
+    rows = min(BATCH, max_rows)
+
+    def run() -> list[Tensor]:
+        texts = (optimized_embedding, target_embedding)
+        return [_losses(base, latents, timesteps, noise, text, rows) for text in texts]
+
+    def fewer() -> bool:
+        nonlocal rows
+        if rows == 1:
+            return False
+        rows //= 2
+        base.step_down(f"{rows} rows at once to suggest an eta")
+        return True
+
+    with base.used():
+        losses = in_rungs(run, fewer)
     if not torch.stack(losses).isfinite().all():
         base.check_unet(latents[0], target_embedding)
         raise NonFiniteEditError("the edit's embedding makes the base give NaN or infinity; get the file again")
@@ -102,7 +120,7 @@ def worth(follows: Sequence[float], distance: Sequence[float], price: float = PR
     return [followed - price * left for followed, left in pairs]
 
 
-def _losses(base: BaseModel, latents: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor) -> Tensor:
+def _losses(base: BaseModel, latents: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, most_rows: int) -> Tensor:
     """Mean denoising loss (K,) of each picture's latents over the draws, under one embedding (T, D)."""
     pictures, draws = len(latents), len(timesteps)
     x, epsilon = latents.repeat_interleave(draws, 0), noise.repeat(pictures, 1, 1, 1)
@@ -111,7 +129,7 @@ def _losses(base: BaseModel, latents: Tensor, timesteps: Tensor, noise: Tensor, 
     target = training_target(x, epsilon, t, base.alpha_bar, base.family.prediction_type)
     predicted = [
         base.predict(rows, steps, text.expand(len(rows), *text.shape)).float().cpu()
-        for rows, steps in zip(noisy.split(BATCH), t.split(BATCH), strict=True)
+        for rows, steps in zip(noisy.split(most_rows), t.split(most_rows), strict=True)
     ]
     return loss_per_edit(torch.cat(predicted), target, pictures)
 

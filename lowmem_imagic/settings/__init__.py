@@ -1,1 +1,1 @@
-"""What can be chosen: the stages' settings and named presets. Nothing here imports torch."""
+"""The settings of all stages, named presets, and the table of options. Nothing here imports torch."""

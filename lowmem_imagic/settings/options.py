@@ -120,7 +120,7 @@ _COVER_HELP = "also write the edited picture beside the edit file under its name
 
 # fmt: off
 OPTIONS: tuple[Option, ...] = (
-    # What a command works on.
+    # The files and sentences that a command works on.
     Option("photo", _EDIT + _TRAIN, Kind.PATH, FIRST, "the picture to edit", REQUIRED, positional=True),
     Option("sentence", _EDIT + _TRAIN, Kind.TEXT, FIRST, _SENTENCE_HELP, REQUIRED, positional=True),
     Option("edit_file", (*_OPENING, "inspect"), Kind.PATH, FIRST, "an edit file", REQUIRED, metavar="EDIT",

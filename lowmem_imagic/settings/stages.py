@@ -21,7 +21,7 @@ MAX_EXPRESSION = 1000
 """Characters of an expression that chooses layers."""
 _ENDINGS = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(, *[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)*")
 WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
-"""Of the frozen UNet. ``int8``: `quantize`'s layers. ``bnb-int8``: stock bitsandbytes, linear layers only."""
+"""Of the frozen UNet. ``int8``: `layers.frozen`'s layers. ``bnb-int8``: stock bitsandbytes, linear layers only."""
 ATTENTION = ("auto", "xformers", "sdpa")
 COMPUTE = ("auto", "bf16", "fp16", "fp32")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
@@ -39,7 +39,7 @@ MAX_SEED = 2**63 - 1
 ETA_RANGE = (-1.0, 3.0)
 STRENGTH_RANGE = (0.0, 2.0)
 INTERPOLATIONS = ("linear", "projection")
-"""Ways from e_opt to e_tgt; see `diffusion.PATHS`."""
+"""Ways from e_opt to e_tgt; see `diffusion.schedules.PATHS`."""
 BLOCKS = ("down", "mid", "up")
 """Parts of the UNet with a strength of their own: encoder, middle, decoder."""
 STARTS = ("noise", "photo", "inverted")
@@ -57,7 +57,7 @@ def strengths(value: Strength) -> tuple[float, float, float]:
 
 
 def base_problems(*, device: str, weights: str | None, attention: str, compute: str = "auto") -> list[str]:
-    """What is wrong with how a base is asked for, as far as words show it; `weights` None is left open."""
+    """Problems in the words that ask for a base; `weights` None is left open."""
     problems = []
     if not _DEVICE.fullmatch(device):
         problems.append(f"`device` is {device!r}, expected one of auto, cuda, cpu or cuda:N")
@@ -147,7 +147,7 @@ class _Check:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What both training stages share: Adam on the denoising loss, several draws a step."""
+    """The settings that both training stages share: Adam on the denoising loss, several draws a step."""
 
     steps: int
     """Optimiser steps."""

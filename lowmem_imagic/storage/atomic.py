@@ -31,7 +31,7 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 
-# What file systems without hard links (FAT, some network and container mounts) answer to link().
+# Answers of file systems without hard links (FAT, some network and container mounts) to link().
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
 
 # A folder that cannot be opened for reading, or a file system that has no fsync for folders. By then the file

@@ -46,7 +46,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says about one tensor; its byte range is known to match its shape."""
+    """One tensor of a header; its byte range is known to match its shape."""
 
     dtype: str
     """Name in the format, as ``F16``."""

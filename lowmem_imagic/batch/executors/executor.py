@@ -25,7 +25,7 @@ OnStep = Callable[[list[int]], None]
 
 @dataclass(frozen=True)
 class Group:
-    """What items that share a pack have in common."""
+    """The base and the settings that items of one pack share."""
 
     model: str | None
     """Name of the base model, None for the run's own."""
@@ -61,7 +61,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an item."""
+    """The result of an item, or its failure."""
 
     assignment: Assignment
     error: LowmemImagicError | None = None

@@ -174,7 +174,7 @@ class _Pack:
         yield from self.unreadable()
 
     def _jobs(self, claims: Claims) -> Iterator[list[Job]]:
-        """What the engine makes of claimed items; their photos are read now."""
+        """The claimed items as jobs; their photos are read now."""
         number = 0
         for claimed in claims:
             self.began = True
@@ -227,7 +227,7 @@ class _Pack:
         attempt, folder = assignment.attempt, self._out / assignment.name
         if not attempt.current:
             return Outcome(assignment, lost=True)
-        # Those of packs that were given up, too.
+        # With the fallbacks of packs that were given up.
         made = replace(made, measured={**made.measured, "rungs": self._base.rungs[self._rungs :]})
         started, name = time.perf_counter(), f"{assignment.name}.safetensors"
         meter = Meter(self._base.device)

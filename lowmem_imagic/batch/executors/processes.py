@@ -42,7 +42,7 @@ class _Process:
         self._starts, self._given_up, self._suspended = 0, False, False
         self._opened = contextlib.ExitStack()
         self.result: dict[str, Any] | None = None
-        """What it said at its end."""
+        """Its last line."""
         self._start()
 
     def _start(self) -> None:
@@ -138,7 +138,7 @@ def run_in_processes(
     """
     before = {entry.job for entry in _entries(snapshot(ledger)) if entry.state == DONE}
     processes: list[_Process] = []
-    # What failed before is named again, as in a run of one process.
+    # Earlier failures are named again, as in a run of one process.
     asked, told = False, set(before)
     try:
         processes += (_Process(request, retry, environment, console) for environment in environments)
@@ -213,11 +213,12 @@ def _show(seen: Snapshot, console: Console) -> None:
         console.progress("train", step, total, f"{count[DONE]} done, {slots} in slots, {waiting} waiting{failed}")
 
 
-def gpu_environments(count: int) -> Iterator[dict[str, str]]:
-    """For each of `count` processes: one GPU of those that this process may see."""
+def gpu_environments(count: int, gpus: int) -> Iterator[dict[str, str]]:
+    """For each of `count` processes: one of the GPUs that this process sees, in turn, so that some may share one."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = visible[:gpus] or [str(number) for number in range(gpus)]
     for number in range(count):
-        yield {"CUDA_VISIBLE_DEVICES": visible[number % len(visible)] if visible else str(number)}
+        yield {"CUDA_VISIBLE_DEVICES": names[number % len(names)]}
 
 
 def cpu_environments(count: int) -> Iterator[dict[str, str]]:

@@ -201,11 +201,11 @@ class _ActorHandle:
         self._asked: Any = None
         self._dropped: list[Assignment] = []
         self.open: dict[str, Assignment] = {}
-        """What it has in hand, by job."""
+        """Its unfinished items, by job."""
         self.in_training: list[int] = []
         """Steps of what it trains."""
         self.failure = ""
-        """What its last task ended with, if that was an error of its code."""
+        """The error of its code that ended its last task."""
 
     @property
     def idle(self) -> bool:
@@ -214,7 +214,7 @@ class _ActorHandle:
 
     @property
     def pending(self) -> list[Any]:
-        """What may be waited for."""
+        """References that may be waited for."""
         return [ref for ref in (self._greeting, self._stream) if ref is not None]
 
     def begin(self, group: Group, chunk: list[Assignment]) -> list[Outcome]:
@@ -245,7 +245,7 @@ class _ActorHandle:
         return unreadable
 
     def results(self) -> Iterator[tuple[Assignment, dict[str, Any]]]:
-        """What it has finished since."""
+        """The items that it has finished since."""
         try:
             if self._greeting is not None and self._ready(self._greeting):
                 self._ray.get(self._greeting)
@@ -279,7 +279,7 @@ class _ActorHandle:
             self._greeting = self._actor.ready.remote()
 
     def dropped(self) -> list[Assignment]:
-        """What it was given and did not finish, since it was lost."""
+        """The items that it was given and lost."""
         dropped, self._dropped = self._dropped, []
         return dropped
 

@@ -47,7 +47,7 @@ class Actor:
         return self._in_training
 
     def make(self, group: Group, given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """What becomes of some items, as they are finished: their files, or the error."""
+        """The files of some items as they are finished, or their errors."""
         out = self._folder
         inputs, attempts = out / HIDDEN / "photos", Attempts(out / HIDDEN / "training")
         assignments = []

@@ -53,7 +53,7 @@ PRAGMA user_version = {VERSION};
 
 @dataclass(frozen=True)
 class Entry:
-    """What a ledger says of an item."""
+    """One item in a ledger."""
 
     job: str
     """Hash of all that makes its result; for an item that cannot be run, a word of its own."""
@@ -100,7 +100,7 @@ SELECT = f"SELECT {', '.join(FIELDS)} FROM jobs"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a ledger says at one moment."""
+    """A ledger at one moment."""
 
     entries: tuple[Entry, ...]
     runners: tuple[Runner, ...]
@@ -108,7 +108,7 @@ class Snapshot:
 
 
 def snapshot(path: Path) -> Snapshot | None:
-    """What the ledger at `path` says, changing nothing; None where there is none that can be read."""
+    """The ledger at `path` as it is now, changing nothing; None where there is none that can be read."""
     try:
         check_plain(path)
     except OutputUnwritableError:
@@ -172,7 +172,7 @@ def files_of(path: Path) -> Iterator[Path]:
 
 
 def identity(path: Path) -> tuple[tuple[int, int] | None, ...]:
-    """What tells a ledger's files from others of the same names; None for each that is not there."""
+    """The identities of a ledger's files; None for each that is not there."""
     found: list[tuple[int, int] | None] = []
     for file in files_of(path):
         try:

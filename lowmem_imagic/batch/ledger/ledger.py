@@ -225,7 +225,7 @@ class Ledger:
         return int(steps)
 
     def take_over(self) -> None:
-        """Gives items of runners that are gone back to whoever asks."""
+        """Frees the items of runners that are gone."""
         with self._changing() as database:
             self._take_over(database)
 

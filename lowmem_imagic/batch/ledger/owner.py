@@ -16,7 +16,7 @@ class Owner:
     host: str
     """Name of the machine, for people."""
     boot: str
-    """What tells one start of one machine, and one space of process numbers on it, from any other."""
+    """Boot id and PID namespace."""
     pid: int
     started: str
     """When the process began, in the kernel's words, so that a number given out again is not taken for it."""
@@ -66,7 +66,7 @@ def _started(pid: int) -> str | None:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """What the kernel says of a process, from its state on."""
+    """The fields of ``/proc/PID/stat`` from the state on."""
     try:
         # The name of the program, in parentheses, may hold anything.
         fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -31,7 +31,7 @@ PREFIXES = {
         "clip_h.",
     ),
 }
-"""What the names of a component's tensors begin with in a single checkpoint."""
+"""First parts of the names of a component's tensors in a single checkpoint."""
 _EXTRAS = {
     "unet": re.compile(r"(?!)"),
     # The discriminator and the perceptual network that the autoencoder was trained with, and an average of weights.
@@ -96,7 +96,7 @@ class SingleFile:
 
     @cached_property
     def marks(self) -> Marks:
-        """What the checkpoint says of itself."""
+        """The checkpoint's marks."""
         return read_marks(self._header, self._contents[1], self.path.name)
 
     @property

@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
 
 
 def _problem(url: str, *, proxy: bool) -> str:
-    """What is wrong with an address, without repeating it: it may hold a password. Empty if nothing is."""
+    """The problem of an address, without repeating it: it may hold a password. Empty if nothing is."""
     schemes = ("http", "https", "socks5", "socks5h") if proxy else ("http", "https")
     try:
         # A proxy may be written without its scheme.

@@ -34,7 +34,7 @@ class Tensors:
         return {name: self._shape(place) for name, place in self._places.items()}
 
     def in_file(self, name: str) -> str:
-        """What a tensor is called in the file; itself where there is none of that name."""
+        """A tensor's name in the file; itself where there is none of that name."""
         return self._places[name].name if name in self._places else name
 
     def _shape(self, place: Place) -> tuple[int, ...]:
@@ -128,7 +128,7 @@ def text_encoder(names: Iterable[str], configuration: Mapping[str, Any]) -> dict
 
 
 UNUSED = "unused."
-"""What the names of tensors begin with that a configuration leaves out on purpose."""
+"""First part of the names of tensors that a configuration leaves out on purpose."""
 ORIGINAL: dict[str, Callable[[Iterable[str], Mapping[str, Any]], dict[str, Place]]] = {
     "unet": unet,
     "vae": vae,

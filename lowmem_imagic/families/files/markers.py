@@ -1,4 +1,4 @@
-"""What a checkpoint file says of itself: how it predicts, and whether its noise schedule ends at zero signal.
+"""The marks in a checkpoint file: how it predicts, and whether its noise schedule ends at zero signal.
 
 Programs write this in two ways, as empty tensors and as metadata, under many names (read in ComfyUI's, kohya-ss
 sd-scripts' and Forge's sources, and in the specification at github.com/Stability-AI/ModelSpec).
@@ -29,7 +29,7 @@ _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "nul
 
 @dataclass(frozen=True)
 class Marks:
-    """What a checkpoint says of itself; None where it says nothing."""
+    """The marks of a checkpoint; None where it has none."""
 
     prediction_type: str | None = None
     zero_snr: bool | None = None
@@ -40,7 +40,7 @@ class Marks:
 
 
 def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) -> Marks:
-    """What the checkpoint called `label` says, by the names of its tensors and its metadata.
+    """The marks of the checkpoint called `label`, by the names of its tensors and its metadata.
 
     Raises:
         IncompleteModelError: its marks contradict each other.

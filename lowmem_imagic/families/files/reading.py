@@ -87,5 +87,5 @@ def read_json(path: Path, name: str, limit: int = MAX_CONFIGURATION_BYTES) -> di
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """What the system says of a file, without its path."""
+    """The system's words about a file, without its path."""
     return (isinstance(error, OSError) and error.strerror) or type(error).__name__

@@ -35,7 +35,7 @@ class Folder:
 
     path: Path
     label: str
-    """What the edit file calls this base: "demo", a Hub id or the folder's own name; never a path."""
+    """The base's name in edit files: "demo", a Hub id or the folder's own name; never a path."""
     revision: str | None = None
     """The Hub commit."""
 
