@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, messages, files; run in-process except where a process matters."""
 
 import json
-import os
 import re
 import signal
 import subprocess
