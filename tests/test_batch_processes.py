@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -21,6 +19,7 @@ from lowmem_imagic.batch.manifest import Summary
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.batch.stopping import Stop
 from tests.crashes import files_of
+from tests.processes import Process
 from tests.test_batch import QUICK, SENTENCE, photo
 
 ITEMS = 8
@@ -38,15 +37,10 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def start(manifest: Path, out: Path, tiny_folder: Path) -> subprocess.Popen[str]:
-    """``batch run --workers 2`` as a process of its own."""
+def start(manifest: Path, out: Path, tiny_folder: Path) -> Process:
+    """``batch run --workers 2`` as a process of its own; the two that it starts are cold, as a user's are."""
     words = ("batch", "run", str(manifest), "--out", str(out), "--model", str(tiny_folder), "--device", "cpu")
-    return subprocess.Popen(
-        (sys.executable, "-m", "lowmem_imagic", *words, *QUICK, "--workers", "2", "--slots", "1", "--json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Process("lowmem_imagic", *words, *QUICK, "--workers", "2", "--slots", "1", "--json")
 
 
 def children(pid: int) -> list[int]:
