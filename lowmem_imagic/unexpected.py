@@ -1,9 +1,14 @@
 """Faults and remarks of libraries: an error that nobody raised on purpose, told in one line; logs, kept quiet."""
 
 import logging
+import threading
 import traceback
 
 from .errors import UnexpectedError
+
+WARNINGS = threading.RLock()
+"""Held around `warnings.catch_warnings`, which swaps a list of the whole process: two threads that interleave would
+leave warnings switched off, or on."""
 
 
 def unexpected(error: BaseException, remark: str = "") -> UnexpectedError:
