@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.results import RESULTS, provenance, write_result
 from lowmem_imagic.edits import file as edit_file
+from tests.processes import Process
 
 HIDDEN = ".lowmem-imagic"
 SHORT = ("--steps-embed", "6", "--steps-finetune", "10", "--steps-sample", "3", "--etas", "0,1", "--save-every", "4")
@@ -45,16 +46,11 @@ class Batch:
     manifest: Path
     options: tuple[str, ...]
 
-    def start(self, out: Path, *more: str, failpoint: str = "") -> subprocess.Popen[str]:
+    def start(self, out: Path, *more: str, failpoint: str = "") -> Process:
         """A run in a process of its own."""
         words = ("batch", "run", str(self.manifest), "--out", str(out), *self.options, *more, "--quiet", "--json")
-        return subprocess.Popen(
-            (sys.executable, "-m", "lowmem_imagic", *words),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "LOWMEM_IMAGIC_FAILPOINT": failpoint},
-        )
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "LOWMEM_IMAGIC_FAILPOINT": failpoint}
+        return Process("lowmem_imagic", *words, environment=environment)
 
     def finish(self, out: Path, *more: str) -> dict[str, Any]:
         """What a run says that is left alone."""
@@ -167,7 +163,7 @@ def campaign(batch: Batch, folder: Path, kills: int, seed: int, *, exact: bool) 
     bar = tqdm(total=kills, unit="kill", desc="exact" if exact else "packs", disable=None)
     while made < kills:
         out, here = folder / f"run-{batches}", 0
-        while made < kills and batch.killed(out, rng.uniform(1.0, min(length_s, LONGEST_S))):
+        while made < kills and batch.killed(out, rng.uniform(min(1.0, length_s / 4), min(length_s, LONGEST_S))):
             made, here = made + 1, here + 1
             bar.update()
         report = batch.finish(out)

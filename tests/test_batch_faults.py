@@ -388,6 +388,7 @@ def test_models_of_their_own(
     assert made[0] == made[2] != made[1] and len(packs) == len(set(packs)) == 2
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on(run: Callable[..., Said], tmp_path: Path, tiny_folder: Path) -> None:
     """A process killed while it writes a file of its second item has lost nothing: the same command comes to the same
     bytes as one that nobody disturbed, and leaves nothing else."""

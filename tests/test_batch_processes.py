@@ -64,6 +64,7 @@ def wait_for(out: Path, done: int) -> None:
     raise AssertionError("nothing happens")
 
 
+@pytest.mark.process
 def test_a_process_that_is_killed_is_started_again(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Two processes make every item once, though one is killed on the way; nothing is left behind."""
     out = tmp_path / "out"
@@ -77,6 +78,7 @@ def test_a_process_that_is_killed_is_started_again(manifest: Path, tiny_folder: 
     assert len(files_of(out)) == 5 * ITEMS
 
 
+@pytest.mark.process
 def test_ctrl_c_reaches_every_process_once(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Ctrl-C ends all of them in good order; the same command goes on with what is left."""
     out = tmp_path / "out"
@@ -94,6 +96,7 @@ def test_ctrl_c_reaches_every_process_once(manifest: Path, tiny_folder: Path, tm
     assert tally["done_before"] and len(files_of(out)) == 5 * ITEMS
 
 
+@pytest.mark.process
 def test_an_error_of_all_is_said_once(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """What no process can do, such as writing where nothing can be written, is one line and the right exit code."""
     (tmp_path / "list.jsonl").write_text("")

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lowmem_imagic.batch import overview
 from lowmem_imagic.cli.commands import app
-from tests.test_batch import SENTENCE, batch, photos  # noqa: F401  fixtures
+from tests.test_batch import SENTENCE, batch, some_photos  # noqa: F401  `batch` is a fixture
 
 
 class Links(HTMLParser):
@@ -42,11 +42,20 @@ def sheet(folder: Path, *more: str) -> Any:
     return CliRunner().invoke(app, ["batch", "sheet", str(folder), *more])
 
 
+@pytest.fixture(scope="session")
+def made(batch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A folder with photos and a batch of them: of three, and of one that is none."""
+    folder = tmp_path_factory.mktemp("made")
+    photos = some_photos(folder / "photos")
+    assert batch(photos, "--prompt", SENTENCE, "--out", folder / "out").exit_code == 3
+    return folder
+
+
 @pytest.fixture
-def out(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> Iterator[Path]:  # noqa: F811
-    """A batch of three photos and one that is none."""
-    assert batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out").exit_code == 3
-    yield tmp_path / "out"
+def out(made: Path, tmp_path: Path) -> Path:
+    """A copy of the batch that a test may change."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "out"
 
 
 def test_the_page_shows_every_item(out: Path) -> None:

@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, messages, files; run in-process except where a process matters."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,9 +20,11 @@ from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import SMALL_KEEP
 from lowmem_imagic.settings.stages import SampleConfig
 from lowmem_imagic.settings.text import BaseOptions
+from tests.processes import Process
 
 SENTENCE = "a photo of a blue cube on the grass"
-QUICK = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2", "--steps-sample", "2", "--quiet"]
+QUICK_TRAINING = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2"]
+QUICK = [*QUICK_TRAINING, "--steps-sample", "2", "--start", "photo", "--quiet"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,17 @@ def finished(tiny_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     photo = folder / "p.png"
     Image.new("RGB", (20, 16), (200, 40, 30)).save(photo)
-    words = ["train", photo, SENTENCE, "--model", tiny_folder, "--out", folder / "e.safetensors", *QUICK[:6], "--quiet"]
+    words = [
+        "train",
+        photo,
+        SENTENCE,
+        "--model",
+        tiny_folder,
+        "--out",
+        folder / "e.safetensors",
+        *QUICK_TRAINING,
+        "--quiet",
+    ]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return folder / "e.safetensors"
@@ -83,7 +94,8 @@ def _picture(path: str) -> Image.Image:
 
 def test_edit_writes_everything_it_promises(run, photo):
     """`edit` leaves the edit file, a PNG per eta at the photo's own size, a sheet and a report with peaks."""
-    result = run("edit", photo, SENTENCE, "--out", "made", "--etas", "0,0.5,1", *QUICK)
+    words = ["--out", "made", "--etas", "0,0.5,1", *QUICK, "--start", "inverted"]
+    result = run("edit", photo, SENTENCE, *words)
     assert result.exit_code == 0, result.output
     names = {path.name for path in Path("made").iterdir()}
     assert {"eta_0.00.png", "eta_0.50.png", "eta_1.00.png", "sheet.png", "report.json"} < names
@@ -104,7 +116,7 @@ def test_small_edits_are_small_and_render(run, photo):
     """`train --small` stores a fraction of the adapter, and the file renders like any other."""
     sizes = {}
     for name, words in {"whole": ("--keep", 1), "other": ("--rank", 2), "usual": (), "small": ("--small",)}.items():
-        result = run("train", photo, SENTENCE, "--out", f"{name}.safetensors", *words, *QUICK[:6], "--quiet")
+        result = run("train", photo, SENTENCE, "--out", f"{name}.safetensors", *words, *QUICK_TRAINING, "--quiet")
         assert result.exit_code == 0, result.output
         sizes[name] = sum(
             f.down.nbytes + f.up.nbytes for f in edit_file.read(Path(f"{name}.safetensors")).adapter.values()
@@ -343,11 +355,23 @@ def test_doctor_refuses_what_is_no_plan(run, tiny_folder):
 
 def test_memory_is_planned_for(run, photo, tmp_path):
     """With --vram the report has the plan, its predicted phases and no rung; too little is refused before any work."""
-    words = ["edit", photo, SENTENCE, "--out", tmp_path / "out", "--vram", "16GB", *QUICK, "--json"]
+    words = [
+        "edit",
+        photo,
+        SENTENCE,
+        "--out",
+        tmp_path / "out",
+        "--vram",
+        "16GB",
+        *QUICK,
+        "--start",
+        "inverted",
+        "--json",
+    ]
     report = json.loads(run(*words).stdout)
     assert set(report["plan"]["phases"]) == set(report["stages"]) - {"encode sentence", "round trip"}
     assert report["plan"]["rows"] == 2 and report["rungs"] == []
-    refused = run("train", photo, SENTENCE, "--out", tmp_path / "x.safetensors", "--vram", "1MB", *QUICK[:6])
+    refused = run("train", photo, SENTENCE, "--out", tmp_path / "x.safetensors", "--vram", "1MB", *QUICK_TRAINING)
     _fails(refused, 1, "0.00 GB hold no training step")
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -409,7 +433,7 @@ def test_sentence_that_no_edit_file_can_hold(run, photo, sentence):
 def test_long_and_foreign_sentences_are_kept_whole(run, photo):
     """A sentence of several lines, accents and emoji longer than a title is stored as it is."""
     sentence = "a photo of a café\n" + "très très long \U0001f469\u200d\U0001f680 " * 12
-    assert run("train", photo, sentence, "--out", "e.safetensors", *QUICK[:6], "--quiet").exit_code == 0
+    assert run("train", photo, sentence, "--out", "e.safetensors", *QUICK_TRAINING, "--quiet").exit_code == 0
     assert edit_file.read("e.safetensors").target_prompt == sentence
 
 
@@ -420,13 +444,17 @@ def test_divergence_ends_with_what_to_change(run, photo, monkeypatch):
     monkeypatch.setattr(
         training, "loss_per_edit", lambda prediction, target, n: prediction.sum().expand(n) * float("nan")
     )
-    _fails(run("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK[:6], "--quiet"), 1, "lower the learning rate")
+    _fails(
+        run("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK_TRAINING, "--quiet"),
+        1,
+        "lower the learning rate",
+    )
     assert not Path("e.safetensors").exists()
 
 
 def test_layers_are_chosen_by_an_expression(run, photo):
     """--adapt takes a regular expression; the edit has those layers, says so, and renders like any other."""
-    words = ("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK[:6], "--quiet")
+    words = ("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK_TRAINING, "--quiet")
     assert run(*words, "--adapt", r"mid_block\..*attn2\.to_[qk]").exit_code == 0
     edit = edit_file.read(Path("e.safetensors"))
     assert edit.settings["finetune"]["adapt"] == r"mid_block\..*attn2\.to_[qk]"
@@ -496,7 +524,7 @@ def test_nothing_is_overwritten_unasked(run, photo):
     assert Path("made/mine.txt").read_text() == "precious"
 
     Path("e.safetensors").write_text("precious")
-    _fails(run("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK[:6]), 1, "--force")
+    _fails(run("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK_TRAINING), 1, "--force")
     assert Path("e.safetensors").read_text() == "precious"
 
 
@@ -512,7 +540,7 @@ def test_output_that_cannot_be_written(run, photo, finished):
 def test_outputs_the_system_cannot_name(run, photo, finished):
     """A name too long for the file system, and a link to nowhere, are refused before any training."""
     _fails(run("edit", photo, SENTENCE, "--out", "x" * 300, *QUICK), 1, "cannot be written")
-    _fails(run("train", photo, SENTENCE, "--out", "x" * 300 + ".safetensors", *QUICK[:6]), 1, "cannot be written")
+    _fails(run("train", photo, SENTENCE, "--out", "x" * 300 + ".safetensors", *QUICK_TRAINING), 1, "cannot be written")
     Path("link").symlink_to("nowhere")
     _fails(run("edit", photo, SENTENCE, "--out", "link", *QUICK), 1, "link is no folder")
     _fails(run("sample", finished, "--out", "link", "--quiet"), 1, "link is no folder")
@@ -577,7 +605,7 @@ def test_all_wrong_words_at_once(photo):
 def test_steps_a_scheduler_cannot_take(run, photo, finished):
     """What would fail in the middle of sampling is refused before training."""
     words = ["--scheduler", "DDIM", "--steps-sample", "1000"]
-    _fails(run("edit", photo, SENTENCE, "--out", "made", *QUICK[:6], *words), 2, "timestep 1000 of 1000")
+    _fails(run("edit", photo, SENTENCE, "--out", "made", *QUICK_TRAINING, *words), 2, "timestep 1000 of 1000")
     assert not Path("made").exists()
     _fails(run("sample", finished, "--scheduler", "PNDM", "--steps-sample", 2), 2, "PNDM cannot take")
 
@@ -677,6 +705,7 @@ def test_truncated_edit_file(run, finished):
     _fails(run("sample", "cut.safetensors", "--quiet"), 1, "cut.safetensors")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", ["encode", "load", "embedding", "adapter", "pictures", "decode"])
 def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
     """Ctrl-C while a stage runs ends with code 130, one line, and no half file; a finished edit file is kept."""
@@ -704,11 +733,8 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
         "main()\n"
     )
     words = ["edit", str(photo), SENTENCE, "--model", str(tiny_folder), "--device", "cpu", "--out", "made", *QUICK]
-    process = subprocess.Popen(
-        [sys.executable, str(script), *words], stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    deadline = time.monotonic() + 120
-    while not Path("ready").exists() and process.poll() is None and time.monotonic() < deadline:
+    process = Process(str(script), *words)
+    while not Path("ready").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
@@ -723,6 +749,7 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
         assert left == set()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("after_s", [0.1, 0.6, 1.5])
 def test_ctrl_c_while_libraries_are_imported(after_s, photo):
     """Ctrl-C before there is anything to lose ends the process without a traceback, whatever is being imported."""

@@ -27,12 +27,15 @@ SCENES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, list]:
+WHOLE = (pytest.mark.process, pytest.mark.xdist_group("balanced"))
+
+
+@pytest.fixture(scope="module", params=["fast", pytest.param("balanced", marks=WHOLE)])
+def results(request, tmp_path_factory) -> dict[str, list]:
     """Three floor edits trained as one pack, rendered at eta 0 and 1 and by the sentence alone."""
     folder = tmp_path_factory.mktemp("photos")
     base = BaseModel.load("demo", device="cpu")
-    settings = preset("balanced")
+    settings = preset(request.param)
     jobs = []
     for number, (scene, floor) in enumerate(SCENES):
         path = folder / f"{number}.png"
@@ -61,10 +64,11 @@ def test_eta_0_reproduces_the_photo_better_than_the_sentence_alone(results):
     assert np.median(gains) > 3
 
 
+@pytest.mark.parametrize("results", ["fast"], indirect=True)
 def test_an_edit_of_a_pack_looks_like_the_one_made_alone(results):
     """After a whole training alone, pictures are those of the edit that trained in a pack: 35 dB and more."""
     base = BaseModel.load("demo", device="cpu")
-    settings = preset("balanced")
+    settings = preset("fast")
     edits = make_edits(base, results["jobs"][1:2], settings)
     alone = apply_edits(base, edits, [Cell(0, 0, SEED), Cell(0, 1, SEED)], settings.sample)
     packed = [results["eta 0"][1], results["eta 1"][1]]
@@ -77,6 +81,7 @@ def _floor_color(picture, scene: Scene) -> np.ndarray:
     return np.asarray(picture, float)[near].mean(0)
 
 
+@pytest.mark.parametrize("results", [pytest.param("balanced", marks=WHOLE)], indirect=True)
 def test_eta_1_changes_the_named_floor(results):
     """At eta 1 the floor's mean colour is nearer to the ground-truth edit's than to the photo's."""
     for (scene, floor), photo, edited in zip(SCENES, results["photo"], results["eta 1"], strict=True):
@@ -123,7 +128,7 @@ def test_the_bundled_model_is_small_and_readable():
 def test_the_sentence_decides_what_the_base_draws():
     """The base alone draws a red and a blue object for "red" and "blue", with the same noise."""
     base = BaseModel.load("demo", device="cpu")
-    settings = replace(preset("balanced").sample, start="noise")
+    settings = replace(preset("fast").sample, start="noise")
     prompts = ["a photo of a large red cube on a stone floor", "a photo of a large blue cube on a stone floor"]
     text = base.encode_text(prompts)
     nothing = AdapterPack(base.unet, count=2, adapt="attn", rank=1, alpha=1.0)

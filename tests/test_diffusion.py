@@ -71,7 +71,7 @@ def test_other_prediction_types_are_refused() -> None:
         training_target(latents, noise, timesteps, SCHEDULE.alphas_cumprod, "sample")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 2000), st.integers(0, 2**32))
 def test_one_timestep_in_each_stratum(draws: int, steps: int, seed: int) -> None:
     """Of `draws` timesteps the i-th lies in the i-th of `draws` equal parts of the schedule."""

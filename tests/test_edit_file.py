@@ -350,7 +350,7 @@ def edits(draw: st.DrawFn) -> Edit:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(edits())
 def test_what_is_read_is_what_was_written(edit: Edit) -> None:
     """Every edit comes back equal, field by field, and gives the same bytes again."""
@@ -983,7 +983,7 @@ MUTATION = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(MUTATION, min_size=1, max_size=3), st.booleans())
 def test_mutated_bytes_are_refused_or_read(mutations: list[tuple[str, int, Any]], mend: bool) -> None:
     """Whatever happens to the bytes, it is a valid edit or an EditFileError, length mended or not."""
@@ -1025,7 +1025,7 @@ def _opened(data: bytes) -> dict[str, Any]:
     return header
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(_paths(_opened(VALID))), st.sampled_from(["set", "delete", "add"]), ODD)
 def test_any_header_value_changed_is_refused_or_read(path: tuple[Any, ...], action: str, value: Any) -> None:
     """Replacing, deleting or adding any value of the header gives a valid edit or an EditFileError."""
@@ -1151,7 +1151,7 @@ def test_bases_match_in_three_degrees() -> None:
         assert base.match(dataclasses.replace(base, files=other, revision="2", **change)) == "none"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_gives_a_portable_stem(text: str) -> None:
     """A stem is 1 to 60 of a-z, 0-9 and inner hyphens, and no device name of Windows."""

@@ -510,7 +510,7 @@ def test_truncated(tmp_path, kind, share):
     refused(tmp_path / "a", TruncatedImageError, kind if kind not in ("WEBP", "TIFF") else "", "download it again")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF"]),
     cut=st.floats(0, 1),
@@ -595,7 +595,7 @@ def test_no_global_state(tmp_path):
 sides = st.integers(1, 5000)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(width=sides, height=sides, size=st.sampled_from([64, 512]))
 def test_letterbox_fit(width, height, size):
     """The box is centred in the square, as long as it, and keeps the photo's aspect to half a pixel."""

@@ -23,6 +23,7 @@ from lowmem_imagic.batch.publishing import publish, staged
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.errors import OutputUnwritableError
 from tests import crashes
+from tests.processes import Process
 from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
 from tests.test_ledger import change, entries, opened
 
@@ -38,7 +39,7 @@ def batch(tiny_folder: Path, tmp_path: Path) -> crashes.Batch:
 
 
 @contextlib.contextmanager
-def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[subprocess.Popen[str]]:
+def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[Process]:
     """A run that has come to a place and is suspended there."""
     process = batch.start(out, failpoint=f"{failpoint}{'' if ':' in failpoint else ':1'}:stop")
     try:
@@ -61,6 +62,7 @@ def given_up(out: Path) -> None:
     change(Part().ledger(out), "UPDATE runners SET started = '1'")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", PLACES)
 def test_it_leaves_alone_what_its_successor_has_made(
     batch: crashes.Batch,
@@ -214,6 +216,7 @@ def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:
     assert isinstance(part.begin("job"), Attempt) and not second.current
 
 
+@pytest.mark.process
 def test_others_say_what_they_wait_for(
     batch: crashes.Batch,
     run: Any,  # noqa: F811
