@@ -91,7 +91,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f".{module}", __name__), attribute)
+    from .unexpected import without_advice
+
+    # bitsandbytes says as it is imported that kernels for 4 bits, which are not used here, want another package.
+    with without_advice():
+        return getattr(importlib.import_module(f".{module}", __name__), attribute)
 
 
 def __dir__() -> list[str]:

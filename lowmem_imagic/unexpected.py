@@ -1,9 +1,16 @@
 """Faults and remarks of libraries: an error that nobody raised on purpose, told in one line; logs, kept quiet."""
 
 import logging
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .errors import UnexpectedError
+
+WARNINGS = threading.RLock()
+"""Held around `warnings.catch_warnings`, which swaps a list of the whole process: two threads that interleave would
+leave warnings switched off, or on."""
 
 
 def unexpected(error: BaseException, remark: str = "") -> UnexpectedError:
@@ -25,10 +32,27 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300].removesuffix(": ")
 
 
+_LIBRARIES = ("bitsandbytes", "diffusers", "transformers", "huggingface_hub")
+
+
 def quiet_libraries() -> None:
     """Libraries log advice to developers, such as bitsandbytes about its kernels; after this call they log errors only.
 
-    For programs, which own the process; the package itself never calls it.
+    For programs, which own the process; the package itself calls `without_advice`.
     """
-    for library in ("bitsandbytes", "diffusers", "transformers", "huggingface_hub"):
+    for library in _LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Within the block the libraries log errors only, such as while one of them is imported."""
+    logs = [logging.getLogger(library) for library in _LIBRARIES]
+    with WARNINGS:
+        levels = [log.level for log in logs]
+        try:
+            quiet_libraries()
+            yield
+        finally:
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)

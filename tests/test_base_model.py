@@ -283,7 +283,7 @@ def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
         (CPU, None, "bf16", torch.bfloat16),
         (CUDA, (8, 6), "int8", torch.bfloat16),
         (CUDA, (8, 0), "bnb-int8", torch.bfloat16),
-        (CUDA, (7, 5), "int8", torch.float32),
+        (CUDA, (7, 5), "int8", torch.float16),
         (CUDA, (9, 0), "fp32", torch.float32),
     ],
 )

@@ -1,6 +1,8 @@
 """Facts about a base in use: what it learns of memory is forgotten in the end, one thread at a time, and fp16."""
 
+import logging
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -252,3 +254,24 @@ def test_small_gradients_reach_fp16(
         moved[name] = edit.optimized_embedding.float() - base.encode_text([SENTENCES[0]])[0]
     errors = {name: float((moved[name] - moved["fp32"]).norm() / moved["fp32"].norm()) for name in ("scaled", "plain")}
     assert errors["scaled"] < 0.1 and errors["scaled"] < errors["plain"]
+
+
+def test_threads_leave_warnings_as_they_were(
+    load_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photos that are decoded in one thread while a base is loaded in another leave the process's warnings alone."""
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "photo.png")
+    filters, verbosity = list(warnings.filters), logging.getLogger("diffusers").level
+
+    def decode() -> None:
+        for _ in range(30):
+            load_photo(tmp_path / "photo.png")
+
+    threads = [threading.Thread(target=decode) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):
+        load_base().family.scheduler("DDIM")
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == filters and logging.getLogger("diffusers").level == verbosity

@@ -174,3 +174,13 @@ def test_no_pickle():
                 assert (owner, node.func.attr) not in {("torch", "load"), ("torch", "save")}, path.name
                 if (owner, node.func.attr) == ("np", "load"):
                     assert any(k.arg == "allow_pickle" and k.value.value is False for k in node.keywords), path.name
+
+
+def test_the_python_interface_prints_nothing() -> None:
+    """A script that imports the package and loads a base sees no line of a library, and its logging is left alone."""
+    script = (
+        "import logging\nfrom lowmem_imagic import BaseModel\nbase = BaseModel.load('demo', device='cpu')\n"
+        "assert logging.getLogger('bitsandbytes').level == logging.NOTSET\n_ = base.encode_text(['a red cube'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..errors import IncompleteModelError, LowmemImagicError
-from ..unexpected import first_line
+from ..unexpected import WARNINGS, first_line
 from .files import layout
 from .files.checkpoint import SingleFile
 from .files.layout import Tensors
@@ -165,17 +165,18 @@ def complete(label: str, component: str) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Without the libraries' own progress bars and advice; their settings are put back afterwards."""
     logs = (transformers.utils.logging, diffusers.utils.logging)
-    levels = [log.get_verbosity() for log in logs]
-    bars = [log.is_progress_bar_enabled() for log in logs]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for log in logs:
-                log.set_verbosity_error()
-                log.disable_progress_bar()
-            yield
-    finally:
-        for log, level, bar in zip(logs, levels, bars, strict=True):
-            log.set_verbosity(level)
-            if bar:
-                log.enable_progress_bar()
+    with WARNINGS:
+        levels = [log.get_verbosity() for log in logs]
+        bars = [log.is_progress_bar_enabled() for log in logs]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for log in logs:
+                    log.set_verbosity_error()
+                    log.disable_progress_bar()
+                yield
+        finally:
+            for log, level, bar in zip(logs, levels, bars, strict=True):
+                log.set_verbosity(level)
+                if bar:
+                    log.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""The meaning of a model's configurations: the defaults of the classes they name, and what diffusers' pipelines correct.
+"""The meaning of a model's configurations: defaults of the classes they name, and corrections of diffusers' pipelines.
 
 A configuration file says only part of what a model is. Keys that it leaves out have the default of the class that it
 names, and `StableDiffusionPipeline` changes some values in its constructor. Here no pipeline is built, and a schedule

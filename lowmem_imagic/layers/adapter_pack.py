@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..settings.stages import BLOCKS, peft_targets
+from ..unexpected import WARNINGS
 from .lora import Rows, packed_kind
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -117,7 +118,7 @@ class _Shape:
 def strided_gradients() -> Iterator[None]:
     """Around a backward pass: without torch's warning that factors of several edits lie apart in one buffer, as they
     and their gradients do on purpose."""
-    with warnings.catch_warnings():
+    with WARNINGS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         yield
 

@@ -71,9 +71,13 @@ class Ledger:
         except BaseException:
             self._database.close()
             raise
-        _open_here.add((path, self.me))
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._heart.start()
+        try:
+            self._heart.start()
+        except RuntimeError:
+            self._database.close()
+            raise
+        _open_here.add((path, self.me))
 
     def close(self) -> None:
         """Says goodbye: what this runner still holds waits for others."""
