@@ -84,7 +84,8 @@ class Made:
 
 def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[TrainingInput], Made]:
     """Tasks with photos of noise, each with its own sentence, and what is known of them; or with noise just drawn."""
-    photos = torch.randn(count, *base.denoisers[0].shape(base.size), generator=torch.Generator().manual_seed(1))
+    denoiser = base.denoisers[0]
+    photos = torch.randn(count, *denoiser.shape(base.size), generator=torch.Generator().manual_seed(1))
     targets = base.encode_text([f"sentence {number}" for number in range(count)])
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     noise = [

@@ -70,10 +70,8 @@ def trained(slots: int) -> dict[str, Any]:
     base.network(base.denoisers[0])
 
     def run(count: int, settings: EditConfig) -> float:
-        tasks = [
-            TrainingInput({"unet": photos[n]}, text.rows([n]), torch.Generator().manual_seed(n), {"unet": noise})
-            for n in range(count)
-        ]
+        draws = [torch.Generator().manual_seed(n) for n in range(count)]
+        tasks = [TrainingInput({"unet": photos[n]}, text.rows([n]), draws[n], {"unet": noise}) for n in range(count)]
         started = time.perf_counter()
         list(Pack(base, tasks, settings, slots=slots).run())
         return time.perf_counter() - started

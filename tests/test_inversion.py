@@ -165,7 +165,6 @@ def test_what_has_no_fitting_noise_is_refused(tiny: Any, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match="--start photo"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick())
-    shape = property(lambda self: (4, 16, 16))
-    monkeypatch.setattr(type(tiny.family), "latent_shape", shape)
+    monkeypatch.setattr(type(tiny.family), "size", property(lambda self: (32, 32)))
     with pytest.raises(TensorShapeError, match="--start photo"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)

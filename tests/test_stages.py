@@ -649,9 +649,9 @@ def test_edits_are_handed_over_as_they_finish(base: Any, monkeypatch: pytest.Mon
         assert all(torch.equal(edit.adapter[key].up, f.up) for key, f in expected[number].adapter.items())
         assert set(edit.measured["stages"]) == {"encode", "load", "embed", "finetune"}
     assert make_edits(base, [], config) == []
-    encode = base.encode_images
+    encode = base.encode
     broken = torch.tensor([1.0, torch.nan, 1.0]).view(3, 1, 1, 1)
-    monkeypatch.setattr(base, "encode_images", lambda images: encode(images) * broken)
+    monkeypatch.setattr(base, "encode", lambda images: {"unet": encode(images)["unet"] * broken})
     made = {number: edit for group in stream_edits(base, jobs, config, slots=2) for number, edit in group}
     assert isinstance(made[1], DivergenceError)
     assert all(made[number].target_prompt == PROMPTS[number] for number in (0, 2))
