@@ -20,7 +20,9 @@ from lowmem_imagic.diffusion.schedules import starting_noise
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import LoraFactors
 from lowmem_imagic.engine.base import BaseModel
-from lowmem_imagic.layers.portable import scaled_alike
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.portable import scaled_alike
+from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures import Photo
 from lowmem_imagic.pictures.png import encode_png
@@ -192,8 +194,18 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 def same_noise(base: BaseModel, rows: int) -> Tensor:
     """The same starting noise (C, H, W) for every row: (B, C, H, W), as `lowmem_imagic.sampling.sample` draws it."""
-    noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(SEED))
+    noise = starting_noise(base.denoisers[0].shape(base.size), torch.Generator().manual_seed(SEED))
     return noise.expand(rows, *noise.shape).contiguous()
+
+
+def unet_of(base: BaseModel) -> Any:
+    """The UNet of a base, which is Stable Diffusion in every benchmark."""
+    return base.network(base.denoisers[0])
+
+
+def embeds(text: Tensor) -> Conditioning:
+    """Text (B, T, D) as the engine takes it."""
+    return Conditioning({EMBEDS: text})
 
 
 def as_photo(picture: Image.Image) -> Photo:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from lowmem_imagic.layers.frozen import weight_bytes
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
 from lowmem_imagic.training.pack import Pack, TrainingInput
 
+from .edit_methods import embeds, unet_of
 from .goals import Line, fresh, in_gib
 from .random_unet import TOKENS, random_sd15
 
@@ -101,13 +102,13 @@ def run(case: Case) -> dict[str, Any]:
     base = random_sd15(weights=case.weights, device=CPU, dtype=getattr(torch, case.compute), checkpointing=True)
     with _peak() as load_peak:
         started = time.perf_counter()
-        unet = base.unet
+        unet = unet_of(base)
         load_s = time.perf_counter() - started
     loaded = resident_bytes()
 
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, case.latent_side, case.latent_side, generator=generator)
-    e_opt = torch.randn(1, TOKENS, base.family.cross_attention_dim, generator=generator)
+    e_opt = torch.randn(1, TOKENS, base.family.text["embeds"].shape[-1], generator=generator)
     config = EditConfig(
         embed=EmbedConfig(steps=0, learning_rate=1e-2),
         finetune=FinetuneConfig(
@@ -116,12 +117,12 @@ def run(case: Case) -> dict[str, Any]:
     )
     ends = [time.perf_counter()]
     with _peak() as row_peak:
-        photo = TrainingInput(latents[0], e_opt[0], generator, latents[0])
+        photo = TrainingInput({"unet": latents[0]}, embeds(e_opt), generator, {"unet": latents[0]})
         training = Pack(base, [photo], config, slots=1, progress=lambda *_: ends.append(time.perf_counter()))
         [[edit]] = training.run()
         del training
     assert edit.error is None
-    pack = AdapterPack.load(base.unet, [edit.adapter])
+    pack = AdapterPack.load(unet, base.denoisers[0].names, list(edit.adapters.values()))
     return {
         "baseline_bytes": baseline,
         "weight_bytes": weight_bytes(unet),
@@ -142,18 +143,18 @@ def _graph(base: BaseModel, pack: AdapterPack, latents: Tensor, e_opt: Tensor) -
     for parameter in pack.parameters:
         parameter.requires_grad_(True)
     saved = {}
-    with pack.attached(base.unet):
+    with pack.attached(unet_of(base)):
         return_freed()
         before = resident_bytes()
-        prediction = base.predict(latents, torch.tensor([500]), e_opt)
+        prediction = base.predict(base.denoisers[0], latents, torch.tensor([500]), embeds(e_opt))
         return_freed()
         held = resident_bytes() - before
         del prediction
         for name, checkpointing in (("checkpointing", True), ("plain", False)):
             if not checkpointing:
-                cast(Any, base.unet).disable_gradient_checkpointing()
-            with _saved_bytes(_storages(base.unet, pack)) as count:
-                base.predict(latents, torch.tensor([500]), e_opt)
+                unet_of(base).disable_gradient_checkpointing()
+            with _saved_bytes(_storages(unet_of(base), pack)) as count:
+                base.predict(base.denoisers[0], latents, torch.tensor([500]), embeds(e_opt))
             saved[name] = count[0]
     return {"held_bytes": held, "saved_for_backward_bytes": saved}
 

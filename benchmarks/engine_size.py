@@ -22,8 +22,9 @@ from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.edits.identity import BaseIdentity, SourcePicture
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import DEMO
+from lowmem_imagic.families.adapter_names import KohyaNames
+from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
-from lowmem_imagic.layers.portable import portable
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures import Photo
 from lowmem_imagic.pipeline.make import COARSE_SIDE, make_edits, versions
@@ -86,7 +87,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     config = _config(name)
     tuning = config.finetune
     unet = meta_unet("sd15")
-    pack = AdapterPack(unet, count=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
+    pack = AdapterPack(unet, KohyaNames(), count=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
     generator = torch.Generator().manual_seed(0)
     pack.weights.normal_(0.0, 0.02, generator=generator)
     whole = {key: _evened(*factors) for key, factors in pack.export(0).items()}

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lowmem_imagic.diffusion.schedules import coarse, loss_per_edit
 from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.pictures.letterbox import to_images, to_tensor
 from lowmem_imagic.pipeline.make import COARSE_SIDE
@@ -27,7 +29,7 @@ from lowmem_imagic.storage.atomic import write_bytes
 from lowmem_imagic.training.loop import TrainedTensor, Trainer, draw_rows
 from lowmem_imagic.training.run import Run
 
-from .edit_methods import SEED, Method, Outcome, as_photo, digest
+from .edit_methods import SEED, Method, Outcome, as_photo, digest, embeds, unet_of
 
 EMBED_RATE = 1e-2
 """Learning rate of stage 1, this package's own."""
@@ -58,12 +60,12 @@ def full_finetune(
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         if base.weights != "fp32":
             raise ValueError(f"full fine-tuning needs weights in fp32, the base has {base.weights}")
-        untouched = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
+        untouched = {name: weight.clone() for name, weight in unet_of(base).state_dict().items()}
         pictures: dict[float, list[Image.Image]] = {eta: [] for eta in etas}
         train_s = sample_s = 0.0
         for photo, sentence in zip(photos, sentences, strict=True):
             latents = base.encode_images(to_tensor(photo))
-            target = base.encode_text([sentence, sampling.negative_prompt])[:1]
+            target = base.encode_text([sentence, sampling.negative_prompt]).rows(slice(1))
             facts: dict[str, Any] = {
                 "embed": asdict(first),
                 "base": base.identity.files,
@@ -78,24 +80,26 @@ def full_finetune(
             started = time.perf_counter()
             noise = None
             if sampling.start == "inverted":
-                noise = own_noise(base, latents[0], torch.Generator().manual_seed(SEED))[None]
-            base.unet.load_state_dict(stage2)
+                noise = own_noise(base, base.denoisers[0], latents[0], torch.Generator().manual_seed(SEED))[None]
+            unet_of(base).load_state_dict(stage2)
             # An adapter of zeros, so that sampling is this package's own in every respect.
-            nothing = AdapterPack(base.unet, count=1, adapt="attn", rank=1, alpha=1.0, device=base.device)
+            nothing = AdapterPack(
+                unet_of(base), base.denoisers[0].names, count=1, adapt="attn", rank=1, alpha=1.0, device=base.device
+            )
             cells, low = [Cell(0, eta, SEED) for eta in etas], coarse(latents, COARSE_SIDE)
             made = sample(
                 base,
-                nothing,
+                {"unet": nothing},
                 target,
-                stage1["embedding"],
+                embeds(stage1["embedding"]),
                 cells,
                 sampling,
-                coarse_latents=low,
-                inverted_noise=noise,
+                coarse={"unet": low},
+                noise=None if noise is None else {"unet": noise},
             )
             for eta, picture in zip(etas, to_images(base.decode(made)), strict=True):
                 pictures[eta].append(picture)
-            base.unet.load_state_dict(untouched)
+            unet_of(base).load_state_dict(untouched)
             sample_s += time.perf_counter() - started
         passes, rendered = (embed_steps + steps) * draws, len(photos) * len(etas)
         return Outcome(pictures, passes, train_s / len(photos), sample_s / rendered)
@@ -108,13 +112,13 @@ def full_finetune(
     return Method(settings, run)
 
 
-def _embed(base: BaseModel, latents: Tensor, target: Tensor, config: EmbedConfig) -> dict[str, Tensor]:
+def _embed(base: BaseModel, latents: Tensor, target: Conditioning, config: EmbedConfig) -> dict[str, Tensor]:
     """e_opt (1, T, D), and where its generator stands."""
-    run = Run(latents[0], config, torch.Generator().manual_seed(SEED))
-    optimized = target.to(base.device).clone().requires_grad_()
+    run = Run(base.denoisers[0], latents[0], config, torch.Generator().manual_seed(SEED))
+    optimized = target[EMBEDS].to(base.device).clone().requires_grad_()
     optimized.grad = torch.zeros_like(optimized)
     part = TrainedTensor(optimized.detach().flatten(1), optimized.grad.flatten(1), config.learning_rate)
-    trainer = Trainer(base, [part], lambda _: optimized)
+    trainer = Trainer(base, [part], lambda *_: embeds(optimized))
     trainer.begin(0, run)
     while trainer.runs:
         trainer.step()
@@ -130,16 +134,16 @@ def _finetune(
     generator = torch.Generator()
     generator.set_state(stage1["generator"])
     text = stage1["embedding"].repeat_interleave(draws, 0)
-    weights = list(base.unet.parameters())
+    weights = list(unet_of(base).parameters())
     optimizer = torch.optim.Adam([w.requires_grad_() for w in weights], lr=learning_rate, foreach=True)
     for _ in range(steps):
-        noisy, timesteps, wanted = draw_rows(latents, draws, base.alpha_bar, base.family.prediction_type, [generator])
+        noisy, timesteps, wanted = draw_rows(latents, draws, base.denoisers[0].schedule, [generator])
         optimizer.zero_grad()
-        loss_per_edit(base.predict(noisy, timesteps, text), wanted, 1).sum().backward()
+        loss_per_edit(base.predict(base.denoisers[0], noisy, timesteps, embeds(text)), wanted, 1).sum().backward()
         optimizer.step()
-    base.unet.requires_grad_(False)
+    unet_of(base).requires_grad_(False)
     return {
-        name: weight.clone(memory_format=torch.contiguous_format) for name, weight in base.unet.state_dict().items()
+        name: weight.clone(memory_format=torch.contiguous_format) for name, weight in unet_of(base).state_dict().items()
     }
 
 

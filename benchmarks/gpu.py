@@ -29,8 +29,9 @@ from torch import Tensor
 from lowmem_imagic.diffusion.schedules import coarse
 from lowmem_imagic.engine.base import BaseModel, pick_dtype, resolve_attention
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack
-from lowmem_imagic.layers.portable import portable
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pipeline.make import COARSE_SIDE
 from lowmem_imagic.planning.plan import Budget, Plan, plan_for, planned
@@ -40,6 +41,7 @@ from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig
 from lowmem_imagic.training.pack import Pack, TrainedEdit, TrainingInput
 
+from .edit_methods import EMBEDS, embeds
 from .goals import Line, fresh, in_gib, table
 from .memory import Case
 from .random_unet import random_sd15
@@ -76,20 +78,26 @@ class Made:
     """The photo's own of each, (C, H, W)."""
     photos: Tensor
     """(N, C, H, W)."""
-    targets: Tensor
-    """(N, T, D)."""
+    targets: Conditioning
+    """N rows."""
 
 
 def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[TrainingInput], Made]:
     """Tasks with photos of noise, each with its own sentence, and what is known of them; or with noise just drawn."""
-    photos = torch.randn(count, *base.family.latent_shape, generator=torch.Generator().manual_seed(1))
+    denoiser = base.denoisers[0]
+    photos = torch.randn(count, *denoiser.shape(base.size), generator=torch.Generator().manual_seed(1))
     targets = base.encode_text([f"sentence {number}" for number in range(count)])
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     noise = [
-        own_noise(base, photo, draw).half().float() if invert else torch.randn(photo.shape, generator=draw)
+        own_noise(base, base.denoisers[0], photo, draw).half().float()
+        if invert
+        else torch.randn(photo.shape, generator=draw)
         for photo, draw in zip(photos, generators, strict=True)
     ]
-    tasks = [TrainingInput(*parts) for parts in zip(photos, targets, generators, noise, strict=True)]
+    tasks = [
+        TrainingInput({"unet": photo}, targets.rows([number]), draw, {"unet": own})
+        for number, (photo, draw, own) in enumerate(zip(photos, generators, noise, strict=True))
+    ]
     return tasks, Made([], noise, photos, targets)
 
 
@@ -109,7 +117,8 @@ def train(
         for edit in group:
             if edit.error is not None:
                 raise edit.error
-            edit.adapter = portable(truncated(edit.adapter, config.finetune.keep), base.unet)
+            adapter = truncated(edit.adapters["unet"], config.finetune.keep)
+            edit.adapters = {"unet": portable(adapter, base.network(base.denoisers[0]))}
             made.edits.append(edit)
     made.edits.sort(key=lambda edit: edit.number)
     return made
@@ -117,16 +126,17 @@ def train(
 
 def render(base: BaseModel, config: EditConfig, made: Made, etas: Sequence[float]) -> Tensor:
     """Latents (N * etas, C, H, W) of every edit at every eta."""
-    pack = AdapterPack.load(base.unet, [edit.adapter for edit in made.edits], device=base.device)
+    denoiser, adapters = base.denoisers[0], [edit.adapters["unet"] for edit in made.edits]
+    pack = AdapterPack.load(base.network(denoiser), denoiser.names, adapters, device=base.device)
     return sample(
         base,
-        pack,
+        {"unet": pack},
         made.targets,
-        torch.stack([edit.optimized_embedding for edit in made.edits]),
+        embeds(torch.stack([edit.conditioning[EMBEDS] for edit in made.edits])),
         [Cell(number, eta, 0) for number in range(len(made.edits)) for eta in etas],
         config.sample,
-        coarse_latents=coarse(made.photos, COARSE_SIDE),
-        inverted_noise=torch.stack(made.noise),
+        coarse={"unet": coarse(made.photos, COARSE_SIDE)},
+        noise={"unet": torch.stack(made.noise)},
     )
 
 
@@ -161,7 +171,7 @@ def card(base: BaseModel, config: EditConfig, budget: Budget, jobs: int) -> dict
     return {
         "plan": plan.as_json(),
         "peaks": {name: {"predicted": predicted[name], "measured": peak} for name, peak in peaks.items()},
-        "rungs": base.rungs,
+        "rungs": base.fallbacks,
     }
 
 
@@ -200,7 +210,7 @@ def paced(base: BaseModel, config: EditConfig, slots: int, steps: int) -> Paced:
     made = train(base, only, slots, slots=slots, progress=lambda *_: ends.append(time.perf_counter()))
     half = steps // 2
     found = [torch.tensor(edit.losses["finetune"]) for edit in made.edits]
-    found += [up.flatten() for edit in made.edits for _, up, _ in edit.adapter.values()]
+    found += [up.flatten() for edit in made.edits for _, up, _ in edit.adapters["unet"].values()]
     return Paced(statistics.median(b - a for a, b in pairwise(ends[half - 1 :])), torch.cat(found))
 
 

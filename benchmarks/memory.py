@@ -26,7 +26,9 @@ from torch import Tensor
 
 from lowmem_imagic.diffusion.schedules import loss_per_edit
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
-from lowmem_imagic.layers.adapter_pack import TARGETS, AdapterPack, strided_gradients
+from lowmem_imagic.families.adapter_names import TARGETS, KohyaNames
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.flat_pack import strided_gradients
 from lowmem_imagic.layers.frozen import load_frozen, weight_bytes
 from lowmem_imagic.planning.counting import fused_attention, peak_of
 
@@ -101,7 +103,9 @@ class Step:
             self.unet.enable_gradient_checkpointing()
         self.pack: AdapterPack | None = None
         if packed:
-            self.pack = AdapterPack(self.unet, count=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device)
+            self.pack = AdapterPack(
+                self.unet, KohyaNames(), count=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device
+            )
             self.pack.enable_gradients()
             trained = [self.pack.weights]
         else:

@@ -26,9 +26,10 @@ from lowmem_imagic.diffusion.schedules import refined
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit
 from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.adapter_names import KohyaNames
 from lowmem_imagic.families.files.published import PUBLISHED
+from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
-from lowmem_imagic.layers.portable import portable
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures.letterbox import psnr
 from lowmem_imagic.pipeline.make import apply_edits, make_edits
@@ -134,7 +135,7 @@ def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any
         return prediction
 
     alone = predict()
-    with AdapterPack.load(unet, [stored]).attached(unet):
+    with AdapterPack.load(unet, KohyaNames(), [stored]).attached(unet):
         ours = predict()
     layers = {f"lora_unet_{name.replace('.', '_')}": layer for name, layer in unet.named_modules()}
     before = {key: layers[key].weight.clone() for key in stored}
@@ -160,7 +161,7 @@ def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any
 
 def _mixed(unet: nn.Module, adapt: str, rank: int, keep: float, generator: torch.Generator) -> dict[str, Factors]:
     """An adapter as files hold it, of layers whose spectra differ; rounded as files are."""
-    pack = AdapterPack(unet, count=1, adapt=adapt, rank=rank, alpha=float(rank))
+    pack = AdapterPack(unet, KohyaNames(), count=1, adapt=adapt, rank=rank, alpha=float(rank))
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
     whole = pack.export(0)
     for number, (down, _, _) in enumerate(whole.values()):

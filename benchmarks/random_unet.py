@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
+from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.files.published import SD15_UNET, Published
 from lowmem_imagic.families.files.weights import Weights
 from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.frozen import load_frozen
 
 SDXL_UNET: dict[str, Any] = {
@@ -97,11 +99,11 @@ class _Random(Published):
 class RandomBase(BaseModel):
     """A base of which only the UNet is there: a sentence's embedding is drawn from its letters."""
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, sentences: Sequence[str]) -> Conditioning:
         """Embeddings (B, T, D), equal for equal sentences."""
-        shape = (TOKENS, self.family.cross_attention_dim)
-        draws = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
-        return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
+        draws = [torch.Generator().manual_seed(zlib.crc32(sentence.encode())) for sentence in sentences]
+        shape = self.family.text[EMBEDS].shape
+        return Conditioning({EMBEDS: torch.stack([torch.randn(shape, generator=draw) for draw in draws])})
 
 
 def random_sd15(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lowmem_imagic.demo.pictures import scene_at
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
 from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.pictures.png import contact_sheet
 from lowmem_imagic.settings.stages import SampleConfig
 
@@ -100,8 +101,8 @@ def held_out(singles: int, pairs: int) -> list[Scene]:
 
 def text_to_image(base: BaseModel, captions: Sequence[str], settings: Settings) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, by plain text-to-image with guidance; no adapters."""
-    text = base.encode_text(captions)
-    shape = (base.family.unet_config["in_channels"], *[base.family.unet_config["sample_size"]] * 2)
+    text = base.encode_text(captions)[EMBEDS]
+    shape = base.denoisers[0].shape(base.size)
     # One generator a picture: the batch it is sampled in cannot change it.
     noise = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed + row)) for row in range(len(text))]

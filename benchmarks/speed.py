@@ -64,13 +64,14 @@ def trained(slots: int) -> dict[str, Any]:
     base, config = BaseModel.load("demo"), preset("balanced")
     items = VALIDATION.items()[:EDITS]
     text = base.encode_text([item.sentence for item in items])
-    noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(0))
+    noise = starting_noise(base.denoisers[0].shape(base.size), torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
-    photos = torch.randn(EDITS, *base.family.latent_shape, generator=draw)
-    base.unet.eval()
+    photos = torch.randn(EDITS, *base.denoisers[0].shape(base.size), generator=draw)
+    base.network(base.denoisers[0])
 
     def run(count: int, settings: EditConfig) -> float:
-        tasks = [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), noise) for n in range(count)]
+        draws = [torch.Generator().manual_seed(n) for n in range(count)]
+        tasks = [TrainingInput({"unet": photos[n]}, text.rows([n]), draws[n], {"unet": noise}) for n in range(count)]
         started = time.perf_counter()
         list(Pack(base, tasks, settings, slots=slots).run())
         return time.perf_counter() - started

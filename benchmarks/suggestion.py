@@ -21,7 +21,7 @@ from lowmem_imagic.sampling.suggestion import PRICE, Suggestion, suggest_eta, wo
 from lowmem_imagic.settings.presets import preset
 
 from .edit_judge import Verdict, bootstrap, judge
-from .edit_methods import SEED, as_photo, trained
+from .edit_methods import SEED, as_photo, embeds, trained
 from .edit_quality import ETAS, best_eta
 from .oracle import Oracle
 from .results import provenance, write_result
@@ -45,8 +45,8 @@ def suggested(
         pictures = decode_cells(base, [edit], cells, latents)
         for eta, picture in zip(ETAS, pictures, strict=True):
             verdicts[eta] += judge(oracle, [item], [picture])
-        [target] = base.encode_text([item.sentence])
-        suggestions.append(suggest_eta(base, latents, ETAS, target, edit.optimized_embedding.float()))
+        target = base.encode_text([item.sentence])
+        suggestions.append(suggest_eta(base, latents, ETAS, target, embeds(edit.optimized_embedding.float()[None])))
     return suggestions, verdicts
 
 

@@ -140,7 +140,9 @@ def base(load_base: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def text(base: Any) -> Any:
     """Target embeddings (3, T, D) of `PROMPTS`."""
-    return base.encode_text(PROMPTS)
+    from tests import calls
+
+    return calls.encode_text(base, PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +151,10 @@ def edits(base: Any, text: Any) -> tuple[Any, Any]:
     import torch
 
     from lowmem_imagic.layers.adapter_pack import AdapterPack
+    from tests import calls
 
     generator = torch.Generator().manual_seed(21)
-    pack = AdapterPack(base.unet, count=3, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=3, adapt="all", rank=2, alpha=2.0)
     pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
     return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
 

@@ -12,6 +12,7 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.settings.stages import EmbedConfig, FinetuneConfig, StageConfig
 from lowmem_imagic.training.loop import TrainedTensor, Trainer
 from lowmem_imagic.training.run import Run, tail
+from tests import calls
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(step, steps)`` after every step."""
@@ -58,7 +59,7 @@ def embed(
             base, latents, lambda: optimized, part, config, generators, start_noise=start_noise, progress=progress
         )
     except DivergenceError as error:
-        raise base.fault(error, latents[0], target_embeddings[0]) from error
+        raise base.fault(error, base.denoisers[0], latents[0], calls.row(target_embeddings[0])) from error
     return optimized.detach(), losses
 
 
@@ -74,7 +75,8 @@ def finetune(
 ) -> Finetuned:
     """Stage 2: adapters, and the losses on the way; e_opt (N, T, D) is fixed."""
     pack = AdapterPack(
-        base.unet,
+        calls.unet(base),
+        calls.NAMES,
         count=len(latents),
         adapt=config.adapt,
         blocks=config.blocks,
@@ -86,7 +88,7 @@ def finetune(
     part = TrainedTensor(pack.weights, pack.enable_gradients(), config.learning_rate)
     fixed = optimized_embeddings.float()
     try:
-        with pack.attached(base.unet):
+        with pack.attached(calls.unet(base)):
             losses = train(
                 base,
                 latents,
@@ -99,7 +101,7 @@ def finetune(
                 progress=progress,
             )
     except DivergenceError as error:
-        raise base.fault(error, latents[0], optimized_embeddings[0]) from error
+        raise base.fault(error, base.denoisers[0], latents[0], calls.row(optimized_embeddings[0])) from error
     for parameter in pack.parameters:
         parameter.grad = None
         parameter.requires_grad_(False)
@@ -123,9 +125,10 @@ def train(
     Raises:
         DivergenceError: a loss is no longer finite.
     """
-    trainer = Trainer(base, [part], lambda _: text(), pack=pack)
+    trainer = Trainer(base, [part], lambda *_: calls.given(text()), packs=None if pack is None else {calls.UNET: pack})
     noise = [None] * len(latents) if start_noise is None else start_noise
-    runs = [Run(x, config, generator, own) for x, generator, own in zip(latents, generators, noise, strict=True)]
+    rows, denoiser = zip(latents, generators, noise, strict=True), base.denoisers[0]
+    runs = [Run(denoiser, x, config, generator, own) for x, generator, own in rows]
     for slot, run in enumerate(runs if config.steps else []):
         trainer.begin(slot, run)
     for step in range(1, config.steps + 1):

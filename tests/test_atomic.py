@@ -269,6 +269,7 @@ def test_a_symbolic_link_is_replaced_not_followed(tmp_path: Path) -> None:
 _CHILD = """
 import os, sys, time
 from lowmem_imagic import atomic
+from tests import calls
 
 def wait(*_):
     print("ready", flush=True)

@@ -31,6 +31,7 @@ from lowmem_imagic.errors import (
 )
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.settings.stages import WEIGHT_FORMATS
+from tests import calls
 
 PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "")
 WEIGHTS = {
@@ -50,21 +51,21 @@ def load(folder: Path, **options: Any) -> BaseModel:
 def use(folder: Path) -> None:
     """Loads a base and every part of it."""
     base = load(folder)
-    base.encode_text(["a cube"])
+    calls.encode_text(base, ["a cube"])
     base.encode_images(torch.zeros(1, 3, 16, 16))
-    base.unet.eval()
+    calls.unet(base).eval()
 
 
 def rows(base: BaseModel) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps and text, three rows."""
     latents = torch.randn(3, 4, LATENT_SIDE, LATENT_SIDE, generator=torch.Generator().manual_seed(0))
-    return latents, torch.tensor([1, 500, 990]), base.encode_text(PROMPTS)
+    return latents, torch.tensor([1, 500, 990]), calls.encode_text(base, PROMPTS)
 
 
 def predictions(base: BaseModel) -> Tensor:
     """What the base predicts for `rows`."""
     with torch.no_grad():
-        return base.predict(*rows(base))
+        return calls.predict(base, *rows(base))
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -430,7 +431,7 @@ def everything(base: BaseModel) -> list[Tensor]:
     """What each part of a base computes."""
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = base.encode_images(images)
-    return [predictions(base), base.encode_text(PROMPTS), latents, base.decode(latents)]
+    return [predictions(base), calls.encode_text(base, PROMPTS), latents, base.decode(latents)]
 
 
 @pytest.mark.parametrize("component", WEIGHTS)
@@ -486,11 +487,11 @@ def test_checkpointing_does_not_change_gradients(
         base = load(tiny_folder, weights=weights, checkpointing=checkpointing)
         latents, timesteps, text = rows(base)
         text.requires_grad_()
-        pack = AdapterPack(base.unet, count=3, adapt="all", rank=2, alpha=2.0)
+        pack = AdapterPack(calls.unet(base), calls.NAMES, count=3, adapt="all", rank=2, alpha=2.0)
         pack.weights.add_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
         grads = pack.enable_gradients()
-        with pack.attached(base.unet):
-            base.predict(latents, timesteps, text).square().sum().backward()
+        with pack.attached(calls.unet(base)):
+            calls.predict(base, latents, timesteps, text).square().sum().backward()
         return text.grad, grads
 
     for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
@@ -502,7 +503,7 @@ def test_loading_is_announced(tiny_folder: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, logger=base_model.__name__):
         base = load(tiny_folder)
         assert not caplog.records
-        assert base.unet is base.unet
+        assert calls.unet(base) is calls.unet(base)
     (record,) = caplog.records
     for part in ("tiny-sd", "int8", "MB", "sdpa", "checkpointing off"):
         assert part in record.getMessage()
@@ -520,7 +521,7 @@ def pipeline(tiny_folder: Path) -> StableDiffusionPipeline:
 def test_text_is_encoded_as_the_pipeline_does(tiny_folder: Path, pipeline: Any, relative: Callable[..., float]) -> None:
     """Embeddings are those of diffusers' pipeline, also for an empty and an overlong sentence."""
     sentences = [*PROMPTS, "two birds kissing " * 30]
-    ours = load(tiny_folder).encode_text(sentences)
+    ours = calls.encode_text(load(tiny_folder), sentences)
     assert ours.dtype == torch.float32 and ours.shape[2] == TEXT_WIDTH
     for sentence, embedding in zip(sentences, ours, strict=True):
         theirs, _ = pipeline.encode_prompt(sentence, "cpu", 1, False)
@@ -534,10 +535,10 @@ def test_each_sentence_is_encoded_once(tiny_folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         base.family, "encode_text", lambda part, prompts: asked.append(prompts) or encode(part, prompts)
     )
-    first = base.encode_text(["a", "b", "a"])
+    first = calls.encode_text(base, ["a", "b", "a"])
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
-    assert torch.equal(base.encode_text(["b", "c"])[0], first[1])
-    base.encode_text(["a", "c"])
+    assert torch.equal(calls.encode_text(base, ["b", "c"])[0], first[1])
+    calls.encode_text(base, ["a", "c"])
     assert asked == [["a"], ["b"], ["c"]]
 
 
@@ -589,7 +590,7 @@ def test_overflow_in_the_vae_is_repeated_in_fp32(tiny_folder: Path, monkeypatch:
 def test_decoding_does_not_hide_overflow(value: float, tiny_folder: Path) -> None:
     """A picture in which the autoencoder overflowed is not finite, whichever way it overflowed."""
     family = load(tiny_folder).family
-    vae = family.load_vae(device=CPU, dtype=torch.float32)
+    vae = family.load_codec(device=CPU, dtype=torch.float32)
     vae.decoder.conv_out.bias.fill_(value)
     assert not family.decode(vae, torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE)).isfinite().any()
 
@@ -597,7 +598,7 @@ def test_decoding_does_not_hide_overflow(value: float, tiny_folder: Path) -> Non
 def load_and_decode(folder: Path, latents: Tensor) -> Tensor:
     """What a fresh base decodes in fp32."""
     family = load(folder).family
-    return family.decode(family.load_vae(device=CPU, dtype=torch.float32), latents)
+    return family.decode(family.load_codec(device=CPU, dtype=torch.float32), latents)
 
 
 def test_sizes_come_from_the_configurations(tiny_folder: Path, pipeline: Any) -> None:
@@ -605,7 +606,9 @@ def test_sizes_come_from_the_configurations(tiny_folder: Path, pipeline: Any) ->
     base = load(tiny_folder)
     assert base.size_px == 16 and base.family.vae_factor == 2
     assert base.family.cross_attention_dim == TEXT_WIDTH
-    assert torch.equal(base.alpha_bar, DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod)
+    assert torch.equal(
+        base.family.schedule.alpha_bar, DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
+    )
     assert (base.family.prediction_type, base.family.family) == ("epsilon", "sd-16")
 
 
@@ -614,16 +617,16 @@ def test_v_prediction_is_read_from_the_folder(folder_copy: Path) -> None:
     edit_json(folder_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     base = load(folder_copy)
     assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
-    assert base.family.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
+    assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DDIMScheduler", "EulerDiscrete", "PNDM"])
 def test_schedulers_by_name(name: str, tiny_folder: Path) -> None:
     """Schedulers go by diffusers' class names, with or without "Scheduler", on the model's own noise schedule."""
     base = load(tiny_folder)
-    scheduler = base.family.scheduler(name)
+    scheduler = base.family.schedule.scheduler(name)
     assert type(scheduler).__name__ == name.removesuffix("Scheduler") + "Scheduler"
-    assert torch.equal(scheduler.alphas_cumprod, base.alpha_bar)
+    assert torch.equal(scheduler.alphas_cumprod, base.family.schedule.alpha_bar)
 
 
 @pytest.mark.parametrize(
@@ -655,8 +658,8 @@ def test_configurations_that_make_no_sense(name: str, changes: dict[str, Any], f
     with pytest.raises(IncompleteModelError, match=r"tiny-sd.*download it again"):
         base = BaseModel.load(str(folder_copy), device="cpu")
         base.family.check_prompt("a cube")
-        base.family.check_steps("DDIM", 5)
-        _ = base.unet
+        base.check_steps("DDIM", 5)
+        _ = calls.unet(base)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "", "a\0b"])
@@ -670,7 +673,7 @@ def test_names_that_cannot_be_looked_up(name: str) -> None:
 def test_unknown_schedulers(name: str, tiny_folder: Path) -> None:
     """A name that is no scheduler for this kind of model is refused with those that are."""
     with pytest.raises(ConfigError, match=r"expected one of .*DDIM.*EulerDiscrete"):
-        load(tiny_folder).family.scheduler(name)
+        load(tiny_folder).family.schedule.scheduler(name)
 
 
 # Sentences
@@ -695,7 +698,7 @@ def test_overlong_sentences(tiny_folder: Path) -> None:
     kept, cut = "a " * 29 + "photo", "of a red cube"
     assert base.family.check_prompt(kept) == ""
     assert base.family.check_prompt(f"{kept} {cut}") == cut
-    whole, with_tail = base.encode_text([kept, f"{kept} {cut}"])
+    whole, with_tail = calls.encode_text(base, [kept, f"{kept} {cut}"])
     torch.testing.assert_close(whole, with_tail)
 
 

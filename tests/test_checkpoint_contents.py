@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
+from tests import calls
 
 EMPTY = torch.tensor([])
 CLIP = f"{TEXT}transformer.text_model."
@@ -48,12 +49,12 @@ def write(plain: dict[str, Tensor], tiny_folder: Path, tmp_path: Path) -> Callab
 
 def everything(base: BaseModel) -> list[Tensor]:
     """Every weight of a base."""
-    parts = [base.unet, *(load(device=torch.device("cpu"), dtype=torch.float32) for load in _loads(base))]
+    parts = [calls.unet(base), *(load(device=torch.device("cpu"), dtype=torch.float32) for load in _loads(base))]
     return [parameter.detach() for part in parts for _, parameter in sorted(part.named_parameters())]
 
 
 def _loads(base: BaseModel) -> list[Any]:
-    return [base.family.load_text_encoder, base.family.load_vae]
+    return [base.family.load_text_encoder, base.family.load_codec]
 
 
 def same(base: BaseModel, other: BaseModel) -> bool:
@@ -101,7 +102,7 @@ def test_marks_of_velocity(
     with caplog.at_level(logging.WARNING):
         base = write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
     assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
-    assert base.family.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
+    assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
     assert "v_prediction instead of epsilon" in caplog.text
     assert len(everything(base)) > 100
 
@@ -129,7 +130,7 @@ def test_marks_that_agree(
     with caplog.at_level(logging.WARNING):
         base = write(metadata=metadata)
     assert base.family.prediction_type == "epsilon"
-    assert base.family.alpha_bar[-1] > 0
+    assert base.family.schedule.alpha_bar[-1] > 0
     assert not caplog.records
 
 
@@ -145,9 +146,9 @@ def test_marks_that_agree(
 def test_marks_of_zero_snr(tensors: list[str], metadata: dict[str, str], write: Callable[..., BaseModel]) -> None:
     """A checkpoint marked as trained to pure noise has such a schedule, and sampling begins at its end."""
     base = write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
-    scheduler = base.family.scheduler("DDIM")
+    scheduler = base.family.schedule.scheduler("DDIM")
     scheduler.set_timesteps(10)
-    assert (base.family.alpha_bar[-1], scheduler.timesteps[0]) == (0, 999)
+    assert (base.family.schedule.alpha_bar[-1], scheduler.timesteps[0]) == (0, 999)
 
 
 @pytest.mark.parametrize("metadata", [{"modelspec.encoder_layer": "2"}, {"ss_clip_skip": "2"}], ids=str)
@@ -162,10 +163,10 @@ def test_a_clip_skip_is_said_not_to_be_applied(
 
 def test_the_schedule_in_the_checkpoint(write: Callable[..., BaseModel], plain: dict[str, Tensor]) -> None:
     """A checkpoint's own schedule decides: rescaled to zero SNR it is that, and another is refused."""
-    base = write({"alphas_cumprod": write().family.alpha_bar.half()})
-    assert base.family.alpha_bar[-1] > 0
-    rescaled = write({"v_pred": EMPTY, "ztsnr": EMPTY}).family.alpha_bar
-    assert write({"v_pred": EMPTY, "alphas_cumprod": rescaled}).family.alpha_bar[-1] == 0
+    base = write({"alphas_cumprod": write().family.schedule.alpha_bar.half()})
+    assert base.family.schedule.alpha_bar[-1] > 0
+    rescaled = write({"v_pred": EMPTY, "ztsnr": EMPTY}).family.schedule.alpha_bar
+    assert write({"v_pred": EMPTY, "alphas_cumprod": rescaled}).family.schedule.alpha_bar[-1] == 0
     with pytest.raises(IncompleteModelError) as error:
         write({"alphas_cumprod": torch.linspace(1, 0.1, 1000)})
     assert "alphas_cumprod" in one_line(error)

@@ -16,8 +16,9 @@ from lowmem_imagic.pictures.letterbox import psnr
 from lowmem_imagic.pictures.png import encode_png
 from lowmem_imagic.pipeline.make import apply_edits, make_edits
 from lowmem_imagic.pipeline.prepare import Job
-from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
+from tests import calls
 
 SEED = 11
 SCENES = [
@@ -130,9 +131,9 @@ def test_the_sentence_decides_what_the_base_draws():
     base = BaseModel.load("demo", device="cpu")
     settings = replace(preset("fast").sample, start="noise")
     prompts = ["a photo of a large red cube on a stone floor", "a photo of a large blue cube on a stone floor"]
-    text = base.encode_text(prompts)
-    nothing = AdapterPack(base.unet, count=2, adapt="attn", rank=1, alpha=1.0)
-    latents = sample(base, nothing, text, text, [Cell(edit, 1.0, SEED) for edit in range(2)], settings)
+    text = calls.encode_text(base, prompts)
+    nothing = AdapterPack(calls.unet(base), calls.NAMES, count=2, adapt="attn", rank=1, alpha=1.0)
+    latents = calls.sample(base, nothing, text, text, [Cell(edit, 1.0, SEED) for edit in range(2)], settings)
     red, blue = base.decode(latents)
     excess = [picture[0] - picture[2] for picture in (red, blue)]
     # The colour shows where the object is: the most coloured tenth of the picture.

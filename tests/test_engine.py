@@ -27,8 +27,8 @@ from lowmem_imagic import (
 )
 from lowmem_imagic.engine.base import pick_dtype
 from lowmem_imagic.errors import BaseInUseError, ConfigError, MemoryLimitError
-from lowmem_imagic.sampling.suggestion import suggest_eta
 from lowmem_imagic.training import loop
+from tests import calls
 
 CONFIG = preset(
     "fast",
@@ -81,7 +81,7 @@ def test_rendering_that_ran_out_is_tried_again(
     edits = make_edits(base, jobs[:1], CONFIG)
     out_of_memory_once(base, monkeypatch, "predict")
     apply_edits(base, edits, [Cell(0, eta, 0) for eta in (0.8, 1.0, 1.2)], replace(CONFIG.sample, mask=0.0))
-    assert base.most_images is None and base.rungs[-1].endswith("images a sampling batch")
+    assert base.most_images is None and base.fallbacks[-1].endswith("images a sampling batch")
 
 
 def test_what_ran_out_while_the_first_photo_is_encoded_is_recorded(
@@ -89,15 +89,15 @@ def test_what_ran_out_while_the_first_photo_is_encoded_is_recorded(
 ) -> None:
     """An edit says that its photo went through the autoencoder in tiles, whose seams may show."""
     base = load_base()
-    load, calls = base.family.load_vae, list[None]()
+    load, loads = base.family.load_codec, list[None]()
 
     def failing(**options: Any) -> Any:
-        calls.append(None)
-        if len(calls) == 1:
+        loads.append(None)
+        if len(loads) == 1:
             raise torch.OutOfMemoryError("out of memory")
         return load(**options)
 
-    monkeypatch.setattr(base.family, "load_vae", failing)
+    monkeypatch.setattr(base.family, "load_codec", failing)
     [edit] = make_edits(base, jobs[:1], CONFIG)
     assert edit.measured["rungs"] == ["the autoencoder in tiles"]
 
@@ -108,11 +108,11 @@ def test_a_suggestion_that_ran_out_takes_fewer_rows(
     """Suggesting an eta keeps to a limit of rows, halves it when memory runs out, and suggests what it did before."""
     base = load_base()
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    target, optimized = base.encode_text(SENTENCES)
-    expected = suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized)
+    target, optimized = calls.encode_text(base, SENTENCES)
+    expected = calls.suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized)
     out_of_memory_once(base, monkeypatch, "predict")
-    found = suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized, max_rows=8)
-    assert base.rungs == ["4 rows at once to suggest an eta"] and found.eta == expected.eta
+    found = calls.suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized, max_rows=8)
+    assert base.fallbacks == ["4 rows at once to suggest an eta"] and found.eta == expected.eta
 
 
 @pytest.mark.parametrize("method", ["encode_text", "decode"])
@@ -134,7 +134,7 @@ def test_running_out_for_good_names_the_stage(
 def test_a_plan_is_followed_as_long_as_asked(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
     """Checkpointing that a plan asks for is on inside of `planned` and off afterwards, in the network too."""
     base = load_base()
-    _ = base.unet
+    calls.unet(base)
     held = Budget.of(base.device, "20GB")
     assert held is not None
     generous = plan_for(base, CONFIG, held)
@@ -147,7 +147,7 @@ def test_a_plan_is_followed_as_long_as_asked(load_base: Callable[..., BaseModel]
     assert tight.checkpointing
 
     def checkpointed() -> bool:
-        return any(getattr(module, "gradient_checkpointing", False) for module in base.unet.modules())
+        return any(getattr(module, "gradient_checkpointing", False) for module in calls.unet(base).modules())
 
     with planned(base, tight, held):
         assert base.checkpointing and checkpointed()
@@ -251,7 +251,7 @@ def test_small_gradients_reach_fp16(
         monkeypatch.setattr(loop, "FIRST_SCALE", scale)
         base = load_base(compute=compute)
         [edit] = make_edits(base, jobs[:1], CONFIG)
-        moved[name] = edit.optimized_embedding.float() - base.encode_text([SENTENCES[0]])[0]
+        moved[name] = edit.optimized_embedding.float() - calls.encode_text(base, [SENTENCES[0]])[0]
     errors = {name: float((moved[name] - moved["fp32"]).norm() / moved["fp32"].norm()) for name in ("scaled", "plain")}
     assert errors["scaled"] < 0.1 and errors["scaled"] < errors["plain"]
 

@@ -15,6 +15,7 @@ import torch
 
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, LowmemImagicError, ModelError
+from tests import calls
 
 CONFIGURATIONS = (
     "model_index.json",
@@ -35,11 +36,11 @@ def use(folder: Path) -> None:
     """Loads a base and runs every part of it once."""
     base = BaseModel.load(str(folder), device="cpu")
     base.family.check_prompt("a cube")
-    base.family.check_steps("DDIM", 5)
+    base.check_steps("DDIM", 5)
     with torch.no_grad():
-        text = base.encode_text(["a cube"])
+        text = calls.encode_text(base, ["a cube"])
         base.decode(base.encode_images(torch.zeros(1, 3, 16, 16)))
-        base.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), text)
+        calls.predict(base, torch.ones(1, 4, 8, 8), torch.tensor([500]), text)
 
 
 def refused(folder: Path, what: Callable[[Path], object] = use) -> str:

@@ -20,6 +20,7 @@ from lowmem_imagic.errors import IncompleteModelError, UnknownModelError
 from lowmem_imagic.families import SHORT_NAMES
 from lowmem_imagic.families.files import checkpoint as checkpoint_module
 from lowmem_imagic.families.files.source import WEIGHTS_STEM
+from tests import calls
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-sd"
@@ -99,7 +100,7 @@ def use(base: BaseModel) -> torch.Tensor:
     """Loads every part of a base; what its UNet predicts."""
     base.encode_images(torch.zeros(1, 3, 16, 16))
     with torch.no_grad():
-        return base.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), base.encode_text(["a cube"]))
+        return calls.predict(base, torch.ones(1, 4, 8, 8), torch.tensor([500]), calls.encode_text(base, ["a cube"]))
 
 
 def halve(folder: Path, *components: str, keep: bool = False) -> None:

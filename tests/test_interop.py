@@ -15,11 +15,13 @@ from lowmem_imagic import Cell, Job, apply_edits, load_photo, make_edits, preset
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.edits.identity import SourcePicture
-from lowmem_imagic.layers.adapter_pack import TARGETS, AdapterPack, kohya_key, target_modules
-from lowmem_imagic.layers.portable import MIN_RANK, portable
+from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
+from lowmem_imagic.families.portable import MIN_RANK, portable
+from lowmem_imagic.layers.adapter_pack import AdapterPack, target_modules
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures.letterbox import psnr
 from lowmem_imagic.storage.safetensors_reader import parse
+from tests import calls
 
 # The UNet part of ComfyUI's map from diffusers names (comfy/utils.py, unet_to_diffusers), as kohya spells it.
 _TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
@@ -41,13 +43,13 @@ _A1111 = [
 def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
     """An edit with random factors, an alpha that differs from its rank, and spectra that differ by layer."""
     generator = torch.Generator().manual_seed(3)
-    pack = AdapterPack(base.unet, count=1, adapt=adapt, rank=8, alpha=3.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=8, alpha=3.0)
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
     whole = pack.export(0)
     for number, (down, _, _) in enumerate(whole.values()):
         down *= torch.logspace(0, -(number % 7) / 3, len(down)).reshape(-1, *[1] * (down.dim() - 1))
-    tokens, width = base.encode_text(["a"]).shape[1:]
-    stored = portable(truncated(whole, keep), base.unet)
+    tokens, width = calls.encode_text(base, ["a"]).shape[1:]
+    stored = portable(truncated(whole, keep), calls.unet(base))
     return Edit(
         adapter={key: LoraFactors(*factors) for key, factors in stored.items()},
         optimized_embedding=torch.randn(tokens, width, generator=generator),
@@ -91,14 +93,14 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     timesteps = torch.tensor([10, 700])
     eta = 0.7
-    target = base.encode_text([edit.target_prompt])[0]
+    target = calls.encode_text(base, [edit.target_prompt])[0]
     embedding = (eta * target + (1 - eta) * edit.optimized_embedding.float()).expand(2, -1, -1)
     factors = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
-    pack = AdapterPack.load(base.unet, [factors])
+    pack = AdapterPack.load(calls.unet(base), calls.NAMES, [factors])
     with torch.no_grad():
-        alone = base.predict(latents, timesteps, embedding)
-        with pack.attached(base.unet):
-            ours = base.predict(latents, timesteps, embedding)
+        alone = calls.predict(base, latents, timesteps, embedding)
+        with pack.attached(calls.unet(base)):
+            ours = calls.predict(base, latents, timesteps, embedding)
         theirs = pipeline.unet(latents, timesteps, encoder_hidden_states=embedding).sample
     assert (ours - alone).norm() > 0.01 * alone.norm()
     assert (ours - theirs).norm() <= 1e-5 * ours.norm()
@@ -112,7 +114,7 @@ def test_keys_are_ones_that_comfyui_and_a1111_map(adapt):
 
     with init_empty_weights():
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    keys = [kohya_key(name) for name in target_modules(unet, adapt)]
+    keys = [kohya_key(name) for name in target_modules(unet, calls.NAMES, adapt)]
     assert len(keys) == len(set(keys))
     assert [key for key in keys if not _COMFY.fullmatch(key)] == []
     assert [key for key in keys if not any(pattern.fullmatch(key) for pattern in _A1111)] == []
@@ -132,9 +134,9 @@ def test_file_holds_no_tensor_beside_the_lora(load_base):
 def test_a_file_has_one_alpha_and_no_layer_of_rank_one(rank, keep, load_base):
     """diffusers 0.33 to 0.42 misread alphas that differ by layer, stable-diffusion.cpp the scale of rank 1."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, count=1, adapt="all", rank=rank, alpha=2.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=rank, alpha=2.0)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(5)))
-    stored = portable(truncated(pack.export(0), keep), base.unet)
+    stored = portable(truncated(pack.export(0), keep), calls.unet(base))
     assert len({alpha for _, _, alpha in stored.values()}) == 1
     assert min(down.shape[0] for down, _, _ in stored.values()) >= MIN_RANK
 
@@ -156,13 +158,13 @@ def _invokeai_width(keys: dict[str, tuple[int, ...]]) -> int | None:
 def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
     """Whatever blocks and layers an edit keeps, the layer that InvokeAI asks for the base's kind is of the text."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, count=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(6)))
     whole = pack.export(0)
     for key, (down, _, _) in whole.items():
         down *= 1e-3 if "_attn2_" in key else 1.0  # so that a small share keeps none of the text's layers
     for keep in (1.0, 0.1):
-        stored = portable(truncated(whole, keep), base.unet)
+        stored = portable(truncated(whole, keep), calls.unet(base))
         shapes = {f"{key}.lora_down.weight": tuple(down.shape) for key, (down, _, _) in sorted(stored.items())}
         assert _invokeai_width(shapes) == base.family.cross_attention_dim
 
@@ -170,17 +172,17 @@ def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
 def test_layers_added_for_other_programs_change_nothing(load_base):
     """An adapter of the up blocks alone gives the same prediction with and without the layer InvokeAI needs."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, count=1, adapt="all", rank=1, alpha=2.0, blocks=("up",))
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=1, alpha=2.0, blocks=("up",))
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(7)))
     whole = pack.export(0)
-    stored = portable(whole, base.unet)
+    stored = portable(whole, calls.unet(base))
     assert len(stored) == len(whole) + 1
-    latents, text = torch.randn(1, 4, 8, 8), base.encode_text(["a"])
+    latents, text = torch.randn(1, 4, 8, 8), calls.encode_text(base, ["a"])
     predictions = []
     for adapter in (whole, stored):
-        loaded = AdapterPack.load(base.unet, [adapter])
-        with torch.no_grad(), loaded.attached(base.unet):
-            predictions.append(base.predict(latents, torch.tensor([300]), text))
+        loaded = AdapterPack.load(calls.unet(base), calls.NAMES, [adapter])
+        with torch.no_grad(), loaded.attached(calls.unet(base)):
+            predictions.append(calls.predict(base, latents, torch.tensor([300]), text))
     torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-6)
 
 

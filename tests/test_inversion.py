@@ -20,11 +20,12 @@ from lowmem_imagic.pictures import Photo
 from lowmem_imagic.pictures.letterbox import to_tensor
 from lowmem_imagic.pipeline.make import apply_edits, make_edits
 from lowmem_imagic.pipeline.prepare import Job
-from lowmem_imagic.sampling.inversion import SOFTENING, own_noise
+from lowmem_imagic.sampling.inversion import SOFTENING
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, SampleConfig
 from lowmem_imagic.training.loop import Trainer
+from tests import calls
 
 SENTENCE = "a photo of a blue cube on a stone floor"
 
@@ -64,12 +65,12 @@ def test_inversion_of_a_perfect_base_is_the_noise_it_sees(
     monkeypatch.setitem(tiny.family.scheduler_config, "prediction_type", prediction_type)
 
     def predict(noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        assert torch.equal(text, tiny.encode_text([""]))
-        return training_target(softened[None], seen[None], timesteps, tiny.alpha_bar, prediction_type)
+        assert torch.equal(text, calls.encode_text(tiny, [""]))
+        return training_target(softened[None], seen[None], timesteps, tiny.family.schedule.alpha_bar, prediction_type)
 
-    monkeypatch.setattr(tiny, "predict", predict)
+    monkeypatch.setattr(tiny, "predict", calls.in_place(predict))
     steps: list[int] = []
-    own = own_noise(tiny, latents, torch.Generator().manual_seed(5), lambda step, *_: steps.append(step))
+    own = calls.own_noise(tiny, latents, torch.Generator().manual_seed(5), lambda step, *_: steps.append(step))
     assert own.dtype == torch.float32 and steps == list(range(1, 31))
     torch.testing.assert_close(own, seen, atol=0.1, rtol=0)
 
@@ -81,18 +82,18 @@ def test_own_noise_is_white_and_leads_back_to_the_photo() -> None:
     scenes = ("a large red rubber cube on a wooden floor", "a small blue metal sphere on a tiled floor")
     pictures = torch.cat([to_tensor(render(Scene.from_sentence(words, seed=4), 64)) for words in scenes])
     latents = base.encode_images(pictures)
-    own = torch.stack([own_noise(base, x, torch.Generator().manual_seed(0)) for x in latents])
+    own = torch.stack([calls.own_noise(base, x, torch.Generator().manual_seed(0)) for x in latents])
     assert 0.85 < own.std() < 1.1 and own.mean().abs() < 0.1
     assert ((own[..., 1:] * own[..., :-1]).mean() / own.var()).abs() < 0.1
 
     def denoised(noise: Tensor) -> Tensor:
-        scheduler = base.family.scheduler("DDIM")
+        scheduler = base.family.schedule.scheduler("DDIM")
         scheduler.set_timesteps(30)
         x = scheduler.add_noise(latents, noise, scheduler.timesteps[:1].expand(2))
-        empty = base.encode_text([""]).expand(2, -1, -1)
+        empty = calls.encode_text(base, [""]).expand(2, -1, -1)
         with torch.no_grad():
             for t in scheduler.timesteps:
-                x = scheduler.step(base.predict(x, t.expand(2), empty), t, x).prev_sample
+                x = scheduler.step(calls.predict(base, x, t.expand(2), empty), t, x).prev_sample
         return (x - latents).square().mean((1, 2, 3)).sqrt()
 
     seeds = torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
@@ -145,11 +146,11 @@ def test_seed_0_is_the_photos_own_noise_and_others_vary_it(tiny: Any, monkeypatc
     for any seed but 0."""
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick())
     seen: list[Tensor] = []
-    predict = tiny.predict
-    monkeypatch.setattr(tiny, "predict", lambda x, t, e: seen.append(x.clone()) or predict(x, t, e))
+    predict = calls.plain(tiny)
+    monkeypatch.setattr(tiny, "predict", calls.in_place(lambda x, t, e: seen.append(x.clone()) or predict(x, t, e)))
     config = SampleConfig(num_inference_steps=1, guidance_scale=1.0, start="inverted")
     apply_edits(tiny, [edit], [Cell(0, 1.0, seed) for seed in (0, 5)], config)
-    steps = tiny.family.scheduler("DDIM")
+    steps = tiny.family.schedule.scheduler("DDIM")
     steps.set_timesteps(1)
     own = edit.inverted_noise.float()
     drawn = torch.randn(own.shape, generator=torch.Generator().manual_seed(5))
@@ -164,7 +165,6 @@ def test_what_has_no_fitting_noise_is_refused(tiny: Any, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match="`start=photo`"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick())
-    shape = property(lambda self: (4, 16, 16))
-    monkeypatch.setattr(type(tiny.family), "latent_shape", shape)
+    monkeypatch.setattr(type(tiny.family), "size", property(lambda self: (32, 32)))
     with pytest.raises(TensorShapeError, match="`start=photo`"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)

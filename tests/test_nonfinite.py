@@ -29,10 +29,10 @@ from lowmem_imagic.edits.edit import Edit
 from lowmem_imagic.errors import ConfigError, DivergenceError, NonFiniteEditError, NonFiniteModelError
 from lowmem_imagic.families.rehearsal import rehearse
 from lowmem_imagic.layers.adapter_pack import AdapterPack
-from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import sample
 from lowmem_imagic.sampling.suggestion import suggest_eta
 from lowmem_imagic.training.pack import Pack
+from tests import calls
 from tests.reference_stages import embed, finetune
 
 SHORT = {
@@ -140,7 +140,7 @@ def test_half_precision_overflow_is_repeated_in_fp32(base: BaseModel, monkeypatc
     for name in ("encode_text", "encode_images", "decode"):
         monkeypatch.setattr(fresh.family, name, overflowing(getattr(fresh.family, name)))
     fresh.text_on_cpu = False
-    assert fresh.encode_text([SENTENCE]).isfinite().all()
+    assert calls.encode_text(fresh, [SENTENCE]).isfinite().all()
     assert fresh.encode_images(torch.zeros(1, 3, 16, 16)).isfinite().all()
     assert fresh.decode(torch.zeros(1, 4, 8, 8)).isfinite().all()
     assert tried == [torch.bfloat16, torch.float32] * 3
@@ -176,7 +176,7 @@ def test_right_predictions_lead_every_scheduler_to_the_picture(
     family = loaded(schedule(folder_copy, prediction_type=prediction_type)).family
     # PNDM's first steps are of another kind, and it takes no fewer than these.
     steps = max(steps, 5) if name == "PNDM" else steps
-    assert family.rehearsal(name, steps) < 0.1 < SCHEDULER_ERROR
+    assert family.schedule.error_of(name, steps) < 0.1 < SCHEDULER_ERROR
 
 
 @pytest.mark.parametrize(
@@ -187,14 +187,14 @@ def test_a_scheduler_that_clips_latents_is_noticed(changes: dict[str, Any], base
     """What is right for pixels in [-1, 1] is wrong for latents, and no training mends it."""
     scheduler = DDIMScheduler(**{**base.family.scheduler_config, **changes})
     scheduler.set_timesteps(20)
-    assert rehearse(scheduler, base.alpha_bar, "epsilon") > SCHEDULER_ERROR
+    assert rehearse(scheduler, base.denoisers[0].schedule) > SCHEDULER_ERROR
 
 
 def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that no edit file could hold is a fault of the base."""
-    monkeypatch.setattr(BaseModel, "predict", lambda self, x, t, e: x * 1e4)
+    monkeypatch.setattr(BaseModel, "predict", calls.in_place(lambda self, x, t, e: x * 1e4))
     with pytest.raises(NonFiniteModelError, match=r"noise schedule|UNet"):
-        own_noise(base, torch.randn(4, 8, 8), torch.Generator())
+        calls.own_noise(base, torch.randn(4, 8, 8), torch.Generator())
 
 
 # An edit's own fault
@@ -204,7 +204,7 @@ def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.
 @pytest.mark.parametrize("start", ["noise", "photo", "inverted"])
 def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str, mask: float) -> None:
     """An edit of huge finite numbers is told apart from the base, which renders the same settings by itself."""
-    pack = AdapterPack(base.unet, count=1, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=2, alpha=2.0)
     config = replace(preset("fast", SHORT).sample, start=start, mask=mask)
     photo = {"coarse_latents": torch.zeros(1, 4, 4, 4), "inverted_noise": torch.randn(1, 4, 8, 8)}
     cells = [Cell(0, 1.0, 0), Cell(0, 0.0, 0)]
@@ -216,7 +216,10 @@ def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str
 
 def test_guidance_that_explodes_is_not_put_down_to_the_edit(base: BaseModel, text: Any) -> None:
     """Settings that make infinity of the base alone are named."""
-    pack, config = AdapterPack(base.unet, count=1, adapt="all", rank=2, alpha=2.0), preset("fast", SHORT).sample
+    pack, config = (
+        AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=2, alpha=2.0),
+        preset("fast", SHORT).sample,
+    )
     exploding = [Cell(0, 1.0, 0, guidance_scale=3e38)]
     with pytest.raises(NonFiniteModelError, match="with and without the edit, with scheduler DDIM in 4 steps"):
         sample(base, pack, text[:1], text[:1], exploding, replace(config, start="noise", mask=0.0))

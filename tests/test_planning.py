@@ -18,12 +18,13 @@ from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.counting import LiveBytes, peak_of
 from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, plan, plan_for
-from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
 from lowmem_imagic.settings.text import parse_bytes
 from lowmem_imagic.training import loop as training
 from lowmem_imagic.training.pack import Pack, TrainingInput
+from tests import calls
 
 CONFIG = EditConfig(
     embed=EmbedConfig(steps=1, learning_rate=1e-2, draws=2),
@@ -37,8 +38,10 @@ def tasks(base: Any, count: int) -> list[TrainingInput]:
     """Edits to train."""
     draws = torch.Generator().manual_seed(0)
     noise = torch.randn(count, 2, 4, LATENT_SIDE, LATENT_SIDE, generator=draws)
-    text = base.encode_text(SENTENCES[:count])
-    return [TrainingInput(noise[n, 0], text[n], torch.Generator().manual_seed(n), noise[n, 1]) for n in range(count)]
+    text = calls.encode_text(base, SENTENCES[:count])
+    return [
+        calls.training_input(noise[n, 0], text[n], torch.Generator().manual_seed(n), noise[n, 1]) for n in range(count)
+    ]
 
 
 def costs_of(base: Any, config: EditConfig = CONFIG) -> Costs:
@@ -82,20 +85,20 @@ def test_training_takes_what_is_predicted(
 def test_sampling_takes_what_is_predicted(load_base: Callable[..., Any], images: int) -> None:
     """Live bytes of a sampling batch, its adapters included, are within 10 % of the prediction."""
     base = load_base()
-    pack = AdapterPack(base.unet, count=1, adapt="all", rank=2, alpha=2.0)
-    text = base.encode_text([SENTENCES[0], ""])[:1]
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=2, alpha=2.0)
+    text = calls.encode_text(base, [SENTENCES[0], ""])[:1]
     cells = [Cell(0, eta / 10, 0) for eta in range(images)]
-    measured = peak_of(lambda: sample(base, pack, text, text, cells, CONFIG.sample)) + pack.weights.nbytes
+    measured = peak_of(lambda: calls.sample(base, pack, text, text, cells, CONFIG.sample)) + pack.weights.nbytes
     assert costs_of(base).sample(2 * images) == pytest.approx(measured, rel=0.1)
 
 
 def test_the_autoencoder_takes_what_is_predicted(load_base: Callable[..., Any]) -> None:
     """Live bytes of encoding and decoding a picture are within 10 % of the prediction."""
     base = load_base()
-    vae = base.family.load_vae(device=base.device, dtype=torch.float32)
+    vae = base.family.load_codec(device=base.device, dtype=torch.float32)
     picture, latents = torch.zeros(1, 3, base.size_px, base.size_px), torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE)
     measured = [
-        peak_of(lambda: base.family.encode_images(vae, picture)),
+        peak_of(lambda: base.family.encode(vae, picture)),
         peak_of(lambda: base.family.decode(vae, latents)),
     ]
     assert [costs_of(base).encode(), costs_of(base).decode()] == pytest.approx(measured, rel=0.1)
@@ -105,7 +108,7 @@ def test_training_state_is_what_is_predicted(load_base: Callable[..., Any], monk
     """Embeddings, adapters, gradients and moments have the predicted bytes."""
     base, config = load_base(), CONFIG
     edits = tasks(base, 3)
-    base.unet.eval()
+    calls.unet(base).eval()
     count, seen = LiveBytes(), []
     step = training.Trainer.step
     monkeypatch.setattr(training.Trainer, "step", lambda self: seen.append(count.live) or step(self))
@@ -140,7 +143,7 @@ def test_published_architectures_are_the_models(model: str, unet: int, text_enco
     """The architectures that are known without a download have the published numbers of weights."""
     family = load_architecture(model)
     meta = {"device": torch.device("meta"), "dtype": torch.float16}
-    parts = [family.load_unet(weights="bf16", **meta), family.load_text_encoder(**meta), family.load_vae(**meta)]
+    parts = [family.load_unet(weights="bf16", **meta), family.load_text_encoder(**meta), family.load_codec(**meta)]
     assert [sum(p.numel() for p in part.parameters()) for part in parts] == [unet, text_encoder, vae]
 
 
@@ -244,14 +247,14 @@ def test_rendering_beside_training_is_counted(predicted: Costs) -> None:
     training = predicted.adapters(beside.slots)
     for name in ("sample", "decode"):
         assert beside.phases[name].total - alone.phases[name].total == training
-    assert beside.phases["encode"].weights - alone.phases["encode"].weights == predicted.unet
+    assert beside.phases["encode"].weights - alone.phases["encode"].weights == predicted.networks
 
 
 def test_odd_sampling_batches_shrink_to_one_image(predicted: Costs) -> None:
     """Of a batch of three rows that does not fit, the two of one image are left."""
     odd = replace(CONFIG, sample=replace(CONFIG.sample, batch_rows=3))
-    most = max(predicted.unet + predicted.sample(2), predicted.unet + predicted.vae + predicted.decode())
-    training = predicted.unet + predicted.adapters(1) + predicted.train(1, 1, checkpointing=True)
+    most = max(predicted.networks + predicted.sample(2), predicted.networks + predicted.vae + predicted.decode())
+    training = predicted.networks + predicted.adapters(1) + predicted.train(1, 1, checkpointing=True)
     least = next(b for b in range(most, 10**9, 20_000) if 0.9 * b >= max(most, training))
     assert plan(predicted, odd, budget_bytes=least).batch_rows in (2, 3)
 
@@ -280,7 +283,7 @@ class Card:
 
     def __init__(self, base: Any, monkeypatch: pytest.MonkeyPatch, plain: int, checkpointed: int) -> None:
         self.rows: list[int] = []
-        predict = base.predict
+        predict = calls.plain(base)
 
         def limited(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
             self.rows.append(len(latents))
@@ -289,7 +292,7 @@ class Card:
             found: Tensor = predict(latents, timesteps, embeddings)
             return found
 
-        monkeypatch.setattr(base, "predict", limited)
+        monkeypatch.setattr(base, "predict", calls.in_place(limited))
 
 
 def trained(base: Any) -> Iterator[Any]:
@@ -320,10 +323,10 @@ def test_training_goes_on_in_less_memory(
     base = load_base()
     Card(base, monkeypatch, plain, checkpointed)
     found = list(trained(base))
-    assert base.rungs == rungs
+    assert base.fallbacks == rungs
     assert [made.number for made in found] == [made.number for made in expected]
     for mine, theirs in zip(found, expected, strict=True):
-        assert relative(mine.optimized_embedding, theirs.optimized_embedding) < 1e-4
+        assert relative(mine.conditioning["embeds"], theirs.conditioning["embeds"]) < 1e-4
         assert mine.losses["finetune"] == pytest.approx(theirs.losses["finetune"], rel=1e-4)
 
 
@@ -334,7 +337,7 @@ def test_a_step_broken_off_half_way_leaves_nothing_behind(
     expected = list(trained(load_base()))
     base = load_base()
     base.most_rows, seen = 3, list[int]()
-    predict = base.predict
+    predict = calls.plain(base)
 
     def second_fails(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         seen.append(len(latents))
@@ -343,22 +346,22 @@ def test_a_step_broken_off_half_way_leaves_nothing_behind(
         found: Tensor = predict(latents, timesteps, embeddings)
         return found
 
-    monkeypatch.setattr(base, "predict", second_fails)
+    monkeypatch.setattr(base, "predict", calls.in_place(second_fails))
     for mine, theirs in zip(trained(base), expected, strict=True):
-        assert relative(mine.optimized_embedding, theirs.optimized_embedding) < 1e-4
+        assert relative(mine.conditioning["embeds"], theirs.conditioning["embeds"]) < 1e-4
         assert mine.losses["finetune"] == pytest.approx(theirs.losses["finetune"], rel=1e-4)
-    assert base.rungs[0] == "1 rows a training pass"
+    assert base.fallbacks[0] == "1 rows a training pass"
 
 
 def test_the_last_rung_is_one_clear_error(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one row with checkpointing does not fit, the error names the stage, and the base is left as it was."""
     base = load_base()
-    names = [name for name, _ in base.unet.named_modules()]
+    names = [name for name, _ in calls.unet(base).named_modules()]
     Card(base, monkeypatch, 0, 0)
     with pytest.raises(MemoryLimitError, match="out of memory in stage embed"):
         list(trained(base))
-    assert [name for name, _ in base.unet.named_modules()] == names
-    assert base.rungs[-1] == "checkpointing"
+    assert [name for name, _ in calls.unet(base).named_modules()] == names
+    assert base.fallbacks[-1] == "checkpointing"
 
 
 def test_other_errors_are_not_taken_for_memory(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,26 +371,26 @@ def test_other_errors_are_not_taken_for_memory(load_base: Callable[..., Any], mo
     def broken(*_: Any) -> Tensor:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(base, "predict", broken)
+    monkeypatch.setattr(base, "predict", calls.in_place(broken))
     with pytest.raises(RuntimeError, match="shapes differ"):
         list(trained(base))
-    assert not base.rungs
+    assert not base.fallbacks
 
 
 def test_sampling_goes_on_in_less_memory(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory, a batch is sampled again in halves; the pictures are the same, and one image is the last rung."""
-    text = load_base().encode_text([SENTENCES[0], ""])[:1]
+    text = calls.encode_text(load_base(), [SENTENCES[0], ""])[:1]
     cells = [Cell(0, eta / 10, 0) for eta in range(5)]
 
     def sampled(base: Any) -> Tensor:
-        pack = AdapterPack(base.unet, count=1, adapt="attn", rank=1, alpha=1.0)
-        return sample(base, pack, text, text, cells, CONFIG.sample)
+        pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="attn", rank=1, alpha=1.0)
+        return calls.sample(base, pack, text, text, cells, CONFIG.sample)
 
     expected = sampled(load_base())
     base = load_base()
     card = Card(base, monkeypatch, 3, 3)
     assert torch.allclose(sampled(base), expected, atol=1e-5)
-    assert base.rungs == ["2 images a sampling batch", "1 images a sampling batch"]
+    assert base.fallbacks == ["2 images a sampling batch", "1 images a sampling batch"]
     assert card.rows == [8, 4, *[2] * 10]
     base = load_base()
     Card(base, monkeypatch, 1, 1)
@@ -424,7 +427,7 @@ def test_later_sentences_are_encoded_beside_the_unet(predicted: Costs) -> None:
     wide: Any = Wide(predicted)
     alone = plan(wide, CONFIG, budget_bytes=2 * 10**9).phases["encode"]
     beside = plan(wide, CONFIG, budget_bytes=2 * 10**9, beside=True).phases["encode"]
-    assert beside.total - alone.total == predicted.unet + predicted.adapters(1)
+    assert beside.total - alone.total == predicted.networks + predicted.adapters(1)
 
 
 def test_encoding_a_sentence_takes_what_is_predicted(load_base: Callable[..., Any]) -> None:
@@ -438,7 +441,7 @@ def test_encoding_a_sentence_takes_what_is_predicted(load_base: Callable[..., An
 def test_the_text_encoder_goes_on_on_the_cpu(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory on a GPU, sentences are encoded on the CPU, those that remain; there the error goes on."""
     base, load = load_base(), load_base().family.load_text_encoder
-    expected = base.encode_text(SENTENCES)
+    expected = calls.encode_text(base, SENTENCES)
     places: list[str] = []
 
     def full_gpu(*, device: torch.device, dtype: torch.dtype) -> Any:
@@ -450,19 +453,19 @@ def test_the_text_encoder_goes_on_on_the_cpu(load_base: Callable[..., Any], monk
     fresh = load_base()
     monkeypatch.setattr(fresh.family, "load_text_encoder", full_gpu)
     fresh.device, fresh.text_on_cpu = torch.device("cuda"), False
-    assert torch.equal(fresh.encode_text(SENTENCES), expected)
-    assert (places, fresh.rungs) == (["cuda", "cpu"], ["the text encoder on the CPU"])
+    assert torch.equal(calls.encode_text(fresh, SENTENCES), expected)
+    assert (places, fresh.fallbacks) == (["cuda", "cpu"], ["the text encoder on the CPU"])
     monkeypatch.setattr(
         fresh.family, "load_text_encoder", lambda **_: full_gpu(device=torch.device("cuda"), dtype=None)
     )
     with pytest.raises(torch.OutOfMemoryError):
-        fresh.encode_text(["another"])
+        calls.encode_text(fresh, ["another"])
 
 
 def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory, pictures are encoded and decoded in tiles; if that fails too, the error goes on."""
     base = load_base()
-    load = base.family.load_vae
+    load = base.family.load_codec
 
     def full(**_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -470,10 +473,10 @@ def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeyp
     def full_without_tiles(*, tiling: bool, **rest: Any) -> Any:
         return load(tiling=tiling, **rest) if tiling else full()
 
-    monkeypatch.setattr(base.family, "load_vae", full_without_tiles)
+    monkeypatch.setattr(base.family, "load_codec", full_without_tiles)
     pictures = torch.zeros(1, 3, base.size_px, base.size_px)
     assert base.decode(base.encode_images(pictures)).shape == pictures.shape
-    assert base.rungs == ["the autoencoder in tiles"]
-    monkeypatch.setattr(base.family, "load_vae", full)
+    assert base.fallbacks == ["the autoencoder in tiles"]
+    monkeypatch.setattr(base.family, "load_codec", full)
     with pytest.raises(torch.OutOfMemoryError):
         base.decode(torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE))

@@ -26,6 +26,7 @@ from lowmem_imagic.layers import frozen as quantize
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
 from lowmem_imagic.settings.stages import WEIGHT_FORMATS
+from tests import calls
 
 CPU = torch.device("cpu")
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -263,7 +264,7 @@ def held_for_backward(unet: Any, *, checkpointing: bool, adapted: bool) -> int:
     if not adapted:
         text.requires_grad_()
         return _held(unet, latents, timesteps, text)
-    pack = AdapterPack(unet, count=2, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(unet, calls.NAMES, count=2, adapt="all", rank=2, alpha=2.0)
     for edit in range(2):
         pack.initialize_edit(edit, torch.Generator().manual_seed(0))
     with pack.attached(unet):
@@ -348,7 +349,7 @@ def test_checkpointing_stops_before_a_blocks_last_product(adapt: str | None, aga
             if name.endswith("." + ending) and "blocks" in name:
                 module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
                 blocks += 1
-    pack = adapt and AdapterPack(unet, count=2, adapt=adapt, rank=2, alpha=2.0)
+    pack = adapt and AdapterPack(unet, calls.NAMES, count=2, adapt=adapt, rank=2, alpha=2.0)
     with pack.attached(unet) if pack else nullcontext():
         unet(latents, timesteps, text if pack else text.requires_grad_()).sample.sum().backward()
     assert len(calls) == blocks > 10

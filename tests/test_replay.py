@@ -11,6 +11,7 @@ from lowmem_imagic.engine.cuda_graphs import WARM_UPS, Replay
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
 from lowmem_imagic.training import loop as training
 from lowmem_imagic.training.pack import Pack, TrainingInput
+from tests import calls
 
 CPU = torch.device("cpu")
 CONFIG = EditConfig(
@@ -62,15 +63,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Replay]:
 
 def trained(base: Any, numbers: list[int], *, slots: int, **options: Any) -> dict[int, list[Tensor]]:
     """e_opt, factors and losses of the edits of these numbers."""
-    text = base.encode_text(["a red cube", "a cat", "two birds kissing", "a blue sphere on a floor"])
+    text = calls.encode_text(base, ["a red cube", "a cat", "two birds kissing", "a blue sphere on a floor"])
     draw = torch.Generator().manual_seed(2)
     photos, noise = torch.randn(2, 4, 4, 8, 8, generator=draw)
-    tasks = [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
+    tasks = [calls.training_input(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
     made = [edit for group in Pack(base, tasks, CONFIG, slots=slots, **options).run() for edit in group]
     return {
         numbers[edit.number]: [
-            edit.optimized_embedding,
-            *(factor for down, up, _ in edit.adapter.values() for factor in (down, up)),
+            edit.conditioning["embeds"],
+            *(factor for down, up, _ in edit.adapters["unet"].values() for factor in (down, up)),
             *map(torch.tensor, edit.losses.values()),
         ]
         for edit in made
@@ -124,9 +125,9 @@ def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> N
 
 def tasks_of_two(base: Any) -> list[TrainingInput]:
     """Two tasks, fresh."""
-    text = base.encode_text(["a red cube", "a cat"])
+    text = calls.encode_text(base, ["a red cube", "a cat"])
     photos = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    return [TrainingInput(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
+    return [calls.training_input(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
 
 
 def stop_after(steps: int) -> Any:
@@ -160,20 +161,20 @@ def test_nothing_is_kept_while_others_have_the_memory(base: Any, monkeypatch: py
         sizes.append(len(self._recorded))
         return found
 
-    predict, calls = base.predict, [0]
+    predict, passes = calls.plain(base), [0]
 
     def failing(*args: Any) -> Tensor:
-        calls[0] += 1
-        if calls[0] == 3:
+        passes[0] += 1
+        if passes[0] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         result: Tensor = predict(*args)
         return result
 
-    monkeypatch.setattr(base, "predict", failing)
-    monkeypatch.setattr(base, "rungs", [])
+    monkeypatch.setattr(base, "predict", calls.in_place(failing))
+    monkeypatch.setattr(base, "fallbacks", [])
     monkeypatch.setattr(training.Trainer, "_cheaper", counted)
     list(Pack(base, tasks_of_two(base)[:1], CONFIG, slots=1).run())
-    assert sizes == [1, 0] and base.rungs == ["passes that are not recorded"] and not base.replays
+    assert sizes == [1, 0] and base.fallbacks == ["passes that are not recorded"] and not base.replays
 
 
 def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +219,6 @@ def test_running_out_of_memory_while_recording_is_a_fallback(base: Any, monkeypa
     monkeypatch.setattr(Unrecordable, "error", torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(training, "Replay", Unrecordable)
     monkeypatch.setattr(base, "replays", True)
-    monkeypatch.setattr(base, "rungs", [])
+    monkeypatch.setattr(base, "fallbacks", [])
     trained(base, [0, 1], slots=2)
-    assert base.rungs == ["passes that are not recorded"] and base.most_rows is None
+    assert base.fallbacks == ["passes that are not recorded"] and base.most_rows is None

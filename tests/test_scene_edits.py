@@ -31,6 +31,7 @@ from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.sampling.suggestion import EtaScore, Suggestion
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import SampleConfig
+from tests import calls
 
 PX = 64
 ITEMS = VALIDATION.items()
@@ -213,13 +214,13 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
         "ddim-inversion": training_free.ddim_inversion(SMALL.sample),
         "sentence-alone": training_free.sentence_alone(SMALL.sample),
     }[name]
-    before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in calls.unet(base).state_dict().items()}
     items, etas = ITEMS[:3], (0.0, 0.5, 1.0)
     outcome = method(base, [item.photo_picture(PX) for item in items], [item.sentence for item in items], etas)
     results = [edit_quality.judged(oracle, item, outcome.of(i), base) for i, item in enumerate(items)]
     verdicts = edit_quality.along_eta(results)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in base.unet.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in base.unet.parameters())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in calls.unet(base).state_dict().items())
+    assert not any(parameter.requires_grad for parameter in calls.unet(base).parameters())
     assert outcome.passes == (8 if name in ("ours", "packed", "full", "full-alike") else 0)
     assert set(verdicts) == set(etas) and all(len(found) == 3 for found in verdicts.values())
     result = edit_quality.report(results, edit_quality.best_eta(items, verdicts))

@@ -21,6 +21,7 @@ from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelE
 from lowmem_imagic.families import SHORT_NAMES
 from lowmem_imagic.families.files import checkpoint as checkpoint_module
 from lowmem_imagic.families.files.weights import Weights
+from tests import calls
 
 PROMPTS = ("a photo of a red cube on the grass", "two birds kissing", "")
 
@@ -53,9 +54,9 @@ def everything(base: BaseModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     noisy = torch.randn(3, 4, LATENT_SIDE, LATENT_SIDE, generator=generator)
-    latents, text = base.encode_images(images), base.encode_text(PROMPTS)
+    latents, text = base.encode_images(images), calls.encode_text(base, PROMPTS)
     with torch.no_grad():
-        prediction = base.predict(noisy, torch.tensor([1, 500, 990]), text)
+        prediction = calls.predict(base, noisy, torch.tensor([1, 500, 990]), text)
     return {"prediction": prediction, "text": text, "latents": latents, "pictures": base.decode(latents)}
 
 
@@ -174,18 +175,18 @@ def test_loading_converts_nothing(checkpoint: Path, tiny_folder: Path, reads: li
 def test_no_copy_stays_beside_the_unet(weights: str, checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Once the UNet is there, the converted one it was made from is gone, and its weights are its own."""
     base = load(checkpoint, tiny_folder, weights=weights)
-    base.unet.eval()
+    calls.unet(base).eval()
     assert parts(reads) == ["unet"]
     assert alive(reads) == []
-    bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base.unet.parameters()}
-    assert sum(bytes_of.values()) <= sum(t.numel() * t.element_size() for t in base.unet.parameters())
+    bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in calls.unet(base).parameters()}
+    assert sum(bytes_of.values()) <= sum(t.numel() * t.element_size() for t in calls.unet(base).parameters())
 
 
 def test_parts_are_read_when_needed(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Text encoder and autoencoder are converted alone, as often as they are asked for, and dropped each time."""
     base = load(checkpoint, tiny_folder)
     for sentence in ("a cube", "a sphere"):
-        base.encode_text([sentence])
+        calls.encode_text(base, [sentence])
         assert alive(reads) == []
     for _ in range(2):
         base.decode(base.encode_images(torch.zeros(1, 3, 16, 16)))

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowmem_imagic.families.portable import MIN_RANK
 from lowmem_imagic.layers.adapter_pack import Factors
-from lowmem_imagic.layers.portable import MIN_RANK
 from lowmem_imagic.layers.truncation import truncated
 
 SHAPES = {

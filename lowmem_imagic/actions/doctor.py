@@ -63,9 +63,8 @@ def plans(
     family = load_architecture(model)
     if size_px is not None and (size_px < 64 or size_px % (8 * family.vae_factor)):
         raise ConfigError(f"`size` is {size_px}, expected a multiple of {8 * family.vae_factor} from 64 px")
-    costs = Costs(
-        family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size_px=size_px or None
-    )
+    size = (size_px, size_px) if size_px else None
+    costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size=size)
     found = []
     for amount, budget in zip(amounts, budgets, strict=True):
         for photos in (1, MANY):

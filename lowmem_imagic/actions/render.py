@@ -84,7 +84,7 @@ def open_edit(
     if options.weights is None:
         chosen = replace(chosen, weights=edit.base_weights)
     base = load_base(chosen)
-    base.family.check_steps(config.scheduler, config.num_inference_steps)
+    base.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
     check_sentences(base, [edit.target_prompt if prompt is None else prompt, config.negative_prompt], console)
     if prompt is not None:
@@ -105,8 +105,7 @@ def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console)
             continue  # an empty negative sentence is the usual one
         cut = base.family.check_prompt(sentence)
         if cut:
-            limit = base.family.tokenizer.model_max_length - 2
-            console.warn(f"the text encoder reads {limit} tokens; cut from the sentence: {cut!r}")
+            console.warn(f"the text encoder reads {base.family.sentence_tokens} tokens; cut from the sentence: {cut!r}")
 
 
 def render(
@@ -165,12 +164,13 @@ def _suggestion(
 ) -> Suggestion:
     """The suggested eta among those rendered with one seed."""
     with measured_stage(meter, "suggest", "no suggestion (`suggest_eta`)"):
+        target = base.encode_text([sentence])
         return suggest_eta(
             base,
             torch.stack([made.latents for made in by_eta.values()]),
             list(by_eta),
-            base.encode_text([sentence])[0],
-            edit.optimized_embedding.float(),
+            target,
+            target | {next(iter(target)): edit.optimized_embedding.float()[None]},
             max_rows=max_rows,
         )
 
@@ -190,11 +190,19 @@ def _fit(
     return Fit(
         reconstruction_db=None if reconstruction is None else psnr(reconstruction, round_trip),
         change_db=change,
-        embedding_distance=embedding_distance(edit.optimized_embedding, base.encode_text([edit.target_prompt])[0]),
-        scheduler_error=base.family.rehearsal(config.scheduler, config.num_inference_steps),
+        embedding_distance=_embedding_distance(edit, base),
+        scheduler_error=base.sampler_error(config.scheduler, config.num_inference_steps),
         round_trip_db=round_trip_db,
         embed_loss=result.get("embed_loss") if isinstance(result, dict) else None,
     )
+
+
+def _embedding_distance(edit: Edit, base: BaseModel) -> float:
+    """How far e_opt is from e_tgt, as a share of e_tgt's size."""
+    [target] = [
+        part[0] for name, part in base.encode_text([edit.target_prompt]).items() if base.family.text[name].trained
+    ]
+    return embedding_distance(edit.optimized_embedding, target)
 
 
 class Rendered(NamedTuple):

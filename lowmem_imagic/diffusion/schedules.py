@@ -62,6 +62,43 @@ def training_target(
     raise ValueError(f"prediction type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
 
 
+class DiscreteNoise:
+    """A discrete schedule (DDPM, arXiv 2006.11239): `alpha_bar` for each of its timesteps.
+
+    Args:
+        alpha_bar: (num_train_timesteps,), the cumulative product of alphas.
+        prediction_type: one of `PREDICTION_TYPES`.
+    """
+
+    def __init__(self, alpha_bar: Tensor, prediction_type: str) -> None:
+        self.alpha_bar, self.prediction_type = alpha_bar, prediction_type
+
+    def positions(self, draws: int, generator: torch.Generator, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Timesteps (draws,), see `draw_timesteps`."""
+        return draw_timesteps(draws, len(self.alpha_bar), generator, span)
+
+    def spread(self, count: int) -> Tensor:
+        """Timesteps (count,) from the first to the last."""
+        return torch.linspace(0, len(self.alpha_bar) - 1, count).long()
+
+    def position(self, share: float) -> Tensor:
+        """The timestep () at a share of the schedule."""
+        return torch.tensor(int(share * len(self.alpha_bar)))
+
+    def noised(self, x: Tensor, noise: Tensor, at: Tensor) -> Tensor:
+        """See `add_noise`."""
+        return add_noise(x, noise, at, self.alpha_bar)
+
+    def target(self, x: Tensor, noise: Tensor, at: Tensor) -> Tensor:
+        """See `training_target`."""
+        return training_target(x, noise, at, self.alpha_bar, self.prediction_type)
+
+    def noise_in(self, noisy: Tensor, x: Tensor, at: Tensor) -> Tensor:
+        """The noise in `noisy`, by eq. 1."""
+        a = self.alpha_bar[at].view(-1, 1, 1, 1)
+        return (noisy - a.sqrt() * x) / (1 - a).sqrt()
+
+
 def loss_per_edit(prediction: Tensor, target: Tensor, edits: int) -> Tensor:
     """Mean squared error (N,) of each edit over its rows (eq. 2); rows (R, C, H, W) lie edit by edit.
 

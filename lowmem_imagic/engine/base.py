@@ -1,11 +1,12 @@
 """One frozen, quantised base shared by every edit: encode text, encode pictures, predict, decode.
 
-**Memory**: text encoder and VAE are loaded for the moment they are needed and dropped again; only the
-UNet stays. So encode everything first, then train (`release` drops the UNet too).
+**Memory**: text encoder and autoencoder are loaded for the moment they are needed and dropped again; only the
+denoisers stay. So encode everything first, then train (`release` drops the denoisers too).
 """
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,21 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.schedules import add_noise
 from ..edits.identity import BaseIdentity
 from ..errors import BackendUnavailableError, BaseInUseError, ConfigError, DivergenceError, NonFiniteModelError
-from ..families import DEMO, StableDiffusion, load_family
+from ..families import DEMO, load_family
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser, Family, Size
 from ..layers.frozen import weight_bytes
 from ..settings.stages import base_problems
 from ..unexpected import first_line
-from .memory import in_rungs, return_freed_memory
+from .memory import return_freed_memory, with_fallbacks
 
 log = logging.getLogger(__name__)
 
 MAX_SENTENCES = 128
 """Sentences whose embeddings are remembered; more than are ever in training and waiting together."""
 PROBES = 8
-"""Timesteps at which the UNet is asked when something went wrong."""
+"""Positions at which a denoiser is asked when something went wrong."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -71,8 +73,8 @@ class BaseModel:
 
     Attributes:
         family: what is particular to its model family.
-        device, dtype: where and in which type the UNet computes.
-        weights: format of the UNet's weights, one of `config.WEIGHT_FORMATS`.
+        device, dtype: where and in which type the denoisers compute.
+        weights: format of the denoisers' weights, one of `config.WEIGHT_FORMATS`.
         attention: ``"xformers"`` or ``"sdpa"``, as resolved.
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
@@ -80,7 +82,7 @@ class BaseModel:
         replays: whether a GPU records training passes and replays them (see `engine.cuda_graphs`); not with
             checkpointing. Off: no GPU has done so yet, though one spent five sixths of a step's time on starting 6,600
             kernels one by one (``benchmarks/results/gpu_first_run.json``).
-        rungs: what was made cheaper because memory ran out, in words and in order, since the base was loaded.
+        fallbacks: cheaper ways taken because memory ran out, in words and in order, since the base was loaded.
         most_rows, most_images: limits of a training pass and of a sampling batch, found by running out of memory; None
             if that has not happened.
 
@@ -90,7 +92,7 @@ class BaseModel:
 
     def __init__(
         self,
-        family: StableDiffusion,
+        family: Family,
         *,
         device: torch.device,
         weights: str,
@@ -105,13 +107,13 @@ class BaseModel:
         self.vae_tiling = False
         self.text_on_cpu = device.type == "cpu"
         self.replays = False
-        self.rungs: list[str] = []
+        self.fallbacks: list[str] = []
         self.most_rows: int | None = None
         self.most_images: int | None = None
         self.remembered: dict[Any, Any] = {}
         """For those who work with this base: what they worked out about it, by keys of their own."""
-        self._unet: nn.Module | None = None
-        self._embeddings: dict[str, Tensor] = {}
+        self._networks: dict[str, nn.Module] = {}
+        self._encoded: dict[str, Conditioning] = {}
         self._user = threading.RLock()
         self._restoring = False
 
@@ -194,67 +196,87 @@ class BaseModel:
     @property
     def name(self) -> str:
         """What the edit file calls this base."""
-        return self.family.source.label
+        return str(self.family.source.label)
 
     @property
     def identity(self) -> BaseIdentity:
         """Which base this is, with the hashes of its files."""
-        return BaseIdentity(
-            source=self.name,
-            revision=self.family.source.revision,
-            family=self.family.family,
-            prediction_type=self.family.prediction_type,
-            cross_attention_dim=self.family.cross_attention_dim,
-            files=self.family.source.hashes,
-        )
+        return self.family.identity
+
+    @property
+    def size(self) -> Size:
+        """Width and height of the pictures that this base was made for."""
+        return self.family.size
 
     @property
     def size_px(self) -> int:
         """Side of the square pictures this base edits."""
-        return self.family.size_px
+        return max(self.family.size)
 
     @property
-    def alpha_bar(self) -> Tensor:
-        """Cumulative product of alphas (num_train_timesteps,), fp32 on the CPU."""
-        return self.family.alpha_bar
+    def denoisers(self) -> Sequence[Denoiser]:
+        """The denoisers, in the order of sampling."""
+        return self.family.denoisers
 
-    @property
-    def unet(self) -> nn.Module:
-        """The frozen UNet, loaded and quantised at the first use."""
-        if self._unet is None:
+    def check_steps(self, name: str, steps: int) -> None:
+        """Makes sure that a sampler can take this many steps, by taking them without a model.
+
+        Raises:
+            ConfigError: it cannot.
+            NonFiniteModelError: it makes NaN or infinity of right predictions.
+        """
+        if not math.isfinite(self.sampler_error(name, steps)):
+            raise NonFiniteModelError(
+                f"scheduler {name} makes NaN or infinity of the noise schedule of {self.name} in {steps} steps; the "
+                "model's scheduler configuration is unsuitable: choose another scheduler, or another model"
+            )
+
+    def sampler_error(self, name: str, steps: int) -> float:
+        """How far a sampler ends from a picture when every prediction is right; of several schedules, the furthest.
+
+        Raises:
+            ConfigError: it cannot take this many steps.
+        """
+        errors = [denoiser.schedule.error_of(name, steps) for denoiser in self.denoisers]
+        return max(errors, key=lambda error: (not math.isfinite(error), error))
+
+    def network(self, denoiser: Denoiser) -> nn.Module:
+        """A denoiser's frozen network, loaded and quantised at the first use."""
+        if denoiser.name not in self._networks:
             if self.device.type == "cpu":
                 return_freed_memory()
-            unet = self.family.load_unet(weights=self.weights, device=self.device, dtype=self.dtype)
+            network = denoiser.load(weights=self.weights, device=self.device, dtype=self.dtype)
             if self.attention == "xformers":
-                self.family.use_xformers(unet)
+                denoiser.use_xformers(network)
             if self.checkpointing:
-                unet.enable_gradient_checkpointing()  # type: ignore[operator]
+                denoiser.recompute(network, True)
             log.info(
-                "UNet of %s: %s weights, %.0f MB, %s attention, checkpointing %s",
+                "%s of %s: %s weights, %.0f MB, %s attention, checkpointing %s",
+                denoiser.name,
                 self.name,
                 self.weights,
-                weight_bytes(unet) / 1e6,
+                weight_bytes(network) / 1e6,
                 self.attention,
                 "on" if self.checkpointing else "off",
             )
-            self._unet = unet
-        return self._unet
+            self._networks[denoiser.name] = network
+        return self._networks[denoiser.name]
 
     def recompute(self, on: bool = True) -> None:
         """Switches gradient checkpointing on or off."""
         self.checkpointing = on
-        if self._unet is not None:
-            unet: Any = self._unet
-            (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
+        for denoiser in self.denoisers:
+            if denoiser.name in self._networks:
+                denoiser.recompute(self._networks[denoiser.name], on)
 
-    def step_down(self, words: str) -> None:
-        """Records a rung that was taken because memory ran out."""
+    def fall_back(self, words: str) -> None:
+        """Records a fallback that was taken because memory ran out."""
         log.warning("out of memory; going on with %s", words)
-        self.rungs.append(words)
+        self.fallbacks.append(words)
 
     def release(self) -> None:
-        """Drops the UNet; the next `predict` loads it again."""
-        self._unet = None
+        """Drops the denoisers; the next `predict` loads them again."""
+        self._networks.clear()
 
     @contextlib.contextmanager
     def _part(self, load: Any, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
@@ -273,8 +295,8 @@ class BaseModel:
         """Half precision on GPUs: these parts are used once and their fp32 activations would set the peak."""
         return torch.float16 if self.device.type == "cuda" else torch.float32
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, T, D), fp32 on the CPU; the last `MAX_SENTENCES` are remembered.
+    def encode_text(self, sentences: Sequence[str]) -> Conditioning:
+        """The conditioning of sentences, a row each, in fp32 on the CPU; the last `MAX_SENTENCES` are remembered.
 
         Sentences are encoded one by one: an embedding's last bits do not depend on the others.
 
@@ -282,29 +304,29 @@ class BaseModel:
             NonFiniteModelError: the text encoder gives NaN or infinity.
         """
         with self.used():
-            in_rungs(lambda: self._encode_new(prompts), self._text_to_cpu)
-        for prompt in prompts:
-            # To the end: what was asked for longest ago is forgotten first.
-            self._embeddings[prompt] = self._embeddings.pop(prompt)
-        found = torch.stack([self._embeddings[prompt] for prompt in prompts])
-        for prompt in list(self._embeddings)[:-MAX_SENTENCES]:
-            del self._embeddings[prompt]
-        return found
+            with_fallbacks(lambda: self._encode_new(sentences), self._text_to_cpu)
+        for sentence in sentences:
+            # To the end: the sentence that was asked for longest ago is forgotten first.
+            self._encoded[sentence] = self._encoded.pop(sentence)
+        rows = Conditioning.cat([self._encoded[sentence] for sentence in sentences])
+        for sentence in list(self._encoded)[:-MAX_SENTENCES]:
+            del self._encoded[sentence]
+        return rows
 
-    def _encode_new(self, prompts: Sequence[str]) -> None:
-        """Encodes what is not remembered."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+    def _encode_new(self, sentences: Sequence[str]) -> None:
+        """Encodes the sentences that are not remembered."""
+        new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in self._encoded]
         if not new:
             return
         device, dtype = (torch.device("cpu"), torch.float32) if self.text_on_cpu else (self.device, self.part_dtype)
         # Some models overflow in half precision.
         for precision in dict.fromkeys((dtype, torch.float32)):
-            with self._part(self.family.load_text_encoder, device, precision) as text_encoder:
-                for prompt in new:
-                    embedding = self.family.encode_text(text_encoder, [prompt])[0]
-                    if embedding.isfinite().all():
-                        self._embeddings[prompt] = embedding
-            new = [prompt for prompt in new if prompt not in self._embeddings]
+            with self._part(self.family.load_text_encoder, device, precision) as encoder:
+                for sentence in new:
+                    row = self.family.encode_text(encoder, [sentence]).to(torch.device("cpu"), torch.float32)
+                    if row.finite:
+                        self._encoded[sentence] = row
+            new = [sentence for sentence in new if sentence not in self._encoded]
             if not new:
                 return
         raise self.damaged("the text encoder")
@@ -314,99 +336,108 @@ class BaseModel:
         if self.text_on_cpu:
             return False
         self.text_on_cpu = True
-        self.step_down("the text encoder on the CPU")
+        self.fall_back("the text encoder on the CPU")
         return True
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H, W), fp32 on the CPU, of pictures (B, 3, size, size) in [-1, 1].
+    def encode(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Latents of each denoiser (B, C, H, W), fp32 on the CPU, of pictures (B, 3, H, W) in [-1, 1].
 
         Raises:
             NonFiniteModelError: the autoencoder gives NaN or infinity, or numbers that half precision does not hold.
         """
-        latents = self._in_either_precision(self.family.encode_images, images)
+        latents = self._in_either_precision(
+            lambda codec: {name: x.float().cpu() for name, x in self.family.encode(codec, pictures).items()}
+        )
         # Edits hold them in half precision.
-        if not latents.half().isfinite().all():
+        if not all(bool(x.half().isfinite().all()) for x in latents.values()):
             raise self.damaged("the autoencoder's encoder")
         return latents
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W) of the last denoiser, which `decode` takes; see `encode`."""
+        return self.encode(images)[self.denoisers[-1].name]
+
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, size, size) in [-1, 1], fp32 on the CPU; not finite where the latents are not, or are huge.
+        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU; not finite where the latents are not, or are huge.
 
         Raises:
             NonFiniteModelError: the autoencoder gives NaN or infinity for latents of zeros, too.
         """
-        images = self._in_either_precision(self.family.decode, latents)
-        if not images.isfinite().all():
-            grey = self._with_vae(self.family.decode, torch.zeros_like(latents[:1]), torch.float32)
+
+        def decoded(x: Tensor, codec: nn.Module) -> dict[str, Tensor]:
+            return {"pictures": self.family.decode(codec, x).float().cpu()}
+
+        pictures = self._in_either_precision(partial(decoded, latents))["pictures"]
+        if not pictures.isfinite().all():
+            grey = self._with_codec(partial(decoded, torch.zeros_like(latents[:1])), torch.float32)["pictures"]
             if not grey.isfinite().all():
                 raise self.damaged("the autoencoder's decoder")
-        return images
+        return pictures
 
-    def _in_either_precision(self, work: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
-        """What `work` makes of `x` with the autoencoder; in fp32 where that is not finite, as some overflow in half."""
-        made = self._with_vae(work, x, self.part_dtype)
-        if self.part_dtype == torch.float32 or made.isfinite().all():
-            return made
-        return self._with_vae(work, x, torch.float32)
+    def _in_either_precision(self, work: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The result of `work` with the autoencoder; in fp32 where that is not finite, as some overflow in half."""
+        result = self._with_codec(work, self.part_dtype)
+        if self.part_dtype == torch.float32 or all(bool(x.isfinite().all()) for x in result.values()):
+            return result
+        return self._with_codec(work, torch.float32)
 
-    def _with_vae(self, work: Callable[[nn.Module, Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What `work` makes of `x` with the autoencoder, in tiles where it does not fit."""
+    def _with_codec(self, work: Callable[[nn.Module], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The result of `work` with the autoencoder, in tiles where it does not fit."""
 
-        def run() -> Tensor:
-            with self._part(partial(self.family.load_vae, tiling=self.vae_tiling), self.device, dtype) as vae:
-                return work(vae, x)
+        def run() -> dict[str, Tensor]:
+            with self._part(partial(self.family.load_codec, tiling=self.vae_tiling), self.device, dtype) as codec:
+                return work(codec)
 
         def cheaper() -> bool:
             if self.vae_tiling:
                 return False
             self.vae_tiling = True
-            self.step_down("the autoencoder in tiles")
+            self.fall_back("the autoencoder in tiles")
             return True
 
         with self.used():
-            return in_rungs(run, cheaper)
+            return with_fallbacks(run, cheaper)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """The UNet's prediction (R, C, H, W) for noisy latents (R, C, H, W), timesteps (R,), text (R, T, D)."""
-        noisy = latents.to(self.device, self.dtype, memory_format=torch.channels_last)
-        prediction: Tensor = self.unet(
-            noisy, timesteps.to(self.device), encoder_hidden_states=embeddings.to(self.device, self.dtype)
-        ).sample
-        return prediction
+    def predict(self, denoiser: Denoiser, x: Tensor, at: Tensor, given: Conditioning) -> Tensor:
+        """A denoiser's prediction (R, C, H, W) for x of the same shape at positions (R,), given as many rows."""
+        return denoiser.predict(
+            self.network(denoiser), x.to(self.device, self.dtype), at.to(self.device), given.to(self.device, self.dtype)
+        )
 
     @torch.no_grad()
-    def check_unet(self, latents: Tensor, embedding: Tensor) -> None:
-        """Makes sure that the UNet by itself predicts finite values, asked all along the noise schedule.
+    def check_denoiser(self, denoiser: Denoiser, latents: Tensor, given: Conditioning) -> None:
+        """Makes sure that a denoiser by itself predicts finite values, asked all along the noise schedule.
 
-        A few passes, for when something is not finite and it has to be told whose fault that is: no adapter may be
+        A few passes, for when a number is not finite, to tell the base's fault from the edit's: no adapter may be
         attached.
 
         Args:
+            denoiser: which.
             latents: a picture (C, H, W).
-            embedding: a text (T, D) as the text encoder gives it.
+            given: a row of conditioning, as the base gives it.
 
         Raises:
             NonFiniteModelError: it does not.
 
-        **Memory**: one UNet row, nothing for a backward pass.
+        **Memory**: one row, nothing for a backward pass.
         """
-        if not (latents.isfinite().all() and embedding.isfinite().all()):
-            return  # whatever it makes of them is not its fault
+        if not (latents.isfinite().all() and given.finite):
+            return  # a prediction that is not finite is not its fault
         noise = torch.randn(latents[None].shape, generator=torch.Generator().manual_seed(0))
-        for timestep in torch.linspace(0, len(self.alpha_bar) - 1, PROBES).long().view(-1, 1):
-            noisy = add_noise(latents[None], noise, timestep, self.alpha_bar)
-            if not self.predict(noisy, timestep, embedding[None]).isfinite().all():
-                raise self.damaged("the UNet")
+        for at in denoiser.schedule.spread(PROBES).view(-1, 1):
+            noisy = denoiser.schedule.noised(latents[None], noise, at)
+            if not self.predict(denoiser, noisy, at, given).isfinite().all():
+                raise self.damaged(f"the {denoiser.title}")
 
     def fault(
-        self, error: DivergenceError, latents: Tensor, embedding: Tensor
+        self, error: DivergenceError, denoiser: Denoiser, latents: Tensor, given: Conditioning
     ) -> DivergenceError | NonFiniteModelError:
-        """The error to report when training on a picture diverged: `error`, or that the UNet is damaged.
+        """The error to report when training on a picture diverged: `error`, or that the denoiser is damaged.
 
-        See `check_unet`.
+        See `check_denoiser`.
         """
         try:
-            self.check_unet(latents, embedding)
+            self.check_denoiser(denoiser, latents, given)
         except NonFiniteModelError as damaged:
             return damaged
         return error

@@ -38,7 +38,7 @@ def clear_errors(stage: str, cheaper: str) -> Iterator[None]:
         raise MemoryLimitError(f"out of memory in stage {stage}; next cheaper setting: {cheaper}") from error
 
 
-def in_rungs(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
+def with_fallbacks(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
     """What `run` gives; run again, each time it runs out of memory, after a step down to something cheaper.
 
     Args:

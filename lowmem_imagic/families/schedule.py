@@ -1,19 +1,22 @@
-"""The noise schedule of a base: its configuration, what a checkpoint says against it, and what no base can have."""
+"""A discrete noise schedule: its configuration, what a checkpoint says against it, and diffusers' samplers on it."""
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
-from ..diffusion.schedules import PREDICTION_TYPES
-from ..errors import IncompleteModelError, WrongFamilyError
+from ..diffusion.schedules import PREDICTION_TYPES, DiscreteNoise
+from ..errors import ConfigError, IncompleteModelError, WrongFamilyError
 from ..unexpected import first_line
 from . import limits, repairs
 from .files.checkpoint import SingleFile
 from .files.source import Folder
+from .loading import quiet
+from .rehearsal import rehearse
 
 log = logging.getLogger(__name__)
 
@@ -126,3 +129,126 @@ def _same(recorded: Tensor, values: Mapping[str, Any], label: str) -> bool:
         return False
     # Near the end, where the plain schedule has 0.0047, the tolerance above says nothing.
     return bool((recorded[-1] < 1e-4) == (computed[-1] < 1e-4))
+
+
+class DiffusersSampler:
+    """A diffusers scheduler with its timesteps set, as a `Sampler`."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._draws = "generator" in inspect.signature(scheduler.step).parameters
+
+    @property
+    def at(self) -> Sequence[Tensor]:
+        """The timestep () of every step."""
+        return list(self._scheduler.timesteps)
+
+    def start(self, noise: Tensor, below: Tensor | None) -> Tensor:
+        """The noise at the scale of the first step, or `below` with as much noise as the first step expects."""
+        if below is None:
+            pure: Tensor = noise * self._scheduler.init_noise_sigma
+            return pure
+        started: Tensor = self._scheduler.add_noise(below, noise, self._scheduler.timesteps[:1].expand(len(noise)))
+        return started
+
+    def scaled(self, x: Tensor, step: int) -> Tensor:
+        """x as the network is given it."""
+        given: Tensor = self._scheduler.scale_model_input(x, self._scheduler.timesteps[step])
+        return given
+
+    def stepped(
+        self, prediction: Tensor, step: int, x: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """x after a step."""
+        options = {"generator": list(generators)} if self._draws and generators is not None else {}
+        after: Tensor = self._scheduler.step(prediction, self._scheduler.timesteps[step], x, **options).prev_sample
+        return after
+
+
+class _DiffusersInverter(DiffusersSampler):
+    """`DDIMInverseScheduler`: each step takes the prediction at the cleaner end."""
+
+    @property
+    def at(self) -> Sequence[Tensor]:
+        """Of every step, the timestep that it starts from: the first from the picture itself."""
+        return [torch.zeros_like(self._scheduler.timesteps[0]), *self._scheduler.timesteps[:-1]]
+
+    @property
+    def end(self) -> Tensor:
+        """The timestep () that the last step ends at."""
+        last: Tensor = self._scheduler.timesteps[-1]
+        return last
+
+
+class DiscreteSchedule(DiscreteNoise):
+    """A discrete schedule of noise that networks were trained on, with diffusers' samplers.
+
+    Args:
+        values: a complete configuration, see `read_schedule`.
+        label: the base, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], label: str) -> None:
+        super().__init__(alphas(values, label), str(values["prediction_type"]))
+        self.values, self._label = values, label
+
+    def scheduler(self, name: str) -> Any:
+        """A diffusers scheduler by class name, with or without "Scheduler", on this noise schedule.
+
+        Raises:
+            ConfigError: there is no such scheduler for this kind of model.
+        """
+        kind = getattr(diffusers, name if name.endswith("Scheduler") else name + "Scheduler", None)
+        # EDM's are for models that take log(sigma) for the time.
+        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles if not k.__name__.startswith("EDM")}
+        if not inspect.isclass(kind) or kind.__name__ not in compatible:
+            names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
+            raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
+        try:
+            with quiet():
+                return kind.from_config(repairs.for_sampler(dict(self.values), kind.__name__))  # type: ignore[attr-defined]
+        except ImportError as error:
+            raise ConfigError(
+                f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}"
+            ) from error
+        except Exception as error:
+            # Whatever diffusers raises for values it does not know.
+            raise IncompleteModelError(
+                f"{self._label}: scheduler/scheduler_config.json cannot be used ({first_line(error)}); "
+                "download it again"
+            ) from error
+
+    def sampler(
+        self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu"
+    ) -> DiffusersSampler:
+        """A diffusers scheduler as a sampler; the shape does not matter to it."""
+        scheduler = self.scheduler(name)
+        scheduler.set_timesteps(steps, device=device)
+        return DiffusersSampler(scheduler)
+
+    def inverter(self, steps: int, shape: Sequence[int]) -> _DiffusersInverter:
+        """DDIM inversion (Song et al. 2021, arXiv 2010.02502, section 4.3) at evenly spaced ("leading") timesteps."""
+        with quiet():
+            scheduler = diffusers.DDIMInverseScheduler.from_config({**self.values, "timestep_spacing": "leading"})
+        scheduler.set_timesteps(steps)
+        return _DiffusersInverter(scheduler)
+
+    def error_of(self, name: str, steps: int) -> float:
+        """How far a scheduler ends from a picture when every prediction is right, see `rehearse`.
+
+        Raises:
+            ConfigError: it cannot take this many steps.
+        """
+        scheduler = self.scheduler(name)
+        try:
+            scheduler.set_timesteps(steps)
+            furthest = float(scheduler.timesteps.max())
+            if furthest >= len(self.alpha_bar):
+                raise ValueError(f"it begins at timestep {furthest:.0f} of {len(self.alpha_bar)}")
+            return rehearse(scheduler, self.alpha_bar, self.prediction_type)
+        except Exception as error:
+            # From ValueError to IndexError; all mean the same to a user.
+            raise ConfigError(
+                f"num_inference_steps is {steps}, which scheduler {name} cannot take ({first_line(error)}); "
+                "take more or fewer, or another scheduler"
+            ) from error

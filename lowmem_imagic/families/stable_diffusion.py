@@ -3,32 +3,33 @@
 The only place that knows diffusers' and transformers' classes.
 """
 
-import inspect
 import logging
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast
 
-from ..errors import ConfigError, IncompleteModelError, NonFiniteModelError, PromptError
+from ..edits.identity import BaseIdentity
+from ..errors import IncompleteModelError, PromptError
 from ..layers.frozen import load_frozen
-from ..unexpected import first_line
 from . import kinds, limits, repairs
+from .adapter_names import KohyaNames
+from .conditioning import Conditioning, Part
+from .family import Denoiser, Size
 from .files.checkpoint import SingleFile
 from .files.source import Folder
 from .lean_unet import make_frugal
 from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
-from .rehearsal import rehearse
-from .schedule import alphas, read_schedule
+from .schedule import DiscreteSchedule, read_schedule
 
 log = logging.getLogger(__name__)
 
+EMBEDS = "embeds"
+"""Name of the only part of a sentence's conditioning."""
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 """Family by width of the text conditioning; others are of the same make but another size."""
 _FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
@@ -152,6 +153,11 @@ class StableDiffusion:
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     @property
+    def size(self) -> Size:
+        """Width and height of the pictures the model was made for."""
+        return self.size_px, self.size_px
+
+    @property
     def size_px(self) -> int:
         """Side of the square pictures the model was made for."""
         return int(self.unet_config["sample_size"]) * self.vae_factor
@@ -162,74 +168,32 @@ class StableDiffusion:
         return int(self.scheduler_config["num_train_timesteps"])
 
     @cached_property
-    def alpha_bar(self) -> Tensor:
-        """Cumulative product of alphas (num_train_timesteps,), fp32."""
-        return alphas(self.scheduler_config, self._folder.label)
+    def schedule(self) -> DiscreteSchedule:
+        """The noise schedule that the UNet was trained on."""
+        return DiscreteSchedule(self.scheduler_config, self._folder.label)
 
-    def inverse_scheduler(self) -> Any:
-        """diffusers' `DDIMInverseScheduler`, on this model's noise schedule at evenly spaced ("leading") timesteps."""
-        settings = {**self.scheduler_config, "timestep_spacing": "leading"}
-        with quiet():
-            return diffusers.DDIMInverseScheduler.from_config(settings)
+    @cached_property
+    def denoisers(self) -> Sequence[Denoiser]:
+        """The UNet alone."""
+        return (UNet(self),)
 
-    def scheduler(self, name: str) -> Any:
-        """A diffusers scheduler by class name, with or without "Scheduler", on this model's noise schedule.
+    @property
+    def text(self) -> Mapping[str, Part]:
+        """A sentence is one tensor (T, D)."""
+        tokens = int(self.text_config["max_position_embeddings"])
+        return {EMBEDS: Part((tokens, self.cross_attention_dim), trained=True)}
 
-        Raises:
-            ConfigError: there is no such scheduler for this kind of model.
-        """
-        kind = getattr(diffusers, name if name.endswith("Scheduler") else name + "Scheduler", None)
-        # EDM's are for models that take log(sigma) for the time.
-        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles if not k.__name__.startswith("EDM")}
-        if not inspect.isclass(kind) or kind.__name__ not in compatible:
-            names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
-            raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
-        try:
-            with quiet():
-                return kind.from_config(repairs.for_sampler(self.scheduler_config, kind.__name__))  # type: ignore[attr-defined]
-        except ImportError as error:
-            raise ConfigError(
-                f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}"
-            ) from error
-        except Exception as error:
-            # Whatever diffusers raises for values it does not know.
-            raise IncompleteModelError(
-                f"{self._folder.label}: scheduler/scheduler_config.json cannot be used ({first_line(error)}); "
-                "download it again"
-            ) from error
-
-    def check_steps(self, name: str, steps: int) -> None:
-        """Makes sure that a scheduler can take this many steps, by taking them without a model.
-
-        Raises:
-            ConfigError: it cannot.
-            NonFiniteModelError: it makes NaN or infinity of right predictions.
-        """
-        if not math.isfinite(self.rehearsal(name, steps)):
-            raise NonFiniteModelError(
-                f"scheduler {name} makes NaN or infinity of the noise schedule of {self.source.label} in {steps} "
-                "steps; the model's scheduler configuration is unsuitable: choose another scheduler, or another model"
-            )
-
-    def rehearsal(self, name: str, steps: int) -> float:
-        """How far a scheduler ends from a picture when every prediction is right, see `rehearse`.
-
-        Raises:
-            ConfigError: it cannot take this many steps.
-        """
-        scheduler = self.scheduler(name)
-        try:
-            scheduler.set_timesteps(steps)
-            furthest = float(scheduler.timesteps.max())
-            if furthest >= self.num_train_timesteps:
-                raise ValueError(f"it begins at timestep {furthest:.0f} of {self.num_train_timesteps}")
-            return rehearse(scheduler, self.alpha_bar, self.prediction_type)
-        except Exception as error:
-            # From ValueError to IndexError; all mean the same to a user.
-            raise ConfigError(
-                f"num_inference_steps is {steps}, which scheduler {name} cannot take ({first_line(error)}); "
-                "take more or fewer, or another scheduler"
-            ) from error
+    @property
+    def identity(self) -> BaseIdentity:
+        """Which base this is, with the hashes of its files."""
+        return BaseIdentity(
+            source=self.source.label,
+            revision=self.source.revision,
+            family=self.family,
+            prediction_type=self.prediction_type,
+            cross_attention_dim=self.cross_attention_dim,
+            files=self.source.hashes,
+        )
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizerFast:
@@ -278,21 +242,11 @@ class StableDiffusion:
         make_frugal(unet)
         return unet
 
-    @staticmethod
-    def use_xformers(unet: nn.Module) -> None:
-        """Makes a UNet compute attention with xformers, which is known to run.
-
-        Not diffusers' own switch: it tries xformers on the first GPU and in fp32, whatever the UNet is on and in.
-        """
-        for module in unet.modules():
-            if isinstance(module, Attention):
-                module.set_processor(XFormersAttnProcessor())
-
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The frozen CLIP text encoder."""
         return self._frozen("text_encoder", self.text_config, device, dtype)
 
-    def load_vae(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
+    def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
         """The frozen autoencoder; `tiling` makes it work in overlapping quarters: a fraction of the memory."""
         vae: Any = self._frozen("vae", self.vae_config, device, dtype)
         if device.type == "cuda":
@@ -339,6 +293,11 @@ class StableDiffusion:
             cut.append(self.tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else "")
         return _padded(self.tokenizer, prompts), cut
 
+    @property
+    def sentence_tokens(self) -> int:
+        """Tokens of a sentence that the text encoder reads, beside those of its beginning and end."""
+        return int(self.tokenizer.model_max_length) - 2
+
     def check_prompt(self, prompt: str) -> str:
         """The words of `prompt` that do not fit into the text encoder ("" when all do).
 
@@ -350,35 +309,92 @@ class StableDiffusion:
         return self.tokenize([prompt])[1][0]
 
     @torch.no_grad()
-    def encode_text(self, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, T, D), fp32 on the CPU."""
-        ids, _ = self.tokenize(prompts)
-        device = next(text_encoder.parameters()).device
-        embeddings: Tensor = text_encoder(ids.to(device))[0]
-        return embeddings.float().cpu()
+    def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
+        """Text embeddings (B, T, D), on the encoder's device and in its type.
+
+        On the meta device no words are read: every sentence has the full length.
+        """
+        device = next(encoder.parameters()).device
+        if device.type == "meta":
+            ids = torch.empty(len(sentences), self.text[EMBEDS].shape[0], dtype=torch.int64, device=device)
+        else:
+            ids = self.tokenize(sentences)[0].to(device)
+        embeddings: Tensor = encoder(ids)[0]
+        return Conditioning({EMBEDS: embeddings})
 
     @torch.no_grad()
-    def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """Latents (B, 4, H/f, W/f), fp32 on the CPU: the posterior's mean, scaled; images (B, 3, H, W) in [-1, 1]."""
-        first = next(vae.parameters())
-        parts = [vae.encode(_laid_out(image[None], first)).latent_dist.mean for image in images]  # type: ignore[operator]
-        return torch.cat(parts).float().cpu() * self._scaling
+    def encode(self, codec: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+        """Latents (B, 4, H/f, W/f) in fp32: the posterior's mean, scaled; pictures (B, 3, H, W) in [-1, 1]."""
+        first = next(codec.parameters())
+        parts = [codec.encode(_laid_out(x[None], first)).latent_dist.mean for x in pictures]  # type: ignore[operator]
+        return {self.denoisers[0].name: torch.cat(parts).float() * self._scaling}
 
     @torch.no_grad()
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, decoded one by one to bound memory.
+    def decode(self, codec: nn.Module, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], in fp32, decoded one by one to bound memory.
 
         Not finite where the autoencoder overflows in its type.
         """
-        first = next(vae.parameters())
-        parts = [vae.decode(_laid_out(z[None] / self._scaling, first)).sample for z in latents]  # type: ignore[operator]
+        first = next(codec.parameters())
+        parts = [codec.decode(_laid_out(z[None] / self._scaling, first)).sample for z in latents]  # type: ignore[operator]
         # Clamping would hide an overflow to infinity, not one to NaN.
-        images = torch.cat(parts).float().cpu()
+        images = torch.cat(parts).float()
         return images.where(~images.isfinite(), images.clamp(-1, 1))
+
+    def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
+        """Nothing: the UNet takes the text alone."""
+        return Conditioning({})
 
     @property
     def _scaling(self) -> float:
         return float(self.vae_config["scaling_factor"])
+
+
+class UNet:
+    """The UNet of a Stable Diffusion 1 or 2, as a `Denoiser`."""
+
+    name = "unet"
+    title = "UNet"
+    extra: Mapping[str, Part] = {}
+    names = KohyaNames()
+    guided = True
+
+    def __init__(self, family: StableDiffusion) -> None:
+        self._family = family
+
+    @property
+    def schedule(self) -> DiscreteSchedule:
+        """The noise schedule that it was trained on."""
+        return self._family.schedule
+
+    def shape(self, size: Size) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of this size."""
+        factor = self._family.vae_factor
+        return self._family.latent_shape[0], size[1] // factor, size[0] // factor
+
+    def load(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen UNet."""
+        return self._family.load_unet(weights=weights, device=device, dtype=dtype)
+
+    def use_xformers(self, network: nn.Module) -> None:
+        """Makes the UNet compute attention with xformers, which is known to run.
+
+        Not diffusers' own switch: it tries xformers on the first GPU and in fp32, whatever the UNet is on and in.
+        """
+        for module in network.modules():
+            if isinstance(module, Attention):
+                module.set_processor(XFormersAttnProcessor())
+
+    def recompute(self, network: nn.Module, on: bool) -> None:
+        """Switches gradient checkpointing."""
+        unet: Any = network
+        (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
+
+    def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """The UNet's prediction, in the layout that cuDNN computes in."""
+        noisy = x.to(memory_format=torch.channels_last)
+        prediction: Tensor = network(noisy, at, encoder_hidden_states=given[EMBEDS]).sample
+        return prediction
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -4,16 +4,13 @@ A row of the batch belongs to one edit and uses only that edit's factors. LoRA (
 ``y = base(x) + alpha / r * B A x``, here with ``A: (N, r, in)`` and ``B: (N, out, r)``; for a
 convolution, A is a convolution of the layer's own geometry to r channels and B is 1x1. peft's
 ``LoraConfig`` names the settings; a pack's outputs and gradients equal those of N peft runs.
-
-All factors of an edit lie in one row of a flat fp32 buffer (N, P), so that an optimiser step, a gradient
-norm or a stop mask for all edits is one operation whatever N is.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from peft import LoraConfig
@@ -22,61 +19,49 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..settings.stages import BLOCKS, peft_targets
-from ..unexpected import WARNINGS
+from .flat_pack import FlatPack
 from .lora import Rows, packed_kind
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
-_CONVOLUTION = (
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "time_emb_proj",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-)
-TARGETS: dict[str, tuple[str, ...]] = {
-    "attn": _ATTENTION,
-    "attn+ff": _ATTENTION + _FEED_FORWARD,
-    "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTION,
-}
-"""Endings of the names of the layers each choice adapts."""
 
 Factors = tuple[Tensor, Tensor, float]
 """One layer's adapter: down (r, in[, kh, kw]), up (out, r[, 1, 1]), alpha."""
 
 
-def kohya_key(module_name: str) -> str:
-    """The name of a UNet module in kohya's LoRA files, e.g. ``lora_unet_mid_block_resnets_0_conv1``."""
-    return "lora_unet_" + module_name.replace(".", "_")
+class LayerNames(Protocol):
+    """Names of a network's layers, and of their factors in files."""
+
+    @property
+    def targets(self) -> Mapping[str, Sequence[str]]:
+        """Endings of the names of the layers that each choice adapts."""
+
+    def key(self, layer: str) -> str:
+        """The key of a layer's factors."""
+
+    def block_of(self, layer: str) -> int:
+        """The number in `BLOCKS` of the part of the network that a layer belongs to."""
 
 
-def block_of(module_name: str) -> int:
-    """The number in `BLOCKS` of the part of the UNet a module belongs to; what stands before the middle is encoder."""
-    if module_name.startswith("mid_block"):
-        return BLOCKS.index("mid")
-    return BLOCKS.index("up" if module_name.startswith(("up_blocks", "conv_out")) else "down")
-
-
-def target_modules(network: nn.Module, adapt: str, blocks: Sequence[str] = BLOCKS) -> dict[str, nn.Module]:
+def target_modules(
+    network: nn.Module, names: LayerNames, adapt: str, blocks: Sequence[str] = BLOCKS
+) -> dict[str, nn.Module]:
     """The layers of `network` that `adapt` covers in `blocks`, by name, in the network's order.
 
     peft chooses them, as for its own adapters.
 
     Args:
         network: the network; its layers may be on any device.
-        adapt: a key of `TARGETS`, or an expression (see `peft_targets`).
-        blocks: parts of the UNet, some of `BLOCKS`.
+        names: of its layers.
+        adapt: a key of `LayerNames.targets`, or an expression (see `peft_targets`).
+        blocks: parts of the network, some of `BLOCKS`.
 
     Raises:
         ConfigError: it covers no layer, or one that is neither linear nor a convolution.
     """
-    config = LoraConfig(target_modules=TARGETS.get(adapt) or peft_targets(adapt))
+    config = LoraConfig(target_modules=list(names.targets.get(adapt, ())) or peft_targets(adapt))
     config = _maybe_include_all_linear_layers(config, network)
     modules = {
         name: module
         for name, module in network.named_modules()
-        if name and BLOCKS[block_of(name)] in blocks and check_target_module_exists(config, name)
+        if name and BLOCKS[names.block_of(name)] in blocks and check_target_module_exists(config, name)
     }
     expected = "expected linear layers or convolutions, such as to_q,to_v"
     if not modules:
@@ -105,32 +90,16 @@ class _Shape:
         assert isinstance(module, nn.Linear)
         return _Shape((rank, module.in_features), (module.out_features, rank))
 
-    @property
-    def down_size(self) -> int:
-        return math.prod(self.down)
-
-    @property
-    def size(self) -> int:
-        return self.down_size + math.prod(self.up)
-
-
-@contextmanager
-def strided_gradients() -> Iterator[None]:
-    """Around a backward pass: without torch's warning that factors of several edits lie apart in one buffer, as they
-    and their gradients do on purpose."""
-    with WARNINGS, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-        yield
-
 
 class AdapterPack:
     """The adapters of N edits for the chosen layers of one network.
 
     Args:
-        network: a frozen network; it is not changed until `attach`.
+        network: a frozen network; it is not changed until `attached`.
+        names: of its layers.
         count: N, the number of edits.
         adapt: the layers, see `target_modules`.
-        blocks: parts of the UNet to adapt, some of `BLOCKS`.
+        blocks: parts of the network to adapt, some of `BLOCKS`.
         rank: r.
         alpha: the output is scaled by ``alpha / r``.
 
@@ -143,6 +112,7 @@ class AdapterPack:
     def __init__(
         self,
         network: nn.Module,
+        names: LayerNames,
         *,
         count: int,
         adapt: str,
@@ -151,19 +121,26 @@ class AdapterPack:
         blocks: Sequence[str] = BLOCKS,
         device: torch.device | str = "cpu",
     ) -> None:
-        modules = target_modules(network, adapt, blocks)
-        self._create(modules, count, dict.fromkeys(modules, rank), device)
+        modules = target_modules(network, names, adapt, blocks)
+        self._create(modules, names, count, dict.fromkeys(modules, rank), device)
         self._set_alphas({name: [float(alpha)] * count for name in self._shapes})
 
     def _create(
-        self, modules: Mapping[str, nn.Module], count: int, ranks: Mapping[str, int], device: torch.device | str
+        self,
+        modules: Mapping[str, nn.Module],
+        names: LayerNames,
+        count: int,
+        ranks: Mapping[str, int],
+        device: torch.device | str,
     ) -> None:
-        self.count = count
+        self.count, self.names = count, names
         self.rows = Rows()
         self._shapes = {name: _Shape.of(module, ranks[name]) for name, module in modules.items()}
-        size = sum(shape.size for shape in self._shapes.values())
-        self.weights = torch.zeros(count, size, device=device)
-        self._parameters = {name: (nn.Parameter(d), nn.Parameter(u)) for name, d, u in self._views(self.weights)}
+        shapes = {f"{name}.{end}": getattr(s, end) for name, s in self._shapes.items() for end in ("down", "up")}
+        self._flat = FlatPack(count, shapes, device=device)
+        self.weights = self._flat.weights
+        factors = self._flat.parameters
+        self._parameters = {name: (factors[f"{name}.down"], factors[f"{name}.up"]) for name in self._shapes}
 
     def _set_alphas(self, alphas: dict[str, list[float]]) -> None:
         """Of each layer, the alpha of every edit; 0 where an edit lacks the layer."""
@@ -175,22 +152,10 @@ class AdapterPack:
             plain = all(scale == 1 for scale in scales)
             self._scales[name] = None if plain else torch.tensor(scales, device=self.weights.device)
 
-    def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, down (N, r, in...), up (N, out, r)) views of a flat (N, P) tensor."""
-        start = 0
-        for name, shape in self._shapes.items():
-            middle, end = start + shape.down_size, start + shape.size
-            yield (
-                name,
-                flat[:, start:middle].view(self.count, *shape.down),
-                flat[:, middle:end].view(self.count, *shape.up),
-            )
-            start = end
-
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The stacked factors, views of `weights`."""
-        return [parameter for pair in self._parameters.values() for parameter in pair]
+        return list(self._flat.parameters.values())
 
     @torch.no_grad()
     def initialize_edit(self, edit: int, generator: torch.Generator) -> None:
@@ -204,11 +169,7 @@ class AdapterPack:
 
     def enable_gradients(self) -> Tensor:
         """The flat gradient (N, P); every factor's gradient is a view of it, which backward passes fill."""
-        grads = torch.zeros_like(self.weights)
-        for name, down, up in self._views(grads):
-            parameters = self._parameters[name]
-            parameters[0].grad, parameters[1].grad = down, up
-        return grads
+        return self._flat.enable_gradients()
 
     def set_rows(self, index: Tensor | None, strengths: Tensor | None = None) -> None:
         """Says which edit each row of the following passes belongs to, and how strongly it is adapted.
@@ -233,7 +194,7 @@ class AdapterPack:
                 parent = network.get_submodule(parent_name)
                 base = parent.get_submodule(child)
                 kind = packed_kind(name, base)
-                setattr(parent, child, kind(base, down, up, self._scales[name], self.rows, block_of(name)))
+                setattr(parent, child, kind(base, down, up, self._scales[name], self.rows, self.names.block_of(name)))
                 originals.append((parent, child, base))
             yield
         finally:
@@ -241,18 +202,22 @@ class AdapterPack:
                 setattr(parent, child, base)
 
     def export(self, edit: int) -> dict[str, Factors]:
-        """One edit's adapter by kohya key, as fp32 copies on the CPU; without the layers that only other edits have."""
+        """One edit's adapter by key, as fp32 copies on the CPU; without the layers that only other edits have."""
         factors = {}
         for name, (down, up) in self._parameters.items():
             if not self.alphas[name][edit]:
                 continue
             d, u = down[edit].detach().cpu().clone(), up[edit].detach().cpu().clone()
-            factors[kohya_key(name)] = (d, u if d.dim() == 2 else u[..., None, None], self.alphas[name][edit])
+            factors[self.names.key(name)] = (d, u if d.dim() == 2 else u[..., None, None], self.alphas[name][edit])
         return factors
 
     @staticmethod
     def load(
-        network: nn.Module, adapters: Sequence[Mapping[str, Factors]], *, device: torch.device | str = "cpu"
+        network: nn.Module,
+        layers: LayerNames,
+        adapters: Sequence[Mapping[str, Factors]],
+        *,
+        device: torch.device | str = "cpu",
     ) -> "AdapterPack":
         """The pack of finished adapters; layers and ranks may differ between edits (zeros fill the gaps).
 
@@ -264,7 +229,7 @@ class AdapterPack:
         if not any(adapters):
             raise ValueError("there are no adapters to load")
         names = {
-            kohya_key(name): name
+            layers.key(name): name
             for name, module in network.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d))
         }
@@ -278,7 +243,7 @@ class AdapterPack:
             for key, (down, _, _) in adapter.items():
                 ranks[names[key]] = max(ranks[names[key]], down.shape[0])
         pack = AdapterPack.__new__(AdapterPack)
-        pack._create(modules, len(adapters), ranks, device)
+        pack._create(modules, layers, len(adapters), ranks, device)
         alphas = {name: [0.0] * len(adapters) for name in modules}
         with torch.no_grad():
             for edit, adapter in enumerate(adapters):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .adapter_pack import Factors
-from .portable import MIN_RANK
+
+MIN_RANK = 2
+"""Fewest directions of a layer: stable-diffusion.cpp takes the last side above 1 of ``lora_down`` for the rank."""
 
 _Step = tuple[float, str, int, int]
 """Energy per stored number, negative; layer; directions; stored numbers."""

@@ -25,8 +25,9 @@ from ..errors import (
     TensorShapeError,
     TensorValueError,
 )
+from ..families.conditioning import Conditioning
+from ..families.portable import portable
 from ..layers.adapter_pack import AdapterPack, Factors, target_modules
-from ..layers.portable import portable
 from ..layers.truncation import truncated
 from ..pictures.letterbox import Letterbox, from_square, to_images
 from ..sampling.sample import Cell, sample
@@ -110,10 +111,10 @@ def stream_edits(
     meter = meter or Meter(base.device)
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
-    base.family.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
+    base.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
     _check_layers(base, config.finetune)
     # Encoding the first photo may lead to fallbacks, too.
-    rungs_before = len(base.rungs)
+    fallbacks_before = len(base.fallbacks)
     prepared = Prepared(base, config, meter, groups, progress if count == 1 else preparing)
     if (first := next(prepared, None)) is None:
         return
@@ -136,7 +137,9 @@ def stream_edits(
                 finished.append((made.number, made.error))
                 continue
             try:
-                edit: Edit | LowmemImagicError = _edit(base, config, identity, taken, made, base.rungs[rungs_before:])
+                edit: Edit | LowmemImagicError = _edit(
+                    base, config, identity, taken, made, base.fallbacks[fallbacks_before:]
+                )
             except (NonFiniteTensorError, TensorValueError) as error:
                 # Of one edit, whose loss was finite to the end; the others go on.
                 edit = DivergenceError(
@@ -152,9 +155,11 @@ def _check_layers(base: BaseModel, config: FinetuneConfig) -> None:
     Raises:
         ConfigError: it has none, or they cannot be adapted.
     """
-    if config.adapt not in ADAPT_TARGETS:
-        network = base.family.load_unet(weights=base.weights, device=torch.device("meta"), dtype=base.dtype)
-        target_modules(network, config.adapt, config.blocks)
+    if config.adapt in ADAPT_TARGETS:
+        return
+    for denoiser in base.denoisers:
+        network = denoiser.load(weights=base.weights, device=torch.device("meta"), dtype=base.dtype)
+        target_modules(network, denoiser.names, config.adapt, config.blocks)
 
 
 def apply_edits(
@@ -229,37 +234,39 @@ def render_latents(
     meter = meter or Meter(base.device)
     with measured_stage(meter, "encode sentence", "`device=cpu`"):
         target = base.encode_text(prompts if prompts is not None else [edit.target_prompt for edit in edits])
-    for edit, embedding in zip(edits, target, strict=True):
-        if edit.optimized_embedding.shape != embedding.shape:
+    denoiser = base.denoisers[0]
+    [part] = [name for name, part in base.family.text.items() if part.stored]
+    for edit in edits:
+        if edit.optimized_embedding.shape != target[part].shape[1:]:
             raise TensorShapeError(
                 f"the edit's embedding has shape {tuple(edit.optimized_embedding.shape)}, "
-                f"the base's text encoder gives {tuple(embedding.shape)}; use the base the edit was made for"
+                f"the base's text encoder gives {tuple(target[part].shape[1:])}; use the base the edit was made for"
             )
-    optimized = torch.stack([edit.optimized_embedding.float() for edit in edits])
-    coarse_latents = torch.cat([_coarse_latents(edit, base) for edit in edits])
+    optimized = Conditioning({part: torch.stack([edit.optimized_embedding.float() for edit in edits])})
+    low = torch.cat([_coarse_latents(edit, base) for edit in edits])
     own = [_inverted_noise(edit, base) for edit in edits] if config.start == "inverted" else []
     with measured_stage(meter, "sample", "fewer rows a batch (`batch_rows`)"):
         adapters = [{key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()} for edit in edits]
         try:
-            pack = AdapterPack.load(base.unet, adapters, device=base.device)
+            pack = AdapterPack.load(base.network(denoiser), denoiser.names, adapters, device=base.device)
         except ValueError as error:
             raise TensorShapeError(f"the edit does not fit {base.name}: {error}") from error
         return sample(
             base,
-            pack,
+            {denoiser.name: pack},
             target,
             optimized,
             cells,
             config,
             named(progress, "sample"),
-            coarse_latents=coarse_latents,
-            inverted_noise=torch.stack(own) if own else None,
+            coarse={denoiser.name: low},
+            noise={denoiser.name: torch.stack(own)} if own else None,
         )
 
 
 def _coarse_latents(edit: Edit, base: BaseModel) -> Tensor:
     """The photo's low frequencies (1, C, COARSE_SIDE, COARSE_SIDE), whatever their cells in the file."""
-    channels, stored = base.family.unet_config["in_channels"], edit.coarse_latents.float()[None]
+    channels, stored = base.denoisers[0].shape(base.size)[0], edit.coarse_latents.float()[None]
     if stored.shape[1] != channels:
         raise TensorShapeError(
             f"the edit's coarse latents have {stored.shape[1]} channels, the base's have {channels}; "
@@ -280,10 +287,11 @@ def _inverted_noise(edit: Edit, base: BaseModel) -> Tensor:
             "start is inverted, and this edit was not made with it: it holds no noise of its photo's own; "
             "start from the photo's colours (`start=photo`)"
         )
-    if tuple(edit.inverted_noise.shape) != base.family.latent_shape:
+    shape = base.denoisers[0].shape(base.size)
+    if tuple(edit.inverted_noise.shape) != shape:
         raise TensorShapeError(
             f"the edit's own noise has shape {tuple(edit.inverted_noise.shape)}, the base's latents have "
-            f"{base.family.latent_shape}; use the base the edit was made for, or `start=photo`"
+            f"{shape}; use the base the edit was made for, or `start=photo`"
         )
     return edit.inverted_noise.float()
 
@@ -306,8 +314,8 @@ def check_base(edit: Edit, base: BaseModel) -> str:
             )
     raise BaseMismatchError(
         f"this edit was made for {edit.base.source} ({edit.base.family}, {edit.base.prediction_type}, "
-        f"width {edit.base.cross_attention_dim}) and cannot be used on {base.name} ({base.family.family}, "
-        f"{base.family.prediction_type}, width {base.family.cross_attention_dim}); name its own base with `model`"
+        f"width {edit.base.cross_attention_dim}) and cannot be used on {base.name} ({base.identity.family}, "
+        f"{base.identity.prediction_type}, width {base.identity.cross_attention_dim}); name its own base with `model`"
     )
 
 
@@ -338,18 +346,24 @@ def versions() -> dict[str, str]:
 
 
 def _edit(
-    base: BaseModel, config: EditConfig, identity: BaseIdentity, taken: Taken, made: TrainedEdit, rungs: Sequence[str]
+    base: BaseModel,
+    config: EditConfig,
+    identity: BaseIdentity,
+    taken: Taken,
+    made: TrainedEdit,
+    fallbacks: Sequence[str],
 ) -> Edit:
     """A trained edit as a value.
 
     Raises:
         NonFiniteTensorError, TensorValueError: training gave numbers that no file holds.
     """
+    first = base.denoisers[0].name
     return Edit(
-        adapter=_stored(made.adapter, config.finetune.keep, base),
-        optimized_embedding=made.optimized_embedding.half(),
-        coarse_latents=coarse(taken.latents[None], COARSE_SIDE)[0].half(),
-        inverted_noise=taken.inverted_noise,
+        adapter=_stored(made.adapters[first], config.finetune.keep, base),
+        optimized_embedding=next(iter(made.conditioning.values())).half(),
+        coarse_latents=coarse(taken.latents[first][None], COARSE_SIDE)[0].half(),
+        inverted_noise=taken.inverted_noise.get(first),
         target_prompt=taken.job.prompt,
         base=identity,
         settings=_settings(config, made),
@@ -363,7 +377,7 @@ def _edit(
             "device": _device_name(base.device),
             "dtype": str(base.dtype),
             "stages": {**taken.measured, **made.measured},
-            "rungs": list(rungs),
+            "rungs": list(fallbacks),
         },
         title=" ".join(taken.job.prompt.split())[:200],
     )
@@ -371,7 +385,7 @@ def _edit(
 
 def _stored(adapter: Mapping[str, Factors], keep: float, base: BaseModel) -> dict[str, LoraFactors]:
     """A trained adapter as its file holds it."""
-    stored = portable(truncated(adapter, keep), base.unet)
+    stored = portable(truncated(adapter, keep), base.network(base.denoisers[0]))
     return {key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in stored.items()}
 
 

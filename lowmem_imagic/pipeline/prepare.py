@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from unicodedata import category
 
@@ -15,6 +15,8 @@ from ..edits.meta import MAX_PROMPT_CHARS
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, clear_errors
 from ..errors import PromptError
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser
 from ..pictures import Photo
 from ..pictures.letterbox import Letterbox, to_square, to_tensor
 from ..sampling.inversion import own_noise
@@ -41,13 +43,13 @@ class Taken:
     """What an edit is made of, beside what training gives."""
 
     job: Job
-    latents: Tensor
-    """(C, H, W)."""
-    target_embedding: Tensor
-    """(T, D)."""
+    latents: Mapping[str, Tensor]
+    """(C, H, W), by denoiser."""
+    target: Conditioning
+    """One row."""
     source: SourcePicture
-    inverted_noise: Tensor | None = None
-    """(C, H, W) in fp16; None where edits start from their seeds' noise."""
+    inverted_noise: dict[str, Tensor] = field(default_factory=dict)
+    """(C, H, W) in fp16, by denoiser; empty where edits start from their seeds' noise."""
     measured: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
     """Seconds and peak bytes of the stages before training."""
 
@@ -78,11 +80,15 @@ class Prepared(Iterator[TrainingInput]):
             self._encode(next(self._groups))
         taken = self._ready.popleft()
         generator = torch.Generator().manual_seed(self._config.seed)
-        noise = self._start_noise(taken, generator)
+        extra = self._extra(taken)
+        noise = {
+            denoiser.name: self._start_noise(taken, denoiser, generator, extra[denoiser.name])
+            for denoiser in self._base.denoisers
+        }
         taken.measured = {name: self._meter.stages[name] for name in STAGES if name in self._meter.stages}
         self.taken[self._count] = taken
         self._count += 1
-        return TrainingInput(taken.latents, taken.target_embedding, generator, noise, taken.job.state)
+        return TrainingInput(taken.latents, taken.target, generator, noise, extra, taken.job.state)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -97,24 +103,35 @@ class Prepared(Iterator[TrainingInput]):
             sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt, ""]
             target = self._base.encode_text(sentences)
             squares = [to_square(job.photo.image, box) for job, box in zip(jobs, boxes, strict=True)]
-            latents = self._base.encode_images(torch.cat([to_tensor(square) for square in squares]))
+            latents = self._base.encode(torch.cat([to_tensor(square) for square in squares]))
         if not self._count:
             with measured_stage(self._meter, "load", "`base_weights=int8`, or `device=cpu`"):
-                self._base.unet.eval()
-        for job, x, e, source in zip(jobs, latents, target[: len(jobs)], sources, strict=True):
-            self._ready.append(Taken(job, x, e, source))
+                for denoiser in self._base.denoisers:
+                    self._base.network(denoiser)
+        for number, (job, source) in enumerate(zip(jobs, sources, strict=True)):
+            own = {name: x[number] for name, x in latents.items()}
+            self._ready.append(Taken(job, own, target.rows([number]), source))
 
-    def _start_noise(self, taken: Taken, generator: torch.Generator) -> Tensor:
+    def _extra(self, taken: Taken) -> dict[str, Conditioning]:
+        """One row of what each denoiser takes beside the text: of a cascade, the photo as the one before sees it."""
+        extra, lower = dict[str, Conditioning](), None
+        for denoiser in self._base.denoisers:
+            extra[denoiser.name] = self._base.family.make_extra(denoiser, 1, self._base.size, lower)
+            lower = taken.latents[denoiser.name][None]
+        return extra
+
+    def _start_noise(self, taken: Taken, denoiser: Denoiser, generator: torch.Generator, extra: Conditioning) -> Tensor:
         """The noise (C, H, W) that sampling will start from with the first of its seeds."""
-        seed = self._config.sample.seeds[0]
-        drawn = starting_noise(self._base.family.latent_shape, torch.Generator().manual_seed(seed))
+        seed, latents = self._config.sample.seeds[0], taken.latents[denoiser.name]
+        drawn = starting_noise(latents.shape, torch.Generator().manual_seed(seed))
         if self._config.sample.start != "inverted":
             return drawn
         with measured_stage(self._meter, "invert", "`device=cpu`"):
             progress = named(self._progress, "invert")
-            taken.inverted_noise = own_noise(self._base, taken.latents, generator, progress).half()
-        # As the file holds it: what is trained is what will be sampled.
-        return varied(taken.inverted_noise.float(), drawn, seed)
+            own = own_noise(self._base, denoiser, latents, generator, progress, extra=extra).half()
+        taken.inverted_noise[denoiser.name] = own
+        # As the file holds it: training is anchored to the noise that sampling starts from.
+        return varied(own.float(), drawn, seed)
 
 
 def check_sentence(sentence: str) -> None:

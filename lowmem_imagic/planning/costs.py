@@ -1,9 +1,10 @@
 """What training and rendering take, phase by phase: worked out from an architecture, before a weight is read.
 
-The passes are the real ones, run on the meta device (see `accounting`): the network that is trained, with its
-adapters, forward and backward.
+The passes are the real ones, run on the meta device (see `counting`): the family's own encoders and networks, and the
+trainer's own pass with its adapters, forward and backward.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.schedules import loss_per_edit
 from ..engine.base import BaseModel
-from ..families import StableDiffusion
-from ..layers.adapter_pack import AdapterPack, strided_gradients
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser, Family, Size
+from ..layers.adapter_pack import AdapterPack
+from ..layers.flat_pack import FlatPack
 from ..layers.frozen import Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
+from ..training.loop import TrainedTensor, Trainer
+from ..training.pack import stages
 from .counting import fused_attention, peak_of
 
 _META = torch.device("meta")
@@ -62,55 +66,57 @@ class Costs:
     Args:
         family: the model family.
         config: settings of all stages.
-        weights: format of the UNet's weights, one of `config.WEIGHT_FORMATS`.
-        dtype: type that the UNet computes in.
+        weights: format of the denoisers' weights, one of `WEIGHT_FORMATS`.
+        dtype: type that the denoisers compute in.
         part_dtype: type of text encoder and autoencoder.
-        size_px: side of the pictures; None for the model's own.
+        size: width and height of the pictures; None for the model's own.
     """
 
     def __init__(
         self,
-        family: StableDiffusion,
+        family: Family,
         config: EditConfig,
         *,
         weights: str,
         dtype: torch.dtype,
         part_dtype: torch.dtype,
-        size_px: int | None = None,
+        size: Size | None = None,
     ) -> None:
         self._family, self._config, self._part_dtype = family, config, part_dtype
-        self._size_px = size_px or family.size_px
+        self._size = size or family.size
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
         self.known: dict[Any, int] = {}
-        tokens = int(family.text_config["max_position_embeddings"])
-        self._text_shape = (tokens, family.cross_attention_dim)
+        self._stages = {stage.name: stage for stage in stages(config, family.denoisers)}
+        trained = [part.shape for part in family.text.values() if part.trained]
+        self._text_numbers = sum(map(math.prod, trained))
 
     @cached_property
-    def unet(self) -> int:
-        """Bytes of the frozen UNet."""
-        return weight_bytes(self._base.unet)
+    def networks(self) -> int:
+        """Bytes of the frozen denoisers."""
+        return sum(weight_bytes(self._base.network(denoiser)) for denoiser in self._base.denoisers)
 
     @cached_property
     def load(self) -> int:
-        """Most bytes while the UNet is loaded and quantised, itself included.
+        """Most bytes while the denoisers are loaded and quantised, themselves included.
 
         A kernel of n weights is there in half precision, as it came from the file, in fp32, and twice in 8 bits (see
         `layers.frozen.Int8Conv2d.quantize_`); any other weight in half precision and as it is kept.
         """
-        modules = list(self._base.unet.modules())
+        networks = [self._base.network(denoiser) for denoiser in self._base.denoisers]
+        modules = [module for network in networks for module in network.modules()]
         kernels = [7 * layer.weight.numel() for layer in modules if isinstance(layer, Int8Conv2d)]
-        others = [2 * parameter.numel() for parameter in self._base.unet.parameters()]
-        return self.unet + max(*kernels, *others)
+        others = [2 * parameter.numel() for network in networks for parameter in network.parameters()]
+        return self.networks + max([*kernels, *others])
 
     @cached_property
     def adapter_weights(self) -> int:
-        """Numbers in one edit's adapter."""
-        return self._adapters(1).weights.numel()
+        """Numbers in one edit's adapters."""
+        return sum(self._adapters(denoiser, 1).weights.numel() for denoiser in self._base.denoisers)
 
     def adapters(self, slots: int) -> int:
         """Bytes of what trains in `slots` slots, fp32, with gradients and two moments."""
-        return slots * 16 * (self.adapter_weights + math.prod(self._text_shape))
+        return slots * 16 * (self.adapter_weights + self._text_numbers)
 
     def train(
         self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune", recorded: bool = False
@@ -120,9 +126,9 @@ class Costs:
         Where passes are recorded (see `replay`), a pass's bytes stay taken in that step, and are taken while a copy of
         the gradients is.
         """
-        adapted = stage == "finetune"
-        stepped = self.adapter_weights if adapted else math.prod(self._text_shape)
-        both = self._pass(rows, edits, checkpointing, adapted), 2 * 4 * edits * stepped
+        way = self._stages[stage]
+        stepped = self._text_numbers * bool(way.rate("text")) + self.adapter_weights * bool(way.rate("adapter"))
+        both = self._pass(rows, edits, checkpointing, stage), 2 * 4 * edits * stepped
         return sum(both) if recorded else max(both)
 
     def train_about(self, *, checkpointing: bool, recorded: bool = False) -> Callable[[int, int], int]:
@@ -133,20 +139,25 @@ class Costs:
 
         return _Linear.through(exactly).of
 
-    @_once
     def sample(self, rows: int, edits: int = 1) -> int:
         """Most bytes of a sampling batch, adapters included."""
-        pack = self._adapters(edits)
+        return max(self._sample(rows, edits, number) for number in range(len(self._base.denoisers)))
+
+    @_once
+    def _sample(self, rows: int, edits: int, number: int) -> int:
+        """The same of one denoiser."""
+        denoiser = self._base.denoisers[number]
+        pack = self._adapters(denoiser, edits)
         # Rows of several edits gather their factors.
         pack.set_rows(torch.zeros(rows, dtype=torch.int64, device=_META))
 
         def run() -> None:
             # With guidance, the text of half the rows and its negative are joined.
-            text = torch.cat([torch.empty(1 + rows // 2, *self._text_shape, device=_META) for _ in range(2)])
-            latents = torch.cat([self._latents(rows) for _ in range(2)])[:rows]
-            self._base.predict(latents, torch.empty(rows, dtype=torch.int64, device=_META), text[:rows])
+            given = Conditioning.cat([self._given(denoiser, 1 + rows // 2) for _ in range(2)]).rows(slice(rows))
+            x = torch.cat([self._x(denoiser, rows) for _ in range(2)])[:rows]
+            self._base.predict(denoiser, x, self._at(denoiser, rows), given)
 
-        with torch.no_grad(), fused_attention(), pack.attached(self._base.unet):
+        with torch.no_grad(), fused_attention(), pack.attached(self._base.network(denoiser)):
             return peak_of(run) + pack.weights.nbytes
 
     def _text_encoder(self) -> Any:
@@ -161,40 +172,52 @@ class Costs:
     def encode_text(self) -> int:
         """Most bytes while a sentence is encoded."""
         encoder = self._text_encoder()
-        ids = torch.empty(1, self._text_shape[0], dtype=torch.int64, device=_META)
         with torch.no_grad(), fused_attention():
-            return peak_of(lambda: encoder(ids)[0])
+            return peak_of(lambda: self._family.encode_text(encoder, ["a sentence"]))
 
-    def _vae(self, tiling: bool) -> Any:
-        return self._family.load_vae(device=_META, dtype=self._part_dtype, tiling=tiling)
+    def _codec(self, tiling: bool) -> Any:
+        return self._family.load_codec(device=_META, dtype=self._part_dtype, tiling=tiling)
 
     @cached_property
     def vae(self) -> int:
         """Bytes of the autoencoder."""
-        return weight_bytes(self._vae(False))
+        return weight_bytes(self._codec(False))
 
     @_once
     def encode(self, *, tiling: bool = False) -> int:
         """Most bytes while a picture is encoded."""
-        vae, picture = self._vae(tiling), torch.empty(1, 3, self._size_px, self._size_px, device=_META)
+        codec, (width, height) = self._codec(tiling), self._size
+        picture = torch.empty(1, 3, height, width, device=_META)
         with torch.no_grad(), fused_attention():
-            return peak_of(lambda: vae.encode(picture.to(self._part_dtype)).latent_dist.mean)
+            return peak_of(lambda: self._family.encode(codec, picture))
 
     @_once
     def decode(self, *, tiling: bool = False) -> int:
         """Most bytes while a picture is decoded."""
-        vae = self._vae(tiling)
+        codec = self._codec(tiling)
         with torch.no_grad(), fused_attention():
-            return peak_of(lambda: vae.decode(self._latents(1).to(self._part_dtype)).sample)
+            return peak_of(lambda: self._family.decode(codec, self._x(self._base.denoisers[-1], 1)))
 
-    def _latents(self, rows: int) -> Tensor:
-        channels, side = self._family.latent_shape[0], self._size_px // self._family.vae_factor
-        return torch.empty(rows, channels, side, side, device=_META)
+    def _x(self, denoiser: Denoiser, rows: int) -> Tensor:
+        """Rows of what a denoiser denoises."""
+        return torch.empty(rows, *denoiser.shape(self._size), device=_META)
 
-    def _adapters(self, edits: int) -> AdapterPack:
+    def _at(self, denoiser: Denoiser, rows: int) -> Tensor:
+        """Positions for rows."""
+        return torch.empty(rows, dtype=denoiser.schedule.spread(1).dtype, device=_META)
+
+    def _given(self, denoiser: Denoiser, rows: int) -> Conditioning:
+        """Rows of a denoiser's conditioning."""
+        parts = {**self._family.text, **denoiser.extra}
+        return Conditioning(
+            {name: torch.empty(rows, *part.shape, dtype=part.dtype, device=_META) for name, part in parts.items()}
+        )
+
+    def _adapters(self, denoiser: Denoiser, edits: int) -> AdapterPack:
         tuned = self._config.finetune
         return AdapterPack(
-            self._base.unet,
+            self._base.network(denoiser),
+            denoiser.names,
             count=edits,
             adapt=tuned.adapt,
             blocks=tuned.blocks,
@@ -204,25 +227,29 @@ class Costs:
         )
 
     @_once
-    def _pass(self, rows: int, edits: int, checkpointing: bool, adapted: bool) -> int:
-        """Most bytes of one pass forward and backward, as `training.Trainer` makes it."""
-        unet: Any = self._base.unet
-        (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
-        text = torch.empty(edits, *self._text_shape, device=_META).requires_grad_(not adapted)
-        each = rows // edits
+    def _pass(self, rows: int, edits: int, checkpointing: bool, stage: str) -> int:
+        """Most bytes of one pass forward and backward: the trainer's own."""
+        way = self._stages[stage]
+        denoiser, network = way.denoiser, self._base.network(way.denoiser)
+        self._base.recompute(checkpointing)
+        shapes = {name: part.shape for name, part in self._family.text.items() if part.trained}
+        text, given = FlatPack(edits, shapes, device=_META), self._given(denoiser, edits)
+        trained, packs = list[TrainedTensor](), dict[str, AdapterPack]()
+        if way.rate("text"):
+            trained.append(TrainedTensor(text.weights, text.enable_gradients(), way.rate("text")))
+            given |= text.parameters
+        if way.rate("adapter"):
+            packs[denoiser.name] = self._adapters(denoiser, edits)
+            weights = packs[denoiser.name].weights
+            trained.append(TrainedTensor(weights, packs[denoiser.name].enable_gradients(), way.rate("adapter")))
+        trainer = Trainer(self._base, trained, lambda *_: given, packs=packs)
+        index = torch.empty(edits, dtype=torch.int64, device=_META)
 
         def run() -> None:
-            expanded = text.repeat_interleave(each, 0, output_size=rows)
-            latents = self._latents(rows)
-            prediction = self._base.predict(latents, torch.empty(rows, dtype=torch.int64, device=_META), expanded)
-            with strided_gradients():
-                loss_per_edit(prediction, torch.empty_like(latents), edits).sum().backward()
+            noisy = self._x(denoiser, rows)
+            trainer.run_pass(denoiser, True, 1.0, noisy, self._at(denoiser, rows), torch.empty_like(noisy), index)
 
-        with fused_attention():
-            if not adapted:
-                text.grad = torch.empty_like(text)
-                return peak_of(run)
-            pack = self._adapters(edits)
-            pack.enable_gradients()
-            with pack.attached(unet):
-                return peak_of(run)
+        with fused_attention(), contextlib.ExitStack() as attached:
+            for pack in packs.values():
+                attached.enter_context(pack.attached(network))
+            return peak_of(run)

@@ -201,7 +201,7 @@ class _Planner:
 
     def room(self, slots: int) -> int:
         """Bytes for activations beside `slots` edits in training."""
-        return self._available - self._costs.unet - self._costs.adapters(slots)
+        return self._available - self._costs.networks - self._costs.adapters(slots)
 
     def training(self, checkpointing: bool) -> tuple[int, int] | None:
         """Slots and rows a pass: most rows, in the fewest slots that have them; None where not one fits."""
@@ -272,7 +272,7 @@ def plan(
             slots, rows = found
             break
     else:
-        least = costs.unet + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
+        least = costs.networks + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
@@ -286,18 +286,18 @@ def plan(
     training = costs.adapters(slots)
     # Edits still in training keep their memory, and so does the UNet.
     held = training if beside else 0
-    batch_rows = planner.batch_rows(costs.unet + held)
-    room = available - costs.unet - held - costs.vae
+    batch_rows = planner.batch_rows(costs.networks + held)
+    room = available - costs.networks - held - costs.vae
     tiling = costs.decode() > room or costs.encode() > room
     if not batch_rows or max(costs.decode(tiling=tiling), costs.encode(tiling=tiling)) > room:
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold a training step but no picture: one takes "
-            f"{(costs.unet + held + costs.sample(2)) / 1e9:.2f} GB to sample and "
-            f"{(costs.unet + held + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
+            f"{(costs.networks + held + costs.sample(2)) / 1e9:.2f} GB to sample and "
+            f"{(costs.networks + held + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
         )
 
     # Before anything trains, sentences and photos are encoded in an empty device.
-    stays = costs.unet + held if beside else 0
+    stays = costs.networks + held if beside else 0
     text_on_cpu = costs.encode_text() > available - stays - costs.text_encoder
     if text_on_cpu and on_cpu:
         raise MemoryLimitError(
@@ -312,17 +312,17 @@ def plan(
     first, second = (
         costs.train(rows, slots, checkpointing=recompute, stage=s, recorded=recorded) for s in ("embed", "finetune")
     )
-    frozen = costs.unet if beside else 0
+    frozen = costs.networks if beside else 0
     photos = phase(frozen + costs.vae, held, costs.encode(tiling=tiling))
     sentences = phase(frozen + costs.text_encoder, held, costs.encode_text())
     phases = {
         "load": Phase(costs.load, held, 0, context_bytes),
         "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
         # All but the first photo are inverted beside what is to be trained.
-        **({"invert": phase(costs.unet, training, costs.sample(1))} if config.sample.start == "inverted" else {}),
-        "embed": phase(costs.unet, training, first),
-        "finetune": phase(costs.unet, training, second),
-        "sample": phase(costs.unet, held, costs.sample(batch_rows)),
-        "decode": phase(costs.unet + costs.vae, held, costs.decode(tiling=tiling)),
+        **({"invert": phase(costs.networks, training, costs.sample(1))} if config.sample.start == "inverted" else {}),
+        "embed": phase(costs.networks, training, first),
+        "finetune": phase(costs.networks, training, second),
+        "sample": phase(costs.networks, held, costs.sample(batch_rows)),
+        "decode": phase(costs.networks + costs.vae, held, costs.decode(tiling=tiling)),
     }
     return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, text_on_cpu, phases)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..engine.base import BaseModel
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser
 
 STEPS = 30
 """Steps backwards through the noise schedule."""
@@ -18,43 +20,46 @@ that start from it are blurred."""
 @torch.no_grad()
 def own_noise(
     base: BaseModel,
+    denoiser: Denoiser,
     latents: Tensor,
     generator: torch.Generator,
     progress: Callable[[int, int, str], None] | None = None,
+    *,
+    extra: Conditioning | None = None,
 ) -> Tensor:
     """The noise (C, H, W), fp32 on the CPU, that the base makes of a photo: about standard normal.
 
-    DDIM inversion (Song et al. 2021, arXiv 2010.02502, section 4.3) without text: the denoising steps backwards, each
-    with the prediction at the cleaner end. A picture that starts from this noise keeps more of the photo's layout than
-    one from a seed's.
+    The denoising steps backwards, each with the prediction at the cleaner end, and without text: for a discrete
+    schedule DDIM inversion (Song et al. 2021, arXiv 2010.02502, section 4.3). A picture that starts from this noise
+    keeps more of the photo's layout than one from a seed's.
 
     Args:
         base: the base, without adapters.
+        denoiser: the network whose noise it is.
         latents: the photo (C, H, W).
         generator: draws the softening noise.
         progress: called after every step.
+        extra: what the denoiser takes beside the text, one row.
 
     Raises:
-        NonFiniteModelError: the UNet or the noise schedule gives NaN or infinity, or more than an edit file can hold.
+        NonFiniteModelError: the denoiser or the noise schedule gives NaN or infinity, or more than an edit file can
+            hold.
 
-    **Memory**: one UNet row, nothing for a backward pass.
+    **Memory**: one row, nothing for a backward pass.
     """
-    scheduler = base.family.inverse_scheduler()
-    scheduler.set_timesteps(STEPS)
-    empty = base.encode_text([""])
+    schedule = denoiser.schedule
+    inverter = schedule.inverter(STEPS, tuple(latents.shape))
+    given = base.encode_text([""]) | (extra or {})
     # One photo at a time: the last bits of its noise do not depend on the others of a pack.
     x = latents[None] + SOFTENING * torch.randn(latents[None].shape, generator=generator)
-    now = torch.zeros(1, dtype=torch.long)
-    for step, timestep in enumerate(scheduler.timesteps, start=1):
-        prediction = base.predict(x, now, empty).float().cpu()
+    for step, at in enumerate(inverter.at):
+        prediction = base.predict(denoiser, x, at.view(1), given).float().cpu()
         if not prediction.isfinite().all():
-            raise base.damaged("the UNet")
-        x = scheduler.step(prediction, timestep, x).prev_sample
-        now = timestep.view(1)
+            raise base.damaged(f"the {denoiser.title}")
+        x = inverter.stepped(prediction, step, x)
         if progress is not None:
-            progress(step, STEPS, "")
-    a = base.alpha_bar[now].view(-1, 1, 1, 1)
-    own: Tensor = ((x - a.sqrt() * latents) / (1 - a).sqrt())[0]
+            progress(step + 1, STEPS, "")
+    own = schedule.noise_in(x, latents[None], inverter.end.view(1))[0]
     if not own.half().isfinite().all():
         raise base.damaged("the noise schedule")
     return own

@@ -4,13 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.schedules import add_noise
 from ..engine.base import BaseModel
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser
 
 DRAWS = 12
 """Noise draws that the difference is averaged over."""
 TIMESTEP = 0.7
-"""Where in the noise schedule the base is asked; 0 is the clean end. Objects are decided there, not their texture."""
+"""Share of the noise schedule at which the base is asked; 0 is the clean end. There objects are decided, not their
+texture."""
 TOP = 0.98
 """Quantile of the difference that counts as 1, so that one cell does not set the scale."""
 SOFT = 0.15
@@ -22,9 +24,10 @@ REACH = 16
 @torch.no_grad()
 def change_mask(
     base: BaseModel,
+    denoiser: Denoiser,
     latents: Tensor,
-    optimized_embedding: Tensor,
-    target_embedding: Tensor,
+    optimized: Conditioning,
+    target: Conditioning,
     threshold: float,
     *,
     max_rows: int = 2 * DRAWS,
@@ -36,24 +39,26 @@ def change_mask(
 
     Args:
         base: the base, without adapters.
+        denoiser: the network that is asked.
         latents: the picture at eta 0 (C, H, W).
-        optimized_embedding: e_opt, (T, D).
-        target_embedding: e_tgt, (T, D).
+        optimized: e_opt and the rest of what the denoiser takes, one row.
+        target: e_tgt, likewise.
         threshold: difference, as a share of its largest, at which a place is half the sentence's; above 0.
-        max_rows: UNet rows at once, at most.
+        max_rows: rows at once, at most.
 
-    **Memory**: `max_rows` UNet rows, nothing for a backward pass.
+    **Memory**: `max_rows` rows, nothing for a backward pass.
     """
-    timesteps = torch.full((DRAWS,), int(TIMESTEP * len(base.alpha_bar)))
+    schedule = denoiser.schedule
+    positions = schedule.position(TIMESTEP).expand(DRAWS)
     noise = torch.randn((DRAWS, *latents.shape), generator=torch.Generator().manual_seed(0))
-    noisy = add_noise(latents.expand_as(noise), noise, timesteps, base.alpha_bar)
-    both, found = torch.stack([optimized_embedding, target_embedding]), []
+    noisy = schedule.noised(latents.expand_as(noise), noise, positions)
+    both, differences = Conditioning.cat([optimized, target]), []
     draws = max(1, max_rows // 2)
-    for x, t in zip(noisy.split(draws), timesteps.split(draws), strict=True):
-        predicted = base.predict(x.repeat(2, 1, 1, 1), t.repeat(2), both.repeat_interleave(len(x), 0))
+    for x, at in zip(noisy.split(draws), positions.split(draws), strict=True):
+        predicted = base.predict(denoiser, x.repeat(2, 1, 1, 1), at.repeat(2), both.repeat(len(x)))
         photo, sentence = predicted.float().cpu().chunk(2)
-        found.append(photo - sentence)
-    difference = torch.cat(found).square().mean((0, 1), keepdim=True).sqrt()
+        differences.append(photo - sentence)
+    difference = torch.cat(differences).square().mean((0, 1), keepdim=True).sqrt()
     reach = max(1, min(latents.shape[-2:]) // REACH)
     padded = F.pad(difference, [reach] * 4, mode="replicate")
     difference = F.avg_pool2d(padded, 2 * reach + 1, stride=1)

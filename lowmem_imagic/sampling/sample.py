@@ -1,18 +1,19 @@
 """Stage 3: images on the way from the optimised to the target embedding (paper section 3.2, eq. 3)."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..diffusion.schedules import PATHS, guidance_at, guide, refined, starting_noise, varied
 from ..engine.base import BaseModel
-from ..engine.memory import in_rungs
+from ..engine.memory import with_fallbacks
 from ..errors import LowmemImagicError, NonFiniteEditError, NonFiniteModelError
+from ..families.conditioning import Conditioning, Part, Path
+from ..families.family import Denoiser, Sampler, Size
 from ..layers.adapter_pack import AdapterPack
 from ..settings.stages import SampleConfig, Strength, strength_text, strengths
 from .masking import change_mask
@@ -39,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class _Conditions:
-    """The text and the adapters of B images, between their photos and their sentences."""
+    """The conditioning and the adapters of B images, between their photos and their sentences."""
 
     pack: AdapterPack | None
     """None renders the base alone."""
@@ -47,21 +48,27 @@ class _Conditions:
     """(B,) the edit of each."""
     strengths: Tensor
     """(B, 3) factors on its adapter."""
-    optimized: Tensor
-    """e_opt of each, (B, T, D)."""
-    target: Tensor
-    """e_tgt of each, (B, T, D)."""
-    negative: Tensor | None
-    """(1, T, D); None without guidance."""
-    config: SampleConfig
+    optimized: Conditioning
+    """e_opt of each."""
+    target: Conditioning
+    """e_tgt of each."""
+    negative: Conditioning | None
+    """One row; None without guidance."""
+    extra: Conditioning
+    """What the denoiser takes beside the text, of each."""
+    parts: Mapping[str, Part]
+    path: Path
 
-    def at(self, etas: Sequence[float]) -> Tensor:
-        """Sets the adapters, and gives the text at these etas: (B, T, D), or (2 B, T, D) with the negative first."""
-        text = PATHS[self.config.interpolation](self.target, self.optimized, torch.tensor(etas).view(-1, 1, 1))
+    def at(self, etas: Sequence[float]) -> Conditioning:
+        """Sets the adapters, and gives the conditioning at these etas: B rows, or 2 B with the negative first."""
+        text = self.optimized.mix(self.target, torch.tensor(etas), self.path, self.parts)
         copies = 1 if self.negative is None else 2
         if self.pack is not None:
             self.pack.set_rows(self.rows.repeat(copies), self.strengths.repeat(copies, 1))
-        return text if self.negative is None else torch.cat([self.negative.expand_as(text), text])
+        given = text | self.extra
+        if self.negative is None:
+            return given
+        return Conditioning.cat([self.negative.expand(text.count) | self.extra, given])
 
 
 class _Photo(NamedTuple):
@@ -81,44 +88,45 @@ def _guidance(cell: Cell, config: SampleConfig) -> float:
 
 def sample(
     base: BaseModel,
-    pack: AdapterPack,
-    target_embeddings: Tensor,
-    optimized_embeddings: Tensor,
+    packs: Mapping[str, AdapterPack],
+    target: Conditioning,
+    optimized: Conditioning,
     cells: Sequence[Cell],
     config: SampleConfig,
     progress: Progress | None = None,
     *,
-    coarse_latents: Tensor | None = None,
-    inverted_noise: Tensor | None = None,
+    size: Size | None = None,
+    coarse: Mapping[str, Tensor] | None = None,
+    noise: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Latents (len(cells), C, H, W), fp32 on the CPU, one for each cell, in the order of `cells`.
+    """Latents (len(cells), C, H, W) of the last denoiser, fp32 on the CPU, one for each cell, in the order of `cells`.
 
     Uses classifier-free guidance (see `SampleConfig.photo_guidance`), and starts as `SampleConfig.start` says. Rows are
     (edit, eta, seed, strength, guidance) and never influence each other: an image does not depend on what it was
     rendered with. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, whether it is among
-    `cells` or not.
+    `cells` or not. A cascade's denoisers follow each other, each given the results of the one before it.
 
     Args:
         base: the frozen base.
-        pack: adapters of N edits.
-        target_embeddings: e_tgt, (N, T, D).
-        optimized_embeddings: e_opt, (N, T, D).
+        packs: adapters of N edits, by denoiser.
+        target: e_tgt, N rows.
+        optimized: e_opt, N rows; parts that are not stored may be missing.
         cells: what to render.
-        config: steps, scheduler, start, interpolation, mask, rows per batch; guidance where a cell has
-            none of its own.
+        config: steps, scheduler, start, interpolation, mask, rows per batch; guidance where a cell has none of its own.
         progress: called after every step of every batch; its steps are those of all images.
-        coarse_latents: low frequencies of the photos (N, C, h, w); needed to start from anything but pure noise.
-        inverted_noise: the photos' own noise (N, C, H, W); needed to start from it.
+        size: width and height of the pictures; None for the model's own.
+        coarse: low frequencies of the photos (N, C, h, w), by denoiser; needed to start from anything but pure noise.
+        noise: the photos' own noise (N, C, H, W), by denoiser; needed to start from it.
 
     Raises:
         NonFiniteModelError: the base alone gives NaN or infinity with these settings.
         NonFiniteEditError: an edit does, and the base alone does not.
 
-    **Memory**: `batch_rows` UNet rows; with a mask, in main memory the latents of as many photos after every step.
+    **Memory**: `batch_rows` rows; with a mask, in main memory the latents of as many photos after every step.
     """
-    if config.start != "noise" and coarse_latents is None:
+    if config.start != "noise" and coarse is None:
         raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
-    if config.start == "inverted" and inverted_noise is None:
+    if config.start == "inverted" and noise is None:
         raise ValueError("sampling starts from the photos' own noise, which is not given")
     wanted = [replace(cell, guidance_scale=_guidance(cell, config)) for cell in cells]
     photos = {
@@ -128,55 +136,81 @@ def sample(
     }
     first = list(dict.fromkeys(photos.values()))
     rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
-    sampler = _Sampler(
-        base=base,
-        pack=pack,
-        target=target_embeddings,
-        optimized=optimized_embeddings,
-        config=config,
-        negative=base.encode_text([config.negative_prompt])[:1],
-        coarse_latents=None if config.start == "noise" else coarse_latents,
-        inverted_noise=inverted_noise if config.start == "inverted" else None,
-        progress=progress,
-        images=len(first) + len(rest),
-    )
     ends: dict[Cell, Tensor] = {}
-    for begin in range(0, max(1, len(first)), config.batch_rows):
-        paths = sampler.render(first[begin : begin + config.batch_rows], {}, whole=True)
-        # What has no photo to keep to goes with the first of them.
-        some = [cell for cell in rest if photos.get(cell) in paths or (cell not in photos and not begin)]
-        needed = dict.fromkeys(photos[cell] for cell in some if cell in photos)
-        kept = {photo: _Photo(paths[photo], sampler.mask(photo, paths[photo][-1])) for photo in needed}
-        ends |= {photo: path[-1].clone() for photo, path in paths.items()}
-        made = sampler.render(some, {cell: kept[photos[cell]] for cell in some if cell in photos})
-        ends |= {cell: path[-1] for cell, path in made.items()}
-    for cell in wanted:
-        # Here, where they are on the CPU already: looking after every step would stop a GPU for it.
-        if not ends[cell].isfinite().all():
-            raise sampler.fault(cell)
+    for number, denoiser in enumerate(base.denoisers):
+        renderer = _Renderer(
+            base=base,
+            denoiser=denoiser,
+            pack=packs[denoiser.name],
+            target=target,
+            optimized=optimized,
+            config=config,
+            negative=base.encode_text([config.negative_prompt]).rows(slice(1)),
+            size=size or base.size,
+            lower=ends if number else None,
+            coarse=None if config.start == "noise" or coarse is None else coarse[denoiser.name],
+            noise=noise[denoiser.name] if config.start == "inverted" and noise is not None else None,
+            progress=progress,
+            images=len(base.denoisers) * (len(first) + len(rest)),
+            done=number * (len(first) + len(rest)),
+        )
+        ends = renderer.all(first, rest, photos)
+        for cell in wanted:
+            # Here, where they are on the CPU already: looking after every step would stop a GPU for it.
+            if not ends[cell].isfinite().all():
+                raise renderer.fault(cell)
     return torch.stack([ends[cell] for cell in wanted])
 
 
 @dataclass(kw_only=True)
-class _Sampler:
-    """Renders cells in batches, the settings of all cells being the same."""
+class _Renderer:
+    """Renders cells in batches with one denoiser, the settings of all cells being the same."""
 
     base: BaseModel
+    denoiser: Denoiser
     pack: AdapterPack | None
-    target: Tensor
-    optimized: Tensor
+    target: Conditioning
+    optimized: Conditioning
     config: SampleConfig
-    negative: Tensor
-    """(1, T, D)."""
-    coarse_latents: Tensor | None
-    """What the starting noise lies over (N, C, h, w), None for nothing."""
-    inverted_noise: Tensor | None
-    """What the starting noise is or is varied from (N, C, H, W), None for the seeds' own."""
+    negative: Conditioning
+    """One row."""
+    size: Size
+    lower: Mapping[Cell, Tensor] | None
+    """Latents (C, H, W) that the denoiser before this gave; None for the first."""
+    coarse: Tensor | None
+    """Low frequencies (N, C, h, w) under the starting noise, None for nothing."""
+    noise: Tensor | None
+    """The photos' own noise (N, C, H, W) that the starting noise is or is varied from, None for the seeds' own."""
     progress: Progress | None
     images: int
     """How many there will be."""
     done: int = 0
     """How many there are."""
+
+    def all(self, first: Sequence[Cell], rest: Sequence[Cell], photos: Mapping[Cell, Cell]) -> dict[Cell, Tensor]:
+        """The latents (C, H, W) of all cells, fp32 on the CPU.
+
+        Args:
+            first: photos that others keep to.
+            rest: all other cells.
+            photos: of cells that keep to a photo, that photo.
+        """
+        ends: dict[Cell, Tensor] = {}
+        for begin in range(0, max(1, len(first)), self.config.batch_rows):
+            paths = self.render(first[begin : begin + self.config.batch_rows], {}, whole=True)
+            # Cells without a photo to keep to go with the first of them.
+            some = [cell for cell in rest if photos.get(cell) in paths or (cell not in photos and not begin)]
+            needed = dict.fromkeys(photos[cell] for cell in some if cell in photos)
+            kept = {photo: _Photo(paths[photo], self.mask(photo, paths[photo][-1])) for photo in needed}
+            ends |= {photo: path[-1].clone() for photo, path in paths.items()}
+            rendered = self.render(some, {cell: kept[photos[cell]] for cell in some if cell in photos})
+            ends |= {cell: path[-1] for cell, path in rendered.items()}
+        return ends
+
+    def _extra(self, cells: Sequence[Cell]) -> Conditioning:
+        """What the denoiser takes beside the text, a row for each cell."""
+        lower = None if self.lower is None else torch.stack([self.lower[cell] for cell in cells])
+        return self.base.family.make_extra(self.denoiser, len(cells), self.size, lower)
 
     def render(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], *, whole: bool = False) -> dict[Cell, Tensor]:
         """The latents (1, C, H, W) of each cell, fp32 on the CPU.
@@ -197,13 +231,16 @@ class _Sampler:
             return bool(most)
 
         while waiting:
-            paths = in_rungs(lambda: self._batch(waiting[0], kept, whole), fewer)
+            paths = with_fallbacks(lambda: self._batch(waiting[0], kept, whole), fewer)
             rendered.update(zip(waiting.pop(0), paths.float().cpu(), strict=True))
             self.done += len(paths)
         return rendered
 
     def mask(self, photo: Cell, latents: Tensor) -> Tensor:
         """Where images that keep to a photo may change, (1, H, W); its latents are (C, H, W)."""
+        extra, target = self._extra([photo]), self.target.rows([photo.edit])
+        mixed = {n: x for n, x in self.optimized.rows([photo.edit]).items() if self.base.family.text[n].mixed}
+        texts = (target | mixed, target)
         rows = min(self.config.batch_rows, 2 * (self.base.most_images or self.config.batch_rows))
 
         def fewer() -> bool:
@@ -214,12 +251,13 @@ class _Sampler:
             self._fewer(rows // 2)
             return True
 
-        return in_rungs(
+        return with_fallbacks(
             lambda: change_mask(
                 self.base,
+                self.denoiser,
                 latents,
-                self.optimized[photo.edit],
-                self.target[photo.edit],
+                texts[0] | extra,
+                texts[1] | extra,
                 self.config.mask,
                 max_rows=rows,
             ),
@@ -232,14 +270,16 @@ class _Sampler:
         The cell is rendered once more without anything of the edit: no adapter, the sentence's own embedding, a
         seed's noise.
         """
+        shape = self.denoiser.shape(self.size)
         try:
-            self.base.check_unet(torch.zeros(self.base.family.latent_shape), self.target[cell.edit])
+            row = self.target.rows([cell.edit]) | self._extra([cell])
+            self.base.check_denoiser(self.denoiser, torch.zeros(shape), row)
         except NonFiniteModelError as error:
             return error
-        base_alone = replace(
-            self, pack=None, optimized=self.target, coarse_latents=None, inverted_noise=None, progress=None
-        )
+        base_alone = replace(self, pack=None, optimized=self.target, coarse=None, noise=None, progress=None)
         sentence = replace(cell, eta=1.0)
+        if self.lower is not None:
+            base_alone.lower = {sentence: self.lower[cell]}
         if base_alone.render([sentence], {})[sentence].isfinite().all():
             return NonFiniteEditError(
                 f"the edit gives NaN or infinity at eta {cell.eta:g} and strength {strength_text(cell.strength)}, "
@@ -255,7 +295,7 @@ class _Sampler:
     def _fewer(self, most: int) -> None:
         """Takes at most this many images at once from now on."""
         self.base.most_images = most
-        self.base.step_down(f"{most} images a sampling batch")
+        self.base.fall_back(f"{most} images a sampling batch")
 
     def _batch(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], whole: bool) -> Tensor:
         """Latents (B, 1, C, H, W) of cells with or all without guidance; `whole`, after every step (B, S, C, H, W)."""
@@ -267,32 +307,35 @@ class _Sampler:
             self.pack,
             rows,
             torch.tensor([strengths(cell.strength) for cell in cells]),
-            self.optimized[rows],
-            self.target[rows],
+            self.optimized.rows(rows),
+            self.target.rows(rows),
             None if guidance is None else self.negative,
-            config,
+            self._extra(cells),
+            base.family.text,
+            PATHS[config.interpolation],
         )
-        scheduler = base.family.scheduler(config.scheduler)
-        scheduler.set_timesteps(config.num_inference_steps, device=base.device)
+        sampler = self.denoiser.schedule.sampler(
+            config.scheduler, config.num_inference_steps, self.denoiser.shape(self.size), base.device
+        )
         # One generator a row: equal seeds see equal noise, whatever the batch and the device.
         generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
-        latents = self._start(cells, generators, scheduler)
+        latents = self._start(cells, generators, sampler)
         masked = [row for row, cell in enumerate(cells) if cell in kept]
         photos = [kept[cells[row]] for row in masked]
         masks = torch.stack([photo.mask for photo in photos]).to(base.device) if photos else None
-        options = _step_options(scheduler, generators)
-        text = conditions.at([cell.eta for cell in cells]).to(base.device)
+        given = conditions.at([cell.eta for cell in cells]).to(base.device)
         path: list[Tensor] = []
-        attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(base.unet)
+        network = base.network(self.denoiser)
+        attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(network)
         with base.used(), torch.no_grad(), attached:
-            for step, timestep in enumerate(scheduler.timesteps):
+            for step, at in enumerate(sampler.at):
                 both = latents if guidance is None else torch.cat([latents, latents])
-                scaled = scheduler.scale_model_input(both, timestep)
-                prediction = base.predict(scaled, timestep.expand(len(scaled)), text).float()
+                scaled = sampler.scaled(both, step)
+                prediction = base.predict(self.denoiser, scaled, at.expand(len(scaled)), given).float()
                 if guidance is not None:
                     unconditional, conditional = prediction.chunk(2)
                     prediction = guide(unconditional, conditional, guidance)
-                latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+                latents = sampler.stepped(prediction, step, latents, generators)
                 if masks is not None:
                     below = torch.stack([photo.path[step] for photo in photos]).to(latents)
                     latents[masked] = torch.lerp(below, latents[masked], masks)
@@ -301,21 +344,17 @@ class _Sampler:
                 self._report(min(step + 1, config.num_inference_steps) * len(cells))
         return torch.stack(path, 1)
 
-    def _start(self, cells: Sequence[Cell], generators: Sequence[torch.Generator], scheduler: Any) -> Tensor:
+    def _start(self, cells: Sequence[Cell], generators: Sequence[torch.Generator], sampler: Sampler) -> Tensor:
         """The latents (B, C, H, W) that cells start from; their generators, fresh, go on from there."""
-        shape = self.base.family.latent_shape
+        shape = self.denoiser.shape(self.size)
         noise = torch.stack([starting_noise(shape, generator) for generator in generators])
         rows = torch.tensor([cell.edit for cell in cells])
-        if self.inverted_noise is not None:
-            own = self.inverted_noise[rows]
+        if self.noise is not None:
+            own = self.noise[rows]
             noise = torch.stack([varied(x, e, cell.seed) for x, e, cell in zip(own, noise, cells, strict=True)])
         noise = noise.to(self.base.device)
-        if self.coarse_latents is None:
-            pure: Tensor = noise * scheduler.init_noise_sigma
-            return pure
-        below = refined(self.coarse_latents[rows].to(noise), *shape[1:])
-        started: Tensor = scheduler.add_noise(below, noise, scheduler.timesteps[:1].expand(len(noise)))
-        return started
+        below = None if self.coarse is None else refined(self.coarse[rows].to(noise), *shape[1:])
+        return sampler.start(noise, below)
 
     def _report(self, steps: int) -> None:
         """Says how far things are, `steps` into a batch."""
@@ -334,8 +373,3 @@ def _batches(cells: Sequence[Cell], batch_rows: int, most_images: int | None) ->
         size = max(1, min(batch_rows // (2 if guided else 1), most_images or batch_rows))
         for begin in range(0, len(order), size):
             yield order[begin : begin + size]
-
-
-def _step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-    """The generators, for a scheduler whose step draws noise."""
-    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.schedules import add_noise, draw_timesteps, loss_per_edit, training_target
+from ..diffusion.schedules import loss_per_edit
 from ..engine.base import BaseModel
-from ..engine.memory import in_rungs
+from ..engine.memory import with_fallbacks
 from ..errors import NonFiniteEditError
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser
 
 PRICE = 0.5
 """What leaving the photo costs, against following the sentence."""
 SPAN = (0.2, 0.8)
 """Part of the noise schedule the losses are taken over; towards its ends the text hardly matters."""
 BATCH = 32
-"""Most UNet rows at once."""
+"""Most rows at once."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def suggest_eta(
     base: BaseModel,
     latents: Tensor,
     etas: Sequence[float],
-    target_embedding: Tensor,
-    optimized_embedding: Tensor,
+    target: Conditioning,
+    optimized: Conditioning,
     *,
     draws: int = 16,
     seed: int = 0,
@@ -69,11 +71,11 @@ def suggest_eta(
 
     Args:
         base: the base, without adapters.
-        latents: what was rendered at each eta, (K, C, H, W).
+        latents: of the last denoiser, rendered at each eta, (K, C, H, W).
         etas: K values; the smallest stands for the photo.
-        target_embedding: e_tgt, (T, D).
-        optimized_embedding: e_opt, (T, D).
-        draws: (timestep, noise) draws, the same for every eta.
+        target: e_tgt, one row.
+        optimized: e_opt and the parts that only the sentence has, one row.
+        draws: (position, noise) draws, the same for every eta.
         seed: of the draws.
         max_rows: most UNet rows at once; fewer are taken when memory runs out.
 
@@ -85,26 +87,26 @@ def suggest_eta(
     if len(etas) < 2:
         raise ValueError(f"a suggestion needs pictures at two etas or more, found {len(etas)}")
     generator = torch.Generator().manual_seed(seed)
-    timesteps = draw_timesteps(draws, len(base.alpha_bar), generator, SPAN)
+    denoiser = base.denoisers[-1]
+    at = denoiser.schedule.positions(draws, generator, SPAN)
     noise = torch.randn((draws, *latents.shape[1:]), generator=generator)
     rows = min(BATCH, max_rows)
 
     def run() -> list[Tensor]:
-        texts = (optimized_embedding, target_embedding)
-        return [_losses(base, latents, timesteps, noise, text, rows) for text in texts]
+        return [_losses(base, denoiser, latents, at, noise, given, rows) for given in (optimized, target)]
 
     def fewer() -> bool:
         nonlocal rows
         if rows == 1:
             return False
         rows //= 2
-        base.step_down(f"{rows} rows at once to suggest an eta")
+        base.fall_back(f"{rows} rows at once to suggest an eta")
         return True
 
     with base.used():
-        losses = in_rungs(run, fewer)
+        losses = with_fallbacks(run, fewer)
     if not torch.stack(losses).isfinite().all():
-        base.check_unet(latents[0], target_embedding)
+        base.check_denoiser(denoiser, latents[0], target)
         raise NonFiniteEditError("the edit's embedding makes the base give NaN or infinity; get the file again")
     follows = losses[0] - losses[1]
     photo = latents[min(range(len(etas)), key=etas.__getitem__)]
@@ -120,16 +122,17 @@ def worth(follows: Sequence[float], distance: Sequence[float], price: float = PR
     return [followed - price * left for followed, left in pairs]
 
 
-def _losses(base: BaseModel, latents: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, most_rows: int) -> Tensor:
-    """Mean denoising loss (K,) of each picture's latents over the draws, under one embedding (T, D)."""
-    pictures, draws = len(latents), len(timesteps)
+def _losses(
+    base: BaseModel, denoiser: Denoiser, latents: Tensor, at: Tensor, noise: Tensor, given: Conditioning, most_rows: int
+) -> Tensor:
+    """Mean denoising loss (K,) of each picture's latents over the draws, under one row of conditioning."""
+    pictures, draws = len(latents), len(at)
     x, epsilon = latents.repeat_interleave(draws, 0), noise.repeat(pictures, 1, 1, 1)
-    t = timesteps.repeat(pictures)
-    noisy = add_noise(x, epsilon, t, base.alpha_bar)
-    target = training_target(x, epsilon, t, base.alpha_bar, base.family.prediction_type)
+    positions = at.repeat(pictures)
+    noisy, target = (make(x, epsilon, positions) for make in (denoiser.schedule.noised, denoiser.schedule.target))
     predicted = [
-        base.predict(rows, steps, text.expand(len(rows), *text.shape)).float().cpu()
-        for rows, steps in zip(noisy.split(most_rows), t.split(most_rows), strict=True)
+        base.predict(denoiser, rows, part, given.expand(len(rows))).float().cpu()
+        for rows, part in zip(noisy.split(most_rows), positions.split(most_rows), strict=True)
     ]
     return loss_per_edit(torch.cat(predicted), target, pictures)
 

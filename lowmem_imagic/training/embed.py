@@ -9,14 +9,16 @@ e_tgt, and takes few steps, so that it stays close to e_tgt and the way between 
 e_opt.
 """
 
+from ..families.family import Denoiser
 from ..settings.stages import EditConfig
 from .stage import Slot, Stage
 
 
-def stage(config: EditConfig) -> Stage:
-    """Stage 1 under some settings."""
+def stage(config: EditConfig, denoiser: Denoiser) -> Stage:
+    """Stage 1 under some settings, with the predictions of a denoiser."""
     return Stage(
         name="embed",
+        denoiser=denoiser,
         trains="text",
         config=config.embed,
         start=from_sentence,
@@ -27,9 +29,11 @@ def stage(config: EditConfig) -> Stage:
 
 def from_sentence(slot: Slot) -> None:
     """Starts from e_tgt."""
-    slot.text.copy_(slot.target)
+    for name, part in slot.text.items():
+        part.copy_(slot.target[name][0])
 
 
 def as_stored(slot: Slot) -> None:
     """Rounds e_opt as the edit file stores it, so that an edit and its file give the same pictures."""
-    slot.text.copy_(slot.text.half())
+    for part in slot.text.values():
+        part.copy_(part.half())

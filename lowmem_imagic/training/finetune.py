@@ -9,14 +9,16 @@ arXiv 2106.09685) train in its place: ``W + alpha / r * B A`` for each adapted l
 stage 2 starts from the network as it is; it ends with the edit's adapter.
 """
 
+from ..families.family import Denoiser
 from ..settings.stages import EditConfig
 from .stage import Slot, Stage, unchanged
 
 
-def stage(config: EditConfig) -> Stage:
-    """Stage 2 under some settings."""
+def stage(config: EditConfig, denoiser: Denoiser, *, first: bool = True) -> Stage:
+    """Stage 2 under some settings, for a denoiser; each denoiser of a cascade has such a stage, `first` or after."""
     return Stage(
-        name="finetune",
+        name="finetune" if first else f"finetune_{denoiser.name}",
+        denoiser=denoiser,
         trains="adapter",
         config=config.finetune,
         start=from_the_base,

@@ -1,6 +1,6 @@
-"""The loop both training stages share: draw rows, predict, step, for a whole pack at once.
+"""The loop that all training stages share: draw rows, predict, step, for a whole pack at once.
 
-A batch row is (edit, timestep, noise). Each edit draws from its own generator in its own order, so the pack it travels
+A batch row is (edit, position, noise). Each edit draws from its own generator in its own order, so the pack it travels
 in cannot change what it sees; it has a slot of the pack, which it enters and leaves on its own.
 """
 
@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.schedules import add_noise, draw_timesteps, loss_per_edit, training_target
+from ..diffusion.schedules import loss_per_edit
 from ..engine.base import BaseModel
 from ..engine.cuda_graphs import Replay
-from ..engine.memory import in_rungs, ran_out
+from ..engine.memory import ran_out, with_fallbacks
 from ..errors import TensorShapeError
-from ..layers.adapter_pack import AdapterPack, strided_gradients
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser, Schedule
+from ..layers.adapter_pack import AdapterPack
+from ..layers.flat_pack import strided_gradients
 from ..unexpected import first_line
 from .adam import PackedAdam
 from .run import Run
@@ -46,36 +49,33 @@ class TrainedTensor:
 def draw_rows(
     latents: Tensor,
     draws: int,
-    alpha_bar: Tensor,
-    prediction_type: str,
+    schedule: Schedule,
     generators: Sequence[torch.Generator],
     span: tuple[float, float] = (0.0, 1.0),
     anchor: Tensor | None = None,
     anchored: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents (R, C, H, W), timesteps (R,) and targets (R, C, H, W) for one step, edit by edit.
+    """Noisy latents (R, C, H, W), positions (R,) and targets (R, C, H, W) for one step, edit by edit.
 
     Args:
         latents: (N, C, H, W) on the CPU.
         draws: rows per edit; R = N * draws.
-        alpha_bar: (num_train_timesteps,).
-        prediction_type: what the UNet predicts.
-        generators: one CPU generator per edit; of each, the timesteps are drawn first, then the noise, then which
+        schedule: of the network that is to predict.
+        generators: one CPU generator per edit; of each, the positions are drawn first, then the noise, then which
             rows have the noise `anchor` instead.
-        span: part of the schedule that timesteps come from; 0 is the clean end.
+        span: part of the schedule that positions come from; 0 is the clean end.
         anchor: noise (C, H, W) that some rows have.
         anchored: how many of each edit's.
     """
-    timesteps, noise = [], []
+    positions, noise = [], []
     for generator in generators:
-        timesteps.append(draw_timesteps(draws, len(alpha_bar), generator, span))
+        positions.append(schedule.positions(draws, generator, span))
         noise.append(torch.randn((draws, *latents.shape[1:]), generator=generator))
         if anchor is not None and anchored:
             noise[-1][torch.randperm(draws, generator=generator)[:anchored]] = anchor
-    t, epsilon = torch.cat(timesteps), torch.cat(noise)
+    at, epsilon = torch.cat(positions), torch.cat(noise)
     x = latents.repeat_interleave(draws, 0)
-    noisy = add_noise(x, epsilon, t, alpha_bar)
-    return noisy, t, training_target(x, epsilon, t, alpha_bar, prediction_type)
+    return schedule.noised(x, epsilon, at), at, schedule.target(x, epsilon, at)
 
 
 class Trainer:
@@ -84,8 +84,8 @@ class Trainer:
     Args:
         base: the frozen base, with whatever is trained already in it.
         trained: what is trained, N rows each: a row is a slot's.
-        embeddings: gives the text conditioning (N, T, D) of a pass, asked with the trainer.
-        pack: the adapters that are attached, to be told whose rows a pass has.
+        given: the conditioning of a pass, a row for each slot, asked with the trainer and the denoiser.
+        packs: the adapters of each denoiser that has some, to be told whose rows a pass has.
         max_rows: most rows of a pass; a step of more takes several passes, and their gradients add up. None is no
             limit. Halved, for the base as long as it is there, whenever a pass runs out of memory; when it is 1,
             checkpointing is switched on.
@@ -98,13 +98,13 @@ class Trainer:
         self,
         base: BaseModel,
         trained: Sequence[TrainedTensor],
-        embeddings: Callable[["Trainer"], Tensor],
+        given: Callable[["Trainer", Denoiser], Conditioning],
         *,
-        pack: AdapterPack | None = None,
+        packs: Mapping[str, AdapterPack] | None = None,
         max_rows: int | None = None,
     ) -> None:
-        self._base, self._trained, self._embeddings = base, trained, embeddings
-        self._pack, self._max_rows = pack, max_rows
+        self._base, self._trained, self._given = base, trained, given
+        self._packs, self._max_rows = packs or {}, max_rows
         self._slots = len(trained[0].weights)
         self._optimizers = [PackedAdam(part.weights, learning_rate=part.learning_rate) for part in trained]
         # Gradients below 6e-8 are zero in fp16: losses are scaled up, each edit's by its own power of two (it changes
@@ -115,7 +115,7 @@ class Trainer:
         self._recorded: dict[Any, Replay] = {}
         self._rates: dict[int, Sequence[float]] = {}
         self.runs: dict[int, Run] = {}
-        """What is in the slots, by their numbers."""
+        """The edits in the slots, by the slots' numbers."""
 
     @torch.no_grad()
     def begin(self, slot: int, run: Run, rates: Sequence[float] | None = None) -> None:
@@ -178,7 +178,7 @@ class Trainer:
         Draws are made before anything that memory could fail at, so a step broken off is the same step again.
         """
         rows = {slot: self._draw(run) for slot, run in self.runs.items()}
-        losses = in_rungs(lambda: self._gradients(rows), self._cheaper)
+        losses = with_fallbacks(lambda: self._gradients(rows), self._cheaper)
         self._update()
         for slot, loss in enumerate(losses.tolist()):
             if slot in self.runs:
@@ -191,23 +191,23 @@ class Trainer:
             part.grads.zero_()
         losses = torch.zeros(self._slots, device=self._base.device)
         for slots, draws in self._passes():
-            share = len(draws) / self.runs[slots[0]].config.draws
+            denoiser, share = self.runs[slots[0]].denoiser, len(draws) / self.runs[slots[0]].config.draws
             chosen = [[values[draws.start : draws.stop] for values in rows[slot]] for slot in slots]
-            noisy, timesteps, target = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+            noisy, positions, target = (torch.cat(parts) for parts in zip(*chosen, strict=True))
             index = torch.tensor(slots, device=self._base.device)
             whole = slots == list(range(self._slots))
-            found = self._passed((whole, share), (noisy, timesteps, target.to(self._base.device), index))
-            losses[index] += found
+            inputs = (noisy, positions, target.to(self._base.device), index)
+            losses[index] += self._recorded_pass(denoiser, (whole, share), inputs)
         return losses
 
-    def _passed(self, kind: tuple[bool, float], rows: Sequence[Tensor]) -> Tensor:
-        """`_pass`, replayed where the base is to be."""
-        run = partial(self._pass, *kind)
+    def _recorded_pass(self, denoiser: Denoiser, kind: tuple[bool, float], rows: Sequence[Tensor]) -> Tensor:
+        """`run_pass`, recorded and replayed where the base records."""
+        run = partial(self.run_pass, denoiser, *kind)
         # What is recomputed in a backward pass saves the state of random numbers, which no GPU records.
         if not self._base.replays or self._base.checkpointing:
             return run(*rows)
         trains = tuple(map(self.trains, range(len(self._trained))))
-        key = (trains, *kind, *(values.shape for values in rows))
+        key = (trains, denoiser.name, *kind, *(values.shape for values in rows))
         if key not in self._recorded:
             if any(recorded[0] != trains for recorded in self._recorded):
                 # Of another stage, which does not come back soon.
@@ -225,28 +225,36 @@ class Trainer:
                 return run(*rows)
         return self._recorded[key](*rows)
 
-    def _pass(
-        self, whole: bool, share: float, noisy: Tensor, timesteps: Tensor, target: Tensor, index: Tensor
+    def run_pass(
+        self,
+        denoiser: Denoiser,
+        whole: bool,
+        share: float,
+        noisy: Tensor,
+        positions: Tensor,
+        target: Tensor,
+        index: Tensor,
     ) -> Tensor:
         """Adds a pass's gradients to those there are; the share of its step of the loss of each of its slots (n,).
 
         Args:
+            denoiser: the network that predicts.
             whole: whether these are all slots in their order.
             share: of the step's rows of a slot, those in this pass.
             noisy: (R, C, H, W), slot by slot.
-            timesteps: (R,).
+            positions: (R,).
             target: (R, C, H, W).
             index: (n,) numbers of the slots.
         """
-        if self._pack is not None:
-            self._pack.set_rows(None if whole else index)
-        text = self._embeddings(self)[index].repeat_interleave(len(noisy) // len(index), 0)
-        prediction = self._base.predict(noisy, timesteps, text)
-        found = share * loss_per_edit(prediction, target, len(index))
-        scaled = found * self._scales[index, 0] if self._scaled else found
+        if denoiser.name in self._packs:
+            self._packs[denoiser.name].set_rows(None if whole else index)
+        given = self._given(self, denoiser).rows(index).repeat(len(noisy) // len(index))
+        prediction = self._base.predict(denoiser, noisy, positions, given)
+        losses = share * loss_per_edit(prediction, target, len(index))
+        scaled = losses * self._scales[index, 0] if self._scaled else losses
         with strided_gradients():
             scaled.sum().backward()
-        return found.detach()
+        return losses.detach()
 
     def release(self) -> None:
         """Frees what replaying keeps; later steps record anew."""
@@ -257,27 +265,26 @@ class Trainer:
         if self._base.replays:
             self.release()
             self._base.replays = False
-            self._base.step_down("passes that are not recorded")
+            self._base.fall_back("passes that are not recorded")
             return True
         widest = max(len(slots) * len(draws) for slots, draws in self._passes())
         if widest > 1:
             self._base.most_rows = widest // 2
-            self._base.step_down(f"{widest // 2} rows a training pass")
+            self._base.fall_back(f"{widest // 2} rows a training pass")
         elif not self._base.checkpointing:
             self._base.recompute()
-            self._base.step_down("checkpointing")
+            self._base.fall_back("checkpointing")
         else:
             return False
         return True
 
     def _draw(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps and targets of an edit's next step, a row a draw."""
+        """Noisy latents, positions and targets of an edit's next step, a row a draw."""
         config = run.config
         return draw_rows(
             run.latents[None],
             config.draws,
-            self._base.alpha_bar,
-            self._base.family.prediction_type,
+            run.denoiser.schedule,
             [run.generator],
             config.timesteps,
             run.start_noise,
@@ -285,9 +292,13 @@ class Trainer:
         )
 
     def _passes(self) -> Iterator[tuple[list[int], range]]:
-        """The passes of a step: slots, and which of their draws; in a pass all slots have equally many."""
-        for draws in sorted({run.config.draws for run in self.runs.values()}):
-            slots = [slot for slot in sorted(self.runs) if self.runs[slot].config.draws == draws]
+        """The passes of a step: slots, and which of their draws.
+
+        In a pass all slots have equally many draws, and the same denoiser.
+        """
+        kinds = {slot: (run.denoiser.name, run.config.draws) for slot, run in self.runs.items()}
+        for kind in sorted(set(kinds.values())):
+            slots, draws = [slot for slot in sorted(kinds) if kinds[slot] == kind], kind[1]
             limits = [limit for limit in (self._max_rows, self._base.most_rows) if limit is not None]
             most = min([len(slots) * draws, *limits])
             at_once = max(1, min(draws, most // len(slots)))

@@ -8,7 +8,7 @@ moves its adapter.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from statistics import fmean
@@ -19,7 +19,10 @@ from torch import Tensor
 from ..engine.base import BaseModel
 from ..engine.memory import clear_errors, peak_bytes, reset_peak
 from ..errors import DivergenceError, NonFiniteModelError, TensorShapeError
+from ..families.conditioning import Conditioning, Part
+from ..families.family import Denoiser
 from ..layers.adapter_pack import AdapterPack, Factors
+from ..layers.flat_pack import FlatPack
 from ..settings.stages import EditConfig
 from . import embed, finetune
 from .loop import TrainedTensor, Trainer
@@ -32,27 +35,30 @@ StageProgress = Callable[[str, int, int, str], None]
 
 log = logging.getLogger(__name__)
 
-_EMBEDDING, _ADAPTER = 0, 1
-"""Numbers of what is trained, for the trainer."""
+_TEXT = "text"
+"""Name of the text among the trained tensors; the others have their denoiser's."""
 
 
-def stages(config: EditConfig) -> tuple[Stage, ...]:
-    """The stages of an edit, in their order."""
-    return embed.stage(config), finetune.stage(config)
+def stages(config: EditConfig, denoisers: Sequence[Denoiser]) -> tuple[Stage, ...]:
+    """The stages of an edit, in their order: the text with the first denoiser, then the adapter of each."""
+    first = denoisers[0]
+    return embed.stage(config, first), *(finetune.stage(config, one, first=one is first) for one in denoisers)
 
 
 @dataclass(frozen=True)
 class TrainingInput:
     """One edit to train."""
 
-    latents: Tensor
-    """The photo (C, H, W), fp32 on the CPU."""
-    target_embedding: Tensor
-    """e_tgt (T, D)."""
+    latents: Mapping[str, Tensor]
+    """The photo (C, H, W) as each denoiser sees it, by the denoiser's name; fp32 on the CPU."""
+    target: Conditioning
+    """e_tgt, one row."""
     generator: torch.Generator
-    """What it draws from, on the CPU."""
-    start_noise: Tensor
-    """What sampling will start from (C, H, W); see `StageConfig.anchor`."""
+    """Draws everything random, on the CPU."""
+    start_noise: Mapping[str, Tensor]
+    """The noise (C, H, W) that sampling will start from, by denoiser; see `StageConfig.anchor`."""
+    extra: Mapping[str, Conditioning] = field(default_factory=dict)
+    """One row of what a denoiser takes beside the text, by denoiser."""
     state: TrainingState | None = None
     """Where it goes on, if it was trained before."""
 
@@ -63,10 +69,10 @@ class TrainedEdit:
 
     number: int
     """Of its input."""
-    optimized_embedding: Tensor
-    """e_opt (T, D), fp32 on the CPU, in values that fp16 holds."""
-    adapter: dict[str, Factors]
-    """By kohya key, fp32 on the CPU."""
+    conditioning: dict[str, Tensor]
+    """The stored parts of e_opt, fp32 on the CPU, in values that fp16 holds."""
+    adapters: dict[str, dict[str, Factors]]
+    """By denoiser and key, fp32 on the CPU."""
     losses: dict[str, list[float]]
     """Of each step, by stage."""
     measured: dict[str, dict[str, float | int | None]]
@@ -126,38 +132,52 @@ class Pack:
         between: Callable[["Pack"], None] | None = None,
     ) -> None:
         self._base, self._progress, self._between = base, progress, between
-        self._stages = stages(config)
+        self._stages = stages(config, base.denoisers)
         waiting = iter(inputs)
         first = next(waiting)
         self._waiting, self._count = chain([first], waiting), count
         self._free = list(range(slots))
         self._taken = self._done = 0
         self._held: dict[int, _InTraining] = {}
-        self._broken: dict[int, tuple[Tensor, Tensor]] = {}
-        embeddings = torch.zeros(slots, *first.target_embedding.shape, device=base.device, requires_grad=True)
-        embeddings.grad = torch.zeros_like(embeddings)
-        self._embeddings = embeddings
-        tuned = config.finetune
-        self._adapters = AdapterPack(
-            base.unet,
-            count=slots,
-            adapt=tuned.adapt,
-            blocks=tuned.blocks,
-            rank=tuned.lora_rank,
-            alpha=tuned.lora_alpha,
-            device=base.device,
+        self._broken: dict[int, tuple[Denoiser, Tensor, Conditioning]] = {}
+        parts = base.family.text
+        self._text = FlatPack(
+            slots, {name: part.shape for name, part in parts.items() if part.trained}, device=base.device
         )
-        trained = [
-            TrainedTensor(embeddings.detach().flatten(1), embeddings.grad.flatten(1), config.embed.learning_rate),
-            TrainedTensor(self._adapters.weights, self._adapters.enable_gradients(), tuned.learning_rate),
-        ]
+        # Masks and ids, which stay as they are for a sentence, and what a denoiser takes beside the text.
+        fixed = {name: part for name, part in parts.items() if not part.trained}
+        self._fixed = {"": _buffers(fixed, slots, base.device)}
+        self._fixed |= {denoiser.name: _buffers(denoiser.extra, slots, base.device) for denoiser in base.denoisers}
+        tuned = config.finetune
+        self._adapters = {
+            denoiser.name: AdapterPack(
+                base.network(denoiser),
+                denoiser.names,
+                count=slots,
+                adapt=tuned.adapt,
+                blocks=tuned.blocks,
+                rank=tuned.lora_rank,
+                alpha=tuned.lora_alpha,
+                device=base.device,
+            )
+            for denoiser in base.denoisers
+        }
+        trained = {_TEXT: TrainedTensor(self._text.weights, self._text.enable_gradients(), config.embed.learning_rate)}
+        trained |= {
+            name: TrainedTensor(pack.weights, pack.enable_gradients(), tuned.learning_rate)
+            for name, pack in self._adapters.items()
+        }
+        self._trained = trained
+        text, buffers = self._text, self._fixed
 
-        def text(trainer: Trainer) -> Tensor:
-            """The conditioning (N, T, D); with a gradient only where an edit is in need of it."""
-            return embeddings if trainer.trains(_EMBEDDING) else embeddings.detach()
+        def given(trainer: Trainer, denoiser: Denoiser) -> Conditioning:
+            """The conditioning, a row for each slot; with a gradient only where an edit trains it."""
+            trains = trainer.trains(0)
+            own = {name: part if trains else part.detach() for name, part in text.parameters.items()}
+            return Conditioning({**own, **buffers[""], **buffers[denoiser.name]})
 
-        # Nothing that the trainer holds leads back here: what a pack holds is free as soon as the pack is.
-        self._trainer = Trainer(base, trained, text, pack=self._adapters, max_rows=max_rows)
+        # The trainer holds no reference to the pack: a pack's memory is free as soon as the pack is.
+        self._trainer = Trainer(base, list(trained.values()), given, packs=self._adapters, max_rows=max_rows)
 
     def run(self) -> Iterator[list[TrainedEdit]]:
         """The edits as they finish, those of one step together; in between the base is as it was.
@@ -170,13 +190,15 @@ class Pack:
             with contextlib.ExitStack() as attached:
                 attached.enter_context(self._base.used())
                 attached.callback(self._trainer.release)
-                adapting = False
+                adapting: set[str] = set()
                 while not (finished := self._fill()):
                     if not self._held:
                         return
-                    if not adapting and self._trainer.trains(_ADAPTER):
-                        attached.enter_context(self._adapters.attached(self._base.unet))
-                        adapting = True
+                    for number, denoiser in enumerate(self._base.denoisers, start=1):
+                        if denoiser.name not in adapting and self._trainer.trains(number):
+                            network = self._base.network(denoiser)
+                            attached.enter_context(self._adapters[denoiser.name].attached(network))
+                            adapting.add(denoiser.name)
                     if self._between is not None:
                         self._between(self)
                     if finished := self._step():
@@ -184,8 +206,7 @@ class Pack:
             # Here, where the base is as it was.
             for made in finished:
                 if isinstance(made.error, DivergenceError):
-                    latents, embedding = self._broken.pop(made.number)
-                    made.error = self._base.fault(made.error, latents, embedding)
+                    made.error = self._base.fault(made.error, *self._broken.pop(made.number))
             yield finished
 
     @property
@@ -204,7 +225,7 @@ class Pack:
                     stage=stage,
                     losses={name: list(losses) for name, losses in held.made.losses.items()},
                     generator=held.task.generator.get_state(),
-                    embedding=self._embeddings[slot].detach().to("cpu", copy=True),
+                    finished={name: row.to("cpu", copy=True) for name, row in self._finished(slot, held.stage)},
                     trained=self._trainer.save(slot),
                     measured={**held.made.measured, stage: held.measured()},
                 ),
@@ -215,29 +236,53 @@ class Pack:
         finished = []
         while self._free and (task := next(self._waiting, None)) is not None:
             slot = self._free.pop(0)
-            self._held[slot] = _InTraining(
-                task, TrainedEdit(self._taken, task.target_embedding, {}, {}, {}), self._stages[0]
-            )
+            self._held[slot] = _InTraining(task, TrainedEdit(self._taken, {}, {}, {}, {}), self._stages[0])
             self._taken += 1
-            with torch.no_grad():
-                self._embeddings[slot].copy_(task.target_embedding)
-                # B of zeros: the adapter changes nothing until stage 2.
-                self._adapters.weights[slot].zero_()
+            self._clear(slot)
             if task.state is not None and self._resumed(slot, task.state):
                 continue
             if self._begin(slot, self._stages[0]):
                 finished.append(self._leave(slot))
         return finished
 
-    def _slot(self, slot: int) -> Slot:
-        """The rows of an edit, for its stages."""
+    @torch.no_grad()
+    def _clear(self, slot: int) -> None:
+        """Gives a slot the rows of its edit before any training."""
         task = self._held[slot].task
-        return Slot(self._embeddings[slot], self._adapters, slot, task.target_embedding, task.generator)
+        for name, part in self._fixed[""].items():
+            part[slot].copy_(task.target[name][0])
+        for denoiser in self._base.denoisers:
+            for name, part in self._fixed[denoiser.name].items():
+                part[slot].copy_(task.extra[denoiser.name][name][0])
+            # B of zeros: the adapter changes nothing until stage 2.
+            self._adapters[denoiser.name].weights[slot].zero_()
+        for name, parameter in self._text.parameters.items():
+            parameter[slot].copy_(task.target[name][0])
+
+    def _finished(self, slot: int, stage: Stage) -> Iterator[tuple[str, Tensor]]:
+        """The rows of an edit that stages before this one trained, and that it does not, by name."""
+        before = self._stages[: self._stages.index(stage)]
+        for name, part in self._trained.items():
+            if any(self._rate(one, name) for one in before) and not self._rate(stage, name):
+                yield name, part.weights[slot]
+
+    @staticmethod
+    def _rate(stage: Stage, name: str) -> float:
+        """The rate at which a stage trains the tensor of this name, 0 for one that it does not."""
+        if name == _TEXT:
+            return stage.rate("text")
+        return stage.rate("adapter") if name == stage.denoiser.name else 0.0
+
+    def _slot(self, slot: int, stage: Stage) -> Slot:
+        """The rows of an edit, for a stage."""
+        task = self._held[slot].task
+        text = {name: parameter[slot] for name, parameter in self._text.parameters.items()}
+        return Slot(text, self._adapters[stage.denoiser.name], slot, task.target, task.generator)
 
     def _begin(self, slot: int, stage: Stage) -> bool:
         """Puts a slot's edit into a stage, and into the next where it has no steps; whether that was the last."""
         with torch.no_grad():
-            stage.start(self._slot(slot))
+            stage.start(self._slot(slot, stage))
         if self._enter(slot, stage, []):
             return False
         return self._end(slot)
@@ -245,11 +290,12 @@ class Pack:
     def _enter(self, slot: int, stage: Stage, losses: list[float]) -> bool:
         """Gives the trainer a slot's edit in a stage, after the steps with these losses; whether it has any left."""
         held = self._held[slot]
-        run = Run(held.task.latents, stage.config, held.task.generator, held.task.start_noise, losses)
+        task, name = held.task, stage.denoiser.name
+        run = Run(stage.denoiser, task.latents[name], stage.config, task.generator, task.start_noise.get(name), losses)
         held.made.losses[stage.name] = run.losses
         held.stage, held.since, held.peak, held.skipped = stage, time.perf_counter(), None, 0
         if len(losses) < stage.config.steps:
-            self._trainer.begin(slot, run, (stage.rate("text"), stage.rate("adapter")))
+            self._trainer.begin(slot, run, [self._rate(stage, name) for name in self._trained])
             return True
         return False
 
@@ -267,9 +313,7 @@ class Pack:
         held.task.generator.set_state(before)
         held.made.losses.clear()
         held.made.measured.clear()
-        with torch.no_grad():
-            self._embeddings[slot].copy_(held.task.target_embedding)
-            self._adapters.weights[slot].zero_()
+        self._clear(slot)
         return False
 
     def _resume(self, slot: int, state: TrainingState) -> None:
@@ -279,14 +323,16 @@ class Pack:
             TensorShapeError: the state is of another training.
         """
         held = self._held[slot]
-        if state.embedding.shape != self._embeddings[slot].shape:
+        [stage] = [stage for stage in self._stages if stage.name == state.stage]
+        rows = dict(self._finished(slot, stage))
+        if {name: row.shape for name, row in rows.items()} != {name: x.shape for name, x in state.finished.items()}:
             raise TensorShapeError("the saved state is of another base; expected one of the same")
         held.task.generator.set_state(state.generator)
         with torch.no_grad():
-            self._embeddings[slot].copy_(state.embedding)
+            for name, row in rows.items():
+                row.copy_(state.finished[name])
         held.made.losses |= {stage: list(losses) for stage, losses in state.losses.items()}
         held.made.measured |= {stage: dict(values) for stage, values in state.measured.items() if stage != state.stage}
-        [stage] = [stage for stage in self._stages if stage.name == state.stage]
         self._enter(slot, stage, held.made.losses[stage.name])
         before = state.measured[state.stage]
         held.since -= before["seconds"] or 0.0
@@ -298,7 +344,7 @@ class Pack:
         held = self._held[slot]
         held.made.measured[held.stage.name] = held.measured()
         with torch.no_grad():
-            held.stage.end(self._slot(slot))
+            held.stage.end(self._slot(slot, held.stage))
         following = self._stages[self._stages.index(held.stage) + 1 :]
         return not following or self._begin(slot, following[0])
 
@@ -319,7 +365,9 @@ class Pack:
             held.skipped = run.skipped
             if run.diverged:
                 held.made.error = run.diverged
-                self._broken[held.made.number] = (held.task.latents, held.task.target_embedding)
+                task, broke = held.task, before[slot][0].denoiser
+                row = task.target | task.extra.get(broke.name, {})
+                self._broken[held.made.number] = (broke, task.latents[broke.name], row)
             if run.diverged or self._end(slot):
                 finished.append(self._leave(slot))
         self._report(list(before.values()))
@@ -327,10 +375,18 @@ class Pack:
 
     def _leave(self, slot: int) -> TrainedEdit:
         """Takes an edit out of its slot."""
-        made = self._held.pop(slot).made
-        made.optimized_embedding = self._embeddings[slot].detach().cpu().clone()
+        held = self._held.pop(slot)
+        made = held.made
+        for name, part in self._base.family.text.items():
+            if part.stored:
+                row = (
+                    self._text.parameters[name][slot].detach().cpu().clone()
+                    if part.trained
+                    else held.task.target[name][0]
+                )
+                made.conditioning[name] = row
         if made.error is None:
-            made.adapter = self._adapters.export(slot)
+            made.adapters = {name: pack.export(slot) for name, pack in self._adapters.items()}
         self._free.append(slot)
         self._free.sort()
         self._done += 1
@@ -352,3 +408,8 @@ class Pack:
         waiting = f"{count - self._taken} waiting, {loss}"
         remark = f"{self._done} of {count} edits trained, {training} in slots, {waiting}"
         self._progress("train", each * self._done + taken, each * count, remark)
+
+
+def _buffers(parts: Mapping[str, Part], slots: int, device: torch.device) -> dict[str, Tensor]:
+    """A buffer (N, *shape) for each part."""
+    return {name: torch.zeros(slots, *part.shape, dtype=part.dtype, device=device) for name, part in parts.items()}

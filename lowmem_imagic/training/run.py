@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DivergenceError
+from ..families.family import Denoiser
 from ..settings.stages import StageConfig
 
 
@@ -20,8 +21,10 @@ def tail(losses: Sequence[float], share: float = 0.2) -> float | None:
 class Run:
     """One edit's way through one stage."""
 
+    denoiser: Denoiser
+    """The network that predicts."""
     latents: Tensor
-    """The photo (C, H, W), fp32 on the CPU."""
+    """The photo (C, H, W) as the denoiser sees it, fp32 on the CPU."""
     config: StageConfig
     """Steps, draws, their timesteps and noise, fall of the rate."""
     generator: torch.Generator

@@ -1,12 +1,14 @@
 """A training stage as a value: what is trained, from where it starts, how it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser
 from ..layers.adapter_pack import AdapterPack
 from ..settings.stages import StageConfig
 
@@ -15,13 +17,14 @@ from ..settings.stages import StageConfig
 class Slot:
     """An edit's row of everything that a pack trains."""
 
-    text: Tensor
-    """The edit's text conditioning (T, D), fp32: a view, to be changed in place."""
+    text: Mapping[str, Tensor]
+    """The trained parts of the edit's text conditioning, fp32: views, to be changed in place."""
     adapters: AdapterPack
+    """Adapters of the stage's denoiser."""
     number: int
     """Number of the row in `adapters`."""
-    target: Tensor
-    """e_tgt (T, D)."""
+    target: Conditioning
+    """e_tgt, one row."""
     generator: torch.Generator
     """What the edit draws from, on the CPU."""
 
@@ -32,6 +35,8 @@ class Stage:
 
     name: str
     """In reports, saved states and edit files."""
+    denoiser: Denoiser
+    """The network that predicts."""
     trains: Literal["text", "adapter", "both"]
     config: StageConfig
     """Steps, draws and rate."""

@@ -17,7 +17,7 @@ from ..storage.strict_json import dump_json, load_json
 
 _DIGEST_BYTES = 32
 _META, _KEY = "imagic.training", "imagic.training_key"
-_GENERATOR, _EMBEDDING, _TRAINED = "generator", "embedding", "trained."
+_GENERATOR, _FINISHED, _TRAINED = "generator", "finished.", "trained."
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,23 @@ class TrainingState:
     """An edit between two steps."""
 
     stage: str
-    """``embed`` or ``finetune``."""
+    """Name of the stage that it is in."""
     losses: dict[str, list[float]]
     """Of each step taken, by stage, the present one included."""
     generator: Tensor
     """State of its generator, bytes as torch gives them."""
-    embedding: Tensor
-    """Its text conditioning (T, D), fp32."""
+    finished: dict[str, Tensor]
+    """Rows of the tensors that earlier stages trained and this one does not."""
     trained: dict[str, Tensor]
-    """What `Trainer.save` gives."""
+    """The tensors that this stage trains, see `Trainer.save`."""
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Seconds and peak bytes of the stages behind it, and so far of the present one."""
 
 
 def encode(state: TrainingState, key: str) -> bytes:
     """The state as bytes, for readers that name the same key."""
-    tensors = {_GENERATOR: state.generator, _EMBEDDING: state.embedding}
+    tensors = {_GENERATOR: state.generator}
+    tensors |= {_FINISHED + name: tensor for name, tensor in state.finished.items()}
     tensors |= {_TRAINED + name: tensor for name, tensor in state.trained.items()}
     meta = {"stage": state.stage, "losses": state.losses, "measured": state.measured}
     body = serialize(tensors, {_KEY: key, _META: dump_json(meta, _META)})
@@ -68,8 +69,13 @@ def decode(data: bytes, key: str) -> TrainingState:
             losses=meta["losses"],
             measured=meta["measured"],
             generator=found.pop(_GENERATOR),
-            embedding=found.pop(_EMBEDDING),
-            trained={name.removeprefix(_TRAINED): tensor for name, tensor in found.items()},
+            finished=_with_prefix(found, _FINISHED),
+            trained=_with_prefix(found, _TRAINED),
         )
     except (KeyError, TypeError) as error:
         raise EditHeaderError(f"the training state lacks {error}; expected one of this version") from error
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

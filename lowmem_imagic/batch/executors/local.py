@@ -88,7 +88,7 @@ class LocalExecutor:
         if self._base is not None and self._base is not base:
             self._base.release()
         self._base = base
-        slots, unmade, rungs = None, list[Assignment](), len(base.rungs)
+        slots, unmade, rungs = None, list[Assignment](), len(base.fallbacks)
         while True:
             pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs, self._suggest)
             try:
@@ -121,7 +121,7 @@ class LocalExecutor:
                 return
             else:
                 slots //= 2
-                base.step_down(f"{slots} edits side by side")
+                base.fall_back(f"{slots} edits side by side")
 
 
 class _Pack:
@@ -228,7 +228,7 @@ class _Pack:
         if not attempt.current:
             return Outcome(assignment, lost=True)
         # With the fallbacks of packs that were given up.
-        made = replace(made, measured={**made.measured, "rungs": self._base.rungs[self._rungs :]})
+        made = replace(made, measured={**made.measured, "rungs": self._base.fallbacks[self._rungs :]})
         started, name = time.perf_counter(), f"{assignment.name}.safetensors"
         meter = Meter(self._base.device)
         meter.stages |= made.measured["stages"]

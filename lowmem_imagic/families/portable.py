@@ -17,10 +17,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .adapter_pack import Factors, kohya_key
+from ..layers.adapter_pack import Factors
+from ..layers.truncation import MIN_RANK
+from .adapter_names import kohya_key
 
-MIN_RANK = 2
-"""Fewest directions of a layer."""
 ALPHA = 1.0
 """Of layers whose scale is moved into their factors. The factors grow by it, away from fp16's smallest numbers."""
 
