@@ -195,7 +195,7 @@ def test_a_scheduler_that_clips_latents_is_noticed(changes: dict[str, Any], base
 
 def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that no edit file could hold is a fault of the base."""
-    monkeypatch.setattr(BaseModel, "predict", calls.in_place(lambda self, x, t, e: x * 1e4))
+    monkeypatch.setattr(BaseModel, "predict", lambda self, denoiser, x, at, given: x * 1e4)
     with pytest.raises(NonFiniteModelError, match=r"noise schedule|UNet"):
         calls.own_noise(base, torch.randn(4, 8, 8), torch.Generator())
 
