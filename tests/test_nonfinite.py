@@ -1,7 +1,7 @@
 """Facts about numbers that are not finite: whose fault they are is said, and hints at training come where they help."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -133,11 +133,14 @@ def test_half_precision_overflow_is_repeated_in_fp32(base: BaseModel, monkeypatc
         def run(part: Any, x: Any) -> Any:
             tried.append(next(part.parameters()).dtype)
             made = work(part, x)
-            return made if tried[-1] == torch.float32 else made.fill_(torch.inf)
+            if tried[-1] != torch.float32:
+                for tensor in made.values() if isinstance(made, Mapping) else [made]:
+                    tensor.fill_(torch.inf)
+            return made
 
         return run
 
-    for name in ("encode_text", "encode_images", "decode"):
+    for name in ("encode_text", "encode", "decode"):
         monkeypatch.setattr(fresh.family, name, overflowing(getattr(fresh.family, name)))
     fresh.text_on_cpu = False
     assert calls.encode_text(fresh, [SENTENCE]).isfinite().all()
@@ -155,7 +158,7 @@ def test_a_scheduler_that_divides_by_zero_is_refused_before_training(
     """A prediction of noise says nothing at a last timestep without a trace of the picture."""
     base = loaded(folder_copy)
     dividing = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
-    monkeypatch.setattr(type(base.family), "scheduler", lambda family, name: deepcopy(dividing))
+    monkeypatch.setattr(type(base.family.schedule), "scheduler", lambda schedule, name: deepcopy(dividing))
     with pytest.raises(NonFiniteModelError, match="scheduler DDIM makes NaN or infinity of the noise schedule"):
         next(stream_edits(base, [Job(photo, SENTENCE)], preset("fast", SHORT)))
 
@@ -192,7 +195,7 @@ def test_a_scheduler_that_clips_latents_is_noticed(changes: dict[str, Any], base
 
 def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that no edit file could hold is a fault of the base."""
-    monkeypatch.setattr(BaseModel, "predict", calls.in_place(lambda self, x, t, e: x * 1e4))
+    monkeypatch.setattr(BaseModel, "predict", lambda self, denoiser, x, at, given: x * 1e4)
     with pytest.raises(NonFiniteModelError, match=r"noise schedule|UNet"):
         calls.own_noise(base, torch.randn(4, 8, 8), torch.Generator())
 
