@@ -1,6 +1,6 @@
 """Resident bytes of Stable Diffusion 1.5's UNet, and the peak of training one photo, per weight format.
 
-Weights are random (`random_unet`), everything else is the product: `quantize.load_frozen` fills the network layer by
+Weights are random (`random_unet`), everything else is the product: `frozen.load_frozen` fills the network layer by
 layer, `Pack` trains attention adapters of rank 4 on one row at 512 px with gradient checkpointing,
 in bfloat16 for every format. Memory is the process's resident memory on a Linux CPU, over what Python and the
 imports take; the numbers of a GPU differ by its kernels' workspaces.

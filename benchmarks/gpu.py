@@ -3,11 +3,11 @@
     python -m benchmarks.gpu                     everything
     python -m benchmarks.gpu edits cards         some parts
 
-Weights are random, everything else is the package: `inversion`, `packing`, `truncation` and `sample` as `edit` calls
+Weights are random, everything else is the package: `inversion`, `pack`, `truncation` and `sample` as `edit` calls
 them, with the preset ``balanced``, but for text encoder and autoencoder. *edits*: seconds of whole edits, trained and
 rendered at eight etas, one alone and sixteen in a pack. *cards*: the plan for a card of 8 and of 12 GB, of which the
 allocator gives no more (``set_per_process_memory_fraction``), and what its training and sampling then take. *steps*:
-seconds of a training step with xformers and with torch's attention, as it is and recorded as a CUDA graph (`replay`),
+seconds of a training step with xformers and with torch's attention, as it is and recorded as a CUDA graph,
 and how far what recorded training comes to is from the others', against how far two of those are from each other. The
 file is written after every measurement. Without a GPU every figure is ``null``.
 """

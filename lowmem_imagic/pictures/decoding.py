@@ -28,7 +28,7 @@ def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, m
     Raises:
         TooCostly: Too many pixels, on a side, or for so few bytes.
         NotThisKind: This installation cannot decode the kind.
-        Exception: Whatever decoders raise on damaged data.
+        Exception: Any error of a decoder on damaged data.
     """
     if contents.width and contents.height:
         _check_size(contents.width, contents.height, file_bytes, max_pixels, max_side_px)

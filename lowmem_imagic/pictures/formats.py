@@ -1,7 +1,7 @@
 """The kinds of picture files that are edited: the first bytes and the extensions of their files.
 
-Those that people edit and that Pillow decodes by itself: EPS and WMF (helper programs), TGA (any text could pass for
-one) and rare ones with slow or little used decoders stay out.
+The formats that people edit and that Pillow decodes by itself. EPS and WMF (helper programs), TGA (any text could pass
+for one) and rare formats with slow or little used decoders stay out.
 """
 
 import re
