@@ -1,4 +1,4 @@
-"""A frozen layer with the LoRA adapters of N edits, each row of a batch with its own edit's (see `adapters`)."""
+"""A frozen layer with the adapters of N edits, each row of a batch with its own edit's (see `layers.adapter_pack`)."""
 
 from typing import Any
 
@@ -111,7 +111,7 @@ class PackedLoraConv2d(PackedLoraLayer):
 
 
 class _LastConv2d(PackedLoraConv2d):
-    """The same at the end of a residual block (see `families.frugal_unet`), which gradient checkpointing computes again
+    """The same at the end of a residual block (see `families.lean_unet`), which gradient checkpointing computes again
     up to the last tensor that it saved: the frozen product saves none, and is spared when it comes after the adapters'.
     """
 

@@ -80,7 +80,7 @@ def stream_edits(
 ) -> Iterator[list[tuple[int, Edit | LowmemImagicError]]]:
     """The edits of any number of jobs, or their failures, as they finish: groups of (number of the job, edit).
 
-    Jobs train side by side over one frozen base, and whoever is finished makes room for the next; in between, the base
+    Jobs train side by side over one frozen base, and a finished edit's slot goes to the next one; in between, the base
     is free to render what is there. Every edit is what it would have been alone, to rounding; one slot is
     reproducible bit for bit on a CPU.
 
@@ -103,7 +103,7 @@ def stream_edits(
         NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.
         MemoryLimitError: a stage does not fit.
 
-    **Memory**: text encoder and VAE are gone before the UNet trains; see `packing.Pack`. Of a job nothing is kept
+    **Memory**: text encoder and VAE are gone before the UNet trains; see `training.pack.Pack`. Of a job nothing is kept
     once its edit is handed over.
     """
     count = len(jobs) if isinstance(jobs, Sequence) else None

@@ -123,8 +123,8 @@ class Costs:
     ) -> int:
         """Most bytes of a training pass, and of the optimiser's step after it (two copies, see `PackedAdam.step`).
 
-        Where passes are recorded (see `replay`), a pass's bytes stay taken in that step, and are taken while a copy of
-        the gradients is.
+        Where passes are recorded (see `engine.cuda_graphs`), a pass's bytes stay taken during that step, beside a copy
+        of the gradients.
         """
         way = self._stages[stage]
         stepped = self._text_numbers * bool(way.rate("text")) + self.adapter_weights * bool(way.rate("adapter"))
