@@ -367,7 +367,7 @@ def test_an_expression_covers_the_layers_that_peft_adapts(
     config, network = LoraConfig(r=1, target_modules=target_modules_of_peft), copy.deepcopy(stable_diffusion)
     adapted = inject_adapter_in_model(config, network, low_cpu_mem_usage=True)
     theirs = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
-    assert target_modules(stable_diffusion, adapt).keys() == theirs != set()
+    assert target_modules(stable_diffusion, calls.NAMES, adapt).keys() == theirs != set()
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_an_expression_that_covers_no_such_layers_is_refused(
 ) -> None:
     """Layers that cannot be adapted, or none at all, are an error that names the setting and the expression."""
     with pytest.raises(ConfigError, match=reason) as caught:
-        target_modules(stable_diffusion, adapt)
+        target_modules(stable_diffusion, calls.NAMES, adapt)
     assert caught.value.settings == ("adapt",) and repr(adapt) in str(caught.value)
 
 
@@ -397,7 +397,7 @@ def test_kohya_keys_are_distinct(stable_diffusion: nn.Module) -> None:
 def test_a_network_without_such_layers_is_refused() -> None:
     """A network that has none of the layers to adapt is refused, not adapted in nothing."""
     with pytest.raises(ConfigError, match="covers no layer"):
-        AdapterPack(nn.Sequential(nn.Linear(3, 3)), count=1, adapt="all", rank=1, alpha=1.0)
+        AdapterPack(nn.Sequential(nn.Linear(3, 3)), calls.NAMES, count=1, adapt="all", rank=1, alpha=1.0)
 
 
 # Storage

@@ -635,10 +635,10 @@ def test_schedulers_by_name(name: str, tiny_folder: Path) -> None:
 )
 def test_steps_a_scheduler_cannot_take(name: str, steps: int, part: str, tiny_folder: Path) -> None:
     """A number of steps that would fail in the middle of sampling is refused beforehand, in words."""
-    family = BaseModel.load(str(tiny_folder), device="cpu").family
+    base = BaseModel.load(str(tiny_folder), device="cpu")
     with pytest.raises(ConfigError, match=f"num_inference_steps is {steps}.*{part}"):
-        family.check_steps(name, steps)
-    family.check_steps(name, 20)
+        base.check_steps(name, steps)
+    base.check_steps(name, 20)
 
 
 @pytest.mark.parametrize(

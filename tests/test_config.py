@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowmem_imagic.errors import ConfigError
 from lowmem_imagic.settings.presets import PRESETS, preset
-from lowmem_imagic.settings.stages import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, strengths
+from lowmem_imagic.settings.stages import BLOCKS, EditConfig, SampleConfig, strengths
 from lowmem_imagic.settings.text import parse_strength
 
 
@@ -78,7 +78,7 @@ def test_any_values_give_a_config_or_a_config_error(values):
         config = preset("balanced", {"finetune": values})
     except ConfigError:
         return
-    assert config.finetune.adapt in ADAPT_TARGETS and 1 <= config.finetune.lora_rank <= 256
+    assert isinstance(config.finetune.adapt, str) and 1 <= config.finetune.lora_rank <= 256
 
 
 @pytest.mark.parametrize("etas", [(float("nan"),), (float("inf"),), ("1",), (True,), (9.0,)])

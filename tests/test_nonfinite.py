@@ -29,8 +29,6 @@ from lowmem_imagic.edits.edit import Edit
 from lowmem_imagic.errors import ConfigError, DivergenceError, NonFiniteEditError, NonFiniteModelError
 from lowmem_imagic.families.rehearsal import rehearse
 from lowmem_imagic.layers.adapter_pack import AdapterPack
-from lowmem_imagic.sampling.sample import sample
-from lowmem_imagic.sampling.suggestion import suggest_eta
 from lowmem_imagic.training.pack import Pack
 from tests import calls
 from tests.reference_stages import embed, finetune
@@ -190,7 +188,8 @@ def test_a_scheduler_that_clips_latents_is_noticed(changes: dict[str, Any], base
     """What is right for pixels in [-1, 1] is wrong for latents, and no training mends it."""
     scheduler = DDIMScheduler(**{**base.family.scheduler_config, **changes})
     scheduler.set_timesteps(20)
-    assert rehearse(scheduler, base.denoisers[0].schedule) > SCHEDULER_ERROR
+    schedule = base.family.schedule
+    assert rehearse(scheduler, schedule.alpha_bar, schedule.prediction_type) > SCHEDULER_ERROR
 
 
 def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,10 +210,10 @@ def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str
     config = replace(preset("fast", SHORT).sample, start=start, mask=mask)
     photo = {"coarse_latents": torch.zeros(1, 4, 4, 4), "inverted_noise": torch.randn(1, 4, 8, 8)}
     cells = [Cell(0, 1.0, 0), Cell(0, 0.0, 0)]
-    assert sample(base, pack, text[:1], text[1:2], cells, config, **photo).isfinite().all()
+    assert calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo).isfinite().all()
     pack.weights.fill_(1e30)
     with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd by itself does not"):
-        sample(base, pack, text[:1], text[1:2], cells, config, **photo)
+        calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo)
 
 
 def test_guidance_that_explodes_is_not_put_down_to_the_edit(base: BaseModel, text: Any) -> None:
@@ -225,7 +224,7 @@ def test_guidance_that_explodes_is_not_put_down_to_the_edit(base: BaseModel, tex
     )
     exploding = [Cell(0, 1.0, 0, guidance_scale=3e38)]
     with pytest.raises(NonFiniteModelError, match="with and without the edit, with scheduler DDIM in 4 steps"):
-        sample(base, pack, text[:1], text[:1], exploding, replace(config, start="noise", mask=0.0))
+        calls.sample(base, pack, text[:1], text[:1], exploding, replace(config, start="noise", mask=0.0))
 
 
 def test_a_damaged_base_is_not_put_down_to_the_edit(edit: Edit, folder_copy: Path) -> None:
@@ -244,10 +243,10 @@ def test_a_suggestion_tells_whose_fault_it_is(base: BaseModel, folder_copy: Path
     """Losses that are not finite under the edit's embedding alone are the edit's fault."""
     latents = torch.randn(2, 4, 8, 8)
     with pytest.raises(NonFiniteEditError, match="embedding"):
-        suggest_eta(base, latents, [0.0, 1.0], text[0], torch.full_like(text[0], torch.nan))
+        calls.suggest_eta(base, latents, [0.0, 1.0], text[0], torch.full_like(text[0], torch.nan))
     damaged = loaded(damage(folder_copy, *PARTS["the UNet"], float("nan")))
     with pytest.raises(NonFiniteModelError, match="the UNet"):
-        suggest_eta(damaged, latents, [0.0, 1.0], text[0], text[1])
+        calls.suggest_eta(damaged, latents, [0.0, 1.0], text[0], text[1])
 
 
 def test_one_edit_beyond_half_precision_leaves_the_others(
@@ -259,7 +258,8 @@ def test_one_edit_beyond_half_precision_leaves_the_others(
     def leave(self: Pack, slot: int) -> Any:
         made = step(self, slot)
         if made.number == 0:
-            made.adapter = {key: (down * 0 + 1e6, up, alpha) for key, (down, up, alpha) in made.adapter.items()}
+            [(name, adapter)] = made.adapters.items()
+            made.adapters = {name: {key: (down * 0 + 1e6, up, alpha) for key, (down, up, alpha) in adapter.items()}}
         return made
 
     monkeypatch.setattr(Pack, "_leave", leave)
