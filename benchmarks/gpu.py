@@ -181,7 +181,9 @@ def _peaks(base: BaseModel, few: EditConfig, plan: Plan) -> dict[str, Any]:
     peaks = {stage: made.edits[0].measured[stage]["peak_bytes"] for stage in ("embed", "finetune")}
     reset_peak(base.device)
     # One edit at a time, as the command line renders, in as many pictures as fill a batch: a guided one takes two rows.
-    first = replace(made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets[:1])
+    first = replace(
+        made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets.rows([0])
+    )
     render(base, few, first, [number / plan.batch_rows for number in range(plan.batch_rows)])
     peaks["sample"] = peak_bytes(base.device)
     return peaks

@@ -380,7 +380,7 @@ def test_one_that_diverges_harms_nobody(
     def poisoned(self: packing.Pack, slot: int, stage: Any) -> bool:
         ended = begin(self, slot, stage)
         if stage.name == "embed" and self._held[slot].made.number == 1:
-            self._embeddings.data[slot] = float("nan")
+            self._text.weights.data[slot] = float("nan")
         return ended
 
     monkeypatch.setattr(packing.Pack, "_begin", poisoned)
@@ -420,9 +420,9 @@ def test_ctrl_c_is_heard_while_photos_are_inverted(
     """Before anything trains there is nothing to save: a batch ends at the next step of the inversion."""
     invert = preparation.own_noise
 
-    def stop_before(*args: Any) -> Any:
+    def stop_before(*args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        invert(*args)
+        invert(*args, **kwargs)
         raise AssertionError("still there")
 
     monkeypatch.setattr(preparation, "own_noise", stop_before)

@@ -201,7 +201,7 @@ def test_a_state_of_another_version_is_not_used(
         stage="finetune",
         losses={"embed": [1.0], "finetune": [1.0]},
         generator=torch.zeros(7, dtype=torch.uint8),
-        embedding=torch.zeros(3, 3),
+        finished={"embeds": torch.zeros(3, 3)},
         trained={},
         measured={},
     )

@@ -202,7 +202,7 @@ def test_the_type_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_type(tiny_folder: Path) -> None:
     """A type that is none is refused with those there are."""
-    with pytest.raises(ConfigError, match="compute is 'fp8', expected one of auto, bf16, fp16, fp32"):
+    with pytest.raises(ConfigError, match="`compute` is 'fp8', expected one of auto, bf16, fp16, fp32"):
         BaseModel.load(str(tiny_folder), device="cpu", compute="fp8")
 
 

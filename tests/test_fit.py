@@ -12,9 +12,9 @@ from lowmem_imagic.actions.fit_hint import OVERFIT_DB, UNDERFIT_DB, Fit, embeddi
 @pytest.mark.parametrize(
     ("reconstruction_db", "change_db", "words"),
     [
-        (UNDERFIT_DB - 1, 15.0, ("under-fitted", "--steps-finetune")),
+        (UNDERFIT_DB - 1, 15.0, ("under-fitted", "`steps_finetune`")),
         (UNDERFIT_DB - 1, OVERFIT_DB + 1, ("under-fitted",)),
-        (26.0, OVERFIT_DB + 1, ("over-fitted", "--strength 0.7")),
+        (26.0, OVERFIT_DB + 1, ("over-fitted", "`strength=0.7`")),
         (26.0, math.inf, ("over-fitted",)),
         (26.0, 15.0, ()),
         (None, None, ()),

@@ -27,7 +27,7 @@ CONFIG = preset(
 def test_edits_are_trained_and_rendered(base: Any) -> None:
     """Every edit has its own sentence, photo and noise, and a picture at every eta."""
     made = gpu.train(base, CONFIG, 3, slots=2)
-    assert [edit.number for edit in made.edits] == [0, 1, 2] and all(edit.adapter for edit in made.edits)
+    assert [edit.number for edit in made.edits] == [0, 1, 2] and all(edit.adapters for edit in made.edits)
     pictures = gpu.render(base, CONFIG, made, (0.0, 1.0))
     assert pictures.shape == (6, *base.family.latent_shape) and pictures.isfinite().all()
     assert len({tuple(picture.flatten()[:4].tolist()) for picture in pictures}) == 6

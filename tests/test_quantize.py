@@ -341,20 +341,20 @@ def test_checkpointing_stops_before_a_blocks_last_product(adapt: str | None, aga
     make_frugal(unet)
     unet.enable_gradient_checkpointing()
     latents, timesteps, text = inputs_of_unet()
-    calls = Counter[str]()
+    passes = Counter[str]()
     endings = ("conv1", "conv2", "conv_shortcut", "ff.net.2")
     blocks = 0
     for name, module in unet.named_modules():
         for ending in endings:
             if name.endswith("." + ending) and "blocks" in name:
-                module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+                module.register_forward_pre_hook(lambda *_, name=name: passes.update([name]))
                 blocks += 1
     pack = adapt and AdapterPack(unet, calls.NAMES, count=2, adapt=adapt, rank=2, alpha=2.0)
     with pack.attached(unet) if pack else nullcontext():
         unet(latents, timesteps, text if pack else text.requires_grad_()).sample.sum().backward()
-    assert len(calls) == blocks > 10
-    twice = {ending for ending in endings for name, count in calls.items() if name.endswith(ending) and count == 2}
-    assert twice == again and set(calls.values()) == {1, 2}
+    assert len(passes) == blocks > 10
+    twice = {ending for ending in endings for name, count in passes.items() if name.endswith(ending) and count == 2}
+    assert twice == again and set(passes.values()) == {1, 2}
 
 
 # How a network is filled

@@ -232,7 +232,7 @@ def test_no_configuration_and_no_network(changed: Callable[..., Path]) -> None:
     path = changed(put={f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": text})
     with pytest.raises(IncompleteModelError) as error:
         load(path)
-    one_line(error, "changed.safetensors", SHORT_NAMES["sd15"], "connect once", "--model-config")
+    one_line(error, "changed.safetensors", SHORT_NAMES["sd15"], "connect once", "`model_config`")
 
 
 @pytest.mark.parametrize("width", [TEXT_WIDTH, 1024])
@@ -241,7 +241,7 @@ def test_configurations_are_not_guessed(width: int, changed: Callable[..., Path]
     name = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     with pytest.raises(IncompleteModelError) as error:
         load(changed(put={name: torch.zeros(32, width)}))
-    one_line(error, "changed.safetensors", f"text width {width}", "--model-config")
+    one_line(error, "changed.safetensors", f"text width {width}", "`model_config`")
 
 
 def test_configuration_from_the_hub(
@@ -347,7 +347,7 @@ def test_configuration_of_another_family(checkpoint: Path, folder_copy: Path) ->
     path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 1024}))
     with pytest.raises(IncompleteModelError) as error:
         load(checkpoint, folder_copy)
-    one_line(error, f"width {TEXT_WIDTH}", "1024", "--model-config")
+    one_line(error, f"width {TEXT_WIDTH}", "1024", "`model_config`")
 
 
 def test_configuration_folder_that_is_none(checkpoint: Path, tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ class Stub:
 
     denoisers = (types.SimpleNamespace(name="stub", schedule=DiscreteNoise(torch.full((1000,), 1e-6), "epsilon")),)
     device = torch.device("cpu")
-    most_rows, replays = None, False
+    most_rows, replays, dtype = None, False, torch.float32
 
     def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, given: Any) -> Tensor:
         return given["embeds"].mean((1, 2)).view(-1, 1, 1, 1) * latents

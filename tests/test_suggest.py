@@ -1,5 +1,6 @@
 """Facts about the suggested eta: what it is made of, on a model whose losses are known, and that it is repeatable."""
 
+import contextlib
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ class Critic:
 
     def __init__(self, pictures: Tensor) -> None:
         self.pictures = pictures
+        self.used = contextlib.nullcontext
 
     def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         # Which picture a row is of, and so its noise, follows from the picture itself.

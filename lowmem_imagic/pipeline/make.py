@@ -111,6 +111,7 @@ def stream_edits(
     meter = meter or Meter(base.device)
     # Whatever would make the finished edit unwritable is found before any time is spent on it.
     identity = base.identity
+    _check_storable(base)
     base.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
     _check_layers(base, config.finetune)
     # Encoding the first photo may lead to fallbacks, too.
@@ -147,6 +148,20 @@ def stream_edits(
                 )
             finished.append((made.number, edit))
         yield finished
+
+
+def _check_storable(base: BaseModel) -> None:
+    """Makes sure that an edit file can hold all that will be trained: format 1 has one adapter and one text tensor.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    parts = [name for name, part in base.family.text.items() if part.stored]
+    if len(base.denoisers) != 1 or len(parts) != 1:
+        raise ConfigError(
+            f"{base.name} has {len(base.denoisers)} networks to adapt and {len(parts)} tensors of text to store; edit "
+            "files of this version hold one of each"
+        )
 
 
 def _check_layers(base: BaseModel, config: FinetuneConfig) -> None:
