@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..unexpected import WARNINGS
+
 
 class FlatPack:
     """Trained tensors of N edits, each a view of one flat buffer.
@@ -48,6 +50,6 @@ class FlatPack:
 def strided_gradients() -> Iterator[None]:
     """Around a backward pass: without torch's warning that tensors of several edits lie apart in one buffer, as they
     and their gradients do on purpose."""
-    with warnings.catch_warnings():
+    with WARNINGS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         yield

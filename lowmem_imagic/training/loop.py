@@ -87,7 +87,7 @@ class Trainer:
         given: the conditioning of a pass, a row for each slot, asked with the trainer and the denoiser.
         packs: the adapters of each denoiser that has some, to be told whose rows a pass has.
         max_rows: most rows of a pass; a step of more takes several passes, and their gradients add up. None is no
-            limit. Halved, for the base as long as it is there, whenever a pass runs out of memory; when it is 1,
+            limit. Halved, until `BaseModel.restored` ends, whenever a pass runs out of memory; when it is 1,
             checkpointing is switched on.
 
     **Memory**: the activations of one pass, freed before the optimiser steps (kept until `release` where passes are
