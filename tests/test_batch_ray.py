@@ -179,7 +179,9 @@ def test_a_driver_that_is_lost(manifest: Path, tiny_folder: Path, tmp_path: Path
         text=True,
     )
     wait_for(out, 1)
-    [place] = left_behind() - before
+    # An actor of an earlier test may have been starting when its cluster was ended.
+    strays = {name for name in left_behind() - before if not name.startswith("lmi-ray-")}
+    [place] = left_behind() - before - strays
     addresses = listening(place)
     assert addresses and set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, addresses
     os.kill(children(run.pid)[0], signal.SIGKILL)
@@ -187,7 +189,7 @@ def test_a_driver_that_is_lost(manifest: Path, tiny_folder: Path, tmp_path: Path
     tally = json.loads(said)
     assert run.returncode == 3 and len(tally["done"]) == ITEMS - 1, errors
     assert "ended without a word (signal 9); it is started again" in errors and "Traceback" not in errors
-    assert left_behind() == before
+    assert left_behind() <= before | strays
 
 
 def test_no_cluster_there(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
