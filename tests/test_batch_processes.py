@@ -146,3 +146,21 @@ def test_processes_that_share_a_gpu(
     values = {"manifest": str(manifest), "out": str(tmp_path / "out"), "device": device, "workers": 3}
     batch_run.run(Request.of(values), Silent(), Stop())
     assert orders == [(vram, environments)]
+
+
+def test_a_cluster_is_driven_from_a_machine_without_its_device(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ray batch for GPUs starts on a machine that has none."""
+    orders: list[Any] = []
+
+    def run_in_processes(order: Any, *_: Any, **__: Any) -> Summary:
+        orders.append(order)
+        return Summary(0, done=[], before=[], failed=[])
+
+    monkeypatch.setattr(batch_run, "run_in_processes", run_in_processes)
+    monkeypatch.setattr(batch_run, "check_executor", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    values = {"manifest": str(manifest), "out": str(tmp_path / "out"), "device": "cuda", "executor": "ray"}
+    batch_run.run(Request.of({**values, "address": "127.0.0.1:1"}), Silent(), Stop())
+    assert [order["device"] for order in orders] == ["cuda"]

@@ -1,7 +1,7 @@
 """Facts about GPUs: the product's own calls on Stable Diffusion 1.5 at its real size, with random weights.
 
-``pytest -m gpu`` runs them in under three minutes on one card. Facts that a CPU can show too are shown there on the
-tiny model, in the default tier.
+``pytest -m gpu`` runs them, to take under three minutes on one card. Facts that a CPU can show too are shown there on
+the tiny model, in the default tier.
 """
 
 import gc

@@ -112,11 +112,11 @@ def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[s
 
 def _shared(request: Request, environments: Sequence[Mapping[str, str]], console: Console) -> dict[str, Any]:
     """Options that the processes have for themselves: a share of its memory where they share a GPU."""
-    device = pick_device(request["device"])
     most = max(Counter(environment.get("CUDA_VISIBLE_DEVICES") for environment in environments).values())
-    if device.type == "cpu" or request["executor"] == "ray" or most == 1:
+    # The machine that drives a cluster need not have the device of its workers.
+    if request["executor"] == "ray" or most == 1 or pick_device(request["device"]).type == "cpu":
         return {}
-    console.say(f"up to {most} processes share a GPU; one process for each GPU is as fast (`workers`)")
+    console.say(f"up to {most} processes share a GPU (`workers`)")
     if request["vram"] is not None:
         return {}
     smallest = min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
