@@ -25,7 +25,7 @@ from torch import Tensor
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.pictures.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline.make import apply_edits
+from lowmem_imagic.pipeline.apply import apply_edits
 from lowmem_imagic.pipeline.prepare import Job
 from lowmem_imagic.sampling import sample
 from lowmem_imagic.sampling.sample import Cell
@@ -62,7 +62,7 @@ def judged(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.
 
 def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict[str, Any]:
     """What the judge says of the ground truth of some items."""
-    truth = [item.truth_picture(base.size_px) for item in items]
+    truth = [item.truth_picture(base.sizes.own[0]) for item in items]
     latents = torch.cat([base.encode_images(to_tensor(picture)) for picture in truth])
     return {
         "ground_truth": judged(oracle, items, truth),
@@ -72,7 +72,7 @@ def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict
 
 def truth_mask(base: BaseModel, item: SceneEdit) -> Tensor:
     """Where the ground truth shows something else than the photo, and one cell around: (1, H, W) of latents, 0 or 1."""
-    pictures = (item.photo_picture(base.size_px), item.truth_picture(base.size_px))
+    pictures = (item.photo_picture(base.sizes.own[0]), item.truth_picture(base.sizes.own[0]))
     photo, truth = (np.asarray(picture, np.int16) for picture in pictures)
     changed = torch.from_numpy(abs(photo - truth).max(-1) > SAME_LEVELS).float()[None]
     cells = F.adaptive_max_pool2d(changed, base.denoisers[0].shape(base.size)[1:])
@@ -102,7 +102,7 @@ def told(
     """
     verdicts: dict[float, list[Verdict]] = {eta: [] for eta in ETAS}
     for item in items:
-        data, _ = trained(base, Job(as_photo(item.photo_picture(base.size_px)), item.sentence), config, work)
+        data, _ = trained(base, Job(as_photo(item.photo_picture(base.sizes.own[0])), item.sentence), config, work)
         cells, sentence = [Cell(0, eta, SEED) for eta in ETAS], replace(item, in_full=in_full).sentence
         # Nobody has this mask but here, so that sampling has no setting for it.
         mask = mock.patch.object(sample, "change_mask", return_value=truth_mask(base, item))

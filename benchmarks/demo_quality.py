@@ -57,7 +57,7 @@ def run(
     scenes = held_out(singles, pairs)
     rng = random.Random(f"{SCENE_SEED}/captions")
     prompts = [Prompt.of(scene, rng) for scene in scenes]
-    pictures = np.stack([np.asarray(render(scene, base.size_px)) for scene in tqdm(scenes, desc="rendering")])
+    pictures = np.stack([np.asarray(render(scene, base.sizes.own[0])) for scene in tqdm(scenes, desc="rendering")])
     renders = to_tensor(pictures, torch.device("cpu"))
     reconstructions = reconstructed(base, renders)
     ratios = psnr_db(reconstructions, renders)

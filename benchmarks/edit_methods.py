@@ -26,7 +26,8 @@ from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures import Photo
 from lowmem_imagic.pictures.png import encode_png
-from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
 from lowmem_imagic.pipeline.prepare import Job
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.stages import EditConfig
@@ -179,7 +180,7 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
 def shortened(data: bytes, keep: float) -> bytes:
     """An edit file with only a share of its adapter, as `FinetuneConfig.keep` leaves it (but for a second rounding)."""
     edit = edit_file.decode(data)
-    whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
+    whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapters["unet"].items()}
     kept = {
         key: LoraFactors(down.half(), up.half(), alpha)
         for key, (down, up, alpha) in scaled_alike(truncated(whole, keep)).items()

@@ -78,7 +78,7 @@ class Judged(NamedTuple):
 def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -> Judged:
     """What a method made of one item, judged; its etas hold 0."""
     verdicts = {eta: judge(oracle, [item], pictures)[0] for eta, pictures in outcome.pictures.items()}
-    [best] = to_images(base.decode(base.encode_images(to_tensor(item.photo_picture(base.size_px)))))
+    [best] = to_images(base.decode(base.encode_images(to_tensor(item.photo_picture(base.sizes.own[0])))))
     return Judged(
         item,
         verdicts,
@@ -125,7 +125,7 @@ def _start(method: str, work: Path | None, device: str, weights: str, etas: Sequ
 def _apply(items: Sequence[SceneEdit]) -> list[Outcome]:
     """The method applied to some items at once: an outcome each."""
     [(base, method, etas)] = _bench
-    photos, sentences = [item.photo_picture(base.size_px) for item in items], [item.sentence for item in items]
+    photos, sentences = [item.photo_picture(base.sizes.own[0]) for item in items], [item.sentence for item in items]
     outcome = method(base, photos, sentences, etas)
     return [outcome.of(number) for number in range(len(items))]
 

@@ -19,7 +19,7 @@ from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit, LoraFactors
-from lowmem_imagic.edits.identity import BaseIdentity, SourcePicture
+from lowmem_imagic.edits.identity import BaseIdentity, Interface, SourcePicture
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import DEMO
 from lowmem_imagic.families.adapter_names import KohyaNames
@@ -27,8 +27,9 @@ from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures import Photo
-from lowmem_imagic.pipeline.make import COARSE_SIDE, make_edits, versions
-from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import COARSE_SIDE, Job
+from lowmem_imagic.pipeline.versions import versions
 from lowmem_imagic.settings.presets import PRESETS, SMALL_KEEP, preset
 from lowmem_imagic.settings.stages import ADAPT_TARGETS, EditConfig
 
@@ -92,18 +93,18 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
     pack.weights.normal_(0.0, 0.02, generator=generator)
     whole = {key: _evened(*factors) for key, factors in pack.export(0).items()}
     sentence = "a photo of a sleeping cat on a wooden floor"
+    stored = portable(truncated(whole, tuning.keep), unet)
     made = Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in portable(truncated(whole, tuning.keep), unet).items()},
-        optimized_embedding=torch.randn(TOKENS, 768, generator=generator),
-        coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
-        inverted_noise=torch.randn(4, 64, 64, generator=generator) if config.sample.start == "inverted" else None,
+        adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
+        conditioning={"embeds": torch.randn(TOKENS, 768, generator=generator)},
+        coarse={"unet": torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator)},
+        noise={"unet": torch.randn(4, 64, 64, generator=generator)} if config.sample.start == "inverted" else {},
         target_prompt=sentence,
         base=BaseIdentity(
             source="stable-diffusion-v1-5/stable-diffusion-v1-5",
             revision=hashlib.sha1(b"revision").hexdigest(),
             family="sd1",
-            prediction_type="epsilon",
-            cross_attention_dim=768,
+            interface=Interface(text={"embeds": 768}, denoisers={"unet": "epsilon"}),
             files={name: _digest(name) for name in ("unet", "vae", "text_encoder", "tokenizer")},
         ),
         settings={**config.to_dict(), "result": {"embed_steps": config.embed.steps, "finetune_steps": tuning.steps}},
@@ -111,7 +112,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
         etas=config.sample.etas,
         eta_default=1.0,
         source=SourcePicture(
-            sha256=_digest("photo"), width_px=4032, height_px=3024, size_px=512, box=(0, 64, 512, 448)
+            sha256=_digest("photo"), width_px=4032, height_px=3024, size=(512, 512), box=(0, 64, 512, 448)
         ),
         base_weights="int8",
         versions=versions(),
@@ -137,7 +138,7 @@ def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
     """Sizes of an edit of a base by the settings `_config` has; the edit is left at `path`."""
     config = _config(name)
     base = BaseModel.load(model, device="cpu")
-    image = render(Scene.from_sentence("a red cube on a wooden floor", seed=0), base.size_px)
+    image = render(Scene.from_sentence("a red cube on a wooden floor", seed=0), base.sizes.own[0])
     photo = Photo(image=image, sha256=_digest("photo"), name="scene", notes=(), icc_profile=None)
     made = make_edits(base, [Job(photo, "a blue cube on a wooden floor")], config)[0]
     edit_file.write(made, path, overwrite=True)
@@ -163,9 +164,9 @@ def _sizes(made: Edit, path: Path) -> dict[str, Any]:
     """How large the file is and what takes the room."""
     return {
         "file_bytes": path.stat().st_size,
-        "factor_bytes": sum(f.down.nbytes + f.up.nbytes for f in made.adapter.values()),
-        "embedding_bytes": made.optimized_embedding.nbytes,
-        "layers": len(made.adapter),
+        "factor_bytes": sum(f.down.nbytes + f.up.nbytes for f in made.adapters["unet"].values()),
+        "embedding_bytes": made.conditioning["embeds"].nbytes,
+        "layers": len(made.adapters["unet"]),
         "rank": made.rank,
     }
 

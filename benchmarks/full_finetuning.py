@@ -21,7 +21,7 @@ from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.pictures.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline.make import COARSE_SIDE
+from lowmem_imagic.pipeline.prepare import COARSE_SIDE
 from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EmbedConfig, SampleConfig
@@ -96,7 +96,7 @@ def full_finetune(
                 sampling,
                 coarse={"unet": low},
                 noise=None if noise is None else {"unet": noise},
-            )
+            )["unet"]
             for eta, picture in zip(etas, to_images(base.decode(made)), strict=True):
                 pictures[eta].append(picture)
             unet_of(base).load_state_dict(untouched)

@@ -33,7 +33,7 @@ from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.truncation import truncated
-from lowmem_imagic.pipeline.make import COARSE_SIDE
+from lowmem_imagic.pipeline.prepare import COARSE_SIDE
 from lowmem_imagic.planning.plan import Budget, Plan, plan_for, planned
 from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
@@ -137,7 +137,7 @@ def render(base: BaseModel, config: EditConfig, made: Made, etas: Sequence[float
         config.sample,
         coarse={"unet": coarse(made.photos, COARSE_SIDE)},
         noise={"unet": torch.stack(made.noise)},
-    )
+    )["unet"]
 
 
 def whole_edits(base: BaseModel, config: EditConfig, count: int, etas: Sequence[float]) -> dict[str, float]:

@@ -32,7 +32,8 @@ from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures.letterbox import psnr
-from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
 from lowmem_imagic.pipeline.prepare import Job
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
@@ -53,7 +54,7 @@ def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
     """What comes back of a photo of the validation set at eta 0, by what is taken from its edit (PSNR in dB), and how
     near the whole recipe comes to this package's pictures."""
     item = VALIDATION.items()[number]
-    photo = item.photo_picture(base.size_px)
+    photo = item.photo_picture(base.sizes.own[0])
     config = preset(preset_name, {"sample": {"mask": 0.0}})
     [edit] = make_edits(base, [Job(as_photo(photo), item.sentence)], config)
     whole = BaseModel.load("demo", device="cpu", weights="fp32")
@@ -66,9 +67,9 @@ def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     draw = _drawer(pipeline, edit, config.sample.num_inference_steps)
     theirs = [draw(eta) for eta in ETAS]
-    e_opt = {"embedding": edit.optimized_embedding.float()[None]}
-    other = {"noise": torch.randn(edit.inverted_noise.shape, generator=torch.Generator().manual_seed(1))[None]}
-    bare = {"noise": edit.inverted_noise.float()[None]}
+    e_opt = {"embedding": edit.conditioning["embeds"].float()[None]}
+    other = {"noise": torch.randn(edit.noise["unet"].shape, generator=torch.Generator().manual_seed(1))[None]}
+    bare = {"noise": edit.noise["unet"].float()[None]}
     nothing = {"embedding": pipeline.encode_prompt("", "cpu", 1, True)[0]}
     sentence = {"embedding": pipeline.encode_prompt(edit.target_prompt, "cpu", 1, True)[0]}
     back = {
@@ -94,15 +95,15 @@ def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
 def _drawer(pipeline: Any, edit: Edit, steps: int) -> Callable[..., Image.Image]:
     """Draws with diffusers' pipeline: the recipe at an eta, or with another embedding, noise or guidance."""
     target, negative = pipeline.encode_prompt(edit.target_prompt, "cpu", 1, True)
-    assert edit.inverted_noise is not None
-    own, coarse = edit.inverted_noise.float()[None], edit.coarse_latents.float()[None]
+    assert edit.noise
+    own, coarse = edit.noise["unet"].float()[None], edit.coarse["unet"].float()[None]
     pipeline.scheduler.set_timesteps(steps)
     start = pipeline.scheduler.add_noise(refined(coarse, *own.shape[-2:]), own, pipeline.scheduler.timesteps[:1])
 
     def draw(
         eta: float, embedding: Tensor | None = None, noise: Tensor | None = None, guidance: float | None = None
     ) -> Image.Image:
-        mixed = eta * target + (1 - eta) * edit.optimized_embedding.float()
+        mixed = eta * target + (1 - eta) * edit.conditioning["embeds"].float()
         picture: Image.Image = pipeline(
             prompt_embeds=mixed if embedding is None else embedding,
             negative_prompt_embeds=negative,

@@ -80,7 +80,7 @@ def sample(
         progress,
         coarse=None if coarse_latents is None else {UNET: coarse_latents},
         noise=None if inverted_noise is None else {UNET: inverted_noise},
-    )
+    )[UNET]
 
 
 def change_mask(base: Any, latents: Tensor, optimized: Tensor, target: Tensor, threshold: float, **options: Any) -> Any:

@@ -604,7 +604,7 @@ def load_and_decode(folder: Path, latents: Tensor) -> Tensor:
 def test_sizes_come_from_the_configurations(tiny_folder: Path, pipeline: Any) -> None:
     """Picture size, noise schedule and prediction type are those of the folder."""
     base = load(tiny_folder)
-    assert base.size_px == 16 and base.family.vae_factor == 2
+    assert base.sizes.own[0] == 16 and base.family.vae_factor == 2
     assert base.family.cross_attention_dim == TEXT_WIDTH
     assert torch.equal(
         base.family.schedule.alpha_bar, DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
@@ -765,4 +765,4 @@ def test_loading_reads_no_weights(folder_copy: Path) -> None:
     """Loading a base reads configurations only, so a wrong option costs no time."""
     for component, name in WEIGHTS.items():
         (folder_copy / component / name).unlink()
-    assert load(folder_copy).size_px == 16
+    assert load(folder_copy).sizes.own[0] == 16

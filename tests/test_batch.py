@@ -249,9 +249,11 @@ def test_an_item_is_what_edit_makes(batch: Callable[..., Any], photos: Path, tin
         edit_file.read(tmp_path / "out" / "one" / "one.safetensors"),
         edit_file.read(tmp_path / "e.safetensors"),
     )
-    assert mine.adapter.keys() == theirs.adapter.keys()
-    assert all((mine.adapter[key].up == theirs.adapter[key].up).all() for key in mine.adapter)
-    assert (mine.optimized_embedding == theirs.optimized_embedding).all()
+    assert mine.adapters["unet"].keys() == theirs.adapters["unet"].keys()
+    assert all(
+        (mine.adapters["unet"][key].up == theirs.adapters["unet"][key].up).all() for key in mine.adapters["unet"]
+    )
+    assert (mine.conditioning["embeds"] == theirs.conditioning["embeds"]).all()
 
 
 def test_the_same_command_goes_on(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_same_seed_same_pictures(run, photo):
         assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
     assert Path("a/eta_0.00.png").read_bytes() != Path("c/eta_0.00.png").read_bytes()
     a, b = (edit_file.read(next(Path(out).glob("*.safetensors"))) for out in "ab")
-    assert a.adapter == b.adapter
+    assert a.adapters["unet"] == b.adapters["unet"]
 
 
 def test_sampling_a_file_gives_the_pictures_of_the_run_that_made_it(run, photo):
@@ -461,7 +461,7 @@ def test_layers_are_chosen_by_an_expression(run, photo):
     assert run(*words, "--adapt", r"mid_block\..*attn2\.to_[qk]").exit_code == 0
     edit = edit_file.read(Path("e.safetensors"))
     assert edit.settings["finetune"]["adapt"] == r"mid_block\..*attn2\.to_[qk]"
-    assert all(re.fullmatch("lora_unet_mid_block_.*attn2_to_[qk]", layer) for layer in edit.adapter)
+    assert all(re.fullmatch("lora_unet_mid_block_.*attn2_to_[qk]", layer) for layer in edit.adapters["unet"])
     assert run("sample", "e.safetensors", "--etas", "1", "--steps-sample", 2, "--quiet").exit_code == 0
     _fails(run(*words, "--force", "--adapt", "attnn"), 2, "--adapt is 'attnn', which covers no layer")
 

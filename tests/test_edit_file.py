@@ -27,7 +27,7 @@ from lowmem_imagic.actions.render import sampling_of
 from lowmem_imagic.edits.edit import MAX_FACTOR, Edit, LoraFactors
 from lowmem_imagic.edits.file import decode, encode, read, write
 from lowmem_imagic.edits.header import contents, describe, summary
-from lowmem_imagic.edits.identity import BaseIdentity, SourcePicture
+from lowmem_imagic.edits.identity import BaseIdentity, Interface, SourcePicture
 from lowmem_imagic.errors import (
     ConfigError,
     EditChangedError,
@@ -49,7 +49,7 @@ from lowmem_imagic.errors import (
     UnknownTensorError,
     UnsupportedEditVersionError,
 )
-from lowmem_imagic.pipeline.make import letterbox
+from lowmem_imagic.families.stable_diffusion import labels
 from lowmem_imagic.settings.stages import MAX_ALPHA
 from lowmem_imagic.storage import safetensors_reader as container
 from lowmem_imagic.storage import safetensors_writer as safetensors_codec
@@ -60,24 +60,46 @@ LINEAR = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_conv_in"
 
 
-def small_edit(**changes: Any) -> Edit:
-    """Returns an edit of two layers whose every value is spelled out here."""
+def identity(**changes: Any) -> BaseIdentity:
+    """Returns the base of `small_edit`."""
     values: dict[str, Any] = {
-        "adapter": {
-            LINEAR: LoraFactors(down=torch.tensor([[0.5, -1.0, 2.0]]), up=torch.tensor([[1.0], [0.25]]), alpha=0.1),
-            CONV: LoraFactors(down=torch.arange(16.0).reshape(2, 2, 2, 2) / 8, up=torch.ones(3, 2, 1, 1), alpha=2.0),
+        "source": "demo",
+        "revision": None,
+        "family": "demo",
+        "interface": Interface(text={"embeds": 3}, denoisers={"unet": "epsilon"}),
+        "files": {"unet": "a" * 64, "vae": "0" * 64},
+    }
+    return BaseIdentity(**(values | changes))
+
+
+_ONLY = {
+    "adapter": ("adapters", "unet"),
+    "optimized_embedding": ("conditioning", "embeds"),
+    "coarse_latents": ("coarse", "unet"),
+    "inverted_noise": ("noise", "unet"),
+}
+
+
+def small_edit(**changes: Any) -> Edit:
+    """Returns an edit of two layers whose every value is spelled out here.
+
+    `changes` may name what version 1 of the format has one of.
+    """
+    for name, (group, only) in _ONLY.items():
+        if name in changes:
+            value = changes.pop(name)
+            changes[group] = {} if value is None else {only: value}
+    values: dict[str, Any] = {
+        "adapters": {
+            "unet": {
+                LINEAR: LoraFactors(torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[1.0], [0.25]]), alpha=0.1),
+                CONV: LoraFactors(torch.arange(16.0).reshape(2, 2, 2, 2) / 8, torch.ones(3, 2, 1, 1), alpha=2.0),
+            },
         },
-        "optimized_embedding": torch.tensor([[0.0, 1.0, -2.0], [0.5, 0.25, 3.0]]),
-        "coarse_latents": torch.tensor([[[0.5, -1.5]], [[2.0, 0.125]]]),
+        "conditioning": {"embeds": torch.tensor([[0.0, 1.0, -2.0], [0.5, 0.25, 3.0]])},
+        "coarse": {"unet": torch.tensor([[[0.5, -1.5]], [[2.0, 0.125]]])},
         "target_prompt": "a blue cube, größer ☂",
-        "base": BaseIdentity(
-            source="demo",
-            revision=None,
-            family="demo",
-            prediction_type="epsilon",
-            cross_attention_dim=3,
-            files={"unet": "a" * 64, "vae": "0" * 64},
-        ),
+        "base": identity(),
         "settings": {
             "finetune": {"steps": 10, "learning_rate": 1e-4},
             "adapter": {"targets": ["attn"], "rank": 2},
@@ -85,7 +107,7 @@ def small_edit(**changes: Any) -> Edit:
         "seed": 7,
         "etas": (0.0, 0.7, 1.25),
         "eta_default": 0.7,
-        "source": SourcePicture(sha256="b" * 64, width_px=640, height_px=480, size_px=64, box=(0, 8, 64, 56)),
+        "source": SourcePicture(sha256="b" * 64, width_px=640, height_px=480, size=(64, 64), box=(0, 8, 64, 56)),
         "base_weights": "int8",
         "versions": {"torch": "2.0"},
         "measured": {"embed": {"seconds": 1.5, "peak_bytes": 123}},
@@ -160,8 +182,8 @@ def test_equal_edits_give_identical_bytes() -> None:
     edit = small_edit()
     other = dataclasses.replace(
         edit,
-        adapter=dict(reversed(list(edit.adapter.items()))),
-        optimized_embedding=edit.optimized_embedding.double().t().contiguous().t(),
+        adapters={"unet": dict(reversed(list(edit.adapters["unet"].items())))},
+        conditioning={"embeds": edit.conditioning["embeds"].double().t().contiguous().t()},
         settings={"adapter": {"rank": 2, "targets": ("attn",)}, "finetune": edit.settings["finetune"]},
         etas=[0, 0.7, 1.25],
     )
@@ -241,7 +263,8 @@ def test_other_programs_see_the_right_family(
     family: str, prediction: str, architecture: str, version: str, v2: str
 ) -> None:
     """modelspec and ss_* name the architecture in the words ComfyUI, Forge and kohya filter by."""
-    base = dataclasses.replace(small_edit().base, family=family, prediction_type=prediction)
+    interface = Interface(text={"embeds": 3}, denoisers={"unet": prediction})
+    base = identity(family=family, interface=interface, labels=labels(family, prediction))
     metadata = pieces(encode(small_edit(base=base)))[0]["__metadata__"]
     assert metadata["modelspec.architecture"] == architecture
     assert metadata["ss_base_model_version"] == version
@@ -250,7 +273,7 @@ def test_other_programs_see_the_right_family(
     assert metadata["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")
     # "Dynamic" is sd-scripts' word for layers that differ.
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("Dynamic", "Dynamic")
-    [(key, only), _] = small_edit().adapter.items()
+    [(key, only), _] = small_edit().adapters["unet"].items()
     metadata = pieces(encode(small_edit(base=base, adapter={key: only})))[0]["__metadata__"]
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(only.rank), str(only.alpha))
 
@@ -302,29 +325,42 @@ def layers(draw: st.DrawFn) -> LoraFactors:
     return LoraFactors(down, draw(halves(out, rank, *[1 for _ in kernel], most=MAX_FACTOR)), alpha)
 
 
+def baked(factors: LoraFactors) -> LoraFactors:
+    """Returns the factors with their rank as alpha, as peft's layout has it."""
+    return dataclasses.replace(factors, alpha=float(factors.rank))
+
+
+KOHYA_ADAPTERS = st.dictionaries(
+    st.from_regex(r"lora_unet_[a-z0-9_]{1,8}", fullmatch=True), layers(), min_size=1, max_size=3
+)
+PEFT_ADAPTERS = st.dictionaries(
+    st.from_regex(r"unet\.[A-Za-z0-9_]{1,8}", fullmatch=True), layers().map(baked), min_size=1, max_size=3
+)
+
+
 @st.composite
 def edits(draw: st.DrawFn) -> Edit:
     """Draws whole edits."""
     width = draw(st.integers(1, 4))
+    text = {"embeds": width} | draw(st.sampled_from([{}, {"pooled": 2}]))
+    interface = Interface(text=text, denoisers={"unet": draw(TOKEN)})
     channels, *cells = (draw(st.integers(1, 3)) for _ in range(3))
     picture = draw(st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])) + draw(st.binary(max_size=20))
     left, top, wide, high = (draw(st.integers(1, 500)) for _ in range(4))
     return Edit(
-        adapter=draw(
-            st.dictionaries(
-                st.from_regex(r"lora_unet_[a-z0-9_]{1,8}", fullmatch=True), layers(), min_size=1, max_size=3
-            )
+        adapters={"unet": draw(st.sampled_from([KOHYA_ADAPTERS, PEFT_ADAPTERS]).flatmap(lambda adapters: adapters))},
+        conditioning={name: draw(halves(draw(st.integers(1, 3)), side)) for name, side in text.items()},
+        coarse={"unet": draw(halves(channels, *cells))},
+        noise=draw(
+            st.just({})
+            | st.fixed_dictionaries({"unet": halves(channels, draw(st.integers(1, 5)), draw(st.integers(1, 5)))})
         ),
-        optimized_embedding=draw(halves(draw(st.integers(1, 3)), width)),
-        coarse_latents=draw(halves(channels, *cells)),
-        inverted_noise=draw(st.none() | halves(channels, draw(st.integers(1, 5)), draw(st.integers(1, 5)))),
         target_prompt=draw(TEXT),
         base=BaseIdentity(
             source=draw(st.sampled_from(["demo", "someone/some-model", "my models' folder", "größe"])),
             revision=draw(st.none() | TEXT),
             family=draw(TOKEN),
-            prediction_type=draw(TOKEN),
-            cross_attention_dim=width,
+            interface=interface,
             files=draw(st.dictionaries(TOKEN, DIGEST, min_size=1, max_size=3)),
         ),
         settings=draw(st.dictionaries(TEXT, JSON, max_size=3)),
@@ -335,7 +371,7 @@ def edits(draw: st.DrawFn) -> Edit:
             sha256=draw(DIGEST),
             width_px=wide,
             height_px=high,
-            size_px=1000,
+            size=draw(st.sampled_from([(1000, 1000), (1100, 1000)])),
             box=(left, top, left + wide, top + high),
         ),
         base_weights=draw(TOKEN),
@@ -358,17 +394,17 @@ def test_what_is_read_is_what_was_written(edit: Edit) -> None:
     back = decode(data)
     assert back == edit and encode(back) == data
     for field in dataclasses.fields(Edit):
-        if field.name not in ("adapter", "optimized_embedding", "coarse_latents", "inverted_noise"):
+        if field.name not in ("adapters", "conditioning", "coarse", "noise"):
             assert getattr(back, field.name) == getattr(edit, field.name)
-    assert torch.equal(back.optimized_embedding, edit.optimized_embedding)
-    assert torch.equal(back.coarse_latents, edit.coarse_latents)
-    assert (back.inverted_noise is None) == (edit.inverted_noise is None)
-    assert edit.inverted_noise is None or torch.equal(back.inverted_noise, edit.inverted_noise)
-    assert back.adapter.keys() == edit.adapter.keys()
-    for layer, factors in edit.adapter.items():
-        assert torch.equal(back.adapter[layer].down, factors.down)
-        assert torch.equal(back.adapter[layer].up, factors.up)
-        assert back.adapter[layer].alpha == factors.alpha
+    for group in ("conditioning", "coarse", "noise"):
+        mine, theirs = getattr(back, group), getattr(edit, group)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert back.adapters["unet"].keys() == edit.adapters["unet"].keys()
+    for layer, factors in edit.adapters["unet"].items():
+        assert torch.equal(back.adapters["unet"][layer].down, factors.down)
+        assert torch.equal(back.adapters["unet"][layer].up, factors.up)
+        assert back.adapters["unet"][layer].alpha == factors.alpha
 
 
 def test_a_file_round_trips_through_the_disk(tmp_path: Path) -> None:
@@ -383,14 +419,14 @@ def test_factors_in_other_float_types_are_read(tmp_path: Path) -> None:
     """A file whose tensors are fp32 or bf16 reads as the same values in fp16."""
     tensors = {
         f"{layer}.{part}": tensor.to(torch.bfloat16 if layer == CONV else torch.float32)
-        for layer, factors in small_edit().adapter.items()
+        for layer, factors in small_edit().adapters["unet"].items()
         for part, tensor in (("lora_down.weight", factors.down), ("lora_up.weight", factors.up))
     } | {f"{LINEAR}.alpha": torch.tensor(1.0), f"{CONV}.alpha": torch.tensor(2.0).half()}
     metadata = pieces(VALID)[0]["__metadata__"]
     edit = decode(safetensors_codec.serialize(tensors, metadata, hash_key="modelspec.hash_sha256"))
-    assert torch.equal(edit.adapter[CONV].down, small_edit().adapter[CONV].down)
-    assert edit.adapter[LINEAR].down.dtype == torch.float16
-    assert (edit.adapter[LINEAR].alpha, edit.adapter[CONV].alpha) == (1.0, 2.0)
+    assert torch.equal(edit.adapters["unet"][CONV].down, small_edit().adapters["unet"][CONV].down)
+    assert edit.adapters["unet"][LINEAR].down.dtype == torch.float16
+    assert (edit.adapters["unet"][LINEAR].alpha, edit.adapters["unet"][CONV].alpha) == (1.0, 2.0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
@@ -552,7 +588,12 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
         "this is a safetensors file but not an edit",
         joined(b'{"conv_in.weight":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"),
     ),
-    "newer format": (UnsupportedEditVersionError, "format 2, .*upgrade", _metadata(imagic__spec="2")),
+    "newer format": (UnsupportedEditVersionError, "format 3, .*upgrade", _metadata(imagic__spec="3")),
+    "version 1 called 2": (
+        EditHeaderError,
+        "'imagic.coarse_latents': not a key of format 2",
+        _metadata(imagic__spec="2"),
+    ),
     "strange version": (EditHeaderError, "imagic.spec", _metadata(imagic__spec="1.0")),
     "no version": (
         EditHeaderError,
@@ -964,7 +1005,7 @@ def refuses_or_reads(data: bytes) -> None:
 def _decoded_and_used(data: bytes) -> None:
     edit = decode(data)
     assert decode(encode(edit)) == edit
-    assert letterbox(edit).size_px == edit.source.size_px
+    assert edit.source.letterbox.size == edit.source.size
     assert sampling_of(edit, {}).etas
 
 
@@ -1064,7 +1105,7 @@ def test_the_worst_header_takes_bounded_time() -> None:
     [
         ({"adapter": {}}, MissingTensorError, "no layers"),
         ({"adapter": []}, EditHeaderError, "mapping"),
-        ({"adapter": {"unet.x": small_edit().adapter[CONV]}}, UnknownTensorError, "lora_unet_"),
+        ({"adapter": {"unet x": small_edit().adapters["unet"][CONV]}}, UnknownTensorError, "lora_unet_"),
         ({"adapter": {CONV: None}}, EditHeaderError, "LoraFactors"),
         (
             {"adapter": {CONV: LoraFactors(torch.ones(257, 1), torch.ones(1, 257), 1.0)}},
@@ -1093,7 +1134,7 @@ def test_the_worst_header_takes_bounded_time() -> None:
         ),
         ({"optimized_embedding": torch.ones(3)}, TensorShapeError, "e_opt"),
         ({"coarse_latents": torch.ones(4, 17, 4)}, TensorShapeError, "coarse_latents"),
-        ({"coarse_latents": torch.ones(65, 4, 4)}, TensorShapeError, "coarse_latents"),
+        ({"coarse_latents": torch.ones(257, 4, 4)}, TensorShapeError, "coarse_latents"),
         ({"inverted_noise": torch.ones(2, 257, 8)}, TensorShapeError, "up to 256"),
         ({"inverted_noise": torch.ones(4, 8, 8)}, TensorShapeError, r"\(2, H, W\)"),
         ({"inverted_noise": torch.full((2, 8, 8), math.nan)}, NonFiniteTensorError, "inverted_noise"),
@@ -1146,7 +1187,12 @@ def test_bases_match_in_three_degrees() -> None:
     assert base.match(dataclasses.replace(base, files=other, revision="2")) == "architecture"
     unknown = dataclasses.replace(base, revision=None)
     assert unknown.match(dataclasses.replace(unknown, files=other)) == "architecture"
-    for change in ({"family": "sd1"}, {"prediction_type": "v_prediction"}, {"cross_attention_dim": 4}):
+    interfaces = (
+        Interface(text={"embeds": 3}, denoisers={"unet": "v_prediction"}),
+        Interface(text={"embeds": 4}, denoisers={"unet": "epsilon"}),
+        Interface(text={"embeds": 3, "pooled": 3}, denoisers={"unet": "epsilon"}),
+    )
+    for change in ({"family": "sd1"}, *({"interface": interface} for interface in interfaces)):
         assert base.match(dataclasses.replace(base, **change)) == "none"
         assert base.match(dataclasses.replace(base, files=other, revision="2", **change)) == "none"
 

@@ -208,7 +208,7 @@ def test_an_unknown_type(tiny_folder: Path) -> None:
 
 def distance(edit: Edit, other: Edit) -> float:
     """Distance of two edits' e_opt, as a share of how far the second is from its sentence's own."""
-    return float((edit.optimized_embedding.float() - other.optimized_embedding.float()).norm())
+    return float((edit.conditioning["embeds"].float() - other.conditioning["embeds"].float()).norm())
 
 
 def test_fp16_trains_what_fp32_trains(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
@@ -238,7 +238,7 @@ def test_an_overflow_in_fp16_skips_a_step(
     skipped = edit.measured["stages"]["finetune"]["skipped_steps"]
     assert 0 < skipped < 12
     assert edit.settings["result"]["finetune_steps"] == 12
-    assert edit.optimized_embedding.isfinite().all()
+    assert edit.conditioning["embeds"].isfinite().all()
     assert distance(edit, usual) > 0
 
 
@@ -251,7 +251,7 @@ def test_small_gradients_reach_fp16(
         monkeypatch.setattr(loop, "FIRST_SCALE", scale)
         base = load_base(compute=compute)
         [edit] = make_edits(base, jobs[:1], CONFIG)
-        moved[name] = edit.optimized_embedding.float() - calls.encode_text(base, [SENTENCES[0]])[0]
+        moved[name] = edit.conditioning["embeds"].float() - calls.encode_text(base, [SENTENCES[0]])[0]
     errors = {name: float((moved[name] - moved["fp32"]).norm() / moved["fp32"].norm()) for name in ("scaled", "plain")}
     assert errors["scaled"] < 0.1 and errors["scaled"] < errors["plain"]
 

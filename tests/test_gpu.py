@@ -282,6 +282,6 @@ def test_recorded_steps_give_what_others_give(gpu: Place, photo_file: Path) -> N
         base = gpu.load()
         base.replays = replays
         [edit] = make_edits(base, jobs(photo_file)[:1], config)
-        ends.append(edit.optimized_embedding.float())
+        ends.append(edit.conditioning["embeds"].float())
     usual, recorded = ((ends[0] - other).norm() / ends[0].norm() for other in ends[1:])
     assert recorded <= 3 * max(float(usual), 1e-3)

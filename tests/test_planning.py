@@ -96,7 +96,10 @@ def test_the_autoencoder_takes_what_is_predicted(load_base: Callable[..., Any]) 
     """Live bytes of encoding and decoding a picture are within 10 % of the prediction."""
     base = load_base()
     vae = base.family.load_codec(device=base.device, dtype=torch.float32)
-    picture, latents = torch.zeros(1, 3, base.size_px, base.size_px), torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE)
+    picture, latents = (
+        torch.zeros(1, 3, *base.sizes.own),
+        torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE),
+    )
     measured = [
         peak_of(lambda: base.family.encode(vae, picture)),
         peak_of(lambda: base.family.decode(vae, latents)),
@@ -474,7 +477,7 @@ def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeyp
         return load(tiling=tiling, **rest) if tiling else full()
 
     monkeypatch.setattr(base.family, "load_codec", full_without_tiles)
-    pictures = torch.zeros(1, 3, base.size_px, base.size_px)
+    pictures = torch.zeros(1, 3, *base.sizes.own)
     assert base.decode(base.encode_images(pictures)).shape == pictures.shape
     assert base.fallbacks == ["the autoencoder in tiles"]
     monkeypatch.setattr(base.family, "load_codec", full)

@@ -166,7 +166,7 @@ def alive(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[s
 def test_loading_converts_nothing(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Loading a base reads the checkpoint's header and the configurations; no part is converted."""
     base = load(checkpoint, tiny_folder)
-    assert (base.size_px, base.family.cross_attention_dim) == (16, TEXT_WIDTH)
+    assert (base.sizes.own[0], base.family.cross_attention_dim) == (16, TEXT_WIDTH)
     assert base.family.check_prompt("a cube") == ""
     assert reads == []
 

@@ -645,8 +645,10 @@ def test_edits_are_handed_over_as_they_finish(base: Any, monkeypatch: pytest.Mon
     groups = list(stream_edits(base, jobs, config, slots=1))
     assert [[number for number, _ in group] for group in groups] == [[0], [1], [2]]
     for [(number, edit)] in groups:
-        assert torch.equal(edit.optimized_embedding, expected[number].optimized_embedding)
-        assert all(torch.equal(edit.adapter[key].up, f.up) for key, f in expected[number].adapter.items())
+        assert torch.equal(edit.conditioning["embeds"], expected[number].conditioning["embeds"])
+        assert all(
+            torch.equal(edit.adapters["unet"][key].up, f.up) for key, f in expected[number].adapters["unet"].items()
+        )
         assert set(edit.measured["stages"]) == {"encode", "load", "embed", "finetune"}
     assert make_edits(base, [], config) == []
     encode = base.encode

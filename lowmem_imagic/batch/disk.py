@@ -19,6 +19,7 @@ def disk_bytes(base: BaseModel, config: EditConfig, count: int) -> tuple[int, in
         return 0, 0
     pictures = len(config.sample.etas) * len(config.sample.seeds)
     sheet = 3 * SHEET_CELL_PX**2 * (pictures + 3) * 5 // 4
-    each = 3 * base.size_px**2 * pictures + sheet + round(2 * weights * config.finetune.keep) + 2**18
+    width, height = base.sizes.own
+    each = 3 * width * height * pictures + sheet + round(2 * weights * config.finetune.keep) + 2**18
     # Weights and two moments of whatever is in training, and one state's temporary.
     return count * each, 12 * weights * (min(count, CPU_SLOTS if base.device.type == "cpu" else MAX_SLOTS) + 1)

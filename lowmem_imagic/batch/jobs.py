@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from ..edits.header import SPEC_VERSION
+from ..edits.versions import version_of_base
 from ..engine.base import BaseModel
 from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
@@ -22,12 +22,13 @@ def job_id(
     suggest: bool = False,
 ) -> str:
     """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base,
-    the version of the edit format, and whether an eta is suggested."""
+    the version of the edit format that the base's edits are first written in, and whether an eta is suggested."""
     # With the settings that an earlier version had: what it finished stays finished.
     settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in config.to_dict().items()}
     # How many rows go together is the machine's matter and changes nothing but rounding.
     del settings["sample"]["batch_rows"]
-    made_of = [SPEC_VERSION, photo_sha256, background, sentence, settings, base.identity.files, base.weights]
+    version, files = version_of_base(base.identity), base.identity.files
+    made_of = [version, photo_sha256, background, sentence, settings, files, base.weights]
     if suggest:
         # Without a suggestion the hash is the one of versions that had none.
         made_of.append("suggest")

@@ -20,7 +20,8 @@ from ..edits.identity import BaseIdentity
 from ..errors import BackendUnavailableError, BaseInUseError, ConfigError, DivergenceError, NonFiniteModelError
 from ..families import DEMO, load_family
 from ..families.conditioning import Conditioning
-from ..families.family import Denoiser, Family, Size
+from ..families.family import Denoiser, Family
+from ..geometry import Sizes
 from ..layers.frozen import weight_bytes
 from ..settings.stages import base_problems
 from ..unexpected import first_line
@@ -204,14 +205,9 @@ class BaseModel:
         return self.family.identity
 
     @property
-    def size(self) -> Size:
-        """Width and height of the pictures that this base was made for."""
-        return self.family.size
-
-    @property
-    def size_px(self) -> int:
-        """Side of the square pictures this base edits."""
-        return max(self.family.size)
+    def sizes(self) -> Sizes:
+        """The sizes of the pictures that this base edits."""
+        return self.family.sizes
 
     @property
     def denoisers(self) -> Sequence[Denoiser]:

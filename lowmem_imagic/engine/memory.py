@@ -89,6 +89,13 @@ class Meter:
         self.stages[name] = {"seconds": seconds, "peak_bytes": peak_bytes(self.device)}
 
 
+@contextmanager
+def measured_stage(meter: Meter, name: str, cheaper: str) -> Iterator[None]:
+    """Measures a stage, and turns running out of memory in it into one clear error."""
+    with clear_errors(name, cheaper), meter.stage(name):
+        yield
+
+
 def return_freed_memory() -> None:
     """Makes glibc give freed blocks of 1 MiB and more back to the system at once; nothing elsewhere.
 

@@ -19,8 +19,8 @@ class Part:
     """Whether stage 1 optimises it."""
     mixed: bool = True
     """Whether it goes along eta from e_opt to e_tgt; otherwise the sentence's own is used (masks, ids)."""
-    stored: bool = True
-    """Whether it is in the edit file; otherwise it is computed again (ids, sizes, the low-resolution picture)."""
+    stored: torch.dtype | None = torch.float16
+    """Its type in the edit file; None where it is computed again (ids, sizes, the low-resolution picture)."""
     dtype: torch.dtype = torch.float32
 
 

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..edits.identity import BaseIdentity
-from ..layers.adapter_pack import LayerNames
+from ..geometry import Size, Sizes
+from ..layers.adapter_pack import Factors, LayerNames
 from .conditioning import Conditioning, Part
 
-Size = tuple[int, int]
-"""Width and height of a picture in pixels."""
 Shape = tuple[int, ...]
 """(C, H, W) of what a network denoises."""
 
@@ -122,6 +121,14 @@ class Denoiser(Protocol):
     def recompute(self, network: nn.Module, on: bool) -> None:
         """Switches gradient checkpointing."""
 
+    def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> Mapping[str, Factors]:
+        """The same adapter, as fp32 on the CPU, in the form that other programs read from a file.
+
+        Args:
+            adapter: factors by the keys of `names`.
+            network: the network that it was trained on.
+        """
+
     def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """The prediction (R, C, H, W) for x of the same shape at positions (R,), in the schedule's terms."""
 
@@ -149,8 +156,8 @@ class Family(Protocol):
         """The parts of a sentence's conditioning."""
 
     @property
-    def size(self) -> Size:
-        """The size of the pictures that the model was made for."""
+    def sizes(self) -> Sizes:
+        """The sizes of the pictures that the model edits."""
 
     @property
     def identity(self) -> BaseIdentity:

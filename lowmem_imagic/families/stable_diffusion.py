@@ -13,17 +13,20 @@ from diffusers.models.attention_processor import Attention, XFormersAttnProcesso
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast
 
-from ..edits.identity import BaseIdentity
+from ..edits.identity import BaseIdentity, Interface
 from ..errors import IncompleteModelError, PromptError
+from ..geometry import Size, Sizes
+from ..layers.adapter_pack import Factors
 from ..layers.frozen import load_frozen
 from . import kinds, limits, repairs
 from .adapter_names import KohyaNames
 from .conditioning import Conditioning, Part
-from .family import Denoiser, Size
+from .family import Denoiser
 from .files.checkpoint import SingleFile
 from .files.source import Folder
 from .lean_unet import make_frugal
 from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
+from .portable import portable
 from .schedule import DiscreteSchedule, read_schedule
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ EMBEDS = "embeds"
 """Name of the only part of a sentence's conditioning."""
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 """Family by width of the text conditioning; others are of the same make but another size."""
+LEAST_PX = 256
+"""Shortest side of the pictures that a model for larger ones edits."""
 _FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
 """Entries of a tokenizer's settings that would have it read another file."""
 
@@ -153,14 +158,14 @@ class StableDiffusion:
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     @property
-    def size(self) -> Size:
-        """Width and height of the pictures the model was made for."""
-        return self.size_px, self.size_px
+    def sizes(self) -> Sizes:
+        """The square the model was made for, and pictures of as many pixels whose latents its UNet halves evenly.
 
-    @property
-    def size_px(self) -> int:
-        """Side of the square pictures the model was made for."""
-        return int(self.unet_config["sample_size"]) * self.vae_factor
+        A side has at least half of the square's, and at least `LEAST_PX`: a model for smaller pictures has its square.
+        """
+        side = int(self.unet_config["sample_size"]) * self.vae_factor
+        halvings = len(self.unet_config["block_out_channels"]) - 1
+        return Sizes((side, side), self.vae_factor * 2**halvings, max(side // 2, min(side, LEAST_PX)))
 
     @property
     def num_train_timesteps(self) -> int:
@@ -190,9 +195,11 @@ class StableDiffusion:
             source=self.source.label,
             revision=self.source.revision,
             family=self.family,
-            prediction_type=self.prediction_type,
-            cross_attention_dim=self.cross_attention_dim,
+            interface=Interface(
+                text={EMBEDS: self.cross_attention_dim}, denoisers={self.denoisers[0].name: self.prediction_type}
+            ),
             files=self.source.hashes,
+            labels=labels(self.family, self.prediction_type),
         )
 
     @cached_property
@@ -255,7 +262,7 @@ class StableDiffusion:
         if tiling:
             vae.enable_tiling()
             # diffusers' own tiles are of the size that the model was made for.
-            vae.tile_sample_min_size, vae.tile_latent_min_size = self.size_px // 2, self.latent_shape[1] // 2
+            vae.tile_sample_min_size, vae.tile_latent_min_size = self.sizes.own[0] // 2, self.latent_shape[1] // 2
         return vae  # type: ignore[no-any-return]
 
     def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
@@ -350,6 +357,22 @@ class StableDiffusion:
         return float(self.vae_config["scaling_factor"])
 
 
+def labels(family: str, prediction_type: str) -> dict[str, str]:
+    """Header entries of edit files by which ComfyUI, Forge and sd-scripts know the kind of a base; see `LABELS`.
+
+    Empty for families that none of them knows.
+    """
+    if family not in _FAMILIES.values():
+        return {}
+    is_v, is_sd2 = prediction_type == "v_prediction", family == _FAMILIES[1024]
+    sd2 = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
+    return {
+        "modelspec.architecture": f"{sd2 if is_sd2 else 'stable-diffusion-v1'}/lora",
+        "ss_base_model_version": ("sd_v2" if is_sd2 else "sd_v1") + ("_v" if is_v else ""),
+        "ss_v2": str(is_sd2),
+    }
+
+
 class UNet:
     """The UNet of a Stable Diffusion 1 or 2, as a `Denoiser`."""
 
@@ -389,6 +412,10 @@ class UNet:
         """Switches gradient checkpointing."""
         unet: Any = network
         (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
+
+    def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
+        """The same adapter in a form that other programs read alike, see `families.portable`."""
+        return portable(adapter, network)
 
     def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """The UNet's prediction, in the layout that cuDNN computes in."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..engine.base import BaseModel
 from ..families.conditioning import Conditioning
-from ..families.family import Denoiser, Family, Size
+from ..families.family import Denoiser, Family
+from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
 from ..layers.flat_pack import FlatPack
 from ..layers.frozen import Int8Conv2d, weight_bytes
@@ -69,7 +70,7 @@ class Costs:
         weights: format of the denoisers' weights, one of `WEIGHT_FORMATS`.
         dtype: type that the denoisers compute in.
         part_dtype: type of text encoder and autoencoder.
-        size: width and height of the pictures; None for the model's own.
+        size: width and height of the pictures; None for the model's own, which no photo exceeds.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Costs:
         size: Size | None = None,
     ) -> None:
         self._family, self._config, self._part_dtype = family, config, part_dtype
-        self._size = size or family.size
+        self._size = size or family.sizes.own
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
         self.known: dict[Any, int] = {}

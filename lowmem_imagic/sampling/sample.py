@@ -13,7 +13,8 @@ from ..engine.base import BaseModel
 from ..engine.memory import with_fallbacks
 from ..errors import LowmemImagicError, NonFiniteEditError, NonFiniteModelError
 from ..families.conditioning import Conditioning, Part, Path
-from ..families.family import Denoiser, Sampler, Size
+from ..families.family import Denoiser, Sampler
+from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
 from ..settings.stages import SampleConfig, Strength, strength_text, strengths
 from .masking import change_mask
@@ -98,8 +99,8 @@ def sample(
     size: Size | None = None,
     coarse: Mapping[str, Tensor] | None = None,
     noise: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Latents (len(cells), C, H, W) of the last denoiser, fp32 on the CPU, one for each cell, in the order of `cells`.
+) -> dict[str, Tensor]:
+    """Latents (len(cells), C, H, W) by denoiser, fp32 on the CPU, in the order of `cells`; the last one's are decoded.
 
     Uses classifier-free guidance (see `SampleConfig.photo_guidance`), and starts as `SampleConfig.start` says. Rows are
     (edit, eta, seed, strength, guidance) and never influence each other: an image does not depend on what it was
@@ -137,6 +138,7 @@ def sample(
     first = list(dict.fromkeys(photos.values()))
     rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
     ends: dict[Cell, Tensor] = {}
+    latents = {}
     for number, denoiser in enumerate(base.denoisers):
         renderer = _Renderer(
             base=base,
@@ -146,7 +148,7 @@ def sample(
             optimized=optimized,
             config=config,
             negative=base.encode_text([config.negative_prompt]).rows(slice(1)),
-            size=size or base.size,
+            size=size or base.sizes.own,
             lower=ends if number else None,
             coarse=None if config.start == "noise" or coarse is None else coarse[denoiser.name],
             noise=noise[denoiser.name] if config.start == "inverted" and noise is not None else None,
@@ -159,7 +161,8 @@ def sample(
             # Here, where they are on the CPU already: looking after every step would stop a GPU for it.
             if not ends[cell].isfinite().all():
                 raise renderer.fault(cell)
-    return torch.stack([ends[cell] for cell in wanted])
+        latents[denoiser.name] = torch.stack([ends[cell] for cell in wanted])
+    return latents
 
 
 @dataclass(kw_only=True)

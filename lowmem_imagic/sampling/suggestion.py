@@ -71,7 +71,7 @@ def suggest_eta(
 
     Args:
         base: the base, without adapters.
-        latents: of the last denoiser, rendered at each eta, (K, C, H, W).
+        latents: of the first denoiser, which the sentence decides most for, rendered at each eta, (K, C, H, W).
         etas: K values; the smallest stands for the photo.
         target: e_tgt, one row.
         optimized: e_opt and the parts that only the sentence has, one row.
@@ -87,7 +87,7 @@ def suggest_eta(
     if len(etas) < 2:
         raise ValueError(f"a suggestion needs pictures at two etas or more, found {len(etas)}")
     generator = torch.Generator().manual_seed(seed)
-    denoiser = base.denoisers[-1]
+    denoiser = base.denoisers[0]
     at = denoiser.schedule.positions(draws, generator, SPAN)
     noise = torch.randn((draws, *latents.shape[1:]), generator=generator)
     rows = min(BATCH, max_rows)

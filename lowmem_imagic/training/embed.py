@@ -35,5 +35,6 @@ def from_sentence(slot: Slot) -> None:
 
 def as_stored(slot: Slot) -> None:
     """Rounds e_opt as the edit file stores it, so that an edit and its file give the same pictures."""
-    for part in slot.text.values():
-        part.copy_(part.half())
+    for name, part in slot.text.items():
+        if (dtype := slot.parts[name].stored) is not None:
+            part.copy_(part.to(dtype))

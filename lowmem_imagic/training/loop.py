@@ -294,9 +294,11 @@ class Trainer:
     def _passes(self) -> Iterator[tuple[list[int], range]]:
         """The passes of a step: slots, and which of their draws.
 
-        In a pass all slots have equally many draws, and the same denoiser.
+        In a pass all slots have equally many draws, the same denoiser and photos of one size.
         """
-        kinds = {slot: (run.denoiser.name, run.config.draws) for slot, run in self.runs.items()}
+        kinds = {
+            slot: (run.denoiser.name, run.config.draws, tuple(run.latents.shape)) for slot, run in self.runs.items()
+        }
         for kind in sorted(set(kinds.values())):
             slots, draws = [slot for slot in sorted(kinds) if kinds[slot] == kind], kind[1]
             limits = [limit for limit in (self._max_rows, self._base.most_rows) if limit is not None]

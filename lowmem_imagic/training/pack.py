@@ -61,6 +61,8 @@ class TrainingInput:
     """One row of what a denoiser takes beside the text, by denoiser."""
     state: TrainingState | None = None
     """Where it goes on, if it was trained before."""
+    number: int | None = None
+    """What its result is told by; None for its place among the inputs."""
 
 
 @dataclass
@@ -70,7 +72,7 @@ class TrainedEdit:
     number: int
     """Of its input."""
     conditioning: dict[str, Tensor]
-    """The stored parts of e_opt, fp32 on the CPU, in values that fp16 holds."""
+    """The stored parts of e_opt, fp32 on the CPU, in values that their type in a file holds."""
     adapters: dict[str, dict[str, Factors]]
     """By denoiser and key, fp32 on the CPU."""
     losses: dict[str, list[float]]
@@ -236,7 +238,8 @@ class Pack:
         finished = []
         while self._free and (task := next(self._waiting, None)) is not None:
             slot = self._free.pop(0)
-            self._held[slot] = _InTraining(task, TrainedEdit(self._taken, {}, {}, {}, {}), self._stages[0])
+            number = self._taken if task.number is None else task.number
+            self._held[slot] = _InTraining(task, TrainedEdit(number, {}, {}, {}, {}), self._stages[0])
             self._taken += 1
             self._clear(slot)
             if task.state is not None and self._resumed(slot, task.state):
@@ -277,7 +280,8 @@ class Pack:
         """The rows of an edit, for a stage."""
         task = self._held[slot].task
         text = {name: parameter[slot] for name, parameter in self._text.parameters.items()}
-        return Slot(text, self._adapters[stage.denoiser.name], slot, task.target, task.generator)
+        parts = self._base.family.text
+        return Slot(text, parts, self._adapters[stage.denoiser.name], slot, task.target, task.generator)
 
     def _begin(self, slot: int, stage: Stage) -> bool:
         """Puts a slot's edit into a stage, and into the next where it has no steps; whether that was the last."""

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..families.conditioning import Conditioning
+from ..families.conditioning import Conditioning, Part
 from ..families.family import Denoiser
 from ..layers.adapter_pack import AdapterPack
 from ..settings.stages import StageConfig
@@ -19,6 +19,8 @@ class Slot:
 
     text: Mapping[str, Tensor]
     """The trained parts of the edit's text conditioning, fp32: views, to be changed in place."""
+    parts: Mapping[str, Part]
+    """The family's description of them."""
     adapters: AdapterPack
     """Adapters of the stage's denoiser."""
     number: int
