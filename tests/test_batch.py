@@ -379,7 +379,7 @@ def test_one_that_diverges_harms_nobody(
 
     def poisoned(self: packing.Pack, slot: int, stage: Any) -> bool:
         ended = begin(self, slot, stage)
-        if stage.name == "embed" and self._held[slot].made.number == 1:
+        if stage.name == "embed" and self._edits[slot].result.number == 1:
             self._text.weights.data[slot] = float("nan")
         return ended
 

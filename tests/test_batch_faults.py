@@ -280,7 +280,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     step, tried = packing.Pack._step, list[int]()
 
     def failing(self: packing.Pack) -> Any:
-        slots = len(self._free) + len(self._held)
+        slots = len(self._free) + len(self._edits)
         if not tried or tried[-1] != slots:
             tried.append(slots)
         if slots > most:

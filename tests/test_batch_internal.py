@@ -102,7 +102,7 @@ def test_an_error_while_a_pack_trains(
         bad.extend(t.latents for t in list(self._ready)[before:] if t.job.photo.name.startswith("p1"))
 
     def entering(self: Any, slot: int, stage: Any, losses: Any) -> bool:
-        if stage.name == "finetune" and any(self._held[slot].task.latents is latents for latents in bad):
+        if stage.name == "finetune" and any(self._edits[slot].task.latents is latents for latents in bad):
             raise error
         return enter(self, slot, stage, losses)
 
