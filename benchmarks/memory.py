@@ -90,14 +90,14 @@ class Step:
         self.case, self.device, self.dtype = case, device, dtype
         config = CONFIGURATIONS[case.model]
         if device.type == "meta":
-            self.unet: Any = frozen_meta(case.model, weights=weights, dtype=dtype, frugal=packed)
+            self.unet: Any = frozen_meta(case.model, weights=weights, dtype=dtype, lean=packed)
         else:
-            from lowmem_imagic.families.lean_unet import make_frugal
+            from lowmem_imagic.families.lean_unet import make_lean
 
             self.unet = meta_unet(case.model)
             load_frozen(self.unet, random_weights(meta_unet(case.model)), weights=weights, device=device, dtype=dtype)
             if packed:
-                make_frugal(self.unet)
+                make_lean(self.unet)
         self.weights = weight_bytes(self.unet)
         if case.checkpointing:
             self.unet.enable_gradient_checkpointing()

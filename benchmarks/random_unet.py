@@ -20,7 +20,7 @@ from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.files.published import SD15_UNET, Published
 from lowmem_imagic.families.files.weights import Weights
-from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.frozen import load_frozen
 
@@ -116,10 +116,10 @@ def random_sd15(
     return base
 
 
-def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, frugal: bool) -> nn.Module:
+def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, lean: bool) -> nn.Module:
     """The network with frozen weights of a format on the meta device, with or without the layers that keep less."""
     unet, device = meta_unet(name), torch.device("meta")
     load_frozen(unet, list(unet.named_parameters()), weights=weights, device=device, dtype=dtype)
-    if frugal:
-        make_frugal(unet)
+    if lean:
+        make_lean(unet)
     return unet

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.layers import frozen as quantize
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
@@ -338,7 +338,7 @@ def test_checkpointing_stops_before_a_blocks_last_product(adapt: str | None, aga
     """The convolution that ends a residual block is computed once, adapted or not, as it saves nothing; and so are a
     shortcut and the product that ends a transformer block where they are not adapted."""
     unet = filled("int8")
-    make_frugal(unet)
+    make_lean(unet)
     unet.enable_gradient_checkpointing()
     latents, timesteps, text = inputs_of_unet()
     passes = Counter[str]()

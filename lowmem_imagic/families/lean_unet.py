@@ -52,7 +52,7 @@ class _FrugalGEGLU(nn.Module):
         return geglu(self.proj(x))
 
 
-def make_frugal(unet: nn.Module) -> None:
+def make_lean(unet: nn.Module) -> None:
     """Replaces residual blocks, normalisations with SiLU behind them, and GEGLU, in place.
 
     Names of weights stay as they are.

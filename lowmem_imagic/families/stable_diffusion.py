@@ -22,7 +22,7 @@ from .conditioning import Conditioning, Part
 from .family import Denoiser, Size
 from .files.checkpoint import SingleFile
 from .files.source import Folder
-from .lean_unet import make_frugal
+from .lean_unet import make_lean
 from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
 from .schedule import DiscreteSchedule, read_schedule
 
@@ -239,7 +239,7 @@ class StableDiffusion:
             load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
         except ValueError as error:
             raise IncompleteModelError(f"{self._shown}: the UNet's {error}") from error
-        make_frugal(unet)
+        make_lean(unet)
         return unet
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
