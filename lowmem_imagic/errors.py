@@ -124,7 +124,7 @@ class BaseInUseError(ModelError):
 
 
 class NonFiniteModelError(ModelError):
-    """A part of the base gives NaN or infinity by itself: the model is damaged, or unsuitable for what is asked."""
+    """A part of the base gives NaN or infinity by itself: the model is damaged, or unsuitable for these settings."""
 
 
 class EditFileError(LowmemImagicError):
@@ -180,7 +180,7 @@ class NonFiniteTensorError(EditFileError):
 
 
 class TensorValueError(EditFileError):
-    """A factor or its alpha is far beyond what any training gives; its use would overflow."""
+    """A factor or its alpha is far larger than training makes it; its use would overflow."""
 
 
 class EditChangedError(EditFileError):
@@ -188,7 +188,7 @@ class EditChangedError(EditFileError):
 
 
 class NonFiniteEditError(EditFileError):
-    """The numbers of an edit are finite and make NaN or infinity on a base that gives none by itself."""
+    """The edit's numbers are finite, but rendering it gives NaN or infinity; the base alone does not."""
 
 
 class BaseMismatchError(LowmemImagicError):
@@ -216,7 +216,7 @@ class MemoryLimitError(LowmemImagicError):
 
 
 class UnexpectedError(LowmemImagicError):
-    """An error that nobody raised on purpose, in place of which this one is reported; see `unexpected`."""
+    """Reported in place of an error that is not this package's own; see `unexpected`."""
 
     details = ""
     """Its traceback."""
