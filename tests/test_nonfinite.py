@@ -212,7 +212,7 @@ def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str
     cells = [Cell(0, 1.0, 0), Cell(0, 0.0, 0)]
     assert calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo).isfinite().all()
     pack.weights.fill_(1e30)
-    with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd by itself does not"):
+    with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd alone does not"):
         calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo)
 
 
