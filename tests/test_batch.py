@@ -408,7 +408,7 @@ def test_ctrl_c_keeps_what_is_finished(
         patch.setattr(worker._Pack, "_finish", stop_after_one)
         patch.setattr(worker, "CPU_SLOTS", 1)
         result = batch(*words)
-    assert result.exit_code == 130 and "1 done, 2 left; the same command goes on" in result.stderr
+    assert result.exit_code == 130 and "1 done, 2 left; run the same command again to continue" in result.stderr
     assert len(finished(tmp_path / "out")) == 1
     assert signal.getsignal(number) == handler
     assert len(json.loads(batch(*words).stdout)["done"]) == 2

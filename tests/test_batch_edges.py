@@ -348,5 +348,5 @@ def test_a_runner_that_cannot_be_seen(path: Path) -> None:  # noqa: F811
         ledger.claim("", 1)
         change(whole, "UPDATE runners SET boot = 'another'")
         seen = status(out)
-    assert seen["runners"][0]["alive"] is None and "not to be seen from here" in seen["summary"][1]
+    assert seen["runners"][0]["alive"] is None and "not visible from here" in seen["summary"][1]
     assert not any("at work" in line for line in seen["summary"])
