@@ -32,10 +32,10 @@
     │   ├── NonFiniteTensorError     NaN or infinity
     │   ├── NonFiniteEditError       finite numbers that make NaN or infinity when they are rendered
     │   ├── TensorValueError         numbers far beyond those of any training
-    │   └── EditChangedError         tensors that are not those the file was written with
+    │   └── EditChangedError         tensors changed since the file was written
     ├── BaseMismatchError            a good edit file, made for another base
     ├── OutputError                  the result cannot be written
-    │   ├── OutputExistsError        something is there already; nothing is overwritten unasked
+    │   ├── OutputExistsError        the target exists already; it is overwritten only on request
     │   └── OutputUnwritableError    no space left, read-only, not a folder
     ├── DivergenceError              a training stage blew up
     ├── MemoryLimitError             does not fit; names the stage and the next cheaper setting
@@ -184,7 +184,7 @@ class TensorValueError(EditFileError):
 
 
 class EditChangedError(EditFileError):
-    """The tensors are not those the file was written with: rewritten by another program, or damaged."""
+    """The tensors have changed since the file was written: by another program, or by damage."""
 
 
 class NonFiniteEditError(EditFileError):
@@ -200,7 +200,7 @@ class OutputError(LowmemImagicError):
 
 
 class OutputExistsError(OutputError):
-    """Something is there already; nothing is overwritten unless asked."""
+    """The target exists already; it is overwritten only on request."""
 
 
 class OutputUnwritableError(OutputError):

@@ -34,7 +34,7 @@ def shown(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""The exact text, but for its line ends, which are escaped: for formats in which a line has a meaning."""
+    r"""The exact text, except for its line ends, which are escaped: for formats in which a line has a meaning."""
     return _LINE_ENDS.sub(lambda end: _escaped(end[0]), text)
 
 

@@ -128,7 +128,7 @@ def head_bytes(data: bytes | memoryview, size: int) -> int:
 
 
 def parse_head(data: bytes | memoryview, size: int) -> Container:
-    """Returns what the header says, checked against the size of the whole file; `data` of the result is empty.
+    """Returns the parsed header, checked against the size of the whole file; `data` of the result is empty.
 
     Args:
         data: the file's beginning, at least `head_bytes` of it.
