@@ -1,7 +1,7 @@
 """Bytes of edit files.
 
-Of the bundled model, real edits with one training step: the size does not depend on how long it trained. Of
-Stable Diffusion 1.5, edits of its shape with random factors and a random embedding, written as any other.
+For the bundled model: real edits with one training step, as the size does not depend on training time. For Stable
+Diffusion 1.5: edits of its shape with random factors and a random embedding, written as usual.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from .random_unet import TOKENS, meta_unet
 SMALL = "small"
 """The preset ``balanced`` with ``--small``."""
 RANK = 4
-"""Of the adapters whose layers are compared."""
+"""Rank of the adapters for the comparison of layers."""
 GOALS_MB = {
     ("sd15", "attn"): 1.9,
     ("sd15", "balanced"): 4.0,
@@ -84,7 +84,7 @@ def _title(name: str) -> str:
 
 
 def of_sd15(name: str, path: Path) -> dict[str, Any]:
-    """Sizes of an edit of Stable Diffusion 1.5's shape by the settings `_config` has, which is left at `path`."""
+    """Sizes of an edit of Stable Diffusion 1.5's shape with the settings of `_config`; leaves the edit at `path`."""
     config = _config(name)
     tuning = config.finetune
     unet = meta_unet("sd15")
@@ -126,16 +126,16 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
 
 
 def _evened(down: Tensor, up: Tensor, alpha: float) -> Factors:
-    """The factors scaled so that every layer's directions are worth about as much for their bytes.
+    """The factors scaled so that all layers' directions have about equal energy per byte.
 
-    Truncation then leaves something of nearly every layer, which takes the longest header.
+    Truncation then keeps directions in nearly every layer, which needs the longest header.
     """
     inputs, outputs = down[0].numel(), len(up)
     return down, up * math.sqrt((inputs + outputs) / (inputs * outputs)), alpha
 
 
 def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
-    """Sizes of an edit of a base by the settings `_config` has; the edit is left at `path`."""
+    """Sizes of an edit of a base with the settings of `_config`; leaves the edit at `path`."""
     config = _config(name)
     base = BaseModel.load(model, device="cpu")
     image = render(Scene.from_sentence("a red cube on a wooden floor", seed=0), base.sizes.own[0])
@@ -146,7 +146,7 @@ def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
 
 
 def _config(name: str) -> EditConfig:
-    """A preset with one step a stage, ``--small``, or whole adapters of `RANK` on the layers that `name` says."""
+    """A preset with one step per stage, ``--small``, or whole adapters of `RANK` on the layers called `name`."""
     short = {"steps": 1, "draws": 1}
     changes: dict[str, Any] = {"embed": short, "finetune": dict(short)}
     if name == SMALL:
@@ -161,7 +161,7 @@ def _digest(text: str) -> str:
 
 
 def _sizes(made: Edit, path: Path) -> dict[str, Any]:
-    """How large the file is and what takes the room."""
+    """Size of the file, in all and by part."""
     return {
         "file_bytes": path.stat().st_size,
         "factor_bytes": sum(f.down.nbytes + f.up.nbytes for f in made.adapters["unet"].values()),

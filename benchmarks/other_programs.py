@@ -1,9 +1,9 @@
-"""Whether diffusers makes of an edit file what this package makes of it, and what it needs for that.
+"""Compares diffusers' pictures of an edit file with this package's, with all and with some of the file's data.
 
     python -m benchmarks.other_programs            # pictures of the bundled model, and the UNet's output
     PYTHONPATH=FOLDER python -m benchmarks.other_programs --unet-only   # with the diffusers that lies in FOLDER
 
-Results of several versions of diffusers stand side by side in one file; a run replaces those of its own version.
+One file has the results of several versions of diffusers; a run replaces the results of its own version.
 """
 
 import argparse
@@ -51,8 +51,8 @@ UNETS = (("demo", "all", 16, 0.108), ("sd15", "all", 16, 0.108), ("sd15", "attn"
 
 
 def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
-    """What comes back of a photo of the validation set at eta 0, by what is taken from its edit (PSNR in dB), and how
-    near the whole recipe comes to this package's pictures."""
+    """PSNR in dB of a photo of the validation set reproduced from parts of its edit (eta 0), and the PSNR of the whole
+    recipe's pictures to this package's."""
     item = VALIDATION.items()[number]
     photo = item.photo_picture(base.sizes.own[0])
     config = preset(preset_name, {"sample": {"mask": 0.0}})
@@ -118,8 +118,8 @@ def _drawer(pipeline: Any, edit: Edit, steps: int) -> Callable[..., Image.Image]
 
 @torch.no_grad()
 def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any]:
-    """How far the installed diffusers' UNet, and one with the update merged by hand as ComfyUI does, are from ours: for
-    an edit of random factors, truncated to layers of several ranks."""
+    """Relative difference of our UNet's output to the installed diffusers', and to a UNet with the update merged by
+    hand as in ComfyUI: for an edit of random factors, truncated to layers of several ranks."""
     torch.manual_seed(0)
     unet = (
         UNet2DConditionModel.from_pretrained(DEMO / "unet", torch_dtype=torch.float32).float()
@@ -161,7 +161,7 @@ def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any
 
 
 def _mixed(unet: nn.Module, adapt: str, rank: int, keep: float, generator: torch.Generator) -> dict[str, Factors]:
-    """An adapter as files hold it, of layers whose spectra differ; rounded as files are."""
+    """An adapter with different spectra in its layers, rounded as in files."""
     pack = AdapterPack(unet, KohyaNames(), count=1, adapt=adapt, rank=rank, alpha=float(rank))
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
     whole = pack.export(0)
@@ -172,7 +172,7 @@ def _mixed(unet: nn.Module, adapt: str, rank: int, keep: float, generator: torch
 
 
 def _load(unet: nn.Module, stored: Mapping[str, Factors]) -> None:
-    """Gives a UNet an adapter's file through diffusers' own `load_lora_weights`."""
+    """Loads an adapter's file into a UNet with diffusers' own `load_lora_weights`."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
     )

@@ -1,7 +1,7 @@
 """Draws the README's picture of edits: ``python -m benchmarks.showcase``, about two minutes on two cores.
 
-Six scenes written down before any was tried, default settings, seed 0; nothing is picked. Each row is a photo, its edit
-along eta, and the ground truth: the same scene rendered with the edit applied.
+Six scenes fixed before any was tried, default settings, seed 0; not selected. Each row is a photo, its edit along eta,
+and the ground truth: the same scene rendered with the edit applied.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ EDITS = (
     ("a large purple metal sphere on a tiled floor", 4, {"floor": "grass"}),
     ("a large white rubber cube on a grass floor", 6, {"floor": "stone"}),
 )
-"""Scene, its seed, and what the sentence changes."""
+"""Scene, its seed, and the attributes that the sentence changes."""
 
 
 def main(path: Path = PICTURE) -> None:
@@ -54,7 +54,7 @@ def main(path: Path = PICTURE) -> None:
 
 
 def _sentence(scene: Scene) -> str:
-    """What a user would ask for: colour, shape and floor."""
+    """The sentence of a user: colour, shape and floor."""
     phrase = scene.objects[0].words(size=False, material=False, pose=False)
     return f"a photo of {phrase} on a {scene.floor} floor"
 

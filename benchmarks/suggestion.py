@@ -1,10 +1,9 @@
-"""Whether the suggested eta is worth following: good items at it, at one fixed eta, and at the best eta of each item.
+"""Measures the value of the suggested eta: good items at it, at one fixed eta, and at the best eta of each item.
 
     python -m benchmarks.suggestion --set validation --work DIR
 
 Edits are those of `benchmarks.edit_quality --method balanced` (kept in ``--work``, or trained again). The price of
-leaving the photo (`lowmem_imagic.sampling.suggestion.PRICE`) is tried at several values, for the validation set to
-choose from.
+leaving the photo (`lowmem_imagic.sampling.suggestion.PRICE`) is tried at several values; the validation set chooses.
 """
 
 import argparse
@@ -80,7 +79,7 @@ def report(
 
 
 def _at_price(suggestion: Suggestion, price: float) -> float:
-    """The eta that a suggestion's scores give at another price; never the photo itself."""
+    """The suggested eta at another price, from a suggestion's scores; never the photo itself."""
     scores = suggestion.scores
     values = worth([s.follows for s in scores], [s.distance for s in scores], price)
     return max((v, s.eta) for v, s in zip(values, scores, strict=True) if s.eta > 0)[1]

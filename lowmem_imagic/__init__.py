@@ -94,7 +94,7 @@ def __getattr__(name: str) -> Any:
     module, attribute = _HOMES[name]
     from .unexpected import without_advice
 
-    # bitsandbytes says as it is imported that kernels for 4 bits, which are not used here, want another package.
+    # bitsandbytes logs while it is imported that its 4-bit kernels need another package; they are not used here.
     with without_advice():
         return getattr(importlib.import_module(f".{module}", __name__), attribute)
 

@@ -1,4 +1,4 @@
-"""Faults and remarks of libraries: an error that nobody raised on purpose, told in one line; logs, kept quiet."""
+"""Errors and log messages of libraries: an unexpected error becomes one line; advice to developers is not logged."""
 
 import logging
 import threading
@@ -19,8 +19,8 @@ def unexpected(error: BaseException, remark: str = "") -> UnexpectedError:
     It does not refer to `error`, whose traceback would keep alive what the failed call had allocated.
 
     Args:
-        error: what was raised.
-        remark: what the user should know beside it.
+        error: the exception.
+        remark: a further note for the user.
     """
     reported = UnexpectedError(f"an unexpected error ended this: {first_line(error)}{remark and f'; {remark}'}")
     reported.details = "".join(traceback.format_exception(error))

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  fixtures of another file
-"""Facts about batches that meet errors nobody raised on purpose: no such error ends a run or fails another's item."""
+"""Facts about unexpected errors in batches: no such error ends a run or fails another item."""
 
 import errno
 import sqlite3
@@ -102,7 +102,7 @@ def test_an_error_while_a_pack_trains(
         bad.extend(t.latents for t in list(self._ready)[before:] if t.job.photo.name.startswith("p1"))
 
     def entering(self: Any, slot: int, stage: Any, losses: Any) -> bool:
-        if stage.name == "finetune" and any(self._held[slot].task.latents is latents for latents in bad):
+        if stage.name == "finetune" and any(self._edits[slot].task.latents is latents for latents in bad):
             raise error
         return enter(self, slot, stage, losses)
 
@@ -134,7 +134,7 @@ def test_an_error_while_results_are_made(
 def test_an_error_in_the_numbers_of_one_edit(
     run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the engine makes of a trained edit may fail for one of a pack."""
+    """Finishing a trained edit may fail for one edit of a pack."""
     manifest, out, calls = listed(tmp_path, 3), tmp_path / "out", Counter[str]()
     edit = pipeline.Edit
 
@@ -176,7 +176,7 @@ def test_an_error_while_the_list_is_looked_at(
 
 
 def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an executor raises becomes its items' failure, and the run reports."""
+    """Any error of an executor becomes the failure of its items, and the run reports."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
 
     def make(*_: Any, **__: Any) -> Any:
@@ -189,7 +189,7 @@ def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, m
 
 
 def test_the_log_is_no_way_out_of_the_folder(run: Callable[..., Said], tmp_path: Path) -> None:
-    """A link in place of the log is not followed: the run says so and makes nothing."""
+    """A link in place of the log is not followed: the run ends with an error, and makes no items."""
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     (out / LOG).parent.mkdir(parents=True)
     (target := tmp_path / "precious").write_text("mine")
@@ -209,7 +209,7 @@ def test_stopping_is_no_error(run: Callable[..., Said], tmp_path: Path, monkeypa
 def test_a_model_with_a_bad_number_fails_its_own_items(
     part: str, run: Callable[..., Said], folder_copy: Path, tmp_path: Path
 ) -> None:
-    """Items of a damaged model fail one by one, by the part; those of another go on, whichever comes first."""
+    """Items of a damaged model fail one by one, with the damaged part; items of other models are made."""
     damaged = str(damage(folder_copy, *PARTS[part], float("nan")))
     manifest, out = listed(tmp_path, 4, model=[damaged, None, damaged, None]), tmp_path / "out"
     said = run(manifest, "--out", out)

@@ -110,7 +110,7 @@ def test_edit_writes_everything_it_promises(run, photo):
     }
     assert all(stage["seconds"] >= 0 for stage in report["stages"].values())
     assert edit_path.name in result.stdout
-    # Random weights give no photo back, so it is not said of the edit that it is under-fitted.
+    # Random weights cannot reproduce a photo, so there is no hint that the edit is under-fitted.
     assert "this base" in report["fit"]["hint"] and report["fit"]["hint"] in report["warnings"]
     assert report["fit"]["reconstruction_db"] < 20 < 99
 
@@ -125,7 +125,7 @@ def test_small_edits_are_small_and_render(run, photo):
             f.down.nbytes + f.up.nbytes for f in edit_file.read(Path(f"{name}.safetensors")).adapter.values()
         )
     assert sizes["small"] <= SMALL_KEEP * sizes["whole"] < sizes["usual"] < sizes["whole"]
-    # Of another adapter than the preset's, nothing is taken off unasked.
+    # An adapter other than the preset's is stored whole by default.
     assert sizes["other"] == sizes["whole"] / 8
     result = run("sample", "small.safetensors", "--out", "made", "--etas", "0.8", "--steps-sample", 2, "--quiet")
     assert result.exit_code == 0, result.output
@@ -320,7 +320,7 @@ def test_inspect_imports_no_torch(finished):
 
 
 def test_scene_renders_a_photo(run):
-    """`scene` draws what the sentence says, the same for the same seed, and marks it as drawn by an algorithm."""
+    """`scene` draws its sentence, equally for equal seeds, and marks the picture as drawn by an algorithm."""
     for out in ("a.png", "b.png"):
         result = run("scene", "a red cube on a wooden floor", out, model=False)
         assert result.exit_code == 0
@@ -338,7 +338,7 @@ def test_doctor_names_versions_and_paths(run):
 
 
 def test_doctor_plans_for_cards(run, tiny_folder):
-    """`doctor --plan` says for each amount of memory what fits, for one photo and for many, or why nothing does."""
+    """`doctor --plan` shows a plan for each amount of memory, for one photo and for many, or why none fits."""
     words = ["doctor", "--plan", "--model", tiny_folder, "--vram", "500MB,8GB"]
     lines = run(*words, model=False).stdout.splitlines()
     assert [line.split(",")[0] for line in lines if "hold no training step" in line] == ["500MB", "500MB"]
@@ -456,7 +456,7 @@ def test_divergence_ends_with_what_to_change(run, photo, monkeypatch):
 
 
 def test_layers_are_chosen_by_an_expression(run, photo):
-    """--adapt takes a regular expression; the edit has those layers, says so, and renders like any other."""
+    """--adapt takes a regular expression; the edit has adapters on these layers, records them, and renders as usual."""
     words = ("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK_TRAINING, "--quiet")
     assert run(*words, "--adapt", r"mid_block\..*attn2\.to_[qk]").exit_code == 0
     edit = edit_file.read(Path("e.safetensors"))
@@ -606,7 +606,7 @@ def test_all_wrong_words_at_once(photo):
 
 
 def test_steps_a_scheduler_cannot_take(run, photo, finished):
-    """What would fail in the middle of sampling is refused before training."""
+    """Settings that would fail in the middle of sampling are refused before training."""
     words = ["--scheduler", "DDIM", "--steps-sample", "1000"]
     _fails(run("edit", photo, SENTENCE, "--out", "made", *QUICK_TRAINING, *words), 2, "timestep 1000 of 1000")
     assert not Path("made").exists()
@@ -755,7 +755,7 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
 @pytest.mark.process
 @pytest.mark.parametrize("after_s", [0.1, 0.6, 1.5])
 def test_ctrl_c_while_libraries_are_imported(after_s, photo):
-    """Ctrl-C before there is anything to lose ends the process without a traceback, whatever is being imported."""
+    """Ctrl-C before any work ends the process without a traceback, during any import."""
     words = ["edit", str(photo), SENTENCE, "--out", "made", *QUICK]
     # From the package's first line on; before it the interpreter itself would speak.
     script = (

@@ -1,4 +1,4 @@
-"""Facts about a base in use: what it learns of memory is forgotten in the end, one thread at a time, and fp16."""
+"""Facts about a base in use: memory limits end with their call, one thread at a time, and fp16."""
 
 import logging
 import threading
@@ -64,7 +64,7 @@ def out_of_memory_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch, name: s
 def test_what_ran_out_once_is_tried_again_in_the_next_call(
     load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training pass that ran out of memory is made smaller for the call at hand, which says so, and no longer."""
+    """A training pass that ran out of memory becomes smaller only for the present call, which reports it."""
     base = load_base()
     out_of_memory_once(base, monkeypatch, "predict")
     [edit] = make_edits(base, jobs[:1], CONFIG)
@@ -76,7 +76,7 @@ def test_what_ran_out_once_is_tried_again_in_the_next_call(
 def test_rendering_that_ran_out_is_tried_again(
     load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sampling batch that ran out of memory is made smaller for the call at hand alone."""
+    """A sampling batch that ran out of memory becomes smaller only for the present call."""
     base = load_base()
     edits = make_edits(base, jobs[:1], CONFIG)
     out_of_memory_once(base, monkeypatch, "predict")
@@ -105,7 +105,7 @@ def test_what_ran_out_while_the_first_photo_is_encoded_is_recorded(
 def test_a_suggestion_that_ran_out_takes_fewer_rows(
     load_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Suggesting an eta keeps to a limit of rows, halves it when memory runs out, and suggests what it did before."""
+    """Suggesting an eta respects a limit of rows, halves it when memory runs out, and gives the same suggestion."""
     base = load_base()
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     target, optimized = calls.encode_text(base, SENTENCES)
@@ -190,7 +190,7 @@ def test_a_second_thread_is_refused(
 
 
 def test_the_type_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cards before Ampere compute in fp16, later ones in bfloat16, CPUs in fp32; what is asked for wins."""
+    """Cards before Ampere compute in fp16, later ones in bfloat16, CPUs in fp32; an explicit setting wins."""
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((8, 9), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
@@ -201,7 +201,7 @@ def test_the_type_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_type(tiny_folder: Path) -> None:
-    """A type that is none is refused with those there are."""
+    """An unknown type is refused, with a list of the valid ones."""
     with pytest.raises(ConfigError, match="`compute` is 'fp8', expected one of auto, bf16, fp16, fp32"):
         BaseModel.load(str(tiny_folder), device="cpu", compute="fp8")
 

@@ -156,7 +156,7 @@ def _invokeai_width(keys: dict[str, tuple[int, ...]]) -> int | None:
 @pytest.mark.parametrize("blocks", [("up",), ("down", "mid", "up"), ("mid",)])
 @pytest.mark.parametrize("adapt", sorted(TARGETS))
 def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
-    """Whatever blocks and layers an edit keeps, the layer that InvokeAI asks for the base's kind is of the text."""
+    """For any blocks and layers of an edit, the layer that tells InvokeAI the base's kind projects the text."""
     base = load_base(weights="fp32")
     pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(6)))

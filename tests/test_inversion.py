@@ -1,4 +1,4 @@
-"""Facts about the photo's own noise: what it is, and what training and sampling do with it."""
+"""Facts about the photo's own noise, and its use in training and sampling."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ def test_seed_0_is_the_photos_own_noise_and_others_vary_it(tiny: Any, monkeypatc
 
 
 def test_what_has_no_fitting_noise_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An edit without noise of its own, or for pictures of another size, cannot start from it, and is told what can."""
+    """An edit without its own noise, or for pictures of another size, cannot start from it; the error names the
+    alternatives."""
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick(start="photo"))
     with pytest.raises(ConfigError, match="`start=photo`"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)

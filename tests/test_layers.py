@@ -94,7 +94,7 @@ MODELS_STRINGS = {"unet", "transformer", "sd1", "sd2", "sdxl", "flux2", "deepflo
 
 
 def _models_words(path: Path) -> set[str]:
-    """What a file says that only a family may know."""
+    """Words in a file that only a family may use."""
     words = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr in MODELS_WORDS:

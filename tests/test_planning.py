@@ -1,4 +1,4 @@
-"""Facts about memory: what is predicted is what is taken, a plan stays within its budget, and running out is no end."""
+"""Facts about memory: predictions are right, a plan stays within its budget, and running out leads to a fallback."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -45,11 +45,11 @@ def tasks(base: Any, count: int) -> list[TrainingInput]:
 
 
 def costs_of(base: Any, config: EditConfig = CONFIG) -> Costs:
-    """What is predicted for a base."""
+    """The predictions for a base."""
     return Costs(base.family, config, weights=base.weights, dtype=base.dtype, part_dtype=base.part_dtype)
 
 
-# What is predicted
+# Predictions
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def predicted(load_base: Callable[..., Any]) -> Costs:
 def test_plans_stay_within_their_budget(
     predicted: Costs, budget: int, jobs: int, checkpointing: bool, beside: bool, on_cpu: bool
 ) -> None:
-    """Whatever the budget, a plan's phases fit into it with a tenth to spare, or there is one clear error."""
+    """For any budget, a plan's phases fit into it with a tenth to spare, or there is one clear error."""
     words: dict[str, Any] = {"jobs": jobs, "checkpointing": checkpointing, "beside": beside, "on_cpu": on_cpu}
     try:
         made = plan(predicted, CONFIG, budget_bytes=budget, context_bytes=1000, **words)
@@ -207,13 +207,13 @@ def test_more_memory_is_never_slower(predicted: Costs) -> None:
 
 
 def test_no_more_slots_than_fill_the_rows(predicted: Costs) -> None:
-    """One photo takes one slot, whatever the memory; and all its draws go in one pass."""
+    """One photo takes one slot, for any memory, and all its draws go in one pass."""
     made = plan(predicted, CONFIG, budget_bytes=10**9)
     assert (made.slots, made.rows) == (1, 2)
 
 
 def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
-    """A plan for a process that runs already counts what it holds."""
+    """A plan for a running process counts the memory in use."""
     base = load_base()
     with pytest.raises(MemoryLimitError, match="hold no training step"):
         plan_for(base, CONFIG, Budget.of(base.device, "50MB"))
@@ -224,8 +224,8 @@ def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
 
 
 def test_budgets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the budget is what is free, or the amount asked for up to that; the allocator is held to an amount that
-    was asked for, as long as the work lasts."""
+    """On a GPU the budget is the free memory, or the requested amount if that is less; the allocator enforces a
+    requested amount during the work."""
     told: list[tuple[float, Any]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(6e9), int(8e9)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

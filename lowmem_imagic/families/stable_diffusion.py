@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: CLIP text conditioning, 4-channel latents, epsilon or v prediction.
 
-The only place that knows diffusers' and transformers' classes.
+Outside of `families` and `demo`, no code uses the classes of diffusers or transformers.
 """
 
 import logging
@@ -24,7 +24,7 @@ from .conditioning import Conditioning, Part
 from .family import Denoiser
 from .files.checkpoint import SingleFile
 from .files.source import Folder
-from .lean_unet import make_frugal
+from .lean_unet import make_lean
 from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
 from .portable import portable
 from .schedule import DiscreteSchedule, read_schedule
@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 EMBEDS = "embeds"
 """Name of the only part of a sentence's conditioning."""
 _FAMILIES = {768: "sd1", 1024: "sd2"}
-"""Family by width of the text conditioning; others are of the same make but another size."""
+"""Family by width of the text conditioning; other widths are models of the same architecture in another size."""
 LEAST_PX = 256
 """Shortest side of the pictures that a model for larger ones edits."""
 _FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
-"""Entries of a tokenizer's settings that would have it read another file."""
+"""Entries of a tokenizer's settings that make it read another file."""
 
 
 class StableDiffusion:
-    """The parts of one Stable Diffusion model, each loaded when asked for and owned by the caller.
+    """The parts of one Stable Diffusion model, each loaded on request and owned by the caller.
 
     Raises:
         WrongFamilyError: another kind of model (SDXL, inpainting, transformers).
@@ -65,10 +65,10 @@ class StableDiffusion:
         _ = self.scheduler_config
 
     def _check_checkpoint(self, source: SingleFile) -> None:
-        """Makes sure that a single file is of the size and the scale that its configuration says.
+        """Checks that a single file's width and latent scale are those of its configuration.
 
         Raises:
-            IncompleteModelError: it is not.
+            IncompleteModelError: they are not.
         """
         if source.width != self.cross_attention_dim:
             raise IncompleteModelError(
@@ -82,7 +82,7 @@ class StableDiffusion:
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
                 f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (`model_config`)"
             )
-        # Stable Diffusion 2 is made without the last layer: its second from the end is the last that there is.
+        # Stable Diffusion 2 lacks its text encoder's last layer, so the second layer from the end is its last one.
         made_without_last = self.cross_attention_dim == 1024 and source.marks.clip_skip.endswith(" 2")
         if source.marks.clip_skip and not made_without_last:
             log.warning(
@@ -134,12 +134,12 @@ class StableDiffusion:
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """The noise schedule's configuration, complete and as the model's marks say."""
+        """The noise schedule's configuration, complete, with the model's marks applied."""
         return read_schedule(self.source, self._folder)
 
     @cached_property
     def family(self) -> str:
-        """``sd1``, ``sd2``, or ``sd-<width>`` for models of the same make and another size."""
+        """``sd1``, ``sd2``, or ``sd-<width>`` for models of the same architecture in another size."""
         return _FAMILIES.get(self.cross_attention_dim, f"sd-{self.cross_attention_dim}")
 
     @property
@@ -149,7 +149,7 @@ class StableDiffusion:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts, one of `PREDICTION_TYPES`."""
+        """Prediction type of the UNet, one of `PREDICTION_TYPES`."""
         return str(self.scheduler_config["prediction_type"])
 
     @property
@@ -159,7 +159,7 @@ class StableDiffusion:
 
     @property
     def sizes(self) -> Sizes:
-        """The square the model was made for, and pictures of as many pixels whose latents its UNet halves evenly.
+        """The square the model was trained on, and sizes of no more pixels whose latents its UNet halves evenly.
 
         A side has at least half of the square's, and at least `LEAST_PX`: a model for smaller pictures has its square.
         """
@@ -174,23 +174,23 @@ class StableDiffusion:
 
     @cached_property
     def schedule(self) -> DiscreteSchedule:
-        """The noise schedule that the UNet was trained on."""
+        """The noise schedule of the UNet's training."""
         return DiscreteSchedule(self.scheduler_config, self._folder.label)
 
     @cached_property
     def denoisers(self) -> Sequence[Denoiser]:
-        """The UNet alone."""
+        """The UNet, the only denoiser."""
         return (UNet(self),)
 
     @property
     def text(self) -> Mapping[str, Part]:
-        """A sentence is one tensor (T, D)."""
+        """The conditioning of a sentence: one tensor (T, D)."""
         tokens = int(self.text_config["max_position_embeddings"])
         return {EMBEDS: Part((tokens, self.cross_attention_dim), trained=True)}
 
     @property
     def identity(self) -> BaseIdentity:
-        """Which base this is, with the hashes of its files."""
+        """Identity of this base, with the hashes of its files."""
         return BaseIdentity(
             source=self.source.label,
             revision=self.source.revision,
@@ -213,17 +213,18 @@ class StableDiffusion:
                 "remove that entry"
             )
         with quiet(), complete(self._folder.label, "tokenizer"):
-            # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
+            # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
+            # versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(
                 self._folder.path, subfolder="tokenizer", local_files_only=True
             )
             longest, words = self.text_config["max_position_embeddings"], self.text_config["vocab_size"]
-            # transformers takes 1e30 where the configuration does not say.
+            # transformers sets 1e30 if the configuration has no value.
             if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):
                 raise ValueError(f"model_max_length is {tokenizer.model_max_length}, expected 3 to {longest}")
             if max(tokenizer.get_vocab().values()) >= words:
                 raise ValueError(f"it has words beyond the {words} of the text encoder")
-            # Some settings are looked at only now.
+            # The library checks some settings only when it encodes.
             ids = _padded(tokenizer, ["a", ""])
             if ids.shape != (2, tokenizer.model_max_length):
                 raise ValueError(f"it gives ids of the shape {list(ids.shape)}")
@@ -231,7 +232,7 @@ class StableDiffusion:
             return tokenizer
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen UNet with weights in the given format (`config.WEIGHT_FORMATS`), in eval mode.
+        """The frozen UNet with weights in a format of `settings.stages.WEIGHT_FORMATS`, in eval mode.
 
         On the meta device only its configuration is read, as for the other parts.
         """
@@ -246,7 +247,7 @@ class StableDiffusion:
             load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
         except ValueError as error:
             raise IncompleteModelError(f"{self._shown}: the UNet's {error}") from error
-        make_frugal(unet)
+        make_lean(unet)
         return unet
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -254,19 +255,19 @@ class StableDiffusion:
         return self._frozen("text_encoder", self.text_config, device, dtype)
 
     def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
-        """The frozen autoencoder; `tiling` makes it work in overlapping quarters: a fraction of the memory."""
+        """The frozen autoencoder; with `tiling` it works in overlapping quarters, in a fraction of the memory."""
         vae: Any = self._frozen("vae", self.vae_config, device, dtype)
         if device.type == "cuda":
-            # cuDNN computes in this layout, and would keep a copy of every tensor in it.
+            # cuDNN computes in this layout; from another one it would copy every tensor.
             vae.to(memory_format=torch.channels_last)
         if tiling:
             vae.enable_tiling()
-            # diffusers' own tiles are of the size that the model was made for.
+            # diffusers' own tiles have the size of a whole picture.
             vae.tile_sample_min_size, vae.tile_latent_min_size = self.sizes.own[0] // 2, self.latent_shape[1] // 2
         return vae  # type: ignore[no-any-return]
 
     def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
-        """A part on the meta device, which was tried once."""
+        """A part on the meta device; its configuration is tried out once."""
         if component not in self._tried:
             try_out(component, values, self._folder.label, self.latent_shape[1])
             self._tried.add(component)
@@ -274,7 +275,7 @@ class StableDiffusion:
 
     @property
     def _shown(self) -> str:
-        """The base, for messages about its weights."""
+        """Name of the base in messages about its weights."""
         return self.source.path.name if isinstance(self.source, SingleFile) else self.source.label
 
     def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -288,11 +289,7 @@ class StableDiffusion:
         return part
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Token ids (B, T), and for each prompt the words that no longer fit ("" when all do).
-
-        Raises:
-            PromptError: a prompt with no words.
-        """
+        """Token ids (B, T), and for each prompt the words that do not fit ("" if all do)."""
         limit = self.tokenizer.model_max_length
         cut = []
         for prompt in prompts:
@@ -302,14 +299,14 @@ class StableDiffusion:
 
     @property
     def sentence_tokens(self) -> int:
-        """Tokens of a sentence that the text encoder reads, beside those of its beginning and end."""
+        """Most tokens of a sentence that the text encoder reads, without the start and end tokens."""
         return int(self.tokenizer.model_max_length) - 2
 
     def check_prompt(self, prompt: str) -> str:
-        """The words of `prompt` that do not fit into the text encoder ("" when all do).
+        """The words of `prompt` that do not fit into the text encoder ("" if all do).
 
         Raises:
-            PromptError: nothing to encode.
+            PromptError: there is nothing to encode.
         """
         if not prompt.strip():
             raise PromptError('the sentence is empty; say what the picture should show, such as "a blue cube"')
@@ -319,7 +316,7 @@ class StableDiffusion:
     def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
         """Text embeddings (B, T, D), on the encoder's device and in its type.
 
-        On the meta device no words are read: every sentence has the full length.
+        On the meta device the sentences are not read: each has the full length.
         """
         device = next(encoder.parameters()).device
         if device.type == "meta":
@@ -338,18 +335,18 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, codec: nn.Module, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], in fp32, decoded one by one to bound memory.
+        """Pictures (B, 3, H, W) in [-1, 1], in fp32, decoded one by one to limit memory.
 
-        Not finite where the autoencoder overflows in its type.
+        Not finite if the autoencoder overflows in its type.
         """
         first = next(codec.parameters())
         parts = [codec.decode(_laid_out(z[None] / self._scaling, first)).sample for z in latents]  # type: ignore[operator]
-        # Clamping would hide an overflow to infinity, not one to NaN.
+        # Clamping would hide an overflow to infinity, so infinite values stay.
         images = torch.cat(parts).float()
         return images.where(~images.isfinite(), images.clamp(-1, 1))
 
     def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
-        """Nothing: the UNet takes the text alone."""
+        """Empty: the UNet takes only the text."""
         return Conditioning({})
 
     @property
@@ -387,7 +384,7 @@ class UNet:
 
     @property
     def schedule(self) -> DiscreteSchedule:
-        """The noise schedule that it was trained on."""
+        """The noise schedule of its training."""
         return self._family.schedule
 
     def shape(self, size: Size) -> tuple[int, int, int]:
@@ -400,16 +397,16 @@ class UNet:
         return self._family.load_unet(weights=weights, device=device, dtype=dtype)
 
     def use_xformers(self, network: nn.Module) -> None:
-        """Makes the UNet compute attention with xformers, which is known to run.
+        """Switches the UNet's attention to xformers; the caller has checked that it runs.
 
-        Not diffusers' own switch: it tries xformers on the first GPU and in fp32, whatever the UNet is on and in.
+        diffusers' own switch is not used: it always tries xformers on the first GPU and in fp32.
         """
         for module in network.modules():
             if isinstance(module, Attention):
                 module.set_processor(XFormersAttnProcessor())
 
     def recompute(self, network: nn.Module, on: bool) -> None:
-        """Switches gradient checkpointing."""
+        """Switches gradient checkpointing on or off."""
         unet: Any = network
         (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
 
@@ -418,21 +415,21 @@ class UNet:
         return portable(adapter, network)
 
     def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """The UNet's prediction, in the layout that cuDNN computes in."""
+        """The UNet's prediction, computed in channels-last layout, as cuDNN prefers."""
         noisy = x.to(memory_format=torch.channels_last)
         prediction: Tensor = network(noisy, at, encoder_hidden_states=given[EMBEDS]).sample
         return prediction
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """A batch on the device of a part and in its type; on a GPU in the layout that cuDNN computes in."""
+    """A batch on the device of a part and in its type; on a GPU in cuDNN's layout (channels-last)."""
     if like.device.type == "cuda":
         return x.to(like.device, like.dtype, memory_format=torch.channels_last)
     return x.to(like)
 
 
 def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, T) at the full length of the text encoder."""
+    """Token ids (B, T), padded to the full length of the text encoder."""
     encoded = tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )

@@ -1,7 +1,6 @@
-"""Named tensors of N edits in one flat buffer, a row an edit.
+"""Named tensors of N edits in one flat buffer, one row per edit.
 
-An optimiser step, a gradient or a stop mask for all edits is then one operation, whatever N is and however many
-tensors an edit has.
+An optimiser step, a gradient or a stop mask for all edits is then one operation for any number of edits and tensors.
 """
 
 import math
@@ -39,7 +38,7 @@ class FlatPack:
             start = end
 
     def enable_gradients(self) -> Tensor:
-        """The flat gradient (N, P); every tensor's gradient is a view of it, which backward passes fill."""
+        """The flat gradient (N, P), filled by backward passes; every tensor's gradient is a view of it."""
         grads = torch.zeros_like(self.weights)
         for name, view in self._views(grads):
             self.parameters[name].grad = view
@@ -48,8 +47,8 @@ class FlatPack:
 
 @contextmanager
 def strided_gradients() -> Iterator[None]:
-    """Around a backward pass: without torch's warning that tensors of several edits lie apart in one buffer, as they
-    and their gradients do on purpose."""
+    """Silences torch's warning about strided gradients in a backward pass: they are intended here, as one flat buffer
+    holds all edits."""
     with WARNINGS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         yield
