@@ -16,6 +16,7 @@ from transformers import CLIPTokenizerFast
 from ..edits.identity import BaseIdentity
 from ..errors import IncompleteModelError, PromptError
 from ..layers.frozen import load_frozen
+from ..unexpected import without_advice
 from . import kinds, limits, repairs
 from .adapter_names import KohyaNames
 from .conditioning import Conditioning, Part
@@ -23,7 +24,7 @@ from .family import Denoiser, Size
 from .files.checkpoint import SingleFile
 from .files.source import Folder
 from .lean_unet import make_frugal
-from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
+from .loading import build, check_fit, complete, fill, tensors_of, try_out
 from .schedule import DiscreteSchedule, read_schedule
 
 log = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class StableDiffusion:
                 f"{self._folder.label}: tokenizer/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
                 "remove that entry"
             )
-        with quiet(), complete(self._folder.label, "tokenizer"):
+        with without_advice(), complete(self._folder.label, "tokenizer"):
             # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(
                 self._folder.path, subfolder="tokenizer", local_files_only=True
@@ -273,7 +274,7 @@ class StableDiffusion:
     def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
         part = self._build(component, values)
         if device.type == "meta":
-            with quiet():
+            with without_advice():
                 return part.to(device, dtype).requires_grad_(False).eval()
         tensors = tensors_of(self.source, component, values)
         names = check_fit(part, tensors, f"{self._shown}: the {component}", self._folder.label)
