@@ -28,7 +28,6 @@ from lowmem_imagic.diffusion.schedules import loss_per_edit
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
 from lowmem_imagic.families.adapter_names import TARGETS, KohyaNames
 from lowmem_imagic.layers.adapter_pack import AdapterPack
-from lowmem_imagic.layers.flat_pack import strided_gradients
 from lowmem_imagic.layers.frozen import load_frozen, weight_bytes
 from lowmem_imagic.planning.counting import fused_attention, peak_of
 
@@ -135,8 +134,7 @@ class Step:
             predicted: Tensor = self.unet(
                 self._latents, self._timesteps, encoder_hidden_states=self._text, **self._more
             ).sample
-            with strided_gradients():
-                loss_per_edit(predicted, torch.zeros_like(predicted), self.case.rows).sum().backward()
+            loss_per_edit(predicted, torch.zeros_like(predicted), self.case.rows).sum().backward()
 
 
 def counted(case: Case) -> dict[str, int]:

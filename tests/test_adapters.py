@@ -446,7 +446,7 @@ def test_gradients_over_bfloat16_are_autograds_own(
             for part in (latents, -latents):
                 network(part.bfloat16(), timesteps, text.bfloat16()).sample.float().square().sum().backward()
         operations.append(count.count)
-        monkeypatch.setattr(adapter_layers, "_rounded", lambda factors, dtype: factors.to(dtype))
+        monkeypatch.setattr(adapter_layers, "kept_gradient", lambda factors, dtype: factors.to(dtype))
     assert found[0].any() and torch.equal(*found)
     # A factor that is scaled on its way is cast as autograd does.
     direct = len(pack.parameters) if alpha == 4 else len(pack.parameters) // 2

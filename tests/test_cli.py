@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,19 @@ def test_sample_under_another_sentence(run, finished):
     report = json.loads(Path("new/report.json").read_text(encoding="utf-8"))
     assert report["sentence"] == "two birds"
     _fails(run("sample", finished, "--out", "empty", "--prompt", " "), 2, "empty")
+
+
+@pytest.mark.parametrize("command", ["sample", "sheet"])
+def test_settings_that_are_gone_are_named(run, finished, command):
+    """Pictures of an edit that was made with settings which this version lacks come with one warning of them."""
+    edit = edit_file.read(finished)
+    settings = {**edit.settings, "sample": {**edit.settings["sample"], "hold": 0.5, "release": 0, "ddim_eta": 0.0}}
+    edit_file.write(replace(edit, settings=settings), Path("old.safetensors"))
+    words = {"sample": ["--etas", "1"], "sheet": ["--etas", "1", "--strengths", "1"]}[command]
+    result = run(command, "old.safetensors", *words, "--steps-sample", 1, "--quiet")
+    assert result.exit_code == 0, result.output
+    [warning] = [line for line in result.stderr.splitlines() if "this version lacks" in line]
+    assert "hold 0.5" in warning and "release" not in warning and "ddim" not in warning
 
 
 def test_sample_takes_every_knob(run, finished):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel
 
 from lowmem_imagic import (
     BaseModel,
@@ -187,6 +189,43 @@ def test_a_second_thread_is_refused(
     thread.start()
     thread.join()
     assert len(refused) == 1
+
+
+def test_a_photo_is_read_while_another_thread_works(
+    load_base: Callable[..., BaseModel], jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads a photo waits neither for a part that is loaded nor for a backward pass."""
+    photo, reached = tmp_path / "photo.png", list[str]()
+
+    def meanwhile(place: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            thread = threading.Thread(target=load_photo, args=(photo,), daemon=True)
+            thread.start()
+            # Far longer than it takes: only a photo that waits for this call takes it all.
+            thread.join(30)
+            assert not thread.is_alive(), place
+            reached.append(place)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(CLIPTextModel, "__init__", meanwhile("load", CLIPTextModel.__init__))
+    monkeypatch.setattr(Tensor, "backward", meanwhile("backward", Tensor.backward))
+    make_edits(load_base(), jobs[:1], CONFIG)
+    assert {"load", "backward"} <= set(reached)
+
+
+def test_training_together_warns_of_nothing(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
+    """Edits that train side by side, whose gradients lie in one buffer, raise no warning of torch's."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_edits(load_base(), jobs, CONFIG)
+    finally:
+        torch.set_warn_always(always)
+    assert not [text for text in (str(warning.message) for warning in caught) if "grad" in text]
 
 
 def test_the_type_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:

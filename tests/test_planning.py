@@ -1,6 +1,7 @@
 """Facts about memory: predictions are right, a plan stays within its budget, and running out leads to a fallback."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from lowmem_imagic.families import load_architecture
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
-from lowmem_imagic.planning.counting import LiveBytes, peak_of
+from lowmem_imagic.planning.counting import LiveBytes, fused_attention, peak_of
 from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, plan, plan_for
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
@@ -133,6 +134,19 @@ def test_counting_sees_each_storage_once() -> None:
         assert count.live == 0
         torch.zeros(10)
     assert count.peak == 8000
+
+
+def test_counting_leaves_the_attention_of_other_threads_alone() -> None:
+    """While one thread counts attention without a matrix of all pairs, another has torch's own."""
+    heads = torch.empty(1, 1, 1024, 8, device="meta")
+
+    def peak() -> int:
+        return peak_of(lambda: torch.nn.functional.scaled_dot_product_attention(heads, heads, heads))
+
+    own = peak()
+    with fused_attention(), ThreadPoolExecutor(1) as other:
+        counted, beside = peak(), other.submit(peak).result()
+    assert counted < own == beside == peak()
 
 
 @pytest.mark.parametrize(

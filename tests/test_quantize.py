@@ -303,6 +303,12 @@ def test_a_scale_follows_its_weights() -> None:
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     layer.absmax.mul_(2)
     assert torch.allclose(layer(x) - layer.bias[:, None, None], 2 * (before - layer.bias[:, None, None]), atol=1e-5)
+    layer.absmax = 2 * layer.absmax
+    layer(x)
+    # The second of these may lie where the one of that pass lay.
+    layer.absmax = 2 * layer.absmax
+    layer.absmax = 2 * layer.absmax
+    assert torch.allclose(layer(x) - layer.bias[:, None, None], 16 * (before - layer.bias[:, None, None]), atol=1e-4)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])

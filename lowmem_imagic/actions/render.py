@@ -21,7 +21,7 @@ from ..pipeline.prepare import check_sentence
 from ..pipeline.versions import versions
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
-from ..settings.stages import SampleConfig, strength_text
+from ..settings.stages import DROPPED, SampleConfig, strength_text
 from ..settings.text import BaseOptions
 from .console import Console
 from .fit_hint import Fit, embedding_distance
@@ -87,10 +87,28 @@ def open_edit(
     base = load_base(chosen)
     base.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
+    console.warn(_without(edit))
     check_sentences(base, [edit.target_prompt if prompt is None else prompt, config.negative_prompt], console)
     if prompt is not None:
         console.say(f"trained for {edit.target_prompt!r}, rendered under {prompt!r}")
     return base, edit.target_prompt if prompt is None else prompt
+
+
+def _without(edit: Edit) -> str:
+    """A warning of settings that changed an edit's pictures and are no longer there; "" where it has none."""
+    recorded = edit.settings.get("sample")
+    values = recorded if isinstance(recorded, dict) else {}
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    gone = [
+        f"{name} {numbers[name]:g}"
+        for name, neutral in DROPPED["sample"].items()
+        if numbers.get(name, neutral) != neutral
+    ]
+    if not gone:
+        return ""
+    return (
+        f"this edit was made to be rendered with {', '.join(gone)}, which this version lacks; its pictures will differ"
+    )
 
 
 def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console) -> None:

@@ -7,20 +7,17 @@ quantisers and foreign code, and they fill missing weights with random numbers.
 
 import contextlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..errors import IncompleteModelError, LowmemImagicError
-from ..unexpected import WARNINGS, first_line
+from ..unexpected import first_line, without_advice
 from .files import layout
 from .files.checkpoint import SingleFile
 from .files.layout import Tensors
@@ -44,7 +41,7 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
     Raises:
         IncompleteModelError: the libraries cannot build it.
     """
-    with init_empty_weights(include_buffers=False), quiet(), complete(label, component):
+    with init_empty_weights(include_buffers=False), without_advice(), complete(label, component):
         if component == "text_encoder":
             part: nn.Module = CLIPTextModel(CLIPTextConfig(**values))
             return part
@@ -64,7 +61,7 @@ def try_out(component: str, values: Mapping[str, Any], label: str, side: int) ->
     """
     part: Any = build(component, values, label).to("meta")
     latents = torch.empty(1, 4, side, side, device="meta")
-    with torch.no_grad(), quiet(), complete(label, component):
+    with torch.no_grad(), without_advice(), complete(label, component):
         if component == "text_encoder":
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
             shapes = [(part(ids)[0].shape, (*ids.shape, values["hidden_size"]))]
@@ -159,24 +156,3 @@ def complete(label: str, component: str) -> Iterator[None]:
         raise IncompleteModelError(
             f"{label}: {component} cannot be loaded ({first_line(error)}); download it again"
         ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the libraries' progress bars and advice within the block; restores their settings afterwards."""
-    logs = (transformers.utils.logging, diffusers.utils.logging)
-    with WARNINGS:
-        levels = [log.get_verbosity() for log in logs]
-        bars = [log.is_progress_bar_enabled() for log in logs]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for log in logs:
-                    log.set_verbosity_error()
-                    log.disable_progress_bar()
-                yield
-        finally:
-            for log, level, bar in zip(logs, levels, bars, strict=True):
-                log.set_verbosity(level)
-                if bar:
-                    log.enable_progress_bar()

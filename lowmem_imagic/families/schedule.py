@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..diffusion.schedules import PREDICTION_TYPES, DiscreteNoise
 from ..errors import ConfigError, IncompleteModelError, WrongFamilyError
-from ..unexpected import first_line
+from ..unexpected import first_line, without_advice
 from . import limits, repairs
 from .files.checkpoint import SingleFile
 from .files.source import Folder
-from .loading import quiet
 from .rehearsal import rehearse
 
 log = logging.getLogger(__name__)
@@ -205,7 +204,7 @@ class DiscreteSchedule(DiscreteNoise):
             names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
             raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
         try:
-            with quiet():
+            with without_advice():
                 return kind.from_config(repairs.for_sampler(dict(self.values), kind.__name__))  # type: ignore[attr-defined]
         except ImportError as error:
             raise ConfigError(
@@ -228,7 +227,7 @@ class DiscreteSchedule(DiscreteNoise):
 
     def inverter(self, steps: int, shape: Sequence[int]) -> _DiffusersInverter:
         """DDIM inversion (Song et al. 2021, arXiv 2010.02502, section 4.3) at evenly spaced ("leading") timesteps."""
-        with quiet():
+        with without_advice():
             scheduler = diffusers.DDIMInverseScheduler.from_config({**self.values, "timestep_spacing": "leading"})
         scheduler.set_timesteps(steps)
         return _DiffusersInverter(scheduler)

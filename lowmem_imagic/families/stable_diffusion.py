@@ -18,6 +18,7 @@ from ..errors import IncompleteModelError, PromptError
 from ..geometry import Size, Sizes
 from ..layers.adapter_pack import Factors
 from ..layers.frozen import load_frozen
+from ..unexpected import without_advice
 from . import kinds, limits, repairs
 from .adapter_names import KohyaNames
 from .conditioning import Conditioning, Part
@@ -25,7 +26,7 @@ from .family import Denoiser
 from .files.checkpoint import SingleFile
 from .files.source import Folder
 from .lean_unet import make_lean
-from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
+from .loading import build, check_fit, complete, fill, tensors_of, try_out
 from .portable import portable
 from .schedule import DiscreteSchedule, read_schedule
 
@@ -212,7 +213,7 @@ class StableDiffusion:
                 f"{self._folder.label}: tokenizer/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
                 "remove that entry"
             )
-        with quiet(), complete(self._folder.label, "tokenizer"):
+        with without_advice(), complete(self._folder.label, "tokenizer"):
             # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
             # versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(
@@ -281,7 +282,7 @@ class StableDiffusion:
     def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
         part = self._build(component, values)
         if device.type == "meta":
-            with quiet():
+            with without_advice():
                 return part.to(device, dtype).requires_grad_(False).eval()
         tensors = tensors_of(self.source, component, values)
         names = check_fit(part, tensors, f"{self._shown}: the {component}", self._folder.label)

@@ -82,13 +82,22 @@ def _expand(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * factors
 
 
-def _scale(layer: nn.Module, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """``absmax / 127`` in `dtype`, cached: computing it in every pass would add about 10 % more kernel launches."""
-    key = (absmax.data_ptr(), absmax._version, absmax.device, dtype)
-    known: tuple[Any, Tensor] | None = layer.__dict__.get("_known_scale")
-    if known is None or known[0] != key:
-        known = layer.__dict__["_known_scale"] = (key, (absmax / 127).to(dtype))
-    return known[1]
+class _Scale:
+    """A layer's scale in the type of the arithmetic, cached: computing it in every pass would add about 10 % more
+    kernel launches."""
+
+    def __init__(self) -> None:
+        self._absmax: Tensor | None = None
+        self._key: Any = None
+        self._value = torch.empty(0)
+
+    def of(self, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+        """``absmax / 127`` in `dtype`; computed again for another type, and once `absmax` has changed or moved."""
+        key = (absmax.data_ptr(), absmax._version, absmax.device, dtype)
+        # The tensor itself, too: another one may have its address.
+        if self._absmax is not absmax or self._key != key:
+            self._absmax, self._key, self._value = absmax, key, (absmax / 127).to(dtype)
+        return self._value
 
 
 def _own(bias: Tensor, device: torch.device) -> nn.Parameter:
@@ -106,6 +115,10 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     peft's bitsandbytes dispatch handles it as a `Linear8bitLt`. Input (..., in), output (..., out).
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scale = _Scale()
+
     @staticmethod
     def from_weights(weight: Tensor, bias: Tensor | None, device: torch.device) -> "FrozenLinear8bit":
         """The layer for a weight (out, in), quantised on `device`."""
@@ -116,7 +129,7 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
             self.init_8bit_state()
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
-            rows, self.weight.data, _scale(self, self.state.SCB, x.dtype), _cast(self.bias, x.dtype)
+            rows, self.weight.data, self._scale.of(self.state.SCB, x.dtype), _cast(self.bias, x.dtype)
         )
         # The view is made outside the Function, so that callers may add to the result in place.
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -130,6 +143,10 @@ class Int8Conv2d(nn.Conv2d):
     """
 
     absmax: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scale = _Scale()
 
     @staticmethod
     def from_weights(like: nn.Conv2d, weight: Tensor, bias: Tensor | None, device: torch.device) -> "Int8Conv2d":
@@ -166,7 +183,7 @@ class Int8Conv2d(nn.Conv2d):
         result: Tensor = _FrozenConv2d.apply(  # type: ignore[no-untyped-call]
             x,
             self.weight,
-            _scale(self, self.absmax, x.dtype),
+            self._scale.of(self.absmax, x.dtype),
             _cast(self.bias, x.dtype),
             self.stride,
             self.padding,

@@ -1,10 +1,10 @@
 """Frozen layers with the adapters of N edits; each row of a batch uses its own edit's (see `layers.adapter_pack`)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .flat_pack import kept_gradient
 
 
 class Rows:
@@ -23,29 +23,6 @@ class Rows:
         return factors if self.index is None else factors[self.index]
 
 
-class _Rounded(torch.autograd.Function):
-    """A trained tensor in another type, for `Tensor.backward` only: casts and adds its gradient in one operation, where
-    autograd takes two."""
-
-    @staticmethod
-    def forward(ctx: Any, trained: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.trained = trained
-        return trained.to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        ctx.trained.grad.add_(grads[0])
-        return None, None
-
-
-def _rounded(factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factors in the type of the arithmetic."""
-    if factors.dtype == dtype or not factors.is_leaf or factors.grad is None:
-        return factors.to(dtype)
-    result: Tensor = _Rounded.apply(factors, dtype)  # type: ignore[no-untyped-call]
-    return result
-
-
 class PackedLoraLayer(nn.Module):
     """A frozen layer with the adapters of N edits; replaces the layer in the network while attached."""
 
@@ -60,10 +37,17 @@ class PackedLoraLayer(nn.Module):
         self.rows, self.block = rows, block
 
     def _group(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Down factors and scaled up factors for groups of rows, in x's type."""
-        scaled = self.up if self.scale is None else self.up * self.scale.view(-1, 1, 1)
-        down, up = self.rows.select(self.down), self.rows.select(scaled)
-        return _rounded(down, x.dtype), _rounded(up, x.dtype)
+        """Down and scaled up factors for groups of rows, in x's type."""
+        return self._factors(self.down, None, x.dtype), self._factors(self.up, self.scale, x.dtype)
+
+    def _factors(self, trained: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Factors for groups of rows, each edit's scaled by its own number, in `dtype`."""
+        if scale is None and self.rows.index is None:
+            return kept_gradient(trained, dtype)
+        factors = kept_gradient(trained, trained.dtype)
+        if scale is not None:
+            factors = factors * scale.view(-1, 1, 1)
+        return self.rows.select(factors).to(dtype)
 
     def _strengths(self, x: Tensor) -> Tensor | None:
         """The factor (R,) on each row's adapter in this layer, in x's type; None if all are 1."""

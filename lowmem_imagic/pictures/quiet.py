@@ -4,17 +4,19 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from ..unexpected import WARNINGS
-
 log = logging.getLogger(__name__)
 # Without any handler Python prints warnings in this log on standard error.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
+_DECODING = threading.RLock()
+"""`warnings.catch_warnings` swaps a list of the whole process, and descriptor 2 is one for all: two threads that
+interleave would leave warnings switched off, or lines diverted."""
 _MAX_LINES = 100
 # libtiff begins a line with the name of a function ("TIFFReadDirectory: ... ."), other libraries with their own name.
 # The last line of a Python traceback looks similar.
@@ -32,8 +34,7 @@ def quiet(*, captured: bool) -> Iterator[None]:
     C libraries write to file descriptor 2 of the whole process, so it is redirected to a temporary file meanwhile.
     Afterwards the decoders' lines are logged, and lines of other threads are passed on.
     """
-    # All threads share standard error and the list of warnings.
-    with WARNINGS, warnings.catch_warnings(record=True) as caught:
+    with _DECODING, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         diverted = _divert() if captured else None
         try:

@@ -19,7 +19,7 @@ from ..families.conditioning import Conditioning
 from ..families.family import Denoiser, Family
 from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
-from ..layers.flat_pack import FlatPack
+from ..layers.flat_pack import FlatPack, kept_gradient
 from ..layers.frozen import Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from ..training.loop import TrainedTensor, Trainer
@@ -238,7 +238,7 @@ class Costs:
         trained, packs = list[TrainedTensor](), dict[str, AdapterPack]()
         if way.rate("text"):
             trained.append(TrainedTensor(text.weights, text.enable_gradients(), way.rate("text")))
-            conditioning |= text.parameters
+            conditioning |= {name: kept_gradient(part, part.dtype) for name, part in text.parameters.items()}
         if way.rate("adapter"):
             packs[denoiser.name] = self._adapters(denoiser, edits)
             weights = packs[denoiser.name].weights

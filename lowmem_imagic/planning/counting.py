@@ -7,10 +7,10 @@ real code shows its peak before any weight is read. Tests compare these predicti
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,26 +77,38 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_FUSED: ContextVar[bool] = ContextVar("fused", default=False)
+"""Whether this thread counts attention as fused kernels compute it."""
+
+
 @contextmanager
 def fused_attention() -> Iterator[None]:
     """Within the ``with`` block, attention on the meta device allocates like a fused kernel: no matrix of all pairs.
 
-    The meta device has no fused kernel; every real device has one. Not thread-safe.
+    The meta device has no fused kernel; every real device has one. Other threads, and tensors on other devices, have
+    torch's attention as it is.
     """
-    plain = F.scaled_dot_product_attention
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if query.device.type != "meta":
-            return plain(query, key, value, *args, **kwargs)
-        result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-        return result
-
-    # A torch function mode would not reach the passes that checkpointing recomputes.
-    F.scaled_dot_product_attention = fused
+    token = _FUSED.set(True)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        _FUSED.reset(token)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention on the meta device: of a fused kernel within `fused_attention`, else torch's own."""
+    aten = torch.ops.aten
+    if _FUSED.get():
+        result: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return result
+    own: Tensor = aten.scaled_dot_product_attention.default.decompose(query, key, value, *args, **kwargs)
+    return own
+
+
+# A torch function mode would not reach what checkpointing computes again, and a dispatch mode sees only the parts that
+# torch takes attention apart into.
+_ON_META = torch.library.Library("aten", "IMPL")
+_ON_META.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
 
 
 def peak_of(run: Callable[[], object]) -> int:

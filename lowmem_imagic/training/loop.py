@@ -21,7 +21,6 @@ from ..errors import TensorShapeError
 from ..families.conditioning import Conditioning
 from ..families.family import Denoiser, Schedule
 from ..layers.adapter_pack import AdapterPack
-from ..layers.flat_pack import strided_gradients
 from ..unexpected import first_line
 from .adam import PackedAdam
 from .run import Run
@@ -252,8 +251,7 @@ class Trainer:
         prediction = self._base.predict(denoiser, noisy, positions, conditioning)
         losses = share * loss_per_edit(prediction, target, len(index))
         scaled = losses * self._scales[index, 0] if self._scaled else losses
-        with strided_gradients():
-            scaled.sum().backward()
+        scaled.sum().backward()
         return losses.detach()
 
     def release(self) -> None:

@@ -22,7 +22,7 @@ from ..errors import DivergenceError, NonFiniteModelError, TensorShapeError
 from ..families.conditioning import Conditioning, Part
 from ..families.family import Denoiser
 from ..layers.adapter_pack import AdapterPack, Factors
-from ..layers.flat_pack import FlatPack
+from ..layers.flat_pack import FlatPack, kept_gradient
 from ..settings.stages import EditConfig
 from . import embed, finetune
 from .loop import TrainedTensor, Trainer
@@ -176,7 +176,10 @@ class Pack:
         def conditioning(trainer: Trainer, denoiser: Denoiser) -> Conditioning:
             """The conditioning, a row for each slot; with a gradient only if an edit trains the text."""
             trains = trainer.trains(0)
-            own = {name: part if trains else part.detach() for name, part in text.parameters.items()}
+            own = {
+                name: kept_gradient(part, part.dtype) if trains else part.detach()
+                for name, part in text.parameters.items()
+            }
             return Conditioning({**own, **buffers[""], **buffers[denoiser.name]})
 
         # The trainer holds no reference to the pack, so a pack's memory is freed together with the pack.
