@@ -130,23 +130,49 @@ def joined(header: dict[str, Any] | bytes, data: bytes) -> bytes:
 
 VALID = encode(small_edit())
 
+WIDE = SourcePicture(sha256="b" * 64, width_px=640, height_px=480, size=(64, 48), box=(0, 0, 64, 48))
+"""A photo in a picture that is no square, which version 1 cannot say."""
 
-def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
-    """Returns the valid file after `change` worked on its header."""
-    header, data = pieces(VALID)
+
+def two_networks() -> Edit:
+    """Returns an edit of two networks under two tensors of text, with peft's keys."""
+    factors = LoraFactors(torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[1.0], [0.25]]), alpha=1.0)
+    return small_edit(
+        base=identity(
+            interface=Interface(text={"tokens": 3, "pooled": 2}, denoisers={"unet": "epsilon", "unet_2": "flow"})
+        ),
+        adapters={name: {f"{name}.blocks.0.to_q": factors} for name in ("unet", "unet_2")},
+        conditioning={"tokens": torch.ones(2, 3), "pooled": torch.tensor([0.5, 3e38]).bfloat16()},
+        coarse={name: torch.zeros(3, 4, 4) for name in ("unet", "unet_2")},
+        noise={"unet": torch.ones(3, 2, 2), "unet_2": torch.ones(3, 4, 4)},
+        source=WIDE,
+    )
+
+
+VALID_FILES = {
+    "version 1": VALID,
+    "kohya": encode(small_edit(source=WIDE, inverted_noise=torch.ones(2, 3, 4))),
+    "peft": encode(two_networks()),
+}
+"""A file of each version and layout."""
+
+
+def with_header(change: Callable[[dict[str, Any]], None], file: str = "version 1") -> bytes:
+    """Returns a valid file after `change` worked on its header."""
+    header, data = pieces(VALID_FILES[file])
     change(header)
     return joined(header, data)
 
 
-def with_meta(key: str, change: Callable[[dict[str, Any]], None]) -> bytes:
-    """Returns the valid file after `change` worked on the JSON object in a header string."""
+def with_meta(key: str, change: Callable[[dict[str, Any]], None], file: str = "version 1") -> bytes:
+    """Returns a valid file after `change` worked on the JSON object in a header string."""
 
     def inner(header: dict[str, Any]) -> None:
         value = json.loads(header["__metadata__"][key])
         change(value)
         header["__metadata__"][key] = json.dumps(value)
 
-    return with_header(inner)
+    return with_header(inner, file)
 
 
 def with_values(name: str, values: torch.Tensor) -> bytes:
@@ -175,6 +201,39 @@ def test_the_bytes_of_an_edit_are_pinned() -> None:
     assert '"modelspec.trigger_phrase":"a blue cube, größer ☂"'.encode() in data
     assert len(data) == 8 + length + 2 * 4 + 2 * (3 + 2 + 16 + 6)
     assert hashlib.sha256(data).hexdigest() == "19b105f07c0d6387364e308f1772f5282263e14337691c19d16120738cb413e0"
+
+
+def test_the_bytes_of_version_2_are_pinned() -> None:
+    """Version 2 is a promise like version 1: the files of two hand-made edits are, byte for byte, these."""
+    digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in VALID_FILES.items()}
+    assert digests["kohya"] == "376820d03b096c90"
+    assert digests["peft"] == "11b1e2e067c0c87b"
+    assert decode(VALID_FILES["peft"]) == two_networks()
+    assert decode(VALID_FILES["peft"]).conditioning["pooled"].dtype == torch.bfloat16
+    names = {name: set(pieces(data)[0]) - {"__metadata__"} for name, data in VALID_FILES.items()}
+    assert all(name.startswith("lora_unet_") for name in names["kohya"])
+    assert {name.removeprefix("lora_imagic.") for name in names["peft"] if not name.endswith("weight")} == {
+        f"{group}.{name}"
+        for group, some in {
+            "text": ("tokens", "pooled"),
+            "coarse": ("unet", "unet_2"),
+            "noise": ("unet", "unet_2"),
+        }.items()
+        for name in some
+    }
+
+
+@pytest.mark.parametrize("file", ["kohya", "peft"])
+def test_inspect_shows_version_2(file: str) -> None:
+    """What is shown of a file of version 2 names its tensors and its base's interface."""
+    data = VALID_FILES[file]
+    shown = contents(data)
+    edit = decode(data)
+    assert shown["format"] == 2 and shown["source"]["size"] == [64, 48]
+    assert shown["base"]["interface"]["denoisers"] == dict(edit.base.interface.denoisers)
+    assert {name for name in shown["tensors"] if name.startswith("noise.")} == {f"noise.{name}" for name in edit.noise}
+    assert shown["adapter"]["layers"] == sum(map(len, edit.adapters.values()))
+    assert summary(shown)
 
 
 def test_equal_edits_give_identical_bytes() -> None:
@@ -491,6 +550,17 @@ def _resaved(more: dict[str, str], without: str = "") -> bytes:
     return saved
 
 
+def _tensors_are(text: str | None) -> Callable[[dict[str, Any]], None]:
+    """Returns a change of ``imagic.tensors`` to this text, or to none."""
+
+    def change(header: dict[str, Any]) -> None:
+        del header["__metadata__"]["imagic.tensors"]
+        if text is not None:
+            header["__metadata__"]["imagic.tensors"] = text
+
+    return change
+
+
 DOWN, ALPHA = f"{LINEAR}.lora_down.weight", f"{LINEAR}.alpha"
 HUGE = 2**60
 DEEP = "[" * 100_000
@@ -593,6 +663,122 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
         EditHeaderError,
         "'imagic.coarse_latents': not a key of format 2",
         _metadata(imagic__spec="2"),
+    ),
+    "interface with more": (
+        EditHeaderError,
+        "interface: 'x' is not a member",
+        with_meta("imagic.base", lambda m: m["interface"].update(x=1), "kohya"),
+    ),
+    "no denoisers": (
+        EditHeaderError,
+        "denoisers",
+        with_meta("imagic.base", lambda m: m["interface"].update(denoisers={}), "peft"),
+    ),
+    "too many tensors of text": (
+        EditHeaderError,
+        "at most 12 tensors",
+        with_meta("imagic.base", lambda m: m["interface"].update(text={f"t{n}": 1 for n in range(9)}), "peft"),
+    ),
+    "denoiser that is a path": (
+        EditHeaderError,
+        "names of lower-case letters",
+        with_meta("imagic.base", lambda m: m["interface"].update(denoisers={"../x": "epsilon"}), "kohya"),
+    ),
+    "kohya for two networks": (
+        UnknownTensorError,
+        "of none of the base's denoisers",
+        with_meta("imagic.base", lambda m: m["interface"].update(denoisers={"a": "flow", "b": "flow"}), "kohya"),
+    ),
+    "layer of another network": (
+        UnknownTensorError,
+        "unet_2.*of none",
+        with_meta("imagic.base", lambda m: m["interface"].update(denoisers={"unet": "flow", "b": "flow"}), "peft"),
+    ),
+    "tensors no object": (EditHeaderError, "a JSON object", with_header(_tensors_are("[]"), "kohya")),
+    "tensors missing": (EditHeaderError, "imagic.tensors: missing", with_header(_tensors_are(None), "kohya")),
+    "tensor of text missing": (
+        EditHeaderError,
+        "'text.pooled' is missing",
+        with_meta("imagic.tensors", lambda m: m.pop("text.pooled"), "peft"),
+    ),
+    "noise of one network alone": (
+        EditHeaderError,
+        "'noise.unet_2' is missing",
+        with_meta("imagic.tensors", lambda m: m.pop("noise.unet_2"), "peft"),
+    ),
+    "tensor of no part": (
+        EditHeaderError,
+        "'text.x' is not a member",
+        with_meta("imagic.tensors", lambda m: m.update({"text.x": m["text.embeds"]}), "kohya"),
+    ),
+    "tensor beside kohya's keys": (
+        EditHeaderError,
+        "text.embeds: 'data' is missing",
+        with_meta("imagic.tensors", lambda m: m.update({"text.embeds": {"tensor": "lora_imagic.x"}}), "kohya"),
+    ),
+    "values in the header beside peft's keys": (
+        EditHeaderError,
+        "text.tokens: ",
+        with_meta(
+            "imagic.tensors",
+            lambda m: m.update({"text.tokens": {"dtype": "F16", "shape": [1, 3], "data": "AAAAAAAA"}}),
+            "peft",
+        ),
+    ),
+    "tensor under another name": (
+        EditHeaderError,
+        "expected the tensor lora_imagic.text.tokens",
+        with_meta("imagic.tensors", lambda m: m.update({"text.tokens": {"tensor": "lora_imagic.text.pooled"}}), "peft"),
+    ),
+    "tensor that is not there": (
+        MissingTensorError,
+        "lora_imagic.text.tokens is missing",
+        with_header(lambda h: h.update({"lora_imagic.y": h.pop("lora_imagic.text.tokens")}), "peft"),
+    ),
+    "tensor that nothing names": (
+        UnknownTensorError,
+        "not named by imagic.tensors",
+        with_meta("imagic.tensors", lambda m: [m.pop(name) for name in ("noise.unet", "noise.unet_2")], "peft"),
+    ),
+    "stored in eight bits": (
+        TensorDtypeError,
+        "text.embeds: found type 'I8'",
+        with_meta("imagic.tensors", lambda m: m["text.embeds"].update(dtype="I8"), "kohya"),
+    ),
+    "many sides": (
+        TensorShapeError,
+        "1 to 4 sides",
+        with_meta("imagic.tensors", lambda m: m["text.embeds"].update(shape=[1, 1, 1, 2, 3]), "kohya"),
+    ),
+    "text of another width": (
+        TensorShapeError,
+        r"text.embeds: found shape \(2, 3\), expected \(T, 4\)",
+        with_meta("imagic.base", lambda m: m["interface"].update(text={"embeds": 4}), "kohya"),
+    ),
+    "size of three sides": (
+        EditHeaderError,
+        "source.size",
+        with_meta("imagic.meta", lambda m: m["source"].update(size=[64, 48, 1]), "kohya"),
+    ),
+    "size beyond any": (
+        EditHeaderError,
+        "source.size",
+        with_meta("imagic.meta", lambda m: m["source"].update(size=[64, 48_000]), "kohya"),
+    ),
+    "box beyond a wide picture": (
+        EditHeaderError,
+        "from 0 to 48",
+        with_meta("imagic.meta", lambda m: m["source"].update(box=[0, 0, 64, 64]), "kohya"),
+    ),
+    "mixed layouts": (
+        UnknownTensorError,
+        "not part of an edit",
+        with_header(lambda h: h.update({"lora_unet_x.alpha": h.pop("unet.blocks.0.to_q.lora_A.weight")}), "peft"),
+    ),
+    "half a layer": (
+        MissingTensorError,
+        "lora_A.weight is missing",
+        with_header(lambda h: h.update({"lora_imagic.z": h.pop("unet.blocks.0.to_q.lora_A.weight")}), "peft"),
     ),
     "strange version": (EditHeaderError, "imagic.spec", _metadata(imagic__spec="1.0")),
     "no version": (
@@ -1009,7 +1195,7 @@ def _decoded_and_used(data: bytes) -> None:
     assert sampling_of(edit, {}).etas
 
 
-POSITION = st.integers(0, len(VALID) - 1)
+POSITION = st.integers(0, min(map(len, VALID_FILES.values())) - 1)
 MUTATION = st.one_of(
     st.tuples(st.just("flip"), POSITION, st.integers(0, 7)),
     st.tuples(st.just("cut"), POSITION, st.integers(1, 50)),
@@ -1025,11 +1211,11 @@ MUTATION = st.one_of(
 
 
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(MUTATION, min_size=1, max_size=3), st.booleans())
-def test_mutated_bytes_are_refused_or_read(mutations: list[tuple[str, int, Any]], mend: bool) -> None:
+@given(st.sampled_from(sorted(VALID_FILES)), st.lists(MUTATION, min_size=1, max_size=3), st.booleans())
+def test_mutated_bytes_are_refused_or_read(file: str, mutations: list[tuple[str, int, Any]], mend: bool) -> None:
     """Whatever happens to the bytes, it is a valid edit or an EditFileError, length mended or not."""
-    data = bytearray(VALID)
-    tensors = len(pieces(VALID)[1])
+    data = bytearray(VALID_FILES[file])
+    tensors = len(pieces(VALID_FILES[file])[1])
     for kind, at, detail in mutations:
         if kind == "flip" and at < len(data):
             data[at] ^= 1 << detail
@@ -1059,18 +1245,25 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+_JSON_ENTRIES = ("imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents", "imagic.tensors")
+
+
 def _opened(data: bytes) -> dict[str, Any]:
     header = pieces(data)[0]
-    for key in ("imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents"):
+    for key in header["__metadata__"].keys() & set(_JSON_ENTRIES):
         header["__metadata__"][key] = json.loads(header["__metadata__"][key])
     return header
 
 
+PLACES = [(file, path) for file, data in VALID_FILES.items() for path in _paths(_opened(data))]
+
+
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(_paths(_opened(VALID))), st.sampled_from(["set", "delete", "add"]), ODD)
-def test_any_header_value_changed_is_refused_or_read(path: tuple[Any, ...], action: str, value: Any) -> None:
+@given(st.sampled_from(PLACES), st.sampled_from(["set", "delete", "add"]), ODD)
+def test_any_header_value_changed_is_refused_or_read(at: tuple[str, tuple[Any, ...]], action: str, value: Any) -> None:
     """Replacing, deleting or adding any value of the header gives a valid edit or an EditFileError."""
-    header, tensors = _opened(VALID), pieces(VALID)[1]
+    file, path = at
+    header, tensors = _opened(VALID_FILES[file]), pieces(VALID_FILES[file])[1]
     place: Any = header
     for key in path[:-1]:
         place = place[key]
@@ -1081,7 +1274,7 @@ def test_any_header_value_changed_is_refused_or_read(path: tuple[Any, ...], acti
     else:
         place[path[-1]] = value
     if isinstance(header.get("__metadata__"), dict):
-        for key in ("imagic.meta", "imagic.base", "imagic.e_opt", "imagic.coarse_latents"):
+        for key in _JSON_ENTRIES:
             if key in header["__metadata__"]:
                 header["__metadata__"][key] = json.dumps(header["__metadata__"][key])
     refuses_or_reads(joined(header, tensors))
@@ -1139,6 +1332,15 @@ def test_the_worst_header_takes_bounded_time() -> None:
         ({"inverted_noise": torch.ones(4, 8, 8)}, TensorShapeError, r"\(2, H, W\)"),
         ({"inverted_noise": torch.full((2, 8, 8), math.nan)}, NonFiniteTensorError, "inverted_noise"),
         ({"optimized_embedding": torch.ones(2**21, 3)}, TensorShapeError, "above"),
+        ({"conditioning": {}}, MissingTensorError, "conditioning of 'embeds' is missing"),
+        ({"coarse": {"unet": torch.ones(1, 1, 1), "x": torch.ones(1, 1, 1)}}, UnknownTensorError, "'x'"),
+        ({"noise": {"x": torch.ones(1, 1, 1)}}, MissingTensorError, "noise of 'unet'"),
+        (
+            {"adapters": {"unet": {"unet.to_q": LoraFactors(torch.ones(2, 3), torch.ones(3, 2), 1.0)}}},
+            TensorValueError,
+            "alpha 1, expected its rank, 2",
+        ),
+        ({"adapters": {"unet": {"unet_2.to_q": small_edit().adapters["unet"][CONV]}}}, UnknownTensorError, "for unet"),
         ({"settings": {"x": math.nan}}, EditHeaderError, "settings.x"),
         ({"settings": {"x": {1: 2}}}, EditHeaderError, "settings.x"),
         ({"settings": {"x": [object()]}}, EditHeaderError, r"settings.x\[0\]: found a object"),

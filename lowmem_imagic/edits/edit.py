@@ -233,9 +233,7 @@ def _check_adapter(adapter: object, denoiser: str, denoisers: Mapping[str, str])
         _check_factor_values(up, up_name)
         alpha = _check_alpha(factors.alpha, f"{layer}.alpha")
         if layout is PEFT and alpha != down.shape[0]:
-            raise TensorValueError(
-                f"layer {layer}: found alpha {alpha:g}, expected that its rank {down.shape[0]} is it"
-            )
+            raise TensorValueError(f"layer {layer}: found alpha {alpha:g}, expected its rank, {down.shape[0]}")
         checked[layer] = LoraFactors(down, up, alpha)
     return checked
 
