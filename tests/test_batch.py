@@ -114,7 +114,7 @@ def test_a_folder_is_its_photos(photos: Path) -> None:
     """A folder gives its photos in order of their names, each with the sentence; other files are no items."""
     items, bad = read_manifest(photos, SENTENCE)
     assert [item.photo.name for item in items] == ["broken.png", "p0.png", "p1.png", "p2.png"] and not bad
-    with pytest.raises(ConfigError, match="say with `prompt`"):
+    with pytest.raises(ConfigError, match="describe the edited pictures with `prompt`"):
         read_manifest(photos)
 
 

@@ -21,8 +21,8 @@ def job_id(
     *,
     suggest: bool = False,
 ) -> str:
-    """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, version of
-    the edit format that the base's edits are first written in, and whether an eta is suggested."""
+    """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
+    version of the base's square edits, and whether an eta is suggested."""
     # Include dropped settings with their neutral values: items finished by an earlier version keep their hash.
     settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in config.to_dict().items()}
     # The rows of a batch depend on the machine and change only rounding.

@@ -132,7 +132,7 @@ def _entries(path: Path, sentence: str | None) -> Iterator[Entry]:
     """
     if path.is_dir():
         if sentence is None:
-            raise ConfigError(f"{path} is a folder of photos; say with `prompt` what the edited pictures show")
+            raise ConfigError(f"{path} is a folder of photos; describe the edited pictures with `prompt`")
         return of_folder(path)
     if not os.path.lexists(path):
         raise ConfigError(f"manifest is {path}, which is not there; expected a folder or a .jsonl, .csv or .json file")

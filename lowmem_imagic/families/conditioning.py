@@ -20,7 +20,7 @@ class Part:
     mixed: bool = True
     """Whether eta mixes it between e_opt and e_tgt; otherwise the sentence's own is used (masks, ids)."""
     stored: torch.dtype | None = torch.float16
-    """Its type in the edit file; None where it is recomputed (ids, sizes, the low-resolution picture)."""
+    """Its type in the edit file; None if it is recomputed (ids, sizes, the low-resolution picture)."""
     dtype: torch.dtype = torch.float32
 
 

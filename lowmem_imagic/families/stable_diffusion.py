@@ -37,7 +37,7 @@ EMBEDS = "embeds"
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 """Family by width of the text conditioning; other widths are models of the same architecture in another size."""
 LEAST_PX = 256
-"""Shortest side of the pictures that a model for larger ones edits."""
+"""Shortest side of edited pictures, except for models trained on smaller pictures."""
 _FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
 """Entries of a tokenizer's settings that make it read another file."""
 
@@ -160,7 +160,7 @@ class StableDiffusion:
 
     @property
     def sizes(self) -> Sizes:
-        """The square the model was trained on, and sizes of no more pixels whose latents its UNet halves evenly.
+        """The square of the model's training, and sizes of at most as many pixels whose latents its UNet halves evenly.
 
         A side has at least half of the square's, and at least `LEAST_PX`: a model for smaller pictures has its square.
         """
@@ -356,7 +356,7 @@ class StableDiffusion:
 
 
 def labels(family: str, prediction_type: str) -> dict[str, str]:
-    """Header entries of edit files by which ComfyUI, Forge and sd-scripts know the kind of a base; see `LABELS`.
+    """Header entries of edit files that tell ComfyUI, Forge and sd-scripts the kind of a base; see `LABELS`.
 
     Empty for families that none of them knows.
     """
@@ -412,7 +412,7 @@ class UNet:
         (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
-        """The same adapter in a form that other programs read alike, see `families.portable`."""
+        """The adapter in the form for other programs, see `families.portable`."""
         return portable(adapter, network)
 
     def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:

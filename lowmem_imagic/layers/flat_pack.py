@@ -55,7 +55,7 @@ class _KeptGradient(torch.autograd.Function):
 
 
 def kept_gradient(trained: Tensor, dtype: torch.dtype) -> Tensor:
-    """A trained tensor in `dtype` for a pass; `Tensor.backward` adds its gradient to the one that it has.
+    """A trained tensor in `dtype` for a pass; `Tensor.backward` adds to the gradient that the tensor has.
 
     That is one operation, where autograd has one to cast the gradient back and another to add it. Autograd's own also
     warns of gradients of several edits in one buffer, which are apart by a whole edit.

@@ -54,7 +54,7 @@ def to_srgb(colour: Image.Image, signals: Sequence[Signal], notes: list[str]) ->
             try:
                 rgb = _from_space(colour, space)
             except (ImageCms.PyCMSError, ValueError, struct.error):
-                notes.append("what it says of its colours cannot be applied and was ignored")
+                notes.append("its colour information cannot be applied and was ignored")
                 continue
             if rgb is not None:
                 notes.append(words)

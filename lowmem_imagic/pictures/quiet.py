@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _DECODING = threading.RLock()
-"""`warnings.catch_warnings` swaps a list of the whole process, and descriptor 2 is one for all: two threads that
-interleave would leave warnings switched off, or lines diverted."""
+"""Lock for `warnings.catch_warnings` and descriptor 2, which belong to the whole process: interleaving threads would
+leave warnings switched off, or lines diverted."""
 _MAX_LINES = 100
 # libtiff begins a line with the name of a function ("TIFFReadDirectory: ... ."), other libraries with their own name.
 # The last line of a Python traceback looks similar.

@@ -85,8 +85,8 @@ _FUSED: ContextVar[bool] = ContextVar("fused", default=False)
 def fused_attention() -> Iterator[None]:
     """Within the ``with`` block, attention on the meta device allocates like a fused kernel: no matrix of all pairs.
 
-    The meta device has no fused kernel; every real device has one. Other threads, and tensors on other devices, have
-    torch's attention as it is.
+    The meta device has no fused kernel; every real device has one. Other threads, and tensors on other devices, use
+    torch's own attention.
     """
     token = _FUSED.set(True)
     try:
@@ -105,8 +105,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return own
 
 
-# A torch function mode would not reach what checkpointing computes again, and a dispatch mode sees only the parts that
-# torch takes attention apart into.
+# A torch function mode would not reach the passes that checkpointing recomputes, and a dispatch mode sees only the
+# operations that torch decomposes attention into.
 _ON_META = torch.library.Library("aten", "IMPL")
 _ON_META.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
 

@@ -91,7 +91,7 @@ _ETAS_HELP = "comma-separated: 0 is the photo, 1 the sentence, above 1 beyond it
 _MODEL_HELP = "demo, sd14, sd15, sd21, sd21-base, a diffusers folder, a .safetensors file or a Hub id [default: demo]"
 _VRAM_HELP = (
     "stay within this much memory, such as 8GB; chooses checkpointing, rows and batches "
-    "[default: what the GPU has free]"
+    "[default: the GPU's free memory]"
 )
 _MANIFEST_HELP = "a folder of photos, or a .jsonl, .csv or .json list of photo, sentence, ..."
 _SENTENCE_HELP = "description of the edited picture, unchanged parts included"

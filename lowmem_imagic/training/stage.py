@@ -20,7 +20,7 @@ class Slot:
     text: Mapping[str, Tensor]
     """The trained parts of the edit's text conditioning, fp32: views, changed in place."""
     parts: Mapping[str, Part]
-    """The family's description of them."""
+    """The family's descriptions of these parts."""
     adapters: AdapterPack
     """Adapters of the stage's denoiser."""
     number: int
