@@ -75,7 +75,7 @@ def truth_mask(base: BaseModel, item: SceneEdit) -> Tensor:
     pictures = (item.photo_picture(base.sizes.own[0]), item.truth_picture(base.sizes.own[0]))
     photo, truth = (np.asarray(picture, np.int16) for picture in pictures)
     changed = torch.from_numpy(abs(photo - truth).max(-1) > SAME_LEVELS).float()[None]
-    cells = F.adaptive_max_pool2d(changed, base.denoisers[0].shape(base.size)[1:])
+    cells = F.adaptive_max_pool2d(changed, base.denoisers[0].shape(base.sizes.own)[1:])
     return F.max_pool2d(cells, 3, stride=1, padding=1)
 
 

@@ -184,7 +184,7 @@ def shortened(data: bytes, keep: float) -> bytes:
         key: LoraFactors(down.half(), up.half(), alpha)
         for key, (down, up, alpha) in scaled_alike(truncated(whole, keep)).items()
     }
-    return edit_file.encode(replace(edit, adapter=kept))
+    return edit_file.encode(replace(edit, adapters={"unet": kept}))
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -194,7 +194,7 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 def same_noise(base: BaseModel, rows: int) -> Tensor:
     """The same starting noise for every row (B, C, H, W), drawn as in `lowmem_imagic.sampling.sample`."""
-    noise = starting_noise(base.denoisers[0].shape(base.size), torch.Generator().manual_seed(SEED))
+    noise = starting_noise(base.denoisers[0].shape(base.sizes.own), torch.Generator().manual_seed(SEED))
     return noise.expand(rows, *noise.shape).contiguous()
 
 

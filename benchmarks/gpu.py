@@ -85,7 +85,7 @@ class Made:
 def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[TrainingInput], Made]:
     """Tasks with photos of noise, each with its own sentence, and their data; `invert`: with the photos' own noise."""
     denoiser = base.denoisers[0]
-    photos = torch.randn(count, *denoiser.shape(base.size), generator=torch.Generator().manual_seed(1))
+    photos = torch.randn(count, *denoiser.shape(base.sizes.own), generator=torch.Generator().manual_seed(1))
     targets = base.encode_text([f"sentence {number}" for number in range(count)])
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     noise = [

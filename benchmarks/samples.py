@@ -102,7 +102,7 @@ def held_out(singles: int, pairs: int) -> list[Scene]:
 def text_to_image(base: BaseModel, captions: Sequence[str], settings: Settings) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, by plain text-to-image with guidance; no adapters."""
     text = base.encode_text(captions)[EMBEDS]
-    shape = base.denoisers[0].shape(base.size)
+    shape = base.denoisers[0].shape(base.sizes.own)
     # One generator per picture, so that a picture does not depend on its batch.
     noise = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed + row)) for row in range(len(text))]

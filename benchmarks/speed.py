@@ -64,9 +64,9 @@ def trained(slots: int) -> dict[str, Any]:
     base, config = BaseModel.load("demo"), preset("balanced")
     items = VALIDATION.items()[:EDITS]
     text = base.encode_text([item.sentence for item in items])
-    noise = starting_noise(base.denoisers[0].shape(base.size), torch.Generator().manual_seed(0))
+    noise = starting_noise(base.denoisers[0].shape(base.sizes.own), torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
-    photos = torch.randn(EDITS, *base.denoisers[0].shape(base.size), generator=draw)
+    photos = torch.randn(EDITS, *base.denoisers[0].shape(base.sizes.own), generator=draw)
     base.network(base.denoisers[0])
 
     def run(count: int, settings: EditConfig) -> float:

@@ -63,8 +63,13 @@ class Letterbox:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            numbers = value if field.name == "size" and isinstance(value, tuple) and len(value) == 2 else (value,)
-            if any(type(number) is not int for number in numbers):
+            numbers = value if field.name == "size" else (value,)
+            sides = 2 if field.name == "size" else 1
+            if (
+                type(numbers) is not tuple
+                or len(numbers) != sides
+                or any(type(number) is not int for number in numbers)
+            ):
                 raise ValueError(f"letterbox {field.name} is {value!r}; expected whole numbers")
         width, height = self.size
         if min(self.width_px, self.height_px, width, height) < 1:

@@ -616,7 +616,7 @@ def test_v_prediction_is_read_from_the_folder(folder_copy: Path) -> None:
     """A folder that says v prediction gives a base, and schedulers, of v prediction."""
     edit_json(folder_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     base = load(folder_copy)
-    assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
+    assert base.family.prediction_type == base.identity.interface.denoisers["unet"] == "v_prediction"
     assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
 
 

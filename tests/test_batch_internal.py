@@ -97,9 +97,9 @@ def test_an_error_while_a_pack_trains(
     encode = preparation.Prepared._encode
 
     def encoded(self: Any, jobs: Any) -> None:
-        before = len(self._ready)
+        before = len(self._waiting)
         encode(self, jobs)
-        bad.extend(t.latents for t in list(self._ready)[before:] if t.job.photo.name.startswith("p1"))
+        bad.extend(t.latents for t in list(self._waiting)[before:] if t.job.photo.name.startswith("p1"))
 
     def entering(self: Any, slot: int, stage: Any, losses: Any) -> bool:
         if stage.name == "finetune" and any(self._edits[slot].task.latents is latents for latents in bad):

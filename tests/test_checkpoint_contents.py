@@ -101,7 +101,7 @@ def test_marks_of_velocity(
     """A checkpoint that says it predicts v does, against a configuration that says epsilon, and one line says so."""
     with caplog.at_level(logging.WARNING):
         base = write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
-    assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
+    assert base.family.prediction_type == base.identity.interface.denoisers["unet"] == "v_prediction"
     assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
     assert "v_prediction instead of epsilon" in caplog.text
     assert len(everything(base)) > 100

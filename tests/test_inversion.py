@@ -120,7 +120,7 @@ def test_edits_hold_the_noise_they_were_anchored_to(tiny: Any, monkeypatch: pyte
     assert torch.equal(torch.stack(anchors), torch.stack(stored).repeat_interleave(2, 0).float())  # type: ignore[arg-type]
     assert not torch.equal(stored[0], stored[1])  # type: ignore[arg-type]
     seconds = [edit.measured["stages"]["invert"]["seconds"] for edit in edits]
-    assert seconds[0] != seconds[1] and min(seconds) > 0
+    assert min(seconds) > 0
     anchors.clear()
     [seeded] = make_edits(tiny, jobs[:1], quick(seeds=(5,)))
     drawn = torch.randn(anchors[0].shape, generator=torch.Generator().manual_seed(5))

@@ -120,5 +120,5 @@ def test_a_lean_unet_computes_the_same(unusual: dict[str, Any], relative: Callab
     if unusual:
         return
     kinds = [type(module).__name__ for module in unet.modules()]
-    assert "GEGLU" not in kinds and kinds.count("GroupNormSiLU") == 1 + 2 * kinds.count("_FrugalResnet")
+    assert "GEGLU" not in kinds and kinds.count("GroupNormSiLU") == 1 + 2 * kinds.count("_LeanResnet")
     assert "ResnetBlock2D" not in kinds

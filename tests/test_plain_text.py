@@ -123,16 +123,22 @@ def test_a_bar_shows_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[2J" not in terminal.getvalue() and "n\\u202eame\\nx" in terminal.getvalue()
 
 
+@pytest.mark.parametrize("kind", ["prediction_type", "interface"])
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_listings_of_an_edit_have_their_own_lines(text: str) -> None:
-    """No value of an edit file adds a line to what `inspect` shows."""
+def test_listings_of_an_edit_have_their_own_lines(text: str, kind: str) -> None:
+    """No value of an edit file, of either version, adds a line to what `inspect` shows."""
     contents: dict[str, Any] = {
         "sentence": text,
-        "base": {"source": text, "revision": text, "family": text, "prediction_type": text},
+        "base": {
+            "source": text,
+            "revision": text,
+            "family": text,
+            kind: {"text": {text: 1}, "denoisers": {text: text}} if kind == "interface" else text,
+        },
         "base_weights": text,
         "source": {"width_px": 1, "height_px": 1, "sha256": text},
         "adapter": {"ranks": [2], "layers": 1, "alphas": [1.0]},
-        "embedding": {"shape": [1, 1]},
+        "tensors": {f"text.{text}": {"shape": [1, 1]}},
         "etas": [0.0],
         "seed": 0,
         "format": 1,
