@@ -64,12 +64,8 @@ class Letterbox:
         for field in fields(self):
             value = getattr(self, field.name)
             numbers = value if field.name == "size" else (value,)
-            sides = 2 if field.name == "size" else 1
-            if (
-                type(numbers) is not tuple
-                or len(numbers) != sides
-                or any(type(number) is not int for number in numbers)
-            ):
+            whole = isinstance(numbers, tuple) and all(type(number) is int for number in numbers)
+            if not whole or len(numbers) != 1 + (field.name == "size"):
                 raise ValueError(f"letterbox {field.name} is {value!r}; expected whole numbers")
         width, height = self.size
         if min(self.width_px, self.height_px, width, height) < 1:
