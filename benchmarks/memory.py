@@ -27,6 +27,7 @@ from torch import Tensor
 from lowmem_imagic.diffusion.schedules import loss_per_edit
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
 from lowmem_imagic.families.adapter_names import TARGETS, KohyaNames
+from lowmem_imagic.families.stable_diffusion import AT_LATENTS
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import load_frozen, weight_bytes
 from lowmem_imagic.planning.counting import fused_attention, peak_of
@@ -94,7 +95,8 @@ class Step:
             from lowmem_imagic.families.lean_unet import make_lean
 
             self.unet = meta_unet(case.model)
-            load_frozen(self.unet, random_weights(meta_unet(case.model)), weights=weights, device=device, dtype=dtype)
+            drawn = random_weights(meta_unet(case.model))
+            load_frozen(self.unet, drawn, weights=weights, device=device, dtype=dtype, in_float=AT_LATENTS)
             if packed:
                 make_lean(self.unet)
         self.weights = weight_bytes(self.unet)

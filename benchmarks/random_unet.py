@@ -21,7 +21,7 @@ from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.files.published import SD15_UNET, Published
 from lowmem_imagic.families.files.weights import Weights
 from lowmem_imagic.families.lean_unet import make_lean
-from lowmem_imagic.families.stable_diffusion import EMBEDS
+from lowmem_imagic.families.stable_diffusion import AT_LATENTS, EMBEDS
 from lowmem_imagic.layers.frozen import load_frozen
 
 SDXL_UNET: dict[str, Any] = {
@@ -119,7 +119,8 @@ def random_sd15(
 def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, lean: bool) -> nn.Module:
     """The network with frozen weights of a format on the meta device, with or without lean layers."""
     unet, device = meta_unet(name), torch.device("meta")
-    load_frozen(unet, list(unet.named_parameters()), weights=weights, device=device, dtype=dtype)
+    tensors = list(unet.named_parameters())
+    load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype, in_float=AT_LATENTS)
     if lean:
         make_lean(unet)
     return unet

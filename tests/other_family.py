@@ -163,7 +163,7 @@ class Stage:
             network = Network(3 + sum(part.shape[0] for part in self.extra.values()))
         tensors = [(name, tensor.to(device)) for name, tensor in network.state_dict().items()]
         network.to("meta")
-        load_frozen(network, tensors, weights=weights, device=device, dtype=dtype)
+        load_frozen(network, tensors, weights=weights, device=device, dtype=dtype, in_float=["enter", "leave"])
         return network.requires_grad_(False).eval()
 
     def use_xformers(self, network: nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem_imagic.families.lean_unet import make_lean
+from lowmem_imagic.families.stable_diffusion import AT_LATENTS
 from lowmem_imagic.layers import frozen as quantize
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
@@ -68,7 +69,7 @@ def filled(weights: str, source: nn.Module | None = None, dtype: torch.dtype = t
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
     state = (source or float_unet()).state_dict()
-    load_frozen(unet, iter(state.items()), weights=weights, device=CPU, dtype=dtype)
+    load_frozen(unet, iter(state.items()), weights=weights, device=CPU, dtype=dtype, in_float=AT_LATENTS)
     return unet
 
 
@@ -423,6 +424,7 @@ def test_stable_diffusion_1_5_is_converted_whole(monkeypatch: pytest.MonkeyPatch
         weights="int8",
         device=torch.device("meta"),
         dtype=torch.float32,
+        in_float=AT_LATENTS,
     )
     assert sum(isinstance(m, nn.Flatten) for m in unet.modules()) == 184
     assert sum(isinstance(m, nn.Unflatten) for m in unet.modules()) == 96
@@ -461,7 +463,7 @@ def test_weights_are_read_one_layer_at_a_time(weights: str) -> None:
         unet = new_tiny_unet()
     state = {name: tensor for name, tensor in sorted(unet.state_dict().items())}
     tracked = Tracked(state, big=1000)
-    load_frozen(unet, tracked, weights=weights, device=CPU, dtype=torch.float32)
+    load_frozen(unet, tracked, weights=weights, device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
     assert len(tracked.refs) > 50
     assert tracked.most_alive == 0
     gc.collect()
@@ -474,7 +476,7 @@ def test_nothing_aliases_the_source(weights: str) -> None:
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
     state = float_unet().state_dict()
-    load_frozen(unet, state.items(), weights=weights, device=CPU, dtype=torch.float32)
+    load_frozen(unet, state.items(), weights=weights, device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     ours = {name for name, p in unet.named_parameters() if p.untyped_storage().data_ptr() in theirs}
     assert not ours
@@ -485,7 +487,7 @@ def test_order_of_tensors_does_not_matter() -> None:
     state = float_unet().state_dict()
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
-    load_frozen(unet, reversed(state.items()), weights="int8", device=CPU, dtype=torch.float32)
+    load_frozen(unet, reversed(state.items()), weights="int8", device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
     expected = filled("int8").state_dict()
     assert unet.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in unet.state_dict().items())
@@ -513,7 +515,7 @@ def test_wrong_checkpoints_are_refused(change: Callable[[dict[str, Tensor]], Any
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
     with pytest.raises(ValueError, match=named):
-        load_frozen(unet, state.items(), weights="int8", device=CPU, dtype=torch.float32)
+        load_frozen(unet, state.items(), weights="int8", device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
 
 
 def test_unusual_convolutions_stay_float() -> None:

@@ -36,6 +36,8 @@ EMBEDS = "embeds"
 """Name of the only part of a sentence's conditioning."""
 _FAMILIES = {768: "sd1", 1024: "sd2"}
 """Family by width of the text conditioning; other widths are models of the same architecture in another size."""
+AT_LATENTS = ("conv_in", "conv_out")
+"""The UNet's layers from and to the latents."""
 LEAST_PX = 256
 """Shortest side of edited pictures, except for models trained on smaller pictures."""
 _FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
@@ -245,7 +247,7 @@ class StableDiffusion:
             tensors = tensors_of(self.source, "unet", self.unet_config)
             check_fit(unet, tensors, f"{self._shown}: the UNet", self._folder.label)
         try:
-            load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
+            load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype, in_float=AT_LATENTS)
         except ValueError as error:
             raise IncompleteModelError(f"{self._shown}: the UNet's {error}") from error
         make_lean(unet)

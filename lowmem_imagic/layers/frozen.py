@@ -10,16 +10,13 @@ cannot free it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-MIN_CONV_CHANNELS = 5
-"""Convolutions from or to the latents (4 channels) stay in float: they are small (a few kB) and the most sensitive."""
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -211,7 +208,7 @@ def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torc
 
 
 def _quantized(
-    module: nn.Module, state: dict[str, Tensor], weights: str, device: torch.device, dtype: torch.dtype
+    module: nn.Module, state: dict[str, Tensor], weights: str | None, device: torch.device, dtype: torch.dtype
 ) -> nn.Module | None:
     """The 8-bit layer for `module` with this state, or None if the layer stays in float."""
     weight = state.get("weight")
@@ -226,8 +223,7 @@ def _quantized(
             return _in_bnb_storage(bnb.nn.Linear8bitLt, weight, bias, device)  # type: ignore[no-any-return]
     elif type(module) is nn.Conv2d and weights == "int8":
         plain = module.padding_mode == "zeros" and module.dilation == (1, 1) and not isinstance(module.padding, str)
-        if plain and min(module.in_channels, module.out_channels) >= MIN_CONV_CHANNELS:
-            return Int8Conv2d.from_weights(module, weight, bias, device)
+        return Int8Conv2d.from_weights(module, weight, bias, device) if plain else None
     return None
 
 
@@ -235,7 +231,7 @@ def _fill(
     modules: dict[str, nn.Module],
     path: str,
     state: dict[str, Tensor],
-    weights: str,
+    weights: str | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -260,6 +256,7 @@ def load_frozen(
     weights: str,
     device: torch.device,
     dtype: torch.dtype,
+    in_float: Collection[str] = (),
 ) -> None:
     """Fills `model`, whose parameters are on the meta device, with frozen weights, layer by layer.
 
@@ -269,6 +266,8 @@ def load_frozen(
         weights: one of `settings.stages.WEIGHT_FORMATS`.
         device: device of the weights.
         dtype: type of the weights that are not quantised.
+        in_float: names of layers that stay in float: those at the picture or the latents are the most sensitive, and
+            take a few kB.
 
     Raises:
         ValueError: names in `tensors` that the model lacks, the reverse, or shapes that differ.
@@ -290,7 +289,7 @@ def load_frozen(
         # Free this tensor before the next one is read.
         del tensor
         if len(pending[path]) >= sum(1 for _ in modules[path].parameters(recurse=False)):
-            _fill(modules, path, pending.pop(path), weights, device, dtype)
+            _fill(modules, path, pending.pop(path), None if path in in_float else weights, device, dtype)
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(f"weights lack {len(missing)} tensors of the configured network, such as {some}")
