@@ -6,9 +6,11 @@ quantisers and code from elsewhere, and fill with random numbers what is missing
 """
 
 import contextlib
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -44,7 +46,12 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
     Raises:
         IncompleteModelError: the libraries cannot build it.
     """
-    with init_empty_weights(include_buffers=False), quiet(), complete(label, component):
+    with complete(label, component):
+        return _build(component, values)
+
+
+def _build(component: str, values: Mapping[str, Any]) -> nn.Module:
+    with init_empty_weights(include_buffers=False), quiet():
         if component == "text_encoder":
             part: nn.Module = CLIPTextModel(CLIPTextConfig(**values))
             return part
@@ -57,14 +64,23 @@ def try_out(component: str, values: Mapping[str, Any], label: str, side: int) ->
     """Makes sure that a part so configured computes what Stable Diffusion needs of it, without weights.
 
     Many values are looked at only when a network computes: some libraries take them all while they build it. This is
-    the pass itself, on the meta device, of one picture of `side` latent pixels.
+    the pass itself, on the meta device, of one picture of `side` latent pixels; a process makes it once for a
+    configuration.
 
     Raises:
         IncompleteModelError: it cannot compute, or gives another shape.
     """
-    part: Any = build(component, values, label).to("meta")
+    with complete(label, component):
+        _try_out(component, json.dumps(values), side)
+
+
+# A call that raises is not remembered.
+@lru_cache(maxsize=64)
+def _try_out(component: str, values_as_json: str, side: int) -> None:
+    values: dict[str, Any] = json.loads(values_as_json)
+    part: Any = _build(component, values).to("meta")
     latents = torch.empty(1, 4, side, side, device="meta")
-    with torch.no_grad(), quiet(), complete(label, component):
+    with torch.no_grad(), quiet():
         if component == "text_encoder":
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
             shapes = [(part(ids)[0].shape, (*ids.shape, values["hidden_size"]))]
@@ -77,9 +93,9 @@ def try_out(component: str, values: Mapping[str, Any], label: str, side: int) ->
             factor = 2 ** (len(values["block_out_channels"]) - 1)
             shapes = [(picture.shape, (1, 3, factor * side, factor * side))]
             shapes.append((part.encode(picture).latent_dist.mean.shape, latents.shape))
-        for found, expected in shapes:
-            if tuple(found) != tuple(expected):
-                raise ValueError(f"it computes the shape {list(found)}, expected {list(expected)}")
+    for found, expected in shapes:
+        if tuple(found) != tuple(expected):
+            raise ValueError(f"it computes the shape {list(found)}, expected {list(expected)}")
 
 
 def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str, Any]) -> Tensors:

@@ -46,7 +46,6 @@ class StableDiffusion:
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
-        self._tried: set[str] = set()
         self._folder = source if isinstance(source, Folder) else source.configuration
         kinds.check_pipeline(self._folder.config(".", "model_index.json"), self._folder.label)
         limits.check_side(self.unet_config["sample_size"], self.vae_factor, self._folder.label)
@@ -259,10 +258,8 @@ class StableDiffusion:
         return vae  # type: ignore[no-any-return]
 
     def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
-        """A part on the meta device, which was tried once."""
-        if component not in self._tried:
-            try_out(component, values, self._folder.label, self.latent_shape[1])
-            self._tried.add(component)
+        """A part on the meta device, which was tried out before."""
+        try_out(component, values, self._folder.label, self.latent_shape[1])
         return build(component, values, self._folder.label)
 
     @property
