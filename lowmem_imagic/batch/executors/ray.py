@@ -80,7 +80,6 @@ class RayExecutor:
                 "`executor=ray` was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
             ) from error
         self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
-        _check_address(request["address"])
         # Ray takes SIGTERM for itself, which would end the run without an orderly end.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
@@ -94,7 +93,7 @@ class RayExecutor:
             ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
-        self._handles = [_ActorHandle(ray, one) for one in self._actors(actor)]
+        self._actor, self._handles = actor, list[_ActorHandle]()
         self._lost = Counter[str]()
 
     def close(self) -> None:
@@ -113,7 +112,7 @@ class RayExecutor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _actors(self, actor: type[Any]) -> list[Any]:
+    def _actors(self) -> list[Any]:
         """One actor for each GPU; on a cluster without, one for each machine, or as many as were asked for."""
         resources = self._ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if self._request["device"] != "cpu" else 0
@@ -122,11 +121,12 @@ class RayExecutor:
         needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
         needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
         # Two threads: one makes items, one answers how far it is.
-        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(actor)
+        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(self._actor)
         return [kind.remote(self._request.as_json()) for _ in range(count)]
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
-        """See `Executor`."""
+        """See `Executor`; the first call starts the actors."""
+        self._handles = self._handles or [_ActorHandle(self._ray, one) for one in self._actors()]
         waiting, given, more = deque[Assignment](), 0, True
         while True:
             for handle in self._handles:
@@ -342,28 +342,22 @@ def driving(address: str | None) -> Iterator[dict[str, str]]:
             time.sleep(0.25)
 
 
-def _check_address(address: str | None) -> None:
-    """Makes sure that somebody listens there: Ray would try for minutes, and then end the process.
-
-    Raises:
-        BackendUnavailableError: nobody does.
-    """
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check `address`") from error
-
-
 def check_executor(executor: str, address: str | None) -> None:
-    """Makes sure that there is an executor of that name.
+    """Makes sure that there is an executor of that name, and somebody at its address.
 
     Raises:
-        ConfigError: there is none, or an address makes no sense for it.
+        ConfigError: there is no such executor, or an address makes no sense for it.
+        BackendUnavailableError: nobody listens at the address.
     """
     if executor not in ("local", "ray"):
         raise ConfigError(f"`executor` is {executor!r}, expected local or ray")
     if address is not None and executor != "ray":
         raise ConfigError("`address` names a Ray cluster; give `executor=ray` with it")
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    # Ray would try for minutes, and then end the process.
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check `address`") from error
