@@ -1,6 +1,6 @@
 """Imagic as published: the embedding, then every weight of the UNet (paper section 3.2), with Adam.
 
-The opponent of this package's adapters; it needs a base in fp32, and leaves a whole UNet behind per edit.
+The baseline for this package's adapters; it needs a base in fp32, and its edits are whole UNets.
 """
 
 import time
@@ -21,7 +21,7 @@ from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.pictures.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline.make import COARSE_SIDE
+from lowmem_imagic.pipeline.prepare import COARSE_SIDE
 from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EmbedConfig, SampleConfig
@@ -44,16 +44,16 @@ def full_finetune(
     sampling: SampleConfig,
     folder: Path | None = None,
 ) -> Method:
-    """The method; the base's UNet comes back unchanged.
+    """The method; it restores the base's UNet afterwards.
 
     Args:
-        learning_rate: of the weights; the paper's is for a batch of its own size and to be tuned here.
-        embed_steps: of stage 1, at rate `EMBED_RATE`.
-        steps: of stage 2.
-        draws: (timestep, noise) draws a step, both stages.
-        sampling: how to sample; training knows nothing of it.
-        folder: keeps each item's embedding and weights (about twice the base's file), so that a stopped run goes on
-            and ways of sampling share them.
+        learning_rate: rate for the weights; the paper's is for its own batch size, so it is tuned here.
+        embed_steps: steps of stage 1, at rate `EMBED_RATE`.
+        steps: steps of stage 2.
+        draws: (timestep, noise) draws per step, both stages.
+        sampling: settings of sampling; training does not use them.
+        folder: folder for each item's embedding and weights (about twice the base's file), so that a stopped run can
+            continue and sampling variants share them.
     """
     first = EmbedConfig(steps=embed_steps, draws=draws, learning_rate=EMBED_RATE)
 
@@ -82,7 +82,7 @@ def full_finetune(
             if sampling.start == "inverted":
                 noise = own_noise(base, base.denoisers[0], latents[0], torch.Generator().manual_seed(SEED))[None]
             unet_of(base).load_state_dict(stage2)
-            # An adapter of zeros, so that sampling is this package's own in every respect.
+            # An adapter of zeros, so that sampling is exactly this package's own.
             nothing = AdapterPack(
                 unet_of(base), base.denoisers[0].names, count=1, adapt="attn", rank=1, alpha=1.0, device=base.device
             )
@@ -96,7 +96,7 @@ def full_finetune(
                 sampling,
                 coarse={"unet": low},
                 noise=None if noise is None else {"unet": noise},
-            )
+            )["unet"]
             for eta, picture in zip(etas, to_images(base.decode(made)), strict=True):
                 pictures[eta].append(picture)
             unet_of(base).load_state_dict(untouched)
@@ -113,7 +113,7 @@ def full_finetune(
 
 
 def _embed(base: BaseModel, latents: Tensor, target: Conditioning, config: EmbedConfig) -> dict[str, Tensor]:
-    """e_opt (1, T, D), and where its generator stands."""
+    """e_opt (1, T, D), and the state of its generator."""
     run = Run(base.denoisers[0], latents[0], config, torch.Generator().manual_seed(SEED))
     optimized = target[EMBEDS].to(base.device).clone().requires_grad_()
     optimized.grad = torch.zeros_like(optimized)
@@ -130,7 +130,7 @@ def _embed(base: BaseModel, latents: Tensor, target: Conditioning, config: Embed
 def _finetune(
     base: BaseModel, latents: Tensor, stage1: Mapping[str, Tensor], learning_rate: float, steps: int, draws: int
 ) -> dict[str, Tensor]:
-    """The UNet's weights after stage 2; the base's own are changed."""
+    """The UNet's weights after stage 2; changes the base's own weights."""
     generator = torch.Generator()
     generator.set_state(stage1["generator"])
     text = stage1["embedding"].repeat_interleave(draws, 0)
@@ -150,7 +150,7 @@ def _finetune(
 def _remembered(
     folder: Path | None, facts: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `make` gives and the "seconds" it takes; from `folder` where it is kept there."""
+    """The result of `make` with its "seconds"; taken from `folder` if it is there."""
     path = None if folder is None else folder / f"full-{digest(facts)}.safetensors"
     if path is not None and path.exists():
         return load_file(path)

@@ -3,8 +3,8 @@
     oracle = Oracle.load()
     oracle.read(images)[0].color
 
-A small convolutional network, trained (`benchmarks.train_oracle`) on renders of a seed the bundled model never
-sees, and independent of that model. How often it is right on held-out renders is in its file.
+A small convolutional network, independent of the bundled model, trained (`benchmarks.train_oracle`) on renders of a
+seed that the model never sees. Its file records its accuracy on held-out renders.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from lowmem_imagic.storage.safetensors_writer import serialize
 ORACLE = Path(__file__).parent / "oracle.safetensors"
 """The trained oracle."""
 TARGET = 0.97
-"""Share of held-out renders of which each attribute must be read right."""
+"""Target share of right readings on held-out renders, for each attribute."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -42,14 +42,14 @@ NUMBERS = ("x", "z", "radius")
 """Attributes that are numbers, in scene units, the network's last outputs."""
 
 CENTER, SPREAD = torch.tensor([0.0, 0.0, 0.7]), torch.tensor([0.6, 0.35, 0.2])
-"""Of the numbers, so that the network's outputs are of order one."""
+"""Center and spread of the numbers, so that the network's outputs are of order one."""
 _HALF_PX = 40
-"""Columns of a two-object scene shown to read one object: all of it, and as little of the other as can be."""
+"""Columns of a two-object scene for reading one object: all of it, and as little of the other as possible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """What is to be seen of one object and its floor."""
+    """Visible attributes of one object and its floor."""
 
     shape: str
     color: str
@@ -59,11 +59,11 @@ class Attributes:
     pose: str
     """Always "standing" for shapes that cannot lie."""
     x: float
-    """To the right of the centre, scene units."""
+    """Distance to the right of the centre, scene units."""
     z: float
-    """Away from the camera, scene units."""
+    """Distance from the camera, relative to the centre, scene units."""
     radius: float
-    """Scene units."""
+    """Radius in scene units."""
 
     @staticmethod
     def of(scene: Scene, index: int = 0) -> "Attributes":
@@ -86,8 +86,8 @@ class Oracle:
     """A trained reader of pictures; see `load` and `read`.
 
     Attributes:
-        report: what is known about it: settings and accuracy on held-out renders (see `measure`).
-        sha256: of its file, None where it was just trained.
+        report: its settings and accuracy on held-out renders (see `measure`).
+        sha256: hash of its file; None for a newly trained oracle.
     """
 
     def __init__(self, network: nn.Module, report: dict[str, Any], sha256: str | None = None) -> None:
@@ -99,7 +99,7 @@ class Oracle:
         """The oracle saved at `path`, on the CPU.
 
         Raises:
-            OSError, SafetensorError: no such file, or damaged.
+            OSError, SafetensorError: the file is missing or damaged.
         """
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -116,13 +116,13 @@ class Oracle:
         write_bytes(path, serialize(weights(self._network), {"report": json.dumps(self.report)}), overwrite=True)
 
     def read(self, images: Tensor) -> list[Attributes]:
-        """What each picture of one object shows; images (B, 3, H, W) in [-1, 1], squares of any size."""
+        """The attributes of each picture with one object; images (B, 3, H, W) in [-1, 1], squares of any size."""
         return self._attributes(_sized(images))
 
     def read_pairs(self, images: Tensor) -> list[tuple[Attributes, Attributes]]:
-        """The left and the right object of each picture of two; images as for `read`.
+        """The left and the right object of each picture with two objects; images as for `read`.
 
-        Where a picture has fewer objects, the answer is a guess.
+        The result is a guess for a picture with fewer objects.
         """
         images = _sized(images)
         left, right = (self._attributes(half(images, side)) for side in (0, 1))
@@ -134,7 +134,7 @@ class Oracle:
         mirror = torch.ones(len(NUMBERS))
         mirror[0] = -1
         for part in views.split(256):
-            # A picture and its mirror image show the same attributes; two looks are steadier than one.
+            # A picture and its mirror image show the same attributes; averaging both is more reliable.
             words, numbers = split(self._network(part))
             again, numbers_again = split(self._network(part.flip(-1)))
             words = {name: logits.softmax(1) + again[name].softmax(1) for name, logits in words.items()}
@@ -149,7 +149,7 @@ class Oracle:
 
 
 def accuracy(found: Sequence[Attributes], truth: Sequence[Attributes]) -> dict[str, float]:
-    """Share read right of each named attribute that can be seen; of the pose, among shapes that can lie."""
+    """Share of right readings of each visible named attribute; for the pose, among shapes that can lie."""
     shares = {}
     for name in WORDS:
         right = [
@@ -176,7 +176,7 @@ def new_network() -> nn.Module:
         block(64, 80, 1),
         block(80, 112, 2),
         block(112, 144, 2),
-        # Kept apart by place: where the object is, is among the questions.
+        # No pooling over places, as the object's place must be read, too.
         nn.Flatten(),
         nn.Linear(144 * (SIZE_PX // 16) ** 2, 160),
         nn.ReLU(),
@@ -185,7 +185,7 @@ def new_network() -> nn.Module:
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
-    """What a file holds: matrices and kernels in fp16, the few vectors in fp32 (variances may be tiny)."""
+    """Tensors for the file: matrices and kernels in fp16, the few vectors in fp32 (variances may be tiny)."""
     return {
         name: tensor.detach().half() if tensor.ndim > 1 else tensor.detach().float()
         for name, tensor in network.state_dict().items()

@@ -1,9 +1,9 @@
-"""A diffusers folder of Stable Diffusion 1.5 with random weights: every part of the real size, without a download.
+"""Writes a diffusers folder of Stable Diffusion 1.5 with random weights: every part in its real size, no download.
 
     python -m benchmarks.random_folder FOLDER
 
-Bytes, kernels and time do not depend on what the weights are. The vocabulary alone is small: it is learnt from a few
-sentences. Its weights give pictures of noise.
+Bytes, kernels and time do not depend on the values of the weights. Only the vocabulary is small: it is learnt from a
+few sentences. The model draws noise.
 """
 
 import argparse
@@ -25,21 +25,21 @@ from lowmem_imagic.families.files.published import PUBLISHED
 from .random_unet import drawn
 
 CAPTIONS = ("a photo of a red cube on the grass", "a blue sphere on a wooden floor", "two birds kissing")
-"""What the vocabulary is learnt from."""
+"""Sentences for learning the vocabulary."""
 _MODEL = "sd15"
 _PARTS = {
     "unet": ("diffusion_pytorch_model", UNet2DConditionModel.from_config),
     "vae": ("diffusion_pytorch_model", AutoencoderKL.from_config),
     "text_encoder": ("model", lambda values: CLIPTextModel(CLIPTextConfig(**values))),
 }
-"""Part to the stem of its weight file and what builds it."""
+"""Stem of the weight file and builder, by part."""
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
 
 
 def write_random_folder(folder: Path, *, device: torch.device | str = "cpu", seed: int = 0) -> Path:
     """Writes the folder (2.1 GB in fp16) and returns it; weights are drawn on `device`.
 
-    Weights are scaled so that activations neither grow nor vanish. Other devices draw other weights.
+    Weights are scaled so that activations neither grow nor vanish. Different devices draw different weights.
     """
     generator = torch.Generator(device).manual_seed(seed)
     configurations = PUBLISHED[_MODEL]

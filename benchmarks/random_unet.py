@@ -1,6 +1,6 @@
 """UNets of Stable Diffusion by their public configurations, without weights or with random ones.
 
-Bytes, kernels and time do not depend on what the weights are, so all can be measured without a download.
+Bytes, kernels and time do not depend on the values of the weights, so they can be measured without a download.
 """
 
 import math
@@ -20,7 +20,7 @@ from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.files.published import SD15_UNET, Published
 from lowmem_imagic.families.files.weights import Weights
-from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.frozen import load_frozen
 
@@ -71,7 +71,7 @@ def drawn(name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor
 
 
 class _Drawn(Weights):
-    """Weights of a network that are drawn when they are asked for."""
+    """Weights of a network that are drawn on access."""
 
     def __init__(self, network: nn.Module) -> None:
         self._shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
@@ -97,7 +97,7 @@ class _Random(Published):
 
 
 class RandomBase(BaseModel):
-    """A base of which only the UNet is there: a sentence's embedding is drawn from its letters."""
+    """A base with only a UNet; a sentence's embedding is drawn with a seed from its letters."""
 
     def encode_text(self, sentences: Sequence[str]) -> Conditioning:
         """Embeddings (B, T, D), equal for equal sentences."""
@@ -109,17 +109,17 @@ class RandomBase(BaseModel):
 def random_sd15(
     *, weights: str, device: torch.device, dtype: torch.dtype, checkpointing: bool, attention: str = "sdpa"
 ) -> BaseModel:
-    """Stable Diffusion 1.5 with random weights as the package's own base model, without its other parts."""
+    """A base model of the package with a random UNet of Stable Diffusion 1.5, without the other parts."""
     family = StableDiffusion(_Random(Path("sd15"), SHORT_NAMES["sd15"]))
     base = RandomBase(family, device=device, weights=weights, attention=attention, checkpointing=checkpointing)
     base.dtype = dtype
     return base
 
 
-def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, frugal: bool) -> nn.Module:
-    """The network with frozen weights of a format on the meta device, with or without the layers that keep less."""
+def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, lean: bool) -> nn.Module:
+    """The network with frozen weights of a format on the meta device, with or without lean layers."""
     unet, device = meta_unet(name), torch.device("meta")
     load_frozen(unet, list(unet.named_parameters()), weights=weights, device=device, dtype=dtype)
-    if frugal:
-        make_frugal(unet)
+    if lean:
+        make_lean(unet)
     return unet

@@ -1,7 +1,7 @@
 """Trains the judge (`benchmarks.oracle`): ``python -m benchmarks.train_oracle --out benchmarks/oracle.safetensors``.
 
-Renders are degraded in training (smoothing, noise, blotches, brightness) because pictures to judge come from an
-autoencoder. The same seed on the same machine with as many threads gives the same file.
+Renders are degraded in training (smoothing, noise, blotches, brightness) because judged pictures come from an
+autoencoder. The same seed on the same machine with the same number of threads gives the same file.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from .oracle import (
 SCENE_SEED = 1
 """Seed of the oracle's scenes; the bundled model is trained on 0, 4 and 7."""
 _UNSEEN = -100
-"""Label of a pose that cannot be seen; cross-entropy's own default for "leave out"."""
+"""Label of an invisible pose; cross-entropy's default for ignored labels."""
 
 
 def train_oracle(
@@ -47,7 +47,7 @@ def train_oracle(
 ) -> Oracle:
     """An oracle trained on renders (B, 64, 64, 3) uint8 of the scenes, its weights rounded to fp16.
 
-    Pictures of two objects are seen as two views, each with most of the other object covered.
+    Each picture of two objects gives two views, each with most of the other object covered.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -79,12 +79,12 @@ def train_oracle(
 
 
 def measure(oracle: Oracle, pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Accuracy and mean absolute errors on renders, apart for one object, one object degraded, and two.
+    """Accuracy and mean absolute errors on renders, separately for one object, one degraded object, and two objects.
 
     Args:
-        oracle: the reader.
+        oracle: the oracle.
         pictures: (B, 64, 64, 3) uint8.
-        scenes: what they show.
+        scenes: the scenes of the pictures.
     """
     images = to_tensor(pictures, torch.device("cpu"))
     single = [i for i, scene in enumerate(scenes) if len(scene.objects) == 1]
@@ -119,14 +119,14 @@ def measure(oracle: Oracle, pictures: np.ndarray, scenes: Sequence[Scene]) -> di
 
 
 class _Views(NamedTuple):
-    """What the network is trained on: a picture or half of one, and the object to read in it."""
+    """Training examples: a picture or half of one, and the object to read in it."""
 
     picture: Tensor
     """(M,) number of the picture."""
     side: Tensor
     """(M,) 0 left half, 1 right half, 2 whole."""
     words: Tensor
-    """(M, 6) indices into `WORDS`; `_UNSEEN` for a pose that cannot be seen."""
+    """(M, 6) indices into `WORDS`; `_UNSEEN` for an invisible pose."""
     numbers: Tensor
     """(M, 3) `NUMBERS`, centred and scaled."""
 
@@ -153,7 +153,7 @@ def _loss(outputs: Tensor, words: Tensor, numbers: Tensor) -> Tensor:
     loss = F.mse_loss(found, numbers)
     for column, part in enumerate(logits.values()):
         known = words[:, column] != _UNSEEN
-        # A mean over no row would be NaN.
+        # A mean over no rows would be NaN.
         if known.any():
             loss = loss + F.cross_entropy(part, words[:, column], ignore_index=_UNSEEN)
     return loss
@@ -166,7 +166,7 @@ def _shown(images: Tensor, side: Tensor) -> Tensor:
 
 
 def _degraded(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures with what an autoencoder and a sampler may do to them, each to a random degree."""
+    """The pictures with typical errors of an autoencoder and a sampler, each to a random degree."""
 
     def degree(scale: float = 1.0) -> Tensor:
         return scale * torch.rand(len(images), 1, 1, 1, generator=generator)
@@ -178,7 +178,7 @@ def _degraded(images: Tensor, generator: torch.Generator) -> Tensor:
     coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
     images = torch.where(degree() < 0.25, coarse, torch.lerp(images, smooth, degree()))
     size = (len(images), 3, SIZE_PX, SIZE_PX)
-    # Errors in latents come out as blotches of a few pixels.
+    # Errors in latents show as blotches of a few pixels.
     blotches = F.interpolate(torch.randn(*size[:2], 16, 16, generator=generator), size=size[2:], mode="bilinear")
     grain = torch.randn(size, generator=generator)
     images = images * (1 + signed(0.12)) + signed(0.08) + degree(0.10) * blotches + degree(0.06) * grain
@@ -186,7 +186,7 @@ def _degraded(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def main() -> int:
-    """Command line: renders, trains, measures on held-out renders, saves; 1 where `TARGET` is missed."""
+    """Command line: renders, trains, measures on held-out renders, saves; returns 1 if `TARGET` is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--renders", type=Path, help="keep the renders in this .npy file, or take them from it")

@@ -1,4 +1,4 @@
-"""Ways to edit a photo without training: the sentence alone, SDEdit, DDIM inversion; see `benchmarks.edit_methods`."""
+"""Editing methods without training: the sentence alone, SDEdit, DDIM inversion; see `benchmarks.edit_methods`."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ BATCH = 32
 
 
 def sentence_alone(config: SampleConfig) -> Method:
-    """Text-to-image from the target sentence: how well the base itself follows it; the slider does nothing."""
+    """Text-to-image from the target sentence, as the base alone draws it; the slider has no effect."""
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         started = time.perf_counter()
@@ -36,7 +36,7 @@ def sentence_alone(config: SampleConfig) -> Method:
 def sdedit(config: SampleConfig) -> Method:
     """SDEdit (Meng et al. 2022): noise the photo part of the way, denoise it under the sentence.
 
-    The slider is the share of the steps: 0 gives the photo back, 1 starts from all but pure noise.
+    The slider is the share of the steps: 0 returns the photo, 1 starts from almost pure noise.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
@@ -59,10 +59,10 @@ def sdedit(config: SampleConfig) -> Method:
 
 
 def ddim_inversion(config: SampleConfig) -> Method:
-    """DDIM inversion (Song et al. 2021, section 4.3): the photo is run backwards without text, then denoised under the
+    """DDIM inversion (Song et al. 2021, section 4.3): inverts the photo without text, then denoises it under the
     sentence.
 
-    The slider is the share of the steps that are inverted: 0 gives the photo back. Needs DDIM.
+    The slider is the share of inverted steps: 0 returns the photo. Needs DDIM.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
@@ -112,10 +112,9 @@ def denoised(
     Args:
         base: the base.
         text: conditioning of each row.
-        config: scheduler, steps, guidance; nothing else of it is read.
-        latents: (B, C, H, W) at the noise level of the first step taken; standard normal where that is the first of
-            all.
-        last_steps: how many of the steps to take, from the end; all by default.
+        config: scheduler, steps and guidance; other settings are ignored.
+        latents: (B, C, H, W) at the noise level of the first step taken; standard normal for the whole schedule.
+        last_steps: number of steps to take, from the end; all by default.
     """
     negative = base.encode_text([config.negative_prompt])[EMBEDS][0]
     finished = []
@@ -153,5 +152,5 @@ def _scheduler(base: BaseModel, config: SampleConfig) -> Any:
 
 
 def _share_of(eta: float, config: SampleConfig) -> int:
-    """Steps that a point of the slider stands for; beyond 1 there are no more."""
+    """Number of steps for a point of the slider; all steps beyond 1."""
     return min(config.num_inference_steps, max(0, round(eta * config.num_inference_steps)))

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from .errors import LowmemImagicError
     from .layers.adapter_pack import AdapterPack
     from .pictures import Photo, load_photo
-    from .pipeline.make import apply_edits, check_base, make_edits, stream_edits
+    from .pipeline.apply import apply_edits, check_base
+    from .pipeline.make import make_edits, stream_edits
     from .pipeline.prepare import Job
     from .planning.plan import Budget, Plan, plan_for, planned
     from .sampling.sample import Cell
@@ -73,8 +74,8 @@ _HOMES = {
     "Photo": ("pictures", "Photo"),
     "Plan": ("planning.plan", "Plan"),
     "SampleConfig": ("settings.stages", "SampleConfig"),
-    "apply_edits": ("pipeline.make", "apply_edits"),
-    "check_base": ("pipeline.make", "check_base"),
+    "apply_edits": ("pipeline.apply", "apply_edits"),
+    "check_base": ("pipeline.apply", "check_base"),
     "load_photo": ("pictures", "load_photo"),
     "make_edits": ("pipeline.make", "make_edits"),
     "plan_for": ("planning.plan", "plan_for"),
@@ -93,7 +94,7 @@ def __getattr__(name: str) -> Any:
     module, attribute = _HOMES[name]
     from .unexpected import without_advice
 
-    # bitsandbytes says as it is imported that kernels for 4 bits, which are not used here, want another package.
+    # bitsandbytes logs while it is imported that its 4-bit kernels need another package; they are not used here.
     with without_advice():
         return getattr(importlib.import_module(f".{module}", __name__), attribute)
 

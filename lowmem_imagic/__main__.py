@@ -18,7 +18,7 @@ def main() -> None:
     try:
         run()
     except OSError as error:
-        # Of help, which the library prints.
+        # From the help text, which the library prints itself.
         end_output()
         sys.stderr.write(f"lowmem-imagic: standard output cannot be written ({error.strerror})\n")
         sys.exit(1)

@@ -32,10 +32,10 @@
     │   ├── NonFiniteTensorError     NaN or infinity
     │   ├── NonFiniteEditError       finite numbers that make NaN or infinity when they are rendered
     │   ├── TensorValueError         numbers far beyond those of any training
-    │   └── EditChangedError         tensors that are not those the file was written with
+    │   └── EditChangedError         tensors changed since the file was written
     ├── BaseMismatchError            a good edit file, made for another base
     ├── OutputError                  the result cannot be written
-    │   ├── OutputExistsError        something is there already; nothing is overwritten unasked
+    │   ├── OutputExistsError        the target exists already; it is overwritten only on request
     │   └── OutputUnwritableError    no space left, read-only, not a folder
     ├── DivergenceError              a training stage blew up
     ├── MemoryLimitError             does not fit; names the stage and the next cheaper setting
@@ -124,7 +124,7 @@ class BaseInUseError(ModelError):
 
 
 class NonFiniteModelError(ModelError):
-    """A part of the base gives NaN or infinity by itself: the model is damaged, or unsuitable for what is asked."""
+    """A part of the base gives NaN or infinity by itself: the model is damaged, or unsuitable for these settings."""
 
 
 class EditFileError(LowmemImagicError):
@@ -180,15 +180,15 @@ class NonFiniteTensorError(EditFileError):
 
 
 class TensorValueError(EditFileError):
-    """A factor or its alpha is far beyond what any training gives; its use would overflow."""
+    """A factor or its alpha is far larger than training makes it; its use would overflow."""
 
 
 class EditChangedError(EditFileError):
-    """The tensors are not those the file was written with: rewritten by another program, or damaged."""
+    """The tensors have changed since the file was written: by another program, or by damage."""
 
 
 class NonFiniteEditError(EditFileError):
-    """The numbers of an edit are finite and make NaN or infinity on a base that gives none by itself."""
+    """The edit's numbers are finite, but rendering it gives NaN or infinity; the base alone does not."""
 
 
 class BaseMismatchError(LowmemImagicError):
@@ -200,7 +200,7 @@ class OutputError(LowmemImagicError):
 
 
 class OutputExistsError(OutputError):
-    """Something is there already; nothing is overwritten unless asked."""
+    """The target exists already; it is overwritten only on request."""
 
 
 class OutputUnwritableError(OutputError):
@@ -216,7 +216,7 @@ class MemoryLimitError(LowmemImagicError):
 
 
 class UnexpectedError(LowmemImagicError):
-    """An error that nobody raised on purpose, in place of which this one is reported; see `unexpected`."""
+    """Reported in place of an error that is not this package's own; see `unexpected`."""
 
     details = ""
     """Its traceback."""

@@ -1,4 +1,4 @@
-"""Faults and remarks of libraries: an error that nobody raised on purpose, told in one line; logs, kept quiet."""
+"""Errors and log messages of libraries: an unexpected error becomes one line; advice to developers is not logged."""
 
 import logging
 import threading
@@ -8,10 +8,6 @@ from contextlib import contextmanager
 
 from .errors import UnexpectedError
 
-WARNINGS = threading.RLock()
-"""Held around `warnings.catch_warnings`, which swaps a list of the whole process: two threads that interleave would
-leave warnings switched off, or on."""
-
 
 def unexpected(error: BaseException, remark: str = "") -> UnexpectedError:
     """The error to report in place of one that is not this package's own; it holds the traceback as text.
@@ -19,8 +15,8 @@ def unexpected(error: BaseException, remark: str = "") -> UnexpectedError:
     It does not refer to `error`, whose traceback would keep alive what the failed call had allocated.
 
     Args:
-        error: what was raised.
-        remark: what the user should know beside it.
+        error: the exception.
+        remark: a further note for the user.
     """
     reported = UnexpectedError(f"an unexpected error ended this: {first_line(error)}{remark and f'; {remark}'}")
     reported.details = "".join(traceback.format_exception(error))
@@ -44,15 +40,39 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
+class _Silence:
+    """Keeps the libraries' logs at errors for as long as any thread is within a block; no thread waits for another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._levels: dict[str, int] = {}
+
+    def enter(self) -> None:
+        """Begins a block; the first of those that overlap remembers the levels."""
+        with self._lock:
+            if not self._blocks:
+                self._levels = {library: logging.getLogger(library).level for library in _LIBRARIES}
+                quiet_libraries()
+            self._blocks += 1
+
+    def leave(self) -> None:
+        """Ends a block; the last puts the levels back."""
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                for library, level in self._levels.items():
+                    logging.getLogger(library).setLevel(level)
+
+
+_SILENCE = _Silence()
+
+
 @contextmanager
 def without_advice() -> Iterator[None]:
     """Within the block the libraries log errors only, such as while one of them is imported."""
-    logs = [logging.getLogger(library) for library in _LIBRARIES]
-    with WARNINGS:
-        levels = [log.level for log in logs]
-        try:
-            quiet_libraries()
-            yield
-        finally:
-            for log, level in zip(logs, levels, strict=True):
-                log.setLevel(level)
+    _SILENCE.enter()
+    try:
+        yield
+    finally:
+        _SILENCE.leave()

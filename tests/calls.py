@@ -47,7 +47,7 @@ def predict(base: Any, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tens
 
 
 def plain(base: Any) -> Predict:
-    """`predict` as the base does it now, whatever takes its place later."""
+    """The base's present `predict`, even if a test replaces it later."""
     now, denoiser = base.predict, base.denoisers[0]
     return lambda latents, timesteps, text: now(denoiser, latents, timesteps, given(text))
 
@@ -80,7 +80,7 @@ def sample(
         progress,
         coarse=None if coarse_latents is None else {UNET: coarse_latents},
         noise=None if inverted_noise is None else {UNET: inverted_noise},
-    )
+    )[UNET]
 
 
 def change_mask(base: Any, latents: Tensor, optimized: Tensor, target: Tensor, threshold: float, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny Stable Diffusion with random weights in diffusers' folder layout."""
+"""Common fixtures: a tiny Stable Diffusion with random weights in diffusers' folder layout."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 # Before any library reads it: no test needs the network, and none may wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Errors that nobody raised on purpose reach the tests as they are.
+# Unexpected errors reach the tests unchanged.
 os.environ["LOWMEM_IMAGIC_DEBUG"] = "1"
 
 # Before torch counts the cores: workers of pytest-xdist share them, and so do the processes that tests start.
@@ -133,7 +133,7 @@ def load_base(tiny_folder: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def base(load_base: Callable[..., Any]) -> Any:
-    """The tiny model in 8 bit, shared by a file's tests, which leave it as it was."""
+    """The tiny model in 8 bit, shared by a file's tests, which do not change it."""
     return load_base()
 
 
@@ -171,7 +171,7 @@ def relative() -> Callable[[Any, Any], float]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none."""
+    """Skips tests for a GPU on a machine without one."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -1,4 +1,4 @@
-"""Kills real runs of ``batch run`` with SIGKILL, continues them, and compares with runs that nobody disturbed.
+"""Kills real runs of ``batch run`` with SIGKILL, continues them, and compares them with undisturbed runs.
 
     python -m tests.crashes --kills 100
 
@@ -47,13 +47,13 @@ class Batch:
     options: tuple[str, ...]
 
     def start(self, out: Path, *more: str, failpoint: str = "") -> Process:
-        """A run in a process of its own."""
+        """A run in its own process."""
         words = ("batch", "run", str(self.manifest), "--out", str(out), *self.options, *more, "--quiet", "--json")
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "LOWMEM_IMAGIC_FAILPOINT": failpoint}
         return Process("lowmem_imagic", *words, environment=environment)
 
     def finish(self, out: Path, *more: str) -> dict[str, Any]:
-        """What a run says that is left alone."""
+        """The output of an undisturbed run."""
         done = self.start(out, *more)
         said, errors = done.communicate()
         if done.returncode:
@@ -75,7 +75,7 @@ class Batch:
         return False
 
     def dies_at(self, out: Path, failpoint: str) -> bool:
-        """Runs into a failpoint; whether it died of that, and not of anything else."""
+        """Runs into a failpoint; returns whether the process died there, and not for another reason."""
         run = self.start(out, failpoint=failpoint)
         _, errors = run.communicate()
         if run.returncode not in (0, -signal.SIGKILL):
@@ -105,7 +105,7 @@ def scenes(folder: Path, count: int) -> Path:
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """Every file of a batch's folder but its ledger, by name; without what was measured, where that is part of it."""
+    """Every file of a batch's folder except its ledger, by name; without measured values inside of files."""
     found = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -148,10 +148,10 @@ def campaign(batch: Batch, folder: Path, kills: int, seed: int, *, exact: bool) 
     """Kills runs at random moments until there were so many kills, and compares every batch that came to its end.
 
     Args:
-        batch: what to run.
-        folder: for its outputs.
-        kills: how many processes to kill.
-        seed: of the moments.
+        batch: the batch to run.
+        folder: folder for its outputs.
+        kills: number of processes to kill.
+        seed: seed of the random moments.
         exact: whether bytes must be equal; else pictures within `SAME_DB`.
     """
     expected, rng = folder / "expected", random.Random(seed)
@@ -201,7 +201,7 @@ PLACES = (
 
 
 def failpoints(batch: Batch, folder: Path, counts: Sequence[int]) -> dict[str, Any]:
-    """Lets runs die at every failpoint, at these passings of it, and compares what is made of them."""
+    """Kills runs at every failpoint, at these passes of it, and compares their results."""
     expected = folder / "expected"
     batch.finish(expected)
     reference = files_of(expected)
@@ -217,7 +217,7 @@ def failpoints(batch: Batch, folder: Path, counts: Sequence[int]) -> dict[str, A
 
 
 def shared(batch: Batch, out: Path) -> dict[str, Any]:
-    """Two runs on one folder at the same time: who made what."""
+    """Two runs on one folder at the same time, and the items that each made."""
     runs = [batch.start(out), batch.start(out)]
     said = [run.communicate() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said

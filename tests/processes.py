@@ -1,8 +1,8 @@
 """Processes of the command line that start warm: forked from a server that has imported torch and diffusers.
 
-A cold process spends six seconds on these imports. A warm one is a real process in everything else: a child of the one
-that starts it, with a number, streams, environment, folder and signals of its own. It imports this package itself, so
-what the package reads from the environment is read anew.
+A cold process spends six seconds on these imports. A warm one is a real process in all other respects: a child of the
+process that starts it, with its own number, streams, environment, folder and signals. It imports this package itself,
+so the package reads the environment again.
 
 ``python -m tests.processes`` is the server: it reads orders from standard input, one JSON object a line, and answers
 each with a process number.
@@ -49,7 +49,7 @@ class Process:
         folder: Path | None = None,
     ) -> None:
         self.returncode: int | None = None
-        # Files, since nobody reads a pipe while the process is at work.
+        # Files: a pipe would fill up, as it is not read while the process works.
         self._streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self._said: list[str] = []
         order = {

@@ -1,4 +1,4 @@
-"""What the tests of Ray run in processes of their own: Ray ends the process that drives it when it loses its own.
+"""Programs for the tests of Ray, run in their own processes: Ray ends its driving process when it loses its own.
 
 python -m tests.ray_driver cluster       a cluster; says its address, and removes a node for each line it is given
 python -m tests.ray_driver items ORDER   items made by a `RayExecutor`; makes a file when the first is there, and says

@@ -1,4 +1,4 @@
-"""Both training stages as plain loops over all edits at once: what `Pack` is compared with."""
+"""Both training stages as plain loops over all edits at once: the reference for `Pack`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def embed(
     start_noise: Tensor | None = None,
 ) -> tuple[Tensor, Losses]:
     """Stage 1: e_opt (N, T, D), and the losses on the way; the embedding is trained from e_tgt."""
-    # Contiguous, or its rows would be copies and training them would change nothing.
+    # Contiguous: otherwise its rows would be copies, and training would not change the tensor.
     optimized = target_embeddings.float().clone(memory_format=torch.contiguous_format).requires_grad_()
     optimized.grad = torch.zeros_like(optimized)
     part = TrainedTensor(optimized.detach().flatten(1), optimized.grad.flatten(1), config.learning_rate)

@@ -148,7 +148,7 @@ def test_a_pack_equals_separate_peft_runs(
     load_base: Callable[..., Any],
     relative: Callable[..., float],
 ) -> None:
-    """A pack of 3 has the outputs and gradients of 3 peft runs, whatever the order of its rows.
+    """A pack of 3 has the outputs and gradients of 3 peft runs, for any order of its rows.
 
     In double precision every factor's gradient is peft's, to the rounding of its fp32 storage. In single
     precision an edit's whole gradient is; some layers have terms that nearly cancel.
@@ -245,7 +245,7 @@ def test_a_row_does_not_depend_on_its_neighbours(unet: Any, relative: Callable[.
 
 
 class Snapshot:
-    """What a network is made of and what it computes."""
+    """The modules of a network and its output."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -254,7 +254,7 @@ class Snapshot:
         self.output = predict(network, 2)
 
     def check(self) -> None:
-        """Asserts that the network is what it was."""
+        """Asserts that the network has not changed."""
         now = list(self.network.named_modules())
         assert [name for name, _ in now] == [name for name, _ in self.modules]
         assert all(a is b for (_, a), (_, b) in zip(now, self.modules, strict=True))
@@ -446,7 +446,7 @@ def test_gradients_over_bfloat16_are_autograds_own(
             for part in (latents, -latents):
                 network(part.bfloat16(), timesteps, text.bfloat16()).sample.float().square().sum().backward()
         operations.append(count.count)
-        monkeypatch.setattr(adapter_layers, "_rounded", lambda factors, dtype: factors.to(dtype))
+        monkeypatch.setattr(adapter_layers, "kept_gradient", lambda factors, dtype: factors.to(dtype))
     assert found[0].any() and torch.equal(*found)
     # A factor that is scaled on its way is cast as autograd does.
     direct = len(pack.parameters) if alpha == 4 else len(pack.parameters) // 2
@@ -457,7 +457,7 @@ def test_gradients_over_bfloat16_are_autograds_own(
 
 
 def test_an_exported_adapter_loads_to_the_same_output(unet: Any) -> None:
-    """Exported and loaded again, a pack gives the same bits, and so does what it exports then."""
+    """Exported and loaded again, a pack gives the same bits, and exports the same bits."""
     pack = trained_pack(unet)
     exported = [pack.export(edit) for edit in range(3)]
     loaded = AdapterPack.load(unet, calls.NAMES, exported)
@@ -471,7 +471,7 @@ def test_an_exported_adapter_loads_to_the_same_output(unet: Any) -> None:
 
 
 def test_exported_factors_are_copies(unet: Any) -> None:
-    """What was exported does not change when training goes on."""
+    """An exported adapter does not change when training continues."""
     pack = trained_pack(unet)
     factors = pack.export(1)
     before = {key: down.clone() for key, (down, _, _) in factors.items()}
@@ -490,7 +490,7 @@ def test_exported_shapes_are_kohyas(unet: Any) -> None:
 
 
 def test_edits_of_other_ranks_and_layers_load_together(unet: Any, relative: Callable[..., float]) -> None:
-    """Edits of rank 1, 4 and 2 on different layers share a pack; each gives what it gives alone, in its own layers."""
+    """Edits of rank 1, 4 and 2 on different layers share a pack; each gives the same result as alone."""
     choices = (("all", 1), ("attn", 4), ("attn+ff", 2))
     exported = [trained_pack(unet, adapt=adapt, rank=rank).export(1) for adapt, rank in choices]
     together = AdapterPack.load(unet, calls.NAMES, exported)
@@ -527,7 +527,7 @@ def test_factors_that_do_not_fit_are_refused(unet: Any, change: Callable[..., An
 
 @pytest.mark.parametrize("edits", [[], [{}]])
 def test_no_factors_are_refused(edits: list[Any], unet: Any) -> None:
-    """A pack of nothing is refused in words."""
+    """An empty pack is refused with a clear message."""
     with pytest.raises(ValueError, match="no adapters"):
         AdapterPack.load(unet, calls.NAMES, edits)
 

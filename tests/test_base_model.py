@@ -63,7 +63,7 @@ def rows(base: BaseModel) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def predictions(base: BaseModel) -> Tensor:
-    """What the base predicts for `rows`."""
+    """The base's prediction for `rows`."""
     with torch.no_grad():
         return calls.predict(base, *rows(base))
 
@@ -102,7 +102,7 @@ def test_pickles_are_never_opened(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
-    """A safetensors file that is no Stable Diffusion checkpoint is refused, whatever the converter raises."""
+    """A safetensors file that is no Stable Diffusion checkpoint is refused, for any error of the converter."""
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
     with pytest.raises(IncompleteModelError, match=r"other\.safetensors could not be read"):
@@ -233,7 +233,7 @@ def test_shards_outside_the_folder(folder_copy: Path) -> None:
     ],
 )
 def test_models_of_another_kind(name: str, changes: dict[str, Any], found: str, folder_copy: Path) -> None:
-    """SDXL, inpainting, transformers and other predictions are refused when loaded, with what was found."""
+    """SDXL, inpainting, transformers and other predictions are refused on loading, and the error names the kind."""
     edit_json(folder_copy / name, **changes)
     with pytest.raises(WrongFamilyError, match=found):
         load(folder_copy)
@@ -243,7 +243,7 @@ def test_models_of_another_kind(name: str, changes: dict[str, Any], found: str, 
 
 
 def test_all_wrong_options_at_once(tiny_folder: Path) -> None:
-    """Wrong weights and attention are reported together, each with what is allowed."""
+    """Wrong weights and attention are reported together, each with its allowed values."""
     with pytest.raises(ConfigError) as caught:
         load(tiny_folder, weights="int4", attention="flash")
     assert len(caught.value.problems) == 2
@@ -324,7 +324,7 @@ def fake_xformers(monkeypatch: pytest.MonkeyPatch, attention: Any) -> list[Any]:
 def torch_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, op: Any = None, scale: Any = None
 ) -> Tensor:
-    """What xformers computes, for heads that are already in the batch; for others, anything that has a gradient."""
+    """The result of xformers, for heads that are already in the batch; for others, any tensor with a gradient."""
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
@@ -387,7 +387,7 @@ def test_xformers_is_what_computes_attention(
 
 
 def load_plain(folder: Path) -> BaseModel:
-    """The base with torch's attention, whatever `resolve_attention` is replaced by."""
+    """The base with torch's attention, even if a test replaces `resolve_attention`."""
     base = load(folder)
     base.attention = "sdpa"
     return base
@@ -428,7 +428,7 @@ def reshape_folder(folder: Path, component: str, *, half: bool = False, **option
 
 
 def everything(base: BaseModel) -> list[Tensor]:
-    """What each part of a base computes."""
+    """The outputs of each part of a base."""
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = base.encode_images(images)
     return [predictions(base), calls.encode_text(base, PROMPTS), latents, base.decode(latents)]
@@ -596,7 +596,7 @@ def test_decoding_does_not_hide_overflow(value: float, tiny_folder: Path) -> Non
 
 
 def load_and_decode(folder: Path, latents: Tensor) -> Tensor:
-    """What a fresh base decodes in fp32."""
+    """The pictures that a fresh base decodes in fp32."""
     family = load(folder).family
     return family.decode(family.load_codec(device=CPU, dtype=torch.float32), latents)
 
@@ -604,7 +604,7 @@ def load_and_decode(folder: Path, latents: Tensor) -> Tensor:
 def test_sizes_come_from_the_configurations(tiny_folder: Path, pipeline: Any) -> None:
     """Picture size, noise schedule and prediction type are those of the folder."""
     base = load(tiny_folder)
-    assert base.size_px == 16 and base.family.vae_factor == 2
+    assert base.sizes.own[0] == 16 and base.family.vae_factor == 2
     assert base.family.cross_attention_dim == TEXT_WIDTH
     assert torch.equal(
         base.family.schedule.alpha_bar, DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
@@ -616,7 +616,7 @@ def test_v_prediction_is_read_from_the_folder(folder_copy: Path) -> None:
     """A folder that says v prediction gives a base, and schedulers, of v prediction."""
     edit_json(folder_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     base = load(folder_copy)
-    assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
+    assert base.family.prediction_type == base.identity.interface.denoisers["unet"] == "v_prediction"
     assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
 
 
@@ -671,7 +671,7 @@ def test_names_that_cannot_be_looked_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Nothing", "FlowMatchEulerDiscrete", "UNet2DConditionModel", "AutoencoderKL"])
 def test_unknown_schedulers(name: str, tiny_folder: Path) -> None:
-    """A name that is no scheduler for this kind of model is refused with those that are."""
+    """A name that is no scheduler for this kind of model is refused, with a list of valid names."""
     with pytest.raises(ConfigError, match=r"expected one of .*DDIM.*EulerDiscrete"):
         load(tiny_folder).family.schedule.scheduler(name)
 
@@ -688,7 +688,7 @@ def test_empty_sentences(prompt: str, tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["a red cube", "日本語 🙂 é", "A  RED\ncube"])
 def test_sentences_that_fit(prompt: str, tiny_folder: Path) -> None:
-    """Of a sentence that fits nothing is cut, whatever its alphabet."""
+    """A sentence that fits is not cut, in any alphabet."""
     assert load(tiny_folder).family.check_prompt(prompt) == ""
 
 
@@ -765,4 +765,4 @@ def test_loading_reads_no_weights(folder_copy: Path) -> None:
     """Loading a base reads configurations only, so a wrong option costs no time."""
     for component, name in WEIGHTS.items():
         (folder_copy / component / name).unlink()
-    assert load(folder_copy).size_px == 16
+    assert load(folder_copy).sizes.own[0] == 16

@@ -1,4 +1,4 @@
-"""Facts about batches: what a manifest says is made, what cannot be is named, and nothing is made twice."""
+"""Facts about batches: every item of a manifest is made or named as failed, and no item is made twice."""
 
 import csv
 import json
@@ -52,7 +52,7 @@ def photo(path: Path, seed: int) -> Path:
 
 
 def some_photos(folder: Path) -> Path:
-    """A folder of three photos, something else, and a photo that is none."""
+    """A folder of three photos, another file, and a file that only looks like a photo by its name."""
     folder.mkdir()
     for seed in range(3):
         photo(folder / f"p{seed}.png", seed)
@@ -114,7 +114,7 @@ def test_a_folder_is_its_photos(photos: Path) -> None:
     """A folder gives its photos in order of their names, each with the sentence; other files are no items."""
     items, bad = read_manifest(photos, SENTENCE)
     assert [item.photo.name for item in items] == ["broken.png", "p0.png", "p1.png", "p2.png"] and not bad
-    with pytest.raises(ConfigError, match="say with `prompt`"):
+    with pytest.raises(ConfigError, match="describe the edited pictures with `prompt`"):
         read_manifest(photos)
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_manifest(tmp_path: Path, name: str, content: bytes, reason: 
 
 
 def test_lines_end_where_files_say_so(tmp_path: Path) -> None:
-    """Separators that JSON allows within text end no line, and a short CSV row just lacks what it lacks."""
+    """Separators that JSON allows within text end no line, and a short CSV row only lacks its last fields."""
     sentence = "a cat\u2028asleep\x85here"
     (tmp_path / "list.jsonl").write_text(
         json.dumps({"photo": "a.png", "sentence": sentence}, ensure_ascii=False) + "\r\n", encoding="utf-8"
@@ -194,7 +194,7 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
 def test_names_are_safe_unique_and_stable(
     tmp_path_factory: pytest.TempPathFactory, entries: list[dict[str, Any]]
 ) -> None:
-    """Whatever a manifest says, names of folders are portable and unique, and adding lines below changes none."""
+    """Names of folders are portable and unique for any manifest, and lines added below change none of them."""
     path = tmp_path_factory.mktemp("manifest") / "list.jsonl"
 
     def names(count: int) -> list[str]:
@@ -249,13 +249,15 @@ def test_an_item_is_what_edit_makes(batch: Callable[..., Any], photos: Path, tin
         edit_file.read(tmp_path / "out" / "one" / "one.safetensors"),
         edit_file.read(tmp_path / "e.safetensors"),
     )
-    assert mine.adapter.keys() == theirs.adapter.keys()
-    assert all((mine.adapter[key].up == theirs.adapter[key].up).all() for key in mine.adapter)
-    assert (mine.optimized_embedding == theirs.optimized_embedding).all()
+    assert mine.adapters["unet"].keys() == theirs.adapters["unet"].keys()
+    assert all(
+        (mine.adapters["unet"][key].up == theirs.adapters["unet"][key].up).all() for key in mine.adapters["unet"]
+    )
+    assert (mine.conditioning["embeds"] == theirs.conditioning["embeds"]).all()
 
 
 def test_the_same_command_goes_on(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Run again, finished items are left as they are; one whose edit is gone, or that was under way, is made again."""
+    """Run again, finished items stay unchanged; an item that lost its edit, or was under way, is made again."""
     (photos / "broken.png").unlink()
     words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     assert batch(*words).exit_code == 0
@@ -311,7 +313,7 @@ def test_results_of_other_commands_are_not_replaced(
 
 
 def test_another_background_is_another_job(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """What is put under transparent parts of a photo makes the result, so it is part of the job."""
+    """The colour under transparent parts of a photo affects the result, so it is part of the job."""
     (photos / "broken.png").unlink()
     words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out")
     assert batch(*words).exit_code == 0
@@ -345,7 +347,7 @@ def test_no_memory_for_pictures_fails_the_item_alone(
 
 
 def test_too_little_memory_fails_items_not_the_run(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Where no plan fits, every item is reported, unread, with what would fit, and the exit code says so."""
+    """If no plan fits, every item is reported, unread, with a plan that would fit, and the exit code shows it."""
     result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--vram", "1MB", "--json")
     tally = json.loads(result.stdout)
     assert result.exit_code == 3 and tally["left"] == 0
@@ -353,7 +355,7 @@ def test_too_little_memory_fails_items_not_the_run(batch: Callable[..., Any], ph
 
 
 def test_items_have_settings_of_their_own(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Seed, etas and seeds of a line hold for its item; what is out of range fails by itself."""
+    """Seed, etas and seeds of a line apply to its item; a line with a value out of range fails alone."""
     lines = [
         {"photo": "photos/p0.png", "sentence": SENTENCE, "name": "own", "seed": 7, "etas": [0, 0.5], "seeds": "1,2"},
         {"photo": "photos/p0.png", "sentence": SENTENCE, "name": "plain"},
@@ -379,7 +381,7 @@ def test_one_that_diverges_harms_nobody(
 
     def poisoned(self: packing.Pack, slot: int, stage: Any) -> bool:
         ended = begin(self, slot, stage)
-        if stage.name == "embed" and self._held[slot].made.number == 1:
+        if stage.name == "embed" and self._edits[slot].result.number == 1:
             self._text.weights.data[slot] = float("nan")
         return ended
 
@@ -394,8 +396,8 @@ def test_one_that_diverges_harms_nobody(
 def test_ctrl_c_keeps_what_is_finished(
     batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Stopped once, a batch saves what is in training and says how many are done and left; the same command goes on
-    from there."""
+    """Stopped once, a batch saves its edits in training and reports how many items are done and left; the same command
+    continues from there."""
     handler = signal.getsignal(number)
     (photos / "broken.png").unlink()
     finish, words = worker._Pack._finish, (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
@@ -408,7 +410,7 @@ def test_ctrl_c_keeps_what_is_finished(
         patch.setattr(worker._Pack, "_finish", stop_after_one)
         patch.setattr(worker, "CPU_SLOTS", 1)
         result = batch(*words)
-    assert result.exit_code == 130 and "1 done, 2 left; the same command goes on" in result.stderr
+    assert result.exit_code == 130 and "1 done, 2 left; run the same command again to continue" in result.stderr
     assert len(finished(tmp_path / "out")) == 1
     assert signal.getsignal(number) == handler
     assert len(json.loads(batch(*words).stdout)["done"]) == 2
@@ -434,7 +436,7 @@ def test_ctrl_c_is_heard_while_photos_are_inverted(
 def test_the_second_ctrl_c_stops_at_once(
     batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped twice, a batch ends wherever it is, leaves no half file, and goes on all the same."""
+    """Stopped twice, a batch ends at once, leaves no half-written file, and can still be continued."""
     (photos / "broken.png").unlink()
     words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
 

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  fixtures of another file
-"""Facts about batches that meet errors nobody raised on purpose: no such error ends a run or fails another's item."""
+"""Facts about unexpected errors in batches: no such error ends a run or fails another item."""
 
 import errno
 import shutil
@@ -109,7 +109,7 @@ def test_errors_while_a_pack_trains(run: Callable[..., Said], tmp_path: Path, mo
     encode = preparation.Prepared._encode
 
     def encoded(self: Any, jobs: Any) -> None:
-        before = len(self._ready)
+        before = len(self._waiting)
         encode(self, jobs)
         for task in list(self._ready)[before:]:
             bad.extend((task.latents, error) for n, error in enumerate(errors, 1) if task.job.photo.name == f"p{n}")
@@ -149,7 +149,7 @@ def test_errors_while_results_are_made(
 def test_an_error_in_the_numbers_of_one_edit(
     run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the engine makes of a trained edit may fail for one of a pack."""
+    """Finishing a trained edit may fail for one edit of a pack."""
     manifest, out, calls = listed(tmp_path, 3), tmp_path / "out", Counter[str]()
     edit = pipeline.Edit
 
@@ -191,7 +191,7 @@ def test_an_error_while_the_list_is_looked_at(
 
 
 def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an executor raises becomes its items' failure, and the run reports."""
+    """Any error of an executor becomes the failure of its items, and the run reports."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
 
     def make(*_: Any, **__: Any) -> Any:
@@ -204,7 +204,7 @@ def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, m
 
 
 def test_the_log_is_no_way_out_of_the_folder(run: Callable[..., Said], tmp_path: Path) -> None:
-    """A link in place of the log is not followed: the run says so and makes nothing."""
+    """A link in place of the log is not followed: the run ends with an error, and makes no items."""
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     (out / LOG).parent.mkdir(parents=True)
     (target := tmp_path / "precious").write_text("mine")

@@ -1,4 +1,4 @@
-"""Facts about several processes on one folder: they share the work, and one that crashes harms nobody."""
+"""Facts about several processes on one folder: they share the work, and a crash of one does not harm the others."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def manifest(tmp_path: Path) -> Path:
 
 
 def start(manifest: Path, out: Path, tiny_folder: Path) -> Process:
-    """``batch run --workers 2`` as a process of its own; the two that it starts are cold, as a user's are."""
+    """``batch run --workers 2`` in its own process; the two processes that it starts are cold, like a user's."""
     words = ("batch", "run", str(manifest), "--out", str(out), "--model", str(tiny_folder), "--device", "cpu")
     return Process("lowmem_imagic", *words, *QUICK, "--workers", "2", "--slots", "1", "--json")
 
@@ -89,7 +89,7 @@ def test_processes_that_are_stopped_and_killed(manifest: Path, tiny_folder: Path
 
 @pytest.mark.process
 def test_an_error_of_all_is_said_once(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """What no process can do, such as writing where nothing can be written, is one line and the right exit code."""
+    """An error of all processes, such as an unwritable folder, is one line and the right exit code."""
     (tmp_path / "list.jsonl").write_text("")
     run = start(manifest, tmp_path / "out", tiny_folder)
     _, errors = run.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""Facts about batches on Ray, against a real local cluster of several nodes: whoever is lost, every item is made."""
+"""Facts about batches on Ray, on a real local cluster of several nodes: every item is made, even if actors are lost."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ ITEMS = 6
 
 @dataclass
 class Cluster:
-    """A cluster in a process of its own."""
+    """A cluster in its own process."""
 
     address: str
     orders: IO[str]
@@ -111,7 +111,7 @@ def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: bool = F
 
 
 def test_an_actor_that_is_killed_is_started_again(cluster: Cluster, manifest: Path, tiny_folder: Path) -> None:
-    """An actor's process killed with SIGKILL in mid-run: what it had in hand is made all the same."""
+    """If an actor's process is killed with SIGKILL during a run, its items are made nevertheless."""
     check(cluster, manifest, tiny_folder, kill=True)
 
 
@@ -121,7 +121,7 @@ def test_a_node_that_is_lost_is_done_without(cluster: Cluster, manifest: Path, t
 
 
 def left_behind() -> set[str]:
-    """What Ray, or an actor of this package, has in temporary folders."""
+    """Files of Ray, and of this package's actors, in temporary folders."""
     found = {name for folder in {"/tmp", tempfile.gettempdir()} for name in os.listdir(folder)}
     return {name for name in found if name.startswith(("lmi-ray-", "lowmem-imagic-ray-", "ray"))}
 

@@ -1,4 +1,4 @@
-"""Facts about ``batch sheet``: a picture and a page of what a batch has made, taking nothing in a folder on trust."""
+"""Facts about ``batch sheet``: a picture and a page of a batch's results, made without trust in the folder's files."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tests.test_batch import SENTENCE, batch, some_photos  # noqa: F401  `batch`
 
 
 class Links(HTMLParser):
-    """Collects what a page links to and shows, and its text."""
+    """Collects the links, the pictures and the text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def test_the_page_shows_every_item(out: Path) -> None:
-    """Photo, sentence, pictures, timings and files of every item, all of them there; what failed, with its reason."""
+    """The page has photo, sentence, pictures, timings and files of every item, and the reasons of failures."""
     result = sheet(out, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["with_pictures"] == 3
@@ -92,7 +92,7 @@ def test_the_photo_is_where_the_report_says(out: Path) -> None:
 
 
 def test_nothing_of_others_is_replaced(out: Path) -> None:
-    """A page or picture of somebody else is kept unless --force is given; its own is made anew."""
+    """A foreign page or picture is kept unless --force is given; the batch's own is replaced."""
     assert sheet(out).exit_code == 0 and sheet(out).exit_code == 0
     for name in ("index.html", "overview.png"):
         ours = (out / name).read_bytes()
@@ -154,7 +154,7 @@ def test_only_pngs_are_opened(out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_gone_is_said(out: Path) -> None:
-    """A finished item whose folder or pictures somebody has removed is listed as that."""
+    """A finished item with a removed folder or removed pictures is listed as such."""
     shutil.rmtree(out / "p0-a-photo-of-a-blue-sphere")
     for path in (out / "p1-a-photo-of-a-blue-sphere").glob("eta_*.png"):
         path.unlink()
@@ -207,7 +207,7 @@ def test_places_without_a_picture_are_paper(out: Path) -> None:
 
 
 def test_no_folder_of_a_batch(tmp_path: Path) -> None:
-    """A folder that is none of a batch's, or none at all, is one clear error, and nothing is written."""
+    """A folder without a batch, or a missing folder, is one clear error, and no file is written."""
     for folder in (tmp_path, tmp_path / "nowhere"):
         result = sheet(folder)
         assert result.exit_code == 2 and "name the --out of a batch run" in result.stderr

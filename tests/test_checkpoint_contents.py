@@ -1,4 +1,4 @@
-"""Facts about what checkpoints hold beside plain weights: marks are read, scales are applied, nothing is dropped."""
+"""Facts about further contents of checkpoints: marks are read, scales are applied, and no data are silently dropped."""
 
 import json
 import logging
@@ -101,7 +101,7 @@ def test_marks_of_velocity(
     """A checkpoint that says it predicts v does, against a configuration that says epsilon, and one line says so."""
     with caplog.at_level(logging.WARNING):
         base = write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
-    assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
+    assert base.family.prediction_type == base.identity.interface.denoisers["unet"] == "v_prediction"
     assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
     assert "v_prediction instead of epsilon" in caplog.text
     assert len(everything(base)) > 100
@@ -126,7 +126,7 @@ def test_marks_of_velocity(
 def test_marks_that_agree(
     metadata: dict[str, str], write: Callable[..., BaseModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A checkpoint that says nothing, or what its configuration says, is what its configuration says, in silence."""
+    """A checkpoint without marks, or with marks that agree with its configuration, follows it without a warning."""
     with caplog.at_level(logging.WARNING):
         base = write(metadata=metadata)
     assert base.family.prediction_type == "epsilon"
@@ -212,7 +212,7 @@ def test_marks_that_contradict_each_other(
     ids=str,
 )
 def test_marks_of_other_models(tensors: list[str], metadata: dict[str, str], write: Callable[..., BaseModel]) -> None:
-    """A checkpoint marked as one that predicts something else is refused."""
+    """A checkpoint marked with an unsupported prediction type is refused."""
     with pytest.raises(WrongFamilyError) as error:
         write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
     one_line(error)
@@ -445,7 +445,7 @@ def test_other_namings_of_open_clip(
     ids=str,
 )
 def test_files_of_parts(names: list[str], found: str, write: Callable[..., BaseModel]) -> None:
-    """A file that is no checkpoint is refused with what it is."""
+    """A file that is no checkpoint is refused, and the error names its kind."""
     with pytest.raises(IncompleteModelError) as error:
         write(instead={name: torch.zeros(3) for name in names})
     assert found in one_line(error)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_edit_writes_everything_it_promises(run, photo):
     }
     assert all(stage["seconds"] >= 0 for stage in report["stages"].values())
     assert edit_path.name in result.stdout
-    # Random weights give no photo back, so it is not said of the edit that it is under-fitted.
+    # Random weights cannot reproduce a photo, so there is no hint that the edit is under-fitted.
     assert "this base" in report["fit"]["hint"] and report["fit"]["hint"] in report["warnings"]
     assert report["fit"]["reconstruction_db"] < 20 < 99
 
@@ -122,10 +123,10 @@ def test_small_edits_are_small_and_render(run, photo):
         result = run("train", photo, SENTENCE, "--out", f"{name}.safetensors", *words, *QUICK_TRAINING, "--quiet")
         assert result.exit_code == 0, result.output
         sizes[name] = sum(
-            f.down.nbytes + f.up.nbytes for f in edit_file.read(Path(f"{name}.safetensors")).adapter.values()
+            f.down.nbytes + f.up.nbytes for f in edit_file.read(Path(f"{name}.safetensors")).adapters["unet"].values()
         )
     assert sizes["small"] <= SMALL_KEEP * sizes["whole"] < sizes["usual"] < sizes["whole"]
-    # Of another adapter than the preset's, nothing is taken off unasked.
+    # An adapter other than the preset's is stored whole by default.
     assert sizes["other"] == sizes["whole"] / 8
     result = run("sample", "small.safetensors", "--out", "made", "--etas", "0.8", "--steps-sample", 2, "--quiet")
     assert result.exit_code == 0, result.output
@@ -157,7 +158,7 @@ def test_same_seed_same_pictures(run, photo):
         assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
     assert Path("a/eta_0.00.png").read_bytes() != Path("c/eta_0.00.png").read_bytes()
     a, b = (edit_file.read(next(Path(out).glob("*.safetensors"))) for out in "ab")
-    assert a.adapter == b.adapter
+    assert a.adapters["unet"] == b.adapters["unet"]
 
 
 def test_sampling_a_file_gives_the_pictures_of_the_run_that_made_it(run, photo):
@@ -191,6 +192,19 @@ def test_sample_under_another_sentence(run, finished):
     report = json.loads(Path("new/report.json").read_text(encoding="utf-8"))
     assert report["sentence"] == "two birds"
     _fails(run("sample", finished, "--out", "empty", "--prompt", " "), 2, "empty")
+
+
+@pytest.mark.parametrize("command", ["sample", "sheet"])
+def test_settings_that_are_gone_are_named(run, finished, command):
+    """Pictures of an edit that was made with settings which this version lacks come with one warning of them."""
+    edit = edit_file.read(finished)
+    settings = {**edit.settings, "sample": {**edit.settings["sample"], "hold": 0.5, "release": 0, "ddim_eta": 0.0}}
+    edit_file.write(replace(edit, settings=settings), Path("old.safetensors"))
+    words = {"sample": ["--etas", "1"], "sheet": ["--etas", "1", "--strengths", "1"]}[command]
+    result = run(command, "old.safetensors", *words, "--steps-sample", 1, "--quiet")
+    assert result.exit_code == 0, result.output
+    [warning] = [line for line in result.stderr.splitlines() if "this version lacks" in line]
+    assert "hold 0.5" in warning and "release" not in warning and "ddim" not in warning
 
 
 def test_sample_takes_every_knob(run, finished):
@@ -320,7 +334,7 @@ def test_inspect_imports_no_torch(finished):
 
 
 def test_scene_renders_a_photo(run):
-    """`scene` draws what the sentence says, the same for the same seed, and marks it as drawn by an algorithm."""
+    """`scene` draws its sentence, equally for equal seeds, and marks the picture as drawn by an algorithm."""
     for out in ("a.png", "b.png"):
         result = run("scene", "a red cube on a wooden floor", out, model=False)
         assert result.exit_code == 0
@@ -461,12 +475,12 @@ def test_divergence_ends_with_what_to_change(run, photo, monkeypatch):
 
 
 def test_layers_are_chosen_by_an_expression(run, photo):
-    """--adapt takes a regular expression; the edit has those layers, says so, and renders like any other."""
+    """--adapt takes a regular expression; the edit has adapters on these layers, records them, and renders as usual."""
     words = ("train", photo, SENTENCE, "--out", "e.safetensors", *QUICK_TRAINING, "--quiet")
     assert run(*words, "--adapt", r"mid_block\..*attn2\.to_[qk]").exit_code == 0
     edit = edit_file.read(Path("e.safetensors"))
     assert edit.settings["finetune"]["adapt"] == r"mid_block\..*attn2\.to_[qk]"
-    assert all(re.fullmatch("lora_unet_mid_block_.*attn2_to_[qk]", layer) for layer in edit.adapter)
+    assert all(re.fullmatch("lora_unet_mid_block_.*attn2_to_[qk]", layer) for layer in edit.adapters["unet"])
     assert run("sample", "e.safetensors", "--etas", "1", "--steps-sample", 2, "--quiet").exit_code == 0
     _fails(run(*words, "--force", "--adapt", "attnn"), 2, "--adapt is 'attnn', which covers no layer")
 
@@ -611,7 +625,7 @@ def test_all_wrong_words_at_once(photo):
 
 
 def test_steps_a_scheduler_cannot_take(run, photo, finished):
-    """What would fail in the middle of sampling is refused before training."""
+    """Settings that would fail in the middle of sampling are refused before training."""
     words = ["--scheduler", "DDIM", "--steps-sample", "1000"]
     _fails(run("edit", photo, SENTENCE, "--out", "made", *QUICK_TRAINING, *words), 2, "timestep 1000 of 1000")
     assert not Path("made").exists()
@@ -760,7 +774,7 @@ def test_ctrl_c_in_each_stage(stage, photo, tiny_folder, tmp_path):
 @pytest.mark.process
 @pytest.mark.parametrize("after_s", [0.1, 0.6, 1.5])
 def test_ctrl_c_while_libraries_are_imported(after_s, photo):
-    """Ctrl-C before there is anything to lose ends the process without a traceback, whatever is being imported."""
+    """Ctrl-C before any work ends the process without a traceback, during any import."""
     words = ["edit", str(photo), SENTENCE, "--out", "made", *QUICK]
     # From the package's first line on; before it the interpreter itself would speak.
     script = (

@@ -73,7 +73,7 @@ def test_every_problem_of_every_stage_is_named():
     )
 )
 def test_any_values_give_a_config_or_a_config_error(values):
-    """Whatever the values, the result is a valid config or a ConfigError, nothing else."""
+    """Any values give a valid config or a ConfigError, and no other error."""
     try:
         config = preset("balanced", {"finetune": values})
     except ConfigError:
@@ -103,7 +103,7 @@ def test_etas_out_of_range(etas):
     )
 )
 def test_any_sampling_values_give_a_config_or_a_config_error(values):
-    """Whatever the values, numbers beyond any float among them, sampling gets valid settings or one error."""
+    """Any values, also numbers beyond any float, give valid settings of sampling or one error."""
     try:
         config = preset("balanced", {"sample": values}).sample
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What the commands show while they work."""
+"""Facts about the progress display of commands."""
 
 import io
 import sys
@@ -9,7 +9,7 @@ from lowmem_imagic.actions import console
 
 
 class Terminal(io.StringIO):
-    """A standard error that somebody looks at."""
+    """A standard error that is a terminal."""
 
     def isatty(self) -> bool:
         return True

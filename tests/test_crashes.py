@@ -1,4 +1,4 @@
-"""Facts about batches whose processes are killed: whatever the moment, the same command makes what was to be made.
+"""Facts about batches with killed processes: after a kill at any moment, the same command finishes the batch.
 
 ``pytest -m long tests/test_crashes.py`` does it a hundred times on the bundled model; `tests.crashes` is the harness.
 """

@@ -14,7 +14,8 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.pictures import load_photo
 from lowmem_imagic.pictures.letterbox import psnr
 from lowmem_imagic.pictures.png import encode_png
-from lowmem_imagic.pipeline.make import apply_edits, make_edits
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
 from lowmem_imagic.pipeline.prepare import Job
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset

@@ -1,4 +1,4 @@
-"""Facts about a base in use: what it learns of memory is forgotten in the end, one thread at a time, and fp16."""
+"""Facts about a base in use: memory limits end with their call, one thread at a time, and fp16."""
 
 import logging
 import threading
@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel
 
 from lowmem_imagic import (
     BaseModel,
@@ -64,7 +66,7 @@ def out_of_memory_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch, name: s
 def test_what_ran_out_once_is_tried_again_in_the_next_call(
     load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training pass that ran out of memory is made smaller for the call at hand, which says so, and no longer."""
+    """A training pass that ran out of memory becomes smaller only for the present call, which reports it."""
     base = load_base()
     out_of_memory_once(base, monkeypatch, "predict")
     [edit] = make_edits(base, jobs[:1], CONFIG)
@@ -76,7 +78,7 @@ def test_what_ran_out_once_is_tried_again_in_the_next_call(
 def test_rendering_that_ran_out_is_tried_again(
     load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sampling batch that ran out of memory is made smaller for the call at hand alone."""
+    """A sampling batch that ran out of memory becomes smaller only for the present call."""
     base = load_base()
     edits = make_edits(base, jobs[:1], CONFIG)
     out_of_memory_once(base, monkeypatch, "predict")
@@ -105,7 +107,7 @@ def test_what_ran_out_while_the_first_photo_is_encoded_is_recorded(
 def test_a_suggestion_that_ran_out_takes_fewer_rows(
     load_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Suggesting an eta keeps to a limit of rows, halves it when memory runs out, and suggests what it did before."""
+    """Suggesting an eta respects a limit of rows, halves it when memory runs out, and gives the same suggestion."""
     base = load_base()
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     target, optimized = calls.encode_text(base, SENTENCES)
@@ -189,8 +191,45 @@ def test_a_second_thread_is_refused(
     assert len(refused) == 1
 
 
+def test_a_photo_is_read_while_another_thread_works(
+    load_base: Callable[..., BaseModel], jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads a photo waits neither for a part that is loaded nor for a backward pass."""
+    photo, reached = tmp_path / "photo.png", list[str]()
+
+    def meanwhile(place: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            thread = threading.Thread(target=load_photo, args=(photo,), daemon=True)
+            thread.start()
+            # Far longer than it takes: only a photo that waits for this call takes it all.
+            thread.join(30)
+            assert not thread.is_alive(), place
+            reached.append(place)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(CLIPTextModel, "__init__", meanwhile("load", CLIPTextModel.__init__))
+    monkeypatch.setattr(Tensor, "backward", meanwhile("backward", Tensor.backward))
+    make_edits(load_base(), jobs[:1], CONFIG)
+    assert {"load", "backward"} <= set(reached)
+
+
+def test_training_together_warns_of_nothing(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
+    """Edits that train side by side, whose gradients lie in one buffer, raise no warning of torch's."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_edits(load_base(), jobs, CONFIG)
+    finally:
+        torch.set_warn_always(always)
+    assert not [text for text in (str(warning.message) for warning in caught) if "grad" in text]
+
+
 def test_the_type_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cards before Ampere compute in fp16, later ones in bfloat16, CPUs in fp32; what is asked for wins."""
+    """Cards before Ampere compute in fp16, later ones in bfloat16, CPUs in fp32; an explicit setting wins."""
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((8, 9), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
@@ -201,14 +240,14 @@ def test_the_type_of_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_type(tiny_folder: Path) -> None:
-    """A type that is none is refused with those there are."""
+    """An unknown type is refused, with a list of the valid ones."""
     with pytest.raises(ConfigError, match="`compute` is 'fp8', expected one of auto, bf16, fp16, fp32"):
         BaseModel.load(str(tiny_folder), device="cpu", compute="fp8")
 
 
 def distance(edit: Edit, other: Edit) -> float:
     """Distance of two edits' e_opt, as a share of how far the second is from its sentence's own."""
-    return float((edit.optimized_embedding.float() - other.optimized_embedding.float()).norm())
+    return float((edit.conditioning["embeds"].float() - other.conditioning["embeds"].float()).norm())
 
 
 def test_fp16_trains_what_fp32_trains(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
@@ -238,7 +277,7 @@ def test_an_overflow_in_fp16_skips_a_step(
     skipped = edit.measured["stages"]["finetune"]["skipped_steps"]
     assert 0 < skipped < 12
     assert edit.settings["result"]["finetune_steps"] == 12
-    assert edit.optimized_embedding.isfinite().all()
+    assert edit.conditioning["embeds"].isfinite().all()
     assert distance(edit, usual) > 0
 
 
@@ -251,7 +290,7 @@ def test_small_gradients_reach_fp16(
         monkeypatch.setattr(loop, "FIRST_SCALE", scale)
         base = load_base(compute=compute)
         [edit] = make_edits(base, jobs[:1], CONFIG)
-        moved[name] = edit.optimized_embedding.float() - calls.encode_text(base, [SENTENCES[0]])[0]
+        moved[name] = edit.conditioning["embeds"].float() - calls.encode_text(base, [SENTENCES[0]])[0]
     errors = {name: float((moved[name] - moved["fp32"]).norm() / moved["fp32"].norm()) for name in ("scaled", "plain")}
     assert errors["scaled"] < 0.1 and errors["scaled"] < errors["plain"]
 

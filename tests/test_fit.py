@@ -1,4 +1,4 @@
-"""Facts about the hint: which pictures it speaks up at, and what it says to change."""
+"""Facts about the hint: its conditions, and the settings that it names."""
 
 import json
 import math

@@ -122,7 +122,7 @@ def jobs(photo_file: Path) -> list[Job]:
 
 
 def test_edits_are_trained_stored_and_rendered(place: Place, photo_file: Path, tmp_path: Path) -> None:
-    """Both stages, the file and the pictures work on the device, in 8 bit, and every stage says what it took."""
+    """Both stages, the file and the pictures work on the device, in 8 bit, and every stage reports its peak."""
     inverted = {**SHORT, "sample": {**SHORT["sample"], "start": "inverted"}}
     base, config, meter = place.load(), preset("balanced", inverted), Meter(torch.device(place.device))
     edits = make_edits(base, jobs(photo_file), config, meter=meter)
@@ -167,7 +167,7 @@ def test_an_edit_made_on_one_device_renders_alike_on_the_cpu(photo_file: Path, t
 
 @pytest.mark.gpu
 def test_peaks_are_as_planned(gpu: Place, photo_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every phase of a plan for 8 GB takes what was predicted, to a tenth."""
+    """Every phase of a plan for 8 GB takes the predicted bytes, to a tenth."""
     base = gpu.load()
     config = preset("balanced", {**SHORT, "sample": {**SHORT["sample"], "start": "inverted"}})
     budget = Budget.of(base.device, "8GB")
@@ -235,7 +235,7 @@ MB = 1_000_000
 def test_parts_that_do_not_fit_take_a_cheaper_way(
     gpu: Place, room: int, work: Callable[[BaseModel], Any], words: str
 ) -> None:
-    """Encoding and decoding finish on a card too small for the usual way, and say what they did."""
+    """Encoding and decoding finish on a card too small for the usual way, and report their fallbacks."""
     base = gpu.load()
     with capped(room):
         work(base)
@@ -282,6 +282,6 @@ def test_recorded_steps_give_what_others_give(gpu: Place, photo_file: Path) -> N
         base = gpu.load()
         base.replays = replays
         [edit] = make_edits(base, jobs(photo_file)[:1], config)
-        ends.append(edit.optimized_embedding.float())
+        ends.append(edit.conditioning["embeds"].float())
     usual, recorded = ((ends[0] - other).norm() / ends[0].norm() for other in ends[1:])
     assert recorded <= 3 * max(float(usual), 1e-3)

@@ -1,4 +1,4 @@
-"""Facts about the benchmark of GPUs: its parts run wherever there is a base, and without a GPU it makes nothing up."""
+"""Facts about the benchmark of GPUs: its parts run on any device with a base; without a GPU all figures are null."""
 
 import json
 import sys
@@ -61,7 +61,7 @@ def test_recorded_steps_are_compared_with_others(base: Any, monkeypatch: pytest.
 def test_without_a_gpu_every_figure_is_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table names what was to be measured, and the file holds no number."""
+    """The table names the planned measurements, and the file has no number."""
     path = tmp_path / "gpu.json"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(path)])
@@ -81,6 +81,6 @@ def test_a_random_base_knows_its_sentences() -> None:
 
 
 def test_the_preset_is_the_products() -> None:
-    """What is timed is `balanced`, and eight etas as the goal has it."""
+    """The timed edits use `balanced` and eight etas, as in the goal."""
     assert len(gpu.ETAS) == 8 and gpu.EDITS == 16
     assert preset("balanced").sample.num_inference_steps == 30

@@ -346,7 +346,7 @@ def test_mutated_configurations(name: str, folder_copy: Path) -> None:
 
 
 def test_the_unchanged_folder_is_usable(folder_copy: Path) -> None:
-    """What the tests above refuse is refused for what they changed."""
+    """The models of the tests above are refused only because of their change."""
     use(folder_copy)
     edit_json(folder_copy / "unet" / "config.json", sample_size=None)
     with pytest.raises(IncompleteModelError, match="sample_size None"):

@@ -51,16 +51,16 @@ def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
     tokens, width = calls.encode_text(base, ["a"]).shape[1:]
     stored = portable(truncated(whole, keep), calls.unet(base))
     return Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in stored.items()},
-        optimized_embedding=torch.randn(tokens, width, generator=generator),
-        coarse_latents=torch.randn(4, 4, 4, generator=generator),
+        adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
+        conditioning={"embeds": torch.randn(tokens, width, generator=generator)},
+        coarse={"unet": torch.randn(4, 4, 4, generator=generator)},
         target_prompt="a blue sphere",
         base=base.identity,
         settings={},
         seed=0,
         etas=(0.0, 1.0),
         eta_default=1.0,
-        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size_px=16, box=(0, 0, 16, 16)),
+        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size=(16, 16), box=(0, 0, 16, 16)),
         base_weights="fp32",
         versions={},
         measured={},
@@ -82,7 +82,7 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
 
     base = load_base(weights="fp32")
     edit = _edit(base, adapt, keep=keep)
-    assert keep == 1 or len({factors.rank for factors in edit.adapter.values()}) > 2
+    assert keep == 1 or len({factors.rank for factors in edit.adapters["unet"].values()}) > 2
     edit_file.write(edit, tmp_path / "edit.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -94,8 +94,8 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
     timesteps = torch.tensor([10, 700])
     eta = 0.7
     target = calls.encode_text(base, [edit.target_prompt])[0]
-    embedding = (eta * target + (1 - eta) * edit.optimized_embedding.float()).expand(2, -1, -1)
-    factors = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
+    embedding = (eta * target + (1 - eta) * edit.conditioning["embeds"].float()).expand(2, -1, -1)
+    factors = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapters["unet"].items()}
     pack = AdapterPack.load(calls.unet(base), calls.NAMES, [factors])
     with torch.no_grad():
         alone = calls.predict(base, latents, timesteps, embedding)
@@ -125,7 +125,7 @@ def test_file_holds_no_tensor_beside_the_lora(load_base):
     edit = _edit(load_base(weights="fp32"), "attn")
     names = set(parse(edit_file.encode(edit)).entries)
     assert names == {
-        f"{layer}.{part}" for layer in edit.adapter for part in ("lora_down.weight", "lora_up.weight", "alpha")
+        f"{layer}.{part}" for layer in edit.adapters["unet"] for part in ("lora_down.weight", "lora_up.weight", "alpha")
     }
 
 
@@ -156,7 +156,7 @@ def _invokeai_width(keys: dict[str, tuple[int, ...]]) -> int | None:
 @pytest.mark.parametrize("blocks", [("up",), ("down", "mid", "up"), ("mid",)])
 @pytest.mark.parametrize("adapt", sorted(TARGETS))
 def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
-    """Whatever blocks and layers an edit keeps, the layer that InvokeAI asks for the base's kind is of the text."""
+    """For any blocks and layers of an edit, the layer that tells InvokeAI the base's kind projects the text."""
     base = load_base(weights="fp32")
     pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(6)))

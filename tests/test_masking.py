@@ -73,8 +73,8 @@ def test_the_bundled_base_finds_what_a_sentence_changes() -> None:
 def test_outside_the_mask_is_the_photo(
     scheduler: str, base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], halved: list[Tensor]
 ) -> None:
-    """Where the mask is 0 the latents are those of eta 0 to the bit, elsewhere they are not; eta 0 itself is as
-    without a mask, rendered whether it was asked for or not, and what the mask is made from."""
+    """In places with mask 0 the latents equal those of eta 0 to the bit, elsewhere they differ; eta 0 itself is
+    rendered without a mask, even if it is not requested, and the mask is made from it."""
     pack, optimized = edits
 
     def render(etas: Sequence[float], mask: float) -> Tensor:
@@ -172,7 +172,8 @@ def test_photos_are_rendered_in_batches(
 def test_each_image_has_the_mask_of_its_own_edit_and_photo(
     base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], halved: list[Tensor]
 ) -> None:
-    """One mask an edit, seed and guidance of the photo, whatever etas and strengths; progress counts photos as well."""
+    """There is one mask per edit, seed and guidance of the photo, for any etas and strengths; progress counts photos,
+    too."""
     pack, optimized = edits
     cells = [Cell(0, 0.5, 0), Cell(0, 1.0, 0, strength=0.5), Cell(0, 1.0, 1), Cell(2, 1.0, 0, guidance_scale=1.0)]
     told: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Facts about numbers that are not finite: whose fault they are is said, and hints at training come where they help."""
+"""Facts about numbers that are not finite: errors name the faulty part, and hints at training appear if they help."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -185,7 +185,7 @@ def test_right_predictions_lead_every_scheduler_to_the_picture(
     [{"clip_sample": True}, {"thresholding": True}, {"clip_sample": True, "clip_sample_range": 0.5}],
 )
 def test_a_scheduler_that_clips_latents_is_noticed(changes: dict[str, Any], base: BaseModel) -> None:
-    """What is right for pixels in [-1, 1] is wrong for latents, and no training mends it."""
+    """Settings for pixels in [-1, 1] are wrong for latents, and no training corrects that."""
     scheduler = DDIMScheduler(**{**base.family.scheduler_config, **changes})
     scheduler.set_timesteps(20)
     schedule = base.family.schedule
@@ -212,7 +212,7 @@ def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str
     cells = [Cell(0, 1.0, 0), Cell(0, 0.0, 0)]
     assert calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo).isfinite().all()
     pack.weights.fill_(1e30)
-    with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd by itself does not"):
+    with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd alone does not"):
         calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo)
 
 
@@ -235,7 +235,7 @@ def test_a_damaged_base_is_not_put_down_to_the_edit(edit: Edit, folder_copy: Pat
 
 
 def test_latents_beyond_the_autoencoder_are_no_damage(base: BaseModel) -> None:
-    """Decoding what is huge or NaN already does not call the decoder damaged."""
+    """Decoding latents that are huge or NaN does not report a damaged decoder."""
     assert not base.decode(torch.full((1, 4, 8, 8), torch.nan)).isfinite().all()
 
 
@@ -281,7 +281,7 @@ def test_one_edit_beyond_half_precision_leaves_the_others(
     ],
 )
 def test_hints_at_training_need_a_base_that_works(facts: dict[str, float], word: str) -> None:
-    """Where the base by itself does not give its picture back, that is said, and nothing about steps or rates."""
+    """If the base alone cannot reproduce its picture, the hint names that, and no steps or rates."""
     lost = {"reconstruction_db": 12.0, "change_db": 50.0, "embedding_distance": 0.1}
     assert "under-fitted" in Fit(**lost).hint  # type: ignore[arg-type]
     hint = Fit(**lost, **facts).hint  # type: ignore[arg-type]

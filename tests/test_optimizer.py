@@ -21,7 +21,7 @@ def problem() -> tuple[Tensor, Tensor]:
 
 
 def torch_adam(row: int, rate: float = 1e-2, *, taken: list[bool] | None = None) -> tuple[Tensor, Tensor]:
-    """What torch's own Adam makes of one row over the steps that are taken: weights and first moment."""
+    """The result of torch's own Adam for one row after its steps: weights and first moment."""
     start, grads = problem()
     weights = start[row].clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=rate)
@@ -80,7 +80,7 @@ def test_paused_rows_resume_as_if_never_paused(masks: list[list[bool]]) -> None:
 
 
 def test_frozen_rows_keep_their_bits() -> None:
-    """A row with mask 0 keeps weights, both moments and step count bit for bit, whatever its gradient."""
+    """A row with mask 0 keeps weights, both moments and step count bit for bit, for any gradient."""
     weights, grads = problem()
     optimizer = PackedAdam(weights, learning_rate=1e-2)
     for step in range(5):

@@ -48,7 +48,7 @@ FLAGS = {
     "batch status": "--json",
     "batch sheet": "--force --json",
 }
-"""What users have in their scripts."""
+"""The flags of each command, which users have in their scripts."""
 
 
 def _help(command: str) -> str:

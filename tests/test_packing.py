@@ -1,4 +1,4 @@
-"""Facts about packs: an edit is what it would be alone, whoever trains beside it, and nobody waits for anybody."""
+"""Facts about packs: an edit's result does not depend on the other edits, and no edit waits for another."""
 
 import dataclasses
 import gc
@@ -46,7 +46,7 @@ def train(
 
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Collects every gradient (N, P) that an optimiser is given."""
+    """Collects every gradient (N, P) passed to an optimiser."""
     seen: list[Tensor] = []
 
     class Recording(PackedAdam):
@@ -110,7 +110,7 @@ def test_one_slot_is_the_stages_one_after_the_other(base: Any) -> None:
 
 
 def test_one_slot_gives_the_same_bits_again(base: Any) -> None:
-    """One slot at a time is reproducible bit for bit, whatever was in the slot before."""
+    """Training in one slot is reproducible bit for bit, for any earlier contents of the slot."""
     first, again = train(base, [0, 1, 2], slots=1), train(base, [2, 0], slots=1)
     assert all(same(first[number], again[number]) for number in (0, 2))
     assert not same(first[0], first[1])
@@ -192,7 +192,7 @@ def test_stages_of_different_draws_share_a_pack(base: Any, relative: Callable[..
 
 
 def test_a_broken_edit_leaves_the_others_alone(base: Any, relative: Callable[..., float]) -> None:
-    """An edit whose loss is no number is given back with its error; its slot and its neighbours go on unharmed."""
+    """An edit with a NaN loss is returned with its error; its slot and its neighbours continue unharmed."""
     alone = train(base, [0, 2, 3], slots=1)
     tasks = tasks_of(base, [0, 1, 2, 3])
     tasks[1] = dataclasses.replace(tasks[1], latents={"unet": torch.full((4, 8, 8), torch.nan)})
@@ -222,7 +222,7 @@ def test_the_base_is_free_between_groups(base: Any) -> None:
 
 
 def test_a_packs_memory_goes_with_it(base: Any) -> None:
-    """What edits trained in is free as soon as the pack is gone, without waiting for a garbage collection."""
+    """A pack's memory is freed together with the pack, without a garbage collection."""
     gc.collect()
     gc.disable()
     try:
@@ -255,7 +255,7 @@ def test_progress_says_where_everybody_is(base: Any) -> None:
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations that are not views: what would be kernels."""
+    """Counts the operations that are not views: about one GPU kernel each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class Counting(TorchDispatchMode):
 
 
 def operations(base: Any, slots: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Operations of each step of a full pack, but for drawing, which the CPU does for an edit after the other."""
+    """Operations of each step of a full pack, except for drawing, which the CPU does edit by edit."""
     step, draw = training.Trainer.step, training.Trainer._draw
     counted: list[int] = []
 
@@ -291,7 +291,7 @@ def test_operations_do_not_grow_with_the_pack(base: Any, monkeypatch: pytest.Mon
     assert len(one) == len(four) == STEPS
     for single, pair, pack in zip(one, two, four, strict=True):
         assert 100 < single <= pair <= 1.25 * single
-        # What is left is arithmetic on a few numbers of each edit, on the CPU.
+        # The remaining operations are arithmetic on a few numbers of each edit, on the CPU.
         assert pack <= 1.03 * pair
 
 
@@ -307,7 +307,7 @@ def test_no_steps_give_the_sentence_and_no_change(base: Any) -> None:
 
 
 def test_peaks_are_of_an_edits_own_steps(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage's peak is the largest of the steps the edit took in it, each measured by itself: not what others need."""
+    """A stage's peak is the largest of the edit's own steps in it, each measured by itself, without other edits."""
     steps: list[int] = []
     monkeypatch.setattr(packing, "reset_peak", lambda _: steps.append(len(steps)))
     # The first step of all takes most, and each later one more than the one before it.

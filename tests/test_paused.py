@@ -1,4 +1,4 @@
-"""Facts about runs that are suspended, and go on when another has taken over: what the other has made is left alone."""
+"""Facts about runs that are suspended and wake up after another run took over: they leave its files alone."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[Proce
 
 
 def stamps(out: Path) -> dict[str, tuple[bytes, int, int]]:
-    """Content, inode and time of everything in the items' folders."""
+    """Content, inode and time of all files in the items' folders."""
     found = {path: path.stat() for path in sorted(out.glob("n*/*"))}
     return {str(path.relative_to(out)): (path.read_bytes(), s.st_ino, s.st_mtime_ns) for path, s in found.items()}
 
@@ -70,8 +70,8 @@ def test_it_leaves_alone_what_its_successor_has_made(
     tmp_path: Path,
     place: str,
 ) -> None:
-    """Suspended wherever it is, and woken when another has finished everything, a run touches no file, says that it
-    has lost the item, and ends well."""
+    """A run that is suspended at any point, and woken when another run has finished everything, touches no file,
+    reports that it has lost the item, and ends well."""
     out = tmp_path / "out"
     with suspended(batch, out, place) as process:
         given_up(out)
@@ -117,8 +117,8 @@ def test_it_leaves_alone_what_its_successor_is_at(tmp_path: Path) -> None:
 
 
 def test_paused_between_any_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the step of the system at which one is paused, and however far its successor has come when it wakes,
-    the item ends as the successor's, whole."""
+    """If a run is paused at any system call and woken at any point of its successor, the item ends as the successor's,
+    complete."""
     found = [interleaved(tmp_path / str(seed), random.Random(seed), monkeypatch) for seed in range(60)]
     assert {"woken in between", "woken after"} <= set(found)
 
@@ -206,8 +206,8 @@ def test_of_two_that_begin_at_once_one_is_left(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:
-    """A whole list that is run after its part was given up goes on with the part's state, and the part can do
-    nothing more."""
+    """A whole list that is run after its part was abandoned continues from the part's state, and the part cannot write
+    any more."""
     part, whole = (Attempts(tmp_path / name) for name in ("training-1-of-2", "training"))
     first = part.begin("job")
     first.state.write_bytes(b"state")
@@ -223,8 +223,8 @@ def test_others_say_what_they_wait_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One that is suspended while it changes the ledger is named by those that wait for it, and by the status; they
-    end by and by, and it goes on."""
+    """A run suspended while it changes the ledger is named by waiting runs, and by the status; they end after a while,
+    and it continues when woken."""
     out = tmp_path / "out"
     monkeypatch.setattr(ledger_file, "BUSY_S", 0.3)
     monkeypatch.setattr(ledger_file, "PATIENCE_S", 0.1)
@@ -240,7 +240,7 @@ def test_others_say_what_they_wait_for(
 
 
 def test_a_suspended_runner_is_given_up_after_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of this machine that is there and silent has lost its items after a lease, and that is said."""
+    """A silent process on this machine loses its items after a lease, with a warning."""
     path, clock, warnings = tmp_path / "ledger.sqlite3", [0.0], list[str]()
     with subprocess.Popen(("sleep", "100")) as other, opened(path, entries(1)) as ledger:
         other.send_signal(signal.SIGSTOP)
@@ -261,7 +261,7 @@ def test_a_suspended_runner_is_given_up_after_silence(tmp_path: Path, monkeypatc
 
 
 def test_who_slept_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a night in which the whole machine slept, nobody is taken for silent: all have just woken up."""
+    """After the whole machine was suspended for a night, no runner counts as silent."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     from lowmem_imagic.batch.ledger.file import Runner

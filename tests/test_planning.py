@@ -1,6 +1,7 @@
-"""Facts about memory: what is predicted is what is taken, a plan stays within its budget, and running out is no end."""
+"""Facts about memory: predictions are right, a plan stays within its budget, and running out leads to a fallback."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from lowmem_imagic.families import load_architecture
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
-from lowmem_imagic.planning.counting import LiveBytes, peak_of
+from lowmem_imagic.planning.counting import LiveBytes, fused_attention, peak_of
 from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, plan, plan_for
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
@@ -46,11 +47,11 @@ def tasks(base: Any, count: int) -> list[TrainingInput]:
 
 
 def costs_of(base: Any, config: EditConfig = CONFIG) -> Costs:
-    """What is predicted for a base."""
+    """The predictions for a base."""
     return Costs(base.family, config, weights=base.weights, dtype=base.dtype, part_dtype=base.part_dtype)
 
 
-# What is predicted
+# Predictions
 
 
 @pytest.fixture
@@ -114,7 +115,10 @@ def test_the_autoencoder_takes_what_is_predicted(load_base: Callable[..., Any]) 
     """Live bytes of encoding and decoding a picture are within 10 % of the prediction."""
     base = load_base()
     vae = base.family.load_codec(device=base.device, dtype=torch.float32)
-    picture, latents = torch.zeros(1, 3, base.size_px, base.size_px), torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE)
+    picture, latents = (
+        torch.zeros(1, 3, *base.sizes.own),
+        torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE),
+    )
     measured = [
         peak_of(lambda: base.family.encode(vae, picture)),
         peak_of(lambda: base.family.decode(vae, latents)),
@@ -148,6 +152,19 @@ def test_counting_sees_each_storage_once() -> None:
         assert count.live == 0
         torch.zeros(10)
     assert count.peak == 8000
+
+
+def test_counting_leaves_the_attention_of_other_threads_alone() -> None:
+    """While one thread counts attention without a matrix of all pairs, another has torch's own."""
+    heads = torch.empty(1, 1, 1024, 8, device="meta")
+
+    def peak() -> int:
+        return peak_of(lambda: torch.nn.functional.scaled_dot_product_attention(heads, heads, heads))
+
+    own = peak()
+    with fused_attention(), ThreadPoolExecutor(1) as other:
+        counted, beside = peak(), other.submit(peak).result()
+    assert counted < own == beside == peak()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +210,7 @@ def predicted(load_base: Callable[..., Any]) -> Costs:
 def test_plans_stay_within_their_budget(
     predicted: Costs, budget: int, jobs: int, checkpointing: bool, beside: bool, on_cpu: bool
 ) -> None:
-    """Whatever the budget, a plan's phases fit into it with a tenth to spare, or there is one clear error."""
+    """For any budget, a plan's phases fit into it with a tenth to spare, or there is one clear error."""
     words: dict[str, Any] = {"jobs": jobs, "checkpointing": checkpointing, "beside": beside, "on_cpu": on_cpu}
     try:
         made = plan(predicted, CONFIG, budget_bytes=budget, context_bytes=1000, **words)
@@ -222,13 +239,13 @@ def test_more_memory_is_never_slower(predicted: Costs) -> None:
 
 
 def test_no_more_slots_than_fill_the_rows(predicted: Costs) -> None:
-    """One photo takes one slot, whatever the memory; and all its draws go in one pass."""
+    """One photo takes one slot, for any memory, and all its draws go in one pass."""
     made = plan(predicted, CONFIG, budget_bytes=10**9)
     assert (made.slots, made.rows) == (1, 2)
 
 
 def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
-    """A plan for a process that runs already counts what it holds."""
+    """A plan for a running process counts the memory in use."""
     base = load_base()
     with pytest.raises(MemoryLimitError, match="hold no training step"):
         plan_for(base, CONFIG, Budget.of(base.device, "50MB"))
@@ -239,8 +256,8 @@ def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
 
 
 def test_budgets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the budget is what is free, or the amount asked for up to that; the allocator is held to an amount that
-    was asked for, as long as the work lasts."""
+    """On a GPU the budget is the free memory, or the requested amount if that is less; the allocator enforces a
+    requested amount during the work."""
     told: list[tuple[float, Any]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(6e9), int(8e9)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -500,7 +517,7 @@ def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeyp
         return load(tiling=tiling, **rest) if tiling else full()
 
     monkeypatch.setattr(base.family, "load_codec", full_without_tiles)
-    pictures = torch.zeros(1, 3, base.size_px, base.size_px)
+    pictures = torch.zeros(1, 3, *base.sizes.own)
     assert base.decode(base.encode_images(pictures)).shape == pictures.shape
     assert base.fallbacks == ["the autoencoder in tiles"]
     monkeypatch.setattr(base.family, "load_codec", full)

@@ -86,7 +86,7 @@ def family(folder: Path) -> Any:
 
 @pytest.mark.parametrize("what", SAVED)
 def test_schedules_are_those_of_the_pipeline(what: str, folder_copy: Path) -> None:
-    """What a model was trained with, and how sampling begins, are as in diffusers' pipeline with the saved class."""
+    """The noise schedule and the start of sampling are as in diffusers' pipeline with the saved class."""
     values = written(folder_copy, what)
     kind = getattr(diffusers, values["_class_name"])
     theirs, ours = pipeline(kind.from_config(values)).scheduler, family(folder_copy)

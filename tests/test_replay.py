@@ -21,7 +21,7 @@ CONFIG = EditConfig(
 
 
 class Graph:
-    """Stands for a CUDA graph where there is no GPU: it calls what it was given again, into the same output."""
+    """Replaces a CUDA graph on machines without a GPU: calls the recorded function again, into the same output."""
 
     def __init__(self) -> None:
         self.run: Any = None
@@ -102,7 +102,7 @@ def test_replayed_training_has_the_same_bits(
 
 
 def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> None:
-    """A call sees the inputs it is given; recording takes its warm-ups and leaves what they changed as it was."""
+    """A call sees its inputs; recording runs its warm-ups and restores the tensors that they changed."""
     calls: list[float] = []
     total = torch.full((2,), 5.0)
 
@@ -131,7 +131,7 @@ def tasks_of_two(base: Any) -> list[TrainingInput]:
 
 
 def stop_after(steps: int) -> Any:
-    """What a pack is to call before each step, to be stopped after some."""
+    """A callback for a pack before each step, which stops it after some."""
     calls: list[None] = []
 
     def between(_: Pack) -> None:
@@ -186,7 +186,7 @@ def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.
 
 
 class Unrecordable(Replay):
-    """Fails while it records, after it has changed what it was to leave alone, with a given error."""
+    """Fails with a given error while it records, after it has changed tensors."""
 
     error: Exception = RuntimeError("operation not permitted when stream is capturing")
 

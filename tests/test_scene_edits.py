@@ -177,7 +177,7 @@ def test_differences_are_of_the_same_items() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_work_is_shared_in_order(processes: int) -> None:
-    """Every item's result comes back in the items' order, whatever process worked on it; an error ends it all."""
+    """Results are in the order of the items, for any distribution over processes; an error ends the run."""
     assert each(math.sqrt, [9.0, 4.0, 1.0], processes=processes, start=math.floor, args=(1.0,)) == [3.0, 2.0, 1.0]
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         each(math.sqrt, [4.0, -1.0], processes=processes, start=math.floor, args=(1.0,))
@@ -327,7 +327,7 @@ def test_a_stopped_comparison_goes_on(
 
 @pytest.mark.parametrize("method", [training_free.sdedit, training_free.ddim_inversion])
 def test_no_steps_give_the_photo_back(method: Any, base: BaseModel) -> None:
-    """What trains nothing gives at 0 the photo's round trip through the autoencoder, and at 1 another picture."""
+    """Methods without training give the photo's round trip through the autoencoder at 0, and another picture at 1."""
     photo = ITEMS[0].photo_picture(PX)
     config = replace(SMALL.sample, num_inference_steps=10)
     made = method(config)(base, [photo], [ITEMS[0].sentence], (0.0, 1.0)).pictures

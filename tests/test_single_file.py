@@ -50,7 +50,7 @@ def load(path: Path, config_folder: Path | None = None, **options: Any) -> BaseM
 
 
 def everything(base: BaseModel) -> dict[str, Tensor]:
-    """What each part of a base computes."""
+    """The outputs of each part of a base."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     noisy = torch.randn(3, 4, LATENT_SIDE, LATENT_SIDE, generator=generator)
@@ -68,7 +68,7 @@ def one_line(error: pytest.ExceptionInfo[ModelError], *parts: str) -> None:
         assert part in message
 
 
-# What a checkpoint gives
+# Outputs of a checkpoint
 
 
 @pytest.mark.parametrize("weights", ["int8", "bnb-int8", "fp32"])
@@ -132,7 +132,7 @@ def test_identity_is_the_checkpoint(checkpoint: Path, tiny_folder: Path) -> None
     assert identity.match(load(tiny_folder).identity) == "architecture"
 
 
-# What stays in memory
+# Memory
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def parts(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[s
 
 
 def alive(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[str]:
-    """The tensors as they were read that something still holds."""
+    """The tensors from the file that are still referenced."""
     gc.collect()
     return [name for name, tensor, _ in reads if tensor() is not None]
 
@@ -166,7 +166,7 @@ def alive(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[s
 def test_loading_converts_nothing(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Loading a base reads the checkpoint's header and the configurations; no part is converted."""
     base = load(checkpoint, tiny_folder)
-    assert (base.size_px, base.family.cross_attention_dim) == (16, TEXT_WIDTH)
+    assert (base.sizes.own[0], base.family.cross_attention_dim) == (16, TEXT_WIDTH)
     assert base.family.check_prompt("a cube") == ""
     assert reads == []
 
@@ -208,7 +208,7 @@ def test_released_unet_is_read_again(checkpoint: Path, tiny_folder: Path, reads:
 def test_parts_are_read_in_the_files_precision(
     dtype: torch.dtype, tiny_folder: Path, tmp_path: Path, reads: list[Any]
 ) -> None:
-    """Parts are converted in the type they are stored in, whatever the type of the noise schedule beside them."""
+    """Parts are converted in their stored type, for any type of the noise schedule."""
     path = write_checkpoint(tiny_folder, tmp_path / "some.safetensors", dtype=dtype)
     everything(load(path, tiny_folder))
     assert {kind for name, _, kind in reads if name != "alphas_cumprod"} == {dtype}
@@ -223,7 +223,7 @@ def test_mixed_precision_loses_nothing(changed: Callable[..., Path], tiny_folder
     assert {kind for name, _, kind in reads if name != "out.2.bias"} == {torch.float16}
 
 
-# What is refused
+# Errors
 
 
 def test_no_configuration_and_no_network(changed: Callable[..., Path]) -> None:
@@ -362,7 +362,7 @@ def test_configuration_folder_that_is_none(checkpoint: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".CKPT", ".pt", ".bin"])
 def test_pickles_are_refused(suffix: str, checkpoint: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """A checkpoint with a pickle's suffix is refused by its name, whatever its bytes are."""
+    """A checkpoint with a pickle's suffix is refused by its name, for any contents."""
     path = Path(shutil.copy(checkpoint, tmp_path / f"model{suffix}"))
     with pytest.raises(UnknownModelError) as error:
         load(path, tiny_folder)

@@ -1,4 +1,4 @@
-"""Facts about the three stages: who is trained, what a pack changes, what sampling computes, what stays allocated."""
+"""Facts about the three stages: trained tensors, edits in a pack, results of sampling, memory."""
 
 import dataclasses
 import gc
@@ -65,7 +65,7 @@ def trained(network: nn.Module) -> list[str]:
     return [name for name, p in network.named_parameters() if p.requires_grad or p.grad is not None]
 
 
-# Who is trained
+# Trained tensors
 
 
 def test_embedding_stage_trains_the_embedding_only(base: Any, text: Tensor) -> None:
@@ -147,7 +147,7 @@ def test_no_steps_train_nothing(base: Any, text: Tensor, stage: str) -> None:
     assert losses.steps_run == (0, 0, 0) and losses.tail(0) is None
 
 
-# An edit in a pack is what it is alone
+# Edits in a pack
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -249,7 +249,7 @@ def test_another_seed_gives_another_edit(base: Any, text: Tensor) -> None:
     assert not torch.equal(one, other)
 
 
-# What training does
+# Training
 
 
 def test_each_stage_lowers_the_loss(base: Any, text: Tensor) -> None:
@@ -326,7 +326,7 @@ def test_anchored_draws_have_the_starting_noise(base: Any) -> None:
 
 
 def test_anchored_training_learns_the_way_from_the_starting_noise(base: Any, text: Tensor) -> None:
-    """What is trained on the starting noise alone predicts it better than what is trained on any noise."""
+    """An edit trained on the starting noise alone predicts it better than an edit trained on any noise."""
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     config = FinetuneConfig(steps=20, learning_rate=5e-3, draws=2, lora_rank=4, lora_alpha=4.0)
     photo, words = latents_of([0]), text[:1]
@@ -423,7 +423,7 @@ def test_an_image_does_not_depend_on_its_batch(
 ) -> None:
     """An image is the same rendered alone, with all others at once, and in batches of 1 and 5 rows.
 
-    Whatever the edits, etas, seeds, strengths and guidance of the others.
+    This holds for any edits, etas, seeds, strengths and guidance of the others.
     """
     pack, optimized = edits
 
@@ -562,7 +562,7 @@ def test_sampling_restores_the_base(base: Any, text: Tensor, edits: tuple[Adapte
     assert all(a is b for a, b in zip(calls.unet(base).modules(), modules, strict=True))
 
 
-# What stays allocated
+# Memory
 
 
 class Parts:
@@ -645,8 +645,10 @@ def test_edits_are_handed_over_as_they_finish(base: Any, monkeypatch: pytest.Mon
     groups = list(stream_edits(base, jobs, config, slots=1))
     assert [[number for number, _ in group] for group in groups] == [[0], [1], [2]]
     for [(number, edit)] in groups:
-        assert torch.equal(edit.optimized_embedding, expected[number].optimized_embedding)
-        assert all(torch.equal(edit.adapter[key].up, f.up) for key, f in expected[number].adapter.items())
+        assert torch.equal(edit.conditioning["embeds"], expected[number].conditioning["embeds"])
+        assert all(
+            torch.equal(edit.adapters["unet"][key].up, f.up) for key, f in expected[number].adapters["unet"].items()
+        )
         assert set(edit.measured["stages"]) == {"encode", "load", "embed", "finetune"}
     assert make_edits(base, [], config) == []
     encode = base.encode

@@ -1,4 +1,4 @@
-"""Facts about the suggested eta: what it is made of, on a model whose losses are known, and that it is repeatable."""
+"""Facts about the suggested eta: its parts, on a model with known losses, and its repeatability."""
 
 import contextlib
 import json
@@ -63,7 +63,7 @@ def test_scores_are_differences_of_losses() -> None:
 
 
 def test_what_leaves_the_photo_for_nothing_is_not_suggested() -> None:
-    """Of pictures that follow the sentence alike, the one nearest the photo is suggested, whatever their order."""
+    """Among pictures that follow the sentence equally, the one nearest to the photo is suggested, in any order."""
     pictures = flat(1.0, -1.0, 1.0)
     pictures[0] += 5 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1)).sub_(0)
     pictures[0] -= pictures[0].mean() - 1.0

@@ -69,7 +69,7 @@ def test_resumed_in_other_company(base: Any, relative: Callable[..., float]) -> 
 
 
 def test_seconds_add_up_over_a_stop(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a stage has taken counts the time before the stop, and not the time between."""
+    """A stage's seconds include the time before the stop, and not the pause."""
     [state] = states_after(base, tasks_of(base, [0]), 5, CONFIG, 1).values()
     found = training_state.decode(state, KEY)
     found.measured["finetune"]["seconds"] = 100.0
@@ -97,7 +97,7 @@ def test_a_state_is_for_its_own_edit(base: Any, saved: bytes) -> None:
 
 @given(at=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255))
 def test_no_damage_goes_unseen(saved: bytes, at: float, change: int) -> None:
-    """Whatever byte is changed, and wherever the file ends, a damaged state is refused."""
+    """A state with any changed byte, or cut off at any place, is refused."""
     place = int(at * len(saved))
     damaged = bytearray(saved)
     damaged[place] ^= change
@@ -107,7 +107,7 @@ def test_no_damage_goes_unseen(saved: bytes, at: float, change: int) -> None:
 
 
 def test_states_are_plain_values(saved: bytes) -> None:
-    """What comes back is a state of stage 2 after one of its steps, with its losses."""
+    """The saved state is of stage 2 after one of its steps, with its losses."""
     state = training_state.decode(saved, KEY)
     assert isinstance(state, TrainingState) and state.stage == "finetune"
     assert {stage: len(losses) for stage, losses in state.losses.items()} == {"embed": 3, "finetune": 2}

@@ -13,7 +13,7 @@ from ..engine.base import pick_device, pick_dtype, resolve_attention
 from ..errors import ConfigError, MemoryLimitError
 from ..families import load_architecture
 from ..layers.frozen import FrozenLinear8bit, Int8Conv2d
-from ..pipeline.make import versions
+from ..pipeline.versions import versions
 from ..planning.costs import Costs
 from ..planning.plan import CUDA_CONTEXT_BYTES, plan
 from ..settings.stages import EditConfig
@@ -61,8 +61,9 @@ def plans(
     """
     budgets = [parse_bytes(amount) for amount in amounts]
     family = load_architecture(model)
-    if size_px is not None and (size_px < 64 or size_px % (8 * family.vae_factor)):
-        raise ConfigError(f"`size` is {size_px}, expected a multiple of {8 * family.vae_factor} from 64 px")
+    multiple = family.sizes.multiple
+    if size_px is not None and (size_px < multiple or size_px % multiple):
+        raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
     size = (size_px, size_px) if size_px else None
     costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size=size)
     found = []

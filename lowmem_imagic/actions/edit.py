@@ -13,8 +13,9 @@ from ..engine.base import BaseModel
 from ..engine.memory import Meter
 from ..errors import ConfigError, LowmemImagicError, OutputError
 from ..pictures import Photo, load_photo
-from ..pipeline.make import make_edits, versions
+from ..pipeline.make import make_edits
 from ..pipeline.prepare import Job
+from ..pipeline.versions import versions
 from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig
 from ..settings.text import BaseOptions, check_suggestable

@@ -8,9 +8,11 @@ is told by three measurements that cost no pass through the UNet: what the sched
 (`families.rehearsal`), the photo through the autoencoder, and the loss that stage 1 ended with.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 UNDERFIT_DB = 20.0
@@ -91,6 +93,7 @@ class Fit:
         return {**values, "hint": self.hint}
 
 
-def embedding_distance(optimized_embedding: Tensor, target_embedding: Tensor) -> float:
-    """``|e_opt - e_tgt| / |e_tgt|`` of embeddings (T, D)."""
-    return float((optimized_embedding.float() - target_embedding).norm() / target_embedding.norm())
+def embedding_distance(optimized: Sequence[Tensor], target: Sequence[Tensor]) -> float:
+    """``|e_opt - e_tgt| / |e_tgt|`` of the tensors that embeddings consist of, all of them together."""
+    e_opt, e_tgt = (torch.cat([part.float().flatten() for part in parts]) for parts in (optimized, target))
+    return float((e_opt - e_tgt).norm() / e_tgt.norm())

@@ -6,21 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
-from ..engine.memory import Meter
+from ..engine.memory import Meter, measured_stage
 from ..errors import ConfigError, EditHeaderError, ModelError
 from ..families import DEMO, SHORT_NAMES
+from ..geometry import Letterbox
 from ..pictures import Photo
-from ..pictures.letterbox import Letterbox, from_square, psnr, to_images, to_square, to_tensor
+from ..pictures.letterbox import from_canvas, into_canvas, psnr, to_images, to_tensor
 from ..pictures.png import SHEET_CELL_PX
-from ..pipeline.make import check_base, decode_squares, letterbox, render_latents, versions
-from ..pipeline.prepare import check_sentence, measured_stage
+from ..pipeline.apply import Latents, check_base, decode_canvases, letterbox, render_latents
+from ..pipeline.prepare import check_sentence
+from ..pipeline.versions import versions
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
-from ..settings.stages import SampleConfig, strength_text
+from ..settings.stages import DROPPED, SampleConfig, strength_text
 from ..settings.text import BaseOptions
 from .console import Console
 from .fit_hint import Fit, embedding_distance
@@ -86,10 +87,28 @@ def open_edit(
     base = load_base(chosen)
     base.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
+    console.warn(_without(edit))
     check_sentences(base, [edit.target_prompt if prompt is None else prompt, config.negative_prompt], console)
     if prompt is not None:
         console.say(f"trained for {edit.target_prompt!r}, rendered under {prompt!r}")
     return base, edit.target_prompt if prompt is None else prompt
+
+
+def _without(edit: Edit) -> str:
+    """A warning of settings that changed an edit's pictures and are no longer there; "" where it has none."""
+    recorded = edit.settings.get("sample")
+    values = recorded if isinstance(recorded, dict) else {}
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    gone = [
+        f"{name} {numbers[name]:g}"
+        for name, neutral in DROPPED["sample"].items()
+        if numbers.get(name, neutral) != neutral
+    ]
+    if not gone:
+        return ""
+    return (
+        f"this edit was made to be rendered with {', '.join(gone)}, which this version lacks; its pictures will differ"
+    )
 
 
 def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console) -> None:
@@ -139,7 +158,7 @@ def render(
         suggested = _suggestion(base, edit, sentence, by_eta, config.batch_rows, meter)
         report["suggestion"] = suggested.as_json()
     if photo is not None:
-        round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit), meter)
+        round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit, base), meter)
         sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
         fit = _fit(base, edit, config, by_eta, round_trip, round_trip_db)
         console.warn(fit.hint)
@@ -164,13 +183,15 @@ def _suggestion(
 ) -> Suggestion:
     """The suggested eta among those rendered with one seed."""
     with measured_stage(meter, "suggest", "no suggestion (`suggest_eta`)"):
-        target = base.encode_text([sentence])
+        first, target = base.denoisers[0], base.encode_text([sentence])
+        optimized = {name: part.float()[None] for name, part in edit.conditioning.items()}
+        extra = base.family.make_extra(first, 1, letterbox(edit, base).size, None)
         return suggest_eta(
             base,
-            torch.stack([made.latents for made in by_eta.values()]),
+            torch.stack([cell.latents[first.name] for cell in by_eta.values()]),
             list(by_eta),
-            target,
-            target | {next(iter(target)): edit.optimized_embedding.float()[None]},
+            target | extra,
+            target | optimized | extra,
             max_rows=max_rows,
         )
 
@@ -199,32 +220,30 @@ def _fit(
 
 def _embedding_distance(edit: Edit, base: BaseModel) -> float:
     """How far e_opt is from e_tgt, as a share of e_tgt's size."""
-    [target] = [
-        part[0] for name, part in base.encode_text([edit.target_prompt]).items() if base.family.text[name].trained
-    ]
-    return embedding_distance(edit.optimized_embedding, target)
+    trained = [name for name, part in base.family.text.items() if part.trained and part.stored is not None]
+    target = base.encode_text([edit.target_prompt])
+    return embedding_distance([edit.conditioning[name] for name in trained], [target[name][0] for name in trained])
 
 
 class Rendered(NamedTuple):
     """A cell's result.
 
-    **Memory**: that of the model's square; a photo's own size may be a hundred times that.
+    **Memory**: that of the model's picture; a photo's own size may be a hundred times that.
     """
 
-    latents: Tensor
-    """(C, H, W)."""
-    square: Image.Image
+    latents: Latents
+    canvas: Image.Image
     """As the model makes it."""
     box: Letterbox
     """The photo's place in it."""
 
     def picture(self) -> Image.Image:
         """The picture at the photo's own size and aspect, made anew."""
-        return from_square(self.square, self.box)
+        return from_canvas(self.canvas, self.box)
 
     def preview(self) -> Image.Image:
         """The picture no larger than a sheet shows it."""
-        return from_square(self.square, self.box, most_px=SHEET_CELL_PX)
+        return from_canvas(self.canvas, self.box, most_px=SHEET_CELL_PX)
 
 
 def pictures_of(
@@ -242,12 +261,11 @@ def pictures_of(
         latents = render_latents(
             base, [edit], unique, config, prompts=[sentence], progress=console.progress, meter=meter
         )
-        squares = decode_squares(base, latents, meter=meter)
+        canvases = decode_canvases(base, latents, meter=meter)
     finally:
         console.close()
-    # Scaled, because a base of the same architecture may have been made for another size than the edit's own.
-    box = letterbox(edit).scaled(squares[0].width)
-    return {cell: Rendered(z, square, box) for cell, z, square in zip(unique, latents, squares, strict=True)}
+    box = letterbox(edit, base)
+    return {cell: Rendered(z, canvas, box) for cell, z, canvas in zip(unique, latents, canvases, strict=True)}
 
 
 def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, Any]:
@@ -263,7 +281,8 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
         f"{guidance}{config.interpolation}, mask {config.mask:g} | "
-        f"adapter of rank {edit.rank} on {len(edit.adapter)} layers{strength} | base in {base.weights}"
+        f"adapter of rank {edit.rank} on {sum(map(len, edit.adapters.values()))} layers{strength} | "
+        f"base in {base.weights}"
     )
 
 
@@ -275,7 +294,7 @@ def _guidance_text(config: SampleConfig) -> str:
 
 def _round_trip(base: BaseModel, photo: Photo, box: Letterbox, meter: Meter) -> tuple[Image.Image, float]:
     """The photo through the autoencoder, which is the best any reconstruction can be, and its PSNR at that size."""
-    square = to_square(photo.image, box)
+    canvas = into_canvas(photo.image, box)
     with measured_stage(meter, "round trip", "`device=cpu`"):
-        decoded = to_images(base.decode(base.encode_images(to_tensor(square))))[0]
-    return from_square(decoded, box), psnr(decoded, square)
+        decoded = to_images(base.decode(base.encode_images(to_tensor(canvas))))[0]
+    return from_canvas(decoded, box), psnr(decoded, canvas)

@@ -1,9 +1,9 @@
-"""Jobs: their hashes, and their entries in the ledger where they cannot be run."""
+"""Hashes of jobs, and ledger entries of items that cannot be run."""
 
 import hashlib
 import json
 
-from ..edits.header import SPEC_VERSION
+from ..edits.versions import version_of_base
 from ..engine.base import BaseModel
 from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
@@ -21,17 +21,18 @@ def job_id(
     *,
     suggest: bool = False,
 ) -> str:
-    """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base,
-    the version of the edit format, and whether an eta is suggested."""
-    # With the settings that an earlier version had: what it finished stays finished.
+    """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
+    version of the base's square edits, and whether an eta is suggested."""
+    # Include dropped settings with their neutral values: items finished by an earlier version keep their hash.
     settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in config.to_dict().items()}
-    # How many rows go together is the machine's matter and changes nothing but rounding.
+    # The rows of a batch depend on the machine and change only rounding.
     del settings["sample"]["batch_rows"]
-    made_of = [SPEC_VERSION, photo_sha256, background, sentence, settings, base.identity.files, base.weights]
+    version, files = version_of_base(base.identity), base.identity.files
+    inputs = [version, photo_sha256, background, sentence, settings, files, base.weights]
     if suggest:
-        # Without a suggestion the hash is the one of versions that had none.
-        made_of.append("suggest")
-    return hashlib.sha256(json.dumps([name, *made_of], sort_keys=True).encode()).hexdigest()
+        # Added only with a suggestion: the hash without one equals that of earlier versions.
+        inputs.append("suggest")
+    return hashlib.sha256(json.dumps([name, *inputs], sort_keys=True).encode()).hexdigest()
 
 
 def bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
@@ -42,10 +43,10 @@ def bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
 
 
 def megabytes(size: float) -> str:
-    """A size as people read it."""
+    """A size as text for people."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def plain(text: str) -> str:
-    """The text with what no database takes, such as the bytes of a file name that is no text, escaped."""
+    """The text for a database: characters that are not valid Unicode, such as in file names, are escaped."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""A `batch run` as a value: its options, kept in the ledger so that its folder can be run again. Needs no torch."""
+"""The options of a `batch run` as a value, stored in the ledger for `batch retry`. Needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from .paths import Part
 
 COMMAND = "batch run"
 _SHOWN_ONLY = ("json", "quiet")
-"""Options that say how a run is shown, and nothing about its result."""
+"""Options that change only a run's output on the terminal, not its results."""
 DEFAULTS = {
     option.name: None if option.default is REQUIRED else option.default
     for option in options_of(COMMAND)
     if option.name not in _SHOWN_ONLY
 }
-"""The options of a request; None where nothing is asked for."""
+"""The options of a request with their defaults; None for an option without one."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Request:
 
     @staticmethod
     def of(note: Any) -> "Request":
-        """The request that a ledger has kept; options that its version did not have take their defaults.
+        """The request stored in a ledger; options that its version lacked take their defaults.
 
         Raises:
-            ConfigError: it has options that this version does not have.
+            ConfigError: the note has options that this version lacks.
         """
         if not isinstance(note, dict) or note.keys() - DEFAULTS.keys():
             raise ConfigError("the ledger is of another version; run `batch run` with its options again")
@@ -58,12 +58,12 @@ class Request:
 
     @property
     def out(self) -> Path:
-        """The folder that gets a folder for each item."""
+        """The parent of the items' folders."""
         return Path(self["out"])
 
     @property
     def part(self) -> Part:
-        """The part of the manifest that is run.
+        """The part of the manifest to run.
 
         Raises:
             ConfigError: there is no such part.
@@ -72,14 +72,14 @@ class Request:
 
     @property
     def base(self) -> BaseOptions:
-        """The base model of items that name none."""
+        """The base model for items without their own."""
         return Words(COMMAND, self.values).base
 
     def settings(self, own: Mapping[str, Any]) -> EditConfig:
-        """The settings of an item with these of its own.
+        """The settings of an item; its own settings override the request's.
 
         Raises:
-            ConfigError: out of range.
+            ConfigError: a setting is out of range.
         """
         config = Words(COMMAND, {**self.values, **{name: _as_option(value) for name, value in own.items()}}).edit()
         if self["suggest_eta"]:
@@ -87,10 +87,10 @@ class Request:
         return config
 
     def items(self) -> tuple[list[Item], list[BadItem]]:
-        """The items of this request's part of the manifest, and the entries that are none.
+        """The items of this request's part of the manifest, and its invalid entries.
 
         Raises:
-            ConfigError: no manifest, or no such part.
+            ConfigError: there is no manifest, or no such part.
         """
         items, bad = read_manifest(Path(self["manifest"]), self["prompt"])
         mine = slice(self.part.number - 1, None, self.part.count)
@@ -98,5 +98,5 @@ class Request:
 
 
 def _as_option(value: Any) -> Any:
-    """An item's own setting as an option has it: lists of numbers are text there."""
+    """An item's own setting as an option's value: options have lists of numbers as text."""
     return ",".join(map(str, value)) if isinstance(value, list) else value

@@ -32,14 +32,14 @@ _SHARED = 0.9
 def run(
     request: Request, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED, alone: bool = False
 ) -> Summary:
-    """Makes the items of a request and says what came of them; see `Batch.run`.
+    """Makes the items of a request; returns a summary. See `Batch.run`.
 
     Args:
         request: the options of the run.
-        console: where progress is told.
-        stop: asks for an end.
+        console: shows progress.
+        stop: ends the run when asked.
         retry: kinds of failure to try again.
-        alone: stay in this process, whatever the request says of executor and workers.
+        alone: stay in this process, whatever the request's executor and workers are.
     """
     request.settings({})
     check_executor(request["executor"], request["address"])
@@ -91,12 +91,12 @@ def run(
             return batch.run()
         except KeyboardInterrupt:
             done, left = len(batch.summary.done), batch.summary.left
-            console.say(f"{done} done, {left} left; the same command goes on", always=True)
+            console.say(f"{done} done, {left} left; run the same command again to continue", always=True)
             raise
 
 
 def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[str, str]]:
-    """The environments of the processes that are to run it; none where this process does."""
+    """The environments of the processes for a request; empty if this process runs it."""
     if request["executor"] == "ray":
         return [places.enter_context(driving(request["address"]))]
     if (count := _processes(request)) == 1:
@@ -105,15 +105,15 @@ def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[s
     if device.type == "cpu":
         return list(cpu_environments(count))
     if device.index is not None:
-        # All on the GPU that is named, by the number that it has for this process.
+        # All on the named GPU, by its number in this process.
         return [{} for _ in range(count)]
     return list(gpu_environments(count, torch.cuda.device_count()))
 
 
 def _shared(request: Request, environments: Sequence[Mapping[str, str]], console: Console) -> dict[str, Any]:
-    """Options that the processes have for themselves: a share of its memory where they share a GPU."""
+    """Options that differ for the processes: a share of the memory if they share a GPU."""
     most = max(Counter(environment.get("CUDA_VISIBLE_DEVICES") for environment in environments).values())
-    # The machine that drives a cluster need not have the device of its workers.
+    # The machine that drives a cluster may lack the device of its workers.
     if request["executor"] == "ray" or most == 1 or pick_device(request["device"]).type == "cpu":
         return {}
     console.say(f"up to {most} processes share a GPU (`workers`)")
@@ -124,7 +124,7 @@ def _shared(request: Request, environments: Sequence[Mapping[str, str]], console
 
 
 def _processes(request: Request) -> int:
-    """The number of processes: as asked for, else one for each GPU, and one on a CPU or on a GPU that is named."""
+    """The number of processes: `workers`, or one for each GPU, or one on a CPU or on a named GPU."""
     if request["workers"] is not None:
         return int(request["workers"])
     everything = request["device"] in ("auto", "cuda") and pick_device(request["device"]).type == "cuda"

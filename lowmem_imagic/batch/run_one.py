@@ -1,7 +1,7 @@
-"""One process of several on a folder: ``python -m lowmem_imagic.batch.run_one``, started by `executors.processes`.
+"""One of several processes on a folder: ``python -m lowmem_imagic.batch.run_one``, started by `executors.processes`.
 
-It reads its order as a line of JSON from standard input, and prints what came of it as another. It ends in an orderly
-way when standard input closes.
+It reads its order as a line of JSON from standard input, and prints its result as a line of JSON. It stops in an
+orderly way when standard input closes.
 """
 
 import json
@@ -17,8 +17,8 @@ from .stopping import Stop
 
 
 def main() -> None:
-    """Runs the order that standard input gives."""
-    # Before they are imported: some log as they are.
+    """Runs the order from standard input."""
+    # Before the imports: some libraries log while they are imported.
     quiet_libraries()
     from ..actions.console import Silent
     from .failures import keep_details
@@ -28,7 +28,7 @@ def main() -> None:
     stop = Stop()
 
     def listen() -> None:
-        # Nothing more is written to the pipe: this returns when it closes.
+        # The parent writes nothing more, so this returns when the pipe closes.
         sys.stdin.read()
         stop.asked = True
 
@@ -41,7 +41,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print(json.dumps({"stopped": True}))
     except Exception as error:
-        # Of no item, since those fail by themselves; it would be the same when started again.
+        # Not an error of one item, which would fail alone. A restart would give the same error.
         failure = unexpected(error)
         keep_details(failure, "a process of the batch", Path(order["request"]["out"]) / HIDDEN / "errors.log")
         print(json.dumps({"error": str(failure), "usage": False}))

@@ -1,4 +1,4 @@
-"""One run over a manifest's items: finds the finished ones, hands out the rest, keeps the ledger."""
+"""One run over a manifest's items: finds the finished ones, assigns the rest to an executor, updates the ledger."""
 
 import contextlib
 import shutil
@@ -33,34 +33,34 @@ from .publishing import check_own
 from .stopping import Stop
 
 CLAIM = 16
-"""Most items taken at once; their photos are in memory together, and encoded in one go."""
+"""Most items claimed at once; their photos are in memory together and are encoded together."""
 _WAIT_S = 0.5
 
 Settings = Callable[[Mapping[str, Any]], EditConfig]
-"""Gives the settings of an item from those it has of its own."""
+"""Returns the settings of an item for its own overrides."""
 
 
 class Batch:
-    """One run over a manifest's items; several on one folder share the work.
+    """One run over a manifest's items; several runs on one folder share the work.
 
     Args:
         bases: see `executor.Bases`.
         executor: makes the items.
-        items: what to make.
-        bad: what the manifest has besides; reported as failed.
-        out: the folder that gets a folder for each item.
+        items: items to make.
+        bad: invalid entries of the manifest; reported as failed.
+        out: the parent of the items' folders.
         settings: see `Settings`.
         background: colour under transparent parts of photos.
-        suggest: whether each item's report names the eta that the base model itself would take.
-        attempts: those at the items.
-        console: where progress and failures are told.
-        force: replace folders that hold something else.
-        stop: asks for an end.
-        part: which part of a manifest the items are; each has a ledger of its own.
+        suggest: whether each item's report suggests an eta.
+        attempts: the attempts at the items.
+        console: shows progress and failures.
+        force: replace folders with other contents.
+        stop: ends the run when asked.
+        part: the part of the manifest that the items are; each part has its own ledger.
         retry: kinds of failure to try again.
-        command: kept in the ledger, for `batch retry`.
+        command: options to store in the ledger, for `batch retry`.
 
-    **Memory**: `CLAIM` photos and those in training, whatever the number of items.
+    **Memory**: `CLAIM` photos and the photos in training, for any number of items.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Batch:
         self._groups: dict[Group, list[str]] = {}
         self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
-        self._held: dict[str, Assignment] = {}
+        self._claimed: dict[str, Assignment] = {}
         self._tries = Counter[str]()
         self._failed_jobs: set[str] = set()
         self._total_steps = self._steps = self._in_training = self._slots = 0
@@ -100,11 +100,11 @@ class Batch:
         self._ended_steps, self._counts = 0, dict[str, int]()
 
     def run(self) -> Summary:
-        """Makes what is not there yet; what cannot be made is reported and left out.
+        """Makes the unfinished items; reports and skips items that fail.
 
         Raises:
-            OutputUnwritableError: results cannot be written; nothing more could be.
-            KeyboardInterrupt: `stop` was asked for; what can be saved is.
+            OutputUnwritableError: results cannot be written, those of other items neither.
+            KeyboardInterrupt: `stop` was asked for; training states are saved first.
         """
         for one in self._bad:
             self._fail(one)
@@ -124,9 +124,9 @@ class Batch:
                 self._make_all(ledger)
             finally:
                 self._console.close()
-                # Where the ledger itself is what has failed, its own error is the one to be told.
+                # If an error is being raised, an unwritable ledger must not replace it.
                 with contextlib.suppress(OutputUnwritableError) if sys.exc_info()[0] else contextlib.nullcontext():
-                    ledger.release(list(self._held))
+                    ledger.release(list(self._claimed))
                     self._attempts.keep(ledger.unfinished)
                     self._take_others(ledger)
         return self.summary
@@ -134,10 +134,10 @@ class Batch:
     # Before anything is made
 
     def _check_other_parts(self) -> None:
-        """Makes sure that nobody makes the same items with another ledger.
+        """Checks that no other run makes the same items with another ledger.
 
         Raises:
-            ConfigError: somebody does.
+            ConfigError: another run does.
         """
         for part, path in ledgers_in(self._out).items():
             if part != self._part and part.shares_items(self._part) and (runner := at_work(path)) is not None:
@@ -147,7 +147,7 @@ class Batch:
                 )
 
     def _entry(self, item: Item) -> Entry:
-        """What is to be done about an item."""
+        """The ledger's entry for an item."""
         self._stop.check()
         try:
             own = dict(item.settings)
@@ -174,17 +174,17 @@ class Batch:
         return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
 
     def _look(self, item: Item, job: str) -> str:
-        """Whether an item waits or is done.
+        """The state of an item: `WAITING` or `DONE`.
 
         Raises:
-            OutputExistsError: its folder holds something else, or is a link.
+            OutputExistsError: its folder has other contents, or is a link.
         """
         folder = self._out / item.name
-        found = outputs.item_state(folder, job)
-        if found == outputs.FINISHED:
+        state = outputs.item_state(folder, job)
+        if state == outputs.FINISHED:
             return ledgers.DONE
         check_own(folder)
-        if found == outputs.OTHER and not self._force:
+        if state == outputs.OTHER and not self._force:
             raise OutputExistsError(f"{folder} holds something else; `force` replaces it, or give the item a name")
         ResultFolder.prepare(folder, overwrite=True)
         return ledgers.WAITING
@@ -193,7 +193,7 @@ class Batch:
         return outputs.item_state(self._out / entry.name, entry.job) == outputs.FINISHED
 
     def _take_stock(self, ledger: Ledger) -> None:
-        """Says how much there is to do, and what it takes on disk."""
+        """Reports the number of items to make and their size on disk."""
         known = ledger.entries()
         for entry in known:
             if entry.state == ledgers.DONE:
@@ -222,12 +222,12 @@ class Batch:
         )
         self._console.say(remark)
         if size > free:
-            self._console.warn(f"{remark}; the run ends where the disk is full, and goes on when there is room")
+            self._console.warn(f"{remark}; the run stops when the disk is full; run it again when there is room")
 
     # Making
 
     def _make_all(self, ledger: Ledger) -> None:
-        """Makes items until none is left, those included that runners which ended had taken."""
+        """Makes items until none is left, including items of other runners that ended."""
         while True:
             for group in self._groups:
                 self._stop.check()
@@ -251,7 +251,7 @@ class Batch:
             claimed = first
             while claimed:
                 yield claimed
-                # Before its next step the executor saves what is in training.
+                # If a stop was asked for, the executor saves the training states before its next step.
                 claimed = [] if self._stop.asked else self._claim(ledger, group)
 
         outcomes = self._executor.make(
@@ -263,14 +263,14 @@ class Batch:
         for outcome in self._outcomes(outcomes, ledger, group):
             self._book(ledger, outcome)
             self._steps += group.steps
-            # Its steps are among those that ended, from now on.
+            # From now on the item's steps count as ended.
             self._in_training, self._slots = max(0, self._in_training - group.steps), max(0, self._slots - 1)
             self._refresh(ledger, at_once=True)
             self._show()
         self._in_training = self._slots = 0
-        # Items that were taken and have not come back would be waited for without end.
-        ledger.release(list(self._held))
-        self._held.clear()
+        # Release items without an outcome, or the run would wait for them forever.
+        ledger.release(list(self._claimed))
+        self._claimed.clear()
 
     def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, group: Group) -> Iterator[Outcome]:
         """The outcomes of a group; if the group as a whole fails (a damaged model), every item fails with its error."""
@@ -278,43 +278,43 @@ class Batch:
             yield from outcomes
             return
         except (OutputUnwritableError, BackendUnavailableError):
-            # Nothing could be made of any other group either.
+            # Affects all groups.
             raise
         except Exception as error:
             failure = failure_of(error)
-        while held := list(self._held.values()) or self._claim(ledger, group):
-            for assignment in held:
+        while assignments := list(self._claimed.values()) or self._claim(ledger, group):
+            for assignment in assignments:
                 yield Outcome(assignment, failure)
 
     def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
-        """Items to make; of those that somebody has tried before, what has been finished meanwhile is left out."""
+        """Claims items to make; skips items that were tried before and are finished by now."""
         begun: list[Assignment] = []
 
         def begin(entry: Entry) -> None:
             begun.append(self._assignments[entry.job](self._attempts.begin(entry.job)))
 
-        entries = ledger.claim(group.key, CLAIM, without=self._held, begin=begin)
-        self._held |= {assignment.job: assignment for assignment in begun}
+        entries = ledger.claim(group.key, CLAIM, without=self._claimed, begin=begin)
+        self._claimed |= {assignment.job: assignment for assignment in begun}
         for entry, assignment in zip(entries, list(begun), strict=True):
-            # Another run may have put it in place and not come to say so.
+            # Another run may have published the item and ended before it updated the ledger.
             if entry.attempts and self._is_finished(entry):
                 begun.remove(assignment)
                 self._end(ledger, assignment, entry.seconds or 0.0)
                 self.summary.before.append(entry.name)
         self._refresh(ledger, at_once=True)
         if begun:
-            # Photos are read and encoded before the first step is told.
+            # Show progress now: reading and encoding the photos comes before the first step.
             self._show()
         return begun if begun or not entries else self._claim(ledger, group)
 
     def _end(self, ledger: Ledger, assignment: Assignment, seconds: float) -> None:
-        """Writes down that an item is finished."""
-        self._held.pop(assignment.job, None)
+        """Records that an item is finished."""
+        self._claimed.pop(assignment.job, None)
         ledger.finish(assignment.job, seconds)
         self._attempts.remove(assignment.attempt)
 
     def _book(self, ledger: Ledger, outcome: Outcome) -> None:
-        """Writes down what became of an item."""
+        """Records the outcome of an item."""
         assignment, error = outcome.assignment, outcome.error
         if outcome.lost or (error is not None and not assignment.attempt.current):
             self._lose(ledger, assignment, error)
@@ -325,7 +325,7 @@ class Batch:
             self._console.say(f"{assignment.name}: done")
             return
         self._keep_details(error, assignment.name)
-        self._held.pop(assignment.job, None)
+        self._claimed.pop(assignment.job, None)
         kind = kind_of(error)
         self._tries[assignment.job] += 1
         again = kind == TRANSIENT and self._tries[assignment.job] < MAX_TRIES
@@ -337,8 +337,8 @@ class Batch:
             self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
 
     def _lose(self, ledger: Ledger, assignment: Assignment, error: LowmemImagicError | None) -> None:
-        """Leaves an item to the run that has begun it anew; where there is none, it waits again."""
-        self._held.pop(assignment.job, None)
+        """Leaves an item to the run that took it over; without such a run, the item waits again."""
+        self._claimed.pop(assignment.job, None)
         kept = str(error).partition("the finished edit was kept as ")[2]
         rest = f"; its own edit was kept as {kept}" if kept else ""
         if not ledger.release([assignment.job], tried=True):
@@ -354,7 +354,7 @@ class Batch:
         self._fail(BadItem(self._places[assignment.job], assignment.name, gone))
 
     def _take_others(self, ledger: Ledger) -> None:
-        """Counts what other runners have made or failed at meanwhile."""
+        """Adds the items that other runners finished or failed at to the summary."""
         mine = {*self.summary.done, *self.summary.before, *self._failed_jobs}
         for entry in ledger.entries():
             if entry.name in mine or entry.job in mine or entry.job not in self._assignments:
@@ -369,7 +369,7 @@ class Batch:
         self._console.warn(f"{bad.where}{f' ({bad.name})' if bad.name else ''}: {bad.reason}")
 
     def _keep_details(self, error: LowmemImagicError, name: str) -> None:
-        """Writes down where in the code an unexpected error came from."""
+        """Saves the traceback of an unexpected error."""
         path = self._part.ledger(self._out).with_name("errors.log")
         if kept := keep_details(error, name, path):
             self._console.say(f"{name}: {kept}", always=True)
@@ -377,10 +377,10 @@ class Batch:
     # Showing
 
     def _step(self, ledger: Ledger, steps: list[int]) -> None:
-        """Now and then: `steps` are those that each edit in training has taken."""
+        """Reports progress; called now and then with the steps of each edit in training."""
         self._in_training, self._slots = sum(steps), len(steps)
         if self._resumed is None and steps:
-            # Taken before this run began, in no time of its own.
+            # Steps from saved states took no time in this run.
             self._resumed = self._in_training
             self._console.skip(self._resumed)
         self._refresh(ledger)
@@ -389,19 +389,19 @@ class Batch:
         self._show()
 
     def _refresh(self, ledger: Ledger, *, at_once: bool = False) -> None:
-        """Asks the ledger how far everybody is, every second or so."""
+        """Reads the progress of all runs from the ledger, at most about once a second."""
         now = time.perf_counter()
         if at_once or not self._counts or now - self._looked > 1:
             self._looked = now
             self._counts, self._ended_steps = ledger.counts(), ledger.steps_ended()
 
     def _show(self) -> None:
-        counts, held = self._counts, len(self._held)
+        counts, claimed = self._counts, len(self._claimed)
         parts = {
             "done": counts[ledgers.DONE],
             "in slots": self._slots,
-            "with other runs": max(0, counts[ledgers.RUNNING] - held),
-            "waiting": counts[ledgers.WAITING] + max(0, held - self._slots),
+            "with other runs": max(0, counts[ledgers.RUNNING] - claimed),
+            "waiting": counts[ledgers.WAITING] + max(0, claimed - self._slots),
             "failed": counts[ledgers.FAILED],
         }
         always = ("done", "in slots", "waiting")

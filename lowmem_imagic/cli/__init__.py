@@ -1,1 +1,1 @@
-"""The command line: words to calls, and exit codes."""
+"""The command line: commands, options and exit codes."""

@@ -32,9 +32,9 @@ def _group() -> None:
     "lowmem-imagic batch run list.csv --out edits --shard 3/16",
 )
 def run(values: dict[str, Any]) -> None:
-    """Edit every item of a manifest into a folder of its own; run again, it goes on with what is missing.
+    """Edit every item of a manifest, each into its own folder; run it again to make the missing items.
 
-    Several runs on one folder share the work. Ctrl-C saves what is in training; once more, it stops at once.
+    Several runs on one folder share the work. Ctrl-C saves the edits in training and stops; a second one stops at once.
     Exit code 0: all done; 3: some failed, the others are done.
     """
     with importing():
@@ -54,7 +54,7 @@ def run(values: dict[str, Any]) -> None:
 
 @command(batch, "batch retry", epilog="Example:  lowmem-imagic batch retry snow --failed")
 def retry(values: dict[str, Any]) -> None:
-    """Run a batch again with the options it had: what is missing, and what failed for want of memory or disk."""
+    """Run a batch again with its options: missing items, and items that failed for lack of memory or disk."""
     with importing():
         from ..batch.failures import DIVERGED, INPUT, INTERNAL, RETRIED
         from ..batch.request import Request
@@ -63,7 +63,7 @@ def retry(values: dict[str, Any]) -> None:
     folder = values["folder"]
     # The batch's folder may have been moved. A retry does not force again.
     requests = [Request.of(note).but(out=str(folder.absolute()), force=False) for note in commands_of(folder)]
-    # Parts of a list that has been run as a whole, too, are run with it.
+    # Skip parts of a list that was also run as a whole.
     requests = [one for one in requests if one["shard"] is None or one.but(shard=None) not in requests]
     again = (*RETRIED, INPUT, DIVERGED, INTERNAL) if values["failed"] else RETRIED
     _run(requests, retry=again, as_json=values["json"], quiet=values["quiet"])
@@ -71,7 +71,7 @@ def retry(values: dict[str, Any]) -> None:
 
 @command(batch, "batch status", epilog="Example:  lowmem-imagic batch status snow --json")
 def status(values: dict[str, Any]) -> None:
-    """Show how far a batch is, live or finished: counts, time left, every failure; with --json every item."""
+    """Show the progress of a batch, running or finished: counts, time left, all failures; with --json all items."""
     from ..batch.status import status as status_of
 
     print_report(status_of(values["folder"]), values["json"])
@@ -86,7 +86,7 @@ def sheet(values: dict[str, Any]) -> None:
 
 
 def _run(requests: Sequence[Any], *, retry: Any = None, as_json: bool, quiet: bool) -> None:
-    """Runs batches one after the other, prints what came of them, and ends with the exit code of all."""
+    """Runs batches one after the other, prints their summary, and ends with their common exit code."""
     with importing():
         from ..actions import console as consoles
         from ..batch.failures import RETRIED
@@ -99,7 +99,7 @@ def _run(requests: Sequence[Any], *, retry: Any = None, as_json: bool, quiet: bo
         for request in requests:
             console = consoles.Console(quiet=quiet, wording=with_flags)
             total += run_batch(request, console, stop, retry=RETRIED if retry is None else retry)
-    before = f", {len(total.before)} were there already" if total.before else ""
+    before = f", {len(total.before)} of them done before" if total.before else ""
     done, out = len(total.done) + len(total.before), requests[0]["out"]
     summary = f"{out}: {done} of {total.total} done{before}, {len(total.failed)} failed"
     print_report({"out": out, **total.as_json(), "summary": [summary]}, as_json)

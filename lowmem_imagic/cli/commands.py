@@ -1,4 +1,4 @@
-"""The command line ``lowmem-imagic``: its commands, words to calls.
+"""The commands of the command line ``lowmem-imagic``.
 
 torch is imported by the commands that need it, not by ``--help``.
 """
@@ -129,7 +129,7 @@ def sheet(values: dict[str, Any]) -> None:
 
 @command(app, "inspect", epilog="Example:  lowmem-imagic inspect cat.safetensors --json")
 def inspect(values: dict[str, Any]) -> None:
-    """Show what an edit file holds: sentence, base, settings, sizes."""
+    """Show the contents of an edit file: sentence, base, settings, sizes."""
     from ..edits.header import describe, summary
 
     contents = describe(values["edit_file"])
@@ -138,7 +138,7 @@ def inspect(values: dict[str, Any]) -> None:
 
 @command(app, "scene", epilog='Example:  lowmem-imagic scene "a red cube on a wooden floor" cube.png --seed 3')
 def scene(values: dict[str, Any]) -> None:
-    """Render a photo of the bundled world, to try edits on."""
+    """Render a photo of the bundled world, for trying edits."""
     with importing():
         from ..demo.render import render
         from ..demo.scene import Scene
@@ -164,7 +164,7 @@ def scene(values: dict[str, Any]) -> None:
     epilog="Examples:  lowmem-imagic doctor --json   |   lowmem-imagic doctor --plan --model sd15 --vram 6GB,8GB,12GB",
 )
 def doctor(values: dict[str, Any]) -> None:
-    """Show versions, devices and memory, and which 8-bit and attention paths are used here; or what fits on a card."""
+    """Show versions, devices, memory, and the 8-bit and attention paths in use; or which edits fit on a card."""
     with importing():
         from ..actions.doctor import examine, plan_table, plans
         from ..settings.presets import preset

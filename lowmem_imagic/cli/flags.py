@@ -6,7 +6,7 @@ from ..errors import SETTING
 from ..settings.options import OPTIONS
 
 _FLAGS = {place.rpartition(".")[2]: option.flag for option in OPTIONS for place in option.fills if "sample." in place}
-"""The flag of each option and of each setting that an option fills; those of sampling also without their stage."""
+"""Flags by the names of options and of the settings they fill; sampling settings also without their stage."""
 _FLAGS |= {place: option.flag for option in OPTIONS for place in option.fills}
 _FLAGS |= {option.name: option.flag for option in OPTIONS}
 

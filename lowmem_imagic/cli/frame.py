@@ -1,8 +1,8 @@
 """The frame of all commands: the application, errors to exit codes, reports to lines.
 
 Exit codes: 0 done, 1 failure, 2 usage (settings, sentence), 130 stopped by Ctrl-C. Results go to standard
-output (with ``--json`` as one JSON object), everything else to standard error. An error that nobody raised on
-purpose ends a command in one line, too, with its traceback in a file; with `DEBUG` set it is raised as it is.
+output (with ``--json`` as one JSON object), everything else to standard error. An unexpected error also ends a command
+with one line, and its traceback goes to a file; with `DEBUG` set the error itself is raised.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from .flags import with_flags
 from .streams import end_output
 
 DEBUG = "LOWMEM_IMAGIC_DEBUG"
-"""Environment variable: anything in it lets unexpected errors through, with their tracebacks."""
+"""Environment variable: if it is set, unexpected errors are raised with their tracebacks."""
 
 
 class _Group(TyperGroup):
-    """The commands; what is wrong with words is said without obeying what they hold."""
+    """The commands; usage errors show the words on the command line safely escaped."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _plain_usage():
@@ -42,11 +42,12 @@ class _Group(TyperGroup):
 
 @contextlib.contextmanager
 def _plain_usage() -> Iterator[None]:
-    """Escapes what usage errors repeat of the words that were given."""
+    """Escapes words of the command line in usage errors."""
     try:
         yield
     except Exception as error:
-        # Typer's, and of some versions click's; these two repeat no words, and have several lines.
+        # Usage errors of Typer, or of click in some versions. The two named ones repeat no words, and have several
+        # lines.
         if hasattr(error, "format_message") and type(error).__name__ not in ("NoArgsIsHelpError", "MissingParameter"):
             text = shown(error.format_message())
             error.format_message = lambda: text
@@ -68,7 +69,7 @@ INTERRUPTED = 130
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the package's errors turned into one line and an exit code."""
+    """The command, with errors turned into one line and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -78,7 +79,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except LowmemImagicError as error:
             _fail(_told(error), 2 if isinstance(error, (ConfigError, PromptError)) else 1)
         except KeyboardInterrupt:
-            _fail("stopped; nothing half-written was left behind", INTERRUPTED)
+            _fail("stopped; no half-written files are left behind", INTERRUPTED)
         except Exception as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error):
                 _fail("out of memory; a smaller photo, or fewer etas and seeds, take less", 1)
@@ -91,13 +92,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _told(error: LowmemImagicError) -> str:
-    """The text of an error with flags; two settings that one option fills are one problem."""
+    """The text of an error with flags; problems of two settings filled by one option appear once."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
     return "; ".join(dict.fromkeys(map(with_flags, problems)))
 
 
 def _kept(details: str) -> str:
-    """Puts a traceback into a file; says where, or how else to see it."""
+    """Writes a traceback to a file; returns a remark with its path, or about `DEBUG` if that fails."""
     try:
         handle, path = tempfile.mkstemp(prefix="lowmem-imagic-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -113,11 +114,11 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def put(line: str) -> None:
-    """Prints a line of ours on standard output: text that is not ours has been through `shown` or is JSON.
+    """Prints a line on standard output; foreign text in it must be JSON or have been through `shown`.
 
     Raises:
-        OutputUnwritableError: it cannot be written.
-        typer.Exit: its reader went away, as `head` does.
+        OutputUnwritableError: standard output cannot be written.
+        typer.Exit: the reader closed the pipe, as `head` does.
     """
     try:
         print(line, flush=True)
@@ -130,23 +131,23 @@ def put(line: str) -> None:
 
 
 def put_text(text: str) -> None:
-    """Prints a line for a person: flags in place of settings' names, and nothing that a terminal would obey.
+    """Prints a line for a person: flags in place of settings' names, and escape codes made visible.
 
     Raises:
-        OutputUnwritableError: it cannot be written.
+        OutputUnwritableError: standard output cannot be written.
     """
     put(shown(with_flags(text)))
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of large libraries: Ctrl-C ends the process at once.
+    """Within the block, for imports of large libraries, Ctrl-C ends the process at once.
 
-    Python's own handler raises KeyboardInterrupt in whatever code runs, which compiled modules abort on or swallow.
+    Python's own handler raises KeyboardInterrupt in the running code, and compiled modules abort on it or swallow it.
     """
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    except ValueError:  # only the main thread may
+    except ValueError:  # only the main thread may set handlers
         yield
         return
     try:
@@ -156,10 +157,10 @@ def importing() -> Iterator[None]:
 
 
 def print_report(report: dict[str, Any], as_json: bool) -> None:
-    """Prints what a command reports: the lines for a person, or everything as JSON.
+    """Prints a command's report: its summary for a person, or all of it as JSON.
 
     Raises:
-        OutputUnwritableError: standard output cannot be written; the files that were made are named.
+        OutputUnwritableError: standard output cannot be written; the message names the written files.
     """
     try:
         if as_json:
@@ -168,4 +169,4 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
             for line in report["summary"]:
                 put_text(line)
     except OutputUnwritableError as error:
-        raise OutputUnwritableError(f"{error}; the files are there: {' | '.join(report['summary'])}") from error
+        raise OutputUnwritableError(f"{error}; the files were written: {' | '.join(report['summary'])}") from error

@@ -12,13 +12,13 @@ from ..settings.options import REQUIRED, Kind, Option, options_of
 from .frame import guarded
 
 _TYPES: dict[Kind, type] = {Kind.WHOLE: int, Kind.NUMBER: float, Kind.SWITCH: bool, Kind.PATH: Path}
-"""Python's types of what the command line reads itself; the other kinds are text to it."""
+"""Types of the kinds that Typer reads; the other kinds stay text."""
 
 
 def command(group: typer.Typer, name: str, *, epilog: str) -> Callable[[Callable[[dict[str, Any]], None]], Any]:
-    """Adds a function to `group` as the command `name`, with the options that the table has for it.
+    """Adds a function to `group` as the command `name`, with its options from the table.
 
-    The function gets the values of its options by name; its docstring is the command's help.
+    The function takes the values of its options by name; its docstring is the command's help.
     """
 
     def add(function: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
@@ -35,7 +35,7 @@ def command(group: typer.Typer, name: str, *, epilog: str) -> Callable[[Callable
 
 
 def _parameter(option: Option) -> inspect.Parameter:
-    """An option as Typer reads it."""
+    """An option as a parameter for Typer."""
     kind = _TYPES.get(option.kind, str)
     info = (
         typer.Argument(help=option.help, metavar=option.metavar)

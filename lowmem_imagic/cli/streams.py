@@ -1,6 +1,6 @@
-"""Standard output and standard error that do not end a command: closed, full, gone, or without the letters.
+"""Keeps a command alive if standard output or standard error is closed, full, gone, or lacks the characters.
 
-What is lost is text. The files that a command makes are what took the time, so writing about them never undoes them.
+Only text is lost. The files of a command matter more than its messages, so a failed message never undoes them.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from ..plain_text import shown
 
 
 class _Forgiving(io.FileIO):
-    """A file whose writes never fail: what it cannot take is dropped, as on a full disk or when the reader is gone."""
+    """A file whose writes never fail: on a full disk, or if the reader is gone, the text is dropped."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -24,7 +24,7 @@ class _Forgiving(io.FileIO):
 
 
 class _PlainRecord(logging.LogRecord):
-    """A log record whose message is safe to show, whatever the library that wrote it put into it."""
+    """A log record of any library, with its message made safe to show."""
 
     def getMessage(self) -> str:
         return shown(super().getMessage())
@@ -33,22 +33,22 @@ class _PlainRecord(logging.LogRecord):
 def steady_streams() -> None:
     """Prepares this process's standard streams; for programs, not for libraries.
 
-    A stream that was closed is as good as ``/dev/null``, and no file that is opened later gets its number. Text that a
-    stream cannot encode is escaped, not raised. Failures of standard error are nobody's business; those of standard
-    output are `end_output`'s. Warnings and logs of libraries are shown on one line each, as `shown` makes them.
+    A closed stream becomes ``/dev/null``, so that no file opened later gets its number. Characters that a stream cannot
+    encode are escaped. Failures of standard error are ignored; `end_output` handles those of standard output. Warnings
+    and logs of libraries go through `shown`, one line each.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is the one that is missing.
+            # The system gives out the lowest free number, which is this one.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stderr, io.TextIOWrapper) and os.name == "posix":
-        # Elsewhere a console is no plain file.
+        # On other systems a console is no plain file.
         file = io.BufferedWriter(_Forgiving(sys.stderr.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(
             file, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True, write_through=True
@@ -58,7 +58,7 @@ def steady_streams() -> None:
 
 
 def end_output() -> None:
-    """Gives standard output up, after a write to it has failed: what it still holds goes nowhere, at the end too."""
+    """Redirects standard output to ``/dev/null`` after a failed write, as buffered text would fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -13,7 +13,7 @@ from ..settings.stages import INTERPOLATIONS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 VARIATION = 0.5
-"""Share of a seed's noise in a photo's own, see `varied`."""
+"""Share of a seed's noise in the varied noise of a photo, see `varied`."""
 
 
 def draw_timesteps(
@@ -21,8 +21,8 @@ def draw_timesteps(
 ) -> Tensor:
     """Timesteps (draws,) int64, one from each of `draws` equal parts of the schedule, uniform within its part.
 
-    Each is uniform over the whole schedule in expectation, as in eq. 2, but a step sees all noise levels. `span` is
-    the part of the schedule they come from, (0, 1) for all of it.
+    Over many steps the draws are uniform over the schedule, as in eq. 2, but every step covers all noise levels. `span`
+    is the part of the schedule to draw from, (0, 1) for all of it.
     """
     parts = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
     if span != (0.0, 1.0):
@@ -31,13 +31,13 @@ def draw_timesteps(
 
 
 def starting_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """The standard normal noise (C, H, W) that sampling starts from: the first that a fresh CPU generator gives."""
+    """The standard normal starting noise (C, H, W) of sampling: the first draw of a fresh CPU generator."""
     return torch.randn(tuple(shape), generator=generator)
 
 
 def varied(own: Tensor, drawn: Tensor, seed: int) -> Tensor:
-    """A photo's own noise (C, H, W) as sampling with `seed` starts from it: itself for 0, else with a `VARIATION` of
-    what the seed draws, at equal variance."""
+    """Starting noise (C, H, W) of sampling with `seed` from a photo's own noise: `own` itself for seed 0, else mixed
+    with a share `VARIATION` of the seed's noise, at equal variance."""
     return own if seed == 0 else (1 - VARIATION**2) ** 0.5 * own + VARIATION * drawn
 
 
@@ -53,7 +53,7 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tens
 def training_target(
     latents: Tensor, noise: Tensor, timesteps: Tensor, alpha_bar: Tensor, prediction_type: str
 ) -> Tensor:
-    """What the UNet should predict (R, C, H, W): the noise, or v (Salimans & Ho 2022, appendix D)."""
+    """The target (R, C, H, W) of the UNet's prediction: the noise, or v (Salimans & Ho 2022, appendix D)."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
@@ -102,7 +102,7 @@ class DiscreteNoise:
 def loss_per_edit(prediction: Tensor, target: Tensor, edits: int) -> Tensor:
     """Mean squared error (N,) of each edit over its rows (eq. 2); rows (R, C, H, W) lie edit by edit.
 
-    Edits never mix: the sum over N has, for each edit's parameters, exactly that edit's gradient.
+    Edits never mix: with respect to one edit's parameters, the gradient of the sum over N is that edit's own gradient.
     """
     error = (prediction.float() - target.float()).square()
     return error.reshape(edits, -1).mean(1)
@@ -117,8 +117,8 @@ def project(target_embedding: Tensor, optimized_embedding: Tensor, eta: float | 
     """``e_opt + eta * (e_tgt - (e_tgt . u) u)``, u = e_opt / ``|e_opt|``, token by token.
 
     Forgedit's vector projection (arXiv 2309.10556, ``alpha e_src + beta e_edit`` as in its released code) with
-    alpha = 1 and beta = eta: the photo's own direction is kept whole, and only what the sentence adds at a right
-    angle to it is turned up. Embeddings are (..., T, D).
+    alpha = 1 and beta = eta: the photo's direction stays whole, and eta scales only the part of the sentence that is
+    orthogonal to it. Embeddings are (..., T, D).
     """
     direction = torch.nn.functional.normalize(optimized_embedding, dim=-1)
     along = (target_embedding * direction).sum(-1, keepdim=True) * direction
@@ -126,7 +126,7 @@ def project(target_embedding: Tensor, optimized_embedding: Tensor, eta: float | 
 
 
 PATHS = dict(zip(INTERPOLATIONS, (interpolate, project), strict=True))
-"""Ways from e_opt (eta 0) towards e_tgt, by name."""
+"""Paths from e_opt (eta 0) towards e_tgt, by name."""
 
 
 def coarse(latents: Tensor, side: int) -> Tensor:
@@ -135,18 +135,18 @@ def coarse(latents: Tensor, side: int) -> Tensor:
 
 
 def refined(coarse_latents: Tensor, height: int, width: int) -> Tensor:
-    """Smooth latents (B, C, height, width) with the given cell values, bilinear in between."""
+    """Smooth latents (B, C, height, width) with these cell values, bilinear in between."""
     return torch.nn.functional.interpolate(coarse_latents, size=(height, width), mode="bilinear")
 
 
 def guidance_at(eta: float, guidance_scale: float, photo_guidance: float | None) -> float:
-    """The guidance scale at `eta`: evenly from `photo_guidance` at 0 to `guidance_scale` at 1, and that beyond; None is
-    the same everywhere."""
+    """The guidance scale at `eta`: rises evenly from `photo_guidance` at 0 to `guidance_scale` at 1 and stays there. If
+    `photo_guidance` is None, it is `guidance_scale` at every eta."""
     if photo_guidance is None:
         return guidance_scale
     return photo_guidance + (guidance_scale - photo_guidance) * min(max(eta, 0.0), 1.0)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022); the scale may differ by row, (B, 1, 1, 1)."""
+    """Classifier-free guidance (Ho & Salimans 2022); the scale may differ between rows, (B, 1, 1, 1)."""
     return unconditional + guidance_scale * (conditional - unconditional)

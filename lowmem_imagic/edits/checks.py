@@ -6,7 +6,7 @@ Each names the value by its place in the file (`key`) and says what was found an
 import re
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from datetime import datetime
 from typing import Any
 
@@ -33,6 +33,24 @@ def text(value: object, key: str, limit: int, *, lines: bool = False) -> str:
     ok = ok and (lines or not set("\t\n\r") & set(str(value)))
     require(ok, key, value, f"{'text' if lines else 'one line'} of 1 to {limit} characters")
     return str(plain_json(value, key))
+
+
+def is_text(value: object, limit: int) -> bool:
+    """Returns whether `text` would return a value as it is."""
+    try:
+        return text(value, "", limit) == value
+    except EditHeaderError:
+        return False
+
+
+def exactly(value: object, key: str, names: Set[str]) -> dict[str, Any]:
+    """Returns `value`, known to be a JSON object with exactly the named members."""
+    if not isinstance(value, dict):
+        raise EditHeaderError(f"{key}: expected a JSON object")
+    if unlike := sorted(set(value) ^ names):
+        what = "missing" if unlike[0] in names else "not a member of this format"
+        raise EditHeaderError(f"{key}: {reprlib.repr(unlike[0])} is {what}")
+    return value
 
 
 def matches(value: object, pattern: re.Pattern[str], key: str, expected: str) -> None:

@@ -1,10 +1,9 @@
-"""The `Edit`: one photo's adapter and optimised embedding, as a value.
+"""The `Edit`: one photo's adapters and optimised conditioning, as a value.
 
 The checks sit in the constructors, so an edit that exists can be written to a file, and one that was read
 is as good as a new one. Messages name a value as the file does (see `edits.file`).
 """
 
-import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -25,25 +24,31 @@ from ..errors import (
 from ..storage.strict_json import canonical_json
 from . import checks
 from .identity import BaseIdentity, SourcePicture
+from .layouts import KOHYA, PEFT, Layout, layout_of
 from .meta import META_KEYS, check_alpha, check_factor_shapes, check_title, checked_meta
+from .versions import NEWEST, SIDES, place, version_of_base
 
 MAX_LAYERS = 4096
-"""Most adapted layers."""
+"""Most adapted layers of a denoiser."""
 MAX_EMBEDDING_BYTES = 8 * 2**20
-"""Largest optimised embedding; base64 makes it a third longer in the file's header."""
+"""Largest tensor of the optimised conditioning; base64 makes it a third longer in the file's header."""
 MAX_COARSE_SIDE = 16
 """Most cells each way of the photo's low frequencies: more would show the photo."""
+MAX_CHANNELS = 256
+"""Most channels of what a denoiser works on."""
+MAX_TEXT_SIDES = 3
+"""Most sides of a tensor of text."""
 MAX_THUMBNAIL_BYTES = 20_000
 """Largest thumbnail; programs that list LoRA files keep every header in memory."""
 
 MAX_FACTOR = 1024
 """Largest number in a factor; trained ones stay below 1, and below 100 times that where alpha is moved into them."""
 
-_LAYER = re.compile(r"lora_unet_[a-z0-9_]{1,200}")
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 MAX_NOISE_SIDE = 256
 """Longest side of the photo's own noise."""
-_BINARY = ("adapter", "optimized_embedding", "coarse_latents", "inverted_noise", "thumbnail")
+_TENSORS = ("conditioning", "coarse", "noise")
+_BINARY = ("adapters", *_TENSORS, "thumbnail")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,26 +78,25 @@ class LoraFactors:
 class Edit:
     """One finished edit, valid by construction; treat its mappings and tensors as read-only.
 
-    Construction copies what it is given into the form the file holds: factors, embedding, coarse latents and noise
-    become fp16 on the CPU, alpha is rounded to fp32, tuples inside `settings` and `measured` become lists. Two edits
-    are equal exactly if their files are, byte for byte.
+    Construction copies the tensors into the form that the file holds: they become fp16 on the CPU (bf16 stays, but in
+    adapters), alpha is rounded to fp32, tuples inside `settings` and `measured` become lists. Two edits are equal
+    exactly if their files are, byte for byte.
 
     Raises:
         EditHeaderError: A field of the wrong type or out of range; named as in the file.
-        MissingTensorError: No layers.
-        UnknownTensorError, TensorDtypeError, TensorShapeError, NonFiniteTensorError, TensorValueError: A bad layer or
-            e_opt.
+        MissingTensorError: A denoiser without layers, or a tensor that the base's interface names.
+        UnknownTensorError, TensorDtypeError, TensorShapeError, NonFiniteTensorError, TensorValueError: A bad tensor.
     """
 
-    adapter: Mapping[str, LoraFactors] = field(repr=False)
-    """Kohya module key without suffix, as ``lora_unet_mid_block_attentions_0_proj_in``, to its factors."""
-    optimized_embedding: Tensor = field(repr=False)
-    """e_opt, ``(T, D)``: what stage 1 found, in the space of the text encoder's output."""
-    coarse_latents: Tensor = field(repr=False)
-    """The photo's latents averaged over a few large cells, ``(C, h, w)``: its overall brightness and colours, which
-    sampling may start from (`settings.stages.SampleConfig.start`)."""
-    inverted_noise: Tensor | None = field(default=None, repr=False)
-    """The photo's own noise, ``(C, H, W)`` as its latents; None unless training was anchored to it."""
+    adapters: Mapping[str, Mapping[str, LoraFactors]] = field(repr=False)
+    """By denoiser: key of each layer without the factor's ending (see `edits.layouts`), to its factors."""
+    conditioning: Mapping[str, Tensor] = field(repr=False)
+    """e_opt, without its batch axis: each stored tensor of a sentence's conditioning, by name, as stage 1 left it."""
+    coarse: Mapping[str, Tensor] = field(repr=False)
+    """By denoiser, the photo as it sees it averaged over a few large cells, ``(C, h, w)``: its overall brightness and
+    colours, which sampling may start from (`settings.stages.SampleConfig.start`)."""
+    noise: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """By denoiser, the photo's own noise, ``(C, H, W)``; empty unless training was anchored to it."""
     target_prompt: str
     """The sentence the photo is edited towards."""
     base: BaseIdentity
@@ -129,11 +133,22 @@ class Edit:
         check_title(self.title, self.license, self.created)
         if self.thumbnail is not None:
             picture_kind(self.thumbnail)
+        interface = self.base.interface
+        adapters = _named(self.adapters, interface.denoisers, "adapter")
+        conditioning = _named(self.conditioning, interface.text, "conditioning")
+        coarse = _named(self.coarse, interface.denoisers, "coarse latents")
+        noise = _named(self.noise, interface.denoisers, "noise") if self.noise else {}
+        version = _version(self.base, self.source, layout_of_keys(adapters), conditioning, coarse, noise)
         checked = checked_meta({name: getattr(self, name) for name in META_KEYS}) | {
-            "adapter": _check_adapter(self.adapter),
-            "optimized_embedding": _check_embedding(self.optimized_embedding, self.base),
-            "coarse_latents": _check_coarse(self.coarse_latents),
-            "inverted_noise": _check_noise(self.inverted_noise, self.coarse_latents),
+            "adapters": {name: _check_adapter(adapters[name], name, interface.denoisers) for name in sorted(adapters)},
+            "conditioning": {
+                name: _check_text(conditioning[name], interface.text[name], f"text.{name}", version)
+                for name in sorted(conditioning)
+            },
+            "coarse": {name: _check_coarse(coarse[name], place(f"coarse.{name}", version)) for name in sorted(coarse)},
+            "noise": {
+                name: _check_noise(noise[name], coarse[name], place(f"noise.{name}", version)) for name in sorted(noise)
+            },
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -145,10 +160,8 @@ class Edit:
         return (
             canonical_json(self._facts()) == canonical_json(other._facts())
             and self.thumbnail == other.thumbnail
-            and _same_bits(self.optimized_embedding, other.optimized_embedding)
-            and _same_bits(self.coarse_latents, other.coarse_latents)
-            and _same_bits(self.inverted_noise, other.inverted_noise)
-            and self.adapter == other.adapter
+            and all(_same_tensors(getattr(self, name), getattr(other, name)) for name in _TENSORS)
+            and self.adapters == other.adapters
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -159,28 +172,69 @@ class Edit:
     @property
     def rank(self) -> int:
         """Returns the largest rank among the layers."""
-        return max(factors.rank for factors in self.adapter.values())
+        return max(factors.rank for adapter in self.adapters.values() for factors in adapter.values())
+
+    @property
+    def layout(self) -> Layout:
+        """Returns the names that the adapters' tensors have in the file."""
+        return layout_of_keys(self.adapters)
+
+    @property
+    def version(self) -> int:
+        """Returns the version of the format that the file is written in: the first one that can say everything."""
+        return _version(self.base, self.source, self.layout, self.conditioning, self.coarse, self.noise)
 
 
-def _check_adapter(adapter: object) -> dict[str, LoraFactors]:
-    """Returns a copy of the adapter in the form of the file, sorted by layer."""
+def _version(base: BaseIdentity, source: SourcePicture, layout: Layout, *stored: Mapping[str, object]) -> int:
+    """Returns the first version of the format that can hold an edit with these tensors beside the adapters."""
+    square = source.size[0] == source.size[1]
+    tensors = (tensor for tensors in stored for tensor in tensors.values())
+    half = not any(isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 for tensor in tensors)
+    return version_of_base(base) if square and half and layout is KOHYA else NEWEST
+
+
+def layout_of_keys(adapters: Mapping[str, Mapping[str, Any]]) -> Layout:
+    """Returns the layout that the keys of adapters' layers are of, `KOHYA` where they are of none."""
+    keys = (key for adapter in adapters.values() if isinstance(adapter, Mapping) for key in adapter)
+    return layout_of(f"{key}.{PEFT.parts[0]}" for key in keys)
+
+
+def _named(value: object, names: Mapping[str, object], what: str) -> dict[str, Any]:
+    """Returns a mapping that has exactly the named members."""
+    members = dict(checks.mapping(value, what))
+    if missing := sorted(names.keys() - members.keys()):
+        raise MissingTensorError(f"the {what} of {reprlib.repr(missing[0])} is missing")
+    if unknown := sorted(map(str, members.keys() - names.keys())):
+        raise UnknownTensorError(f"the {what} of {reprlib.repr(unknown[0])} is of no part of the base")
+    return members
+
+
+def _check_adapter(adapter: object, denoiser: str, denoisers: Mapping[str, str]) -> dict[str, LoraFactors]:
+    """Returns a copy of a denoiser's adapter in the form of the file, sorted by layer."""
     factors_by_layer = dict(checks.mapping(adapter, "adapter"))
     if not factors_by_layer:
         raise MissingTensorError("the adapter has no layers, expected at least one")
     checks.require(
         len(factors_by_layer) <= MAX_LAYERS, "adapter", len(factors_by_layer), f"at most {MAX_LAYERS} layers"
     )
+    layout = layout_of_keys({denoiser: factors_by_layer})
     checked = {}
-    for layer, factors in sorted(factors_by_layer.items()):
-        if not isinstance(layer, str) or not _LAYER.fullmatch(layer):
-            raise UnknownTensorError(f"layer {reprlib.repr(layer)}: expected a key of the form lora_unet_*")
+    for layer, factors in sorted(factors_by_layer.items(), key=lambda item: str(item[0])):
+        named = isinstance(layer, str) and layout.layer.fullmatch(layer)
+        if not named or layout.denoiser_of(layer, denoisers) != denoiser:
+            raise UnknownTensorError(
+                f"layer {reprlib.repr(layer)}: expected a key of the form {layout.form} for {denoiser}"
+            )
         checks.require(isinstance(factors, LoraFactors), layer, factors, "LoraFactors")
-        down = _half(factors.down, f"{layer}.lora_down.weight")
-        up = _half(factors.up, f"{layer}.lora_up.weight")
+        down_name, up_name = (f"{layer}.{part}" for part in layout.parts[:2])
+        down, up = _half(factors.down, down_name), _half(factors.up, up_name)
         check_factor_shapes(layer, tuple(down.shape), tuple(up.shape))
-        _check_factor_values(down, f"{layer}.lora_down.weight")
-        _check_factor_values(up, f"{layer}.lora_up.weight")
-        checked[layer] = LoraFactors(down, up, _check_alpha(factors.alpha, f"{layer}.alpha"))
+        _check_factor_values(down, down_name)
+        _check_factor_values(up, up_name)
+        alpha = _check_alpha(factors.alpha, f"{layer}.alpha")
+        if layout is PEFT and alpha != down.shape[0]:
+            raise TensorValueError(f"layer {layer}: found alpha {alpha:g}, expected its rank, {down.shape[0]}")
+        checked[layer] = LoraFactors(down, up, alpha)
     return checked
 
 
@@ -200,36 +254,34 @@ def _check_alpha(alpha: object, name: str) -> float:
     return rounded
 
 
-def _check_embedding(embedding: object, base: BaseIdentity) -> Tensor:
-    """Returns an fp16 copy of the embedding, of the width that the base has."""
-    checked = _half(embedding, "imagic.e_opt")
+def _check_text(tensor: object, width: int, member: str, version: int) -> Tensor:
+    """Returns a copy of a tensor of the conditioning, known to have the width that the base has."""
+    name = place(member, version)
+    checked = _stored_copy(tensor, name)
     shape = tuple(checked.shape)
-    if len(shape) != 2 or shape[0] < 1 or shape[1] != base.cross_attention_dim:
-        raise TensorShapeError(f"imagic.e_opt: found shape {shape}, expected (T, {base.cross_attention_dim})")
+    sides = (len(SIDES[member]),) if version == 1 else range(1, MAX_TEXT_SIDES + 1)
+    if len(shape) not in sides or min(shape) < 1 or shape[-1] != width:
+        raise TensorShapeError(f"{name}: found shape {shape}, expected (T, {width})")
     if checked.nbytes > MAX_EMBEDDING_BYTES:
-        raise TensorShapeError(f"imagic.e_opt: shape {shape} is above {MAX_EMBEDDING_BYTES} bytes")
+        raise TensorShapeError(f"{name}: shape {shape} is above {MAX_EMBEDDING_BYTES} bytes")
     return checked
 
 
-def _check_coarse(latents: object) -> Tensor:
-    """Returns an fp16 copy of the low frequencies, known to be few."""
-    checked = _half(latents, "imagic.coarse_latents")
+def _check_coarse(latents: object, name: str) -> Tensor:
+    """Returns a copy of the low frequencies, known to be few."""
+    checked = _stored_copy(latents, name)
     shape, most = tuple(checked.shape), MAX_COARSE_SIDE
-    if len(shape) != 3 or not 1 <= shape[0] <= 64 or not all(1 <= side <= most for side in shape[1:]):
-        raise TensorShapeError(f"imagic.coarse_latents: found shape {shape}, expected (C, h, w), h and w up to {most}")
+    if len(shape) != 3 or not 1 <= shape[0] <= MAX_CHANNELS or not all(1 <= side <= most for side in shape[1:]):
+        raise TensorShapeError(f"{name}: found shape {shape}, expected (C, h, w), h and w up to {most}")
     return checked
 
 
-def _check_noise(noise: object, coarse: Tensor) -> Tensor | None:
-    """Returns an fp16 copy of the photo's own noise, known to have as many channels as its low frequencies."""
-    if noise is None:
-        return None
-    checked = _half(noise, "imagic.inverted_noise")
+def _check_noise(noise: object, coarse: Tensor, name: str) -> Tensor:
+    """Returns a copy of the photo's own noise, known to have as many channels as its low frequencies."""
+    checked = _stored_copy(noise, name)
     shape, most = tuple(checked.shape), MAX_NOISE_SIDE
     if len(shape) != 3 or shape[0] != coarse.shape[0] or not all(1 <= side <= most for side in shape[1:]):
-        raise TensorShapeError(
-            f"imagic.inverted_noise: found shape {shape}, expected ({coarse.shape[0]}, H, W), H and W up to {most}"
-        )
+        raise TensorShapeError(f"{name}: found shape {shape}, expected ({coarse.shape[0]}, H, W), H and W up to {most}")
     return checked
 
 
@@ -242,20 +294,29 @@ def picture_kind(picture: object) -> str:
     raise EditHeaderError(f"modelspec.thumbnail: expected a JPEG or PNG of at most {MAX_THUMBNAIL_BYTES} bytes")
 
 
-def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
-    """Returns whether two tensors are stored alike, or both missing; by value, -0 and 0 would be."""
-    if one is None or other is None:
-        return one is other
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors are stored alike; by value, -0 and 0 would be."""
     bits = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
-    return one.dtype == other.dtype and torch.equal(*bits)
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
 
-def _half(tensor: object, name: str) -> Tensor:
-    """Returns a contiguous fp16 copy on the CPU; its values are finite."""
+def _same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Returns whether two mappings have the same tensors under the same names."""
+    return one.keys() == other.keys() and all(_same_bits(tensor, other[name]) for name, tensor in one.items())
+
+
+def _stored_copy(tensor: object, name: str) -> Tensor:
+    """Returns a contiguous copy on the CPU, in bf16 where it is that and otherwise in fp16; its values are finite."""
+    is_brain = isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16
+    return _half(tensor, name, torch.bfloat16 if is_brain else torch.float16)
+
+
+def _half(tensor: object, name: str, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Returns a contiguous copy on the CPU in a type of 16 bits; its values are finite."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TensorDtypeError(f"tensor {name}: found {found}, expected floating point")
-    copied = tensor.detach().to("cpu", torch.float16, copy=True).contiguous()
+    copied = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     if not bool(torch.isfinite(copied).all()):
         raise NonFiniteTensorError(f"tensor {name}: found NaN, infinity or values beyond fp16, expected finite ones")
     return copied

@@ -1,19 +1,26 @@
 """The file of an `Edit`: one small safetensors file, read strictly and written reproducibly.
 
-Physical layout: the tensors are exactly a kohya LoRA (``lora_unet_*.lora_down.weight``,
-``.lora_up.weight``, ``.alpha``), because only these keys load in diffusers, ComfyUI, A1111/Forge and InvokeAI
-alike, and any tensor beside them makes diffusers load nothing without saying so. The rest is in the header:
+A file is an ordinary LoRA to other programs: its tensors have the names of one of the two layouts in `edits.layouts`.
+The rest is in the header:
 
 =========================  ====================================================================================
-``imagic.spec``            version of this format, ``1``; a reader refuses a higher one
+``imagic.spec``            version of the format, ``1`` or ``2`` (see `edits.versions`); a reader refuses a higher one
 ``imagic.meta``            JSON: sentence, settings, seed, etas, source picture, base weights, versions, measurements
 ``imagic.base``            JSON: the base model the edit was made for
+``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); rest for others
+``ss_*``                   what other programs show and filter by
+=========================  ====================================================================================
+
+The tensors beside the adapters are, in version 1, header entries of their own:
+
+=========================  ====================================================================================
 ``imagic.e_opt``           JSON: ``{"dtype": "F16", "shape": [T, D], "data": base64}``
 ``imagic.coarse_latents``  the same for the photo's low frequencies, ``[C, h, w]``
 ``imagic.inverted_noise``  the same for the photo's own noise, ``[C, H, W]``, where training was anchored to it
-``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); rest for others
-``ss_*``                   what other programs show and filter by; never read back
 =========================  ====================================================================================
+
+and in version 2 the members ``text.<part>``, ``coarse.<denoiser>`` and ``noise.<denoiser>`` of ``imagic.tensors``:
+each as above (``F16`` or ``BF16``) in kohya's layout, and ``{"tensor": "lora_imagic.<member>"}`` in peft's.
 
 Every field has one home in the header; copies for other programs are ignored by the reader.
 """
@@ -22,34 +29,22 @@ import base64
 import binascii
 import math
 import os
-import reprlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import EditFileError, EditHeaderError, TensorDtypeError, TensorShapeError
+from ..errors import EditFileError, EditHeaderError, TensorShapeError
 from ..storage.atomic import write_bytes
 from ..storage.file_names import safe_stem
 from ..storage.safetensors_reader import Container, parse
 from ..storage.safetensors_writer import bytes_tensor, container_tensor, serialize, tensor_bytes
 from ..storage.strict_json import dump_json
-from . import checks
-from .edit import MAX_EMBEDDING_BYTES, MAX_THUMBNAIL_BYTES, Edit, LoraFactors, picture_kind
-from .header import (
-    HASH_KEY,
-    NOISE_KEY,
-    PARTS,
-    SPEC_VERSION,
-    check_hash,
-    fields_of,
-    naming_its_writer,
-    read_bytes,
-    read_header,
-    shape_of,
-)
+from .edit import MAX_THUMBNAIL_BYTES, Edit, LoraFactors, picture_kind
+from .header import HASH_KEY, Header, StoredTensor, check_hash, naming_its_writer, read_bytes, read_header
+from .layouts import EXTRA
 from .meta import META_KEYS
+from .versions import ENTRIES, base_entry, source_entry
 
 _USAGE_HINT = (
     "Imagic edit: needs more than its LoRA. The photo comes back (eta 0) with the LoRA, the embedding imagic.e_opt in "
@@ -67,11 +62,22 @@ def encode(edit: Edit) -> bytes:
         EditHeaderError: The settings or measurements hold more values than the reader accepts.
     """
     tensors: dict[str, Tensor] = {}
-    for layer, factors in edit.adapter.items():
-        # fp32, because every reader calls .item() on it and fp16 would round alphas such as 0.1 visibly.
-        alpha = torch.tensor(factors.alpha, dtype=torch.float32)
-        tensors |= {f"{layer}.{part}": t for part, t in zip(PARTS, (factors.down, factors.up, alpha), strict=True)}
+    for adapter in edit.adapters.values():
+        for layer, factors in adapter.items():
+            # fp32, because every reader calls .item() on it and fp16 would round alphas such as 0.1 visibly.
+            alpha = torch.tensor(factors.alpha, dtype=torch.float32)
+            # A layout without alpha has one part fewer.
+            parts = zip(edit.layout.parts, (factors.down, factors.up, alpha), strict=False)
+            tensors |= {f"{layer}.{part}": tensor for part, tensor in parts}
+    if not edit.layout.in_header:
+        tensors |= {EXTRA + name: tensor for name, tensor in _stored(edit).items()}
     return serialize(tensors, _header(edit), hash_key=HASH_KEY)
+
+
+def _stored(edit: Edit) -> dict[str, Tensor]:
+    """Returns the tensors beside the adapters by the names that they have in a file of version 2."""
+    groups = {"text": edit.conditioning, "coarse": edit.coarse, "noise": edit.noise}
+    return {f"{group}.{name}": tensor for group, some in groups.items() for name, tensor in some.items()}
 
 
 def decode(data: bytes) -> Edit:
@@ -87,18 +93,25 @@ def decode(data: bytes) -> Edit:
 
 def _decoded(container: Container) -> Edit:
     """Returns the edit that a parsed file holds."""
-    header, metadata = read_header(container), container.metadata
+    header = read_header(container)
+    stored = {name: _tensor(container, tensor) for name, tensor in header.stored.items()}
+    groups: dict[str, dict[str, Tensor]] = {"text": {}, "coarse": {}, "noise": {}}
+    for name, tensor in stored.items():
+        group, _, of = name.partition(".")
+        groups[group][of] = tensor
     edit = Edit(
-        adapter={layer: _factors(container, layer) for layer in header.layers},
-        optimized_embedding=_stored(metadata, "imagic.e_opt", ("T", "D")),
-        coarse_latents=_stored(metadata, "imagic.coarse_latents", ("C", "h", "w")),
-        inverted_noise=_stored(metadata, NOISE_KEY, ("C", "H", "W")) if NOISE_KEY in metadata else None,
+        adapters={
+            denoiser: {layer: _factors(header, layer) for layer in layers} for denoiser, layers in header.layers.items()
+        },
+        conditioning=groups["text"],
+        coarse=groups["coarse"],
+        noise=groups["noise"],
         base=header.base,
         source=header.source,
         title=header.title,
         created=header.created,
         license=header.license,
-        thumbnail=_thumbnail_bytes(metadata.get("modelspec.thumbnail")),
+        thumbnail=_thumbnail_bytes(container.metadata.get("modelspec.thumbnail")),
         **header.meta,
     )
     # Last, so that a file that is wrong in a nameable way is refused by that name.
@@ -138,46 +151,36 @@ def read(path: str | os.PathLike[str]) -> Edit:
 
 def _header(edit: Edit) -> dict[str, str]:
     """Returns the header strings, without the hash of the tensor data."""
-    base, size = edit.base, edit.source.size_px
-    is_v, is_sd2 = base.prediction_type == "v_prediction", base.family == "sd2"
-    architecture = f"lowmem-imagic-{base.family}"
-    version = f"lowmem_imagic_{base.family}"
-    if base.family in ("sd1", "sd2"):
-        sd2 = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
-        architecture = sd2 if is_sd2 else "stable-diffusion-v1"
-        version = ("sd_v2" if is_sd2 else "sd_v1") + ("_v" if is_v else "")
-    ranks, alphas = ({getattr(f, name) for f in edit.adapter.values()} for name in ("rank", "alpha"))
-    meta = {name: getattr(edit, name) for name in META_KEYS} | {"source": asdict(edit.source)}
+    base, (width, height), version = edit.base, edit.source.size, edit.version
+    prediction = min(base.interface.denoisers.values())
+    adapted = [factors for adapter in edit.adapters.values() for factors in adapter.values()]
+    ranks, alphas = ({getattr(factors, name) for factors in adapted} for name in ("rank", "alpha"))
+    meta = {name: getattr(edit, name) for name in META_KEYS} | {"source": source_entry(edit.source, version)}
     header = {
         "format": "pt",
-        "imagic.spec": str(SPEC_VERSION),
-        "imagic.base": dump_json(asdict(base), "imagic.base"),
-        "imagic.coarse_latents": _storable(edit.coarse_latents, "imagic.coarse_latents"),
-        "imagic.e_opt": _storable(edit.optimized_embedding, "imagic.e_opt"),
+        "imagic.spec": str(version),
+        "imagic.base": dump_json(base_entry(base, version), "imagic.base"),
         "imagic.meta": dump_json(meta, "imagic.meta"),
-        "modelspec.architecture": f"{architecture}/lora",
+        **_tensor_entries(edit),
+        **base.labels,
         "modelspec.description": f"Imagic edit of one photo: {edit.target_prompt}",
         "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": "v" if is_v else base.prediction_type,
-        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+        "modelspec.resolution": f"{width}x{height}",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.tags": "imagic,edit",
         "modelspec.title": edit.title,
         "modelspec.trigger_phrase": edit.target_prompt,
         "modelspec.usage_hint": _USAGE_HINT,
-        "ss_base_model_version": version,
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         # "Dynamic" is sd-scripts' word where layers differ.
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_module": "networks.lora",
         "ss_output_name": safe_stem(edit.title),
-        "ss_resolution": f"({size}, {size})",
+        "ss_resolution": f"({width}, {height})",
         "ss_sd_model_name": base.source,
         "ss_seed": str(edit.seed),
-        "ss_v2": str(is_sd2),
     }
-    if edit.inverted_noise is not None:
-        header[NOISE_KEY] = _storable(edit.inverted_noise, NOISE_KEY)
     if edit.created is not None:
         header["modelspec.date"] = edit.created
     if edit.license is not None:
@@ -190,32 +193,41 @@ def _header(edit: Edit) -> dict[str, str]:
     return header
 
 
-def _factors(container: Container, layer: str) -> LoraFactors:
-    """Returns the stored factors of a layer."""
-    down, up, alpha = (container_tensor(container, f"{layer}.{part}") for part in PARTS)
-    return LoraFactors(down, up, float(alpha))
+def _tensor_entries(edit: Edit) -> dict[str, str]:
+    """Returns the header strings of the tensors beside the adapters."""
+    stored = _stored(edit)
+    if edit.version == 1:
+        return {ENTRIES[name]: dump_json(_values(tensor), ENTRIES[name]) for name, tensor in stored.items()}
+    in_header = edit.layout.in_header
+    members = {name: _values(tensor) if in_header else {"tensor": EXTRA + name} for name, tensor in stored.items()}
+    return {"imagic.tensors": dump_json(members, "imagic.tensors")}
 
 
-def _storable(tensor: Tensor, key: str) -> str:
-    """Returns the header string of an fp16 tensor; see `_stored`."""
+def _values(tensor: Tensor) -> dict[str, Any]:
+    """Returns a tensor as JSON holds it; see `_tensor`."""
     data = base64.b64encode(tensor_bytes(tensor)).decode()
-    return dump_json({"dtype": "F16", "shape": list(tensor.shape), "data": data}, key)
+    return {"dtype": "BF16" if tensor.dtype == torch.bfloat16 else "F16", "shape": list(tensor.shape), "data": data}
 
 
-def _stored(metadata: Mapping[str, str], key: str, sides: tuple[str, ...]) -> Tensor:
-    """Returns the fp16 tensor that a header string describes, with one dimension for each of `sides`."""
-    stored = fields_of(metadata, key, {"dtype", "shape", "data"})
-    dtype, data = stored["dtype"], stored["data"]
-    if dtype != "F16":
-        raise TensorDtypeError(f"{key}: found type {reprlib.repr(dtype)}, expected F16")
-    shape = shape_of(stored["shape"], key, sides)
+def _factors(header: Header, layer: str) -> LoraFactors:
+    """Returns the stored factors of a layer; without an alpha of its own it is the rank."""
+    down, up, *alpha = (container_tensor(header.container, f"{layer}.{part}") for part in header.layout.parts)
+    return LoraFactors(down, up, float(alpha[0]) if alpha else float(down.shape[0]))
+
+
+def _tensor(container: Container, stored: StoredTensor) -> Tensor:
+    """Returns a tensor beside the adapters."""
+    if stored.data is None:
+        return container_tensor(container, stored.tensor)
     try:
-        raw = base64.b64decode(checks.text(data, f"{key} data", 2 * MAX_EMBEDDING_BYTES), validate=True)
+        raw = base64.b64decode(stored.data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise EditHeaderError(f"{key} data: not base64 ({error})") from error
-    if len(raw) != 2 * math.prod(shape):
-        raise TensorShapeError(f"{key}: shape {shape} takes {2 * math.prod(shape)} bytes, found {len(raw)}")
-    return bytes_tensor(bytearray(raw), "F16", tuple(shape))
+        raise EditHeaderError(f"{stored.place} data: not base64 ({error})") from error
+    if len(raw) != 2 * math.prod(stored.shape):
+        raise TensorShapeError(
+            f"{stored.place}: shape {list(stored.shape)} takes {2 * math.prod(stored.shape)} bytes, found {len(raw)}"
+        )
+    return bytes_tensor(bytearray(raw), stored.dtype, stored.shape)
 
 
 def _thumbnail_bytes(uri: str | None) -> bytes | None:

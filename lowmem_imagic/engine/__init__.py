@@ -1,1 +1,1 @@
-"""A frozen base on a device: what is on it when, and what to do when its memory runs out."""
+"""A frozen base on a device: loading and freeing of its parts, and fallbacks when memory runs out."""

@@ -1,7 +1,7 @@
 """One frozen, quantised base shared by every edit: encode text, encode pictures, predict, decode.
 
-**Memory**: text encoder and autoencoder are loaded for the moment they are needed and dropped again; only the
-denoisers stay. So encode everything first, then train (`release` drops the denoisers too).
+**Memory**: text encoder and autoencoder are loaded for each use and dropped afterwards; only the denoisers stay. So
+encode everything first, then train (`release` drops the denoisers too).
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from ..edits.identity import BaseIdentity
 from ..errors import BackendUnavailableError, BaseInUseError, ConfigError, DivergenceError, NonFiniteModelError
 from ..families import DEMO, load_family
 from ..families.conditioning import Conditioning
-from ..families.family import Denoiser, Family, Size
+from ..families.family import Denoiser, Family
+from ..geometry import Sizes
 from ..layers.frozen import weight_bytes
 from ..settings.stages import base_problems
 from ..unexpected import first_line
@@ -29,16 +30,16 @@ from .memory import return_freed_memory, with_fallbacks
 log = logging.getLogger(__name__)
 
 MAX_SENTENCES = 128
-"""Sentences whose embeddings are remembered; more than are ever in training and waiting together."""
+"""Sentences with cached embeddings; more than are ever in training and waiting together."""
 PROBES = 8
-"""Positions at which a denoiser is asked when something went wrong."""
+"""Positions at which `BaseModel.check_denoiser` tries a denoiser."""
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU.
+    """The device called `name`; "auto" is CUDA if torch sees a GPU, else the CPU.
 
     Raises:
-        BackendUnavailableError: asked for by name and not there.
+        BackendUnavailableError: a named device is missing.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,10 +55,10 @@ COMPUTE_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 
 
 def pick_dtype(device: torch.device, weights: str, compute: str = "auto") -> torch.dtype:
-    """The type to compute in.
+    """The compute type.
 
-    "auto" takes that of the weights where they are bf16 or fp32. With weights in 8 bits it takes bfloat16 on GPUs that
-    have it, fp16 on older ones (RTX 20xx, GTX 16xx), and fp32 on CPUs, most of which are slower in bfloat16.
+    "auto" takes the type of the weights if they are bf16 or fp32. For 8-bit weights it takes bfloat16 on GPUs that
+    support it, fp16 on older ones (RTX 20xx, GTX 16xx), and fp32 on CPUs, as most CPUs are slower in bfloat16.
     """
     if compute != "auto":
         return COMPUTE_TYPES[compute]
@@ -72,22 +73,21 @@ class BaseModel:
     """A frozen base model; see `load`.
 
     Attributes:
-        family: what is particular to its model family.
-        device, dtype: where and in which type the denoisers compute.
-        weights: format of the denoisers' weights, one of `config.WEIGHT_FORMATS`.
+        family: the code and constants of its model family.
+        device, dtype: device and compute type of the denoisers.
+        weights: format of the denoisers' weights, one of `settings.stages.WEIGHT_FORMATS`.
         attention: ``"xformers"`` or ``"sdpa"``, as resolved.
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
         text_on_cpu: whether sentences are encoded on the CPU.
         replays: whether a GPU records training passes and replays them (see `engine.cuda_graphs`); not with
-            checkpointing. Off: no GPU has done so yet, though one spent five sixths of a step's time on starting 6,600
-            kernels one by one (``benchmarks/results/gpu_first_run.json``).
-        fallbacks: cheaper ways taken because memory ran out, in words and in order, since the base was loaded.
+            checkpointing. Off by default: it has not run on a GPU yet. Starting 6,600 kernels one by one took five
+            sixths of a step's time on one GPU (``benchmarks/results/gpu_first_run.json``).
+        fallbacks: fallbacks taken because memory ran out, in words and in order, since the base was loaded.
         most_rows, most_images: limits of a training pass and of a sampling batch, found by running out of memory; None
             if that has not happened.
 
-    Not for two threads at a time: adapters are attached to its network, and what it learns of memory is its own. A
-    second thread gets `BaseInUseError`.
+    For one thread at a time, as adapters and memory limits belong to the base. A second thread gets `BaseInUseError`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class BaseModel:
         self.most_rows: int | None = None
         self.most_images: int | None = None
         self.remembered: dict[Any, Any] = {}
-        """For those who work with this base: what they worked out about it, by keys of their own."""
+        """Cache for callers: their results about this base, by their own keys."""
         self._networks: dict[str, nn.Module] = {}
         self._encoded: dict[str, Conditioning] = {}
         self._user = threading.RLock()
@@ -119,14 +119,14 @@ class BaseModel:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Within the block this thread alone uses the base; it may enter again.
+        """Within the block only this thread uses the base; blocks may be nested.
 
         Raises:
-            BaseInUseError: another thread uses it now.
+            BaseInUseError: another thread is using it.
         """
         if not self._user.acquire(blocking=False):
             raise BaseInUseError(
-                f"{self.name} is in use by another thread; a base is for one at a time: wait, or load a second one"
+                f"{self.name} is in use by another thread; a base serves one at a time: wait, or load a second base"
             )
         try:
             yield
@@ -135,9 +135,9 @@ class BaseModel:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Within the block the base may be made to take less memory; afterwards it works as before.
+        """Undoes changes of the memory settings, fallbacks included, at the end of the block.
 
-        Inside of another such block, that one's end counts.
+        Nested blocks restore at the end of the outermost one.
         """
         if self._restoring:
             yield
@@ -165,7 +165,7 @@ class BaseModel:
         checkpointing: bool = False,
         config_folder: str | Path | None = None,
     ) -> "BaseModel":
-        """The base called `name`; reads configurations now and weights when they are first needed.
+        """The base called `name`; reads configurations now and weights at their first use.
 
         Args:
             name: "demo", a short name, a diffusers folder, a ``.safetensors`` file or a Hub id.
@@ -175,10 +175,10 @@ class BaseModel:
             attention: "auto", "xformers" or "sdpa".
             compute: type of the arithmetic: "auto" (see `pick_dtype`), "bf16", "fp16" or "fp32". Adapters are fp32.
             checkpointing: recompute activations: less memory, about 1.3 times the arithmetic.
-            config_folder: for a single file, whose configuration it has: a short name, a Hub id or a diffusers folder.
+            config_folder: source of a single file's configuration: a short name, a Hub id or a diffusers folder.
 
         Raises:
-            ModelError: unknown, incomplete or wrong model; a backend that is missing.
+            ModelError: the model is unknown, incomplete or of another kind, or a backend is missing.
             ConfigError: unknown option values.
         """
         if problems := base_problems(device=device, weights=weights, attention=attention, compute=compute):
@@ -195,23 +195,18 @@ class BaseModel:
 
     @property
     def name(self) -> str:
-        """What the edit file calls this base."""
+        """Name of this base in edit files."""
         return str(self.family.source.label)
 
     @property
     def identity(self) -> BaseIdentity:
-        """Which base this is, with the hashes of its files."""
+        """Identity of this base, with the hashes of its files."""
         return self.family.identity
 
     @property
-    def size(self) -> Size:
-        """Width and height of the pictures that this base was made for."""
-        return self.family.size
-
-    @property
-    def size_px(self) -> int:
-        """Side of the square pictures this base edits."""
-        return max(self.family.size)
+    def sizes(self) -> Sizes:
+        """The sizes of the pictures that this base edits."""
+        return self.family.sizes
 
     @property
     def denoisers(self) -> Sequence[Denoiser]:
@@ -219,11 +214,11 @@ class BaseModel:
         return self.family.denoisers
 
     def check_steps(self, name: str, steps: int) -> None:
-        """Makes sure that a sampler can take this many steps, by taking them without a model.
+        """Checks that a sampler can take this many steps, by running it without a model.
 
         Raises:
             ConfigError: it cannot.
-            NonFiniteModelError: it makes NaN or infinity of right predictions.
+            NonFiniteModelError: it gives NaN or infinity from right predictions.
         """
         if not math.isfinite(self.sampler_error(name, steps)):
             raise NonFiniteModelError(
@@ -232,7 +227,7 @@ class BaseModel:
             )
 
     def sampler_error(self, name: str, steps: int) -> float:
-        """How far a sampler ends from a picture when every prediction is right; of several schedules, the furthest.
+        """Largest error of a sampler's result over all schedules when every prediction is right.
 
         Raises:
             ConfigError: it cannot take this many steps.
@@ -280,25 +275,25 @@ class BaseModel:
 
     @contextlib.contextmanager
     def _part(self, load: Any, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """A part for the length of a ``with`` block; nothing of it stays on the device."""
+        """Loads a part for a ``with`` block; afterwards the device holds nothing of it."""
         part: nn.Module = load(device=device, dtype=dtype)
         try:
             yield part
         finally:
-            # The caller's name for the part outlives the block, and would keep its weights.
+            # The caller's variable outlives the block and would keep the weights alive.
             part.to("meta")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     @property
     def part_dtype(self) -> torch.dtype:
-        """Half precision on GPUs: these parts are used once and their fp32 activations would set the peak."""
+        """Type of text encoder and autoencoder: half precision on GPUs, where fp32 activations would set the peak."""
         return torch.float16 if self.device.type == "cuda" else torch.float32
 
     def encode_text(self, sentences: Sequence[str]) -> Conditioning:
-        """The conditioning of sentences, a row each, in fp32 on the CPU; the last `MAX_SENTENCES` are remembered.
+        """The conditioning of sentences, a row each, in fp32 on the CPU; the last `MAX_SENTENCES` are cached.
 
-        Sentences are encoded one by one: an embedding's last bits do not depend on the others.
+        Sentences are encoded one by one, so an embedding's last bits do not depend on other sentences.
 
         Raises:
             NonFiniteModelError: the text encoder gives NaN or infinity.
@@ -306,7 +301,7 @@ class BaseModel:
         with self.used():
             with_fallbacks(lambda: self._encode_new(sentences), self._text_to_cpu)
         for sentence in sentences:
-            # To the end: the sentence that was asked for longest ago is forgotten first.
+            # Move to the end of the cache: the least recently used sentence is dropped first.
             self._encoded[sentence] = self._encoded.pop(sentence)
         rows = Conditioning.cat([self._encoded[sentence] for sentence in sentences])
         for sentence in list(self._encoded)[:-MAX_SENTENCES]:
@@ -314,7 +309,7 @@ class BaseModel:
         return rows
 
     def _encode_new(self, sentences: Sequence[str]) -> None:
-        """Encodes the sentences that are not remembered."""
+        """Encodes the sentences that are not cached."""
         new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in self._encoded]
         if not new:
             return
@@ -332,7 +327,7 @@ class BaseModel:
         raise self.damaged("the text encoder")
 
     def _text_to_cpu(self) -> bool:
-        """The text encoder's only cheaper way."""
+        """Moves the text encoder to the CPU, its only fallback; returns False if it is there already."""
         if self.text_on_cpu:
             return False
         self.text_on_cpu = True
@@ -340,28 +335,28 @@ class BaseModel:
         return True
 
     def encode(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Latents of each denoiser (B, C, H, W), fp32 on the CPU, of pictures (B, 3, H, W) in [-1, 1].
+        """Latents (B, C, H, W) for each denoiser, fp32 on the CPU, of pictures (B, 3, H, W) in [-1, 1].
 
         Raises:
-            NonFiniteModelError: the autoencoder gives NaN or infinity, or numbers that half precision does not hold.
+            NonFiniteModelError: the autoencoder gives NaN, infinity, or numbers too large for half precision.
         """
         latents = self._in_either_precision(
             lambda codec: {name: x.float().cpu() for name, x in self.family.encode(codec, pictures).items()}
         )
-        # Edits hold them in half precision.
+        # Edits store latents in half precision.
         if not all(bool(x.half().isfinite().all()) for x in latents.values()):
             raise self.damaged("the autoencoder's encoder")
         return latents
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H, W) of the last denoiser, which `decode` takes; see `encode`."""
+        """Latents (B, C, H, W) for the last denoiser, the input of `decode`; see `encode`."""
         return self.encode(images)[self.denoisers[-1].name]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU; not finite where the latents are not, or are huge.
+        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU; not finite if the latents are not finite, or huge.
 
         Raises:
-            NonFiniteModelError: the autoencoder gives NaN or infinity for latents of zeros, too.
+            NonFiniteModelError: the autoencoder gives NaN or infinity even for latents of zeros.
         """
 
         def decoded(x: Tensor, codec: nn.Module) -> dict[str, Tensor]:
@@ -375,14 +370,14 @@ class BaseModel:
         return pictures
 
     def _in_either_precision(self, work: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The result of `work` with the autoencoder; in fp32 where that is not finite, as some overflow in half."""
+        """The result of `work` with the autoencoder; in fp32 if half precision gives a result that is not finite."""
         result = self._with_codec(work, self.part_dtype)
         if self.part_dtype == torch.float32 or all(bool(x.isfinite().all()) for x in result.values()):
             return result
         return self._with_codec(work, torch.float32)
 
     def _with_codec(self, work: Callable[[nn.Module], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The result of `work` with the autoencoder, in tiles where it does not fit."""
+        """The result of `work` with the autoencoder; in tiles if it does not fit in memory."""
 
         def run() -> dict[str, Tensor]:
             with self._part(partial(self.family.load_codec, tiling=self.vae_tiling), self.device, dtype) as codec:
@@ -399,30 +394,29 @@ class BaseModel:
             return with_fallbacks(run, cheaper)
 
     def predict(self, denoiser: Denoiser, x: Tensor, at: Tensor, given: Conditioning) -> Tensor:
-        """A denoiser's prediction (R, C, H, W) for x of the same shape at positions (R,), given as many rows."""
+        """A denoiser's prediction (R, C, H, W) for x of the same shape at positions (R,); `given` has R rows."""
         return denoiser.predict(
             self.network(denoiser), x.to(self.device, self.dtype), at.to(self.device), given.to(self.device, self.dtype)
         )
 
     @torch.no_grad()
     def check_denoiser(self, denoiser: Denoiser, latents: Tensor, given: Conditioning) -> None:
-        """Makes sure that a denoiser by itself predicts finite values, asked all along the noise schedule.
+        """Checks that a denoiser alone predicts finite values over the whole noise schedule.
 
-        A few passes, for when a number is not finite, to tell the base's fault from the edit's: no adapter may be
-        attached.
+        Runs `PROBES` passes, to tell a fault of the base from a fault of the edit. No adapter may be attached.
 
         Args:
-            denoiser: which.
+            denoiser: the denoiser.
             latents: a picture (C, H, W).
-            given: a row of conditioning, as the base gives it.
+            given: a row of conditioning from the base.
 
         Raises:
-            NonFiniteModelError: it does not.
+            NonFiniteModelError: a prediction is not finite.
 
         **Memory**: one row, nothing for a backward pass.
         """
         if not (latents.isfinite().all() and given.finite):
-            return  # a prediction that is not finite is not its fault
+            return  # not the denoiser's fault
         noise = torch.randn(latents[None].shape, generator=torch.Generator().manual_seed(0))
         for at in denoiser.schedule.spread(PROBES).view(-1, 1):
             noisy = denoiser.schedule.noised(latents[None], noise, at)
@@ -432,7 +426,7 @@ class BaseModel:
     def fault(
         self, error: DivergenceError, denoiser: Denoiser, latents: Tensor, given: Conditioning
     ) -> DivergenceError | NonFiniteModelError:
-        """The error to report when training on a picture diverged: `error`, or that the denoiser is damaged.
+        """The error to report when training diverged: `error`, or an error about a damaged denoiser.
 
         See `check_denoiser`.
         """
@@ -443,7 +437,7 @@ class BaseModel:
         return error
 
     def damaged(self, part: str) -> NonFiniteModelError:
-        """The error to raise where a part of the base gives what is not finite."""
+        """The error to raise when a part of the base gives NaN or infinity."""
         return NonFiniteModelError(
             f"{part} of {self.name} gives NaN or infinity; the model is damaged or unsuitable: download it again, or "
             "choose another"
@@ -451,7 +445,7 @@ class BaseModel:
 
 
 def resolve_attention(name: str, device: torch.device) -> str:
-    """``"xformers"`` or ``"sdpa"``; "auto" takes xformers on CUDA where it is installed and runs.
+    """``"xformers"`` or ``"sdpa"``; "auto" takes xformers on CUDA if it is installed and runs.
 
     Raises:
         BackendUnavailableError: xformers was asked for by name and does not run.
@@ -473,9 +467,9 @@ _NOT_INSTALLED = "it is not installed (pip install xformers)"
 
 
 def _xformers_problem(device: torch.device) -> str:
-    """Why xformers does not run on a device, found by trying; "" where it does.
+    """The reason why xformers does not run on a device, found by trying it; "" if it runs.
 
-    An installation for another CUDA or torch is imported without an error and has no kernels.
+    An installation for another CUDA or torch version is imported without an error but has no kernels.
     """
     log_of_xformers = logging.getLogger("xformers")
     level = log_of_xformers.level
@@ -483,14 +477,14 @@ def _xformers_problem(device: torch.device) -> str:
         log_of_xformers.setLevel(logging.ERROR)
         from xformers.ops import memory_efficient_attention
 
-        # On this device: diffusers' own probe takes the first GPU, and fp32, whatever is going to be used.
+        # Tried on this device in fp16: diffusers' own probe always takes the first GPU and fp32.
         tried = torch.zeros(1, 8, 2, 40, device=device, dtype=torch.float16, requires_grad=True)
         memory_efficient_attention(tried, tried, tried).sum().backward()
         return ""
     except ImportError:
         return _NOT_INSTALLED
     except Exception as error:
-        # NotImplementedError, RuntimeError, AttributeError: as the installation is broken.
+        # NotImplementedError, RuntimeError or AttributeError, depending on how the installation is broken.
         return f"it does not run on {device} ({first_line(error)})"
     finally:
         log_of_xformers.setLevel(level)

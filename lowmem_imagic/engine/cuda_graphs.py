@@ -1,4 +1,4 @@
-"""Passes that a GPU replays: thousands of kernels, recorded once and started by one call (CUDA graphs)."""
+"""Recorded passes: thousands of kernels, recorded once and started by one call (CUDA graphs)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,28 +7,26 @@ import torch
 from torch import Tensor
 
 WARM_UPS = 3
-"""Calls before recording, in which libraries choose their kernels and take their scratch memory."""
+"""Calls before recording, in which libraries choose their kernels and allocate scratch memory."""
 
 
 class Replay:
-    """A function of tensors, recorded on a GPU for their shapes and replayed from then on.
+    """A function of tensors, recorded once on a GPU for fixed shapes, then replayed.
 
-    On other devices, where there is nothing to record, it is called every time, over the same buffers.
+    Other devices cannot record: there every call runs the function, on the same buffers.
 
     Args:
-        run: what is recorded. It may change tensors that stay where they are, returns a tensor that it makes, reads
-            nothing back to the CPU, and does not depend on anything else that changes.
-        inputs: such as every call has, on any device.
-        device: where it runs.
-        changed: tensors that `run` changes in place; recording leaves them as they were, also where it fails.
-        beside: another, of which a call never comes between a call of this and the use of what it gives, nor the
-            other way round: they have their memory in common.
+        run: the function. It returns a new tensor, may change tensors in place, reads nothing back to the CPU, and
+            depends only on its inputs and on tensors that stay at their addresses.
+        inputs: example inputs with the shapes of all calls, on any device.
+        device: device to run on.
+        changed: tensors that `run` changes in place; recording restores them, even if it fails.
+        beside: a `Replay` to share a memory pool with. Use the output of one before calling the other.
 
     Raises:
-        RuntimeError: it cannot be recorded; among them `torch.OutOfMemoryError`.
+        RuntimeError: `run` cannot be recorded; `torch.OutOfMemoryError` is one of these errors.
 
-    **Memory**: what `run` holds at its peak stays taken for as long as this is there; a copy of `changed` while it is
-    recorded.
+    **Memory**: the peak of `run` stays allocated as long as this object exists; a copy of `changed` while recording.
     """
 
     def __init__(
@@ -41,7 +39,7 @@ class Replay:
         beside: "Replay | None" = None,
     ) -> None:
         self._run = run
-        self._inputs = [given.to(device, copy=True) for given in inputs]
+        self._inputs = [example.to(device, copy=True) for example in inputs]
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -49,7 +47,7 @@ class Replay:
 
     def _record(self, changed: Sequence[Tensor], beside: "Replay | None") -> None:
         before = [tensor.clone() for tensor in changed]
-        # On a stream of its own, as what the default one waits for could not be recorded; memory in common is of one.
+        # A separate stream: work that the default stream waits for cannot be recorded. A shared pool needs one stream.
         self._stream: Any = torch.cuda.Stream() if beside is None else beside._stream
         pool = None if beside is None or beside._graph is None else beside._graph.pool()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -67,9 +65,9 @@ class Replay:
         self._graph = graph
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What `run` gives for inputs of the same shapes; on a GPU good until the next call."""
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+        """The result of `run` for inputs of the same shapes; on a GPU valid until the next call."""
+        for buffer, value in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(value)
         if self._graph is None:
             return self._run(*self._inputs)
         self._graph.replay()

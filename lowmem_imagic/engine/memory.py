@@ -1,4 +1,4 @@
-"""Seconds and peak bytes of each stage, measured; what to do when memory runs out; freed memory given back."""
+"""Measured seconds and peak bytes of each stage, fallbacks when memory runs out, return of freed memory."""
 
 import ctypes
 import re
@@ -24,11 +24,11 @@ def clear_errors(stage: str, cheaper: str) -> Iterator[None]:
     """Turns running out of memory in the ``with`` block into one clear error.
 
     Args:
-        stage: what the block does.
-        cheaper: settings that take less.
+        stage: name of the stage, for the error.
+        cheaper: settings that take less memory, for the error.
 
     Raises:
-        MemoryLimitError: it ran out.
+        MemoryLimitError: memory ran out.
     """
     try:
         yield
@@ -39,11 +39,11 @@ def clear_errors(stage: str, cheaper: str) -> Iterator[None]:
 
 
 def with_fallbacks(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
-    """What `run` gives; run again, each time it runs out of memory, after a step down to something cheaper.
+    """The result of `run`; each time it runs out of memory, `cheaper` steps down and `run` starts again.
 
     Args:
-        run: may be broken off anywhere and begun anew.
-        cheaper: takes that step, or says False where there is none left; then the error goes on.
+        run: the work; it may be interrupted anywhere and started again.
+        cheaper: takes the next fallback; returns False if none is left, and then the error is raised.
     """
     while True:
         try:
@@ -51,15 +51,15 @@ def with_fallbacks(run: Callable[[], T], cheaper: Callable[[], bool]) -> T:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not ran_out(error) or not cheaper():
                 raise
-        # Here, where the error and with it what the attempt held is gone.
+        # After the except block: the error kept the failed attempt's tensors alive.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory ran out; on a CPU torch says so in a bare RuntimeError, and so do cuBLAS and cuDNN.
+    """Whether memory ran out; torch on a CPU, cuBLAS and cuDNN report it as a bare RuntimeError.
 
-    Running out while a CUDA graph is recorded ends in another error, of which it is the context.
+    While a CUDA graph is recorded, another error is raised, with the out-of-memory error as its context.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _OUT_OF_MEMORY.search(str(error)):
         return True
@@ -68,10 +68,10 @@ def ran_out(error: BaseException) -> bool:
 
 @dataclass
 class Meter:
-    """Collects what each stage took on one device.
+    """Collects seconds and peak bytes of each stage on one device.
 
     On CUDA the peak is the allocator's. On Linux CPUs it is the process's resident peak, Python and torch
-    included; elsewhere it is not known and None.
+    included; elsewhere it is unknown and None.
     """
 
     device: torch.device
@@ -89,11 +89,18 @@ class Meter:
         self.stages[name] = {"seconds": seconds, "peak_bytes": peak_bytes(self.device)}
 
 
-def return_freed_memory() -> None:
-    """Makes glibc give freed blocks of 1 MiB and more back to the system at once; nothing elsewhere.
+@contextmanager
+def measured_stage(meter: Meter, name: str, cheaper: str) -> Iterator[None]:
+    """Measures a stage, and turns running out of memory in it into one clear error."""
+    with clear_errors(name, cheaper), meter.stage(name):
+        yield
 
-    By default it learns to keep blocks of up to 32 MiB, which are what expanded weights and activations are: one
-    training row of Stable Diffusion 1.5 at 512 px then peaks at 1.6 GiB over baseline instead of 1.1. For the process.
+
+def return_freed_memory() -> None:
+    """Makes glibc return freed blocks of 1 MiB and more to the system at once; affects the whole process.
+
+    By default glibc keeps freed blocks of up to 32 MiB, the size of expanded weights and activations: one training row
+    of Stable Diffusion 1.5 at 512 px then peaks at 1.6 GiB over baseline instead of 1.1. Does nothing without glibc.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         m_mmap_threshold = -3
@@ -113,7 +120,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Peak bytes since `reset_peak`: allocated on CUDA, resident on Linux, None where it is not known."""
+    """Peak bytes since `reset_peak`: allocated on CUDA, resident on Linux, None elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _of_process("VmHWM:")
@@ -125,10 +132,10 @@ def resident_bytes() -> int | None:
 
 
 def _of_process(name: str) -> int | None:
-    """What the kernel says of this process, in bytes."""
+    """An entry of ``/proc/self/status``, in bytes; None if there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(name)]
-    return found[0] if found else None
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(name)]
+    return sizes[0] if sizes else None

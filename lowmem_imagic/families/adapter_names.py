@@ -20,7 +20,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "attn+ff": _ATTENTION + _FEED_FORWARD,
     "all": _ATTENTION + _FEED_FORWARD + _CONVOLUTION,
 }
-"""Endings of the names of a UNet's layers that each choice adapts."""
+"""Endings of the UNet layers' names for each choice of `adapt`."""
 
 
 def kohya_key(module_name: str) -> str:
@@ -29,14 +29,14 @@ def kohya_key(module_name: str) -> str:
 
 
 def block_of(module_name: str) -> int:
-    """The number in `BLOCKS` of the part of a UNet that a module belongs to; all before the middle is the encoder."""
+    """The index in `BLOCKS` of a module's part of the UNet; everything before the middle counts as the encoder."""
     if module_name.startswith("mid_block"):
         return BLOCKS.index("mid")
     return BLOCKS.index("up" if module_name.startswith(("up_blocks", "conv_out")) else "down")
 
 
 def peft_key(prefix: str, module_name: str) -> str:
-    """The name of a module in peft's files without the factor's own ending, e.g. ``transformer.blocks.0.attn.to_q``."""
+    """The name of a module in peft's files without the factor's ending, e.g. ``transformer.blocks.0.attn.to_q``."""
     return f"{prefix}.{module_name}"
 
 
@@ -51,15 +51,15 @@ class KohyaNames:
         return kohya_key(layer)
 
     def block_of(self, layer: str) -> int:
-        """The number in `BLOCKS` of the part that a layer belongs to."""
+        """The index in `BLOCKS` of a layer's part of the UNet."""
         return block_of(layer)
 
 
 @dataclass(frozen=True)
 class PeftNames:
-    """Names of the layers of a network of equal blocks in a row, with peft's keys.
+    """Names of the layers of a network with a sequence of equal blocks, with peft's keys.
 
-    The blocks' numbers stand in the layers' names; thirds of the depth are the parts with a strength of their own.
+    The layers' names contain the blocks' numbers; each third of the depth has its own strength.
     """
 
     prefix: str
@@ -73,6 +73,6 @@ class PeftNames:
         return peft_key(self.prefix, layer)
 
     def block_of(self, layer: str) -> int:
-        """The number in `BLOCKS` of the third that a layer belongs to; one outside of the blocks is in the first."""
+        """The index in `BLOCKS` of a layer's third of the depth; layers outside the blocks are in the first."""
         number = next((int(word) for word in layer.split(".") if word.isdigit()), 0)
         return min(number, self.depth - 1) * len(BLOCKS) // self.depth

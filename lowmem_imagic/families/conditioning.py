@@ -1,4 +1,4 @@
-"""What a network is given beside the picture and the time: named tensors that belong together."""
+"""Conditioning: a network's named input tensors beside the picture and the time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Path = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A way between two embeddings: (target, optimized, eta) to the embedding at eta."""
+"""A path between two embeddings: (target, optimized, eta) to the embedding at eta."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Part:
     trained: bool = False
     """Whether stage 1 optimises it."""
     mixed: bool = True
-    """Whether it goes along eta from e_opt to e_tgt; otherwise the sentence's own is used (masks, ids)."""
-    stored: bool = True
-    """Whether it is in the edit file; otherwise it is computed again (ids, sizes, the low-resolution picture)."""
+    """Whether eta mixes it between e_opt and e_tgt; otherwise the sentence's own is used (masks, ids)."""
+    stored: torch.dtype | None = torch.float16
+    """Its type in the edit file; None if it is recomputed (ids, sizes, the low-resolution picture)."""
     dtype: torch.dtype = torch.float32
 
 
@@ -48,19 +48,19 @@ class Conditioning(Mapping[str, Tensor]):
         return Conditioning({name: change(part) for name, part in self._parts.items()})
 
     def rows(self, index: Tensor | slice | Sequence[int]) -> "Conditioning":
-        """The rows of these numbers."""
+        """The rows at these indices."""
         return self._each(lambda part: part[index])
 
     def repeat(self, each: int) -> "Conditioning":
-        """Every row `each` times, one after the other."""
+        """Every row repeated `each` times, copies of a row side by side."""
         return self._each(lambda part: part.repeat_interleave(each, 0, output_size=each * len(part)))
 
     def expand(self, count: int) -> "Conditioning":
-        """The only row `count` times, without a copy."""
+        """The single row repeated `count` times, without a copy."""
         return self._each(lambda part: part.expand(count, *part.shape[1:]))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Conditioning":
-        """The same on a device; numbers in `dtype`, ids and masks in their own."""
+        """The conditioning on a device; floats in `dtype`, ids and masks in their own type."""
         return self._each(lambda part: part.to(device, dtype if part.is_floating_point() else None))
 
     @property
@@ -69,13 +69,13 @@ class Conditioning(Mapping[str, Tensor]):
         return all(bool(part.isfinite().all()) for part in self._parts.values())
 
     def mix(self, target: "Conditioning", eta: Tensor, path: Path, parts: Mapping[str, Part]) -> "Conditioning":
-        """The conditioning on the way from this (e_opt) to `target` (e_tgt).
+        """The conditioning between this one (e_opt) and `target` (e_tgt).
 
         Args:
-            target: of the sentence.
-            eta: (B,), 0 for this and 1 for the target.
-            path: the way between them.
-            parts: the family's description; a part that is not mixed, or not here, is the target's.
+            target: the sentence's conditioning.
+            eta: (B,), 0 for this one and 1 for the target.
+            path: the path between them.
+            parts: the family's parts; a part that is not mixed, or missing here, is the target's.
         """
         mixed = {}
         for name, goal in target.items():
@@ -90,5 +90,5 @@ class Conditioning(Mapping[str, Tensor]):
 
     @staticmethod
     def cat(several: Sequence["Conditioning"]) -> "Conditioning":
-        """The rows of several, one after the other."""
+        """The rows of several conditionings, one after the other."""
         return Conditioning({name: torch.cat([one[name] for one in several]) for name in several[0]})

@@ -1,4 +1,4 @@
-"""What differs between model families, as protocols: everything outside of `families` is written against these."""
+"""Protocols of model families; code outside of `families` uses only these."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -7,33 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from ..edits.identity import BaseIdentity
-from ..layers.adapter_pack import LayerNames
+from ..geometry import Size, Sizes
+from ..layers.adapter_pack import Factors, LayerNames
 from .conditioning import Conditioning, Part
 
-Size = tuple[int, int]
-"""Width and height of a picture in pixels."""
 Shape = tuple[int, ...]
-"""(C, H, W) of what a network denoises."""
+"""(C, H, W) of a denoiser's input."""
 
 
 class Sampler(Protocol):
-    """One way through a schedule: from noise to a picture, or back."""
+    """Steps through a schedule: from noise to a picture, or back."""
 
     @property
     def at(self) -> Sequence[Tensor]:
         """The position () of every step."""
 
     def start(self, noise: Tensor, below: Tensor | None) -> Tensor:
-        """What the first step begins with (B, C, H, W), of standard normal noise; laid over the picture `below` where
-        the schedule never reaches pure noise."""
+        """The input (B, C, H, W) of the first step, from standard normal noise; the noise is laid over the picture
+        `below` if the schedule never reaches pure noise."""
 
     def scaled(self, x: Tensor, step: int) -> Tensor:
-        """What the network is given for x in a step."""
+        """The network's input for x in a step."""
 
     def stepped(
         self, prediction: Tensor, step: int, x: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:
-        """x after a step with the network's prediction; steps that draw noise take it from each row's generator."""
+        """x after a step with the network's prediction; a step that draws noise uses each row's generator."""
 
 
 class Inverter(Sampler, Protocol):
@@ -41,17 +40,17 @@ class Inverter(Sampler, Protocol):
 
     @property
     def end(self) -> Tensor:
-        """The position () that the last step ends at."""
+        """The final position (), after the last step."""
 
 
 class Schedule(Protocol):
-    """Between a picture and noise. A position is what a network takes for the time: a whole step or a float."""
+    """The mixing of pictures with noise. A position is a network's time input: an integer timestep or a float."""
 
     def positions(self, draws: int, generator: torch.Generator, span: tuple[float, float]) -> Tensor:
         """Positions (draws,), one in each of equal parts of `span`; 0 is the clean end of the schedule, 1 the noisy."""
 
     def spread(self, count: int) -> Tensor:
-        """Positions (count,) all along the schedule, both ends included."""
+        """Positions (count,) spread over the schedule, both ends included."""
 
     def position(self, share: float) -> Tensor:
         """The position () at a share of the schedule."""
@@ -63,23 +62,23 @@ class Schedule(Protocol):
         """The right prediction (R, C, H, W)."""
 
     def noise_in(self, noisy: Tensor, x: Tensor, at: Tensor) -> Tensor:
-        """The noise that makes `noisy` of x: `noised` solved for it."""
+        """The noise in `noisy`: `noised` solved for the noise."""
 
     def sampler(self, name: str, steps: int, shape: Shape, device: torch.device | str = "cpu") -> Sampler:
-        """A sampler by name, for x of a shape on a device.
+        """A sampler by name, for x of this shape on a device.
 
         Raises:
-            ConfigError: unknown, or it cannot take this many steps.
+            ConfigError: the name is unknown, or the sampler cannot take this many steps.
         """
 
     def inverter(self, steps: int, shape: Shape) -> "Inverter":
         """A deterministic sampler from a picture to noise."""
 
     def error_of(self, name: str, steps: int) -> float:
-        """How far a sampler ends from a picture when every prediction is right, as a share of the picture's size.
+        """Error of a sampler's result when every prediction is right, as a share of the picture's norm.
 
         Raises:
-            ConfigError: it cannot take this many steps.
+            ConfigError: the sampler cannot take this many steps.
         """
 
 
@@ -88,19 +87,19 @@ class Denoiser(Protocol):
 
     @property
     def name(self) -> str:
-        """In files, plans and settings."""
+        """Its name in files, plans and settings."""
 
     @property
     def title(self) -> str:
-        """In messages, such as "UNet"."""
+        """Its name in messages, such as "UNet"."""
 
     @property
     def schedule(self) -> Schedule:
-        """Of the noise that it was trained on."""
+        """The noise schedule of its training."""
 
     @property
     def extra(self) -> Mapping[str, Part]:
-        """What the network takes beside the text, see `Family.extra`."""
+        """The parts of its conditioning beside the text, see `Family.make_extra`."""
 
     @property
     def names(self) -> LayerNames:
@@ -108,29 +107,37 @@ class Denoiser(Protocol):
 
     @property
     def guided(self) -> bool:
-        """Whether a negative sentence means anything (not for distilled models)."""
+        """Whether a negative sentence has an effect (not for distilled models)."""
 
     def shape(self, size: Size) -> Shape:
-        """(C, H, W) of what is denoised for a picture of this size."""
+        """(C, H, W) of the network's input for a picture of this size."""
 
     def load(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen network; on the meta device without reading a weight."""
+        """The frozen network; on the meta device no weights are read."""
 
     def use_xformers(self, network: nn.Module) -> None:
-        """Makes the network compute attention with xformers, which is known to run."""
+        """Switches the network's attention to xformers; the caller has checked that it runs."""
 
     def recompute(self, network: nn.Module, on: bool) -> None:
-        """Switches gradient checkpointing."""
+        """Switches gradient checkpointing on or off."""
+
+    def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> Mapping[str, Factors]:
+        """The same adapter, as fp32 on the CPU, in the form that other programs read from a file.
+
+        Args:
+            adapter: factors by the keys of `names`.
+            network: the network that it was trained on.
+        """
 
     def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
         """The prediction (R, C, H, W) for x of the same shape at positions (R,), in the schedule's terms."""
 
 
 class Family(Protocol):
-    """The parts of one model, each loaded when asked for and owned by the caller."""
+    """The parts of one model, each loaded on request and owned by the caller."""
 
     def __hash__(self) -> int:
-        """Families are told apart by identity."""
+        """Hash by identity: two objects are different families."""
 
     @property
     def family(self) -> str:
@@ -138,56 +145,56 @@ class Family(Protocol):
 
     @property
     def source(self) -> Any:
-        """Where its files are."""
+        """Its files."""
 
     @property
     def denoisers(self) -> Sequence[Denoiser]:
-        """In the order of sampling."""
+        """The denoisers, in the order of sampling."""
 
     @property
     def text(self) -> Mapping[str, Part]:
         """The parts of a sentence's conditioning."""
 
     @property
-    def size(self) -> Size:
-        """The size of the pictures that the model was made for."""
+    def sizes(self) -> Sizes:
+        """The sizes of the pictures that the model edits."""
 
     @property
     def identity(self) -> BaseIdentity:
-        """Which base this is."""
+        """Identity of this base, with the hashes of its files."""
 
     @property
     def sentence_tokens(self) -> int:
-        """Tokens of a sentence that the text encoder reads."""
+        """Most tokens of a sentence that the text encoder reads."""
 
     def check_prompt(self, prompt: str) -> str:
-        """The words that do not fit into the text encoder.
+        """The words that do not fit into the text encoder ("" if all do).
 
         Raises:
-            PromptError: nothing to encode.
+            PromptError: there is nothing to encode.
         """
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Everything that encodes sentences, frozen."""
+        """The frozen text encoder, or all of several."""
 
     def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
         """The conditioning of sentences, on the encoder's device."""
 
     def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool) -> nn.Module:
-        """Everything between pictures and what is denoised, frozen; `tiling` takes a fraction of the memory."""
+        """The frozen codec between pictures and latents (an autoencoder); `tiling` takes a fraction of the memory."""
 
     def encode(self, codec: nn.Module, pictures: Tensor) -> Mapping[str, Tensor]:
-        """What each denoiser is to give back for pictures (B, 3, H, W) in [-1, 1], by its name."""
+        """Latents of pictures (B, 3, H, W) in [-1, 1] for each denoiser, by its name."""
 
     def decode(self, codec: nn.Module, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) of what the last denoiser gives."""
+        """Pictures (B, 3, H, W) from the last denoiser's latents."""
 
     def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
-        """What a denoiser takes beside the text, for `count` rows.
+        """A denoiser's conditioning beside the text, for `count` rows.
 
         Args:
-            denoiser: which.
-            count: B.
-            size: of the pictures.
-            lower: what the denoiser before it gave (B, C, H, W); None for the first.
+            denoiser: the denoiser.
+            count: B, the number of rows.
+            size: width and height of the pictures.
+            lower: results (B, C, H, W) of the previous denoiser; None for the first.
         """

@@ -1,4 +1,4 @@
-"""Where a diffusers UNet's layers are replaced by those that keep less for the backward pass (see `layers.lean`)."""
+"""Replaces layers of a diffusers UNet by layers that keep less for the backward pass (see `layers.lean`)."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from ..layers.lean import GroupNormSiLU, geglu
 
 
-class _FrugalResnet(ResnetBlock2D):  # type: ignore[misc]
-    """The block with normalisations that activate, and its shortcut before its second convolution.
+class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
+    """The block with `GroupNormSiLU`, and with its shortcut before its second convolution.
 
-    Under gradient checkpointing a block is computed again up to the last tensor that it saved. At its end now stands
-    the larger of the two frozen products, which saves none.
+    Gradient checkpointing recomputes a block up to its last saved tensor. The larger of the two frozen products saves
+    none, and comes last here, so it is not recomputed.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hidden: Tensor = self.conv1(self.norm1(input_tensor))
-        # In place: a convolution keeps nothing of its output.
+        # In place: a convolution does not save its output.
         hidden = self.norm2(hidden.add_(self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         result: Tensor = shortcut + self.conv2(self.dropout(hidden))
@@ -27,8 +27,11 @@ class _FrugalResnet(ResnetBlock2D):  # type: ignore[misc]
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
-        """Whether it does what `module` does: between its second normalisation and its activation, the other kind of
-        block scales and shifts by the time; and some change the picture's size."""
+        """Whether this class computes the same as `module`.
+
+        It does not for blocks that scale and shift by the time between second normalisation and activation, nor for
+        blocks that change the picture's size.
+        """
         return (
             type(module) is ResnetBlock2D
             and type(module.nonlinearity) is nn.SiLU
@@ -41,7 +44,7 @@ class _FrugalResnet(ResnetBlock2D):  # type: ignore[misc]
         )
 
 
-class _FrugalGEGLU(nn.Module):
+class _LeanGEGLU(nn.Module):
     """`GEGLU` around the same projection."""
 
     def __init__(self, proj: nn.Module) -> None:
@@ -52,18 +55,18 @@ class _FrugalGEGLU(nn.Module):
         return geglu(self.proj(x))
 
 
-def make_frugal(unet: nn.Module) -> None:
-    """Replaces residual blocks, normalisations with SiLU behind them, and GEGLU, in place.
+def make_lean(unet: nn.Module) -> None:
+    """Replaces residual blocks, normalisations followed by SiLU, and GEGLU, in place.
 
-    Names of weights stay as they are.
+    The names of the weights do not change.
     """
     module: Any
     for module in list(unet.modules()):
-        if _FrugalResnet.suits(module):
-            module.__class__ = _FrugalResnet
+        if _LeanResnet.suits(module):
+            module.__class__ = _LeanResnet
             module.norm1, module.norm2 = GroupNormSiLU.of(module.norm1), GroupNormSiLU.of(module.norm2)
         elif isinstance(module, FeedForward) and type(module.net[0]) is GEGLU:
-            module.net[0] = _FrugalGEGLU(module.net[0].proj)
+            module.net[0] = _LeanGEGLU(module.net[0].proj)
     norm = getattr(unet, "conv_norm_out", None)
     if isinstance(norm, nn.GroupNorm) and type(unet.conv_act) is nn.SiLU:
         unet.conv_norm_out, unet.conv_act = GroupNormSiLU.of(norm), nn.Identity()

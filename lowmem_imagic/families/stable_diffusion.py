@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x: CLIP text conditioning, 4-channel latents, epsilon or v prediction.
 
-The only place that knows diffusers' and transformers' classes.
+Outside of `families` and `demo`, no code uses the classes of diffusers or transformers.
 """
 
 import logging
@@ -13,17 +13,21 @@ from diffusers.models.attention_processor import Attention, XFormersAttnProcesso
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast
 
-from ..edits.identity import BaseIdentity
+from ..edits.identity import BaseIdentity, Interface
 from ..errors import IncompleteModelError, PromptError
+from ..geometry import Size, Sizes
+from ..layers.adapter_pack import Factors
 from ..layers.frozen import load_frozen
+from ..unexpected import without_advice
 from . import kinds, limits, repairs
 from .adapter_names import KohyaNames
 from .conditioning import Conditioning, Part
-from .family import Denoiser, Size
+from .family import Denoiser
 from .files.checkpoint import SingleFile
 from .files.source import Folder
-from .lean_unet import make_frugal
-from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
+from .lean_unet import make_lean
+from .loading import build, check_fit, complete, fill, tensors_of, try_out
+from .portable import portable
 from .schedule import DiscreteSchedule, read_schedule
 
 log = logging.getLogger(__name__)
@@ -31,13 +35,15 @@ log = logging.getLogger(__name__)
 EMBEDS = "embeds"
 """Name of the only part of a sentence's conditioning."""
 _FAMILIES = {768: "sd1", 1024: "sd2"}
-"""Family by width of the text conditioning; others are of the same make but another size."""
+"""Family by width of the text conditioning; other widths are models of the same architecture in another size."""
+LEAST_PX = 256
+"""Shortest side of edited pictures, except for models trained on smaller pictures."""
 _FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
-"""Entries of a tokenizer's settings that would have it read another file."""
+"""Entries of a tokenizer's settings that make it read another file."""
 
 
 class StableDiffusion:
-    """The parts of one Stable Diffusion model, each loaded when asked for and owned by the caller.
+    """The parts of one Stable Diffusion model, each loaded on request and owned by the caller.
 
     Raises:
         WrongFamilyError: another kind of model (SDXL, inpainting, transformers).
@@ -59,10 +65,10 @@ class StableDiffusion:
         _ = self.scheduler_config
 
     def _check_checkpoint(self, source: SingleFile) -> None:
-        """Makes sure that a single file is of the size and the scale that its configuration says.
+        """Checks that a single file's width and latent scale are those of its configuration.
 
         Raises:
-            IncompleteModelError: it is not.
+            IncompleteModelError: they are not.
         """
         if source.width != self.cross_attention_dim:
             raise IncompleteModelError(
@@ -76,7 +82,7 @@ class StableDiffusion:
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
                 f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (`model_config`)"
             )
-        # Stable Diffusion 2 is made without the last layer: its second from the end is the last that there is.
+        # Stable Diffusion 2 lacks its text encoder's last layer, so the second layer from the end is its last one.
         made_without_last = self.cross_attention_dim == 1024 and source.marks.clip_skip.endswith(" 2")
         if source.marks.clip_skip and not made_without_last:
             log.warning(
@@ -128,12 +134,12 @@ class StableDiffusion:
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """The noise schedule's configuration, complete and as the model's marks say."""
+        """The noise schedule's configuration, complete, with the model's marks applied."""
         return read_schedule(self.source, self._folder)
 
     @cached_property
     def family(self) -> str:
-        """``sd1``, ``sd2``, or ``sd-<width>`` for models of the same make and another size."""
+        """``sd1``, ``sd2``, or ``sd-<width>`` for models of the same architecture in another size."""
         return _FAMILIES.get(self.cross_attention_dim, f"sd-{self.cross_attention_dim}")
 
     @property
@@ -143,7 +149,7 @@ class StableDiffusion:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts, one of `PREDICTION_TYPES`."""
+        """Prediction type of the UNet, one of `PREDICTION_TYPES`."""
         return str(self.scheduler_config["prediction_type"])
 
     @property
@@ -152,14 +158,14 @@ class StableDiffusion:
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     @property
-    def size(self) -> Size:
-        """Width and height of the pictures the model was made for."""
-        return self.size_px, self.size_px
+    def sizes(self) -> Sizes:
+        """The square of the model's training, and sizes of at most as many pixels whose latents its UNet halves evenly.
 
-    @property
-    def size_px(self) -> int:
-        """Side of the square pictures the model was made for."""
-        return int(self.unet_config["sample_size"]) * self.vae_factor
+        A side has at least half of the square's, and at least `LEAST_PX`: a model for smaller pictures has its square.
+        """
+        side = int(self.unet_config["sample_size"]) * self.vae_factor
+        halvings = len(self.unet_config["block_out_channels"]) - 1
+        return Sizes((side, side), self.vae_factor * 2**halvings, max(side // 2, min(side, LEAST_PX)))
 
     @property
     def num_train_timesteps(self) -> int:
@@ -168,30 +174,32 @@ class StableDiffusion:
 
     @cached_property
     def schedule(self) -> DiscreteSchedule:
-        """The noise schedule that the UNet was trained on."""
+        """The noise schedule of the UNet's training."""
         return DiscreteSchedule(self.scheduler_config, self._folder.label)
 
     @cached_property
     def denoisers(self) -> Sequence[Denoiser]:
-        """The UNet alone."""
+        """The UNet, the only denoiser."""
         return (UNet(self),)
 
     @property
     def text(self) -> Mapping[str, Part]:
-        """A sentence is one tensor (T, D)."""
+        """The conditioning of a sentence: one tensor (T, D)."""
         tokens = int(self.text_config["max_position_embeddings"])
         return {EMBEDS: Part((tokens, self.cross_attention_dim), trained=True)}
 
     @property
     def identity(self) -> BaseIdentity:
-        """Which base this is, with the hashes of its files."""
+        """Identity of this base, with the hashes of its files."""
         return BaseIdentity(
             source=self.source.label,
             revision=self.source.revision,
             family=self.family,
-            prediction_type=self.prediction_type,
-            cross_attention_dim=self.cross_attention_dim,
+            interface=Interface(
+                text={EMBEDS: self.cross_attention_dim}, denoisers={self.denoisers[0].name: self.prediction_type}
+            ),
             files=self.source.hashes,
+            labels=labels(self.family, self.prediction_type),
         )
 
     @cached_property
@@ -204,18 +212,19 @@ class StableDiffusion:
                 f"{self._folder.label}: tokenizer/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
                 "remove that entry"
             )
-        with quiet(), complete(self._folder.label, "tokenizer"):
-            # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
+        with without_advice(), complete(self._folder.label, "tokenizer"):
+            # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
+            # versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(
                 self._folder.path, subfolder="tokenizer", local_files_only=True
             )
             longest, words = self.text_config["max_position_embeddings"], self.text_config["vocab_size"]
-            # transformers takes 1e30 where the configuration does not say.
+            # transformers sets 1e30 if the configuration has no value.
             if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):
                 raise ValueError(f"model_max_length is {tokenizer.model_max_length}, expected 3 to {longest}")
             if max(tokenizer.get_vocab().values()) >= words:
                 raise ValueError(f"it has words beyond the {words} of the text encoder")
-            # Some settings are looked at only now.
+            # The library checks some settings only when it encodes.
             ids = _padded(tokenizer, ["a", ""])
             if ids.shape != (2, tokenizer.model_max_length):
                 raise ValueError(f"it gives ids of the shape {list(ids.shape)}")
@@ -223,7 +232,7 @@ class StableDiffusion:
             return tokenizer
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen UNet with weights in the given format (`config.WEIGHT_FORMATS`), in eval mode.
+        """The frozen UNet with weights in a format of `settings.stages.WEIGHT_FORMATS`, in eval mode.
 
         On the meta device only its configuration is read, as for the other parts.
         """
@@ -238,7 +247,7 @@ class StableDiffusion:
             load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
         except ValueError as error:
             raise IncompleteModelError(f"{self._shown}: the UNet's {error}") from error
-        make_frugal(unet)
+        make_lean(unet)
         return unet
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -246,15 +255,15 @@ class StableDiffusion:
         return self._frozen("text_encoder", self.text_config, device, dtype)
 
     def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
-        """The frozen autoencoder; `tiling` makes it work in overlapping quarters: a fraction of the memory."""
+        """The frozen autoencoder; with `tiling` it works in overlapping quarters, in a fraction of the memory."""
         vae: Any = self._frozen("vae", self.vae_config, device, dtype)
         if device.type == "cuda":
-            # cuDNN computes in this layout, and would keep a copy of every tensor in it.
+            # cuDNN computes in this layout; from another one it would copy every tensor.
             vae.to(memory_format=torch.channels_last)
         if tiling:
             vae.enable_tiling()
-            # diffusers' own tiles are of the size that the model was made for.
-            vae.tile_sample_min_size, vae.tile_latent_min_size = self.size_px // 2, self.latent_shape[1] // 2
+            # diffusers' own tiles have the size of a whole picture.
+            vae.tile_sample_min_size, vae.tile_latent_min_size = self.sizes.own[0] // 2, self.latent_shape[1] // 2
         return vae  # type: ignore[no-any-return]
 
     def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
@@ -264,13 +273,13 @@ class StableDiffusion:
 
     @property
     def _shown(self) -> str:
-        """The base, for messages about its weights."""
+        """Name of the base in messages about its weights."""
         return self.source.path.name if isinstance(self.source, SingleFile) else self.source.label
 
     def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
         part = self._build(component, values)
         if device.type == "meta":
-            with quiet():
+            with without_advice():
                 return part.to(device, dtype).requires_grad_(False).eval()
         tensors = tensors_of(self.source, component, values)
         names = check_fit(part, tensors, f"{self._shown}: the {component}", self._folder.label)
@@ -278,11 +287,7 @@ class StableDiffusion:
         return part
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Token ids (B, T), and for each prompt the words that no longer fit ("" when all do).
-
-        Raises:
-            PromptError: a prompt with no words.
-        """
+        """Token ids (B, T), and for each prompt the words that do not fit ("" if all do)."""
         limit = self.tokenizer.model_max_length
         cut = []
         for prompt in prompts:
@@ -292,14 +297,14 @@ class StableDiffusion:
 
     @property
     def sentence_tokens(self) -> int:
-        """Tokens of a sentence that the text encoder reads, beside those of its beginning and end."""
+        """Most tokens of a sentence that the text encoder reads, without the start and end tokens."""
         return int(self.tokenizer.model_max_length) - 2
 
     def check_prompt(self, prompt: str) -> str:
-        """The words of `prompt` that do not fit into the text encoder ("" when all do).
+        """The words of `prompt` that do not fit into the text encoder ("" if all do).
 
         Raises:
-            PromptError: nothing to encode.
+            PromptError: there is nothing to encode.
         """
         if not prompt.strip():
             raise PromptError('the sentence is empty; say what the picture should show, such as "a blue cube"')
@@ -309,7 +314,7 @@ class StableDiffusion:
     def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
         """Text embeddings (B, T, D), on the encoder's device and in its type.
 
-        On the meta device no words are read: every sentence has the full length.
+        On the meta device the sentences are not read: each has the full length.
         """
         device = next(encoder.parameters()).device
         if device.type == "meta":
@@ -328,23 +333,39 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, codec: nn.Module, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], in fp32, decoded one by one to bound memory.
+        """Pictures (B, 3, H, W) in [-1, 1], in fp32, decoded one by one to limit memory.
 
-        Not finite where the autoencoder overflows in its type.
+        Not finite if the autoencoder overflows in its type.
         """
         first = next(codec.parameters())
         parts = [codec.decode(_laid_out(z[None] / self._scaling, first)).sample for z in latents]  # type: ignore[operator]
-        # Clamping would hide an overflow to infinity, not one to NaN.
+        # Clamping would hide an overflow to infinity, so infinite values stay.
         images = torch.cat(parts).float()
         return images.where(~images.isfinite(), images.clamp(-1, 1))
 
     def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
-        """Nothing: the UNet takes the text alone."""
+        """Empty: the UNet takes only the text."""
         return Conditioning({})
 
     @property
     def _scaling(self) -> float:
         return float(self.vae_config["scaling_factor"])
+
+
+def labels(family: str, prediction_type: str) -> dict[str, str]:
+    """Header entries of edit files that tell ComfyUI, Forge and sd-scripts the kind of a base; see `LABELS`.
+
+    Empty for families that none of them knows.
+    """
+    if family not in _FAMILIES.values():
+        return {}
+    is_v, is_sd2 = prediction_type == "v_prediction", family == _FAMILIES[1024]
+    sd2 = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
+    return {
+        "modelspec.architecture": f"{sd2 if is_sd2 else 'stable-diffusion-v1'}/lora",
+        "ss_base_model_version": ("sd_v2" if is_sd2 else "sd_v1") + ("_v" if is_v else ""),
+        "ss_v2": str(is_sd2),
+    }
 
 
 class UNet:
@@ -361,7 +382,7 @@ class UNet:
 
     @property
     def schedule(self) -> DiscreteSchedule:
-        """The noise schedule that it was trained on."""
+        """The noise schedule of its training."""
         return self._family.schedule
 
     def shape(self, size: Size) -> tuple[int, int, int]:
@@ -374,35 +395,39 @@ class UNet:
         return self._family.load_unet(weights=weights, device=device, dtype=dtype)
 
     def use_xformers(self, network: nn.Module) -> None:
-        """Makes the UNet compute attention with xformers, which is known to run.
+        """Switches the UNet's attention to xformers; the caller has checked that it runs.
 
-        Not diffusers' own switch: it tries xformers on the first GPU and in fp32, whatever the UNet is on and in.
+        diffusers' own switch is not used: it always tries xformers on the first GPU and in fp32.
         """
         for module in network.modules():
             if isinstance(module, Attention):
                 module.set_processor(XFormersAttnProcessor())
 
     def recompute(self, network: nn.Module, on: bool) -> None:
-        """Switches gradient checkpointing."""
+        """Switches gradient checkpointing on or off."""
         unet: Any = network
         (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
 
+    def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
+        """The adapter in the form for other programs, see `families.portable`."""
+        return portable(adapter, network)
+
     def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """The UNet's prediction, in the layout that cuDNN computes in."""
+        """The UNet's prediction, computed in channels-last layout, as cuDNN prefers."""
         noisy = x.to(memory_format=torch.channels_last)
         prediction: Tensor = network(noisy, at, encoder_hidden_states=given[EMBEDS]).sample
         return prediction
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """A batch on the device of a part and in its type; on a GPU in the layout that cuDNN computes in."""
+    """A batch on the device of a part and in its type; on a GPU in cuDNN's layout (channels-last)."""
     if like.device.type == "cuda":
         return x.to(like.device, like.dtype, memory_format=torch.channels_last)
     return x.to(like)
 
 
 def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, T) at the full length of the text encoder."""
+    """Token ids (B, T), padded to the full length of the text encoder."""
     encoded = tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )

@@ -1,1 +1,1 @@
-"""Torch layers that know no model: frozen in 8 bit, lean in memory, adapted by packed LoRA."""
+"""Torch layers for any model: frozen in 8 bit, lean in memory, adapted by packed LoRA."""

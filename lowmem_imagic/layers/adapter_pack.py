@@ -2,8 +2,8 @@
 
 A row of the batch belongs to one edit and uses only that edit's factors. LoRA (arXiv 2106.09685):
 ``y = base(x) + alpha / r * B A x``, here with ``A: (N, r, in)`` and ``B: (N, out, r)``; for a
-convolution, A is a convolution of the layer's own geometry to r channels and B is 1x1. peft's
-``LoraConfig`` names the settings; a pack's outputs and gradients equal those of N peft runs.
+convolution, A is a convolution of the layer's own geometry to r channels and B is 1x1. Settings are
+named as in peft's ``LoraConfig``; a pack's outputs and gradients equal those of N peft runs.
 """
 
 import math
@@ -31,13 +31,13 @@ class LayerNames(Protocol):
 
     @property
     def targets(self) -> Mapping[str, Sequence[str]]:
-        """Endings of the names of the layers that each choice adapts."""
+        """Endings of the layers' names for each choice of `adapt`."""
 
     def key(self, layer: str) -> str:
         """The key of a layer's factors."""
 
     def block_of(self, layer: str) -> int:
-        """The number in `BLOCKS` of the part of the network that a layer belongs to."""
+        """The index in `BLOCKS` of a layer's part of the network."""
 
 
 def target_modules(
@@ -45,16 +45,16 @@ def target_modules(
 ) -> dict[str, nn.Module]:
     """The layers of `network` that `adapt` covers in `blocks`, by name, in the network's order.
 
-    peft chooses them, as for its own adapters.
+    peft's own functions choose the layers.
 
     Args:
         network: the network; its layers may be on any device.
-        names: of its layers.
+        names: names of its layers.
         adapt: a key of `LayerNames.targets`, or an expression (see `peft_targets`).
         blocks: parts of the network, some of `BLOCKS`.
 
     Raises:
-        ConfigError: it covers no layer, or one that is neither linear nor a convolution.
+        ConfigError: `adapt` covers no layer, or one that is neither linear nor a convolution.
     """
     config = LoraConfig(target_modules=list(names.targets.get(adapt, ())) or peft_targets(adapt))
     config = _maybe_include_all_linear_layers(config, network)
@@ -96,7 +96,7 @@ class AdapterPack:
 
     Args:
         network: a frozen network; it is not changed until `attached`.
-        names: of its layers.
+        names: names of its layers.
         count: N, the number of edits.
         adapt: the layers, see `target_modules`.
         blocks: parts of the network to adapt, some of `BLOCKS`.
@@ -143,11 +143,11 @@ class AdapterPack:
         self._parameters = {name: (factors[f"{name}.down"], factors[f"{name}.up"]) for name in self._shapes}
 
     def _set_alphas(self, alphas: dict[str, list[float]]) -> None:
-        """Of each layer, the alpha of every edit; 0 where an edit lacks the layer."""
+        """Sets every edit's alpha by layer; 0 if the edit lacks the layer."""
         self.alphas = alphas
         self._scales: dict[str, Tensor | None] = {}
         for name, values in alphas.items():
-            # An edit that lacks the layer has factors of zeros there, whatever their scale.
+            # An edit that lacks the layer has factors of zeros there, so any scale will do.
             scales = [alpha / self._shapes[name].down[0] or 1.0 for alpha in values]
             plain = all(scale == 1 for scale in scales)
             self._scales[name] = None if plain else torch.tensor(scales, device=self.weights.device)
@@ -168,16 +168,16 @@ class AdapterPack:
             up[edit].zero_()
 
     def enable_gradients(self) -> Tensor:
-        """The flat gradient (N, P); every factor's gradient is a view of it, which backward passes fill."""
+        """The flat gradient (N, P), filled by backward passes; every factor's gradient is a view of it."""
         return self._flat.enable_gradients()
 
     def set_rows(self, index: Tensor | None, strengths: Tensor | None = None) -> None:
-        """Says which edit each row of the following passes belongs to, and how strongly it is adapted.
+        """Sets the edit and the strength of each row of the following passes.
 
         Args:
-            index: (R,) int64 edit numbers, or None when rows lie edit by edit in equal shares.
+            index: (R,) int64 edit numbers; None if rows lie edit by edit in equal shares.
             strengths: (R, 3) factors on the adapters of each row in each of `BLOCKS`: 1 as trained, 0 the base
-                alone. None when all are 1.
+                alone. None if all are 1.
         """
         device = self.weights.device
         self.rows.index = None if index is None or self.count == 1 else index.to(device)
@@ -186,7 +186,7 @@ class AdapterPack:
 
     @contextmanager
     def attached(self, network: nn.Module) -> Iterator[None]:
-        """The network with the adapters in place; on leaving, exactly the network there was."""
+        """Attaches the adapters to the network within the block; afterwards the network has its original layers."""
         originals: list[tuple[nn.Module, str, nn.Module]] = []
         try:
             for name, (down, up) in self._parameters.items():
@@ -202,7 +202,7 @@ class AdapterPack:
                 setattr(parent, child, base)
 
     def export(self, edit: int) -> dict[str, Factors]:
-        """One edit's adapter by key, as fp32 copies on the CPU; without the layers that only other edits have."""
+        """One edit's adapter by key, as fp32 copies on the CPU; layers that the edit lacks are left out."""
         factors = {}
         for name, (down, up) in self._parameters.items():
             if not self.alphas[name][edit]:
@@ -221,10 +221,10 @@ class AdapterPack:
     ) -> "AdapterPack":
         """The pack of finished adapters; layers and ranks may differ between edits (zeros fill the gaps).
 
-        **Memory**: of each layer, N times the factors of the highest rank that an edit has there.
+        **Memory**: for each layer, N times the factors of its highest rank.
 
         Raises:
-            ValueError: no factors at all, a key no layer of the network has, or factors that do not fit its layer.
+            ValueError: no factors at all, a key without a layer in the network, or factors that do not fit the layer.
         """
         if not any(adapters):
             raise ValueError("there are no adapters to load")

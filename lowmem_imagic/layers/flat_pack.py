@@ -1,18 +1,14 @@
-"""Named tensors of N edits in one flat buffer, a row an edit.
+"""Named tensors of N edits in one flat buffer, one row per edit.
 
-An optimiser step, a gradient or a stop mask for all edits is then one operation, whatever N is and however many
-tensors an edit has.
+An optimiser step, a gradient or a stop mask for all edits is then one operation for any number of edits and tensors.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ..unexpected import WARNINGS
 
 
 class FlatPack:
@@ -39,17 +35,32 @@ class FlatPack:
             start = end
 
     def enable_gradients(self) -> Tensor:
-        """The flat gradient (N, P); every tensor's gradient is a view of it, which backward passes fill."""
+        """The flat gradient (N, P); every tensor's gradient is a view of it, which `kept_gradient` fills."""
         grads = torch.zeros_like(self.weights)
         for name, view in self._views(grads):
             self.parameters[name].grad = view
         return grads
 
 
-@contextmanager
-def strided_gradients() -> Iterator[None]:
-    """Around a backward pass: without torch's warning that tensors of several edits lie apart in one buffer, as they
-    and their gradients do on purpose."""
-    with WARNINGS, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-        yield
+class _KeptGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trained: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.trained = trained
+        return trained.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.trained.grad.add_(grads[0])
+        return None, None
+
+
+def kept_gradient(trained: Tensor, dtype: torch.dtype) -> Tensor:
+    """A trained tensor in `dtype` for a pass; `Tensor.backward` adds to the gradient that the tensor has.
+
+    That is one operation, where autograd has one to cast the gradient back and another to add it. Autograd's own also
+    warns of gradients of several edits in one buffer, which are apart by a whole edit.
+    """
+    if trained.grad is None:
+        return trained.to(dtype)
+    result: Tensor = _KeptGradient.apply(trained, dtype)  # type: ignore[no-untyped-call]
+    return result

@@ -1,4 +1,4 @@
-"""Frozen layers in 8 bit, every linear layer and every convolution, and how a network is converted.
+"""Frozen 8-bit layers for every linear layer and every convolution, and the conversion of a network to them.
 
 Weights are int8 with one fp32 absmax per output channel and are expanded to the input's
 type for each product: the same algorithm on CPU and GPU, rows never influence each other, and the
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MIN_CONV_CHANNELS = 5
-"""Convolutions from or to the latents (4 channels) stay as they are: a few kB, and the most sensitive."""
+"""Convolutions from or to the latents (4 channels) stay in float: they are small (a few kB) and the most sensitive."""
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        # Not among the saved tensors: they are frozen and live with the layer, and gradient checkpointing computes a
-        # block again up to the last tensor that it saved, which need not be this product.
+        # Not saved for backward: these tensors are frozen and belong to the layer. Gradient checkpointing recomputes a
+        # block up to its last saved tensor, so saving here would make it recompute this product.
         ctx.weight, ctx.scale = weight, scale
         return F.linear(x, _expand(weight, scale), bias)
 
@@ -55,7 +55,7 @@ class _FrozenConv2d(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         stride, padding, groups = ctx.geometry
         grad = grads[0]
-        # Only the shape of the input is read for the gradient with respect to it: an expanded scalar serves.
+        # The gradient needs only the input's shape, so an expanded scalar stands in for the input.
         stand_in = grad.new_empty(1).expand(ctx.input_shape)
         grad_input = torch.ops.aten.convolution_backward(
             grad,
@@ -77,18 +77,27 @@ def _expand(weight: Tensor, scale: Tensor) -> Tensor:
     """The weight in the type of `scale`: int8 values times their output channel's scale."""
     factors = scale.view((-1,) + (1,) * (weight.dim() - 1))
     if weight.device.type == "cpu":
-        # Here a product of two types begins with a copy of the one, beside the result.
+        # On this device a product of two types would first copy one of them.
         return weight.to(scale.dtype).mul_(factors)
     return weight * factors
 
 
-def _scale(layer: nn.Module, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """``absmax / 127`` in `dtype`, worked out once: two kernels for each product would be a tenth of a step's."""
-    key = (absmax.data_ptr(), absmax._version, absmax.device, dtype)
-    known: tuple[Any, Tensor] | None = layer.__dict__.get("_known_scale")
-    if known is None or known[0] != key:
-        known = layer.__dict__["_known_scale"] = (key, (absmax / 127).to(dtype))
-    return known[1]
+class _Scale:
+    """A layer's scale in the type of the arithmetic, cached: computing it in every pass would add about 10 % more
+    kernel launches."""
+
+    def __init__(self) -> None:
+        self._absmax: Tensor | None = None
+        self._key: Any = None
+        self._value = torch.empty(0)
+
+    def of(self, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+        """``absmax / 127`` in `dtype`; computed again for another type, and once `absmax` has changed or moved."""
+        key = (absmax.data_ptr(), absmax._version, absmax.device, dtype)
+        # The tensor itself, too: another one may have its address.
+        if self._absmax is not absmax or self._key != key:
+            self._absmax, self._key, self._value = absmax, key, (absmax / 127).to(dtype)
+        return self._value
 
 
 def _own(bias: Tensor, device: torch.device) -> nn.Parameter:
@@ -103,8 +112,12 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """A frozen linear layer in bitsandbytes' int8 storage with weight-only arithmetic.
 
-    Being a `Linear8bitLt`, it is handled by peft's bitsandbytes dispatch. Input (..., in), output (..., out).
+    peft's bitsandbytes dispatch handles it as a `Linear8bitLt`. Input (..., in), output (..., out).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scale = _Scale()
 
     @staticmethod
     def from_weights(weight: Tensor, bias: Tensor | None, device: torch.device) -> "FrozenLinear8bit":
@@ -116,9 +129,9 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
             self.init_8bit_state()
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
-            rows, self.weight.data, _scale(self, self.state.SCB, x.dtype), _cast(self.bias, x.dtype)
+            rows, self.weight.data, self._scale.of(self.state.SCB, x.dtype), _cast(self.bias, x.dtype)
         )
-        # The view is taken outside the Function, so that callers may add to the result in place.
+        # The view is made outside the Function, so that callers may add to the result in place.
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -130,6 +143,10 @@ class Int8Conv2d(nn.Conv2d):
     """
 
     absmax: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scale = _Scale()
 
     @staticmethod
     def from_weights(like: nn.Conv2d, weight: Tensor, bias: Tensor | None, device: torch.device) -> "Int8Conv2d":
@@ -151,11 +168,11 @@ class Int8Conv2d(nn.Conv2d):
 
     def quantize_(self) -> "Int8Conv2d":
         """Replaces the float weight by int8 values and one absmax per output channel; returns itself."""
-        # One fp32 copy and no more: on a small card the largest layer's sets the peak of loading.
+        # Only one fp32 copy: on a small card, the copy of the largest layer sets the peak of loading.
         weight = self.weight.data.to(torch.float32, copy=True)
         absmax = torch.linalg.vector_norm(weight, math.inf, dim=(1, 2, 3)).clamp_min(1e-12)
         rounded = weight.mul_((127 / absmax).view(-1, 1, 1, 1)).round_().to(torch.int8)
-        # Channels-last is the layout tensor cores and oneDNN compute in.
+        # Tensor cores and oneDNN compute in channels-last layout.
         self.weight = nn.Parameter(rounded.contiguous(memory_format=torch.channels_last), requires_grad=False)
         self.register_buffer("absmax", absmax)
         return self
@@ -166,7 +183,7 @@ class Int8Conv2d(nn.Conv2d):
         result: Tensor = _FrozenConv2d.apply(  # type: ignore[no-untyped-call]
             x,
             self.weight,
-            _scale(self, self.absmax, x.dtype),
+            self._scale.of(self.absmax, x.dtype),
             _cast(self.bias, x.dtype),
             self.stride,
             self.padding,
@@ -176,11 +193,11 @@ class Int8Conv2d(nn.Conv2d):
 
 
 def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torch.device) -> Any:
-    """A layer of `kind` (`Linear8bitLt` or ours) with the weight (out, in) quantised by bitsandbytes."""
+    """A layer of `kind` (`Linear8bitLt` or a subclass) with the weight (out, in) quantised by bitsandbytes."""
     outputs, inputs = weight.shape
     layer = kind(inputs, outputs, bias is not None, has_fp16_weights=False, threshold=0.0, device="meta")
     if device.type == "meta":
-        # bitsandbytes quantises on the way to a device that computes; here there is nothing to quantise.
+        # bitsandbytes quantises while it moves weights to a device; the meta device has no values to quantise.
         stored = {
             "CB": torch.empty_like(weight, dtype=torch.int8),
             "SCB": weight.new_empty(outputs, dtype=torch.float32),
@@ -196,11 +213,11 @@ def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torc
 def _quantized(
     module: nn.Module, state: dict[str, Tensor], weights: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module | None:
-    """The 8-bit layer for `module` with the given state, or None where it stays in float."""
+    """The 8-bit layer for `module` with this state, or None if the layer stays in float."""
     weight = state.get("weight")
     if weight is None:
         return None
-    # In the type of the arithmetic at once, or every product would begin with a cast.
+    # Stored in the compute type: otherwise every product would begin with a cast.
     bias = _cast(state.get("bias"), dtype)
     if type(module) is nn.Linear:
         if weights == "int8":
@@ -222,7 +239,7 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Gives the module at `path` its weights, putting an 8-bit layer in its place where there is one."""
+    """Gives the module at `path` its weights, and replaces it by an 8-bit layer if there is one for it."""
     layer = _quantized(modules[path], state, weights, device, dtype)
     if layer is not None:
         parent, _, child = path.rpartition(".")
@@ -248,15 +265,15 @@ def load_frozen(
 
     Args:
         model: a network on the meta device; linear layers and convolutions are replaced in place.
-        tensors: (name, tensor) pairs in any order, each read when it is asked for.
+        tensors: (name, tensor) pairs in any order; reading may be lazy.
         weights: one of `settings.stages.WEIGHT_FORMATS`.
-        device: where the weights go.
-        dtype: type of everything that is not quantised.
+        device: device of the weights.
+        dtype: type of the weights that are not quantised.
 
     Raises:
         ValueError: names in `tensors` that the model lacks, the reverse, or shapes that differ.
 
-    **Memory**: holds one layer in full precision at a time, if `tensors` does.
+    **Memory**: one layer in full precision at a time, if `tensors` reads lazily.
     """
     modules = dict(model.named_modules())
     expected = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -270,7 +287,7 @@ def load_frozen(
         missing.discard(name)
         path, _, leaf = name.rpartition(".")
         pending.setdefault(path, {})[leaf] = tensor
-        # The loop must not hold this tensor while the next one is read.
+        # Free this tensor before the next one is read.
         del tensor
         if len(pending[path]) >= sum(1 for _ in modules[path].parameters(recurse=False)):
             _fill(modules, path, pending.pop(path), weights, device, dtype)

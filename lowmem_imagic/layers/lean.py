@@ -1,10 +1,10 @@
 """Layers of a frozen network that keep less for the backward pass, and compute the same bits.
 
-A normalisation and the SiLU after it keep two tensors of the input's size, GEGLU keeps three; what the second half of
-each needs can be computed again from the input of the first, in a fraction of a convolution's time. At Stable
-Diffusion 1.5's shape this takes a fifth off what a row keeps (see ``benchmarks/memory.py``).
+Stock layers keep two tensors of the input's size for a normalisation with SiLU, and three for GEGLU. The layers here
+keep the input alone and recompute the rest in a fraction of a convolution's time. At Stable Diffusion 1.5's shape a row
+then keeps a fifth less memory (see ``benchmarks/memory.py``).
 
-Made for frozen weights; where a normalisation's weights are trained, it is torch's own.
+For frozen weights; a normalisation with trained weights uses torch's own code.
 """
 
 from typing import Any
@@ -26,14 +26,14 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         normed, _, _ = _native_group_norm(x, weight, bias, ctx.groups, ctx.eps)
-        # Written over the normalised values, which nobody needs any more.
+        # Overwrites the normalised values, which are not needed any more.
         grad = torch.ops.aten.silu_backward.grad_input(
             grads[0].contiguous(memory_format=_layout(normed)), normed, grad_input=normed
         )
         rows, channels = x.shape[:2]
-        found = torch.ops.aten.native_group_norm_backward(
+        grads_in = torch.ops.aten.native_group_norm_backward(
             grad,
-            _taken(x),
+            _kernel_layout(x),
             mean,
             rstd,
             weight,
@@ -43,31 +43,31 @@ class _GroupNormSiLU(torch.autograd.Function):
             ctx.groups,
             [True, False, False],
         )
-        return found[0], None, None, None, None
+        return grads_in[0], None, None, None, None
 
 
 def _native_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, ...]:
     """Normalised values, mean and reciprocal deviation of each row's groups."""
     rows, channels = x.shape[:2]
     result: tuple[Tensor, ...] = torch.native_group_norm(
-        _taken(x), weight, bias, rows, channels, x[0, 0].numel(), groups, eps
+        _kernel_layout(x), weight, bias, rows, channels, x[0, 0].numel(), groups, eps
     )
     return result
 
 
-def _taken(x: Tensor) -> Tensor:
-    """`x` in a layout that this device's kernel takes: as it is on CPUs, channels first elsewhere."""
+def _kernel_layout(x: Tensor) -> Tensor:
+    """`x` in the memory layout of this device's kernel: unchanged on CPUs, channels first elsewhere."""
     return x.contiguous(memory_format=_layout(x)) if x.device.type == "cpu" else x.contiguous()
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """Channels-last for what lies so, else channels first."""
+    """The memory format of `x`: channels-last or channels first."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """Group normalisation followed by SiLU, (R, C, H, W) to the same; frozen, it keeps its input alone."""
+    """Group normalisation followed by SiLU, (R, C, H, W) to the same; with frozen weights it keeps its input alone."""
 
     @staticmethod
     def of(norm: nn.GroupNorm) -> "GroupNormSiLU":
@@ -96,14 +96,14 @@ class _Geglu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         [projected] = ctx.saved_tensors
         values, gate = projected.chunk(2, dim=-1)
-        found = torch.empty_like(projected)
-        of_values, of_gate = found.chunk(2, dim=-1)
-        # Everything in its place: here is where a row of Stable Diffusion 1.5 is at its peak.
+        grad = torch.empty_like(projected)
+        of_values, of_gate = grad.chunk(2, dim=-1)
+        # All in place: a training row of Stable Diffusion 1.5 reaches its peak memory here.
         torch.mul(grads[0], values, out=of_gate)
         torch.ops.aten.gelu_backward.grad_input(of_gate, gate, approximate="none", grad_input=of_gate)
         torch.ops.aten.gelu.out(gate, out=of_values)
         of_values.mul_(grads[0])
-        return (found,)
+        return (grad,)
 
 
 def geglu(projected: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""A frozen layer with the adapters of N edits, each row of a batch with its own edit's (see `layers.adapter_pack`)."""
-
-from typing import Any
+"""Frozen layers with the adapters of N edits; each row of a batch uses its own edit's (see `layers.adapter_pack`)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .flat_pack import kept_gradient
+
 
 class Rows:
-    """Which edit each row of the batch belongs to and how strongly it is adapted; shared by all layers of a pack.
+    """The edit and the strength of each row of the batch; shared by all layers of a pack.
 
-    `index` is None when the rows lie edit by edit in equal shares, which needs no gathering of factors.
-    `strengths` (R, 3), a factor for each row and each of `config.BLOCKS`, is None when all are 1.
+    `index` is None if the rows lie edit by edit in equal shares, which needs no gathering of factors.
+    `strengths` (R, 3), a factor for each row and each of `settings.stages.BLOCKS`, is None if all are 1.
     """
 
     def __init__(self) -> None:
@@ -19,35 +19,12 @@ class Rows:
         self.strengths: Tensor | None = None
 
     def select(self, factors: Tensor) -> Tensor:
-        """The factors (G, ...) for G equal groups of rows: one group an edit, or one a row."""
+        """The factors (G, ...) for G equal groups of rows: one group per edit, or one per row."""
         return factors if self.index is None else factors[self.index]
 
 
-class _Rounded(torch.autograd.Function):
-    """A trained tensor in another type, for `Tensor.backward` alone: adding its gradient to what is kept is one
-    operation, where autograd has one to cast it back and another to add it."""
-
-    @staticmethod
-    def forward(ctx: Any, trained: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.trained = trained
-        return trained.to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        ctx.trained.grad.add_(grads[0])
-        return None, None
-
-
-def _rounded(factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factors in the type of the arithmetic."""
-    if factors.dtype == dtype or not factors.is_leaf or factors.grad is None:
-        return factors.to(dtype)
-    result: Tensor = _Rounded.apply(factors, dtype)  # type: ignore[no-untyped-call]
-    return result
-
-
 class PackedLoraLayer(nn.Module):
-    """A frozen layer with the adapters of N edits; stands in the network in the layer's place while attached."""
+    """A frozen layer with the adapters of N edits; replaces the layer in the network while attached."""
 
     def __init__(
         self, base: nn.Module, down: nn.Parameter, up: nn.Parameter, scale: Tensor | None, rows: Rows, block: int
@@ -55,18 +32,25 @@ class PackedLoraLayer(nn.Module):
         super().__init__()
         self.base = base
         self.down, self.up = down, up
-        # Not a buffer: it is the pack's. None is 1 for all edits.
+        # Not a buffer: the pack owns it. None is 1 for all edits.
         self.scale = scale
         self.rows, self.block = rows, block
 
     def _group(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Down and scaled up factors for groups of rows, in x's type."""
-        scaled = self.up if self.scale is None else self.up * self.scale.view(-1, 1, 1)
-        down, up = self.rows.select(self.down), self.rows.select(scaled)
-        return _rounded(down, x.dtype), _rounded(up, x.dtype)
+        return self._factors(self.down, None, x.dtype), self._factors(self.up, self.scale, x.dtype)
+
+    def _factors(self, trained: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Factors for groups of rows, each edit's scaled by its own number, in `dtype`."""
+        if scale is None and self.rows.index is None:
+            return kept_gradient(trained, dtype)
+        factors = kept_gradient(trained, trained.dtype)
+        if scale is not None:
+            factors = factors * scale.view(-1, 1, 1)
+        return self.rows.select(factors).to(dtype)
 
     def _strengths(self, x: Tensor) -> Tensor | None:
-        """The factor (R,) on each row's adapter in this layer, in x's type; None when all are 1."""
+        """The factor (R,) on each row's adapter in this layer, in x's type; None if all are 1."""
         strengths = self.rows.strengths
         return None if strengths is None else strengths[:, self.block].to(x.dtype)
 
@@ -75,14 +59,15 @@ class PackedLoraLinear(PackedLoraLayer):
     """Packed LoRA on a linear layer: (R, ..., in) to (R, ..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # First: after the adapters' it would save 2 % of a checkpointed step's arithmetic, and cost 2 % of its memory.
+        # The base product comes first: after the adapters it would save 2 % of a checkpointed step's arithmetic, but
+        # cost 2 % more memory.
         y: Tensor = self.base(x)
         down, up = self._group(x)
         rows = x.reshape(down.shape[0], -1, x.shape[-1])
         hidden = torch.bmm(rows, down.transpose(1, 2))
         if (strengths := self._strengths(x)) is not None:
             hidden = (hidden.view(len(x), -1) * strengths[:, None]).view(hidden.shape)
-        # Not in place: y is a view, whose history autograd would rewrite with copies.
+        # Not in place: y is a view, and autograd would rewrite its history with copies.
         return torch.baddbmm(y.view(down.shape[0], -1, y.shape[-1]), hidden, up.transpose(1, 2)).view(y.shape)
 
 
@@ -91,16 +76,16 @@ class PackedLoraConv2d(PackedLoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        # In place: the base layer keeps nothing of its output, and nobody else has it.
+        # In place: the base layer does not save its output, and nothing else refers to it.
         return y.add_(self._delta(x))
 
     def _delta(self, x: Tensor) -> Tensor:
-        """What the adapters add."""
+        """The sum that the adapters add to the base layer's output."""
         down, up = self._group(x)
         groups, each = down.shape[0], x.shape[0] // down.shape[0]
         conv = self.base
         assert isinstance(conv, nn.Conv2d)
-        # Every group's channels side by side: one grouped convolution serves all edits.
+        # All groups' channels side by side: one grouped convolution for all edits.
         beside = x if groups == 1 else x.view(groups, each, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
         hidden = F.conv2d(beside, down.flatten(0, 1), None, conv.stride, conv.padding, 1, groups)
         if (strengths := self._strengths(x)) is not None:
@@ -111,8 +96,10 @@ class PackedLoraConv2d(PackedLoraLayer):
 
 
 class _LastConv2d(PackedLoraConv2d):
-    """The same at the end of a residual block (see `families.lean_unet`), which gradient checkpointing computes again
-    up to the last tensor that it saved: the frozen product saves none, and is spared when it comes after the adapters'.
+    """The same at the end of a residual block (see `families.lean_unet`), with the frozen product last.
+
+    Gradient checkpointing recomputes a block only up to its last saved tensor. The frozen product saves none, so it is
+    not recomputed if it comes after the adapters.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +109,7 @@ class _LastConv2d(PackedLoraConv2d):
 
 
 def packed_kind(name: str, base: nn.Module) -> type[PackedLoraLayer]:
-    """The kind of layer that stands in for `base`, the module of that name."""
+    """The kind of layer that replaces `base`, the module of this name."""
     if not isinstance(base, nn.Conv2d):
         return PackedLoraLinear
     return _LastConv2d if name.endswith(".conv2") else PackedLoraConv2d

@@ -1,9 +1,9 @@
-"""Smaller adapters: the parts of each layer's update that matter most for their bytes, by singular values.
+"""Smaller adapters: keeps the directions of each layer's update with the most energy per byte.
 
-A layer's update ``alpha / r * up @ down`` is a matrix of rank r; its singular values say how much each of r
+A layer's update ``alpha / r * up @ down`` is a matrix of rank r; its singular values measure how much each of r
 directions moves the layer (Eckart & Young 1936: keeping the largest ones is the best approximation of lower rank).
-Which directions to keep is decided for all layers at once, by energy per stored byte, so that a layer may lose
-more than another, and all of it.
+Directions are chosen over all layers at once, by energy per stored byte, so layers lose different shares, and a layer
+may lose all.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 from .adapter_pack import Factors
 
 MIN_RANK = 2
-"""Fewest directions of a layer: stable-diffusion.cpp takes the last side above 1 of ``lora_down`` for the rank."""
+"""Fewest directions of a layer: stable-diffusion.cpp reads the rank from the last side above 1 of ``lora_down``."""
 
 _Step = tuple[float, str, int, int]
 """Energy per stored number, negative; layer; directions; stored numbers."""
@@ -24,15 +24,15 @@ def truncated(adapter: Mapping[str, Factors], keep: float) -> dict[str, Factors]
     """The adapter in at most `keep` of its bytes (at least `MIN_RANK` directions of one layer), as fp32 on the CPU.
 
     Args:
-        adapter: factors by layer, as `AdapterPack.export` gives them.
-        keep: share of the factors' bytes, above 0; 1 and more gives the adapter back as it is.
+        adapter: factors by layer, from `AdapterPack.export`.
+        keep: share of the factors' bytes, above 0; 1 and more returns the adapter unchanged.
     """
     if keep >= 1 or not adapter:
         return dict(adapter)
     spectra = {key: _decomposed(factors) for key, factors in adapter.items()}
     steps = [step for key, spectrum in spectra.items() for step in _steps(key, *spectrum)]
-    # Equal worth is broken by name, so that the same adapter always gives the same file. The sort is stable and
-    # singular values fall: a step never comes before the ones of its layer that it builds on.
+    # Ties are broken by name, so that the same adapter always gives the same file. The sort is stable and singular
+    # values fall, so the steps of a layer stay in their order.
     steps.sort(key=lambda step: step[:2])
     budget = keep * sum(down.numel() + up.numel() for down, up, _ in adapter.values())
     ranks: dict[str, int] = {}
@@ -45,7 +45,7 @@ def truncated(adapter: Mapping[str, Factors], keep: float) -> dict[str, Factors]
 
 
 def _steps(key: str, left: Tensor, sigmas: Tensor, right: Tensor) -> list[_Step]:
-    """What a layer may keep: its first `MIN_RANK` directions together, then one after another."""
+    """The steps of a layer: its first `MIN_RANK` directions together, then one after another."""
     numbers, energies = right[0].numel() + len(left), sigmas.square().tolist()
     first = -sum(energies[:MIN_RANK]) / (MIN_RANK * numbers), key, len(energies[:MIN_RANK]), MIN_RANK * numbers
     return [first, *((-energy / numbers, key, 1, numbers) for energy in energies[MIN_RANK:])]

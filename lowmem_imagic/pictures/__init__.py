@@ -1,4 +1,4 @@
-"""Pictures coming in: files of many formats to upright 8-bit sRGB pictures."""
+"""Reads photo files of many formats as upright 8-bit sRGB pictures, and writes PNG files."""
 
 from .formats import PHOTO_SUFFIXES, RAW_SUFFIXES, has_photo_suffix
 from .own_pictures import is_apple_double, png_text

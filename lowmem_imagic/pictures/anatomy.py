@@ -1,4 +1,4 @@
-"""One way to take apart any supported file: by its format."""
+"""Parses any supported file by its format."""
 
 import struct
 import zlib
@@ -9,7 +9,7 @@ from .contents import Contents
 from .formats import Format
 
 UNREADABLE = (ValueError, LookupError, ArithmeticError, struct.error, zlib.error)
-"""Errors that damaged bytes lead to in these functions."""
+"""Errors of these functions on damaged bytes."""
 
 _BY_NAME: Mapping[str, Callable[[bytes, int], Contents]] = {
     "JPEG": containers.examine_jpeg,
@@ -26,11 +26,11 @@ _BY_NAME: Mapping[str, Callable[[bytes, int], Contents]] = {
 
 
 def examine(data: bytes, kind: Format, *, max_pixels: int) -> Contents:
-    """The contents of a file of a format, without decoding a pixel.
+    """The contents of a file in a format, without decoding pixels.
 
     Raises:
-        NotThisKind: It looks like the format and is another kind.
+        NotThisKind: The file looks like the format but is of another kind.
         TooCostly: Decoding would take more than a photo does.
-        UNREADABLE: It is damaged.
+        UNREADABLE: The file is damaged.
     """
     return _BY_NAME[kind.name](data, max_pixels)

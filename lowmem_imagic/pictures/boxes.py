@@ -1,7 +1,7 @@
-"""Boxes of ISO base media files (ISO/IEC 14496-12), as AVIF, HEIC and JPEG 2000 use them.
+"""Parses boxes of ISO base media files (ISO/IEC 14496-12), used by AVIF, HEIC and JPEG 2000.
 
-Only the few boxes that describe the picture are read: its sizes, its colour (`colr`), and whether a gain map lies
-beside it (ISO/IEC 23008-12; AV1 Image File Format 1.1; ISO 21496-1).
+Reads only the few boxes that describe the picture: its sizes, its colour (`colr`), and the presence of a gain map
+(ISO/IEC 23008-12; AV1 Image File Format 1.1; ISO 21496-1).
 """
 
 import struct
@@ -16,7 +16,7 @@ _MAX_META_BYTES = 16 * 2**20
 
 
 def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of the contents of every box between two places; a last one that is cut off ends there."""
+    """Yields kind, start and end of the contents of every box between two positions; a cut-off last box ends there."""
     end = len(data) if end is None else min(end, len(data))
     for _ in range(_MAX_BOXES):
         if start + 8 > end:
@@ -34,7 +34,7 @@ def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple
 
 
 def find(data: bytes, path: bytes, start: int = 0, end: int | None = None) -> tuple[int, int] | None:
-    """Start and end of the first box at a path of four-letter names, each with nothing between it and the next."""
+    """Start and end of the first box at a path of four-letter names, joined without separators."""
     for kind, first, last in boxes(data, start, end):
         if kind == path[:4]:
             return (first, last) if len(path) == 4 else find(data, path[4:], first, last)
@@ -43,7 +43,7 @@ def find(data: bytes, path: bytes, start: int = 0, end: int | None = None) -> tu
 
 @dataclass
 class _Meta:
-    """The item of a HEIF file that is its picture, with the properties of it and of its first tile."""
+    """The picture item of a HEIF file, with its properties and those of its first tile."""
 
     primary: int = 0
     kinds: dict[int, bytes] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class _Meta:
 def examine_heif(data: bytes, max_pixels: int) -> Contents:
     """The contents of an AVIF or HEIC file.
 
-    Its data come without Exif: the format itself says how the picture is turned, and readers leave it to that.
+    Its Exif is hidden from the decoder: the format's own properties give the orientation, and readers follow those.
 
     Raises:
         TooCostly: A tile or another picture of the file is larger than the cap.
@@ -88,47 +88,47 @@ def examine_heif(data: bytes, max_pixels: int) -> Contents:
         at = data.find(b"colrnclx", *sequence)
         signals = _colours(data, [(b"colr", at + 4, at + 15)]) if at >= 0 else []
     if is_av1:
-        # Also for its bound, since a decoder makes room for frames as large as this header says.
+        # Also checks the size in this header, since a decoder allocates frames of that size.
         stated = _of_av1(data, max_pixels)
         signals = signals or ([stated] if stated is not None else [])
     return Contents(data=lean, signals=signals, notes=notes)
 
 
 def _meta(data: bytes, start: int, end: int) -> _Meta:
-    """The boxes of a `meta` box that matter here."""
+    """The relevant boxes of a `meta` box."""
     if end - start > _MAX_META_BYTES:
         raise TooCostly(f"{end - start} bytes of descriptions")
-    found = _Meta()
+    meta = _Meta()
     for kind, first, last in boxes(data, start + 4, end):
         version = data[first] if first < last else 0
         if kind == b"pitm":
-            found.primary = int.from_bytes(data[first + 4 : first + (8 if version else 6)], "big")
+            meta.primary = int.from_bytes(data[first + 4 : first + (8 if version else 6)], "big")
         elif kind == b"iinf":
             for entry, here, _ in boxes(data, first + (8 if version else 6), last):
                 if entry == b"infe" and data[here] >= 2:
                     wide = 4 if data[here] >= 3 else 2
                     item = int.from_bytes(data[here + 4 : here + 4 + wide], "big")
-                    found.kinds[item] = data[here + 6 + wide : here + 10 + wide]
+                    meta.kinds[item] = data[here + 6 + wide : here + 10 + wide]
         elif kind == b"iref":
             wide = 4 if version else 2
             for reference, here, stop in boxes(data, first + 4, last):
-                if reference == b"dimg" and int.from_bytes(data[here : here + wide], "big") == found.primary:
-                    found.tile = int.from_bytes(data[here + wide + 2 : min(here + 2 * wide + 2, stop)], "big")
+                if reference == b"dimg" and int.from_bytes(data[here : here + wide], "big") == meta.primary:
+                    meta.tile = int.from_bytes(data[here + wide + 2 : min(here + 2 * wide + 2, stop)], "big")
         elif kind == b"iprp":
             for part, here, stop in boxes(data, first, last):
                 if part == b"ipco":
-                    found.properties = list(boxes(data, here, stop))
+                    meta.properties = list(boxes(data, here, stop))
                 elif part == b"ipma":
-                    found.of_item |= _associations(data, here, stop)
-    return found
+                    meta.of_item |= _associations(data, here, stop)
+    return meta
 
 
 def _associations(data: bytes, start: int, end: int) -> dict[int, list[int]]:
-    """Which properties (from 1) each item has, by an `ipma` box."""
+    """The numbers of each item's properties (from 1), from an `ipma` box."""
     wide = 4 if data[start] else 2
     long = data[start + 3] & 1
     count, at = struct.unpack_from(">I", data, start + 4)[0], start + 8
-    found = dict[int, list[int]]()
+    properties = dict[int, list[int]]()
     for _ in range(min(count, 65536)):
         if at + wide + 1 > end:
             break
@@ -137,13 +137,13 @@ def _associations(data: bytes, start: int, end: int) -> dict[int, list[int]]:
         step = 2 if long else 1
         places = range(at, min(at + number * step, end - step + 1), step)
         mask = 0x7FFF if long else 0x7F
-        found[item] = [int.from_bytes(data[place : place + step], "big") & mask for place in places]
+        properties[item] = [int.from_bytes(data[place : place + step], "big") & mask for place in places]
         at += number * step
-    return found
+    return properties
 
 
 def _colours(data: bytes, properties: list[tuple[bytes, int, int]]) -> list[Signal]:
-    """Colour signals of `colr` boxes: a profile goes before code points (ISO/IEC 23008-12, 6.5.5)."""
+    """Colour signals of `colr` boxes: a profile takes precedence over code points (ISO/IEC 23008-12, 6.5.5)."""
     profiles, points = list[Signal](), list[Signal]()
     for kind, start, end in properties:
         if kind != b"colr":
@@ -168,7 +168,7 @@ def examine_jpeg2000(data: bytes, max_pixels: int) -> Contents:
     """The contents of a JPEG 2000 file or bare codestream.
 
     Raises:
-        TooCostly: More tiles or components than pictures have.
+        TooCostly: The file has more tiles or components than any picture.
     """
     signals = list[Signal]()
     start = 0
@@ -206,7 +206,7 @@ def examine_jpeg2000(data: bytes, max_pixels: int) -> Contents:
 
 
 class _Bits:
-    """Bits of an OBU, the highest first."""
+    """Reader of the bits of an OBU, highest bit first."""
 
     def __init__(self, data: bytes) -> None:
         self._value, self._left = int.from_bytes(data, "big"), len(data) * 8
@@ -219,10 +219,10 @@ class _Bits:
 
 
 def _of_av1(data: bytes, max_pixels: int) -> Cicp | None:
-    """Code points of the first AV1 sequence header in a file, None where it has none (AV1 specification, 5.5).
+    """Code points of the first AV1 sequence header in a file; None if there are none (AV1 specification, 5.5).
 
     Raises:
-        TooCostly: Its frames may be larger than the cap.
+        TooCostly: The header allows frames larger than the cap.
     """
     sequence = _sequence_header(data)
     if sequence is None:
@@ -236,7 +236,7 @@ def _of_av1(data: bytes, max_pixels: int) -> Cicp | None:
         bits(5)
     else:
         if bits(1):
-            return None  # timing and decoder models are of videos
+            return None  # only videos have timing and decoder models
         delayed = bits(1)
         for _ in range(bits(5) + 1):
             bits(12)
@@ -271,7 +271,7 @@ def _of_av1(data: bytes, max_pixels: int) -> Cicp | None:
 
 
 def _sequence_header(data: bytes) -> bytes | None:
-    """The first OBU of that kind in the media data of a file."""
+    """The first sequence header OBU in the media data of a file."""
     place = find(data, b"mdat")
     if place is None:
         return None

@@ -1,4 +1,4 @@
-"""Colours as sRGB, by the signal of the file that counts most."""
+"""Converts colours to sRGB by the file's colour signal of highest precedence."""
 
 import dataclasses
 import struct
@@ -17,14 +17,14 @@ _APPROXIMATE_GAMMA = (2.15, 2.25)
 
 
 def to_srgb(colour: Image.Image, signals: Sequence[Signal], notes: list[str]) -> tuple[Image.Image, bytes | None]:
-    """The picture as sRGB, and the embedded profile if it still describes the result, that is if it was sRGB already.
+    """The picture as sRGB, and the embedded profile if the picture was sRGB already, as it still describes the result.
 
-    The first signal that can be applied is; why others before it were not is added to the remarks.
+    Applies the first usable signal; adds remarks on signals that are not usable.
 
     Args:
-        colour: In mode L, RGB, CMYK or LAB.
-        signals: Of the file, the one that counts most first.
-        notes: Remarks, to be added to.
+        colour: A picture of mode L, RGB, CMYK or LAB.
+        signals: The file's colour signals, by precedence.
+        notes: A list to which remarks are added.
     """
     if colour.mode == "LAB":  # self-describing
         rgb = _applied(colour, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
@@ -33,9 +33,9 @@ def to_srgb(colour: Image.Image, signals: Sequence[Signal], notes: list[str]) ->
             return rgb, None
     for signal in signals:
         if isinstance(signal, Icc):
-            found = _through_profile(colour, signal.data, notes)
-            if found is not None:
-                return found
+            result = _through_profile(colour, signal.data, notes)
+            if result is not None:
+                return result
         elif colour.mode in ("L", "RGB"):
             if isinstance(signal, Srgb):
                 break
@@ -54,7 +54,7 @@ def to_srgb(colour: Image.Image, signals: Sequence[Signal], notes: list[str]) ->
             try:
                 rgb = _from_space(colour, space)
             except (ImageCms.PyCMSError, ValueError, struct.error):
-                notes.append("what it says of its colours cannot be applied and was ignored")
+                notes.append("its colour information cannot be applied and was ignored")
                 continue
             if rgb is not None:
                 notes.append(words)
@@ -70,7 +70,7 @@ def _bands(image: Image.Image) -> int:
 
 
 def _of_cicp(signal: Cicp, notes: list[str]) -> tuple[Space, str] | None:
-    """The space of code points and the remark on its use; None where they name none."""
+    """The space of code points, and a remark on its use; None if they name no known space."""
     primaries, transfer = signal.primaries, signal.transfer
     if not signal.decoded and signal.matrix != 0:
         notes.append(f"its colour code points say YCbCr (matrix {signal.matrix}) of RGB data and were ignored")
@@ -92,7 +92,7 @@ def _of_cicp(signal: Cicp, notes: list[str]) -> tuple[Space, str] | None:
 
 
 def _of_calibrated(signal: Calibrated, notes: list[str]) -> tuple[Space, str] | None:
-    """The space of a file's own numbers and the remark on its use; None where they make none."""
+    """The space of a file's own numbers, and a remark on its use; None if they make no valid space."""
     around = signal.chromaticities
     if around is not None and not spaces.is_valid(around):
         notes.append(f"{signal.words}: primaries that span no colours were ignored")
@@ -104,20 +104,20 @@ def _of_calibrated(signal: Calibrated, notes: list[str]) -> tuple[Space, str] | 
         space = dataclasses.replace(space, curves=signal.curves)
     elif signal.gamma is not None:
         low, high = _APPROXIMATE_GAMMA
-        # sRGB's own transfer is written as 1/2.2 (PNG, third edition, 11.3.2.5), and with its primaries that is meant.
+        # sRGB's own transfer is written as 1/2.2 (PNG, third edition, 11.3.2.5); with sRGB's primaries, 1/2.2 means it.
         if not (low <= signal.gamma <= high and spaces.is_srgb(space)):
             space = dataclasses.replace(space, curves=spaces.power_curve(signal.gamma))
     return space, f"converted to sRGB from {signal.words}"
 
 
 def _from_space(colour: Image.Image, space: Space) -> Image.Image | None:
-    """A picture of mode L or RGB through a space; None where that changes nothing."""
+    """A picture of mode L or RGB converted from a space; None if that changes nothing."""
     profile = ImageCms.ImageCmsProfile(BytesIO(spaces.profile_of(space, grey=colour.mode == "L")))
     return _applied(colour, profile, unless_same=True)
 
 
 def _through_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> tuple[Image.Image, bytes | None] | None:
-    """Picture and profile as `to_srgb` returns them, by an embedded profile; None, with a remark, if it is unusable."""
+    """Picture and profile, as from `to_srgb`, by an embedded profile; None, with a remark, if it is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = source.profile.xcolor_space.strip()
@@ -143,10 +143,10 @@ def _through_profile(colour: Image.Image, profile: bytes, notes: list[str]) -> t
 
 
 def _applied(colour: Image.Image, source: ImageCms.ImageCmsProfile, *, unless_same: bool = False) -> Image.Image | None:
-    """The picture through a profile; with `unless_same`, None where that moves no sample by more than rounding."""
+    """The picture converted by a profile; with `unless_same`, None if no sample changes by more than rounding."""
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     if colour.mode == "L":
-        # LittleCMS's shortcut for 8-bit grey is off by ten levels in the dark; exact values of all 256 are few.
+        # LittleCMS's shortcut for 8-bit grey is off by ten levels in dark parts, so convert all 256 values exactly.
         flags |= ImageCms.Flags.NOOPTIMIZE
     transform = ImageCms.buildTransform(
         source,
@@ -166,7 +166,7 @@ def _applied(colour: Image.Image, source: ImageCms.ImageCmsProfile, *, unless_sa
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a colour transform moves no sample of a coarse colour grid by more than rounding."""
+    """Whether a colour transform changes no sample of a coarse colour grid by more than rounding."""
     if mode == "L":
         probe = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     elif mode == "RGB":

@@ -1,7 +1,7 @@
-"""JPEG, PNG, WebP, GIF, BMP and PPM files taken apart.
+"""Parses JPEG, PNG, WebP, GIF, BMP and PPM files.
 
-Each function bounds the demands of its format, collects the colour signals in the order in which they count, and gives
-the decoder only the parts that make the pixels of one picture.
+Each function limits the cost of its format, collects the colour signals by precedence, and keeps only the parts for the
+pixels of one picture for the decoder.
 """
 
 import re
@@ -24,10 +24,10 @@ _GAIN_MAP = "its HDR gain map was ignored, the standard picture was used"
 
 
 def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
-    """The contents of a JPEG file: its first picture without application segments but JFIF's and Adobe's.
+    """The contents of a JPEG file: its first picture, with only JFIF's and Adobe's application segments.
 
     Raises:
-        TooCostly: More scans than progressive pictures have; each costs a pass over all pixels.
+        TooCostly: The file has more scans than progressive pictures have; each takes a pass over all pixels.
     """
     del max_pixels
     kept = [b"\xff\xd8"]
@@ -37,10 +37,10 @@ def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
     pictures, gain_map = 1, False
     at, body = 2, None
     for _ in range(_MAX_SEGMENTS):
-        found = _MARKER.search(data, at)
-        if found is None:
+        match = _MARKER.search(data, at)
+        if match is None:
             break
-        marker, at = found[1][0], found.end()
+        marker, at = match[1][0], match.end()
         if marker == 0xD9:
             break
         if marker in (0x01, 0xD8) or at + 2 > len(data):
@@ -51,11 +51,11 @@ def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
             height, width = struct.unpack_from(">HH", segment, 1)
         if marker == 0xDA:
             scans += 1
-            body = found.start() if body is None else body
+            body = match.start() if body is None else body
             if scans > _MAX_SCANS:
                 raise TooCostly(f"more than {_MAX_SCANS} scans, expected a few; save it again as a plain JPEG")
         elif body is None and (not 0xE0 <= marker <= 0xEF or marker in (0xE0, 0xEE)) and marker != 0xFE:
-            kept.append(data[found.end() - 2 : at + length])
+            kept.append(data[match.end() - 2 : at + length])
         if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
             exif = exif or segment
         elif marker == 0xE1 and segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
@@ -90,7 +90,7 @@ def examine_jpeg(data: bytes, max_pixels: int) -> Contents:
 
 
 def _exif(block: bytes) -> tuple[int, list[Signal]]:
-    """Orientation and colour signals of an Exif block; damaged ones are no obstacle to the pixels."""
+    """Orientation and colour signals of an Exif block; a damaged block is ignored."""
     try:
         return exif_of(block)
     except (ValueError, LookupError, OverflowError, struct.error):
@@ -101,7 +101,7 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
     """The contents of a PNG file: its still picture; colour chunks in the order of PNG, third edition, 4.3.
 
     Raises:
-        TooCostly: More chunks than files have.
+        TooCostly: The file has more than a million chunks.
     """
     del max_pixels
     kept = [data[:8]]
@@ -113,7 +113,7 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
             raise TooCostly("more than a million chunks; save it again as a plain PNG")
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             if kind == b"tRNS" and colours and end - start > colours:
-                # More opacities than colours: other readers leave out the surplus, Pillow's palette does not take it.
+                # More opacities than colours: drop the surplus, as other readers do; Pillow's palette rejects it.
                 body = kind + data[start : start + colours]
                 kept.append(struct.pack(">I", colours) + body + struct.pack(">I", zlib.crc32(body)))
             else:
@@ -162,7 +162,7 @@ def examine_png(data: bytes, max_pixels: int) -> Contents:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of the body of every chunk; the last may be cut off."""
+    """Yields kind, start and end of the body of every chunk; the last may be cut off."""
     at = 8
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -171,7 +171,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _png_signals(chunks: dict[bytes, bytes], *, is_grey: bool) -> list[Signal]:
-    """Colour signals of a PNG's chunks, the one that counts most first."""
+    """Colour signals of a PNG's chunks, by precedence."""
     signals = list[Signal]()
     if len(points := chunks.get(b"cICP", b"")) >= 4:
         signals.append(Cicp(points[0], points[1], points[2], bool(points[3])))
@@ -195,7 +195,7 @@ def _png_signals(chunks: dict[bytes, bytes], *, is_grey: bool) -> list[Signal]:
 
 
 def _inflated(packed: bytes, most: int) -> bytes:
-    """Up to `most` bytes of unpacked zlib data; none of damaged data."""
+    """Up to `most` bytes of unpacked zlib data; empty for damaged data."""
     try:
         return zlib.decompressobj().decompress(packed, most)
     except zlib.error:
@@ -203,7 +203,7 @@ def _inflated(packed: bytes, most: int) -> bytes:
 
 
 def _from_hex(texts: dict[bytes, bytes], name: bytes) -> bytes:
-    """A block that ImageMagick writes into a text chunk: its name, its length, and hexadecimal digits."""
+    """The bytes of a block in ImageMagick's text chunk: name, length and hexadecimal digits."""
     try:
         return bytes.fromhex(b"".join(texts.get(b"Raw profile type " + name, b"").split()[2:]).decode("ascii"))
     except ValueError:
@@ -211,7 +211,7 @@ def _from_hex(texts: dict[bytes, bytes], name: bytes) -> bytes:
 
 
 def examine_webp(data: bytes, max_pixels: int) -> Contents:
-    """The contents of a WebP file; its data are the whole file."""
+    """The contents of a WebP file; the decoder gets the whole file."""
     del max_pixels
     chunks: dict[bytes, bytes] = {}
     frames, at, width, height = 0, 12, 0, 0
@@ -265,14 +265,14 @@ def examine_gif(data: bytes, max_pixels: int) -> Contents:
 
 
 def _blocks(data: bytes, at: int) -> Iterator[bytes]:
-    """The contents of a chain of sub-blocks."""
+    """Yields the contents of a chain of sub-blocks."""
     while at < len(data) and data[at]:
         yield data[at + 1 : at + 1 + data[at]]
         at += 1 + data[at]
 
 
 def _after_blocks(data: bytes, at: int) -> int:
-    """The place behind a chain of sub-blocks."""
+    """The position after a chain of sub-blocks."""
     while at < len(data) and data[at]:
         at += 1 + data[at]
     return at + 1
@@ -285,7 +285,7 @@ def examine_bmp(data: bytes, max_pixels: int) -> Contents:
     """The contents of a BMP file, with the colour space of its version 4 or 5 header.
 
     Raises:
-        TooCostly: More run-length coded data than can be decoded in a second or two.
+        TooCostly: The file has more run-length coded data than can be decoded in a second or two.
     """
     del max_pixels
     head = struct.unpack_from("<I", data, 14)[0]
@@ -309,12 +309,12 @@ def examine_bmp(data: bytes, max_pixels: int) -> Contents:
 
 
 def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
-    """LCS_CALIBRATED_RGB: red, green and blue as three 2.30 fixed-point numbers each, then their gammas as 16.16.
+    """The signal of LCS_CALIBRATED_RGB: red, green and blue as three 2.30 fixed-point numbers each, gammas as 16.16.
 
-    The numbers are XYZ, whose sum is white, or chromaticities, as most programs write them: those add up to 1 each.
+    The numbers are XYZ, with white as their sum, or, in files of most programs, chromaticities, which add up to 1 each.
     """
     if not any(numbers):
-        return []  # written by programs that know nothing of colours
+        return []  # from programs without colour management
     ends = np.array(numbers[:9], np.float64).reshape(3, 3) / 2**30
     sums = ends.sum(axis=1)
     around = None
@@ -331,7 +331,7 @@ def _calibrated_bmp(numbers: tuple[int, ...]) -> list[Signal]:
 
 
 def examine_ppm(data: bytes, max_pixels: int) -> Contents:
-    """The contents of a binary PPM, PGM or PBM file, with samples of 8 bits: Pillow's own scaling takes minutes."""
+    """The contents of a binary PPM, PGM or PBM file, scaled to 8 bits here, as Pillow's own scaling takes minutes."""
     head = re.match(rb"P([456])(?:\s|#[^\n]{0,999}\n)+(\d{1,9})(?:\s|#[^\n]{0,999}\n)+(\d{1,9})", data)
     if head is None:
         raise ValueError("no size")

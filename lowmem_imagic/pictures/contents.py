@@ -1,19 +1,19 @@
-"""The contents of a picture file, told from its bytes before anything is decoded."""
+"""The contents of a picture file, found before its pixels are decoded."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
 MAX_PROFILE_BYTES = 16 * 2**20
-"""Largest colour profile that is read; those of printing presses have 3 MB."""
+"""Size limit of a colour profile; profiles of printing presses have 3 MB."""
 
 
 class NotThisKind(Exception):
-    """The bytes are of a kind that is not edited; the text goes on after "FILE is"."""
+    """The bytes are of an unsupported kind; the text continues "FILE is"."""
 
 
 class TooCostly(Exception):
-    """Decoding would take more time or memory than a photo does; the text goes on after "FILE has"."""
+    """Decoding would take more time or memory than a photo does; the text continues "FILE has"."""
 
 
 class MissingReader(NotThisKind):
@@ -36,7 +36,7 @@ class Cicp:
     matrix: int = 0
     full_range: bool = True
     decoded: bool = False
-    """Whether the decoder undoes the matrix and the range, as those of AVIF and HEIF do."""
+    """Whether the decoder undoes the matrix and the range, as for AVIF and HEIF."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Calibrated:
     """Primaries and transfer given as numbers; None stands for sRGB's.
 
     Attributes:
-        words: The space or the place of its numbers, e.g. "the numbers in its gAMA chunk".
-        gamma: Linear light is the sample to this power.
-        curves: Instead of `gamma`, linear light for equally spaced samples, [1 or 3, entries], 0 to 1.
+        words: Name of the space, or the place of its numbers, e.g. "the numbers in its gAMA chunk".
+        gamma: Exponent from samples to linear light.
+        curves: In place of `gamma`: linear light for equally spaced samples, [1 or 3, entries], 0 to 1.
         chromaticities: x and y of white, red, green and blue.
     """
 
@@ -58,12 +58,12 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Srgb:
-    """The file says that it is sRGB."""
+    """The file is marked as sRGB."""
 
 
 @dataclass(frozen=True)
 class Unheeded:
-    """A colour space that is named and not applied."""
+    """A colour space that is named in the file but not applied."""
 
     remark: str
 
@@ -73,16 +73,16 @@ Signal = Icc | Cicp | Calibrated | Srgb | Unheeded
 
 @dataclass
 class Contents:
-    """A file taken apart.
+    """A parsed file.
 
     Attributes:
-        data: Bytes for the decoder: the parts that make the pixels, without metadata and further pictures.
-        width, height: As the header says, 0 where only the decoder can tell.
-        bits: Per sample where the file can hold more than 8, otherwise 8.
-        orientation: As Exif numbers it; 1 where the decoder turns the picture itself.
-        signals: Of colour, the one that counts most first.
-        notes: Remarks, e.g. on parts that were left out.
-        white_is_zero: Of a TIFF.
+        data: Bytes for the decoder: the parts for the pixels, without metadata and further pictures.
+        width, height: Size in the header; 0 if only the decoder knows it.
+        bits: Bits per sample if the format can have more than 8, otherwise 8.
+        orientation: Exif's number of the orientation; 1 if the decoder turns the picture itself.
+        signals: Colour signals, by precedence.
+        notes: Remarks, e.g. on ignored parts.
+        white_is_zero: Whether zero is white, as in some TIFF files.
     """
 
     data: bytes

@@ -1,6 +1,6 @@
-"""Pixels from bytes: one frame, by Pillow's own decoders or, for HEIC, by the package pillow-heif.
+"""Decodes one frame of a picture file with Pillow's own decoders or, for HEIC, with the package pillow-heif.
 
-No network, no helper program, no process-wide Pillow setting.
+Uses no network, no helper program, and no process-wide Pillow setting.
 """
 
 import importlib
@@ -13,20 +13,20 @@ from .contents import Contents, MissingReader, NotThisKind, TooCostly
 from .formats import Format, missing_reader
 
 MAX_EMPTY_PIXELS = 12_000_000
-"""Pixels of a picture that has next to no bytes; they cost as much as those of a photo."""
+"""Most pixels of a picture with almost no bytes; they take as much time and memory as a photo's."""
 _PIXELS_PER_BYTE = 1000
 
 PRINTING = frozenset({"TIFF", "AVIF", "HEIF", "JPEG2000"})
-"""Formats whose libraries print on standard error."""
+"""Formats of libraries that print on standard error."""
 
 
 def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, max_side_px: int) -> Image.Image:
-    """The picture with its pixels loaded, in the mode that the decoder gives.
+    """The picture with its pixels loaded, in the decoder's mode.
 
-    Sizes are checked before anything is decoded, both those of the file's header and those that the decoder sees.
+    Checks sizes before decoding, both from the file's header and from the decoder.
 
     Raises:
-        TooCostly: Too many pixels, on a side, or for so few bytes.
+        TooCostly: The picture has too many pixels in all, on a side, or for so few bytes.
         NotThisKind: This installation cannot decode the kind.
         Exception: Any error of a decoder on damaged data.
     """
@@ -44,7 +44,7 @@ def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, m
     _check_size(*image.size, file_bytes, max_pixels, max_side_px)
     image.load()
     if kind.name == "AVIF":
-        # The decoder tells its own turning as Exif, whatever Exif data the file has.
+        # The decoder reports its own rotation as Exif, whatever Exif data the file has.
         contents.orientation = int(image.getexif().get(0x0112, 1))
         if (frames := getattr(image, "n_frames", 1)) > 1:
             contents.notes.append(f"first frame of {frames} used")
@@ -54,8 +54,8 @@ def decode(contents: Contents, kind: Format, file_bytes: int, max_pixels: int, m
 def _opened(data: bytes, kind: Format) -> Image.Image:
     """The picture with only its header read.
 
-    `Image.open` would apply its own pixel limit here: a warning at 89 million, an exception without the size
-    at 179 million, whatever our cap is; and it forgets why the format that recognised the bytes gave up.
+    `Image.open` is not used: it has its own pixel limit, with a warning at 89 million and an exception without the
+    size at 179 million, and it drops the error of the format that recognised the bytes.
     """
     Image.init()
     if kind.name not in Image.OPEN:
@@ -81,10 +81,10 @@ def _heif() -> ModuleType:
 
 
 def _check_size(width: int, height: int, file_bytes: int, max_pixels: int, max_side_px: int) -> None:
-    """Makes sure that a picture is one that can be decoded.
+    """Checks the size of a picture before decoding.
 
     Raises:
-        TooCostly: Too many pixels, on a side, or for so few bytes.
+        TooCostly: The picture has too many pixels in all, on a side, or for so few bytes.
     """
     pixels = width * height
     if pixels > max_pixels:

@@ -1,4 +1,4 @@
-"""Samples of any depth as 8-bit ones, and opacity apart from colour."""
+"""Converts samples of any depth to 8 bits, and splits off opacity."""
 
 import numpy as np
 from PIL import Image
@@ -7,9 +7,9 @@ from .contents import Contents
 
 
 def to_eight_bit(image: Image.Image, format_name: str, contents: Contents) -> Image.Image:
-    """The picture with 8-bit samples; wide ones are scaled, where Pillow's own `convert` clips at 255.
+    """The picture with 8-bit samples; wide samples are scaled, while Pillow's own `convert` clips at 255.
 
-    A remark says so.
+    Adds a remark to the contents' notes.
     """
     bits, notes = contents.bits, contents.notes
     key = image.info.get("transparency")
@@ -25,14 +25,14 @@ def to_eight_bit(image: Image.Image, format_name: str, contents: Contents) -> Im
     if format_name == "JPEG2000":
         bits = 16  # Pillow widens samples of any depth above 8 to the full 16 bits
     elif format_name == "TIFF" and image.mode in ("I", "F"):
-        bits = 8  # such values have no highest one that is white
+        bits = 8  # such values have no fixed maximum for white
     values = np.asarray(image).astype(np.float32)
     alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     if bits > 8:
         low, high = 0.0, float(2**bits - 1)
         notes.append(f"{bits}-bit values scaled to 8 bit")
         if contents.white_is_zero:
-            values = high - values  # white is zero, which Pillow heeds up to 8 bit only
+            values = high - values  # white is zero, which Pillow handles only up to 8 bit
     else:
         low, high = _range(values, scales=(1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0))
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
@@ -43,14 +43,14 @@ def to_eight_bit(image: Image.Image, format_name: str, contents: Contents) -> Im
 
 
 def _range(values: np.ndarray, scales: tuple[float, ...]) -> tuple[float, float]:
-    """The values that become black and white in a picture whose format does not say.
+    """The values for black and white in a picture without a fixed range.
 
-    The first of `scales` that holds the values and is used to a sixteenth or more (the smallest always counts
-    as used), otherwise the values' own range.
+    White is the first of `scales` that covers the values and is used to a sixteenth or more (the smallest always
+    counts as used); otherwise the values' own range is taken.
     """
     finite = values[np.isfinite(values)]
     lowest, highest = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    lowest, highest = max(lowest, -1e37), min(highest, 1e37)  # their difference must fit float32
+    lowest, highest = max(lowest, -1e37), min(highest, 1e37)  # their difference must fit into float32
     if lowest >= 0:
         for scale in scales:
             if highest <= scale and (scale == scales[0] or highest > scale / 16):

@@ -1,7 +1,7 @@
-"""The kinds of picture files that are edited: the first bytes and the extensions of their files.
+"""The supported picture formats: first bytes and extensions of their files.
 
-The formats that people edit and that Pillow decodes by itself. EPS and WMF (helper programs), TGA (any text could pass
-for one) and rare formats with slow or little used decoders stay out.
+These are common formats of photos that Pillow decodes by itself. Not included: EPS and WMF (they need helper programs),
+TGA (any text could pass for one), and rare formats with slow or little used decoders.
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 KINDS = "JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, AVIF, HEIC or JPEG 2000"
-"""Of formats, for messages."""
+"""Names of the formats, for messages."""
 HEIF_BRANDS = frozenset(b"heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1 heif MiHB MiHE mif3".split())
 
 
@@ -18,10 +18,10 @@ class Format:
     """One kind of picture file.
 
     Attributes:
-        name: As Pillow calls it.
-        suffixes: Of its files, in lower case.
-        starts: Of its bytes.
-        is_plain: Whether its samples may stand there uncompressed, so that its files may be large.
+        name: Pillow's name.
+        suffixes: Extensions of its files, in lower case.
+        starts: Pattern of its first bytes.
+        is_plain: Whether its samples may be uncompressed, so that its files may be large.
     """
 
     name: str
@@ -50,9 +50,9 @@ RAW_SUFFIXES = frozenset(
     {".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".srf", ".sr2", ".dng", ".pef", ".ptx", ".orf", ".rw2", ".rwl"}
     | {".raf", ".srw", ".3fr", ".fff", ".iiq", ".kdc", ".dcr", ".mrw", ".x3f"}
 )
-"""Of camera raw files, which are told to be developed."""
+"""Extensions of camera raw files, which get a hint to develop them first."""
 PHOTO_SUFFIXES = frozenset(suffix for one in FORMATS for suffix in one.suffixes)
-"""Of photos in a folder; a manifest may name any file."""
+"""Extensions of photos in a folder; a manifest may name any file."""
 
 _FOREIGN = (
     (rb"%PDF", "a PDF document"),
@@ -63,7 +63,7 @@ _FOREIGN = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the picture itself"),
     (
         rb"\0\x05\x16[\x07\0]",
-        "what macOS keeps beside a file (AppleDouble), not the picture; name the one without '._'",
+        "a companion file of macOS (AppleDouble), not the picture; name the one without '._'",
     ),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture, which this program does not decode"),
     (rb"\0\0[\x01\x02]\0", "an icon"),
@@ -76,11 +76,11 @@ _FOREIGN = (
 _RAW = re.compile(
     rb"....ftypcrx |FUJIFILMCCD-RAW|II(?:RO|RS|U\0)|MMOR|FOVb|\0MRM|II\x1a\0\0\0HEAPCCDR|ARRI|IIII.\0\0\0", re.DOTALL
 )
-"""Raw files of Canon, Fujifilm, Olympus, Panasonic, Sigma, Minolta and Phase One; others look like TIFF."""
+"""Raw files of Canon, Fujifilm, Olympus, Panasonic, Sigma, Minolta and Phase One; other raw files look like TIFF."""
 
 
 def format_of(data: bytes) -> Format | None:
-    """The format that claims the bytes, of which the first 64 suffice."""
+    """The format of a file, from its first 64 bytes."""
     for one in FORMATS:
         if one.starts.match(data):
             return one if one.name != "HEIF" or not _is_avif(data) else _NAMED["AVIF"]
@@ -91,7 +91,7 @@ _NAMED = {one.name: one for one in FORMATS}
 
 
 def _is_avif(data: bytes) -> bool:
-    """Whether a file of a general brand says that it is an AVIF one as well."""
+    """Whether a file of a general brand is also marked as AVIF."""
     size = int.from_bytes(data[:4], "big")
     brands = {data[at : at + 4] for at in range(16, min(size, len(data), 512), 4)}
     return bool(brands & {b"avif", b"avis"}) and not brands & {b"heic", b"heix", b"hevc"}
@@ -103,17 +103,17 @@ def is_raw(data: bytes) -> bool:
 
 
 def has_photo_suffix(name: str) -> bool:
-    """Whether a file of that name is taken for a photo: by its extension in any case, and not hidden."""
+    """Whether a file of this name counts as a photo: by its extension, in upper or lower case, and not hidden."""
     path = PurePath(name)
     return not name.startswith(".") and path.suffix.lower() in PHOTO_SUFFIXES | RAW_SUFFIXES
 
 
 def describe(data: bytes) -> str:
-    """The likely kind of bytes that are no supported picture, for an error message."""
+    """The likely kind of an unsupported file, for an error message."""
     if not data:
         return "an empty file"
     if not data[:4096].strip(b"\0"):
-        return "a file of zeros, as an interrupted copy leaves it"
+        return "a file of zeros, as from an interrupted copy"
     for start, words in _FOREIGN:
         if re.match(start, data, re.DOTALL):
             return words
@@ -126,10 +126,10 @@ def describe(data: bytes) -> str:
 
 
 def is_text(data: bytes) -> bool:
-    """Whether the first bytes are free of control characters, as no binary format's are."""
+    """Whether the first bytes have no control characters, unlike binary formats."""
     return all(byte >= 32 or byte in b"\t\r\n" for byte in data[:512])
 
 
 def missing_reader() -> str:
-    """The words for a HEIC file where no package reads it."""
+    """The message for a HEIC file without a package to read it."""
     return "a HEIC picture, which needs the package pillow-heif; install it or convert the picture to PNG or JPEG"

@@ -1,114 +1,20 @@
-"""A photo in the model's square and back, and pictures as tensors in [-1, 1]."""
+"""A photo in the model's picture and back, and pictures as tensors in [-1, 1]."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ..geometry import Letterbox
+
 _STRIP_ROWS = 256
 """Rows compared at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Letterbox:
-    """Where a photo of `width_px` x `height_px` lies inside the model's square; all integers.
-
-    Attributes:
-        width_px: The photo's own width.
-        height_px: The photo's own height.
-        size_px: Side of the square.
-        left: First column of the photo in the square.
-        top: First row.
-        right: Column after the last.
-        bottom: Row after the last.
-    """
-
-    width_px: int
-    height_px: int
-    size_px: int
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int:
-                raise ValueError(f"letterbox {field.name} is {value!r}; expected an integer")
-        if min(self.width_px, self.height_px, self.size_px) < 1:
-            raise ValueError(
-                f"letterbox of {self.width_px} x {self.height_px} in {self.size_px}; expected 1 or more each"
-            )
-        if not (0 <= self.left < self.right <= self.size_px and 0 <= self.top < self.bottom <= self.size_px):
-            raise ValueError(
-                f"letterbox box is {self.box}; expected left < right, top < bottom within 0..{self.size_px}"
-            )
-
-    @classmethod
-    def fit(cls, width_px: int, height_px: int, size_px: int) -> Self:
-        """The largest centred box of the photo's aspect, at least one pixel each way.
-
-        Raises:
-            ValueError: A size below 1.
-        """
-        longest = max(width_px, height_px, 1)
-        # Integers throughout: halves round up, the same on every machine.
-        across = max(1, (2 * width_px * size_px + longest) // (2 * longest))
-        down = max(1, (2 * height_px * size_px + longest) // (2 * longest))
-        left, top = (size_px - across) // 2, (size_px - down) // 2
-        return cls(
-            width_px=width_px,
-            height_px=height_px,
-            size_px=size_px,
-            left=left,
-            top=top,
-            right=left + across,
-            bottom=top + down,
-        )
-
-    def scaled(self, size_px: int) -> Self:
-        """The same place in a square of another side, at least one pixel each way.
-
-        Raises:
-            ValueError: A side below 1.
-        """
-        left, top = (min(side * size_px // self.size_px, size_px - 1) for side in (self.left, self.top))
-        right, bottom = (-(-side * size_px // self.size_px) for side in (self.right, self.bottom))
-        return replace(self, size_px=size_px, left=left, top=top, right=right, bottom=bottom)
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        """`(left, top, right, bottom)`, as Pillow's `crop` takes it."""
-        return self.left, self.top, self.right, self.bottom
-
-    def to_dict(self) -> dict[str, int]:
-        """The fields by name, fit for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> Self:
-        """The letterbox that `to_dict` described.
-
-        Raises:
-            ValueError: Entries missing, unknown, not integers, or a box outside the square.
-        """
-        expected, found = {field.name for field in fields(cls)}, set(entries)
-        if found != expected:
-            raise ValueError(
-                f"letterbox entries: missing {sorted(expected - found)}, "
-                f"unknown {sorted(map(str, found - expected))}; expected exactly {sorted(expected)}"
-            )
-        return cls(**entries)
-
-
-def to_square(image: Image.Image, letterbox: Letterbox) -> Image.Image:
-    """The photo inside the model's square, the rest filled with its own edge, ever softer further out.
+def into_canvas(image: Image.Image, letterbox: Letterbox) -> Image.Image:
+    """The photo inside the model's picture, the rest filled with its own edge, ever softer further out.
 
     Hard bars would cost the VAE detail at their border and give the diffusion model a frame to draw.
 
@@ -122,37 +28,38 @@ def to_square(image: Image.Image, letterbox: Letterbox) -> Image.Image:
             f"the letterbox is for {letterbox.width_px} x {letterbox.height_px}"
         )
     left, top, right, bottom = letterbox.box
-    size = letterbox.size_px
+    width, height = letterbox.size
     inner = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if inner.size == (size, size):
+    if inner.size == letterbox.size:
         return inner
-    margins = ((top, size - bottom), (left, size - right), (0, 0))
+    margins = ((top, height - bottom), (left, width - right), (0, 0))
     replicated = Image.fromarray(np.pad(np.asarray(inner), margins, mode="edge"))
-    blurred = replicated.filter(ImageFilter.GaussianBlur(size / 24))
-    index = np.arange(size)
-    outside_x = np.maximum(left - index, index - (right - 1)).clip(0)
-    outside_y = np.maximum(top - index, index - (bottom - 1)).clip(0)
+    longest = max(width, height)
+    blurred = replicated.filter(ImageFilter.GaussianBlur(longest / 24))
+    across, down = np.arange(width), np.arange(height)
+    outside_x = np.maximum(left - across, across - (right - 1)).clip(0)
+    outside_y = np.maximum(top - down, down - (bottom - 1)).clip(0)
     distance = np.maximum(outside_x[None, :], outside_y[:, None])
-    softness = (distance * (255 * 12 / size)).clip(0, 255).astype(np.uint8)  # full after a twelfth of the side
+    softness = (distance * (255 * 12 / longest)).clip(0, 255).astype(np.uint8)  # full after a twelfth of the side
     return Image.composite(blurred, replicated, Image.fromarray(softness))
 
 
-def from_square(square: Image.Image, letterbox: Letterbox, *, most_px: int | None = None) -> Image.Image:
-    """The photo's part of the square at the photo's own size and aspect, or smaller: at most `most_px` on a side.
+def from_canvas(canvas: Image.Image, letterbox: Letterbox, *, most_px: int | None = None) -> Image.Image:
+    """The photo's part of the model's picture at the photo's own size and aspect, or smaller: at most `most_px` a side.
 
     Raises:
-        ValueError: The picture is not a square of the letterbox's side.
+        ValueError: The picture is not of the letterbox's size.
     """
-    if square.size != (letterbox.size_px, letterbox.size_px):
+    if canvas.size != letterbox.size:
         raise ValueError(
-            f"picture is {square.size[0]} x {square.size[1]}; "
-            f"expected {letterbox.size_px} x {letterbox.size_px} as in its letterbox"
+            f"picture is {canvas.size[0]} x {canvas.size[1]}; "
+            f"expected {letterbox.size[0]} x {letterbox.size[1]} as in its letterbox"
         )
     # Cropped first: the resampling filter would reach beyond a `box` and blend padding into the border.
     width, height = letterbox.width_px, letterbox.height_px
     if most_px is not None and (longest := max(width, height)) > most_px:
         width, height = (max(1, round(side * most_px / longest)) for side in (width, height))
-    return square.crop(letterbox.box).resize((width, height), Image.Resampling.LANCZOS)
+    return canvas.crop(letterbox.box).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures in a folder that are no photos, told from a few bytes of them."""
+"""Recognises pictures in a folder that are no photos, from a few of their bytes."""
 
 import os
 import struct
@@ -11,12 +11,12 @@ _HEAD_BYTES = 1 << 16
 
 
 def is_apple_double(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a companion of another one, as macOS writes them on foreign disks."""
+    """Whether a file is a companion file of macOS, written on foreign disks."""
     return _head(path, 4) == _APPLE_DOUBLE
 
 
 def png_text(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The short plain texts that stand before the pixels of a PNG file; none of any other file."""
+    """The short plain texts before the pixels of a PNG file; empty for any other file."""
     data = _head(path, _HEAD_BYTES)
     texts = dict[str, str]()
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -34,7 +34,7 @@ def png_text(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _head(path: str | os.PathLike[str], count: int) -> bytes:
-    """The first bytes of a regular file, none of one that cannot be read."""
+    """The first bytes of a regular file; empty if it cannot be read."""
     try:
         with open_regular(path) as (file, _):
             return file.read(count)

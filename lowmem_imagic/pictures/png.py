@@ -1,4 +1,4 @@
-"""Pictures going out: PNG bytes that say how they were made, and the labelled contact sheet."""
+"""Writes PNG bytes with generation parameters and provenance, and draws labelled contact sheets."""
 
 import math
 import unicodedata
@@ -15,7 +15,7 @@ from ..plain_text import shown
 SHEET_CELL_PX = 256
 """Side of a contact sheet's cells."""
 SHEET_TITLE = "contact sheet"
-"""Title of sheets, by which a folder of photos knows them for none."""
+"""Title of sheets, by which batches recognise sheets among photos."""
 XMP_KEYWORD = "XML:com.adobe.xmp"
 SOURCE_TYPE_BASE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
@@ -26,7 +26,7 @@ _NO_TEXT: Mapping[str, str] = MappingProxyType({})
 
 _PAPER, _INK, _QUIET, _RULE = (250, 250, 248), (32, 32, 36), (128, 128, 132), (222, 222, 218)
 
-# Pillow's built-in font draws ASCII and little else; the table is what decomposition does not reduce to that.
+# Pillow's built-in font draws little more than ASCII; this table is for characters that Unicode decomposition keeps.
 _DRAWN_BEYOND_ASCII = "·±°"
 _SPELLED = str.maketrans(
     {"\N{EN DASH}": "-", "\N{EM DASH}": "-", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x"}
@@ -48,19 +48,19 @@ def encode_png(
     icc_profile: bytes | None = None,
     provenance: str | None = "compositeWithTrainedAlgorithmicMedia",
 ) -> bytes:
-    """PNG bytes of a picture, with its text entries and a machine-readable mark of how it came to be.
+    """PNG bytes of a picture, with its text entries and a machine-readable provenance mark.
 
-    Equal arguments give equal bytes: entries are sorted, and nothing holds a time, a path or metadata of the
-    source. Text outside Latin-1 becomes iTXt, as other programs expect.
+    Equal arguments give equal bytes: entries are sorted, and the file has no time, path or metadata of the source.
+    Text outside Latin-1 becomes iTXt, as other programs expect.
 
     Args:
-        image: Mode L, RGB or RGBA.
-        text: Keyword to text, e.g. `parameters` as A1111 writes it.
-        icc_profile: Embedded where given.
+        image: A picture of mode L, RGB or RGBA.
+        text: Texts by keyword, e.g. A1111's `parameters`.
+        icc_profile: The profile to embed, if any.
         provenance: A term of IPTC's Digital Source Type vocabulary, written as XMP; None leaves the mark out.
 
     Raises:
-        ValueError: Another mode, a keyword PNG does not allow or that is the XMP packet's, or NUL in a text.
+        ValueError: The mode is another one, a keyword is invalid in PNG or reserved for XMP, or a text has a NUL.
     """
     if image.mode not in ("L", "RGB", "RGBA"):
         raise ValueError(f"picture has mode {image.mode}; expected L, RGB or RGBA")
@@ -73,19 +73,23 @@ def encode_png(
     bare = image
     if image.info:
         bare = image.copy()
-        bare.info = {}  # Pillow would write the profile and transparency it finds here
+        bare.info = {}  # Pillow would write a profile and transparency from here
     buffer = BytesIO()
     bare.save(buffer, "PNG", pnginfo=entries, icc_profile=icc_profile)
     return buffer.getvalue()
 
 
 def _check_entry(keyword: str, value: str) -> None:
-    """Refuses what PNG does not allow in a text chunk (specification 11.3.3.2), and a second XMP packet."""
+    """Checks that a text chunk is valid PNG (specification 11.3.3.2) and no second XMP packet.
+
+    Raises:
+        ValueError: It is not.
+    """
     allowed = keyword.isprintable() and keyword == " ".join(keyword.split()) and 1 <= len(keyword) <= 79
     if not allowed or any(ord(letter) > 255 for letter in keyword):
         raise ValueError(f"PNG keyword is {keyword!r}; expected 1 to 79 printable Latin-1 characters")
     if keyword == XMP_KEYWORD:
-        raise ValueError(f"PNG keyword {XMP_KEYWORD!r} is reserved; say what it should hold by `provenance`")
+        raise ValueError(f"PNG keyword {XMP_KEYWORD!r} is reserved; set it with `provenance`")
     if "\0" in value:
         raise ValueError(f"PNG text of {keyword!r} holds NUL; expected text without it")
 
@@ -116,20 +120,20 @@ def contact_sheet(
 ) -> Image.Image:
     """The pictures side by side, each with its label, under a title and over a small grey footer.
 
-    Pictures are scaled to fit `cell_px` x `cell_px` keeping their aspect; rows are as high as their highest
-    picture. Text wraps, and ends in `...` after a few lines. What the built-in font cannot draw is spelled in
-    ASCII; line ends and what nobody sees are escaped (see `shown`).
+    Pictures are scaled to fit `cell_px` x `cell_px` with their aspect; rows are as high as their highest picture. Text
+    wraps, and ends in `...` after a few lines. Characters missing in the built-in font are spelled in ASCII; line ends
+    and invisible characters are escaped (see `shown`).
 
     Args:
-        cells: (label, picture) in reading order; None leaves the place empty.
+        cells: (label, picture) in reading order; None leaves the cell empty.
         columns: Pictures per row; by default one row up to five, then a balanced wide grid.
-        title: Shown on top.
-        footer: Settings and the like.
+        title: Text on top.
+        footer: Text at the bottom, such as settings.
         cell_px: Side of a cell.
-        boxes: Given a list, it gets the place of every picture.
+        boxes: A list to which the box of every picture is added.
 
     Raises:
-        ValueError: No cells, or a column count or cell size below 1.
+        ValueError: There are no cells, or the column count or cell size is below 1.
     """
     if not cells or cell_px < 1 or (columns is not None and columns < 1):
         raise ValueError(
@@ -166,7 +170,7 @@ def contact_sheet(
                 sheet.paste(picture, (left, top))
                 if boxes is not None:
                     boxes.append((left, top, left + picture.width, top + picture.height))
-                # A hairline keeps pictures with a white border apart from the paper.
+                # A hairline separates pictures with a white border from the paper.
                 draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=_RULE)
             _write(
                 draw,
@@ -184,7 +188,7 @@ def contact_sheet(
 
 
 def _balanced_columns(count: int) -> int:
-    """Columns of a grid somewhat wider than high whose last row is as full as can be."""
+    """Number of columns of a grid that is somewhat wider than high, with the last row as full as possible."""
     if count <= 5:
         return count
     rows = math.ceil(count / math.ceil(math.sqrt(1.5 * count)))
@@ -192,7 +196,7 @@ def _balanced_columns(count: int) -> int:
 
 
 def _scaled(picture: Image.Image, cell_px: int) -> Image.Image:
-    """The picture as RGB, its longer side exactly `cell_px`."""
+    """The picture as RGB, scaled so that its longer side is exactly `cell_px`."""
     factor = cell_px / max(picture.size)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
     smooth = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
@@ -218,7 +222,7 @@ def _write(
     top: int,
     centre_px: int = 0,
 ) -> int:
-    """Draws lines of text, centred in `centre_px` where given; the y below them."""
+    """Draws lines of text, centred in `centre_px` if given; returns the y below them."""
     for line in lines:
         indent = max(0, centre_px - math.ceil(font.getlength(line))) // 2
         draw.text((left + indent, top - font.getbbox("A")[1]), line, font=font, fill=colour)
@@ -227,7 +231,7 @@ def _write(
 
 
 def _drawable(text: str) -> str:
-    """The text in characters the font has: accents dropped, common signs spelled out, `?` for the rest."""
+    """The text in the font's characters: accents dropped, common signs spelled out, `?` for the rest."""
     letters = (c for c in unicodedata.normalize("NFKD", text.translate(_SPELLED)) if not unicodedata.combining(c))
     return "".join(
         c if c.isspace() or (c.isascii() and c.isprintable()) or c in _DRAWN_BEYOND_ASCII else "?" for c in letters
@@ -237,7 +241,7 @@ def _drawable(text: str) -> str:
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, max_lines: int) -> list[str]:
     """Lines no wider than `width_px`, broken at spaces or inside long words; `...` ends a cut text."""
     lines: list[str] = []
-    # No letter is narrower than a pixel, so more of them than this cannot be shown and need no measuring.
+    # No letter is narrower than a pixel, so letters beyond this count cannot fit and need no measuring.
     for paragraph in _drawable(text[: max_lines * width_px]).splitlines():
         line = ""
         for word in paragraph.split():

@@ -1,23 +1,25 @@
-"""Silence around decoders: lines that Pillow and the libraries below it print go to the log."""
+"""Silences decoders: lines printed by Pillow and its libraries go to the log."""
 
 import logging
 import os
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from ..unexpected import WARNINGS
-
 log = logging.getLogger(__name__)
-# Without any handler Python prints what other libraries log as warnings.
+# Without any handler Python prints warnings in this log on standard error.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
+_DECODING = threading.RLock()
+"""Lock for `warnings.catch_warnings` and descriptor 2, which belong to the whole process: interleaving threads would
+leave warnings switched off, or lines diverted."""
 _MAX_LINES = 100
-# libtiff begins a line with one of its functions ("TIFFReadDirectory: ... ."), others with their own name. The last
-# line of a Python traceback begins alike.
+# libtiff begins a line with the name of a function ("TIFFReadDirectory: ... ."), other libraries with their own name.
+# The last line of a Python traceback looks similar.
 _LIBRARY_LINE = re.compile(
     rb"(?!\w+(?:Error|Exception|Warning|Interrupt):)_?[A-Z]\w*[A-Z]\w*: .*\.\s*$"
     rb"|(?:Fax|Old|Predictor|tempfile|libtiff|dav1d|libheif|libpng|\[(?:ERROR|WARNING|INFO)\])\W?[^:]*[: ]",
@@ -27,13 +29,12 @@ _LIBRARY_LINE = re.compile(
 
 @contextmanager
 def quiet(*, captured: bool) -> Iterator[None]:
-    """Lets one thread at a time decode; warnings, and with `captured` the decoders' own lines, are logged.
+    """Lets one thread at a time decode; logs warnings and, with `captured`, the decoders' own lines.
 
-    C libraries write to file descriptor 2, which is the whole process's, so it leads to a temporary file meanwhile.
-    Afterwards the lines of the decoders are logged and all others, which other threads wrote, are passed on.
+    C libraries write to file descriptor 2 of the whole process, so it is redirected to a temporary file meanwhile.
+    Afterwards the decoders' lines are logged, and lines of other threads are passed on.
     """
-    # Standard error is one for all threads, as the list of warnings is.
-    with WARNINGS, warnings.catch_warnings(record=True) as caught:
+    with _DECODING, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         diverted = _divert() if captured else None
         try:
@@ -46,7 +47,7 @@ def quiet(*, captured: bool) -> Iterator[None]:
 
 
 def _divert() -> tuple[BinaryIO, int] | None:
-    """Leads descriptor 2 to a new temporary file; None, and nothing done, where it is closed or no file can be made."""
+    """Redirects descriptor 2 to a new temporary file; does nothing and returns None if it is closed or that fails."""
     try:
         kept = os.dup(2)
     except OSError:
@@ -61,7 +62,7 @@ def _divert() -> tuple[BinaryIO, int] | None:
 
 
 def _restore(sink: BinaryIO, kept: int) -> None:
-    """Gives descriptor 2 back, and tells the lines of decoders from those of other threads."""
+    """Restores descriptor 2; logs the decoders' lines, and passes the lines of other threads on."""
     os.dup2(kept, 2)
     os.close(kept)
     with sink:
@@ -77,4 +78,4 @@ def _pass_on(line: bytes) -> None:
     try:
         os.write(2, line)
     except OSError:
-        pass  # nobody reads standard error any more
+        pass  # the reader of standard error is gone

@@ -1,4 +1,4 @@
-"""The bytes of a photo's file: of regular files only, and never many more than its picture can need."""
+"""Reads the bytes of a photo's file: only regular files, of a plausible size for their picture."""
 
 import hashlib
 import os
@@ -14,9 +14,9 @@ from .formats import KINDS, Format, describe, format_of
 from .tiff import pixels_of
 
 MAX_FILE_BYTES = 1 << 30
-"""Of formats whose samples may stand there uncompressed: 100 million of 16-bit RGBA are 800 MB."""
+"""Size limit for formats with uncompressed samples: 100 million pixels of 16-bit RGBA are 800 MB."""
 MAX_PACKED_BYTES = 256 * 2**20
-"""Of all other formats."""
+"""Size limit for all other formats."""
 _SMALL_BYTES = 32 * 2**20
 _HEAD_BYTES = 1 << 20
 
@@ -25,23 +25,23 @@ def read(path: str | os.PathLike[str], shown: str) -> bytes:
     """The bytes of a picture file.
 
     Raises:
-        ImageNotFoundError: Missing, unreadable, or not a regular file (folder, pipe, device).
-        ImageTooLargeError: More bytes than such a file may have.
-        NotAnImageError: A large file that does not begin as a picture; small ones are left to the decoder.
+        ImageNotFoundError: The file is missing, unreadable, or not a regular file (folder, pipe, device).
+        ImageTooLargeError: The file has more bytes than its picture can need.
+        NotAnImageError: A large file does not begin as a picture; small files are left to the decoder.
     """
     with _opened(path, shown) as (file, size):
         return file.read(size)
 
 
 def digest(path: str | os.PathLike[str], shown: str) -> str:
-    """Hex SHA-256 of a picture file, whose bytes are not kept; raises as `read` does."""
+    """Hex SHA-256 of a picture file, read in parts; raises the errors of `read`."""
     with _opened(path, shown) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], shown: str) -> Iterator[tuple[BufferedReader, int]]:
-    """The file and its size, which are known to be plausible."""
+    """The open file and its size, both checked."""
     try:
         with open_regular(path) as (file, size):
             _check_size(file, size, shown)
@@ -67,10 +67,10 @@ def _opened(path: str | os.PathLike[str], shown: str) -> Iterator[tuple[Buffered
 
 
 def _check_size(file: BufferedReader, size: int, shown: str) -> None:
-    """Makes sure that a large file is a picture that may have as many bytes, from a few of them.
+    """Checks, from its first bytes, that a large file is a picture of a plausible size.
 
     Raises:
-        ImageTooLargeError: It has more.
+        ImageTooLargeError: It has more bytes than its picture can need.
         NotAnImageError: It does not begin as a picture.
     """
     if size <= _SMALL_BYTES:
@@ -89,14 +89,14 @@ def _check_size(file: BufferedReader, size: int, shown: str) -> None:
 
 
 def _pixels(file: BufferedReader, size: int, kind: Format) -> int:
-    """The pixels of a large file's pictures as its first bytes tell, 0 where they do not."""
+    """The number of pixels of a large file's pictures, from its first bytes; 0 if unknown."""
     try:
         if kind.name == "TIFF":
             return pixels_of(_Slices(file, size))
-        found = examine(file.read(_HEAD_BYTES), kind, max_pixels=1)
+        contents = examine(file.read(_HEAD_BYTES), kind, max_pixels=1)
     except (NotThisKind, TooCostly, *UNREADABLE):
         return 0
-    return found.width * found.height
+    return contents.width * contents.height
 
 
 class _Slices:

@@ -1,4 +1,4 @@
-"""Colour spaces given as numbers, made into ICC profiles that LittleCMS applies.
+"""Converts colour spaces given as numbers to ICC profiles for LittleCMS.
 
 Sources: ITU-T H.273 (07/2024), tables 2 and 3, for code points; ICC.1:2022 for profiles and annex E for the Bradford
 adaptation; IEC 61966-2-1 (sRGB); SMPTE ST 2084 (PQ); ITU-R BT.2100 (HLG); ITU-R BT.2408, section 2, which puts
@@ -32,7 +32,7 @@ ROMM_RGB = (0.3457, 0.3585, 0.7347, 0.2653, 0.1596, 0.8404, 0.0366, 0.0001)
 PRIMARY_NAMES = {1: "sRGB", 9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
 UNSPECIFIED = 2
 CAMERA_CURVES = frozenset({1, 6, 11, 12, 14, 15})
-"""Transfers of BT.709 and its kin. They describe cameras; screens and browsers show such pictures as sRGB ones."""
+"""Transfers of BT.709 and similar standards. They describe cameras; screens and browsers show such pictures as sRGB."""
 HDR_NAMES = {16: "PQ", 18: "HLG"}
 
 _ENTRIES = 4096
@@ -45,7 +45,7 @@ class Space:
     """An RGB colour space.
 
     Attributes:
-        chromaticities: Of white, red, green and blue.
+        chromaticities: Chromaticities of white, red, green and blue.
         curves: Linear light for equally spaced samples, [1 or 3, entries], 0 to 1.
     """
 
@@ -102,7 +102,7 @@ def is_valid(chromaticities: tuple[float, ...]) -> bool:
 
 
 def is_srgb(space: Space) -> bool:
-    """Whether the primaries are those of sRGB but for rounding."""
+    """Whether the primaries are those of sRGB, up to rounding."""
     return max(abs(a - b) for a, b in zip(space.chromaticities, SRGB_PRIMARIES, strict=True)) < 0.002
 
 
@@ -150,7 +150,7 @@ def _xyz(values: np.ndarray) -> bytes:
 
 
 def _curv(curve: np.ndarray) -> bytes:
-    # A table is rounded to 16 bits, where a line needs none.
+    # A linear curve needs no table, which would round to 16 bits.
     if np.array_equal(curve, np.linspace(0, 1, len(curve))):
         return b"curv" + bytes(4) + struct.pack(">I", 0)
     table: bytes = np.rint(curve * 65535).astype(">u2").tobytes()

@@ -1,8 +1,8 @@
-"""Directories of TIFF files and of Exif blocks, which are TIFF files too.
+"""Parses directories of TIFF files and of Exif blocks, which are TIFF files too.
 
-A directory may point anywhere in its file, also several times to the same place, so sizes that it claims can add up
-to far more than the file has. Only tags that are asked for are read here, and the decoder gets a file of one directory
-that holds the tags of the pixels alone (TIFF 6.0 of 1992; BigTIFF; DNG 1.7 and TIFF/EP for the signs of camera raw).
+A directory may point anywhere in its file, also several times to the same place, so the sizes it claims can add up to
+far more than the file. This module reads tags only on request. The decoder gets a file of one directory with only the
+tags for the pixels (TIFF 6.0 of 1992; BigTIFF; DNG 1.7 and TIFF/EP for the signs of camera raw).
 """
 
 import struct
@@ -39,7 +39,7 @@ _PIXEL_TAGS = {
 
 
 class Source(Protocol):
-    """Bytes, or a file of which only slices are read."""
+    """Bytes, or a file that is read in slices."""
 
     def __len__(self) -> int: ...
 
@@ -47,17 +47,17 @@ class Source(Protocol):
 
 
 def _unpack(layout: str, data: Source, at: int) -> tuple[Any, ...]:
-    """Numbers at a place.
+    """The numbers at a position.
 
     Raises:
-        struct.error: It lies outside.
+        struct.error: The position is outside of the data.
     """
     return struct.unpack(layout, data[at : at + struct.calcsize(layout)])
 
 
 @dataclass(frozen=True)
 class Directory:
-    """One directory of a file: tags with their type, count and the place of their values."""
+    """One directory of a file: tags with type, count and position of their values."""
 
     data: Source
     order: str
@@ -65,7 +65,7 @@ class Directory:
     raw: dict[int, bytes]
 
     def numbers(self, tag: int, most: int = 16) -> tuple[float, ...]:
-        """The numbers under a tag, fractions divided; none where it is missing, damaged or has more than `most`."""
+        """The numbers of a tag, fractions divided; empty if it is missing, damaged or has more than `most`."""
         kind, count, place = self.entries.get(tag, (0, 0, 0))
         code = _TYPES.get(kind, "")
         if not code or not 0 < count <= most or place + count * struct.calcsize("=" + code) > len(self.data):
@@ -76,12 +76,12 @@ class Directory:
         return values
 
     def number(self, tag: int, otherwise: int = 0) -> int:
-        """The first number under a tag."""
-        found = self.numbers(tag, most=65536)
-        return int(found[0]) if found and found[0] == found[0] and abs(found[0]) < 2**64 else otherwise
+        """The first number of a tag."""
+        numbers = self.numbers(tag, most=65536)
+        return int(numbers[0]) if numbers and numbers[0] == numbers[0] and abs(numbers[0]) < 2**64 else otherwise
 
     def text(self, tag: int, most: int = MAX_PROFILE_BYTES) -> bytes:
-        """The bytes under a tag; none where it is missing or has more than `most`."""
+        """The bytes of a tag; empty if it is missing or has more than `most`."""
         kind, count, place = self.entries.get(tag, (0, 0, 0))
         code = _TYPES.get(kind, "")
         length = count * struct.calcsize("=" + code) if code else 0
@@ -94,17 +94,17 @@ class Directory:
 
     @property
     def is_reduced(self) -> bool:
-        """Whether it says that it is a smaller copy of another picture of the file."""
+        """Whether it is marked as a smaller copy of another picture in the file."""
         return bool(self.number(SUBFILE) & 1) or self.number(OLD_SUBFILE) == 2
 
     @property
     def is_mask(self) -> bool:
-        """Whether it is the opacity of another picture."""
+        """Whether it is marked as the opacity of another picture."""
         return bool(self.number(SUBFILE) & 4) or self.number(PHOTOMETRIC) == 4
 
 
 def directories(data: Source) -> Iterator[Directory]:
-    """The directories of a TIFF file or Exif block, as far as they can be read, each once, at most 1000."""
+    """Yields the readable directories of a TIFF file or Exif block, each once, at most 1000."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None or len(data) < 8:
         return
@@ -113,15 +113,15 @@ def directories(data: Source) -> Iterator[Directory]:
     seen = set[int]()
     while place and place not in seen and len(seen) < _MAX_DIRECTORIES:
         seen.add(place)
-        found = directory_at(data, place)
-        if found is None:
+        entry = directory_at(data, place)
+        if entry is None:
             return
-        directory, place = found
+        directory, place = entry
         yield directory
 
 
 def directory_at(data: Source, place: int) -> tuple[Directory, int] | None:
-    """The directory at a place and the place of the one after it (0 for none); None where there cannot be one."""
+    """The directory at a position, and the position of the next one (0 for none); None if there cannot be one."""
     order, big = {b"II": "<", b"MM": ">"}[data[:2]], 43 in data[2:4]
     layout = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
     head, pointer = (8, "Q") if big else (2, "I")
@@ -145,11 +145,11 @@ def directory_at(data: Source, place: int) -> tuple[Directory, int] | None:
 
 
 def examine(data: bytes) -> Contents:
-    """The contents of a TIFF file; its data are a TIFF file of the one picture that is meant.
+    """The contents of a TIFF file; the decoder gets a TIFF file with only the main picture.
 
     Raises:
-        NotThisKind: Camera raw.
-        TooCostly: Tiles or tables far beyond the picture.
+        NotThisKind: The file is a camera raw file.
+        TooCostly: Tiles or tables are far larger than the picture.
     """
     pages, inside = _all(data)
     first = pages[0]
@@ -169,7 +169,7 @@ def examine(data: bytes) -> Contents:
         notes.append("it is marked as a reduced copy, and the file has no other picture")
     _check_extent(page)
     signals: list[Signal] = list(colour_of(page, "the numbers in its TIFF tags"))
-    # A second picture has tags of its own; a profile that stands at the first only is meant for both.
+    # A second picture has its own tags; a profile at the first picture only applies to both.
     if page is not first and not signals:
         signals = colour_of(first, "the numbers in its TIFF tags")
     return Contents(
@@ -185,7 +185,7 @@ def examine(data: bytes) -> Contents:
 
 
 def pixels_of(data: Source) -> int:
-    """The pixels of all pictures of a TIFF file together; 0 where that says little of its size, as for camera raw."""
+    """The number of pixels of all pictures in a TIFF file; 0 if that tells little about its size, as for camera raw."""
     pages, inside = _all(data)
     if len(pages) >= _MAX_DIRECTORIES or DNG_VERSION in pages[0].entries or any(map(_is_raw, [*pages, *inside])):
         return 0
@@ -193,26 +193,26 @@ def pixels_of(data: Source) -> int:
 
 
 def _all(data: Source) -> tuple[list[Directory], list[Directory]]:
-    """The directories of a TIFF file in their chain, at least one, and those inside of the first few.
+    """The directories in the chain of a TIFF file, at least one, and the directories inside the first few of them.
 
     Raises:
-        ValueError: It has none.
+        ValueError: The file has no directory.
     """
     pages = list(directories(data))
     if not pages:
         raise ValueError("no directory of tags")
     places = [int(place) for page in pages[:4] for place in page.numbers(SUB_DIRECTORIES)]
-    return pages, [found[0] for place in places if (found := directory_at(data, place)) is not None]
+    return pages, [entry[0] for place in places if (entry := directory_at(data, place)) is not None]
 
 
 def _is_raw(directory: Directory) -> bool:
-    # A full-size picture compressed in a camera maker's own way; some of the numbers have a second meaning in previews.
+    # A full-size picture in a camera maker's own compression; in previews some of these numbers have other meanings.
     own_way = directory.number(COMPRESSION, 1) in _RAW_COMPRESSIONS and not directory.is_reduced
     return own_way or directory.number(PHOTOMETRIC) in (_FILTER_ARRAY, _LINEAR_RAW)
 
 
 def _picture(pages: Sequence[Directory], inside: Sequence[Directory]) -> Directory:
-    """The directory of the picture that is meant: the first, unless that is a thumbnail of another."""
+    """The directory of the main picture: the first, unless that is a thumbnail of another."""
     first = pages[0]
     others = [one for one in (*pages[1:], *inside) if not one.is_mask and one.pixels > first.pixels]
     if first.is_reduced:
@@ -223,7 +223,7 @@ def _picture(pages: Sequence[Directory], inside: Sequence[Directory]) -> Directo
         aspect = width / height
         for one in others:
             wide, high = one.number(WIDTH), one.number(HEIGHT)
-            # Thumbnails are rounded to whole pixels, so the aspect is equal within one of them.
+            # Thumbnails are rounded to whole pixels, so the aspect is equal within one pixel.
             alike = abs(wide / high / aspect - 1) <= 1.5 / min(width, height)
             if alike and wide >= 2 * width and not one.is_reduced:
                 return one
@@ -231,10 +231,10 @@ def _picture(pages: Sequence[Directory], inside: Sequence[Directory]) -> Directo
 
 
 def _check_extent(page: Directory) -> None:
-    """Makes sure that tiles and tables are of the picture's own order.
+    """Checks that tiles and tables are not far larger than the picture.
 
     Raises:
-        TooCostly: They are not.
+        TooCostly: They are far larger.
     """
     claimed = sum(count * struct.calcsize("=" + _TYPES.get(kind, "")) for kind, count, _ in _pixel_entries(page))
     if claimed > len(page.data) + 65536:
@@ -252,7 +252,7 @@ def _pixel_entries(page: Directory) -> list[tuple[int, int, int]]:
 
 
 def _alone(data: bytes, page: Directory) -> bytes:
-    """A TIFF file whose only directory has the tags of a page that make its pixels."""
+    """A TIFF file with a single directory: the tags for the pixels of a page."""
     order, big = page.order, 43 in data[2:4]
     kept = sorted((tag, raw) for tag, raw in page.raw.items() if tag in _PIXEL_TAGS)
     place = len(data) + len(data) % 2
@@ -263,7 +263,7 @@ def _alone(data: bytes, page: Directory) -> bytes:
 
 
 def colour_of(directory: Directory, words: str) -> list[Signal]:
-    """Colour signals of a TIFF directory, or of the Exif block that it begins."""
+    """Colour signals of a TIFF directory, or of an Exif block with this first directory."""
     signals = list[Signal]()
     if profile := directory.text(PROFILE):
         signals.append(Icc(profile))
@@ -277,7 +277,7 @@ def colour_of(directory: Directory, words: str) -> list[Signal]:
         inner = _at(exif, INTEROPERABILITY)
         interoperability = inner.text(1, 64)[:3] if inner is not None else b""
     if space == 2 or (interoperability == b"R03" and space != 1):
-        # Exif 2.32, 4.6.5; DCF 2.0: the optional colour space is Adobe RGB (1998). 2 is what some cameras write.
+        # Exif 2.32, 4.6.5; DCF 2.0: the optional colour space is Adobe RGB (1998). Some cameras write 2.
         signals.append(Calibrated("Adobe RGB, by its Exif data", 563 / 256, None, ADOBE_RGB))
     elif space == 1:
         signals.append(Srgb())
@@ -293,8 +293,8 @@ def colour_of(directory: Directory, words: str) -> list[Signal]:
 
 def _at(directory: Directory, tag: int) -> Directory | None:
     """The directory that a tag points to."""
-    found = directory_at(directory.data, place) if 0 < (place := directory.number(tag)) < 2**63 else None
-    return None if found is None else found[0]
+    entry = directory_at(directory.data, place) if 0 < (place := directory.number(tag)) < 2**63 else None
+    return None if entry is None else entry[0]
 
 
 def _curves(directory: Directory) -> np.ndarray | None:
@@ -307,14 +307,14 @@ def _curves(directory: Directory) -> np.ndarray | None:
 
 
 def orientation_in(xmp: bytes) -> int:
-    """The orientation that an XMP packet states, 0 for none."""
+    """The orientation in an XMP packet, 0 for none."""
     at = xmp.find(b"tiff:Orientation")
     digits = xmp[at + 16 : at + 20].lstrip(b"=>\"'") if at >= 0 else b""
     return digits[0] - 48 if digits[:1].isdigit() else 0
 
 
 def exif_of(block: bytes) -> tuple[int, list[Signal]]:
-    """Orientation (0 for none) and colour signals of an Exif block, with or without its name in front."""
+    """Orientation (0 for none) and colour signals of an Exif block, with or without the ``Exif`` prefix."""
     while block.startswith(b"Exif\0\0"):  # some programs write it twice
         block = block[6:]
     first = next(directories(block), None)

@@ -1,1 +1,1 @@
-"""Bytes that a run will take, predicted before a weight is read."""
+"""Predicts the memory of a run before any weight is read."""

@@ -1,7 +1,7 @@
-"""What training and rendering take, phase by phase: worked out from an architecture, before a weight is read.
+"""Bytes of training and rendering, phase by phase, computed from an architecture before any weight is read.
 
-The passes are the real ones, run on the meta device (see `counting`): the family's own encoders and networks, and the
-trainer's own pass with its adapters, forward and backward.
+Runs the real passes on the meta device (see `counting`): the family's own encoders and networks, and the trainer's own
+pass with its adapters, forward and backward.
 """
 
 import contextlib
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..engine.base import BaseModel
 from ..families.conditioning import Conditioning
-from ..families.family import Denoiser, Family, Size
+from ..families.family import Denoiser, Family
+from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
-from ..layers.flat_pack import FlatPack
+from ..layers.flat_pack import FlatPack, kept_gradient
 from ..layers.frozen import Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from ..training.loop import TrainedTensor, Trainer
@@ -30,7 +31,7 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class _Linear:
-    """Bytes that grow evenly with rows and edits."""
+    """A linear model of bytes by rows and edits."""
 
     fixed: float
     row: float
@@ -40,15 +41,15 @@ class _Linear:
         return math.ceil(self.fixed + self.row * rows + self.edit * edits)
 
     @staticmethod
-    def through(found: Callable[[int, int], int]) -> "_Linear":
-        """The plane through `found` (rows, edits) at its three smallest points."""
-        least, more, beside = found(1, 1), found(2, 1), found(2, 2)
-        row, edit = more - least, beside - more
+    def through(measure: Callable[[int, int], int]) -> "_Linear":
+        """A linear model of `measure` (rows, edits), fitted at (1, 1), (2, 1) and (2, 2)."""
+        least = measure(1, 1)
+        row, edit = measure(2, 1) - least, measure(2, 2) - measure(2, 1)
         return _Linear(least - row - edit, row, edit)
 
 
 def _once(method: Callable[..., int]) -> Callable[..., int]:
-    """A method of `Costs` that works out each case once."""
+    """Caches a method of `Costs` by its arguments."""
 
     @wraps(method)
     def remembered(self: "Costs", *args: Any, **kwargs: Any) -> int:
@@ -61,15 +62,15 @@ def _once(method: Callable[..., int]) -> Callable[..., int]:
 
 
 class Costs:
-    """What the phases of an architecture take under some settings, each measured on the meta device when first asked.
+    """Bytes of an architecture's phases under some settings, each measured on the meta device at its first use.
 
     Args:
         family: the model family.
         config: settings of all stages.
         weights: format of the denoisers' weights, one of `WEIGHT_FORMATS`.
-        dtype: type that the denoisers compute in.
+        dtype: compute type of the denoisers.
         part_dtype: type of text encoder and autoencoder.
-        size: width and height of the pictures; None for the model's own.
+        size: width and height of the pictures; None for the model's own, which no photo exceeds.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Costs:
         size: Size | None = None,
     ) -> None:
         self._family, self._config, self._part_dtype = family, config, part_dtype
-        self._size = size or family.size
+        self._size = size or family.sizes.own
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
         self.known: dict[Any, int] = {}
@@ -98,10 +99,10 @@ class Costs:
 
     @cached_property
     def load(self) -> int:
-        """Most bytes while the denoisers are loaded and quantised, themselves included.
+        """Most bytes while the denoisers are loaded and quantised, the denoisers included.
 
-        A kernel of n weights is there in half precision, as it came from the file, in fp32, and twice in 8 bits (see
-        `layers.frozen.Int8Conv2d.quantize_`); any other weight in half precision and as it is kept.
+        While it is quantised, a convolution kernel exists in half precision (from the file), in fp32, and twice in 8
+        bits (see `layers.frozen.Int8Conv2d.quantize_`); any other weight in half precision and in its final format.
         """
         networks = [self._base.network(denoiser) for denoiser in self._base.denoisers]
         modules = [module for network in networks for module in network.modules()]
@@ -115,16 +116,15 @@ class Costs:
         return sum(self._adapters(denoiser, 1).weights.numel() for denoiser in self._base.denoisers)
 
     def adapters(self, slots: int) -> int:
-        """Bytes of what trains in `slots` slots, fp32, with gradients and two moments."""
+        """Bytes of adapters and embeddings in `slots` slots, fp32, with gradients and two moments."""
         return slots * 16 * (self.adapter_weights + self._text_numbers)
 
     def train(
         self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune", recorded: bool = False
     ) -> int:
-        """Most bytes of a training pass, and of the optimiser's step after it (two copies, see `PackedAdam.step`).
+        """Most bytes of a training pass and of the optimiser step after it (two copies, see `PackedAdam.step`).
 
-        Where passes are recorded (see `engine.cuda_graphs`), a pass's bytes stay taken during that step, beside a copy
-        of the gradients.
+        A recorded pass (see `engine.cuda_graphs`) keeps its bytes during the optimiser step.
         """
         way = self._stages[stage]
         stepped = self._text_numbers * bool(way.rate("text")) + self.adapter_weights * bool(way.rate("adapter"))
@@ -132,7 +132,7 @@ class Costs:
         return sum(both) if recorded else max(both)
 
     def train_about(self, *, checkpointing: bool, recorded: bool = False) -> Callable[[int, int], int]:
-        """`train` of (rows, edits) without running each, to a few parts in a hundred."""
+        """An estimate of `train` for (rows, edits), to a few percent, without running each case."""
 
         def exactly(rows: int, edits: int) -> int:
             return self.train(rows, edits, checkpointing=checkpointing, recorded=recorded)
@@ -145,7 +145,7 @@ class Costs:
 
     @_once
     def _sample(self, rows: int, edits: int, number: int) -> int:
-        """The same of one denoiser."""
+        """Most bytes of a sampling batch of one denoiser."""
         denoiser = self._base.denoisers[number]
         pack = self._adapters(denoiser, edits)
         # Rows of several edits gather their factors.
@@ -153,9 +153,10 @@ class Costs:
 
         def run() -> None:
             # With guidance, the text of half the rows and its negative are joined.
-            given = Conditioning.cat([self._given(denoiser, 1 + rows // 2) for _ in range(2)]).rows(slice(rows))
+            halves = [self._conditioning(denoiser, 1 + rows // 2) for _ in range(2)]
+            conditioning = Conditioning.cat(halves).rows(slice(rows))
             x = torch.cat([self._x(denoiser, rows) for _ in range(2)])[:rows]
-            self._base.predict(denoiser, x, self._at(denoiser, rows), given)
+            self._base.predict(denoiser, x, self._at(denoiser, rows), conditioning)
 
         with torch.no_grad(), fused_attention(), pack.attached(self._base.network(denoiser)):
             return peak_of(run) + pack.weights.nbytes
@@ -199,14 +200,14 @@ class Costs:
             return peak_of(lambda: self._family.decode(codec, self._x(self._base.denoisers[-1], 1)))
 
     def _x(self, denoiser: Denoiser, rows: int) -> Tensor:
-        """Rows of what a denoiser denoises."""
+        """Rows of noisy latents for a denoiser."""
         return torch.empty(rows, *denoiser.shape(self._size), device=_META)
 
     def _at(self, denoiser: Denoiser, rows: int) -> Tensor:
-        """Positions for rows."""
+        """Positions in the schedule, one per row."""
         return torch.empty(rows, dtype=denoiser.schedule.spread(1).dtype, device=_META)
 
-    def _given(self, denoiser: Denoiser, rows: int) -> Conditioning:
+    def _conditioning(self, denoiser: Denoiser, rows: int) -> Conditioning:
         """Rows of a denoiser's conditioning."""
         parts = {**self._family.text, **denoiser.extra}
         return Conditioning(
@@ -228,21 +229,21 @@ class Costs:
 
     @_once
     def _pass(self, rows: int, edits: int, checkpointing: bool, stage: str) -> int:
-        """Most bytes of one pass forward and backward: the trainer's own."""
+        """Most bytes of the trainer's pass, forward and backward."""
         way = self._stages[stage]
         denoiser, network = way.denoiser, self._base.network(way.denoiser)
         self._base.recompute(checkpointing)
         shapes = {name: part.shape for name, part in self._family.text.items() if part.trained}
-        text, given = FlatPack(edits, shapes, device=_META), self._given(denoiser, edits)
+        text, conditioning = FlatPack(edits, shapes, device=_META), self._conditioning(denoiser, edits)
         trained, packs = list[TrainedTensor](), dict[str, AdapterPack]()
         if way.rate("text"):
             trained.append(TrainedTensor(text.weights, text.enable_gradients(), way.rate("text")))
-            given |= text.parameters
+            conditioning |= {name: kept_gradient(part, part.dtype) for name, part in text.parameters.items()}
         if way.rate("adapter"):
             packs[denoiser.name] = self._adapters(denoiser, edits)
             weights = packs[denoiser.name].weights
             trained.append(TrainedTensor(weights, packs[denoiser.name].enable_gradients(), way.rate("adapter")))
-        trainer = Trainer(self._base, trained, lambda *_: given, packs=packs)
+        trainer = Trainer(self._base, trained, lambda *_: conditioning, packs=packs)
         index = torch.empty(edits, dtype=torch.int64, device=_META)
 
         def run() -> None:

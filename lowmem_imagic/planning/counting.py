@@ -1,26 +1,26 @@
 """Counts the bytes of live tensors while code runs, with or without real memory behind them.
 
-On the meta device nothing is computed, yet every tensor is made and dropped as it would be, so a network's real code
-tells its peak before a weight is read. The same counting on a CPU is what a prediction is checked against.
+The meta device computes nothing, but code on it creates and drops the same tensors as on a real device. So a network's
+real code shows its peak before any weight is read. Tests compare these predictions with the same count on a CPU.
 """
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within the ``with`` block, follows every storage that an operation makes, forward and backward.
+    """Within the ``with`` block, tracks every storage that an operation creates, forward and backward.
 
-    Kernels' own scratch memory is not seen, nor what was there before. Each storage counts once, however many
-    views there are of it.
+    Kernels' own scratch memory and storages from before the block are not counted. Each storage counts once, with any
+    number of views.
 
     Attributes:
         live: bytes alive now.
@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Whatever goes in was there before, or is known already.
+        # Storages of the inputs existed before the block or are tracked already.
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -58,10 +58,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Kernels(TorchDispatchMode):
-    """Within the ``with`` block, counts operations that compute or copy: about a kernel each on a GPU.
+    """Within the ``with`` block, counts operations that compute or copy: about one GPU kernel each.
 
     Attributes:
-        count: operations so far, without those that only make a view or room.
+        count: operations so far, without views and allocations.
     """
 
     _FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift_fresh")
@@ -77,30 +77,42 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_FUSED: ContextVar[bool] = ContextVar("fused", default=False)
+"""Whether this thread counts attention as fused kernels compute it."""
+
+
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Within the ``with`` block, attention keeps what fused kernels keep: no matrix of all pairs.
+    """Within the ``with`` block, attention on the meta device allocates like a fused kernel: no matrix of all pairs.
 
-    The meta device has no fused kernel of its own; every device that computes has one. Not for several threads.
+    The meta device has no fused kernel; every real device has one. Other threads, and tensors on other devices, use
+    torch's own attention.
     """
-    plain = F.scaled_dot_product_attention
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if query.device.type != "meta":
-            return plain(query, key, value, *args, **kwargs)
-        result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-        return result
-
-    # A torch function mode would not reach what checkpointing computes again.
-    F.scaled_dot_product_attention = fused
+    token = _FUSED.set(True)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        _FUSED.reset(token)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention on the meta device: of a fused kernel within `fused_attention`, else torch's own."""
+    aten = torch.ops.aten
+    if _FUSED.get():
+        result: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        return result
+    own: Tensor = aten.scaled_dot_product_attention.default.decompose(query, key, value, *args, **kwargs)
+    return own
+
+
+# A torch function mode would not reach the passes that checkpointing recomputes, and a dispatch mode sees only the
+# operations that torch decomposes attention into.
+_ON_META = torch.library.Library("aten", "IMPL")
+_ON_META.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
 
 
 def peak_of(run: Callable[[], object]) -> int:
-    """The most bytes that `run` holds at once beyond what was there before."""
+    """Most bytes that `run` allocates at once."""
     count = LiveBytes()
     with count:
         run()

@@ -1,4 +1,4 @@
-"""What fits into a stated amount of memory, and how: slots, rows, checkpointing, batches, predicted bytes by phase."""
+"""The memory plan of a run: slots, rows, checkpointing, batches and predicted bytes by phase within a budget."""
 
 import math
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from ..settings.text import parse_bytes
 from .costs import Costs
 
 MAX_SLOTS = 16
-"""More edits side by side fill no card any better."""
+"""Most slots; more do not use a GPU any better."""
 CPU_SLOTS = 4
-"""Edits side by side where nothing limits memory; on two cores more gain nothing (``benchmarks/speed.py``)."""
+"""Slots without a memory limit; on two cores more gain nothing (``benchmarks/speed.py``)."""
 CUDA_CONTEXT_BYTES = 500_000_000
-"""What a process takes on a GPU before any tensor: a usual figure."""
+"""Typical GPU memory of a process before any tensor."""
 RESERVE = 0.1
 """Share of a budget left for the allocator's rounding and kernels' scratch memory."""
 
@@ -30,22 +30,22 @@ class Phase:
     """Bytes of one phase at its peak."""
 
     weights: int
-    """Frozen: UNet, text encoder, autoencoder, as far as they are there."""
+    """Frozen weights on the device in this phase: UNet, text encoder, autoencoder."""
     adapters: int = 0
     """Adapters and embeddings in training, their gradients and moments."""
     activations: int = 0
-    """What passes hold, with everything transient."""
+    """Activations and other temporary tensors."""
     context: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all bytes."""
         return self.weights + self.adapters + self.activations + self.context
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run fits into its memory."""
+    """The settings with which a run fits into its memory."""
 
     budget_bytes: int
     weights: str
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The largest of the phases."""
+        """Bytes of the largest phase."""
         return max(phase.total for phase in self.phases.values())
 
     def as_json(self) -> dict[str, Any]:
@@ -84,21 +84,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may take of a device's memory."""
+    """The memory that a run may use on a device."""
 
     total: int
-    """Bytes, those included that are taken before any tensor."""
+    """Bytes, `context` included."""
     context: int = 0
-    """Bytes taken before any tensor."""
+    """Bytes in use before any tensor."""
     enforced: bool = False
-    """Whether a GPU's allocator is to be held to it."""
+    """Whether the GPU's allocator enforces the budget."""
 
     @staticmethod
     def of(device: torch.device, vram: str | None) -> "Budget | None":
-        """The budget before a run's weights are loaded; None where nothing limits it.
+        """The budget before a run's weights are loaded; None without a limit.
 
-        It is `vram`, of which what is taken before any tensor is a part: on a GPU `CUDA_CONTEXT_BYTES`, else what this
-        process holds now. By default it is what a GPU has free, and nothing on a CPU.
+        The total is `vram`. Its `context` part is `CUDA_CONTEXT_BYTES` on a GPU, and this process's resident bytes on
+        a CPU. By default the total is the GPU's free memory; on a CPU there is no limit.
 
         Raises:
             ConfigError: `vram` is no amount of memory.
@@ -113,11 +113,11 @@ class Budget:
 
     @contextmanager
     def held(self, device: torch.device) -> Iterator[None]:
-        """Within the block a GPU's allocator gives no more than an enforced budget; afterwards all there is."""
+        """Within the block the GPU's allocator is limited to an enforced budget; afterwards it has no limit."""
         if not self.enforced or device.type != "cuda":
             yield
             return
-        # torch takes no device without a number here.
+        # torch needs a device with a number here.
         index = torch.cuda.current_device() if device.index is None else device.index
         _, everything = torch.cuda.mem_get_info(device)
         share = min(1.0, max(0, self.total - self.context) / everything)
@@ -129,7 +129,7 @@ class Budget:
 
 
 def _costs(base: BaseModel, config: EditConfig) -> Costs:
-    """What the phases take on a base; remembered as long as the base is there."""
+    """The costs of the phases on a base, cached in the base."""
     key = (Costs, config, base.weights, base.dtype, base.part_dtype)
     if key not in base.remembered:
         base.remembered[key] = Costs(
@@ -140,14 +140,14 @@ def _costs(base: BaseModel, config: EditConfig) -> Costs:
 
 
 def adapter_weights(base: BaseModel, config: EditConfig) -> int:
-    """Numbers in an adapter as it is trained, counted without weights."""
+    """Number of weights of an adapter in training; no model weights are read."""
     return _costs(base, config).adapter_weights
 
 
 def plan_for(
     base: BaseModel, config: EditConfig, budget: Budget | None, *, jobs: int = 1, beside: bool = False
 ) -> Plan | None:
-    """The plan for a base, to be followed within `planned`; None without a budget. See `plan`.
+    """The plan for a base, applied by `planned`; None without a budget. See `plan`.
 
     Raises:
         MemoryLimitError: nothing fits.
@@ -170,9 +170,9 @@ def plan_for(
 
 @contextmanager
 def planned(base: BaseModel, plan: Plan | None, budget: Budget | None) -> Iterator[None]:
-    """Within the block a base works as planned and takes no more than the budget; afterwards as it did before.
+    """Within the block a base follows the plan and stays within the budget; afterwards it is restored.
 
-    Without a plan or a budget there is nothing to follow; what the base learns of its memory is forgotten all the same.
+    Without a plan or a budget, the base is still restored after the block.
     """
     with base.restored(), nullcontext() if budget is None else budget.held(base.device):
         if plan is not None:
@@ -181,7 +181,7 @@ def planned(base: BaseModel, plan: Plan | None, budget: Budget | None) -> Iterat
 
 
 def follow(base: BaseModel, plan: Plan) -> None:
-    """Makes a base work as planned."""
+    """Applies a plan to a base."""
     if plan.checkpointing:
         base.recompute()
     base.vae_tiling |= plan.vae_tiling
@@ -204,7 +204,7 @@ class _Planner:
         return self._available - self._costs.networks - self._costs.adapters(slots)
 
     def training(self, checkpointing: bool) -> tuple[int, int] | None:
-        """Slots and rows a pass: most rows, in the fewest slots that have them; None where not one fits."""
+        """The most rows per pass that fit, in the fewest slots: (slots, rows); None if not even one row fits."""
         recorded = self.recorded(checkpointing)
         draws = max(self._config.embed.draws, self._config.finetune.draws)
         sizes = [
@@ -225,9 +225,9 @@ class _Planner:
         return next(((slots, -rows) for rows, slots in sorted(sizes) if fits(-rows, slots)), None)
 
     def batch_rows(self, resident: int) -> int:
-        """Most rows of a sampling batch; 0 where not one image's fit."""
+        """Most rows of a sampling batch; 0 if not even one image fits."""
         sampling = self._config.sample
-        # A mask compares two predictions.
+        # A mask compares two predictions, so it needs two rows.
         alone = sampling.guidance_scale == 1 and sampling.photo_guidance in (None, 1) and not sampling.mask
         least = 1 if alone else 2
         rows = max(self._config.sample.batch_rows, least)
@@ -249,37 +249,37 @@ def plan(
     replays: bool = False,
     context_bytes: int = 0,
 ) -> Plan:
-    """The fastest way to make `jobs` edits within a budget.
+    """The fastest plan for `jobs` edits within a budget.
 
-    Without checkpointing where that fits, with as many rows a pass as fit, and in no more slots than have them.
+    Without checkpointing if that fits, with as many rows per pass as fit, in the fewest slots for these rows.
 
     Args:
-        costs: of the architecture, under `config`.
+        costs: costs of the architecture under `config`.
         config: settings of all stages.
-        budget_bytes: what may be taken, the process's context included.
-        jobs: how many edits there are.
+        budget_bytes: the budget, the process's context included.
+        jobs: number of edits.
         beside: whether finished edits are rendered, and further photos encoded, while others are in training.
-        on_cpu: whether the budget is the CPU's own, so that nothing can be done there instead.
+        on_cpu: whether the budget is the CPU's own, so that no part can move to the CPU.
         weights: format of the UNet, for the record.
-        checkpointing: in any case.
+        checkpointing: whether checkpointing is required.
         replays: whether training passes without checkpointing are recorded, see `BaseModel`.
-        context_bytes: taken before any tensor.
+        context_bytes: bytes in use before any tensor.
 
     Raises:
-        MemoryLimitError: not even one row of one edit fits, in the cheapest way.
+        MemoryLimitError: not even one row of one edit fits in the cheapest plan.
     """
     available = math.floor((budget_bytes - context_bytes) * (1 - RESERVE))
     planner = _Planner(costs, config, available, jobs, replays)
     for recompute in (True,) if checkpointing else (False, True):
-        if (found := planner.training(recompute)) is not None:
-            slots, rows = found
+        if (fit := planner.training(recompute)) is not None:
+            slots, rows = fit
             break
     else:
         least = costs.networks + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
-            "free; take fewer weights to train (`adapt=attn`, a smaller `rank`), or a smaller model"
+            "free; train fewer weights (`adapt=attn`, a smaller `rank`), or take a smaller model"
         )
     if costs.load > available:
         raise MemoryLimitError(
@@ -288,19 +288,19 @@ def plan(
         )
     training = costs.adapters(slots)
     # Edits still in training keep their memory, and so does the UNet.
-    held = training if beside else 0
-    batch_rows = planner.batch_rows(costs.networks + held)
-    room = available - costs.networks - held - costs.vae
+    in_training = training if beside else 0
+    batch_rows = planner.batch_rows(costs.networks + in_training)
+    room = available - costs.networks - in_training - costs.vae
     tiling = costs.decode() > room or costs.encode() > room
     if not batch_rows or max(costs.decode(tiling=tiling), costs.encode(tiling=tiling)) > room:
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold a training step but no picture: one takes "
-            f"{(costs.networks + held + costs.sample(2)) / 1e9:.2f} GB to sample and "
-            f"{(costs.networks + held + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
+            f"{(costs.networks + in_training + costs.sample(2)) / 1e9:.2f} GB to sample and "
+            f"{(costs.networks + in_training + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
         )
 
-    # Before anything trains, sentences and photos are encoded in an empty device.
-    stays = costs.networks + held if beside else 0
+    # Sentences and photos are encoded before training, when the device is empty.
+    stays = costs.networks + in_training if beside else 0
     text_on_cpu = costs.encode_text() > available - stays - costs.text_encoder
     if text_on_cpu and on_cpu:
         raise MemoryLimitError(
@@ -316,16 +316,16 @@ def plan(
         costs.train(rows, slots, checkpointing=recompute, stage=s, recorded=recorded) for s in ("embed", "finetune")
     )
     frozen = costs.networks if beside else 0
-    photos = phase(frozen + costs.vae, held, costs.encode(tiling=tiling))
-    sentences = phase(frozen + costs.text_encoder, held, costs.encode_text())
+    photos = phase(frozen + costs.vae, in_training, costs.encode(tiling=tiling))
+    sentences = phase(frozen + costs.text_encoder, in_training, costs.encode_text())
     phases = {
-        "load": Phase(costs.load, held, 0, context_bytes),
+        "load": Phase(costs.load, in_training, 0, context_bytes),
         "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
-        # All but the first photo are inverted beside what is to be trained.
+        # All photos but the first are inverted beside edits in training.
         **({"invert": phase(costs.networks, training, costs.sample(1))} if config.sample.start == "inverted" else {}),
         "embed": phase(costs.networks, training, first),
         "finetune": phase(costs.networks, training, second),
-        "sample": phase(costs.networks, held, costs.sample(batch_rows)),
-        "decode": phase(costs.networks + costs.vae, held, costs.decode(tiling=tiling)),
+        "sample": phase(costs.networks, in_training, costs.sample(batch_rows)),
+        "decode": phase(costs.networks + costs.vae, in_training, costs.decode(tiling=tiling)),
     }
     return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, text_on_cpu, phases)

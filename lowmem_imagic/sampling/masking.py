@@ -1,4 +1,4 @@
-"""Where a picture is to change, as the base itself judges it: what its sentence says otherwise than the photo."""
+"""The mask of a picture: the places where the base's predictions differ between the sentence and the photo."""
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,14 @@ from ..families.family import Denoiser
 DRAWS = 12
 """Noise draws that the difference is averaged over."""
 TIMESTEP = 0.7
-"""Share of the noise schedule at which the base is asked; 0 is the clean end. There objects are decided, not their
-texture."""
+"""Share of the noise schedule at which the base predicts; 0 is the clean end. At this noise level a prediction decides
+objects, not texture."""
 TOP = 0.98
-"""Quantile of the difference that counts as 1, so that one cell does not set the scale."""
+"""Quantile of the difference that counts as 1, so that a single place does not set the scale."""
 SOFT = 0.15
 """The mask rises from 0 to 1 between this much below the threshold and this much above it."""
 REACH = 16
-"""Parts of the picture's side: the difference is averaged, and the mask grown, over one each way."""
+"""Divisor of the picture's shorter side: the difference is averaged, and the mask dilated, over this share each way."""
 
 
 @torch.no_grad()
@@ -32,19 +32,19 @@ def change_mask(
     *,
     max_rows: int = 2 * DRAWS,
 ) -> Tensor:
-    """How far each place of the picture is the sentence's to change, (1, H, W) from 0 to 1, fp32 on the CPU.
+    """The mask (1, H, W), fp32 on the CPU: 0 keeps the photo, 1 lets the place change.
 
-    DiffEdit's mask (Couairon et al. 2022, arXiv 2210.11427, section 3.2): the base's predictions for the noised picture
-    under two texts, where they differ. In place of a sentence that describes the photo stands e_opt.
+    DiffEdit's mask (Couairon et al. 2022, arXiv 2210.11427, section 3.2): the places where the base's predictions for
+    the noised picture differ between two texts. e_opt replaces DiffEdit's description of the photo.
 
     Args:
         base: the base, without adapters.
-        denoiser: the network that is asked.
+        denoiser: the predicting network.
         latents: the picture at eta 0 (C, H, W).
-        optimized: e_opt and the rest of what the denoiser takes, one row.
-        target: e_tgt, likewise.
-        threshold: difference, as a share of its largest, at which a place is half the sentence's; above 0.
-        max_rows: rows at once, at most.
+        optimized: conditioning with e_opt, one row.
+        target: conditioning with e_tgt, one row.
+        threshold: difference, as a share of its largest, at which the mask is 0.5; above 0.
+        max_rows: most rows at once.
 
     **Memory**: `max_rows` rows, nothing for a backward pass.
     """
@@ -62,7 +62,7 @@ def change_mask(
     reach = max(1, min(latents.shape[-2:]) // REACH)
     padded = F.pad(difference, [reach] * 4, mode="replicate")
     difference = F.avg_pool2d(padded, 2 * reach + 1, stride=1)
-    # Equal embeddings differ nowhere, and nothing is to change.
+    # With equal embeddings all differences are 0, and the mask keeps the whole photo.
     share = difference / difference.quantile(TOP).clamp(min=1e-12)
     soft = min(SOFT, threshold)
     rising = ((share - threshold) / (2 * soft) + 0.5).clamp(0, 1)

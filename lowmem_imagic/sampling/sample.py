@@ -1,4 +1,4 @@
-"""Stage 3: images on the way from the optimised to the target embedding (paper section 3.2, eq. 3)."""
+"""Stage 3: images on the path from the optimised to the target embedding (paper section 3.2, eq. 3)."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,8 @@ from ..engine.base import BaseModel
 from ..engine.memory import with_fallbacks
 from ..errors import LowmemImagicError, NonFiniteEditError, NonFiniteModelError
 from ..families.conditioning import Conditioning, Part, Path
-from ..families.family import Denoiser, Sampler, Size
+from ..families.family import Denoiser, Sampler
+from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
 from ..settings.stages import SampleConfig, Strength, strength_text, strengths
 from .masking import change_mask
@@ -31,53 +32,53 @@ class Cell:
     eta: float
     """Interpolation: 0 is the photo, 1 the target sentence."""
     seed: int
-    """Seed of the starting noise; of a photo's own noise, 0 is that noise itself, and others are variations of it."""
+    """Seed of the starting noise. With a photo's own noise, 0 is that noise itself; other seeds vary it."""
     strength: Strength = 1.0
     """Factor on the adapter; 0 is the base alone, and no mask."""
     guidance_scale: float | None = None
-    """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the configuration's."""
+    """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the settings' scale."""
 
 
 @dataclass(frozen=True)
 class _Conditions:
-    """The conditioning and the adapters of B images, between their photos and their sentences."""
+    """The conditioning and the adapters of B images."""
 
     pack: AdapterPack | None
     """None renders the base alone."""
     rows: Tensor
-    """(B,) the edit of each."""
+    """(B,) the edit of each image."""
     strengths: Tensor
-    """(B, 3) factors on its adapter."""
+    """(B, 3) factors on the adapter of each image."""
     optimized: Conditioning
-    """e_opt of each."""
+    """e_opt, a row for each image."""
     target: Conditioning
-    """e_tgt of each."""
+    """e_tgt, a row for each image."""
     negative: Conditioning | None
     """One row; None without guidance."""
     extra: Conditioning
-    """What the denoiser takes beside the text, of each."""
+    """The conditioning beside the text, a row for each image."""
     parts: Mapping[str, Part]
     path: Path
 
     def at(self, etas: Sequence[float]) -> Conditioning:
-        """Sets the adapters, and gives the conditioning at these etas: B rows, or 2 B with the negative first."""
+        """Sets the adapters' rows; returns the conditioning at these etas: B rows, or 2 B with the negative first."""
         text = self.optimized.mix(self.target, torch.tensor(etas), self.path, self.parts)
         copies = 1 if self.negative is None else 2
         if self.pack is not None:
             self.pack.set_rows(self.rows.repeat(copies), self.strengths.repeat(copies, 1))
-        given = text | self.extra
+        conditioning = text | self.extra
         if self.negative is None:
-            return given
-        return Conditioning.cat([self.negative.expand(text.count) | self.extra, given])
+            return conditioning
+        return Conditioning.cat([self.negative.expand(text.count) | self.extra, conditioning])
 
 
 class _Photo(NamedTuple):
-    """What a masked image keeps to where it is not to change."""
+    """The photo of a masked image, which the image keeps outside its mask."""
 
     path: Tensor
-    """Latents of its photo (eta 0) after every step, (S, C, H, W)."""
+    """Latents of the photo (eta 0) after every step, (S, C, H, W)."""
     mask: Tensor
-    """How far each place may change, (1, H, W)."""
+    """The mask (1, H, W), see `change_mask`."""
 
 
 def _guidance(cell: Cell, config: SampleConfig) -> float:
@@ -98,31 +99,31 @@ def sample(
     size: Size | None = None,
     coarse: Mapping[str, Tensor] | None = None,
     noise: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Latents (len(cells), C, H, W) of the last denoiser, fp32 on the CPU, one for each cell, in the order of `cells`.
+) -> dict[str, Tensor]:
+    """Latents (len(cells), C, H, W) by denoiser, fp32 on the CPU, in the order of `cells`; the last one's are decoded.
 
-    Uses classifier-free guidance (see `SampleConfig.photo_guidance`), and starts as `SampleConfig.start` says. Rows are
-    (edit, eta, seed, strength, guidance) and never influence each other: an image does not depend on what it was
-    rendered with. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, whether it is among
-    `cells` or not. A cascade's denoisers follow each other, each given the results of the one before it.
+    Uses classifier-free guidance (see `SampleConfig.photo_guidance`), and starts from `SampleConfig.start`. Rows are
+    (edit, eta, seed, strength, guidance) and never influence each other: an image does not depend on the others in its
+    batch. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, even if it is not in `cells`. In a
+    cascade, each denoiser takes the results of the one before it.
 
     Args:
         base: the frozen base.
         packs: adapters of N edits, by denoiser.
         target: e_tgt, N rows.
         optimized: e_opt, N rows; parts that are not stored may be missing.
-        cells: what to render.
-        config: steps, scheduler, start, interpolation, mask, rows per batch; guidance where a cell has none of its own.
-        progress: called after every step of every batch; its steps are those of all images.
+        cells: images to render.
+        config: steps, scheduler, start, interpolation, mask, rows per batch; guidance of cells without their own.
+        progress: called after every step of every batch; it counts the steps of all images.
         size: width and height of the pictures; None for the model's own.
-        coarse: low frequencies of the photos (N, C, h, w), by denoiser; needed to start from anything but pure noise.
-        noise: the photos' own noise (N, C, H, W), by denoiser; needed to start from it.
+        coarse: low frequencies of the photos (N, C, h, w), by denoiser; required unless `start` is "noise".
+        noise: the photos' own noise (N, C, H, W), by denoiser; required if `start` is "inverted".
 
     Raises:
         NonFiniteModelError: the base alone gives NaN or infinity with these settings.
-        NonFiniteEditError: an edit does, and the base alone does not.
+        NonFiniteEditError: an edit gives NaN or infinity, and the base alone does not.
 
-    **Memory**: `batch_rows` rows; with a mask, in main memory the latents of as many photos after every step.
+    **Memory**: `batch_rows` rows; with a mask, main memory also holds the latents of as many photos after every step.
     """
     if config.start != "noise" and coarse is None:
         raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
@@ -137,6 +138,7 @@ def sample(
     first = list(dict.fromkeys(photos.values()))
     rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
     ends: dict[Cell, Tensor] = {}
+    latents = {}
     for number, denoiser in enumerate(base.denoisers):
         renderer = _Renderer(
             base=base,
@@ -146,7 +148,7 @@ def sample(
             optimized=optimized,
             config=config,
             negative=base.encode_text([config.negative_prompt]).rows(slice(1)),
-            size=size or base.size,
+            size=size or base.sizes.own,
             lower=ends if number else None,
             coarse=None if config.start == "noise" or coarse is None else coarse[denoiser.name],
             noise=noise[denoiser.name] if config.start == "inverted" and noise is not None else None,
@@ -156,15 +158,16 @@ def sample(
         )
         ends = renderer.all(first, rest, photos)
         for cell in wanted:
-            # Here, where they are on the CPU already: looking after every step would stop a GPU for it.
+            # Checked here, on the CPU: a check after every step would make the GPU wait.
             if not ends[cell].isfinite().all():
                 raise renderer.fault(cell)
-    return torch.stack([ends[cell] for cell in wanted])
+        latents[denoiser.name] = torch.stack([ends[cell] for cell in wanted])
+    return latents
 
 
 @dataclass(kw_only=True)
 class _Renderer:
-    """Renders cells in batches with one denoiser, the settings of all cells being the same."""
+    """Renders cells in batches with one denoiser and the same settings for all cells."""
 
     base: BaseModel
     denoiser: Denoiser
@@ -176,29 +179,29 @@ class _Renderer:
     """One row."""
     size: Size
     lower: Mapping[Cell, Tensor] | None
-    """Latents (C, H, W) that the denoiser before this gave; None for the first."""
+    """Latents (C, H, W) of the previous denoiser; None for the first."""
     coarse: Tensor | None
-    """Low frequencies (N, C, h, w) under the starting noise, None for nothing."""
+    """Low frequencies (N, C, h, w) under the starting noise; None for noise alone."""
     noise: Tensor | None
-    """The photos' own noise (N, C, H, W) that the starting noise is or is varied from, None for the seeds' own."""
+    """The photos' own noise (N, C, H, W) as starting noise; None for the seeds' noise."""
     progress: Progress | None
     images: int
-    """How many there will be."""
+    """Number of images in all."""
     done: int = 0
-    """How many there are."""
+    """Number of images rendered so far."""
 
     def all(self, first: Sequence[Cell], rest: Sequence[Cell], photos: Mapping[Cell, Cell]) -> dict[Cell, Tensor]:
         """The latents (C, H, W) of all cells, fp32 on the CPU.
 
         Args:
-            first: photos that others keep to.
+            first: photos of masked cells.
             rest: all other cells.
-            photos: of cells that keep to a photo, that photo.
+            photos: the photo of each masked cell.
         """
         ends: dict[Cell, Tensor] = {}
         for begin in range(0, max(1, len(first)), self.config.batch_rows):
             paths = self.render(first[begin : begin + self.config.batch_rows], {}, whole=True)
-            # Cells without a photo to keep to go with the first of them.
+            # Cells without a mask are rendered in the first batch.
             some = [cell for cell in rest if photos.get(cell) in paths or (cell not in photos and not begin)]
             needed = dict.fromkeys(photos[cell] for cell in some if cell in photos)
             kept = {photo: _Photo(paths[photo], self.mask(photo, paths[photo][-1])) for photo in needed}
@@ -208,7 +211,7 @@ class _Renderer:
         return ends
 
     def _extra(self, cells: Sequence[Cell]) -> Conditioning:
-        """What the denoiser takes beside the text, a row for each cell."""
+        """The conditioning beside the text, a row for each cell."""
         lower = None if self.lower is None else torch.stack([self.lower[cell] for cell in cells])
         return self.base.family.make_extra(self.denoiser, len(cells), self.size, lower)
 
@@ -216,9 +219,9 @@ class _Renderer:
         """The latents (1, C, H, W) of each cell, fp32 on the CPU.
 
         Args:
-            cells: each once, with guidance of their own.
-            kept: what some of them keep to.
-            whole: give the latents after every step, (S, C, H, W).
+            cells: different cells, each with its guidance scale.
+            kept: the photos of the masked cells.
+            whole: return the latents after every step instead, (S, C, H, W).
         """
         waiting = list(_batches(cells, self.config.batch_rows, self.base.most_images))
         rendered: dict[Cell, Tensor] = {}
@@ -237,7 +240,7 @@ class _Renderer:
         return rendered
 
     def mask(self, photo: Cell, latents: Tensor) -> Tensor:
-        """Where images that keep to a photo may change, (1, H, W); its latents are (C, H, W)."""
+        """The mask (1, H, W) of the images of a photo with latents (C, H, W)."""
         extra, target = self._extra([photo]), self.target.rows([photo.edit])
         mixed = {n: x for n, x in self.optimized.rows([photo.edit]).items() if self.base.family.text[n].mixed}
         texts = (target | mixed, target)
@@ -265,10 +268,9 @@ class _Renderer:
         )
 
     def fault(self, cell: Cell) -> LowmemImagicError:
-        """The error to report for a cell that came out as NaN or infinity: the base's or the edit's.
+        """The error to report for a cell with NaN or infinity: the base's or the edit's.
 
-        The cell is rendered once more without anything of the edit: no adapter, the sentence's own embedding, a
-        seed's noise.
+        Renders the cell once more with the base alone: no adapter, the sentence's own embedding, a seed's noise.
         """
         shape = self.denoiser.shape(self.size)
         try:
@@ -283,8 +285,8 @@ class _Renderer:
         if base_alone.render([sentence], {})[sentence].isfinite().all():
             return NonFiniteEditError(
                 f"the edit gives NaN or infinity at eta {cell.eta:g} and strength {strength_text(cell.strength)}, "
-                f"{self.base.name} by itself does not; the edit's numbers are damaged or too large: get the file "
-                "again, or try a lower strength"
+                f"{self.base.name} alone does not; the edit's numbers are damaged or too large: get the file again, "
+                "or try a lower strength"
             )
         return NonFiniteModelError(
             f"sampling on {self.base.name} gives NaN or infinity, with and without the edit, with scheduler "
@@ -293,12 +295,13 @@ class _Renderer:
         )
 
     def _fewer(self, most: int) -> None:
-        """Takes at most this many images at once from now on."""
+        """Limits sampling batches to this many images from now on."""
         self.base.most_images = most
         self.base.fall_back(f"{most} images a sampling batch")
 
     def _batch(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], whole: bool) -> Tensor:
-        """Latents (B, 1, C, H, W) of cells with or all without guidance; `whole`, after every step (B, S, C, H, W)."""
+        """Latents (B, 1, C, H, W) of cells that all have guidance or all have none; `whole`: after every step
+        (B, S, C, H, W)."""
         base, config = self.base, self.config
         rows = torch.tensor([cell.edit for cell in cells])
         scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
@@ -317,13 +320,13 @@ class _Renderer:
         sampler = self.denoiser.schedule.sampler(
             config.scheduler, config.num_inference_steps, self.denoiser.shape(self.size), base.device
         )
-        # One generator a row: equal seeds see equal noise, whatever the batch and the device.
+        # One generator per row: equal seeds give equal noise in every batch and on every device.
         generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
         latents = self._start(cells, generators, sampler)
         masked = [row for row, cell in enumerate(cells) if cell in kept]
         photos = [kept[cells[row]] for row in masked]
         masks = torch.stack([photo.mask for photo in photos]).to(base.device) if photos else None
-        given = conditions.at([cell.eta for cell in cells]).to(base.device)
+        conditioning = conditions.at([cell.eta for cell in cells]).to(base.device)
         path: list[Tensor] = []
         network = base.network(self.denoiser)
         attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(network)
@@ -331,7 +334,7 @@ class _Renderer:
             for step, at in enumerate(sampler.at):
                 both = latents if guidance is None else torch.cat([latents, latents])
                 scaled = sampler.scaled(both, step)
-                prediction = base.predict(self.denoiser, scaled, at.expand(len(scaled)), given).float()
+                prediction = base.predict(self.denoiser, scaled, at.expand(len(scaled)), conditioning).float()
                 if guidance is not None:
                     unconditional, conditional = prediction.chunk(2)
                     prediction = guide(unconditional, conditional, guidance)
@@ -339,13 +342,13 @@ class _Renderer:
                 if masks is not None:
                     below = torch.stack([photo.path[step] for photo in photos]).to(latents)
                     latents[masked] = torch.lerp(below, latents[masked], masks)
-                # Off the device at once: whole paths are in no plan.
+                # Moved to the CPU at once: no memory plan includes whole paths.
                 path = [*path, latents.float().cpu()] if whole else [latents]
                 self._report(min(step + 1, config.num_inference_steps) * len(cells))
         return torch.stack(path, 1)
 
     def _start(self, cells: Sequence[Cell], generators: Sequence[torch.Generator], sampler: Sampler) -> Tensor:
-        """The latents (B, C, H, W) that cells start from; their generators, fresh, go on from there."""
+        """The starting latents (B, C, H, W) of cells; draws the noise from their fresh generators."""
         shape = self.denoiser.shape(self.size)
         noise = torch.stack([starting_noise(shape, generator) for generator in generators])
         rows = torch.tensor([cell.edit for cell in cells])
@@ -357,16 +360,16 @@ class _Renderer:
         return sampler.start(noise, below)
 
     def _report(self, steps: int) -> None:
-        """Says how far things are, `steps` into a batch."""
+        """Reports progress, `steps` into a batch."""
         if self.progress is not None:
             each, remark = self.config.num_inference_steps, f"{self.done} of {self.images} images done"
             self.progress(self.done * each + steps, self.images * each, remark)
 
 
 def _batches(cells: Sequence[Cell], batch_rows: int, most_images: int | None) -> Iterator[list[Cell]]:
-    """The cells that are rendered together: edits side by side, at most `batch_rows` rows and `most_images`.
+    """Yields batches of cells, ordered by edit, of at most `batch_rows` rows and `most_images` images.
 
-    Guidance 1 takes one row an image, any other two, so the two kinds are kept apart.
+    An image takes one row with guidance 1 and two rows otherwise; the two kinds go into separate batches.
     """
     for guided in (False, True):
         order = sorted((cell for cell in cells if (cell.guidance_scale != 1) == guided), key=lambda cell: cell.edit)

@@ -1,9 +1,9 @@
-"""Which eta to take, as the base model itself judges its pictures; advisory.
+"""Suggests an eta from the base model's denoising losses; advisory.
 
-The base is asked twice how well each picture is explained: by the target sentence and by the photo's own embedding.
-The difference of the two denoising losses says how much more the picture looks like the sentence than like the photo
-(a diffusion classifier: Li et al. 2023, arXiv 2303.16203, equation 5). It rises with eta, and so does the distance to
-the photo; the suggestion is where the first, less `PRICE` times the second, is largest, both as shares of their range.
+The base computes two denoising losses for each picture: under the target sentence and under the photo's embedding.
+Their difference measures how much more the picture looks like the sentence than like the photo (a diffusion
+classifier: Li et al. 2023, arXiv 2303.16203, equation 5). The difference rises with eta, and so does the distance to
+the photo. The suggestion maximises the difference less `PRICE` times the distance, both as shares of their range.
 No other network is involved. The paper warns against choosing eta automatically (section 4.3): look at the pictures.
 """
 
@@ -22,16 +22,16 @@ from ..families.conditioning import Conditioning
 from ..families.family import Denoiser
 
 PRICE = 0.5
-"""What leaving the photo costs, against following the sentence."""
+"""Weight of the distance to the photo, against following the sentence."""
 SPAN = (0.2, 0.8)
-"""Part of the noise schedule the losses are taken over; towards its ends the text hardly matters."""
+"""Part of the noise schedule for the losses; near its ends the text hardly matters."""
 BATCH = 32
 """Most rows at once."""
 
 
 @dataclass(frozen=True)
 class EtaScore:
-    """What the base says of the picture at one eta."""
+    """The base's scores of the picture at one eta."""
 
     eta: float
     follows: float
@@ -67,33 +67,33 @@ def suggest_eta(
     seed: int = 0,
     max_rows: int = BATCH,
 ) -> Suggestion:
-    """The suggested one of `etas`.
+    """The suggested eta, one of `etas`.
 
     Args:
         base: the base, without adapters.
-        latents: of the last denoiser, rendered at each eta, (K, C, H, W).
+        latents: the first denoiser's latents, rendered at each eta, (K, C, H, W).
         etas: K values; the smallest stands for the photo.
-        target: e_tgt, one row.
-        optimized: e_opt and the parts that only the sentence has, one row.
-        draws: (position, noise) draws, the same for every eta.
-        seed: of the draws.
-        max_rows: most UNet rows at once; fewer are taken when memory runs out.
+        target: conditioning with e_tgt, one row.
+        optimized: conditioning with e_opt, one row.
+        draws: number of (position, noise) draws, the same draws for every eta.
+        seed: seed of the draws.
+        max_rows: most UNet rows at once; running out of memory halves it.
 
     Raises:
         ValueError: fewer than two etas.
         NonFiniteModelError: the base gives NaN or infinity.
-        NonFiniteEditError: it does so only under the edit's embedding.
+        NonFiniteEditError: only the edit's embedding makes the base give NaN or infinity.
     """
     if len(etas) < 2:
         raise ValueError(f"a suggestion needs pictures at two etas or more, found {len(etas)}")
     generator = torch.Generator().manual_seed(seed)
-    denoiser = base.denoisers[-1]
+    denoiser = base.denoisers[0]
     at = denoiser.schedule.positions(draws, generator, SPAN)
     noise = torch.randn((draws, *latents.shape[1:]), generator=generator)
     rows = min(BATCH, max_rows)
 
     def run() -> list[Tensor]:
-        return [_losses(base, denoiser, latents, at, noise, given, rows) for given in (optimized, target)]
+        return [_losses(base, denoiser, latents, at, noise, text, rows) for text in (optimized, target)]
 
     def fewer() -> bool:
         nonlocal rows
@@ -117,13 +117,13 @@ def suggest_eta(
 
 
 def worth(follows: Sequence[float], distance: Sequence[float], price: float = PRICE) -> list[float]:
-    """What each picture is worth: how it follows less `price` times how far it is, as shares of their ranges."""
+    """The worth of each picture: `follows` less `price` times `distance`, as shares of their ranges."""
     pairs = zip(_shares(follows), _shares(distance), strict=True)
     return [followed - price * left for followed, left in pairs]
 
 
 def _losses(
-    base: BaseModel, denoiser: Denoiser, latents: Tensor, at: Tensor, noise: Tensor, given: Conditioning, most_rows: int
+    base: BaseModel, denoiser: Denoiser, latents: Tensor, at: Tensor, noise: Tensor, text: Conditioning, most_rows: int
 ) -> Tensor:
     """Mean denoising loss (K,) of each picture's latents over the draws, under one row of conditioning."""
     pictures, draws = len(latents), len(at)
@@ -131,13 +131,13 @@ def _losses(
     positions = at.repeat(pictures)
     noisy, target = (make(x, epsilon, positions) for make in (denoiser.schedule.noised, denoiser.schedule.target))
     predicted = [
-        base.predict(denoiser, rows, part, given.expand(len(rows))).float().cpu()
+        base.predict(denoiser, rows, part, text.expand(len(rows))).float().cpu()
         for rows, part in zip(noisy.split(most_rows), positions.split(most_rows), strict=True)
     ]
     return loss_per_edit(torch.cat(predicted), target, pictures)
 
 
 def _shares(values: Sequence[float]) -> list[float]:
-    """Values as shares of their range, from 0 to 1; all 0 where they are equal."""
+    """Values as shares of their range, from 0 to 1; all 0 if they are equal."""
     low, span = min(values), max(values) - min(values)
     return [(value - low) / span if span else 0.0 for value in values]

@@ -26,7 +26,7 @@ class Kind(Enum):
 
 
 REQUIRED = ...
-"""The default of an option that has to be given."""
+"""The default of a required option."""
 
 FIRST = "Most used"
 TRAINING = "Training"
@@ -43,7 +43,7 @@ class Option:
     """One option of one or several commands."""
 
     name: str
-    """Its name in Python, in forms and in messages; the command line's flag is made of it."""
+    """Its name in Python, in forms and in messages; the command line's flag is made from it."""
     commands: tuple[str, ...]
     """Commands that have it, such as ``edit`` and ``batch run``."""
     kind: Kind
@@ -53,8 +53,8 @@ class Option:
     default: Any = None
     """None leaves a setting as the preset or the edit has it."""
     fills: tuple[str, ...] = ()
-    """Settings that take its value, as ``stage.field``; none for an option of the run. The stages are those of
-    `EditConfig`; ``base`` stands for `settings.text.BaseOptions`, and ``axes`` for what varies over a sheet. A name
+    """Settings that take its value, as ``stage.field``; none for an option of the run. A stage is one of
+    `EditConfig`'s, ``base`` for `settings.text.BaseOptions`, or ``axes`` for a sheet's rows and columns. A name
     without a stage is a field of `EditConfig` itself."""
     least: int | None = None
     most: int | None = None
@@ -62,7 +62,7 @@ class Option:
     short: str | None = None
     """A second flag of one letter."""
     positional: bool = False
-    """Whether the command line takes it by its place, without a flag."""
+    """Whether the command line takes it as a positional argument."""
 
     @property
     def flag(self) -> str:
@@ -91,31 +91,31 @@ _ETAS_HELP = "comma-separated: 0 is the photo, 1 the sentence, above 1 beyond it
 _MODEL_HELP = "demo, sd14, sd15, sd21, sd21-base, a diffusers folder, a .safetensors file or a Hub id [default: demo]"
 _VRAM_HELP = (
     "stay within this much memory, such as 8GB; chooses checkpointing, rows and batches "
-    "[default: what the GPU has free]"
+    "[default: the GPU's free memory]"
 )
 _MANIFEST_HELP = "a folder of photos, or a .jsonl, .csv or .json list of photo, sentence, ..."
-_SENTENCE_HELP = "what the edited picture shows, with what is to stay as it is"
+_SENTENCE_HELP = "description of the edited picture, unchanged parts included"
 _PROMPT_HELP = "another sentence than the one the edit was trained for; nothing is trained"
-_FAILED_HELP = "also what failed for a reason that does not pass, such as a bad photo"
+_FAILED_HELP = "also items that failed for a lasting reason, such as a bad photo"
 _ADAPT_HELP = (
-    f"layers to adapt: {', '.join(ADAPT_TARGETS)}, or what peft takes as target_modules: endings of names (to_q,to_v), "
-    "a regular expression for whole names, or all-linear"
+    f"layers to adapt: {', '.join(ADAPT_TARGETS)}, or a value of peft's target_modules: endings of names "
+    "(to_q,to_v), a regular expression for whole names, or all-linear"
 )
 _KEEP_HELP = "share of the adapter's bytes to keep in the edit file [default: the preset's; 1 with --rank or --adapt]"
 _STRENGTH_HELP = "factor on the adapter, 0 (the base alone) to 2; or one a block: down=0.5,mid=1,up=1.2"
 _MASK_HELP = "keep to the photo where the sentence says nothing new; up to 1, higher keeps more; 0 is off"
 _START_HELP = (
-    "what denoising starts from: noise; photo (noise over its overall colours); or inverted (over them the photo's own "
-    "noise, which the edit must have been trained with)"
+    "start of denoising: noise; photo (noise over the photo's overall colours); or inverted (the photo's own noise "
+    "over them; the edit must have been trained with it)"
 )
 _COMPUTE_HELP = (
     "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs"
 )
 _CONFIG_HELP = (
-    "whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; one of SD 2.x "
-    "needs it"
+    "model whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; "
+    "required for SD 2.x"
 )
-_ADDRESS_HELP = "of the Ray cluster, auto for the one of this machine [default: RAY_ADDRESS, or a new one]"
+_ADDRESS_HELP = "address of the Ray cluster; auto for this machine's [default: RAY_ADDRESS, or a new cluster]"
 _COVER_HELP = "also write the edited picture beside the edit file under its name, as galleries of LoRAs show it"
 
 # fmt: off
@@ -131,7 +131,7 @@ OPTIONS: tuple[Option, ...] = (
            positional=True),
     Option("out", _SCENE, Kind.PATH, FIRST, "PNG file to write", REQUIRED, positional=True),
 
-    # The options that people use first.
+    # The most used options.
     Option("model", _TRAINING, Kind.TEXT, FIRST, _MODEL_HELP, fills=_MODEL),
     Option("model", _OPENING, Kind.TEXT, FIRST, "base model [default: the one named in the edit]", fills=_MODEL),
     Option("out", _EDIT, Kind.PATH, FIRST, "folder for the results [default: named after photo and sentence]"),
@@ -143,23 +143,23 @@ OPTIONS: tuple[Option, ...] = (
     Option("prompt", _SAMPLE, Kind.TEXT, FIRST, _PROMPT_HELP),
     Option("preset", (*_TRAINING, "doctor"), Kind.TEXT, FIRST, f"settings to start from: {', '.join(PRESETS)}",
            "balanced"),
-    Option("rows", _SHEET, Kind.TEXT, FIRST, "what varies from row to row: eta, strength, seed or guidance", "seed"),
-    Option("columns", _SHEET, Kind.TEXT, FIRST, "what varies from column to column", "eta"),
+    Option("rows", _SHEET, Kind.TEXT, FIRST, "setting that varies by row: eta, strength, seed or guidance", "seed"),
+    Option("columns", _SHEET, Kind.TEXT, FIRST, "setting that varies by column", "eta"),
     Option("etas", _RENDERING, Kind.NUMBERS, FIRST, _ETAS_HELP, fills=("sample.etas",)),
     Option("etas", _SHEET, Kind.NUMBERS, FIRST, _ETAS_HELP, fills=("axes.eta",)),
     Option("seeds", _EDIT + _SAMPLE, Kind.WHOLE_NUMBERS, FIRST, _SEEDS_HELP, fills=("sample.seeds",)),
     Option("seeds", _SHEET, Kind.WHOLE_NUMBERS, FIRST, _SEEDS_HELP, fills=("axes.seed",)),
     Option("vram", _TRAINING, Kind.TEXT, FIRST, _VRAM_HELP, metavar="MEMORY"),
     Option("failed", ("batch retry",), Kind.SWITCH, FIRST, _FAILED_HELP, False),
-    Option("plan", _DOCTOR, Kind.SWITCH, FIRST, "show instead what fits on a graphics card", False),
+    Option("plan", _DOCTOR, Kind.SWITCH, FIRST, "show instead which edits fit on a graphics card", False),
     Option("model", _DOCTOR, Kind.TEXT, FIRST, "with --plan: the base model; nothing is downloaded for sd15", "sd15"),
     Option("size", _DOCTOR, Kind.WHOLE, FIRST, "with --plan: side of the pictures [default: the model's]"),
     Option("vram", _DOCTOR, Kind.TEXT, FIRST, "with --plan: memory of cards", "6GB,8GB,12GB", metavar="MEMORY"),
-    Option("seed", _SCENE, Kind.WHOLE, FIRST, "seed of everything the sentence leaves open", 0, least=0),
+    Option("seed", _SCENE, Kind.WHOLE, FIRST, "seed of the details that the sentence leaves open", 0, least=0),
     Option("size", _SCENE, Kind.WHOLE, FIRST, "side of the picture in pixels", 64, least=16, most=2048),
 
     # Training.
-    Option("seed", _TRAINING, Kind.WHOLE, TRAINING, "seed of everything drawn while training", 0, fills=("seed",)),
+    Option("seed", _TRAINING, Kind.WHOLE, TRAINING, "seed of all random draws in training", 0, fills=("seed",)),
     Option("steps_embed", _TRAINING, Kind.WHOLE, TRAINING, "steps of stage 1 (embedding)", fills=("embed.steps",)),
     Option("steps_finetune", _TRAINING, Kind.WHOLE, TRAINING, "steps of stage 2 (adapter)", fills=("finetune.steps",)),
     Option("learning_rate", _TRAINING, Kind.NUMBER, TRAINING, "learning rate of stage 2",
@@ -184,12 +184,12 @@ OPTIONS: tuple[Option, ...] = (
            fills=("sample.guidance_scale",)),
     Option("guidances", _SHEET, Kind.NUMBERS, PICTURES, "comma-separated guidance scales", fills=("axes.guidance",)),
     Option("photo_guidance", _RENDERING + _SHEET, Kind.NUMBER, PICTURES,
-           "guidance at eta 0, from where it rises evenly to the whole at eta 1", fills=("sample.photo_guidance",)),
+           "guidance at eta 0; rises evenly to the full scale at eta 1", fills=("sample.photo_guidance",)),
     Option("negative", _RENDERING + _SHEET, Kind.TEXT, PICTURES, "sentence to steer away from",
            fills=("sample.negative_prompt",)),
     Option("start", _RENDERING + _SHEET, Kind.TEXT, PICTURES, _START_HELP, fills=("sample.start",)),
     Option("interpolation", _RENDERING + _SHEET, Kind.TEXT, PICTURES,
-           f"way from the photo's embedding to the sentence's: {', '.join(INTERPOLATIONS)}",
+           f"path from the photo's embedding to the sentence's: {', '.join(INTERPOLATIONS)}",
            fills=("sample.interpolation",)),
     Option("steps_sample", _RENDERING + _SHEET, Kind.WHOLE, PICTURES, "denoising steps per image",
            fills=("sample.num_inference_steps",)),
@@ -198,9 +198,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("batch_rows", _RENDERING + _SHEET, Kind.WHOLE, PICTURES, "UNet rows in one sampling batch at most",
            fills=("sample.batch_rows",)),
     Option("suggest_eta", _RENDERING, Kind.SWITCH, PICTURES,
-           "mark the eta that the base model itself would take; advisory", False),
+           "mark the eta that the base model scores best; advisory", False),
     Option("prompt", _SHEET, Kind.TEXT, PICTURES, _PROMPT_HELP),
-    Option("photo", _SHEET, Kind.PATH, PICTURES, "the edit's photo, to be shown beside (no file holds it)"),
+    Option("photo", _SHEET, Kind.PATH, PICTURES, "the edit's photo, shown beside (edit files do not contain it)"),
 
     # The base model.
     Option("device", _ALL, Kind.TEXT, BASE, "auto, cuda, cuda:N or cpu", "auto", fills=("base.device",)),
@@ -216,12 +216,12 @@ OPTIONS: tuple[Option, ...] = (
     Option("revision", _ALL, Kind.TEXT, BASE, "commit, tag or branch of a Hub model", fills=("base.revision",)),
 
     # How a batch shares its work.
-    Option("slots", _BATCH, Kind.WHOLE, WORK, "most edits that train side by side [default: as fit]", least=1, most=64),
+    Option("slots", _BATCH, Kind.WHOLE, WORK, "most edits in training at once [default: as fit]", least=1, most=64),
     Option("workers", _BATCH, Kind.WHOLE, WORK,
            "processes, or Ray actors, to share the work [default: one a GPU]", least=1, most=64),
     Option("shard", _BATCH, Kind.TEXT, WORK, "only the Ith of N parts of the manifest, for array jobs", metavar="I/N"),
     Option("executor", _BATCH, Kind.TEXT, WORK,
-           "who makes the items: local (this machine), or ray (a Ray cluster)", "local"),
+           "executor of the items: local (this machine), or ray (a Ray cluster)", "local"),
     Option("address", _BATCH, Kind.TEXT, WORK, _ADDRESS_HELP),
     Option("save_every", _BATCH, Kind.WHOLE, WORK,
            "training steps between two saved states of an edit; 0 saves only when stopped", 25, least=0),
@@ -235,7 +235,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("quiet", (*_ALL, "batch retry"), Kind.SWITCH, RESULTS, "no progress bars", False, short="-q"),
 )
 # fmt: on
-"""All rows; help shows those of a panel in this order."""
+"""All rows; help shows a panel's rows in this order."""
 
 
 def options_of(command: str) -> list[Option]:

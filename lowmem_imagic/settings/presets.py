@@ -1,4 +1,4 @@
-"""Named settings: ``balanced`` and ``fast`` as measured (docs/quality.md), ``paper`` as the paper has them."""
+"""Named settings: ``balanced`` and ``fast`` from measurements (docs/quality.md), ``paper`` from the paper."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +42,7 @@ _VALUES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "fast": {
         "embed": {"steps": 24, "learning_rate": 1e-2, **_ANCHORED_EMBED},
-        # So few steps do not fill a higher rank.
+        # A higher rank gains nothing in so few steps.
         "finetune": {
             "steps": 48,
             "learning_rate": 3e-3,
@@ -84,7 +84,7 @@ def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | 
     """
     if name not in _VALUES:
         raise ConfigError(f"`preset` is {name!r}, expected one of {', '.join(PRESETS)}")
-    given, base = overrides or {}, _VALUES[name]
-    stages = {stage: {**base.get(stage, {}), **given.get(stage, {})} for stage in {**base, **given} if stage}
-    top = {**stages, **given.get("", {})}
+    changes, base = overrides or {}, _VALUES[name]
+    stages = {stage: {**base.get(stage, {}), **changes.get(stage, {})} for stage in {**base, **changes} if stage}
+    top = {**stages, **changes.get("", {})}
     return build(lambda stage: top.get(stage, {}), top)

@@ -1,6 +1,6 @@
-"""Settings of the three stages as frozen values, and what is valid.
+"""Settings of the three stages as frozen values, with their valid ranges.
 
-Every problem of a set of settings is reported at once (`ConfigError.problems`). Passes are counted as
+All problems of a set of settings are reported at once (`ConfigError.problems`). Passes are counted as
 forward-and-backward passes of one row through the UNet: ``steps * draws``.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ConfigError
 
 ADAPT_TARGETS = ("attn", "attn+ff", "all")
-"""Layers an adapter may cover by a name of ours: attention; plus feed-forward and projections; plus every
+"""This package's names for the layers an adapter may cover: attention; plus feed-forward and projections; plus every
 convolution."""
 ALL_LINEAR = "all-linear"
 """peft's name for every linear layer."""
@@ -21,7 +21,7 @@ MAX_EXPRESSION = 1000
 """Characters of an expression that chooses layers."""
 _ENDINGS = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(, *[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)*")
 WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
-"""Of the frozen UNet. ``int8``: `layers.frozen`'s layers. ``bnb-int8``: stock bitsandbytes, linear layers only."""
+"""Formats of the frozen UNet. ``int8``: `layers.frozen`. ``bnb-int8``: stock bitsandbytes, linear layers only."""
 ATTENTION = ("auto", "xformers", "sdpa")
 COMPUTE = ("auto", "bf16", "fp16", "fp32")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
@@ -39,12 +39,12 @@ MAX_SEED = 2**63 - 1
 ETA_RANGE = (-1.0, 3.0)
 STRENGTH_RANGE = (0.0, 2.0)
 INTERPOLATIONS = ("linear", "projection")
-"""Ways from e_opt to e_tgt; see `diffusion.schedules.PATHS`."""
+"""Paths from e_opt to e_tgt; see `diffusion.schedules.PATHS`."""
 BLOCKS = ("down", "mid", "up")
 """Parts of the UNet with a strength of their own: encoder, middle, decoder."""
 STARTS = ("noise", "photo", "inverted")
-"""What sampling starts from: pure noise, as in the paper; noise over the photo's low frequencies; or over those the
-photo's own noise, as the base's inversion of it gives (see `inversion`)."""
+"""Starting latents of sampling: pure noise, as in the paper; noise over the photo's low frequencies; or the photo's own
+noise over them, from inverting the photo with the base (see `sampling.inversion`)."""
 
 Strength = float | tuple[float, float, float]
 """Factor on an adapter: 1 as trained, 0 the base alone; one number, or one for each of `BLOCKS` (encoder: layout,
@@ -57,7 +57,7 @@ def strengths(value: Strength) -> tuple[float, float, float]:
 
 
 def base_problems(*, device: str, weights: str | None, attention: str, compute: str = "auto") -> list[str]:
-    """Problems in the words that ask for a base; `weights` None is left open."""
+    """The problems of the options of a base; None for `weights` is valid."""
     problems = []
     if not _DEVICE.fullmatch(device):
         problems.append(f"`device` is {device!r}, expected one of auto, cuda, cpu or cuda:N")
@@ -71,23 +71,23 @@ def base_problems(*, device: str, weights: str | None, attention: str, compute: 
 
 
 def peft_targets(adapt: str) -> str | tuple[str, ...]:
-    """The ``target_modules`` of peft for an expression that is no name of `ADAPT_TARGETS`.
+    """The ``target_modules`` of peft for an expression that is not in `ADAPT_TARGETS`.
 
-    Names with commas between them, such as ``to_q,to_v``, are endings of layers' names. Anything else is a regular
+    Names separated by commas, such as ``to_q,to_v``, are endings of layers' names. Anything else is a regular
     expression for the whole name of a layer, or `ALL_LINEAR`.
     """
     return tuple(adapt.replace(" ", "").split(",")) if _ENDINGS.fullmatch(adapt) else adapt
 
 
 def strength_text(value: Strength) -> str:
-    """The strength as a person reads it."""
+    """The strength as text for people."""
     if not isinstance(value, tuple):
         return f"{value:g}"
     return " ".join(f"{block}={factor:g}" for block, factor in zip(BLOCKS, value, strict=True))
 
 
 def _within(value: object, low: float, high: float, whole: bool) -> bool:
-    """Whether `value` is a number of the right kind in the closed range; NaN is in none."""
+    """Whether `value` is a number of the right kind in the closed range; NaN never is."""
     return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -97,12 +97,12 @@ DROPPED: dict[str, dict[str, float]] = {
     "finetune": {**_DROPPED_FROM_TRAINING, "weight_decay": 0.0, "embedding_learning_rate": 0.0},
     "sample": {"ddim_eta": 0.0, "release": 0.0, "hold": 0.0},
 }
-"""Settings of earlier versions, by stage, each with the value that changed nothing. They were measured to gain nothing
-(docs/quality.md). Files that carry them are still read."""
+"""Settings of earlier versions, by stage, each with its neutral value. Measurements showed no gain from them
+(docs/quality.md). Files with these settings are still read."""
 
 
 class _Check:
-    """Collects what is wrong with the fields of one settings value."""
+    """Collects the problems of the fields of one settings value."""
 
     def __init__(self, owner: object) -> None:
         self._owner, self.problems = owner, list[str]()
@@ -117,8 +117,8 @@ class _Check:
     def numbers(self, name: str, low: float, high: float, *, whole: bool = False) -> None:
         values = getattr(self._owner, name)
         if not isinstance(values, tuple) or not 1 <= len(values) <= MAX_VALUES:
-            found = f"{len(values)} values" if isinstance(values, tuple) else reprlib.repr(values)
-            self.problems.append(f"`{name}` has {found}, expected 1 to {MAX_VALUES} numbers")
+            value = f"{len(values)} values" if isinstance(values, tuple) else reprlib.repr(values)
+            self.problems.append(f"`{name}` has {value}, expected 1 to {MAX_VALUES} numbers")
             return
         for value in values:
             if not _within(value, low, high, whole):
@@ -156,10 +156,10 @@ class StageConfig:
     draws: int = 8
     """(timestep, noise) draws per edit and step; timesteps are stratified over the schedule. Paper: 1."""
     timesteps: tuple[float, float] = (0.0, 1.0)
-    """Part of the noise schedule that draws come from: 0 is the clean end, 1 the noisy one. Paper: all of it."""
+    """Part of the noise schedule that timesteps are drawn from: 0 is the clean end, 1 the noisy one. Paper: all."""
     anchor: float = 0.0
-    """Share of a step's draws whose noise is the one that sampling starts from (with the first of its seeds), so that
-    the way from that noise to the photo is learnt first of all. Paper: 0."""
+    """Share of a step's draws that use the starting noise of sampling (with the first seed), so that the path from that
+    noise to the photo is learnt first. Paper: 0."""
     final_rate: float = 1.0
     """Learning rate of the last step as a share of the first's, falling evenly in between. Paper: 1."""
 
@@ -231,22 +231,22 @@ class SampleConfig:
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 switches it off and halves the work."""
     photo_guidance: float | None = None
-    """Guidance at eta 0, from where it rises evenly to the whole at eta 1: e_opt gives the photo back without any, and
-    loses some of it with. None has the same at every eta, as the paper does."""
+    """Guidance at eta 0; it rises evenly to `guidance_scale` at eta 1. Without guidance e_opt reproduces the photo;
+    guidance loses some of it. None: the same guidance at every eta, as in the paper."""
     negative_prompt: str = ""
     scheduler: str = "DDIM"
     """Name of a diffusers scheduler class, with or without "Scheduler"."""
     strength: Strength = 1.0
     """Factor on the adapter: 0 is the base model alone."""
     mask: float = 0.0
-    """Keeps to the photo (eta 0) at every step where the base finds the sentence no different from it: places change
-    from about this difference on, a share of its largest (see `masking`). 0 lets everything change. Paper: 0."""
+    """Threshold of the mask, as a share of the largest difference between the base's predictions for sentence and photo
+    (see `sampling.masking`): places below it keep the photo's latents (eta 0) at every step. 0: no mask. Paper: 0."""
     interpolation: str = "linear"
-    """Way from e_opt to e_tgt, one of `INTERPOLATIONS`; the paper's is linear."""
+    """Path from e_opt to e_tgt, one of `INTERPOLATIONS`; the paper's is linear."""
     start: str = "noise"
-    """What sampling starts from, one of `STARTS`. A Stable Diffusion schedule never reaches pure noise in training, so
-    a model started from it gives every picture the same middling brightness; "photo" carries the photo's own, and
-    "inverted" its layout too. Training needs to know: it is what draws are anchored to."""
+    """Starting latents, one of `STARTS`. A Stable Diffusion schedule never reaches pure noise in training, so a model
+    started from pure noise gives every picture the same medium brightness; "photo" keeps the photo's brightness, and
+    "inverted" its layout too. Training uses this setting as well: draws are anchored to the starting noise."""
     batch_rows: int = 32
     """UNet rows (images, twice that many with guidance) in one batch at most."""
 
@@ -259,9 +259,9 @@ class SampleConfig:
             if len(check.problems) == known and len(set(values)) < len(values):
                 check.problems.append(f"`{name}` has a number twice, expected each once")
         if not check.problems and len(self.etas) * len(self.seeds) > MAX_PICTURES:
-            found = f"{len(self.etas)} etas and {len(self.seeds)} seeds"
             check.problems.append(
-                f"`etas` and `seeds` make pictures of {found}, expected at most {MAX_PICTURES} pictures"
+                f"`etas` and `seeds` make pictures of {len(self.etas)} etas and {len(self.seeds)} seeds, "
+                f"expected at most {MAX_PICTURES} pictures"
             )
         check.number("num_inference_steps", 1, 1000, whole=True)
         check.number("guidance_scale", 0, 100)
@@ -294,21 +294,21 @@ class EditConfig:
     finetune: FinetuneConfig
     sample: SampleConfig = field(default_factory=SampleConfig)
     seed: int = 0
-    """Seed of everything drawn while training."""
+    """Seed of all random draws in training."""
 
     def __post_init__(self) -> None:
         if problems := _seed_problems(self.seed):
             raise ConfigError(problems)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values; `from_dict` gives an equal config back."""
+        """Nested plain values; `from_dict` returns an equal config."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "EditConfig":
-        """The config described by nested plain values, as `to_dict` of this or an earlier version gives them.
+        """The config from nested plain values, written by `to_dict` of this or an earlier version.
 
-        Settings that were dropped since are ignored.
+        Dropped settings are ignored.
 
         Raises:
             ConfigError: unknown or missing names, values out of range; all problems at once.

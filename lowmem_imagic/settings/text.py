@@ -1,4 +1,4 @@
-"""Words to settings: the values of options, as a command line, a batch or a form has them, become settings."""
+"""Options to settings: reads the values of a command line, a batch or a form."""
 
 import math
 import reprlib
@@ -23,7 +23,7 @@ class BaseOptions:
     revision: str | None = None
     device: str = "auto"
     weights: str | None = None
-    """None takes the format that an edit was trained on, or int8."""
+    """None takes the edit's training format, or int8."""
     attention: str = "auto"
     compute: str = "auto"
     checkpointing: bool = False
@@ -35,7 +35,7 @@ class Words:
 
     Args:
         command: a command of the table of options.
-        values: what it was given, by the names of its options.
+        values: values of its options, by name.
     """
 
     def __init__(self, command: str, values: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ class Words:
         return self._settings.get("axes", {})
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of `SampleConfig` that the options give.
+        """The fields of `SampleConfig` that the options set.
 
         Raises:
             ConfigError: with all problems of all options.
@@ -96,7 +96,7 @@ class Words:
                 self._problems.append("`keep` and `small` both say how much of the adapter to keep, expected one")
             finetune["keep"] = SMALL_KEEP
         elif rank is not None or "adapt" in finetune:
-            # The preset's share is of the preset's adapter; of another, all is kept unless something else is asked.
+            # The preset's share fits the preset's adapter only; for another adapter the default is to keep all.
             finetune.setdefault("keep", 1.0)
         if rank is not None:
             finetune["lora_alpha"] = float(rank)
@@ -119,10 +119,10 @@ class Words:
 
 
 def read_value(name: str, kind: Kind, value: Any) -> Any:
-    """The value of an option, with the numbers of its text as numbers.
+    """The value of an option; numbers in text become numbers.
 
     Raises:
-        ConfigError: the text holds something else.
+        ConfigError: the text is not of this kind.
     """
     if kind is Kind.NUMBERS:
         return parse_numbers(name, value, float)
@@ -132,10 +132,10 @@ def read_value(name: str, kind: Kind, value: Any) -> Any:
 
 
 def parse_numbers(name: str, text: str, kind: Callable[[str], float]) -> tuple[float, ...]:
-    """The numbers of a text with commas between them.
+    """The numbers in a comma-separated text.
 
     Raises:
-        ConfigError: something else is between the commas.
+        ConfigError: an item is not a number.
     """
     try:
         return tuple(kind(part) for part in text.replace(" ", "").split(",") if part)
@@ -145,10 +145,10 @@ def parse_numbers(name: str, text: str, kind: Callable[[str], float]) -> tuple[f
 
 
 def parse_strength(text: str) -> Strength:
-    """The strength that a text describes: ``0.8``, or ``down=0.5,up=1.2`` with 1 for a block that is left out.
+    """The strength in a text: ``0.8``, or ``down=0.5,up=1.2`` with 1 for an omitted block.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the text is neither.
     """
     try:
         if "=" not in text:
@@ -163,10 +163,10 @@ def parse_strength(text: str) -> Strength:
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes that a text describes: ``8GB``, ``7.5GiB``, ``6000MB``; a bare number below 1024 is in GB.
+    """The bytes in a text: ``8GB``, ``7.5GiB``, ``6000MB``; a bare number below 1024 is in GB.
 
     Raises:
-        ConfigError: no such amount.
+        ConfigError: the text is no amount of memory.
     """
     words = text.strip().lower()
     number = words.rstrip("abcdefghijklmnopqrstuvwxyz ")
@@ -181,10 +181,10 @@ def parse_bytes(text: str) -> int:
 
 
 def check_suggestable(config: SampleConfig) -> None:
-    """Makes sure that there are etas to suggest one of.
+    """Checks that there are at least two etas to choose from.
 
     Raises:
-        ConfigError: fewer than two.
+        ConfigError: there are fewer.
     """
     if (count := len(set(config.etas))) < 2:
         raise ConfigError(f"`suggest_eta` chooses among `etas`, found {count}; give two or more, 0 among them")

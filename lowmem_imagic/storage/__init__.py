@@ -1,1 +1,1 @@
-"""Bytes on disk: atomic writing, strict JSON, safetensors, file names. Nothing here knows of Imagic."""
+"""Bytes on disk: atomic writing, strict JSON, safetensors, file names. Independent of Imagic."""

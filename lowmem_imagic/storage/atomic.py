@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all.
+"""Atomic writing: a file appears complete or not at all.
 
 A reader of the target path sees the old file or the new one, never a part, whatever happens to the writer:
 the bytes go to a temporary in the same folder, are forced to disk, and only then get their name. A process
-killed in between may leave a hidden ``.lowmem-imagic-*.tmp`` behind; nothing reads or matches such a name, and
+killed in between may leave a hidden ``.lowmem-imagic-*.tmp`` behind; no code reads such files, and
 `remove_temporaries` removes them.
 """
 
@@ -31,7 +31,7 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 
-# Answers of file systems without hard links (FAT, some network and container mounts) to link().
+# Errors of link() on file systems without hard links (FAT, some network and container mounts).
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
 
 # A folder that cannot be opened for reading, or a file system that has no fsync for folders. By then the file
@@ -57,7 +57,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
     target = Path(path)
     temporary = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
     try:
-        # Only to spare the write: what decides is the exclusive publishing below.
+        # Saves a needless write; the exclusive publishing below makes the final check.
         if not overwrite and os.path.lexists(target):
             raise _exists(target)
         try:
@@ -69,7 +69,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
                 _publish_new(temporary, target)
             reach("renamed")
         finally:
-            # Gone already after a replace; after a link this removes the second name.
+            # After a replace the temporary is gone already; after a link this removes the second name.
             with suppress(OSError):
                 os.unlink(temporary)
         sync_folder(target.parent)
@@ -81,10 +81,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
 
 
 def make_folder(path: Path, *, parents: bool = True) -> None:
-    """Makes a folder that is not there, and those above it, so that a power cut does not take them away again.
+    """Creates a folder and its parents durably: they survive a power cut.
 
     Raises:
-        OSError: it cannot be made, or something else is there.
+        OSError: a folder cannot be created, or the path is a file.
     """
     try:
         os.mkdir(path)
@@ -102,7 +102,7 @@ def make_folder(path: Path, *, parents: bool = True) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what writers that were killed have left in a folder; none may be at work in it."""
+    """Removes the temporaries of killed writers from a folder; no writer may be at work in it."""
     with suppress(OSError):
         for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
             path.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def _write_temporary(temporary: Path, data: memoryview) -> None:
     descriptor = os.open(temporary, flags, 0o666)
     try:
         while data:
-            data = data[os.write(descriptor, data) :]  # write() may take less than it is given
+            data = data[os.write(descriptor, data) :]  # write() may write only a part
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -130,7 +130,7 @@ def _publish_new(temporary: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-    # Without links: take the name with an empty file, which is exclusive, then replace that by the full one.
+    # Without links: create an empty file with the name, which is exclusive, then replace it by the full one.
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError as error:
@@ -138,14 +138,14 @@ def _publish_new(temporary: Path, target: Path) -> None:
     try:
         os.replace(temporary, target)
     except BaseException:
-        # An interrupt can arrive after the replace succeeded: then the name holds the finished file.
+        # An interrupt can arrive after the replace succeeded: then the file of that name is finished.
         if os.path.lexists(temporary):
             os.unlink(target)
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Guarantees that the names in a folder survive a power cut, where the system can promise that."""
+    """Guarantees that the names in a folder survive a power cut, if the system supports that."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows has no handle for folders
         return
     try:

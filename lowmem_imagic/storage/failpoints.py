@@ -1,8 +1,8 @@
-"""Places at which a test can end the process as a power cut would: between any two durable steps.
+"""Failpoints: places between two durable steps where a test can kill the process, like a power cut.
 
-``LOWMEM_IMAGIC_FAILPOINT=renamed`` kills this process with SIGKILL when it reaches the place of that name for the
-first time, ``renamed:3`` when it does for the third; ``renamed:3:stop`` suspends it there until SIGCONT. Unset, which
-is always outside tests, a place costs a look at a variable.
+``LOWMEM_IMAGIC_FAILPOINT=renamed`` kills this process with SIGKILL when it reaches the failpoint ``renamed`` for the
+first time, ``renamed:3`` for the third time; ``renamed:3:stop`` suspends it there until SIGCONT. Without the variable,
+as always outside tests, a failpoint costs one comparison.
 """
 
 import os
@@ -14,7 +14,7 @@ _left = int(_COUNT or 1) if _NAME else 0
 
 
 def reach(name: str) -> None:
-    """Ends the process here, or suspends it, if it was asked for."""
+    """Kills or suspends the process if this failpoint is set."""
     global _left
     if name == _NAME:
         _left -= 1

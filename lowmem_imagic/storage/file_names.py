@@ -4,9 +4,9 @@ import re
 import unicodedata
 
 REPORT = "report.json"
-"""Of a run, in the folder of its results."""
+"""Name of a run's report, in the folder of its results."""
 MAX_REPORT_BYTES = 16 * 2**20
-"""Largest report that is read."""
+"""Size limit for reading a report."""
 
 
 def safe_stem(text: str) -> str:
@@ -16,5 +16,5 @@ def safe_stem(text: str) -> str:
     """
     plain = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode().lower()
     stem = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or "edit"
-    # Windows opens devices under these names, whatever the folder and extension.
+    # Windows opens devices under these names, in any folder and with any extension.
     return f"edit-{stem}" if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9]", stem) else stem

@@ -1,4 +1,4 @@
-"""Files opened for reading only where they are regular ones: a pipe would be waited on, a device never ends."""
+"""Opens only regular files for reading: opening a pipe would wait, and reading a device may never end."""
 
 import os
 import stat
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-# Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever before its kind can be asked.
+# Without O_NONBLOCK, opening a pipe without a writer would wait forever, before its kind can be checked.
 _NAMES = ("O_RDONLY", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
 _FLAGS = sum(getattr(os, name, 0) for name in _NAMES)
 
 
 class NotRegularError(OSError):
-    """There is a pipe, socket or device in place of the file, or the file is larger than expected."""
+    """The path is a pipe, socket or device, or the file is larger than expected."""
 
 
 @contextmanager
@@ -25,11 +25,11 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> Iterat
         follow: whether a link at `path` itself is followed. Else it is an error.
 
     Raises:
-        IsADirectoryError: It is a folder.
-        NotRegularError: It is no file either.
-        OSError, ValueError: It cannot be opened, or not be named.
+        IsADirectoryError: The path is a folder.
+        NotRegularError: The path is a pipe, socket or device.
+        OSError, ValueError: The file cannot be opened, or the path is invalid.
     """
-    # Asked before opening as well as after: to open some devices is to use them.
+    # Checked before and after opening, because opening alone can have an effect on some devices.
     _check(os.stat(path, follow_symlinks=follow).st_mode)
     descriptor = os.open(path, _FLAGS | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
     with open(descriptor, "rb") as file:
@@ -51,7 +51,8 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
 
 
 def kind_at(path: Path) -> int | None:
-    """The kind of what is at `path` itself, links not followed, as ``stat.S_IFDIR``; None where nothing can be seen."""
+    """The kind of file at `path`, such as ``stat.S_IFDIR``, without following links; None if there is none, or if the
+    path cannot be read."""
     try:
         return stat.S_IFMT(path.lstat().st_mode)
     except (OSError, ValueError):
@@ -59,7 +60,7 @@ def kind_at(path: Path) -> int | None:
 
 
 def is_plain(path: Path, kind: int) -> bool:
-    """Whether `path` itself, and no link to it, is a file of that kind."""
+    """Whether `path` is a file of that kind, and not a link to one."""
     return kind_at(path) == kind
 
 

@@ -1,6 +1,6 @@
-"""A strict parser of safetensors files that trusts nothing it reads, and needs no torch.
+"""A strict parser of safetensors files that does not trust its input, and needs no torch.
 
-It goes outward in: length, bound, UTF-8, JSON, entries, coverage. Nothing is allocated from a claimed size.
+It checks in this order: length, bound, UTF-8, JSON, entries, coverage. It never allocates a size that a file claims.
 The safetensors library is not used because it accepts duplicate keys, and because it needs torch or numpy.
 """
 
@@ -23,9 +23,9 @@ from ..errors import (
 from .strict_json import load_json
 
 MAX_FILE_BYTES = 2**30
-"""Largest file that is read or written."""
+"""Size limit for reading and writing a file."""
 MAX_HEADER_BYTES = 16 * 2**20
-"""Largest header; the library's own limit is 100 MB."""
+"""Size limit of a header; the library's own limit is 100 MB."""
 
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -41,12 +41,12 @@ DTYPE_BYTES = {
     "F32": 4,
     "F64": 8,
 }
-"""Bytes of one value, by the format's name of its type."""
+"""Bytes of one value, by type name in the format."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a header; its byte range is known to match its shape."""
+    """One tensor of a header; its byte range matches its shape."""
 
     dtype: str
     """Name in the format, as ``F16``."""
@@ -60,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Container:
-    """A parsed file whose header is consistent with its size; no tensor has been made yet."""
+    """A parsed file whose header is consistent with its size; tensors are not created yet."""
 
     metadata: Mapping[str, str]
     """The ``__metadata__`` entries."""
@@ -76,7 +76,7 @@ class Container:
 
     @property
     def in_canonical_order(self) -> bool:
-        """Whether the header's names stand as this package writes them; the safetensors library shuffles them."""
+        """Whether the header's names are in this package's order; the safetensors library shuffles them."""
         return all(list(names) == sorted(names) for names in (self.metadata, self.entries))
 
     def sha256(self) -> str:
@@ -91,7 +91,7 @@ PREFIX_BYTES = 8
 def parse(data: bytes | bytearray | memoryview) -> Container:
     """Returns the parsed file, its header checked against its size and every byte accounted for.
 
-    **Memory**: the result refers to `data`; beyond it, what the header's JSON takes.
+    **Memory**: the result refers to `data`; only the header's JSON takes more memory.
 
     Raises:
         EditFileError: See :func:`parse_head`.
@@ -102,7 +102,7 @@ def parse(data: bytes | bytearray | memoryview) -> Container:
 
 
 def head_bytes(data: bytes | memoryview, size: int) -> int:
-    """Returns how many bytes of a file lie before its tensors, told from its first ten.
+    """Returns the number of bytes before a file's tensors, from its first ten bytes.
 
     Args:
         data: the file's beginning.
@@ -128,7 +128,7 @@ def head_bytes(data: bytes | memoryview, size: int) -> int:
 
 
 def parse_head(data: bytes | memoryview, size: int) -> Container:
-    """Returns what the header says, checked against the size of the whole file; `data` of the result is empty.
+    """Returns the parsed header, checked against the size of the whole file; `data` of the result is empty.
 
     Args:
         data: the file's beginning, at least `head_bytes` of it.
@@ -171,7 +171,7 @@ def _entry(name: str, value: Any) -> Entry:
             raise EditHeaderError(f"tensor {shown}: {key} is {reprlib.repr(numbers)}, expected integers from 0")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise EditLayoutError(f"tensor {shown}: data_offsets are {reprlib.repr(offsets)}, expected [begin, end]")
-    # Counting zeros as ones, because torch computes strides, which may overflow, even for an empty tensor.
+    # Zeros count as ones, because torch computes strides even for an empty tensor, and they may overflow.
     if len(shape) > 8 or math.prod(max(n, 1) for n in shape) > MAX_FILE_BYTES:
         raise TensorShapeError(f"tensor {shown}: shape {reprlib.repr(shape)} is beyond any file of allowed size")
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
@@ -188,9 +188,9 @@ def _check_coverage(entries: Mapping[str, Entry], size: int) -> None:
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
-            what = "overlaps the one before" if entry.begin < position else "leaves a hole before it"
+            problem = "overlaps the one before" if entry.begin < position else "leaves a hole before it"
             raise EditLayoutError(
-                f"tensor {reprlib.repr(name)} {what}: it begins at byte {entry.begin}, expected {position}"
+                f"tensor {reprlib.repr(name)} {problem}: it begins at byte {entry.begin}, expected {position}"
             )
         position = entry.end
     if position > size:

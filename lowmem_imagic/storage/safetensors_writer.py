@@ -1,13 +1,13 @@
-"""Canonical safetensors bytes: equal tensors and metadata give one file, whatever the machine or the day.
+"""Canonical safetensors bytes: equal tensors and metadata give equal files, on any machine.
 
-The safetensors library's header order is random, so two identical saves of it differ. Files written here are
-ordinary safetensors files for everyone else.
+The safetensors library orders headers at random, so two of its saves differ. Files written here are ordinary
+safetensors files for other programs.
 
 Canonical form:
 
 - header: compact JSON, UTF-8 (no ``\\u`` escapes), keys sorted at every level, space-padded to 8 bytes;
 - tensor data: widest element first, then dtype name, then tensor name, so that every tensor is aligned and
-  the order is the one the library writes.
+  the order equals the library's.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, hash_key: str | None = None) -> bytes:
-    """Returns the one canonical file for these tensors and this metadata.
+    """Returns the canonical file for these tensors and this metadata.
 
     Args:
         tensors: CPU tensors of any layout and shape.
@@ -82,7 +82,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, has
 
 
 def tensor_bytes(tensor: Tensor) -> bytearray:
-    """Returns the values of a CPU tensor, row by row, little-endian as the machine."""
+    """Returns the values of a CPU tensor, row by row, in the machine's (little-endian) byte order."""
     buffer = bytearray(tensor.nbytes)
     if buffer:
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -91,14 +91,14 @@ def tensor_bytes(tensor: Tensor) -> bytearray:
 
 
 def bytes_tensor(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Returns a tensor that lives in `buffer`, which has exactly the bytes that type and shape need."""
+    """Returns a tensor over `buffer`, whose size must match type and shape exactly."""
     if not buffer:
         return torch.empty(shape, dtype=_DTYPES[dtype])
     return torch.frombuffer(buffer, dtype=_DTYPES[dtype]).reshape(shape)
 
 
 def container_tensor(container: Container, name: str) -> Tensor:
-    """Returns a copy of the named tensor, on the CPU, in the type and shape its entry says."""
+    """Returns a copy of the named tensor, on the CPU, with the type and shape of its entry."""
     entry = container.entries[name]
-    # A bytearray, because torch warns about (and never protects) read-only buffers.
+    # `raw` copies into a bytearray, because torch warns about (and never protects) read-only buffers.
     return bytes_tensor(container.raw(name), entry.dtype, entry.shape)

@@ -1,7 +1,7 @@
-"""JSON that is certain to be bounded, finite and unambiguous, read and written.
+"""Reads and writes JSON that is bounded, finite and unambiguous.
 
-The standard parser accepts duplicate keys and NaN, recurses as deep as the text says, and spends quadratic
-time on a long integer; none of these get through here.
+The standard parser accepts duplicate keys and NaN, recurses to any depth, and takes quadratic time for a long
+integer; this module refuses all of these.
 """
 
 import json
@@ -18,7 +18,7 @@ from ..errors import EditHeaderError
 MAX_JSON_DEPTH = 16
 """Deepest nesting of objects and arrays in one JSON text."""
 MAX_JSON_TOKENS = 1_000_000
-"""Most quotes, escapes, brackets and commas in one JSON text: bounds the time and memory of parsing it."""
+"""Most quotes, escapes, brackets and commas in one JSON text; limits the time and memory of parsing."""
 
 _JSON_TOKEN = re.compile(r'["\[\]{},]|\\.', re.DOTALL)
 # C0 and C1 controls except tab, line feed and carriage return, and halves of surrogate pairs.
@@ -31,7 +31,7 @@ def canonical_json(value: object) -> str:
 
 
 def dump_json(value: object, where: str) -> str:
-    """Returns canonical JSON that :func:`load_json` is certain to accept.
+    """Returns canonical JSON that :func:`load_json` accepts.
 
     Raises:
         EditHeaderError: `value` is too deep or too long; `where` names it in the message.
@@ -45,25 +45,25 @@ def load_json(text: str, where: str) -> Any:
     """Returns the value of a JSON text without duplicate keys, non-finite numbers or integers above 64 bits.
 
     Raises:
-        EditHeaderError: Anything else; `where` names the text in the message.
+        EditHeaderError: The text is anything else; `where` names it in the message.
     """
     _check_extent(text, where)
     return parse_json(text, where)
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Returns what :func:`load_json` does, of a text whose extent the caller has bounded.
+    """Returns the value of a JSON text like :func:`load_json`; the caller limits the text's size and depth.
 
     Raises:
-        EditHeaderError: As there.
+        EditHeaderError: See :func:`load_json`.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise EditHeaderError(f"{where}: key {reprlib.repr(twice)} occurs twice")
-        return found
+        return values
 
     def finite(digits: str) -> float:
         if math.isinf(number := float(digits)):
@@ -95,14 +95,14 @@ def plain_json(value: object, where: str, depth: int = 1) -> Any:
         depth: Nesting level that `value` itself has in the final JSON text.
 
     Raises:
-        EditHeaderError: A part is none of these, not finite, not printable, or nested too deeply.
+        EditHeaderError: A part is of another type, not finite, not printable, or nested too deeply.
     """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         if _UNPRINTABLE.search(value):
             raise EditHeaderError(f"{where}: found control characters in {reprlib.repr(str.__str__(value))}")
-        return str.__str__(value)  # the text itself, also for string enumerations
+        return str.__str__(value)  # the plain text of a string enumeration
     if isinstance(value, int | float):
         if not abs(value) <= (2**64 - 1 if isinstance(value, int) else sys.float_info.max):
             raise EditHeaderError(f"{where}: found a number that is not finite or too large")
@@ -120,7 +120,7 @@ def plain_json(value: object, where: str, depth: int = 1) -> Any:
 
 
 def _check_extent(text: str, where: str) -> None:
-    """Guarantees bounded depth and size before the JSON parser, which recurses and allocates, runs."""
+    """Checks depth and size before the JSON parser runs, as the parser recurses and allocates."""
     depth = 0
     inside_string = False
     for count, match in enumerate(_JSON_TOKEN.finditer(text)):

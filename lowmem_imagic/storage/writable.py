@@ -1,4 +1,4 @@
-"""Whether something can be written somewhere, asked before anything expensive is done for it."""
+"""Checks that results can be written, before any expensive work."""
 
 import shutil
 import tempfile
@@ -10,10 +10,10 @@ MIN_FREE_BYTES = 32 * 2**20
 
 
 def check_writable(path: Path) -> None:
-    """Makes sure that something can be written at `path`: an existing folder above it, not read-only, not full.
+    """Checks that files can be written at `path`: its nearest existing folder is neither read-only nor full.
 
     Raises:
-        OutputUnwritableError: with the reason.
+        OutputUnwritableError: they cannot; the message has the reason.
     """
     folder = path
     try:
@@ -23,7 +23,7 @@ def check_writable(path: Path) -> None:
             folder = folder.parent
         if not folder.is_dir():
             raise OutputUnwritableError(f"{folder} is a file, expected a folder; choose another `out`")
-        # Permission bits do not tell the truth for root or on read-only mounts; a real file does.
+        # Permission bits are unreliable for root and on read-only mounts, so try a real file.
         with tempfile.TemporaryFile(dir=folder):
             pass
         free = shutil.disk_usage(folder).free
@@ -36,11 +36,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """Makes sure that a file can be written at `path`, before anything expensive is done.
+    """Checks that a file can be written at `path`.
 
     Raises:
-        OutputExistsError: something is there and `overwrite` is False.
-        OutputUnwritableError: the folder cannot be written, or the name cannot be.
+        OutputExistsError: the path exists and `overwrite` is False.
+        OutputUnwritableError: the folder cannot be written, or the name is invalid.
     """
     check_writable(path.parent)
     try:
@@ -54,7 +54,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 
 
 def unusable(path: Path, error: OSError | ValueError) -> OutputUnwritableError:
-    """The error for a place that the system will not write to, in its words."""
+    """The error for a path that cannot be written, with the system's reason."""
     reason = getattr(error, "strerror", None) or str(error)
     name = str(path)
     return OutputUnwritableError(

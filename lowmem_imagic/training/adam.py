@@ -1,4 +1,4 @@
-"""Adam for a pack: one update for all edits, with a rate, a step count and a stop mask of its own for each."""
+"""Adam for a pack: one update for all edits; each has its own learning rate, step count and stop mask."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 class PackedAdam:
     """Adam (Kingma & Ba 2015, algorithm 1) on a flat (N, P) tensor whose rows are independent.
 
-    A row with mask 0 is frozen: neither its weights nor its moments nor its step count change.
+    A row with mask 0 is frozen: its weights, moments and step count do not change.
     The number of operations does not depend on N or on the number of layers.
 
     Args:
@@ -32,15 +32,15 @@ class PackedAdam:
 
     @torch.no_grad()
     def restart(self, row: int, *, learning_rate: float) -> None:
-        """Begins a row anew, with a rate of its own: its moments and its step count are zero."""
+        """Resets a row's moments and step count to zero, and sets its learning rate."""
         self.learning_rate[row] = learning_rate
         for state in (self.steps, self.first, self.second):
             state[row].zero_()
 
     @torch.no_grad()
     def step(self, grads: Tensor, active: Tensor, share: float | Tensor = 1.0) -> None:
-        """One update with gradients (N, P) for the rows where `active` (N,) is true, at `share` (one for all, or (N,))
-        of the rate."""
+        """Updates the rows where `active` (N,) is true with gradients (N, P), at `share` of the learning rate: one for
+        all, or (N,)."""
         share = share.to(self.weights).unsqueeze(1) if isinstance(share, Tensor) else share
         rate = self.learning_rate * share
         mask = active.to(self.weights).unsqueeze(1)
@@ -49,7 +49,7 @@ class PackedAdam:
         self.first.lerp_(grads, (1 - b1) * mask)
         self.second.lerp_(grads * grads, (1 - b2) * mask)
         count = self.steps.clamp(min=1)
-        # 1 - beta ** count; taken literally, fp32 leaves 1 - 0.999 with four digits.
+        # 1 - beta ** count; computed directly in fp32, 1 - 0.999 would have four digits.
         bias1, bias2 = (-torch.expm1(count * math.log(beta)) for beta in self.BETAS)
         denominator = (self.second / bias2).sqrt_().add_(self.EPSILON)
         self.weights.addcdiv_(self.first * (mask * rate / bias1), denominator, value=-1)

@@ -4,9 +4,8 @@ Minimises the denoising loss (paper eq. 2)
 
     ``L(x, e, theta) = E_{t, epsilon} || epsilon - f_theta(x_t, t, e) ||^2``
 
-over the embedding ``e`` alone; the network ``theta`` is frozen. The embedding starts from that of the target sentence,
-e_tgt, and takes few steps, so that it stays close to e_tgt and the way between the two remains meaningful. It ends as
-e_opt.
+over the embedding ``e`` alone; the network ``theta`` is frozen. The embedding starts at e_tgt, the target sentence's,
+and ends as e_opt. Few steps keep it close to e_tgt, so that the path between the two remains meaningful.
 """
 
 from ..families.family import Denoiser
@@ -15,7 +14,7 @@ from .stage import Slot, Stage
 
 
 def stage(config: EditConfig, denoiser: Denoiser) -> Stage:
-    """Stage 1 under some settings, with the predictions of a denoiser."""
+    """Stage 1 with these settings and a denoiser."""
     return Stage(
         name="embed",
         denoiser=denoiser,
@@ -35,5 +34,6 @@ def from_sentence(slot: Slot) -> None:
 
 def as_stored(slot: Slot) -> None:
     """Rounds e_opt as the edit file stores it, so that an edit and its file give the same pictures."""
-    for part in slot.text.values():
-        part.copy_(part.half())
+    for name, part in slot.text.items():
+        if (dtype := slot.parts[name].stored) is not None:
+            part.copy_(part.to(dtype))

@@ -1,7 +1,7 @@
 """The loop that all training stages share: draw rows, predict, step, for a whole pack at once.
 
-A batch row is (edit, position, noise). Each edit draws from its own generator in its own order, so the pack it travels
-in cannot change what it sees; it has a slot of the pack, which it enters and leaves on its own.
+A batch row is (edit, position, noise). Each edit draws from its own generator in its own order, so its draws do not
+depend on the pack. An edit occupies one slot of the pack, and enters and leaves it independently.
 """
 
 import logging
@@ -21,7 +21,6 @@ from ..errors import TensorShapeError
 from ..families.conditioning import Conditioning
 from ..families.family import Denoiser, Schedule
 from ..layers.adapter_pack import AdapterPack
-from ..layers.flat_pack import strided_gradients
 from ..unexpected import first_line
 from .adam import PackedAdam
 from .run import Run
@@ -29,7 +28,7 @@ from .run import Run
 log = logging.getLogger(__name__)
 
 FIRST_SCALE, MOST_SCALE = 2.0**16, 2.0**24
-"""Of an edit's loss in fp16, at first and at most."""
+"""Scale of an edit's loss in fp16, at first and at most."""
 GROW_AFTER = 50
 """Steps without an overflow after which an edit's scale doubles."""
 
@@ -39,11 +38,11 @@ class TrainedTensor:
     """A tensor that training changes in place."""
 
     weights: Tensor
-    """(N, P): everything that is trained of an edit in one row."""
+    """(N, P): one row per edit."""
     grads: Tensor
-    """(N, P), where backward passes leave the gradient of `weights`."""
+    """(N, P), the gradient of `weights`, filled by backward passes."""
     learning_rate: float
-    """Where an edit has none of its own."""
+    """Default for edits without a rate of their own."""
 
 
 def draw_rows(
@@ -55,17 +54,17 @@ def draw_rows(
     anchor: Tensor | None = None,
     anchored: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents (R, C, H, W), positions (R,) and targets (R, C, H, W) for one step, edit by edit.
+    """The noisy latents (R, C, H, W), positions (R,) and targets (R, C, H, W) of one step, edit by edit.
 
     Args:
         latents: (N, C, H, W) on the CPU.
         draws: rows per edit; R = N * draws.
-        schedule: of the network that is to predict.
-        generators: one CPU generator per edit; of each, the positions are drawn first, then the noise, then which
-            rows have the noise `anchor` instead.
+        schedule: noise schedule of the predicting network.
+        generators: one CPU generator per edit; it draws the positions, then the noise, then the rows that get
+            `anchor` as their noise.
         span: part of the schedule that positions come from; 0 is the clean end.
-        anchor: noise (C, H, W) that some rows have.
-        anchored: how many of each edit's.
+        anchor: noise (C, H, W) for some rows.
+        anchored: number of these rows per edit.
     """
     positions, noise = [], []
     for generator in generators:
@@ -82,33 +81,33 @@ class Trainer:
     """Takes steps of the denoising loss (paper eq. 2) for the edits in the slots of a pack.
 
     Args:
-        base: the frozen base, with whatever is trained already in it.
-        trained: what is trained, N rows each: a row is a slot's.
-        given: the conditioning of a pass, a row for each slot, asked with the trainer and the denoiser.
-        packs: the adapters of each denoiser that has some, to be told whose rows a pass has.
-        max_rows: most rows of a pass; a step of more takes several passes, and their gradients add up. None is no
-            limit. Halved, until `BaseModel.restored` ends, whenever a pass runs out of memory; when it is 1,
-            checkpointing is switched on.
+        base: the frozen base, with the adapters attached.
+        trained: the trained tensors, N rows each, one row per slot.
+        conditioning: returns a pass's conditioning, a row for each slot, for the trainer and a denoiser.
+        packs: the adapters by denoiser; each pass tells them the edits of its rows.
+        max_rows: most rows of a pass; a larger step takes several passes, and their gradients add up. None is no
+            limit. Running out of memory halves the limit until `BaseModel.restored` ends; at 1 row, checkpointing is
+            switched on.
 
-    **Memory**: the activations of one pass, freed before the optimiser steps (kept until `release` where passes are
-    replayed).
+    **Memory**: the activations of one pass, freed before the optimiser steps; replayed passes keep them until
+    `release`.
     """
 
     def __init__(
         self,
         base: BaseModel,
         trained: Sequence[TrainedTensor],
-        given: Callable[["Trainer", Denoiser], Conditioning],
+        conditioning: Callable[["Trainer", Denoiser], Conditioning],
         *,
         packs: Mapping[str, AdapterPack] | None = None,
         max_rows: int | None = None,
     ) -> None:
-        self._base, self._trained, self._given = base, trained, given
+        self._base, self._trained, self._conditioning = base, trained, conditioning
         self._packs, self._max_rows = packs or {}, max_rows
         self._slots = len(trained[0].weights)
         self._optimizers = [PackedAdam(part.weights, learning_rate=part.learning_rate) for part in trained]
-        # Gradients below 6e-8 are zero in fp16: losses are scaled up, each edit's by its own power of two (it changes
-        # no digit), and gradients down again (Micikevicius et al. 2018, section 3.2).
+        # Gradients below 6e-8 are zero in fp16. So each edit's loss is scaled up by a power of two (which changes no
+        # digit), and its gradients are scaled down again (Micikevicius et al. 2018, section 3.2).
         self._scaled = base.dtype == torch.float16
         self._scales = torch.full((self._slots, 1), FIRST_SCALE if self._scaled else 1.0, device=base.device)
         self._good = torch.zeros(self._slots, 1, device=base.device)
@@ -119,12 +118,12 @@ class Trainer:
 
     @torch.no_grad()
     def begin(self, slot: int, run: Run, rates: Sequence[float] | None = None) -> None:
-        """Puts an edit into a free slot, whose row of every trained tensor holds what it begins with.
+        """Puts an edit into a free slot; the slot's rows of the trained tensors are its starting values.
 
         Args:
             slot: number of the slot.
             run: the edit.
-            rates: learning rate of each trained tensor, 0 for one that stays; by default as in `trained`.
+            rates: learning rate of each trained tensor, 0 for a fixed one; by default as in `trained`.
         """
         self.runs[slot] = run
         self._scales[slot], self._good[slot] = FIRST_SCALE if self._scaled else 1.0, 0
@@ -133,21 +132,21 @@ class Trainer:
             optimizer.restart(slot, learning_rate=rate)
 
     def forget(self, slot: int) -> None:
-        """Takes an edit out of its slot as if it had never begun; does nothing for a free one."""
+        """Removes an edit from its slot; does nothing for a free slot."""
         self.runs.pop(slot, None)
 
     @torch.no_grad()
     def save(self, slot: int) -> dict[str, Tensor]:
-        """The state of a slot's training, as copies on the CPU: for each trained tensor that has a rate, its row, its
-        moments and its count of steps."""
+        """Copies of a slot's training state on the CPU: row, moments and step count of each trained tensor with a rate
+        above 0."""
         return {name: row.detach().to("cpu", copy=True) for name, row in self._state(slot)}
 
     @torch.no_grad()
     def restore(self, slot: int, saved: Mapping[str, Tensor]) -> None:
-        """Puts back what `save` gave, after `begin` with the same run and rates.
+        """Restores the state returned by `save`, after `begin` with the same run and rates.
 
         Raises:
-            TensorShapeError: it is of something else.
+            TensorShapeError: the state is of another training.
         """
         rows = dict(self._state(slot))
         if {name: row.shape for name, row in rows.items()} != {name: value.shape for name, value in saved.items()}:
@@ -156,7 +155,7 @@ class Trainer:
             row.copy_(saved[name])
 
     def _state(self, slot: int) -> Iterator[tuple[str, Tensor]]:
-        """Rows of all that training changes of a slot, by name."""
+        """The slot's rows of all tensors that training changes, by name."""
         for number, (part, optimizer) in enumerate(zip(self._trained, self._optimizers, strict=True)):
             if not self._rates[slot][number]:
                 continue
@@ -169,13 +168,13 @@ class Trainer:
             yield "steps_without_overflow", self._good[slot]
 
     def trains(self, part: int) -> bool:
-        """Whether the trained tensor of this number is trained by any edit that has a slot now."""
+        """Whether any edit in a slot trains the tensor of this number."""
         return any(self._rates[slot][part] for slot in self.runs)
 
     def step(self) -> dict[int, Run]:
-        """One step of every edit that has a slot; those that finish with it leave their slots and are returned.
+        """Takes one step of every edit in a slot; returns the edits that finished with it, which leave their slots.
 
-        Draws are made before anything that memory could fail at, so a step broken off is the same step again.
+        All draws come before any large allocation, so a step repeated after running out of memory has the same draws.
         """
         rows = {slot: self._draw(run) for slot, run in self.runs.items()}
         losses = with_fallbacks(lambda: self._gradients(rows), self._cheaper)
@@ -186,7 +185,7 @@ class Trainer:
         return {slot: self.runs.pop(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
 
     def _gradients(self, rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """Fills the gradients of a step's rows, pass by pass; returns each slot's loss (N,)."""
+        """Computes the gradients of a step's rows, pass by pass; returns each slot's loss (N,)."""
         for part in self._trained:
             part.grads.zero_()
         losses = torch.zeros(self._slots, device=self._base.device)
@@ -201,16 +200,16 @@ class Trainer:
         return losses
 
     def _recorded_pass(self, denoiser: Denoiser, kind: tuple[bool, float], rows: Sequence[Tensor]) -> Tensor:
-        """`run_pass`, recorded and replayed where the base records."""
+        """`run_pass`, recorded and replayed if the base replays passes."""
         run = partial(self.run_pass, denoiser, *kind)
-        # What is recomputed in a backward pass saves the state of random numbers, which no GPU records.
+        # Checkpointing saves the state of the random number generator, which CUDA graphs cannot record.
         if not self._base.replays or self._base.checkpointing:
             return run(*rows)
         trains = tuple(map(self.trains, range(len(self._trained))))
         key = (trains, denoiser.name, *kind, *(values.shape for values in rows))
         if key not in self._recorded:
             if any(recorded[0] != trains for recorded in self._recorded):
-                # Of another stage, which does not come back soon.
+                # Recordings of another stage, which will not be needed again soon.
                 self.release()
             changed, beside = [part.grads for part in self._trained], next(iter(self._recorded.values()), None)
             try:
@@ -218,7 +217,7 @@ class Trainer:
             except Exception as error:
                 if ran_out(error):
                     raise
-                # A driver or a kernel that cannot be recorded: slower, and otherwise the same.
+                # A driver or a kernel that cannot be recorded: unrecorded passes are slower and give the same results.
                 log.warning("training passes are not recorded: %s", first_line(error))
                 self.release()
                 self._base.replays = False
@@ -235,12 +234,12 @@ class Trainer:
         target: Tensor,
         index: Tensor,
     ) -> Tensor:
-        """Adds a pass's gradients to those there are; the share of its step of the loss of each of its slots (n,).
+        """Adds a pass's gradients to the gradients of its step; returns its share of each slot's loss (n,).
 
         Args:
-            denoiser: the network that predicts.
-            whole: whether these are all slots in their order.
-            share: of the step's rows of a slot, those in this pass.
+            denoiser: the predicting network.
+            whole: whether the pass has all slots in their order.
+            share: share of a slot's rows of the step that are in this pass.
             noisy: (R, C, H, W), slot by slot.
             positions: (R,).
             target: (R, C, H, W).
@@ -248,20 +247,19 @@ class Trainer:
         """
         if denoiser.name in self._packs:
             self._packs[denoiser.name].set_rows(None if whole else index)
-        given = self._given(self, denoiser).rows(index).repeat(len(noisy) // len(index))
-        prediction = self._base.predict(denoiser, noisy, positions, given)
+        conditioning = self._conditioning(self, denoiser).rows(index).repeat(len(noisy) // len(index))
+        prediction = self._base.predict(denoiser, noisy, positions, conditioning)
         losses = share * loss_per_edit(prediction, target, len(index))
         scaled = losses * self._scales[index, 0] if self._scaled else losses
-        with strided_gradients():
-            scaled.sum().backward()
+        scaled.sum().backward()
         return losses.detach()
 
     def release(self) -> None:
-        """Frees what replaying keeps; later steps record anew."""
+        """Frees the recorded passes; later steps record again."""
         self._recorded.clear()
 
     def _cheaper(self) -> bool:
-        """Takes fewer rows a pass, or else checkpointing; whether there was one of them left."""
+        """Steps down to unrecorded passes, fewer rows a pass, or checkpointing; returns False if none is left."""
         if self._base.replays:
             self.release()
             self._base.replays = False
@@ -292,11 +290,13 @@ class Trainer:
         )
 
     def _passes(self) -> Iterator[tuple[list[int], range]]:
-        """The passes of a step: slots, and which of their draws.
+        """Yields the passes of a step: slots, and the range of their draws.
 
-        In a pass all slots have equally many draws, and the same denoiser.
+        All slots of a pass have the same denoiser, the same number of draws and photos of one size.
         """
-        kinds = {slot: (run.denoiser.name, run.config.draws) for slot, run in self.runs.items()}
+        kinds = {
+            slot: (run.denoiser.name, run.config.draws, tuple(run.latents.shape)) for slot, run in self.runs.items()
+        }
         for kind in sorted(set(kinds.values())):
             slots, draws = [slot for slot in sorted(kinds) if kinds[slot] == kind], kind[1]
             limits = [limit for limit in (self._max_rows, self._base.most_rows) if limit is not None]
@@ -308,7 +308,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """Moves what is trained along its gradients, each edit at its own rate."""
+        """Takes the optimiser steps, each edit at its own rate."""
         shares = torch.zeros(self._slots)
         for slot, run in self.runs.items():
             shares[slot] = run.rate_share
@@ -322,9 +322,9 @@ class Trainer:
             self._optimizers[number].step(part.grads, active, shares)
 
     def _unscale(self) -> Tensor:
-        """Takes the scales out of the gradients; which slots (N,) have finite ones.
+        """Divides the gradients by their scales; returns which slots (N,) have finite gradients.
 
-        An overflow halves an edit's scale, and its step is skipped. The loss itself is of fp32, and finite.
+        An overflow halves an edit's scale and skips its step. The loss itself is fp32 and stays finite.
         """
         trained = [part.grads for number, part in enumerate(self._trained) if self.trains(number)]
         finite = torch.stack([grads.isfinite().all(1) for grads in trained]).all(0)
@@ -335,7 +335,7 @@ class Trainer:
         grown = kept & (self._good >= GROW_AFTER)
         self._good[grown] = 0
         factors = torch.where(kept, torch.where(grown, 2.0, 1.0), 0.5)
-        # In place: recorded passes read it.
+        # In place: recorded passes read this tensor.
         self._scales.mul_(factors).clamp_(1.0, MOST_SCALE)
         sound = finite.cpu()
         for slot, run in self.runs.items():

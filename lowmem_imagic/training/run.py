@@ -1,4 +1,4 @@
-"""One edit's way through a training stage: what it draws from, the losses it saw, and when it is finished."""
+"""One edit in one training stage: its inputs, its losses, and whether it is finished."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,37 +13,37 @@ from ..settings.stages import StageConfig
 
 
 def tail(losses: Sequence[float], share: float = 0.2) -> float | None:
-    """Mean of the last `share` of some losses; None when there are none."""
+    """Mean of the last `share` of the losses; None if there are none."""
     return fmean(losses[-max(1, round(len(losses) * share)) :]) if losses else None
 
 
 @dataclass
 class Run:
-    """One edit's way through one stage."""
+    """One edit in one stage."""
 
     denoiser: Denoiser
-    """The network that predicts."""
+    """The predicting network."""
     latents: Tensor
     """The photo (C, H, W) as the denoiser sees it, fp32 on the CPU."""
     config: StageConfig
-    """Steps, draws, their timesteps and noise, fall of the rate."""
+    """Steps, draws, their timesteps and noise, decay of the learning rate."""
     generator: torch.Generator
-    """What it draws from, on the CPU."""
+    """Source of its random draws, on the CPU."""
     start_noise: Tensor | None = None
-    """What sampling will start from (C, H, W); only read with `StageConfig.anchor`."""
+    """Starting noise of sampling (C, H, W); only used with `StageConfig.anchor`."""
     losses: list[float] = field(default_factory=list)
-    """Mean squared error in each step it took."""
+    """Mean squared error of each step so far."""
     skipped: int = 0
-    """Steps whose gradients overflowed in fp16, which moved nothing."""
+    """Steps whose gradients overflowed in fp16 and changed no weights."""
 
     @property
     def rate_share(self) -> float:
-        """Share of the learning rate that its next step has."""
+        """Learning rate of the next step, as a share of the full rate."""
         return 1 - (1 - self.config.final_rate) * len(self.losses) / max(1, self.config.steps - 1)
 
     @property
     def diverged(self) -> DivergenceError | None:
-        """The error to report when its loss is no longer finite."""
+        """The error to report if the loss is no longer finite; None otherwise."""
         if not self.losses or torch.tensor(self.losses[-1]).isfinite():
             return None
         return DivergenceError(
@@ -53,5 +53,5 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it took all its steps or broke."""
+        """Whether all steps are done, or the loss diverged."""
         return len(self.losses) >= self.config.steps or self.diverged is not None

@@ -1,4 +1,4 @@
-"""A training stage as a value: what is trained, from where it starts, how it ends."""
+"""A training stage as a value: the trained tensors, their start, and the end of the stage."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..families.conditioning import Conditioning
+from ..families.conditioning import Conditioning, Part
 from ..families.family import Denoiser
 from ..layers.adapter_pack import AdapterPack
 from ..settings.stages import StageConfig
@@ -15,10 +15,12 @@ from ..settings.stages import StageConfig
 
 @dataclass(frozen=True)
 class Slot:
-    """An edit's row of everything that a pack trains."""
+    """An edit's rows of the tensors that a pack trains."""
 
     text: Mapping[str, Tensor]
-    """The trained parts of the edit's text conditioning, fp32: views, to be changed in place."""
+    """The trained parts of the edit's text conditioning, fp32: views, changed in place."""
+    parts: Mapping[str, Part]
+    """The family's descriptions of these parts."""
     adapters: AdapterPack
     """Adapters of the stage's denoiser."""
     number: int
@@ -26,7 +28,7 @@ class Slot:
     target: Conditioning
     """e_tgt, one row."""
     generator: torch.Generator
-    """What the edit draws from, on the CPU."""
+    """Source of the edit's random draws, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,21 @@ class Stage:
     """A training stage, as the pack runs it."""
 
     name: str
-    """In reports, saved states and edit files."""
+    """Its name in reports, saved states and edit files."""
     denoiser: Denoiser
-    """The network that predicts."""
+    """The predicting network."""
     trains: Literal["text", "adapter", "both"]
     config: StageConfig
     """Steps, draws and rate."""
     start: Callable[[Slot], None]
-    """Gives a slot the values that its first step starts from."""
+    """Sets a slot to the starting values of the stage."""
     end: Callable[[Slot], None]
-    """Gives a slot the values that later stages and the edit file have."""
+    """Sets a slot to the values for later stages and the edit file."""
     cheaper: str
-    """Settings that take less memory, for an error."""
+    """Settings that take less memory, for an error message."""
 
     def rate(self, part: Literal["text", "adapter"]) -> float:
-        """Learning rate of the text or of the adapter, 0 for the one that is fixed."""
+        """Learning rate of the text or of the adapter; 0 if it is fixed in this stage."""
         return self.config.learning_rate if self.trains in (part, "both") else 0.0
 
 

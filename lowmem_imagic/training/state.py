@@ -1,7 +1,7 @@
-"""Where an edit in training stands, as bytes: resumed from them it goes on as if it had never stopped.
+"""The state of an edit in training, as bytes: an edit resumed from it goes on as if it had never stopped.
 
-The SHA-256 of the rest, then a safetensors file; written by this package for itself. What it was made under (photo,
-sentence, settings, base) is named by a key that the reader must name, too.
+The bytes are a safetensors file after its SHA-256; only this package reads them. A key identifies photo, sentence,
+settings and base; the reader must give the same key.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ class TrainingState:
     """An edit between two steps."""
 
     stage: str
-    """Name of the stage that it is in."""
+    """Name of its stage."""
     losses: dict[str, list[float]]
-    """Of each step taken, by stage, the present one included."""
+    """The loss of each step so far, by stage, the present one included."""
     generator: Tensor
-    """State of its generator, bytes as torch gives them."""
+    """State of its random generator, as bytes from torch."""
     finished: dict[str, Tensor]
     """Rows of the tensors that earlier stages trained and this one does not."""
     trained: dict[str, Tensor]
     """The tensors that this stage trains, see `Trainer.save`."""
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Seconds and peak bytes of the stages behind it, and so far of the present one."""
+    """Seconds and peak bytes of the finished stages, and of the present one so far."""
 
 
 def encode(state: TrainingState, key: str) -> bytes:
-    """The state as bytes, for readers that name the same key."""
+    """The state as bytes, for readers that give the same key."""
     tensors = {_GENERATOR: state.generator}
     tensors |= {_FINISHED + name: tensor for name, tensor in state.finished.items()}
     tensors |= {_TRAINED + name: tensor for name, tensor in state.trained.items()}
@@ -49,33 +49,33 @@ def encode(state: TrainingState, key: str) -> bytes:
 
 
 def decode(data: bytes, key: str) -> TrainingState:
-    """The state in some bytes.
+    """The state from the bytes of `encode`.
 
     Raises:
-        EditFileError: damaged, of another kind, or for another key.
+        EditFileError: the bytes are damaged, of another kind, or for another key.
     """
     digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise EditLayoutError("the training state is damaged: its hash is not that of its bytes")
-    # From here on it is what `encode` gave, though perhaps that of another version.
+    # The hash is right, so `encode` made these bytes, though perhaps in another version.
     container = parse(body)
     if container.metadata.get(_KEY) != key:
         raise EditHeaderError("not the training state of this photo, sentence, settings and base")
     try:
         meta = load_json(container.metadata[_META], _META)
-        found = {name: container_tensor(container, name) for name in container.entries}
+        tensors = {name: container_tensor(container, name) for name in container.entries}
         return TrainingState(
             stage=meta["stage"],
             losses=meta["losses"],
             measured=meta["measured"],
-            generator=found.pop(_GENERATOR),
-            finished=_with_prefix(found, _FINISHED),
-            trained=_with_prefix(found, _TRAINED),
+            generator=tensors.pop(_GENERATOR),
+            finished=_with_prefix(tensors, _FINISHED),
+            trained=_with_prefix(tensors, _TRAINED),
         )
     except (KeyError, TypeError) as error:
         raise EditHeaderError(f"the training state lacks {error}; expected one of this version") from error
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
+    """The tensors whose names have a prefix, by their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Builds what makes a batch's items in this process from a request: its base models and the executor."""
+"""Builds the base models and the local executor for a request."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ class OpenBases:
         if name not in self._opened:
             options = self._request.base
             if model is not None:
-                # Revision and configuration belong to the request's own model.
+                # The request's revision and configuration are those of its own model.
                 options = replace(options, model=name, revision=None, config_folder=None)
             sentences = ["a photo", self._request["negative"] or ""]
             self._opened[name] = open_base(options, self._console, sentences)
@@ -45,14 +45,14 @@ def local_executor(
     """An executor that makes items in this process, into `out`.
 
     Args:
-        request: its options.
-        bases: where its base models come from.
-        out: the folder that gets a folder for each item.
-        console: where plans are told.
-        stop: asks for an end.
+        request: the options.
+        bases: the base models by name.
+        out: the parent of the items' folders.
+        console: shows plans.
+        stop: ends the run when asked.
         save_every: steps between two saved training states; 0 saves only when stopped.
     """
-    # The budget is taken before any weights are there: later, they would count twice.
+    # Measure the budget before weights are loaded: otherwise they would count twice.
     budget = Budget.of(bases(None).device, request["vram"])
     return LocalExecutor(
         bases,

@@ -14,18 +14,18 @@ from ...settings.stages import EditConfig
 from ..attempts import Attempt
 
 Bases = Callable[[str | None], BaseModel]
-"""Gives the base model of a name, None for the run's own."""
+"""Returns the base model of a name; None is the run's own."""
 Planner = Callable[[BaseModel, EditConfig, int], tuple[EditConfig, Plan | None]]
-"""Fits settings for so many items into the memory there is."""
+"""Fits the settings for a number of items into the available memory."""
 Claims = Iterator[Sequence["Assignment"]]
-"""Gives items to make, some at a time, whenever it is asked."""
+"""Claims some more items to make on each `next`."""
 OnStep = Callable[[list[int]], None]
-"""Told now and then the steps that each edit in training has taken."""
+"""Called now and then with the steps of each edit in training."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The base and the settings that items of one pack share."""
+    """The common base and settings of the items of a pack."""
 
     model: str | None
     """Name of the base model, None for the run's own."""
@@ -33,7 +33,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """A hash of it."""
+        """A hash of base and settings."""
         return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()
 
     @property
@@ -47,15 +47,15 @@ class Assignment:
     """An item to make."""
 
     job: str
-    """Hash of all that makes the result."""
+    """Hash of the inputs of the result."""
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     photo: Path
     sha256: str
-    """Of the photo, as it was when the run began."""
+    """Hash of the photo at the start of the run."""
     sentence: str
     attempt: Attempt
-    """Where it is made."""
+    """This run's attempt at it."""
     warnings: tuple[str, ...] = ()
 
 
@@ -66,24 +66,24 @@ class Outcome:
     assignment: Assignment
     error: LowmemImagicError | None = None
     seconds: float = 0.0
-    """From its first training step to its last file, those of an interrupted training included."""
+    """From its first training step to its last file, an interrupted training included."""
     lost: bool = False
-    """Another run has begun an attempt of its own meanwhile; nothing of it was touched."""
+    """Whether another run has begun a new attempt meanwhile; that attempt's files were not touched."""
 
 
 class Executor(Protocol):
     """Makes the items of a group: in this process (`LocalExecutor`), or on other machines (`RayExecutor`)."""
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
-        """Gives the outcome of each item of `claims` when it is finished; its files are in place by then.
+        """Yields the outcome of each item of `claims` after its files are published.
 
         Args:
-            group: what the items have in common.
+            group: base and settings of the items.
             claims: see `Claims`.
-            count: how many items there may be, for the plan.
+            count: most items that there may be, for the plan.
             on_step: see `OnStep`.
 
         Raises:
-            OutputUnwritableError: results cannot be written; nothing more could be.
-            KeyboardInterrupt: the run shall end.
+            OutputUnwritableError: results cannot be written, those of other items neither.
+            KeyboardInterrupt: a stop was asked for.
         """

@@ -1,4 +1,4 @@
-"""Makes items in this process, in refilling packs; knows nothing of the ledger."""
+"""Makes items in this process, in refilling packs; does not use the ledger."""
 
 import time
 import weakref
@@ -32,12 +32,12 @@ class LocalExecutor:
     Args:
         bases: see `Bases`.
         fit: see `Planner`.
-        out: the folder that gets a folder for each item.
+        out: the parent of the items' folders.
         background: colour under transparent parts of photos.
-        states: where training states are kept.
-        stop: asks for an end; states are saved first.
-        slots: most edits that train side by side; None leaves it to the plan.
-        suggest: name the eta that the base model itself would take.
+        states: saves and loads training states.
+        stop: ends the run when asked; states are saved first.
+        slots: most edits in training at once; None leaves it to the plan.
+        suggest: whether to suggest an eta.
         budget: the memory that `fit` plans for.
     """
 
@@ -68,9 +68,9 @@ class LocalExecutor:
     ) -> Iterator[Outcome]:
         """See `Executor`.
 
-        Where not one training step fits in memory, fewer edits train side by side; where one alone does not fit, all
-        that are left fail. Where a pack breaks off for another reason, each of its edits is tried once more by itself,
-        so that only the one at fault fails.
+        If a training step does not fit in memory, fewer edits train at once; if a single edit does not fit, all
+        remaining items fail. If a pack fails for another reason, each of its edits is tried once more alone, so that
+        only the faulty one fails.
         """
         return self._make(group, claims, count, on_step)
 
@@ -83,7 +83,7 @@ class LocalExecutor:
         *,
         alone: bool = False,
     ) -> Iterator[Outcome]:
-        """See `make`; `alone`, the one item fails where its pack breaks off."""
+        """See `make`; with `alone`, the single item fails if its pack fails."""
         base = self._bases(group.model)
         if self._base is not None and self._base is not base:
             self._base.release()
@@ -102,7 +102,7 @@ class LocalExecutor:
                 failure = failure_of(error)
                 if is_of_group(failure):
                     raise
-            # Here, where the error and with it what the attempt held is gone.
+            # After the except block: the error kept the failed pack's tensors alive.
             yield from pack.unreadable()
             unmade = (pack.unmade if pack.began else unmade) or list(next(claims, ()))
             del pack
@@ -125,7 +125,7 @@ class LocalExecutor:
 
 
 class _Pack:
-    """One refilling pack; every finished edit is a folder as ``edit`` writes it."""
+    """One refilling pack; each finished edit becomes a folder like that of ``edit``."""
 
     def __init__(
         self,
@@ -140,20 +140,20 @@ class _Pack:
     ) -> None:
         self._base, self._out, self._background, self._rungs = base, out, background, rungs
         self._states, self._stop, self._on_step, self._suggest = states, stop, on_step, suggest
-        self._held: dict[int, tuple[Assignment, Photo]] = {}
-        self._fallen: list[Outcome] = []
+        self._unfinished: dict[int, tuple[Assignment, Photo]] = {}
+        self._unreadable: list[Outcome] = []
         self.began = False
-        """Whether any items were taken."""
-        # Not held: what it trains in is to be free when its run ends.
+        """Whether any items were claimed."""
+        # A weak reference: the pack's memory must be freed when its run ends.
         self._pack: Callable[[], Pack | None] = lambda: None
 
     @property
     def unmade(self) -> list[Assignment]:
-        """Items that were taken and have not come out."""
-        return [assignment for assignment, _ in self._held.values()]
+        """Claimed items without an outcome."""
+        return [assignment for assignment, _ in self._unfinished.values()]
 
     def make(self, claims: Claims, config: EditConfig, plan: Plan | None, slots: int) -> Iterator[Outcome]:
-        """Makes what there is to claim."""
+        """Makes the items of `claims`; yields their outcomes."""
         groups = stream_edits(
             self._base,
             self._jobs(claims),
@@ -165,16 +165,16 @@ class _Pack:
         )
         for group in groups:
             yield from self.unreadable()
-            for number, made in group:
-                assignment, photo = self._held.pop(number)
-                yield self._finish(assignment, photo, made, config, plan)
-            # With others still in training the next step saves them first.
-            if not self._held:
+            for number, result in group:
+                assignment, photo = self._unfinished.pop(number)
+                yield self._finish(assignment, photo, result, config, plan)
+            # If other edits are in training, the next step saves their states before it stops.
+            if not self._unfinished:
                 self._stop.check()
         yield from self.unreadable()
 
     def _jobs(self, claims: Claims) -> Iterator[list[Job]]:
-        """The claimed items as jobs; their photos are read now."""
+        """Yields the claimed items as jobs; reads their photos."""
         number = 0
         for claimed in claims:
             self.began = True
@@ -185,59 +185,59 @@ class _Pack:
                     if photo.sha256 != assignment.sha256:
                         raise ImageError(f"{assignment.photo} has changed since the run began; run the command again")
                 except Exception as error:
-                    self._fallen.append(Outcome(assignment, failure_of(error)))
+                    self._unreadable.append(Outcome(assignment, failure_of(error)))
                     continue
-                self._held[number] = (assignment, photo)
+                self._unfinished[number] = (assignment, photo)
                 number += 1
                 jobs.append(Job(photo, assignment.sentence, self._states.load(assignment)))
             yield jobs
 
     def unreadable(self) -> Iterator[Outcome]:
-        """Items whose photos could not be read."""
-        while self._fallen:
-            yield self._fallen.pop(0)
+        """Yields the outcomes of items with unreadable photos."""
+        while self._unreadable:
+            yield self._unreadable.pop(0)
 
     def _preparing(self) -> None:
-        """Now and then before an item's training."""
+        """Called now and then before an item's training."""
         in_slots = pack.in_slots if (pack := self._pack()) is not None else []
         self._on_step(in_slots)
-        # While others train, the next step saves them first.
+        # If other edits are in training, the next step saves their states before it stops.
         if not in_slots:
             self._stop.check()
 
     def _between(self, pack: Pack) -> None:
-        """Before every step."""
+        """Called before every step."""
         self._pack = weakref.ref(pack)
         self._on_step(pack.in_slots)
         if self._stop.asked or self._states.due():
-            self._states.save((self._held[number][0], state) for number, state in pack.states())
+            self._states.save((self._unfinished[number][0], state) for number, state in pack.states())
         self._stop.check()
 
     def _finish(
         self,
         assignment: Assignment,
         photo: Photo,
-        made: Edit | LowmemImagicError,
+        result: Edit | LowmemImagicError,
         config: EditConfig,
         plan: Plan | None,
     ) -> Outcome:
-        """Writes and renders an edit; what goes wrong with it is its own matter, unless nothing can be written."""
-        if isinstance(made, LowmemImagicError):
-            return Outcome(assignment, made)
+        """Writes and renders an edit; an error fails this item alone, unless no results can be written at all."""
+        if isinstance(result, LowmemImagicError):
+            return Outcome(assignment, result)
         attempt, folder = assignment.attempt, self._out / assignment.name
         if not attempt.current:
             return Outcome(assignment, lost=True)
-        # With the fallbacks of packs that were given up.
-        made = replace(made, measured={**made.measured, "rungs": self._base.fallbacks[self._rungs :]})
+        # Include the fallbacks of earlier packs that ran out of memory.
+        edit = replace(result, measured={**result.measured, "rungs": self._base.fallbacks[self._rungs :]})
         started, name = time.perf_counter(), f"{assignment.name}.safetensors"
         meter = Meter(self._base.device)
-        meter.stages |= made.measured["stages"]
+        meter.stages |= edit.measured["stages"]
         results = publishing.staged(attempt)
         try:
             try:
                 quiet = Silent(assignment.warnings)
                 report = finished_edit(
-                    self._base, results, name, made, photo, config, plan, meter, quiet, suggest=self._suggest
+                    self._base, results, name, edit, photo, config, plan, meter, quiet, suggest=self._suggest
                 )
             except Exception as error:
                 if isinstance(error, OutputUnwritableError) or name not in results.files:
@@ -246,7 +246,7 @@ class _Pack:
                     return Outcome(assignment, lost=True)
                 return Outcome(assignment, failure_of(error, f"the edit itself is finished: {folder / name}"))
             render_s = round(time.perf_counter() - started, 3)
-            report |= {"rungs": made.measured["rungs"], "seconds": {"render": render_s}}
+            report |= {"rungs": edit.measured["rungs"], "seconds": {"render": render_s}}
             report |= {"job": assignment.job, "finished": True, "sha256": results.digests()}
             if not publishing.publish(attempt, results, folder, assignment.job, report):
                 return Outcome(assignment, lost=True)
@@ -258,5 +258,5 @@ class _Pack:
             return Outcome(assignment, error)
         except Exception as error:
             return Outcome(assignment, failure_of(error))
-        trained = (made.measured["stages"].get(stage, {}).get("seconds") or 0.0 for stage in ("embed", "finetune"))
-        return Outcome(assignment, seconds=sum(trained) + render_s)
+        train_s = sum(edit.measured["stages"].get(stage, {}).get("seconds") or 0.0 for stage in ("embed", "finetune"))
+        return Outcome(assignment, seconds=train_s + render_s)

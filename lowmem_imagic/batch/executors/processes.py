@@ -1,7 +1,7 @@
-"""Several processes on one folder, one for each GPU: every one is a run of its own, and the ledger shares the work.
+"""Several processes on one folder, one for each GPU: each is a separate run, and they share the work by the ledger.
 
-A crash takes one process down, not the others; it is started again. They end in an orderly way when the pipe to their
-standard input closes, which it also does when this process is killed.
+A crash ends one process, not the others, and the process is started again. The processes stop in an orderly way when
+the pipe to their standard input closes, also if this process is killed.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from ..manifest import BadItem, Summary
 from ..stopping import Stop
 
 MAX_STARTS = 4
-"""How often a process is started that ends without a word."""
+"""Most starts of a process that keeps crashing."""
 _PROGRAM = "lowmem_imagic.batch.run_one"
 _POLL_S = 0.5
 _PAUSES = 20
-"""How much longer than a look at the ledger the time to the next is, at least."""
+"""Least pause between two reads of the ledger, as a multiple of the time of a read."""
 
 
 class _Process:
@@ -48,14 +48,14 @@ class _Process:
     def _start(self) -> None:
         self._starts += 1
         self._opened.close()
-        # A file, since nobody reads a pipe while the process is at work.
+        # A file: a pipe would fill up, as it is not read while the process works.
         self._said: IO[bytes] = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._process = subprocess.Popen(
             (sys.executable, "-m", _PROGRAM),
             stdin=subprocess.PIPE,
             stdout=self._said,
             env=self._environment,
-            # Ctrl-C is this process's to pass on.
+            # Ctrl-C must reach this process alone, which passes it on.
             start_new_session=True,
         )
         self._opened.callback(self._close_pipe)
@@ -69,7 +69,7 @@ class _Process:
         return self._process.stdin
 
     def poll(self, *, again: bool) -> bool:
-        """Whether it is at work; one that has crashed is started again if `again`."""
+        """Whether the process is running; with `again`, a crashed process is started again."""
         if self._process.poll() is None:
             return True
         if self.result is None:
@@ -81,7 +81,7 @@ class _Process:
             code = self._process.returncode
             how = f"process {self._process.pid} of the batch ended without a word ({_end_of(code)})"
             if self._starts < MAX_STARTS:
-                self._console.warn(f"{how}; it is started again, and goes on with what is missing")
+                self._console.warn(f"{how}; it is started again and goes on with the missing items")
                 self._start()
                 return True
             if not self._given_up:
@@ -91,7 +91,7 @@ class _Process:
 
     @property
     def suspended(self) -> bool:
-        """Whether it is there and does nothing, as after SIGSTOP; said whenever it begins."""
+        """Whether the process is suspended, as after SIGSTOP; warns when that begins."""
         before, self._suspended = self._suspended, self._process.poll() is None and is_stopped(self._process.pid)
         if self._suspended and not before:
             after = f"others take its items over after {LEASE_S:.0f} s"
@@ -99,11 +99,11 @@ class _Process:
         return self._suspended
 
     def ask_to_stop(self) -> None:
-        """Asks for an orderly end."""
+        """Asks the process to stop in an orderly way."""
         self._close_pipe()
 
     def kill(self) -> None:
-        """Ends it at once; whatever it was writing appears whole or not at all."""
+        """Kills the process; each of its files is complete or missing."""
         self._process.kill()
         self._process.wait()
         self._opened.close()
@@ -122,23 +122,23 @@ def run_in_processes(
     *,
     retry: Sequence[str],
 ) -> Summary:
-    """Runs a batch in as many processes as there are environments, and says what came of it.
+    """Runs a batch in one process for each environment; returns a summary.
 
     Args:
         request: a `request.Request` as plain values.
-        environments: what each process has in its environment besides this one's.
-        ledger: the ledger they share.
-        console: where progress is told.
-        stop: asks for an end; they save what is in training first.
+        environments: additional environment variables of each process.
+        ledger: path of the shared ledger.
+        console: shows progress.
+        stop: ends the run when asked; the processes save their training states first.
         retry: kinds of failure to try again.
 
     Raises:
-        LowmemImagicError: one of them could not go on, in its words.
+        LowmemImagicError: a process could not go on; the message is that process's.
         KeyboardInterrupt: `stop` was asked for.
     """
     before = {entry.job for entry in _entries(snapshot(ledger)) if entry.state == DONE}
     processes: list[_Process] = []
-    # Earlier failures are named again, as in a run of one process.
+    # Earlier failures are reported again, as in a run of one process.
     asked, told = False, set(before)
     try:
         processes += (_Process(request, retry, environment, console) for environment in environments)
@@ -151,11 +151,11 @@ def run_in_processes(
             if (seen := snapshot(ledger)) is not None:
                 told |= _tell(seen, told, console)
                 _show(seen, console)
-            # The others have taken over what they had, and made it.
+            # All running processes are suspended: end if the finished ones have made every item.
             idle = all([process.suspended for process in at_work]) and len(at_work) < len(processes)
             if idle and not any(entry.state in (WAITING, RUNNING) for entry in _entries(seen)):
                 break
-            # A ledger of very many items is looked at less often.
+            # A ledger with very many items is read less often.
             time.sleep(max(_POLL_S, _PAUSES * (time.perf_counter() - started)))
     finally:
         for process in processes:
@@ -170,7 +170,7 @@ def run_in_processes(
         raise kind(
             errors[0]
             if errors
-            else "every process of the batch crashed; see their messages above. The same command goes on with the rest"
+            else "every process of the batch crashed; see their messages above. Run the same command again for the rest"
         )
     return Summary(
         len(entries),
@@ -181,7 +181,7 @@ def run_in_processes(
 
 
 def _end_of(code: int) -> str:
-    """How a process ended, for people."""
+    """The end of a process, as text for people."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -190,7 +190,7 @@ def _entries(seen: Snapshot | None) -> tuple[Entry, ...]:
 
 
 def _tell(seen: Snapshot, told: Set[str], console: Console) -> set[str]:
-    """Says what has been made or failed since; returns those jobs."""
+    """Reports newly finished and failed items; returns their jobs."""
     new = [entry for entry in seen.entries if entry.state in (DONE, FAILED) and entry.job not in told]
     for entry in new:
         if entry.state == DONE:
@@ -201,7 +201,7 @@ def _tell(seen: Snapshot, told: Set[str], console: Console) -> set[str]:
 
 
 def _show(seen: Snapshot, console: Console) -> None:
-    """The display of all processes as one."""
+    """Shows the common progress of all processes."""
     total = sum(entry.steps for entry in seen.entries)
     ended = sum(entry.steps for entry in seen.entries if entry.state in (DONE, FAILED))
     count = {state: sum(entry.state == state for entry in seen.entries) for state in (WAITING, RUNNING, DONE, FAILED)}
@@ -214,7 +214,7 @@ def _show(seen: Snapshot, console: Console) -> None:
 
 
 def gpu_environments(count: int, gpus: int) -> Iterator[dict[str, str]]:
-    """For each of `count` processes: one of the GPUs that this process sees, in turn, so that some may share one."""
+    """Yields the environment of each process: one of this process's visible GPUs in turn, so some may share one."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     names = visible[:gpus] or [str(number) for number in range(gpus)]
     for number in range(count):
@@ -222,7 +222,7 @@ def gpu_environments(count: int, gpus: int) -> Iterator[dict[str, str]]:
 
 
 def cpu_environments(count: int) -> Iterator[dict[str, str]]:
-    """For each of `count` processes: its share of the processor's cores."""
+    """Yields the environment of each process: its share of the CPU cores."""
     threads = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]) // count)
     for _ in range(count):
         yield {"OMP_NUM_THREADS": str(threads)}

@@ -1,9 +1,8 @@
 """Items made by Ray actors, one for each GPU of a cluster, each with the base model resident.
 
-The ledger stays with the process that was started: actors are given photos, and give back files, so nothing but that
-process's folder needs to be shared. An actor or a machine that is lost is started again by Ray, and what it had in
-hand is handed out anew; items are idempotent, so making one twice harms nothing. What an actor was training is lost
-with it: training states are not kept across machines.
+The ledger stays with the driving process: actors receive photos and return files, so the machines need no shared
+folder. Ray restarts a lost actor, and its unfinished items are assigned again; making an item twice does no harm. The
+training of a lost actor is lost too, as training states are not kept across machines.
 """
 
 import contextlib
@@ -35,20 +34,20 @@ from ..stopping import Stop
 from .executor import Assignment, Claims, Group, OnStep, Outcome
 
 MAX_LOSSES = 3
-"""How often an item's actor may be lost before it is held to be the item's doing."""
+"""Losses of an item's actor after which the item counts as the cause."""
 CHUNK = 16
-"""Most items in an actor's hands."""
+"""Most items assigned to an actor at once."""
 _POLL_S = 1.0
 _CONNECT_S = 10.0
 _LEAVE_S = 5.0
 _MOST_BYTES = 107 - 64 - 20
-"""Longest name of a temporary folder in which Ray's sockets have names that the system takes."""
+"""Longest path of a temporary folder with which the paths of Ray's sockets stay within the system's limit."""
 _PATIENT = {
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "120",
 }
-"""On a machine with very much to do, Ray's processes take each other for dead after seconds, and end all of them."""
+"""Longer timeouts: on a busy machine, Ray's processes take each other for dead after seconds, and all end."""
 
 
 class RayExecutor:
@@ -57,11 +56,11 @@ class RayExecutor:
     Args:
         request: the options of the run; actors read their settings from it.
         actor: the class of the actors, see `ray_actor.Actor`.
-        publish: puts an item's files in place; False where another run has begun an attempt of its own.
-        stop: asks for an end; items in training are given up.
+        publish: publishes an item's files; returns False if another run has begun a new attempt.
+        stop: ends the run when asked; items in training are lost.
 
     Raises:
-        BackendUnavailableError: Ray is not installed, or there is no such cluster.
+        BackendUnavailableError: Ray is not installed, or the cluster does not exist.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class RayExecutor:
         publish: Callable[[Assignment, dict[str, bytes]], bool],
         stop: Stop,
     ) -> None:
-        # Before Ray is imported: nothing is sent to anybody.
+        # Before Ray is imported: send no usage statistics.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
             import ray
@@ -83,7 +82,7 @@ class RayExecutor:
         # Ray takes SIGTERM for itself, which would end the run without an orderly end.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            # Without an address always a cluster of its own, and none that happens to be there.
+            # Without an address, always start a new cluster, even if another one is running.
             where = request["address"] or os.environ.get("RAY_ADDRESS") or "local"
             ray.init(where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -97,10 +96,10 @@ class RayExecutor:
         self._lost = Counter[str]()
 
     def close(self) -> None:
-        """Lets go of the actors, and of the cluster."""
-        # First of all they remove what they have of the photos, which they cannot once they are ended.
+        """Ends the actors, and disconnects from the cluster."""
+        # The actors first remove their files, the photos included; they cannot do so later.
         leaving = [ref for handle in self._handles for ref in handle.leave()]
-        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # nobody to be waited for
+        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # no actor to wait for
             self._ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
         for handle in self._handles:
             handle.dismiss()
@@ -130,18 +129,18 @@ class RayExecutor:
         waiting, given, more = deque[Assignment](), 0, True
         while True:
             for handle in self._handles:
-                # Evenly at first, and in ever smaller parts, so that all finish together.
-                size = min(CHUNK, max(1, math.ceil((count - given) / (2 * len(self._handles)))))
+                # Chunks become smaller towards the end, so that all actors finish together.
+                size = min(CHUNK, max(1, math.ceil((count - assigned) / (2 * len(self._handles)))))
                 while handle.idle and more and len(waiting) < size:
                     claimed = next(claims, None)
                     more = claimed is not None
                     waiting.extend(claimed or ())
                 if handle.idle and waiting:
                     if self._lost[waiting[0].job]:
-                        # By itself, so that whatever ended its worker is put down to nobody else.
+                        # Alone, so that no other item gets the blame if the actor is lost again.
                         size = 1
                     chunk = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-                    given += len(chunk)
+                    assigned += len(chunk)
                     unreadable = handle.begin(group, chunk)
                     yield from unreadable
             if not more and not waiting and not any(handle.open for handle in self._handles):
@@ -152,7 +151,7 @@ class RayExecutor:
                     yield self._outcome(assignment, result)
                 for assignment in handle.dropped():
                     self._lost[assignment.job] += 1
-                    given -= 1
+                    assigned -= 1
                     if self._lost[assignment.job] < MAX_LOSSES:
                         waiting.append(assignment)
                     elif handle.failure:
@@ -164,7 +163,7 @@ class RayExecutor:
             self._stop.check()
 
     def _wait(self) -> None:
-        """Until something has happened anywhere, or a second has passed."""
+        """Waits for a result of any actor, at most a second."""
         pending = [ref for handle in self._handles for ref in handle.pending]
         if pending:
             self._ray.wait(pending, num_returns=1, timeout=_POLL_S, fetch_local=False)
@@ -191,7 +190,7 @@ class RayExecutor:
 
 
 class _ActorHandle:
-    """An actor, as the process that drives it sees it."""
+    """An actor, seen from the driving process."""
 
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
@@ -201,25 +200,25 @@ class _ActorHandle:
         self._asked: Any = None
         self._dropped: list[Assignment] = []
         self.open: dict[str, Assignment] = {}
-        """Its unfinished items, by job."""
+        """The actor's unfinished items, by job."""
         self.in_training: list[int] = []
-        """Steps of what it trains."""
+        """Steps of each edit in training."""
         self.failure = ""
-        """The error of its code that ended its last task."""
+        """The error that ended the actor's last task."""
 
     @property
     def idle(self) -> bool:
-        """Whether it is there and has nothing to do."""
+        """Whether the actor is ready and has no task."""
         return self._greeting is None and self._stream is None
 
     @property
     def pending(self) -> list[Any]:
-        """References that may be waited for."""
+        """References to wait for."""
         return [ref for ref in (self._greeting, self._stream) if ref is not None]
 
     def begin(self, group: Group, chunk: list[Assignment]) -> list[Outcome]:
-        """Gives it items to make; returns those whose photos cannot be read."""
-        given, unreadable = [], []
+        """Assigns items to the actor; returns failures of items with unreadable photos."""
+        orders, unreadable = [], []
         for assignment in chunk:
             try:
                 data = assignment.photo.read_bytes()
@@ -229,7 +228,7 @@ class _ActorHandle:
                 unreadable.append(Outcome(assignment, failure))
                 continue
             self.open[assignment.job] = assignment
-            given.append(
+            orders.append(
                 {
                     "job": assignment.job,
                     "name": assignment.name,
@@ -239,13 +238,13 @@ class _ActorHandle:
                     "warnings": assignment.warnings,
                 }
             )
-        if given:
-            # Not repeated by Ray, which would make again what has been given back already: `dropped` is what is left.
-            self._stream = self._actor.make.options(num_returns="streaming", max_task_retries=0).remote(group, given)
+        if orders:
+            # Without Ray's retries, which would make finished items again: `dropped` returns only the unfinished ones.
+            self._stream = self._actor.make.options(num_returns="streaming", max_task_retries=0).remote(group, orders)
         return unreadable
 
     def results(self) -> Iterator[tuple[Assignment, dict[str, Any]]]:
-        """The items that it has finished since."""
+        """Yields the newly finished items."""
         try:
             if self._greeting is not None and self._ready(self._greeting):
                 self._ray.get(self._greeting)
@@ -264,27 +263,27 @@ class _ActorHandle:
             self.failure = first_line(error.cause)
             if not self._greeted:
                 raise BackendUnavailableError(f"a worker of the cluster failed: {self.failure}") from None
-            # Of what it has in hand, not of the worker, which is still there.
+            # The task failed, the actor still exists.
             self._stream, self.in_training, self._asked = None, [], None
             self._drop()
         except self._ray.exceptions.RayError as error:
             if not self._greeted and isinstance(error, self._ray.exceptions.ActorDiedError):
-                # It could not even be made: no model or package there. Ray would not try again.
+                # The actor could not be created, as without the model or the package; Ray does not try again.
                 lines = str(error).strip().splitlines() or ["no reason given"]
                 raise BackendUnavailableError(f"a worker of the cluster cannot start: {lines[-1].strip()}") from None
             self.failure = ""
-            # Ray starts it again, here or elsewhere; until it answers it gets nothing to do.
+            # Ray restarts the actor, here or on another machine; it gets no items until it answers.
             self._stream, self.in_training, self._asked = None, [], None
             self._drop()
             self._greeting = self._actor.ready.remote()
 
     def dropped(self) -> list[Assignment]:
-        """The items that it was given and lost."""
+        """The items that were assigned to the actor and lost."""
         dropped, self._dropped = self._dropped, []
         return dropped
 
     def leave(self) -> list[Any]:
-        """Tells it to remove its files."""
+        """Tells the actor to remove its files."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             return [self._actor.leave.remote()] if self._greeted else []
         return []
@@ -302,7 +301,7 @@ class _ActorHandle:
         return bool(self._ray.wait([ref], timeout=0, fetch_local=False)[0])
 
     def _ask(self) -> None:
-        """Asks how far it is, and takes down the last answer."""
+        """Asks the actor for its progress, and stores its last answer."""
         if self._stream is None:
             return
         if self._asked is not None and self._ready(self._asked):
@@ -313,10 +312,10 @@ class _ActorHandle:
 
 @contextlib.contextmanager
 def driving(address: str | None) -> Iterator[dict[str, str]]:
-    """The environment of a process that drives Ray.
+    """The environment of the process that drives Ray.
 
-    Ray ends that process, at once and without a word, when its own processes are lost; so it is none in which anything
-    else is done. A cluster of its own can be reached from this machine alone, and leaves no files behind.
+    If Ray loses its own processes, it ends the driving process at once and silently, so that process does nothing else.
+    A new cluster can be reached only from this machine, and leaves no files behind.
     """
     environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     if address or os.environ.get("RAY_ADDRESS"):
@@ -327,14 +326,14 @@ def driving(address: str | None) -> Iterator[dict[str, str]]:
         place = "/tmp"
     folder = tempfile.mkdtemp(prefix="lmi-ray-", dir=place)
     try:
-        # The last makes Ray listen at the loopback address alone.
+        # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 makes Ray listen only on the loopback address.
         yield (
             environment
             | {"RAY_TMPDIR": folder, "TMPDIR": folder, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
             | {name: os.environ.get(name, value) for name, value in _PATIENT.items()}
         )
     finally:
-        # Ray's processes end a little later than the one that started them.
+        # Ray's processes end a little later than the driving process.
         for _ in range(20):
             shutil.rmtree(folder, ignore_errors=True)
             if not os.path.lexists(folder):

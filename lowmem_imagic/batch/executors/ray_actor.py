@@ -1,4 +1,4 @@
-"""The side of a Ray actor: what runs on the machines of the cluster."""
+"""The Ray actor, which runs on the machines of the cluster."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ _PREFIX = "lowmem-imagic-ray"
 
 
 class Actor:
-    """Makes items with a local executor of its own, in a temporary folder."""
+    """Makes items with its own local executor, in a temporary folder."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         quiet_libraries()
@@ -35,25 +35,25 @@ class Actor:
         self._in_training: list[int] = []
 
     def ready(self) -> str:
-        """Says that it is there, and where."""
+        """Answers with the actor's machine and process, once it is ready."""
         return f"{platform.node()} {os.getpid()}"
 
     def leave(self) -> None:
-        """Removes its files, the photos among them; the process is ended next."""
+        """Removes the actor's files, the photos included, before the process is ended."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def progress(self) -> list[int]:
-        """Steps of what it trains."""
+        """Steps of each edit in training."""
         return self._in_training
 
-    def make(self, group: Group, given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The files of some items as they are finished, or their errors."""
+    def make(self, group: Group, orders: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Makes items; yields the files or the error of each as it finishes."""
         out = self._folder
         inputs, attempts = out / HIDDEN / "photos", Attempts(out / HIDDEN / "training")
         assignments = []
         names = {str(out): self._out}
-        for number, one in enumerate(given):
-            # A folder of its own for each: photos keep their names, and two may have the same.
+        for number, one in enumerate(orders):
+            # One folder per photo: photos keep their names, which may be equal.
             name, data = one.pop("photo")
             place = inputs / str(number)
             place.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class Actor:
         for outcome in self._executor.make(group, iter([assignments]), len(assignments), on_step=on_step):
             folder = out / outcome.assignment.name
             answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
-            # Of one that failed, too: its edit may be finished.
+            # Also for a failed item: its edit may be finished.
             answer["files"] = {path.name: path.read_bytes() for path in folder.glob("*")}
             if outcome.error is not None:
                 text = str(outcome.error)
@@ -83,7 +83,7 @@ class Actor:
 
 
 def _new_folder() -> Path:
-    """A temporary folder, which its name says is this process's; those of processes that were killed are removed."""
+    """A new temporary folder, named after this process; removes the folders of killed processes."""
     me = Owner.of_this_process()
     boot = hashlib.sha256(me.boot.encode()).hexdigest()[:12]
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}-{boot}-*"):

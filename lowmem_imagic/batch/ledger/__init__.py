@@ -1,1 +1,1 @@
-"""A batch's ledger: which items are done, and who is at work on which."""
+"""A batch's ledger: the state of each item, and the processes at work."""

@@ -1,4 +1,4 @@
-"""The ledger's file: its tables, its rows as values, and a look at it that changes nothing."""
+"""The ledger's file: its tables, its rows as values, and read-only snapshots."""
 
 import contextlib
 import errno
@@ -26,12 +26,12 @@ else:
 VERSION = 1
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 BUSY_S = 60.0
-"""How long a change waits for those of others."""
+"""Longest wait for the changes of other processes."""
 LEASE_S = 60.0
-"""How long a runner may be silent before its items are taken over, on the clock of who waits (see `Watch`): it may be
-suspended, or on another machine where it cannot be seen to have ended."""
+"""Seconds without a heartbeat, measured locally (see `Watch`), after which a runner's items are taken over: it may be
+suspended, or have ended on another machine."""
 PATIENCE_S = 5.0
-"""After so much of it, the waiting is said."""
+"""Seconds of waiting after which a message says so."""
 
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -56,24 +56,24 @@ class Entry:
     """One item in a ledger."""
 
     job: str
-    """Hash of all that makes its result; for an item that cannot be run, a word of its own."""
+    """Hash of the inputs of its result; for an item that cannot be run, a unique word."""
     position: int
-    """In the manifest."""
+    """Its index in the manifest."""
     place: str
-    """Where in the manifest, for people."""
+    """Its place in the manifest, for people."""
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     settings: str = ""
-    """Items of equal ones share a pack."""
+    """Key of its settings; items with equal keys share a pack."""
     steps: int = 0
-    """Training steps it takes."""
+    """Number of its training steps."""
     state: str = WAITING
     attempts: int = 0
     kind: str | None = None
-    """Of the failure, see `failures`."""
+    """Kind of its failure, see `failures`."""
     error: str | None = None
     seconds: float | None = None
-    """What it took."""
+    """Seconds of training and rendering."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,15 @@ class Runner:
     id: int
     owner: Owner
     beat: int
-    """Counts up for as long as it is alive."""
+    """Heartbeat: counts up as long as the runner is alive."""
     steps: int
-    """Training steps of the items it has ended."""
+    """Training steps of its finished and failed items."""
     seconds: float
-    """Since it began."""
+    """Seconds since it began."""
     training: int
-    """Steps of what it trains now."""
+    """Steps so far of its edits in training."""
     slots: int
-    """Edits it trains now."""
+    """Number of its edits in training."""
 
 
 FIELDS = tuple(Entry.__dataclass_fields__)
@@ -108,14 +108,14 @@ class Snapshot:
 
 
 def snapshot(path: Path) -> Snapshot | None:
-    """The ledger at `path` as it is now, changing nothing; None where there is none that can be read."""
+    """A snapshot of the ledger at `path`, without changing it; None if there is no readable ledger."""
     try:
         check_plain(path)
     except OutputUnwritableError:
         return None
     if not path.is_file():
         return None
-    # Writing, which is needed to leave no files beside it; reading alone where the folder cannot be written.
+    # Try "rw" first: only with write access does sqlite remove its extra files. The others are for read-only folders.
     for mode in ("rw", "ro", "ro&immutable=1"):
         try:
             address = f"{path.absolute().as_uri()}?mode={mode}"
@@ -124,9 +124,11 @@ def snapshot(path: Path) -> Snapshot | None:
                 notes = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM notes")}
                 runners = tuple(r for r in runners_in(database) if r.owner.alive is not False)
                 at_work = {runner.id for runner in runners}
-                held = dict(database.execute(f"SELECT job, runner FROM jobs WHERE state = '{RUNNING}'"))
+                runner_of = dict(database.execute(f"SELECT job, runner FROM jobs WHERE state = '{RUNNING}'"))
                 entries = (
-                    replace(entry, state=WAITING) if entry.job in held and held[entry.job] not in at_work else entry
+                    replace(entry, state=WAITING)
+                    if entry.job in runner_of and runner_of[entry.job] not in at_work
+                    else entry
                     for entry in entries_in(database)
                 )
                 return Snapshot(tuple(entries), runners, notes)
@@ -136,10 +138,10 @@ def snapshot(path: Path) -> Snapshot | None:
 
 
 def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
-    """The ledger at `path`, made anew if it is damaged.
+    """Opens the ledger at `path`, and replaces it by a new one if it is damaged.
 
     Raises:
-        OutputUnwritableError: it cannot be read or written, or is of a newer version.
+        OutputUnwritableError: the ledger cannot be read or written, or is of a newer version.
     """
     check_plain(path)
     since = time.monotonic()
@@ -155,39 +157,41 @@ def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
                     warn(f"the ledger was damaged ({error}) and is made anew from the finished items")
                     return _open(path)
         except sqlite3.Error as error:
-            # A file's first change to write-ahead logging fails at once where others are about to do the same.
+            # The first switch of a file to write-ahead logging fails at once if another process does the same.
             if not is_busy(error) or time.monotonic() - since > BUSY_S:
                 raise unwritable(path, error) from error
             time.sleep(0.05)
 
 
 def is_busy(error: sqlite3.Error) -> bool:
-    """Whether somebody else is at work with a ledger at this moment."""
+    """Whether the error says that another process is using the ledger."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def files_of(path: Path) -> Iterator[Path]:
-    """The files that make up a ledger: the database last, what sqlite keeps beside it first."""
+    """Yields the files of a ledger: sqlite's extra files, then the database."""
     yield from (path.with_name(path.name + end) for end in ("-wal", "-shm", ""))
 
 
 def identity(path: Path) -> tuple[tuple[int, int] | None, ...]:
-    """The identities of a ledger's files; None for each that is not there."""
-    found: list[tuple[int, int] | None] = []
+    """The identities (device, inode) of a ledger's files; None for a missing file."""
+    identities: list[tuple[int, int] | None] = []
     for file in files_of(path):
         try:
             status = file.lstat()
-            found.append((status.st_dev, status.st_ino))
+            identities.append((status.st_dev, status.st_ino))
         except OSError:
-            found.append(None)
-    return tuple(found)
+            identities.append(None)
+    return tuple(identities)
 
 
 def check_same(path: Path, known: tuple[tuple[int, int] | None, ...]) -> None:
-    """Makes sure that an open ledger is still the one that others see: sqlite goes on writing to a deleted file.
+    """Checks that the open ledger is still the file at `path`: sqlite goes on writing to a deleted file.
+
+    Does nothing if `known` is empty.
 
     Raises:
-        OutputUnwritableError: it is not; nothing was known of it if `known` is empty.
+        OutputUnwritableError: the file was deleted or replaced.
     """
     if not known or identity(path) == known:
         return
@@ -200,15 +204,15 @@ def check_same(path: Path, known: tuple[tuple[int, int] | None, ...]) -> None:
 
 
 def check_plain(path: Path) -> None:
-    """Makes sure that a ledger's files, where there are any, are regular files of its own folder.
+    """Checks that the existing files of a ledger are regular files, not links.
 
     Raises:
-        OutputUnwritableError: there is a folder, a pipe, a device or a link in the place of one.
+        OutputUnwritableError: one of them is a folder, a pipe, a device or a link.
     """
     for file in (*files_of(path), _lock_of(path)):
         if kind_at(file) not in (None, stat.S_IFREG):
             raise OutputUnwritableError(
-                f"{file} is a folder, a link or a device, expected a file of the batch's own; remove it, then run the "
+                f"{file} is a folder, a link or a device, expected a file of the batch; remove it, then run the "
                 "command again"
             )
 
@@ -219,16 +223,15 @@ def _lock_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """While a ledger is opened, and made anew where it is damaged, which is one's matter at a time.
+    """Within the block only this process opens the ledger, or replaces a damaged one.
 
-    A run that had the damaged file open, and read it only when it was gone and there was a new one, would take the new
-    one's log for its own.
+    Without the lock, a run with the damaged file still open could take the log of the new file for its own.
 
     Raises:
         OutputUnwritableError: the lock cannot be taken.
     """
-    # The system's own lock, which ends with its holder; what the file holds does not matter. It stays, since others
-    # may be waiting for it.
+    # A lock of the system, which ends with its process. The file's contents do not matter. The file is not removed,
+    # since other processes may be waiting for it.
     try:
         descriptor = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
@@ -248,9 +251,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Locks a file until it is closed; False where another has locked it.
+    """Locks a file until it is closed; returns False if another process has locked it.
 
-    File systems that know no locks are taken as they are.
+    Returns True on a file system without locks.
     """
     try:
         if sys.platform == "win32":
@@ -273,7 +276,7 @@ def _remove_damaged(path: Path) -> None:
 def _open(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
     try:
-        # First of all, since a damaged file says so only when it is read.
+        # Read first: damage shows only in reading.
         [[version]] = database.execute("PRAGMA user_version")
         [[verdict]] = database.execute("PRAGMA quick_check(1)")
         if verdict != "ok":
@@ -287,7 +290,7 @@ def _open(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         if version != VERSION:
-            # The version comes last: where it is known, all tables are there, and nobody need be waited for.
+            # The schema sets the version last: with the right version all tables exist, and no lock is needed.
             database.executescript(_SCHEMA)
     except BaseException:
         database.close()
@@ -301,8 +304,8 @@ def entries_in(database: sqlite3.Connection, where: str = "") -> list[Entry]:
 
 def runners_in(database: sqlite3.Connection) -> list[Runner]:
     fields = "id, host, boot, pid, started, beat, steps, seconds, training, slots"
-    found = database.execute(f"SELECT {fields} FROM runners ORDER BY id")
-    return [Runner(id, Owner(host, boot, pid, started), *rest) for id, host, boot, pid, started, *rest in found]
+    rows = database.execute(f"SELECT {fields} FROM runners ORDER BY id")
+    return [Runner(id, Owner(host, boot, pid, started), *rest) for id, host, boot, pid, started, *rest in rows]
 
 
 def unwritable(path: Path, error: sqlite3.Error) -> OutputUnwritableError:

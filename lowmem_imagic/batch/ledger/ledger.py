@@ -1,7 +1,7 @@
-"""Who makes which item, and what became of it: a sqlite file that several processes share.
+"""The ledger: runners and the states of items, in a sqlite file that several processes share.
 
-It is a cache. What is finished is so because its files are there and verified (`outputs`); a ledger that is lost or
-damaged is made anew from them. What it alone knows, and what is lost with it, are attempts and errors.
+The ledger is a cache. The verified files of an item decide whether it is finished (`outputs`); a lost or damaged ledger
+is made anew from them. Only the counts of attempts and the errors are lost with it.
 """
 
 import contextlib
@@ -41,9 +41,10 @@ from .watch import Watch
 
 HEARTBEAT_S = 5.0
 SUSPECT_ATTEMPTS = 3
-"""After so many an item is taken last, and by itself: one that ends the process shall not keep the others."""
+"""Attempts after which an item is claimed last, and alone, so that an item that crashes its process does not stop the
+others."""
 _open_here: set[tuple[Path, int]] = set()
-"""Ledgers that this process has open: file and runner's number."""
+"""Ledgers that are open in this process: file and runner's number."""
 
 
 class Ledger:
@@ -80,7 +81,7 @@ class Ledger:
         _open_here.add((path, self.me))
 
     def close(self) -> None:
-        """Says goodbye: what this runner still holds waits for others."""
+        """Closes the ledger; unfinished items of this runner wait for other runners."""
         self._stop.set()
         self._heart.join()
         with contextlib.suppress(OutputUnwritableError), self._changing() as database:
@@ -100,14 +101,14 @@ class Ledger:
     def register(
         self, entries: Sequence[Entry], *, finished: Callable[[Entry], bool], retry: Sequence[str] = ()
     ) -> None:
-        """Lists the items of this run, of which those that are finished say so.
+        """Adds the items of this run to the ledger.
 
-        Items of other runs are forgotten where no other runner is at work.
+        Removes items of other runs if no other runner is at work.
 
         Args:
-            entries: the items, `WAITING`, `DONE` or `FAILED` as seen before.
-            finished: looks again, for items that another runner says it has finished since.
-            retry: kinds of failure that are tried again.
+            entries: the items with their state: `WAITING`, `DONE` or `FAILED`.
+            finished: checks an item again that another runner has marked as finished meanwhile.
+            retry: kinds of failure to try again.
         """
         with self._changing() as database:
             self._take_over(database)
@@ -141,18 +142,18 @@ class Ledger:
         without: Collection[str] = (),
         begin: Callable[[Entry], None] = lambda entry: None,
     ) -> list[Entry]:
-        """Takes waiting items of the same settings, and holds them for this runner.
+        """Claims waiting items with the same settings for this runner.
 
-        Where others work on the folder, no more than a share of what is left, so that all finish together.
+        If other runners are at work, it claims at most a share of the waiting items, so that all finish together.
 
         Args:
-            settings: those of the items.
-            most: how many at most.
-            without: jobs that this runner has under way; it may have lost them and not know yet.
-            begin: called for each item before anybody can see that it is taken.
+            settings: key of the items' settings.
+            most: most items to claim.
+            without: jobs that this runner is working on; another runner may have taken them over unnoticed.
+            begin: called for each item before the claim becomes visible to others.
         """
         with self._changing() as database:
-            self._be_there(database)
+            self._sign_in(database)
             self._take_over(database)
             database.execute("CREATE TEMP TABLE IF NOT EXISTS under_way (job TEXT PRIMARY KEY)")
             database.execute("DELETE FROM under_way")
@@ -166,34 +167,34 @@ class Ledger:
                 most = min(most, math.ceil(waiting / (2 * (others + 1))))
             fresh = f"attempts <= {SUSPECT_ATTEMPTS}"
             query = f"{SELECT} WHERE {where} AND {fresh} ORDER BY kind IS NOT NULL, position LIMIT ?"
-            found = database.execute(query, (settings, most)).fetchall()
+            rows = database.execute(query, (settings, most)).fetchall()
             mine = f"SELECT count(*) FROM jobs WHERE state = '{RUNNING}' AND runner = ?"
-            [[held]] = database.execute(mine, (self.me,))
-            if not found and not held:
-                # By itself: whatever ends the process shall not be put down to others, nor end their training.
+            [[running]] = database.execute(mine, (self.me,))
+            if not rows and not running:
+                # Alone: if this item crashes the process, no other item loses its training or gets the blame.
                 order = "attempts, kind IS NOT NULL, position"
-                found = database.execute(f"{SELECT} WHERE {where} ORDER BY {order} LIMIT 1", (settings,)).fetchall()
-            taken = [Entry(*row) for row in found]
-            for entry in taken:
+                rows = database.execute(f"{SELECT} WHERE {where} ORDER BY {order} LIMIT 1", (settings,)).fetchall()
+            entries = [Entry(*row) for row in rows]
+            for entry in entries:
                 begin(entry)
             database.executemany(
                 f"UPDATE jobs SET state = '{RUNNING}', runner = ?, attempts = attempts + 1 WHERE job = ?",
-                [(self.me, entry.job) for entry in taken],
+                [(self.me, entry.job) for entry in entries],
             )
-        return taken
+        return entries
 
     def finish(self, job: str, seconds: float) -> None:
-        """An item's files are there."""
+        """Records that an item's files are published."""
         self._end(job, DONE, None, None, seconds)
 
     def fail(self, job: str, kind: str, error: str, *, again: bool = False) -> None:
-        """An item could not be made; `again` tries it once more when the others are done."""
+        """Records that an item failed; with `again`, it is tried once more after the others."""
         self._end(job, WAITING if again else FAILED, kind, error, None)
 
     def release(self, jobs: Sequence[str], *, tried: bool = False) -> int:
-        """Gives back items that were taken and not made, as if they never had been unless they were `tried`.
+        """Releases claimed items that were not made; with `tried`, the attempt still counts.
 
-        Returns how many of them were still this runner's.
+        Returns the number of them that still belonged to this runner.
         """
         with self._changing() as database:
             changed = database.executemany(
@@ -209,37 +210,37 @@ class Ledger:
             return entries_in(database, "WHERE job IN (SELECT job FROM mine)")
 
     def unfinished(self) -> list[str]:
-        """Items that wait or are being made, those of other runs included."""
+        """Jobs that are waiting or running, those of other runs included."""
         query = f"SELECT job FROM jobs WHERE state IN ('{WAITING}', '{RUNNING}')"
         with self._reading() as database:
             return [job for [job] in database.execute(query)]
 
     def counts(self) -> dict[str, int]:
-        """Items of this run by state."""
+        """The number of this run's items by state."""
         query = "SELECT state, count(*) FROM jobs WHERE job IN (SELECT job FROM mine) GROUP BY state"
         with self._reading() as database:
-            found = dict(database.execute(query).fetchall())
-        return {state: found.get(state, 0) for state in (WAITING, RUNNING, DONE, FAILED)}
+            counts = dict(database.execute(query).fetchall())
+        return {state: counts.get(state, 0) for state in (WAITING, RUNNING, DONE, FAILED)}
 
     def steps_ended(self) -> int:
-        """Training steps of the items of this run that are done or failed."""
+        """Training steps of this run's finished and failed items."""
         query = f"SELECT total(steps) FROM jobs WHERE state IN ('{DONE}', '{FAILED}') AND job IN (SELECT job FROM mine)"
         with self._reading() as database:
             [[steps]] = database.execute(query)
         return int(steps)
 
     def take_over(self) -> None:
-        """Frees the items of runners that are gone."""
+        """Releases the items of runners that have ended."""
         with self._changing() as database:
             self._take_over(database)
 
     def note(self, name: str, value: Any) -> None:
-        """Keeps a plain value."""
+        """Stores a plain value under a name."""
         with self._changing() as database:
             database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(value)))
 
     def report(self, steps: int, seconds: float, training: int, slots: int) -> None:
-        """Says how far this runner is, see `Runner`; written with the next heartbeat."""
+        """Sets this runner's progress, see `Runner`; written with the next heartbeat."""
         self._progress = (steps, seconds, training, slots)
 
     def _end(self, job: str, state: str, kind: str | None, error: str | None, seconds: float | None) -> None:
@@ -251,7 +252,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        """The database, for this thread alone."""
+        """The database, locked for this thread."""
         try:
             with self._lock:
                 check_same(self._path, self._identity)
@@ -278,7 +279,7 @@ class Ledger:
         reach("committed")
 
     def _begin(self) -> None:
-        """Begins a transaction, as soon as no other writer has one."""
+        """Begins a transaction; waits for other writers."""
         since, told = time.monotonic(), False
         while True:
             try:
@@ -298,8 +299,8 @@ class Ledger:
                     self._warn(f"waiting for the ledger, which is locked by {who}")
                 told = True
 
-    def _be_there(self, database: sqlite3.Connection) -> None:
-        """Comes back, where others have taken this runner for dead."""
+    def _sign_in(self, database: sqlite3.Connection) -> None:
+        """Adds this runner again if other runners removed it as dead."""
         database.execute(
             "INSERT OR IGNORE INTO runners (id, host, boot, pid, started) VALUES (?, ?, ?, ?, ?)",
             (self.me, self._owner.host, self._owner.boot, *self._process),
@@ -310,13 +311,13 @@ class Ledger:
         return self._owner.pid, self._owner.started
 
     def _others(self, database: sqlite3.Connection) -> list[Runner]:
-        """The other runners, those that are gone left out."""
+        """The other runners that have not ended."""
         return [runner for runner in runners_in(database) if runner.id != self.me and not self._gone(runner)]
 
     def _gone(self, runner: Runner) -> bool:
-        """Whether a runner has ended: seen on its own machine, else by its silence on the clock of this process."""
+        """Whether a runner has ended: by its process on this machine, else by its silence on this process's clock."""
         if runner.owner == self._owner:
-            # Closed on a disk so full that its row stayed.
+            # Closed in this process, but a full disk kept its row.
             return (self._path, runner.id) not in _open_here
         return runner.owner.alive is False or self._watch.silent_s(runner) > LEASE_S
 
@@ -325,8 +326,8 @@ class Ledger:
         self._watch.look(runners)
         for runner in runners:
             if runner.id != self.me and self._gone(runner):
-                held = f"state = '{RUNNING}' AND runner = ?"
-                [[count]] = database.execute(f"SELECT count(*) FROM jobs WHERE {held}", (runner.id,))
+                its_own = f"state = '{RUNNING}' AND runner = ?"
+                [[count]] = database.execute(f"SELECT count(*) FROM jobs WHERE {its_own}", (runner.id,))
                 if count and runner.owner.alive is not False:
                     why = "is suspended and " if runner.owner.stopped else ""
                     self._warn(
@@ -338,17 +339,17 @@ class Ledger:
         )
 
     def _beat(self) -> None:
-        """Shows others that this runner is alive, from a thread of its own."""
-        # Not longer than until the next beat: who closes the ledger waits for this thread.
+        """Writes heartbeats; runs in its own thread."""
+        # A short timeout, as `close` waits for this thread.
         with contextlib.suppress(sqlite3.Error, OutputUnwritableError):
             check_same(self._path, self._identity)
             with contextlib.closing(sqlite3.connect(self._path, timeout=1.0, isolation_level=None)) as database:
                 while not self._stop.wait(HEARTBEAT_S):
-                    # Only to be seen: what cannot be written now is written next time, or the run ends by itself.
+                    # A failed heartbeat does no harm: the next one follows, or another write ends the run.
                     check_same(self._path, self._identity)
                     with contextlib.suppress(sqlite3.Error):
                         self._watch.look(runners_in(database))
-                        self._be_there(database)
+                        self._sign_in(database)
                         database.execute(
                             "UPDATE runners SET beat = beat + 1, steps = ?, seconds = ?, training = ?, slots = ? "
                             "WHERE id = ?",
@@ -357,10 +358,10 @@ class Ledger:
 
 
 def at_work(path: Path, patience_s: float = 3 * HEARTBEAT_S) -> Runner | None:
-    """One that is at work with the ledger at `path`; None where there is nobody.
+    """A runner at work with the ledger at `path`; None if there is none.
 
-    Runners that cannot be seen from here, on another machine or from before this one's last start, are at work if
-    their heart beats while they are watched.
+    A runner on another machine, or from before this one's last start, counts if its heartbeat changes within
+    `patience_s`.
     """
     first = snapshot(path)
     if first is None or not first.runners:

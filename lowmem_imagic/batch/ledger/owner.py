@@ -1,4 +1,4 @@
-"""Which process holds something, precisely enough to tell later whether it is still there."""
+"""Identifies a process precisely enough to tell later whether it still exists."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, on whatever machine."""
+    """A process on any machine."""
 
     host: str
     """Name of the machine, for people."""
@@ -19,7 +19,7 @@ class Owner:
     """Boot id and PID namespace."""
     pid: int
     started: str
-    """When the process began, in the kernel's words, so that a number given out again is not taken for it."""
+    """Start time of the process from the kernel; tells it from a later process with the same number."""
 
     @staticmethod
     def of_this_process() -> "Owner":
@@ -28,14 +28,14 @@ class Owner:
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process is there; None where that cannot be seen from here, as on another machine."""
+        """Whether the process exists; None if that is unknown here, as on another machine."""
         if self.boot != _boot():
             return None
         return (_started(self.pid) or "") == self.started
 
     @property
     def stopped(self) -> bool:
-        """Whether the process is there and suspended, as by Ctrl-Z, and that can be seen from here."""
+        """Whether the process is known to be suspended, as by Ctrl-Z."""
         return bool(self.alive) and is_stopped(self.pid)
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Owner:
 
 
 _NOWHERE = f"unknown {secrets.token_hex(8)}"
-"""Where the system has no such file: nothing is then the same machine, and heartbeats decide."""
+"""Boot id on systems without one: unique to this process, so that heartbeats alone decide about others."""
 
 
 def _boot() -> str:
@@ -60,7 +60,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began; None for one that is not there, or that has ended and only waits for its parent."""
+    """Start time of a process; None if it does not exist, or is a zombie."""
     fields = _stat(pid)
     return None if fields is None or fields[0] in "ZX" else fields[19]
 
@@ -68,7 +68,7 @@ def _started(pid: int) -> str | None:
 def _stat(pid: int) -> list[str] | None:
     """The fields of ``/proc/PID/stat`` from the state on."""
     try:
-        # The name of the program, in parentheses, may hold anything.
+        # The program's name, in parentheses, may contain spaces and parentheses.
         fields = (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None

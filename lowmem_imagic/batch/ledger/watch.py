@@ -1,4 +1,4 @@
-"""How long other runners have been silent, on the clock of the one that watches, while it was awake itself."""
+"""Measures the silence of other runners on this process's clock, without time in which this process was suspended."""
 
 import threading
 import time
@@ -8,10 +8,10 @@ from .file import Runner
 
 
 class Watch:
-    """Sees whether hearts beat.
+    """Watches the heartbeats of runners.
 
-    Between two looks no more than `most_s` counts as silence: where more has passed, this process or the whole machine
-    was asleep, and the others may have been, too. So nobody is given up because a lid was closed.
+    Between two looks at most `most_s` counts as silence: if more time passed, this process or the whole machine was
+    suspended, and perhaps the other runners too. So closing a laptop's lid makes no runner count as dead.
     """
 
     def __init__(self, most_s: float) -> None:
@@ -21,7 +21,7 @@ class Watch:
         self._seen: dict[int, tuple[int, float]] = {}
 
     def look(self, runners: Iterable[Runner]) -> None:
-        """Takes note of the beats of all runners that there are."""
+        """Records the heartbeats of all runners."""
         with self._lock:
             now = time.monotonic()
             passed = 0.0 if self._looked is None else min(now - self._looked, self._most_s)
@@ -32,6 +32,6 @@ class Watch:
                 self._seen[runner.id] = (runner.beat, silent_s + passed if runner.beat == beat else 0.0)
 
     def silent_s(self, runner: Runner) -> float:
-        """How long a runner has been seen to be silent."""
+        """Seconds since the last new heartbeat of a runner, as seen here."""
         with self._lock:
             return self._seen.get(runner.id, (0, 0.0))[1]

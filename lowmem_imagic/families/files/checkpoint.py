@@ -1,4 +1,4 @@
-"""One ``.safetensors`` file with all of a model in Stable Diffusion's original layout, and its configuration."""
+"""A whole model in one ``.safetensors`` file, in Stable Diffusion's original layout, and its configuration."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ UNET = "model.diffusion_model."
 PREFIXES = {
     "unet": (UNET,),
     "vae": ("first_stage_model.", "vae."),
-    # Of the original, of Stability's generative-models, of ComfyUI, and of several trainers.
+    # The prefixes of the original, of Stability's generative-models, of ComfyUI, and of several trainers.
     "text_encoder": (
         "cond_stage_model.",
         "conditioner.embedders.0.",
@@ -31,32 +31,33 @@ PREFIXES = {
         "clip_h.",
     ),
 }
-"""First parts of the names of a component's tensors in a single checkpoint."""
+"""Prefixes of the names of a component's tensors in a single checkpoint."""
 _EXTRAS = {
     "unet": re.compile(r"(?!)"),
     # The discriminator and the perceptual network that the autoencoder was trained with, and an average of weights.
     "vae": re.compile(r"(loss|model_ema)\."),
-    # Numbers of positions and masks, which the classes make themselves; CLIP's other half, and what compares the two.
+    # Position ids and masks, which the classes make themselves; CLIP's picture encoder, and layers that compare text
+    # with pictures.
     "text_encoder": re.compile(
         r"(.*\.)?(position_ids|attn_mask|attention_mask)$|(.*\.)?(logit_scale|logit_bias|text_projection(\.weight)?)$"
         r"|(.*\.)?(visual|vision_model|visual_projection)(\.|$)"
     ),
 }
-"""Tensors of each part, named without its prefix, that take no part in making a picture."""
+"""Tensors of each part, named without its prefix, that do not affect pictures."""
 _BESIDE = re.compile(
-    # Averages of weights that were kept for training on; the plain ones are what diffusers takes too.
+    # Averages of weights (EMA), kept for further training; diffusers takes the plain weights too.
     r"(model_ema|ema_unet|ema)\.|loss\."
-    # The noise schedule, which the configuration says; `alphas_cumprod` is compared with it.
+    # The noise schedule, which is in the configuration; `alphas_cumprod` is compared with it.
     r"|(model\.)?(betas|alphas_cumprod(_prev|_original)?|sqrt_\w+|log_one_minus_alphas_cumprod|posterior_\w+|lvlb_weights"
     r"|logvar|scale_factor|denoiser\.sigmas)$"
     # Counters of trainers.
     r"|(global_step|epoch|iteration|step)$"
 )
-"""Tensors outside of the parts that take no part in making a picture."""
+"""Tensors outside of the parts that do not affect pictures."""
 CONFIGURATIONS = {768: "sd15"}
-"""Whose configuration a single checkpoint has, by width of the text conditioning, where that decides it."""
+"""Model with the configuration of a single checkpoint, by width of the text conditioning."""
 BY_PREDICTION = {(1024, "v_prediction"): "sd21", (1024, "epsilon"): "sd21-base"}
-"""The same where width and the checkpoint's own mark decide it."""
+"""The same by width and marked prediction type, for a width with several models."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,15 @@ class SingleFile:
     """One ``.safetensors`` checkpoint in Stable Diffusion's original layout.
 
     Raises:
-        IncompleteModelError: no such checkpoint, or without autoencoder or text encoder.
-        WrongFamilyError: a checkpoint of another kind of model.
+        IncompleteModelError: the file is no such checkpoint, or lacks autoencoder or text encoder.
+        WrongFamilyError: the checkpoint is of another kind of model.
     """
 
     path: Path
     label: str
     config_folder: str | None = None
-    """A short name, a Hub id or a diffusers folder whose configurations and tokenizer to use; None for the one that
-    the checkpoint's own shapes and marks decide."""
+    """Source of the configurations and the tokenizer: a short name, a Hub id or a diffusers folder. None chooses by the
+    checkpoint's own shapes and marks."""
     revision: None = None
 
     def __post_init__(self) -> None:
@@ -110,13 +111,13 @@ class SingleFile:
         """The diffusers folder with the configurations and the tokenizer.
 
         Raises:
-            IncompleteModelError: none was given, and the Hub's cannot be used.
+            IncompleteModelError: the configuration is unknown, or cannot be downloaded.
         """
         name = self.config_folder or CONFIGURATIONS.get(self.width)
         if name is None and self.marks.prediction_type is not None:
             name = BY_PREDICTION.get((self.width, self.marks.prediction_type))
         if name is None:
-            # Of width 1024 there are models that predict noise and models that predict velocity.
+            # Models of width 1024 predict either noise or velocity.
             raise IncompleteModelError(
                 f"{self.path.name} does not say how it is configured (text width {self.width}); "
                 "name a model or give a diffusers folder of the same family, such as sd21 or sd21-base (`model_config`)"
@@ -140,7 +141,7 @@ class SingleFile:
 
     @property
     def ignored(self) -> list[str]:
-        """Tensors outside of the parts that are no known by-product of training."""
+        """Unknown tensors outside of the parts; by-products of training are left out."""
         parts = tuple(prefix for prefixes in PREFIXES.values() for prefix in prefixes)
         return sorted(
             name
@@ -149,16 +150,16 @@ class SingleFile:
         )
 
     def beside(self, name: str) -> Any:
-        """The tensor called `name` outside of the parts, None if there is none; for the noise schedule."""
+        """The tensor called `name` outside of the parts, such as one of the noise schedule; None if there is none."""
         entry = self._header.get(name)
         return None if entry is None else Weights({name: entry}, self.path.name)[name]
 
     def tensors(self, component: str, configuration: Mapping[str, Any]) -> layout.Tensors:
-        """One part's tensors under diffusers' names, for a part configured like this.
+        """A part's tensors under diffusers' names, for this configuration of the part.
 
         Raises:
-            IncompleteModelError: names of a layout that is not known, or tensors beyond the configuration.
-            WrongFamilyError: weights in a format that is not read.
+            IncompleteModelError: the layout is unknown, or tensors are beyond the configuration.
+            WrongFamilyError: the weights have an unsupported format.
         """
         entries: dict[str, Entry] = {}
         for name, entry in self._header.items():
@@ -175,7 +176,7 @@ class SingleFile:
             raise IncompleteModelError(
                 f"{self.path.name}: the {component} has {len(unknown)} tensors that the configuration of "
                 f"{self.configuration.label} lacks, such as {', '.join(name[:100] for name in unknown[:3])}; expected "
-                "a checkpoint that fits it, so give the one of the same family (`model_config`)"
+                "a checkpoint that fits it, so give a configuration of the same family (`model_config`)"
             )
         return layout.Tensors(
             weights, {new: place for new, place in places.items() if not new.startswith(layout.UNUSED)}

@@ -1,4 +1,4 @@
-"""Whose configurations and tokenizer a name means, and what a name can mean at all."""
+"""Finds the configurations and the tokenizer of a model by its name."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ def locate_configuration(name: str) -> Folder:
     """The configurations and the tokenizer of the model called `name`, without weights.
 
     Raises:
-        UnknownModelError: no such model here, or it cannot be downloaded.
+        UnknownModelError: there is no such model here, or it cannot be downloaded.
     """
     exists = exists_here(name)
     path = Path(name)
@@ -39,11 +39,11 @@ def locate_configuration(name: str) -> Folder:
 
 
 def findable(name: str, folder: Path | None = None) -> str:
-    """A model's name that means the same from any working directory: a path that is there, made absolute.
+    """A model's name that is valid in any working directory: an existing path is made absolute.
 
     Args:
-        name: as a user typed it.
-        folder: where a relative path begins; None for the working directory.
+        name: the name that the user typed.
+        folder: base of a relative path; None for the working directory.
     """
     if name == DEMO or name in SHORT_NAMES:
         return name
@@ -52,21 +52,25 @@ def findable(name: str, folder: Path | None = None) -> str:
 
 
 def exists_here(name: str) -> bool:
-    """Whether there is a file or folder of this name."""
+    """Whether there is a file or folder with this name.
+
+    Raises:
+        UnknownModelError: the path cannot be looked up.
+    """
     try:
         return bool(name) and Path(name).exists()
-    except (OSError, ValueError) as error:  # a name too long, a folder that may not be searched, a NUL
+    except (OSError, ValueError) as error:  # a name too long, an unreadable folder, a NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise UnknownModelError(f"no model {reprlib.repr(name)}: it cannot be looked up ({reason})") from error
 
 
 def mention_hidden(name: str, exists: bool) -> None:
-    """Says how to name the folder that a short name hides."""
+    """Warns that a short name hides a folder, and tells how to name the folder."""
     if exists:
         log.warning("%s is the model %s; for the folder of that name say ./%s", name, SHORT_NAMES[name], name)
 
 
 def repository_of(name: str) -> str | None:
-    """The Hub repository that a name means, None for a name that can mean none."""
+    """The Hub repository for a name; None if the name is not a Hub id."""
     repository = SHORT_NAMES.get(name, name)
     return repository if _HUB_ID.fullmatch(repository) and not name.startswith((".", "/", "~")) else None

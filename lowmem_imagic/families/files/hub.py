@@ -12,7 +12,7 @@ from ...errors import UnknownModelError
 log = logging.getLogger(__name__)
 
 _SETTINGS = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
-"""Variables of the environment that decide where the Hub is."""
+"""Environment variables for the address of the Hub."""
 _CONFIGURATION = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
 
 
@@ -20,7 +20,7 @@ def fetch_configuration(repository: str) -> Path:
     """A model's folder in the local cache with its configurations and tokenizer, without weights.
 
     Raises:
-        UnknownModelError: it is neither in the cache nor can it be downloaded.
+        UnknownModelError: the model is not in the cache and cannot be downloaded.
     """
     return _fetch(repository, None, _CONFIGURATION)
 
@@ -28,16 +28,16 @@ def fetch_configuration(repository: str) -> Path:
 def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Path:
     """A model's folder in the local cache, named by its commit.
 
-    Weights come in the repository's own precision; in the fp16 variant where a component has no other, or
-    where only that is in the cache and the Hub cannot be reached.
+    Weights come in the repository's own precision. They come in the fp16 variant if a component has no other, or if
+    only that is in the cache and the Hub cannot be reached.
 
     Args:
         repository: Hub id.
         revision: commit, tag or branch.
-        stems: component to the stem of its weight files' names.
+        stems: stems of the weight files' names, by component.
 
     Raises:
-        UnknownModelError: it is neither in the cache nor can it be downloaded.
+        UnknownModelError: the model is not in the cache and cannot be downloaded.
     """
     try:
         folder = _fetch(repository, revision, _CONFIGURATION + _weights(stems))
@@ -52,7 +52,7 @@ def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Pa
         if not any((folder / component / name).exists() for name in (_plain(stem), f"{_plain(stem)}.index.json"))
     }
     if lacking:
-        # By commit, so that all parts are of the same one.
+        # By commit, so that all parts are of the same commit.
         _fetch(repository, folder.name, _weights(lacking, ".fp16"))
     return folder
 
@@ -83,9 +83,9 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_
     try:
         return download(local_files_only)
     except Exception as error:
-        # Besides its own errors the hub raises those of its HTTP library, which differs between its versions.
+        # huggingface_hub also raises the errors of its HTTP library, which differs between its versions.
         reason = _reason(error)
-        # It looks into its cache where the network fails, but not where a proxy or an endpoint cannot even be tried.
+        # huggingface_hub tries its cache if the network fails, but not if a proxy or an endpoint is invalid.
         if not local_files_only and not isinstance(error, FileNotFoundError):
             try:
                 folder = download(True)
@@ -93,7 +93,7 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_
                 pass
             else:
                 log.warning(
-                    "the Hub cannot be asked for %s (%s); going on with the copy in the cache", repository, reason
+                    "the Hub cannot be reached for %s (%s); going on with the copy in the cache", repository, reason
                 )
                 return folder
         at = "" if revision is None else f" at revision {revision}"
@@ -104,7 +104,7 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_
 
 
 def _reason(error: Exception) -> str:
-    """Why the Hub could not be asked, in few words: a setting that cannot be used, else the kind of error."""
+    """The reason why the Hub could not be reached, in few words: an invalid setting, or else the kind of error."""
     if isinstance(error, FileNotFoundError) and os.environ.get("HF_HUB_OFFLINE", "").upper() in (
         "1",
         "ON",
@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
 
 
 def _problem(url: str, *, proxy: bool) -> str:
-    """The problem of an address, without repeating it: it may hold a password. Empty if nothing is."""
+    """The problem of an address, without repeating it, as it may contain a password; "" if there is none."""
     schemes = ("http", "https", "socks5", "socks5h") if proxy else ("http", "https")
     try:
         # A proxy may be written without its scheme.

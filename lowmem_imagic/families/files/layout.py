@@ -1,4 +1,4 @@
-"""Where the tensors of a part lie: diffusers' names for those of the original layouts, and of older files."""
+"""Maps diffusers' names of a part's tensors to their names in original layouts and in older files."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,28 +13,28 @@ from .weights import Weights
 
 @dataclass(frozen=True)
 class Place:
-    """Where one of diffusers' tensors lies in a file."""
+    """The place of one of diffusers' tensors in a file."""
 
     name: str
-    """The tensor in the file."""
+    """The tensor's name in the file."""
     third: int | None = None
-    """Which third of its rows, where query, key and value are in one."""
+    """Index of a third of its rows, if the file has query, key and value in one tensor."""
     flat: bool = False
-    """Whether it may be written as a convolution of one pixel."""
+    """Whether the file may have it as a 1x1 convolution."""
 
 
 class Tensors:
-    """A part's tensors under diffusers' names, each read when it is asked for."""
+    """A part's tensors under diffusers' names; each is read on access."""
 
     def __init__(self, weights: Weights, places: Mapping[str, Place]) -> None:
         self._weights, self._places = weights, places
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor; nothing is read."""
+        """The shape of every tensor, without reading it."""
         return {name: self._shape(place) for name, place in self._places.items()}
 
     def in_file(self, name: str) -> str:
-        """A tensor's name in the file; itself where there is none of that name."""
+        """A tensor's name in the file; `name` itself if it is unknown."""
         return self._places[name].name if name in self._places else name
 
     def _shape(self, place: Place) -> tuple[int, ...]:
@@ -51,12 +51,12 @@ class Tensors:
             if place.third is not None:
                 tensor = tensor[place.third * shape[0] : (place.third + 1) * shape[0]]
             yield name, tensor.reshape(shape)
-            # The loop must not hold this tensor while the next one is read.
+            # Free this tensor before the next one is read.
             del tensor
 
 
 class _Name(str):
-    """A tensor's name where diffusers' converters expect the tensor: they pass it on, and flatten what has axes."""
+    """A tensor's name in place of the tensor, for diffusers' converters: they pass it on, and flatten by its axes."""
 
     __slots__ = ()
     shape: tuple[int, ...] = ()
@@ -100,22 +100,22 @@ _OPEN_CLIP_LAYER = {
 def text_encoder(names: Iterable[str], configuration: Mapping[str, Any]) -> dict[str, Place]:
     """Places of a CLIP text encoder's tensors, in CLIP's or OpenCLIP's layout, with or without ``text_model.``.
 
-    diffusers' converter takes one prefix for each layout; programs write a dozen.
+    diffusers' converter knows one prefix for each layout, but programs write a dozen.
     """
     places: dict[str, Place] = {}
     for name in names:
-        if found := _CLIP.fullmatch(name):
-            places[found[4]] = Place(name)
+        if match := _CLIP.fullmatch(name):
+            places[match[4]] = Place(name)
             continue
-        if not (found := _OPEN_CLIP.fullmatch(name)):
+        if not (match := _OPEN_CLIP.fullmatch(name)):
             continue
-        layer, last = found[1], found[2]
+        layer, last = match[1], match[2]
         if layer is None:
             if last in _OPEN_CLIP_ENDS:
                 places[_OPEN_CLIP_ENDS[last]] = Place(name)
             continue
         own, _, leaf = last.rpartition(".")
-        # Stable Diffusion 2 leaves the last layer of its text encoder out, and its checkpoints have it.
+        # Stable Diffusion 2 does not use the last layer of its text encoder, but its checkpoints have it.
         if int(layer) == configuration["num_hidden_layers"]:
             places[f"unused.{layer}.{last}"] = Place(name)
         elif last in ("attn.in_proj_weight", "attn.in_proj_bias"):
@@ -128,7 +128,7 @@ def text_encoder(names: Iterable[str], configuration: Mapping[str, Any]) -> dict
 
 
 UNUSED = "unused."
-"""First part of the names of tensors that a configuration leaves out on purpose."""
+"""Prefix of the names of tensors that a configuration leaves out on purpose."""
 ORIGINAL: dict[str, Callable[[Iterable[str], Mapping[str, Any]], dict[str, Place]]] = {
     "unet": unet,
     "vae": vae,
@@ -140,17 +140,17 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def of_folder(component: str, names: Iterable[str]) -> dict[str, Place]:
-    """Places in a diffusers folder, whose names have changed over the years."""
+    """Places in a diffusers folder, under current and older names."""
     places = {}
     for name in names:
         new = name
         if component == "text_encoder":
-            # transformers writes the prefix before version 5.6, and leaves it out since.
+            # transformers before version 5.6 writes this prefix.
             new = name.removeprefix("text_model.")
         elif component == "vae" and (
-            found := re.fullmatch(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.+)", name)
+            match := re.fullmatch(r"(.+\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.+)", name)
         ):
-            # diffusers before 0.18; Stable Diffusion 1.x is published so.
-            new = f"{found[1]}.{_OLD_ATTENTION[found[2]]}.{found[3]}"
+            # Names of diffusers before 0.18; Stable Diffusion 1.x is published with them.
+            new = f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}"
         places[new] = Place(name, flat=component == "vae" and ".attentions." in name)
     return places

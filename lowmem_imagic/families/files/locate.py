@@ -1,4 +1,4 @@
-"""Which files a model's name means: the bundled one, a diffusers folder, a Hub repository, one checkpoint file."""
+"""Finds a model's files by its name: the bundled model, a diffusers folder, a Hub repository, a checkpoint file."""
 
 import reprlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from .checkpoint import SingleFile
 from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
 from .source import DEMO, PICKLES, SHORT_NAMES, WEIGHTS_STEM, Folder, label_of
 
-_OTHER_FORMATS = {".gguf": "a GGUF file, whose blocks of few bits are not read", ".onnx": "an ONNX file"}
+_OTHER_FORMATS = {".gguf": "a GGUF file, a format that is not supported", ".onnx": "an ONNX file"}
 
 
 def locate(name: str, *, revision: str | None = None, config_folder: str | Path | None = None) -> Folder | SingleFile:
@@ -21,8 +21,8 @@ def locate(name: str, *, revision: str | None = None, config_folder: str | Path 
         config_folder: for a single file, see `SingleFile`.
 
     Raises:
-        UnknownModelError: no such model here, or it cannot be downloaded.
-        ConfigError: a revision of a model that is not on the Hub.
+        UnknownModelError: there is no such model here, or it cannot be downloaded.
+        ConfigError: a revision was given for a model that is not on the Hub.
     """
     exists = exists_here(name)
     path = Path(name)
@@ -49,7 +49,7 @@ def _file(path: Path, config_folder: str | Path | None) -> SingleFile:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise UnknownModelError(
-            f"{path.name} is a pickle, which can run code when loaded and never is; "
+            f"{path.name} is a pickle, which is never loaded, as it can run code; "
             "expected a .safetensors checkpoint, so convert it"
         )
     if suffix in _OTHER_FORMATS:

@@ -1,7 +1,7 @@
-"""The marks in a checkpoint file: how it predicts, and whether its noise schedule ends at zero signal.
+"""The marks in a checkpoint file: its prediction type, and whether its noise schedule ends at zero signal.
 
-Programs write this in two ways, as empty tensors and as metadata, under many names (read in ComfyUI's, kohya-ss
-sd-scripts' and Forge's sources, and in the specification at github.com/Stability-AI/ModelSpec).
+Programs write marks as empty tensors or as metadata, under many names (from the sources of ComfyUI, kohya-ss sd-scripts
+and Forge, and from the specification at github.com/Stability-AI/ModelSpec).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -13,13 +13,13 @@ _V_TENSORS = ("v_pred", "v_prediction", "vpred")
 _ZERO_SNR_TENSORS = ("ztsnr", "zsnr", "zero_terminal_snr")
 _OTHER_TENSORS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "flow_pred", "rectified_flow")
 MARKERS = (*_V_TENSORS, *_ZERO_SNR_TENSORS, *_OTHER_TENSORS)
-"""Names of tensors that hold no weights."""
+"""Names of tensors that are marks, not weights."""
 _PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "ss_prediction_type")
 _V_KEYS = ("ss_v_parameterization", "ss_v_prediction", "v_prediction", "v_parameterization", "v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "modelspec.zero_terminal_snr", "ztsnr", "zsnr")
 _ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version")
 _CLIP_SKIP_KEYS = ("modelspec.encoder_layer", "ss_clip_skip")
-"""Which layer of the text encoder, counted from the end, the model was trained on."""
+"""Keys for the layer of the text encoder, counted from the end, that the model was trained on."""
 _WORDS = {
     "epsilon": ("epsilon", "eps", "noise", "epsilon_prediction"),
     "v_prediction": ("v", "v_prediction", "v_pred", "vpred", "velocity"),
@@ -29,24 +29,24 @@ _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "nul
 
 @dataclass(frozen=True)
 class Marks:
-    """The marks of a checkpoint; None where it has none."""
+    """The marks of a checkpoint; None for a missing mark."""
 
     prediction_type: str | None = None
     zero_snr: bool | None = None
     said_by: str = ""
-    """Where it says so, for messages."""
+    """Names of the marks, for messages."""
     clip_skip: str = ""
-    """The layer of the text encoder that it asks for, where that is not the last one, which is always taken."""
+    """A request for an earlier layer of the text encoder, which is not applied; "" for the last layer."""
 
 
 def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) -> Marks:
-    """The marks of the checkpoint called `label`, by the names of its tensors and its metadata.
+    """The marks of the checkpoint called `label`, from the names of its tensors and its metadata.
 
     Raises:
         IncompleteModelError: its marks contradict each other.
-        WrongFamilyError: it predicts something that is not read.
+        WrongFamilyError: its prediction type is not supported.
     """
-    # Some programs put the empty tensors among those of the UNet.
+    # Some programs give the empty tensors the UNet's prefix.
     last = {name.removeprefix("model.diffusion_model."): name for name in names}
     if other := [name for name in _OTHER_TENSORS if name in last]:
         raise WrongFamilyError(
@@ -66,7 +66,7 @@ def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) 
         if key in metadata and (answer := _answer(metadata[key], key, label)) is not None:
             zero[key] = answer
     for key in _ARCHITECTURE_KEYS:
-        # As stable-diffusion-v2-768-v, sd_v2_v and sdxl_base_v1-0_v; without the ending nothing is said.
+        # Such as stable-diffusion-v2-768-v, sd_v2_v and sdxl_base_v1-0_v; other endings are no mark.
         if metadata.get(key, "").strip().lower().partition("/")[0].endswith(("-v", "_v", "-vpred", "_vpred")):
             said[key] = "v_prediction"
     for marks in (said, zero):
@@ -84,7 +84,7 @@ def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) 
 
 
 def _clip_skips(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Keys that ask for another layer of the text encoder than its last, and what they say."""
+    """Yields keys and values that ask for a layer of the text encoder before its last."""
     for key in _CLIP_SKIP_KEYS:
         asked = metadata.get(key, "").strip()
         if asked.lower() not in ("", "1", "none", "null"):
@@ -102,11 +102,11 @@ def _prediction(text: str, key: str, label: str) -> str:
 def _answer(text: str, key: str, label: str) -> bool | None:
     word = text.strip().lower()
     if not word:
-        # As an empty tensor the name alone is the mark; kohya's keys have a value.
+        # For an empty text the key alone is the mark; kohya's keys need a value.
         return None if key.startswith("ss_") else True
     if word in _YES:
         return True
     if word in _NO:
-        # kohya writes None where the question was not put.
+        # kohya writes None if the option was not set.
         return None if word in ("none", "null") else False
     raise IncompleteModelError(f"{label} says {key}: {text[:40]!r}, expected True or False; remove or mend that mark")

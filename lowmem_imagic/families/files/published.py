@@ -1,4 +1,4 @@
-"""Architectures of well-known models, by their published configurations: enough to plan for them before a download.
+"""Published configurations of well-known models, for planning before a download.
 
 Source: ``config.json`` of each part of the repositories in `source.SHORT_NAMES`.
 """
@@ -51,7 +51,7 @@ SD15_UNET: dict[str, Any] = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-"""Of Stable Diffusion 1.4 and 1.5: 859,520,964 weights."""
+"""The UNet of Stable Diffusion 1.4 and 1.5: 859,520,964 weights."""
 _SD2_UNET = {
     **SD15_UNET,
     "cross_attention_dim": 1024,
@@ -100,7 +100,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Published(Folder):
-    """A well-known model's configurations; its weights and vocabulary are not there."""
+    """A well-known model's configurations, without weights and vocabulary."""
 
     @staticmethod
     def of(name: str) -> "Published":
@@ -111,7 +111,7 @@ class Published(Folder):
         """A component's configuration.
 
         Raises:
-            IncompleteModelError: not among those that planning needs.
+            IncompleteModelError: this configuration is not included, as planning does not need it.
         """
         parts = PUBLISHED[self.path.name]
         if component not in parts:

@@ -1,4 +1,4 @@
-"""A model's files are regular files of a bounded size: nothing else is opened, and nothing waits."""
+"""Reads a model's files: only regular files within a size limit, so that reading never waits."""
 
 import json
 import os
@@ -17,7 +17,7 @@ MAX_VOCABULARY_BYTES = 32 * 2**20
 
 
 def check_regular(path: Path, name: str, limit: int | None = None) -> int:
-    """The bytes of the file at `path`, known to be a regular file (or a link to one) of at most `limit` bytes.
+    """The size in bytes of the file at `path`: a regular file (or a link to one) of at most `limit` bytes.
 
     Args:
         path: the file.
@@ -25,7 +25,7 @@ def check_regular(path: Path, name: str, limit: int | None = None) -> int:
         limit: most bytes; None for no limit.
 
     Raises:
-        IncompleteModelError: missing, a pipe, a device, a folder, or too large.
+        IncompleteModelError: the file is missing, too large, or a pipe, device or folder.
     """
     try:
         status = path.stat()
@@ -35,7 +35,7 @@ def check_regular(path: Path, name: str, limit: int | None = None) -> int:
         raise IncompleteModelError(f"{name} is not a regular file (a folder, pipe or device); download it again")
     if limit is not None and status.st_size > limit:
         raise IncompleteModelError(
-            f"{name} has {status.st_size} bytes, expected at most {limit}: no file of a model; download it again"
+            f"{name} has {status.st_size} bytes, expected at most {limit}: not a model's file; download it again"
         )
     return status.st_size
 
@@ -44,10 +44,10 @@ def read_bytes(path: Path, name: str, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
     Raises:
-        IncompleteModelError: as `check_regular`, or it may not be read.
+        IncompleteModelError: see `check_regular`; or the file cannot be read.
     """
     check_regular(path, name, limit)
-    # Without O_NONBLOCK, opening a pipe that took the file's place would wait for ever.
+    # Without O_NONBLOCK, opening a pipe that has replaced the file would wait forever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     try:
         with open(os.open(path, flags), "rb") as file:
@@ -55,17 +55,17 @@ def read_bytes(path: Path, name: str, limit: int) -> bytes:
     except OSError as error:
         raise IncompleteModelError(f"{name} cannot be read ({_reason(error)})") from error
     if len(content) > limit:
-        raise IncompleteModelError(f"{name} has more than {limit} bytes: no file of a model; download it again")
+        raise IncompleteModelError(f"{name} has more than {limit} bytes: not a model's file; download it again")
     return content
 
 
 def read_json(path: Path, name: str, limit: int = MAX_CONFIGURATION_BYTES) -> dict[str, Any]:
     """The JSON object in a file, without duplicate keys.
 
-    Numbers may be infinite: diffusers writes so for DPMSolver, whose ``lambda_min_clipped`` is.
+    Numbers may be infinite: diffusers writes an infinite ``lambda_min_clipped`` for DPMSolver.
 
     Raises:
-        IncompleteModelError: as `read_bytes`, or another content.
+        IncompleteModelError: see `read_bytes`; or the content is not a JSON object.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def read_json(path: Path, name: str, limit: int = MAX_CONFIGURATION_BYTES) -> di
         values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0][:100]
-        raise IncompleteModelError(f"{name} is no JSON that can be used ({reason}); download it again") from error
+        raise IncompleteModelError(f"{name} is not usable JSON ({reason}); download it again") from error
     if not isinstance(values, dict):
         raise IncompleteModelError(f"{name} is not a JSON object; download it again")
     return values
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """The system's words about a file, without its path."""
+    """The system's reason for an error, without the path."""
     return (isinstance(error, OSError) and error.strerror) or type(error).__name__

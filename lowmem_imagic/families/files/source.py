@@ -26,7 +26,7 @@ WEIGHTS_STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_mod
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _OF_TOKENIZERS = (".json", ".txt", ".jinja", ".model")
 MAX_SHARDS = 100
-"""Most files that the weights of one part may lie in."""
+"""Most weight files of one part."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,20 @@ class Folder:
         """A component's configuration.
 
         Raises:
-            IncompleteModelError: missing or unreadable.
+            IncompleteModelError: the file is missing or unreadable.
         """
         return read_json(self.path / component / name, self._name(component, name))
 
     def _name(self, component: str, name: str) -> str:
-        """A file, for messages."""
+        """A file's name in messages."""
         return f"{self.label}: {name}" if component == "." else f"{self.label}: {component}/{name}"
 
     def variant(self, component: str) -> str | None:
-        """``"fp16"`` where the component's weights are there only in that variant, else None."""
+        """``"fp16"`` if the component's weights exist only in that variant, else None.
+
+        Raises:
+            IncompleteModelError: there are no safetensors weights.
+        """
         stem = WEIGHTS_STEM[component]
         plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
         if any((self.path / component / name).exists() for name in plain):
@@ -60,14 +64,14 @@ class Folder:
         half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
         if any((self.path / component / name).exists() for name in half):
             return "fp16"
-        found = sorted(p.name for p in (self.path / component).glob("*") if p.suffix in PICKLES)
-        hint = f"found only pickled weights ({found[0]}), which are never loaded" if found else "found none"
+        pickles = sorted(p.name for p in (self.path / component).glob("*") if p.suffix in PICKLES)
+        hint = f"found only pickled weights ({pickles[0]}), which are never loaded" if pickles else "found none"
         raise IncompleteModelError(
             f"{self.label} lacks {component}/{plain[0]}: {hint}; download the safetensors version of this model"
         )
 
     def weight_files(self, component: str) -> list[Path]:
-        """The component's safetensors files, all of them checked to be there and whole.
+        """The component's safetensors files; all exist and are complete.
 
         Raises:
             IncompleteModelError: a file is missing or cut short.
@@ -99,8 +103,8 @@ class Folder:
         """The component's tensors.
 
         Raises:
-            IncompleteModelError: as `weight_files`, or a tensor is in two files.
-            WrongFamilyError: a format that is not read.
+            IncompleteModelError: see `weight_files`; or a tensor is in two files.
+            WrongFamilyError: the weights have an unsupported format.
         """
         entries: dict[str, Entry] = {}
         for path in self.weight_files(component):
@@ -111,7 +115,7 @@ class Folder:
         return Weights(entries, f"{self.label}: the {component}")
 
     def vocabulary(self) -> Path:
-        """The tokenizer's vocabulary file; all of its files are known to be regular and of a bounded size.
+        """The tokenizer's vocabulary file; all files of the tokenizer are regular and within the size limit.
 
         Raises:
             IncompleteModelError: there is none.
@@ -120,11 +124,11 @@ class Folder:
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
             if all((folder / name).exists() for name in names):
                 for path in sorted(folder.iterdir()):
-                    # The library opens by name what it knows of.
+                    # The library may open any of these files by name.
                     if path.suffix in _OF_TOKENIZERS:
                         check_regular(path, self._name("tokenizer", path.name), MAX_VOCABULARY_BYTES)
                 return folder / names[0]
-        # transformers would make up an empty vocabulary.
+        # Without them, transformers would silently use an empty vocabulary.
         raise IncompleteModelError(
             f"{self.label} has neither tokenizer/tokenizer.json nor tokenizer/vocab.json with merges.txt; "
             "download it again"
@@ -132,19 +136,19 @@ class Folder:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of each component's weights; of the vocabulary for the tokenizer."""
+        """sha256 of each component's weights, and of the tokenizer's vocabulary."""
         hashes = {component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM}
         hashes["tokenizer"] = hash_files([self.vocabulary()])
         return hashes
 
 
 def label_of(name: str) -> str:
-    """A file's or folder's own name as an edit file may hold it: nothing that could be read as a path."""
+    """A file's or folder's own name as a label for edit files, without characters of a path."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100] or "model"
 
 
 def hash_files(paths: list[Path]) -> str:
-    """sha256 of one file, or of the hashes of several; the Hub's cache names large files by it already."""
+    """sha256 of one file, or of the hashes of several; for large files in the Hub's cache, taken from their names."""
     digests = []
     for path in paths:
         blob = Path(os.path.realpath(path))

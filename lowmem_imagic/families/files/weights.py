@@ -1,7 +1,7 @@
-"""The tensors of safetensors files, as the numbers that they stand for.
+"""Reads the tensors of safetensors files; 8-bit weights are multiplied by their scales.
 
-Weights of 8 bits are stored with scales beside them, under many names. A weight is its stored number times its scale;
-it is never read without.
+8-bit weights are stored with separate scales, under many names. A weight is its stored number times its scale, and is
+never read without it.
 """
 
 import json
@@ -20,16 +20,16 @@ from ...errors import IncompleteModelError, WrongFamilyError
 from .reading import check_regular
 
 MAX_HEADER_BYTES = 16 * 2**20
-"""Largest header: one of 3,000 tensors has 400 kB, and pictures and recipes in its metadata a few MB."""
+"""Size limit of a header: 3,000 tensors take 400 kB, pictures and recipes in the metadata a few MB."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SCALE_TYPES = {"F64", "F32", "F16", "BF16"}
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "weight_scales", "weight.scale", "SCB")
-"""Last parts of the name of a weight's scale: of ComfyUI (two spellings), of compressed-tensors and TensorRT, of
-DeepSeek's blocks (multiplied too, in spite of its name), and of bitsandbytes' int8."""
+"""Endings of the names of scales: of ComfyUI (two spellings), of compressed-tensors and TensorRT, of DeepSeek's blocks
+(also multiplied, in spite of its name), and of bitsandbytes' int8."""
 _BLOCK = 128
-"""Side of a block of weights under one scale where the scales do not divide the weight evenly."""
+"""Side of a block of weights with one scale, if the scales do not divide the weight evenly."""
 _OF_ACTIVATIONS = ("input_scale", "scale_input", "output_scale", "scale_output")
-"""Scales of what goes through a layer, for programs that compute in 8 bits; the weights do not depend on them."""
+"""Scales of activations, for programs that compute in 8 bits; the weights do not depend on them."""
 _NOTES = ("comfy_quant", "scaled_fp8", "weight_format")
 """Notes about the format beside the weights."""
 _COMFY_FORMATS = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_blockwise"}
@@ -40,12 +40,12 @@ _FOREIGN = {
     "a format with a zero point": re.compile(r"\.(weight_zero_point|zero_point|weight_shift)$"),
     "NVFP4 or MXFP8": re.compile(r"\.(weight_scale_2|weight_scalar|block_scale|weight_packed)$"),
 }
-"""Formats that are not read, by the names of their tensors."""
+"""Unsupported formats, by the names of their tensors."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, not read."""
+    """One tensor of a file, not read yet."""
 
     path: Path
     key: str
@@ -58,7 +58,7 @@ def read_header(path: Path, name: str) -> tuple[dict[str, Entry], dict[str, str]
     """The tensors of a safetensors file and its metadata; `name` is model and file, for messages.
 
     Raises:
-        IncompleteModelError: missing, no regular file, no safetensors, or cut short.
+        IncompleteModelError: the file is missing, not a regular file, not safetensors, or cut short.
     """
     size = check_regular(path, name)
     broken = IncompleteModelError(f"{name} is no safetensors file or cut short; download it again")
@@ -78,14 +78,14 @@ def read_header(path: Path, name: str) -> tuple[dict[str, Entry], dict[str, str]
 
 
 class Weights:
-    """Tensors by name, each read when it is asked for, 8-bit weights with their scales applied.
+    """Tensors by name, each read on access; 8-bit weights with their scales applied.
 
     Args:
-        entries: name to tensor; all of one part of a model.
+        entries: all tensors of one part of a model, by name.
         label: the model and the part, for messages.
 
     Raises:
-        WrongFamilyError: weights in a format that is not read, or in 8 bits without scales.
+        WrongFamilyError: the weights have an unsupported format, or 8 bits without scales.
     """
 
     def __init__(self, entries: Mapping[str, Entry], label: str) -> None:
@@ -119,11 +119,11 @@ class Weights:
         if self._entries[scale].dtype not in _SCALE_TYPES:
             self._refuse(f"{scale[:100]} in the type {self._entries[scale].dtype}")
         self._scales[weight] = scale
-        # Refused before anything is read.
+        # Checks the shapes now, before tensors are read.
         self._blocks(weight)
 
     def _blocks(self, weight: str) -> tuple[int, int] | None:
-        """Rows and columns of the weight under one number of its scale; None for one scale for all or for each row."""
+        """Rows and columns of the weight for each number of its scale; None for one scale in all or per row."""
         shape, scale = self.shape(weight), self.shape(self._scales[weight])
         numbers = math.prod(scale)
         if numbers == 1 or (len(shape) > 0 and numbers == shape[0] == max(scale)):
@@ -135,14 +135,18 @@ class Weights:
                 return _BLOCK, _BLOCK
         self._refuse(f"{self._scales[weight][:100]} of shape {list(scale)} for a weight of shape {list(shape)}")
 
-    def _refuse(self, found: str) -> NoReturn:
+    def _refuse(self, problem: str) -> NoReturn:
         raise WrongFamilyError(
-            f"{self._label} has {found}; expected plain weights (fp32, fp16, bf16, fp8), or 8-bit weights with a scale "
-            f"beside each ({', '.join(SCALES[:3])} or SCB); take the model in half precision"
+            f"{self._label} has {problem}; expected plain weights (fp32, fp16, bf16, fp8), or 8-bit weights with a "
+            f"scale each ({', '.join(SCALES[:3])} or SCB); take the model in half precision"
         )
 
     def _check_note(self, name: str) -> None:
-        """Makes sure that ComfyUI's note about a layer names a format that is read here."""
+        """Checks that ComfyUI's note about a layer names a supported format.
+
+        Raises:
+            WrongFamilyError: the format is not supported.
+        """
         if not name.endswith("comfy_quant") or math.prod(self.shape(name)) > 4096:
             return
         try:
@@ -158,10 +162,10 @@ class Weights:
         return self._entries[name].shape
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`; in fp32 where it was scaled or stored in 8 bits.
+        """The tensor called `name`; in fp32 if it was scaled or stored in 8 bits.
 
         Raises:
-            IncompleteModelError: it cannot be read, or its scale is not finite.
+            IncompleteModelError: the tensor cannot be read, or its scale is not finite.
         """
         tensor = self._read(name)
         if name not in self._scales:
@@ -170,7 +174,7 @@ class Weights:
         if not scale.isfinite().all():
             raise IncompleteModelError(f"{self._label}: {self._scales[name][:100]} is not finite; download it again")
         if self._scales[name].endswith(".SCB"):
-            # bitsandbytes keeps the largest absolute value of a row, which 127 stands for.
+            # bitsandbytes stores the largest absolute value of a row, which is 127 in int8.
             scale = scale / 127
         blocks = self._blocks(name)
         if blocks is None:

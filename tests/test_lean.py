@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import away_from_start, new_tiny_unet
 from torch import Tensor, nn
 
-from lowmem_imagic.families.lean_unet import make_frugal
+from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.layers.lean import GroupNormSiLU, geglu
 from lowmem_imagic.planning.counting import LiveBytes
 
@@ -100,7 +100,7 @@ def test_less_is_kept() -> None:
     ],
     ids=str,
 )
-def test_a_frugal_unet_computes_the_same(unusual: dict[str, Any], relative: Callable[..., float]) -> None:
+def test_a_lean_unet_computes_the_same(unusual: dict[str, Any], relative: Callable[..., float]) -> None:
     """A UNet with these layers has the output and gradients of the one it was, and the same names of weights, also
     where its residual blocks are not all of the usual kind."""
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_a_frugal_unet_computes_the_same(unusual: dict[str, Any], relative: Call
     names = list(unet.state_dict())
     text = torch.randn(2, 7, 16)
     found = []
-    for change in (lambda _: None, make_frugal):
+    for change in (lambda _: None, make_lean):
         change(unet)
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = unet(x, torch.tensor([10, 900]), encoder_hidden_states=text).sample
@@ -120,5 +120,5 @@ def test_a_frugal_unet_computes_the_same(unusual: dict[str, Any], relative: Call
     if unusual:
         return
     kinds = [type(module).__name__ for module in unet.modules()]
-    assert "GEGLU" not in kinds and kinds.count("GroupNormSiLU") == 1 + 2 * kinds.count("_FrugalResnet")
+    assert "GEGLU" not in kinds and kinds.count("GroupNormSiLU") == 1 + 2 * kinds.count("_LeanResnet")
     assert "ResnetBlock2D" not in kinds
