@@ -111,12 +111,12 @@ def test_errors_while_a_pack_trains(run: Callable[..., Said], tmp_path: Path, mo
     def encoded(self: Any, jobs: Any) -> None:
         before = len(self._waiting)
         encode(self, jobs)
-        for task in list(self._ready)[before:]:
+        for task in list(self._waiting)[before:]:
             bad.extend((task.latents, error) for n, error in enumerate(errors, 1) if task.job.photo.name == f"p{n}")
 
     def entering(self: Any, slot: int, stage: Any, losses: Any) -> bool:
         for latents, error in bad:
-            if stage.name == "finetune" and self._held[slot].task.latents is latents:
+            if stage.name == "finetune" and self._edits[slot].task.latents is latents:
                 raise error
         return enter(self, slot, stage, losses)
 

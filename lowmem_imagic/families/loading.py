@@ -48,7 +48,7 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
 
 
 def _build(component: str, values: Mapping[str, Any]) -> nn.Module:
-    with init_empty_weights(include_buffers=False), quiet():
+    with init_empty_weights(include_buffers=False), without_advice():
         if component == "text_encoder":
             part: nn.Module = CLIPTextModel(CLIPTextConfig(**values))
             return part
@@ -60,9 +60,8 @@ def _build(component: str, values: Mapping[str, Any]) -> nn.Module:
 def try_out(component: str, values: Mapping[str, Any], label: str, side: int) -> None:
     """Checks that a part with this configuration computes results of the right shapes, without weights.
 
-    Many values are looked at only when a network computes: some libraries take them all while they build it. This is
-    the pass itself, on the meta device, of one picture of `side` latent pixels; a process makes it once for a
-    configuration.
+    Some values are checked only when a network computes, not when it is built. So this runs a pass on the meta device,
+    for one picture of `side` latent pixels, once in a process for each configuration.
 
     Raises:
         IncompleteModelError: the part cannot compute, or gives another shape.
@@ -77,7 +76,7 @@ def _try_out(component: str, values_as_json: str, side: int) -> None:
     values: dict[str, Any] = json.loads(values_as_json)
     part: Any = _build(component, values).to("meta")
     latents = torch.empty(1, 4, side, side, device="meta")
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), without_advice():
         if component == "text_encoder":
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
             shapes = [(part(ids)[0].shape, (*ids.shape, values["hidden_size"]))]
@@ -90,9 +89,9 @@ def _try_out(component: str, values_as_json: str, side: int) -> None:
             factor = 2 ** (len(values["block_out_channels"]) - 1)
             shapes = [(picture.shape, (1, 3, factor * side, factor * side))]
             shapes.append((part.encode(picture).latent_dist.mean.shape, latents.shape))
-    for found, expected in shapes:
-        if tuple(found) != tuple(expected):
-            raise ValueError(f"it computes the shape {list(found)}, expected {list(expected)}")
+    for shape, expected in shapes:
+        if tuple(shape) != tuple(expected):
+            raise ValueError(f"it computes the shape {list(shape)}, expected {list(expected)}")
 
 
 def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str, Any]) -> Tensors:

@@ -267,7 +267,7 @@ class StableDiffusion:
         return vae  # type: ignore[no-any-return]
 
     def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
-        """A part on the meta device, which was tried out before."""
+        """A part on the meta device; its configuration is tried out once."""
         try_out(component, values, self._folder.label, self.latent_shape[1])
         return build(component, values, self._folder.label)
 

@@ -220,7 +220,7 @@ class _Planner:
             if not fits(1, 1):
                 return None
             about = self._costs.train_about(checkpointing=checkpointing, recorded=recorded)
-            # A third over: what is likely is then looked at exactly.
+            # Estimates may be off: sizes up to a third too large are computed exactly below.
             sizes = [(rows, slots) for rows, slots in sizes if about(-rows, slots) <= 4 / 3 * self.room(slots)]
         return next(((slots, -rows) for rows, slots in sorted(sizes) if fits(-rows, slots)), None)
 

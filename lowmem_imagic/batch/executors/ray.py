@@ -79,7 +79,7 @@ class RayExecutor:
                 "`executor=ray` was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
             ) from error
         self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
-        # Ray takes SIGTERM for itself, which would end the run without an orderly end.
+        # Ray installs a handler of SIGTERM that would end the run at once; restore ours.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             # Without an address, always start a new cluster, even if another one is running.
@@ -112,21 +112,21 @@ class RayExecutor:
         self.close()
 
     def _actors(self) -> list[Any]:
-        """One actor for each GPU; on a cluster without, one for each machine, or as many as were asked for."""
+        """The actors: `workers`, or one for each GPU, or one for each machine of a cluster without GPUs."""
         resources = self._ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if self._request["device"] != "cpu" else 0
         machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
         count = self._request["workers"] or gpus or machines
         needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
         needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
-        # Two threads: one makes items, one answers how far it is.
+        # Two threads: one makes items, one reports progress.
         kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(self._actor)
         return [kind.remote(self._request.as_json()) for _ in range(count)]
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
         """See `Executor`; the first call starts the actors."""
         self._handles = self._handles or [_ActorHandle(self._ray, one) for one in self._actors()]
-        waiting, given, more = deque[Assignment](), 0, True
+        waiting, assigned, more = deque[Assignment](), 0, True
         while True:
             for handle in self._handles:
                 # Chunks become smaller towards the end, so that all actors finish together.
@@ -342,11 +342,11 @@ def driving(address: str | None) -> Iterator[dict[str, str]]:
 
 
 def check_executor(executor: str, address: str | None) -> None:
-    """Makes sure that there is an executor of that name, and somebody at its address.
+    """Checks the options `executor` and `address`.
 
     Raises:
-        ConfigError: there is no such executor, or an address makes no sense for it.
-        BackendUnavailableError: nobody listens at the address.
+        ConfigError: the executor is unknown, or does not take an address.
+        BackendUnavailableError: no server listens at the address.
     """
     if executor not in ("local", "ray"):
         raise ConfigError(f"`executor` is {executor!r}, expected local or ray")
