@@ -65,8 +65,8 @@ def wait_for(out: Path, count: int) -> None:
 
 @pytest.mark.process
 def test_processes_that_are_stopped_and_killed(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends all of them in good order. The same command goes on with what is left; one that is killed on its way
-    is started again, every item is made once, and nothing is left behind."""
+    """Ctrl-C ends all processes in good order. The same command continues with the rest and makes every item once, even
+    if a process is killed; no temporary files are left."""
     out = tmp_path / "out"
     run = start(manifest, out, tiny_folder)
     wait_for(out, 1)

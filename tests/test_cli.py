@@ -352,7 +352,7 @@ def test_doctor_names_versions_and_paths(run):
 
 
 def test_doctor_plans_for_cards(run, tiny_folder, monkeypatch):
-    """`doctor --plan` says for each amount of memory what fits, for one photo and for many, or why nothing does."""
+    """`doctor --plan` shows a plan for each amount of memory, for one photo and for many, or why none fits."""
     from lowmem_imagic.actions import doctor
 
     # The same plans, told twice: worked out once.

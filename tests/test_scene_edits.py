@@ -344,7 +344,7 @@ def test_inversion_comes_back(base: BaseModel) -> None:
 
 
 def test_kept_edits_are_not_trained_again(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a folder keeps is rendered without training, under any way of sampling; other training settings are not."""
+    """Edits in a folder are rendered without training, for any settings of sampling; other training settings train."""
     photos, sentences = [ITEMS[0].photo_picture(PX)], [ITEMS[0].sentence]
     runs: list[int] = []
     train = edit_methods.make_edits
