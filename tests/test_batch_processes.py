@@ -48,33 +48,25 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(out: Path, done: int) -> None:
+def done(out: Path) -> list[str]:
+    """Names of the items that are done."""
+    seen = snapshot(out / ".lowmem-imagic" / "ledger.sqlite3")
+    return [] if seen is None else [entry.name for entry in seen.entries if entry.state == DONE]
+
+
+def wait_for(out: Path, count: int) -> None:
     """Until so many items are done."""
     for _ in range(3000):
-        seen = snapshot(out / ".lowmem-imagic" / "ledger.sqlite3")
-        if seen is not None and sum(entry.state == DONE for entry in seen.entries) >= done:
+        if len(done(out)) >= count:
             return
         time.sleep(0.1)
     raise AssertionError("nothing happens")
 
 
 @pytest.mark.process
-def test_a_process_that_is_killed_is_started_again(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """Two processes make every item once, even if one is killed; no temporary files are left."""
-    out = tmp_path / "out"
-    run = start(manifest, out, tiny_folder)
-    wait_for(out, 1)
-    os.kill(children(run.pid)[0], signal.SIGKILL)
-    said, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors
-    tally = json.loads(said)
-    assert sorted(tally["done"]) == [f"n{n}" for n in range(ITEMS)] and not tally["failed"]
-    assert len(files_of(out)) == 5 * ITEMS
-
-
-@pytest.mark.process
-def test_ctrl_c_reaches_every_process_once(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends all processes in good order; the same command continues with the rest."""
+def test_processes_that_are_stopped_and_killed(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends all processes in good order. The same command continues with the rest and makes every item once, even
+    if a process is killed; no temporary files are left."""
     out = tmp_path / "out"
     run = start(manifest, out, tiny_folder)
     wait_for(out, 1)
@@ -83,11 +75,16 @@ def test_ctrl_c_reaches_every_process_once(manifest: Path, tiny_folder: Path, tm
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 130 and "Traceback" not in errors, errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    before = set(done(out))
     run = start(manifest, out, tiny_folder)
+    wait_for(out, len(before) + 1)
+    os.kill(children(run.pid)[0], signal.SIGKILL)
     said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0 and "ended without a word (signal 9); it is started again" in errors, errors
     tally = json.loads(said)
-    assert run.returncode == 0 and len(tally["done"]) + len(tally["done_before"]) == ITEMS
-    assert tally["done_before"] and len(files_of(out)) == 5 * ITEMS
+    assert before and set(tally["done_before"]) == before and not tally["failed"]
+    assert sorted(tally["done"] + tally["done_before"]) == [f"n{n}" for n in range(ITEMS)]
+    assert len(files_of(out)) == 5 * ITEMS
 
 
 @pytest.mark.process

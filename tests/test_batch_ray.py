@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from lowmem_imagic.cli.commands import app
 from tests.crashes import least_psnr
+from tests.processes import Process
 from tests.test_batch import QUICK, SENTENCE, photo
 from tests.test_batch_processes import children, wait_for
 
@@ -93,16 +95,16 @@ def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: bool = F
     request |= {"checkpointing": False, "small": False, "force": False, "save_every": 0, "steps_sample": 2}
     request |= {"steps_embed": 2, "steps_finetune": 2, "executor": "ray", "address": cluster.address, "workers": 2}
     order = {"request": request, "folder": str(manifest.parent), "sentence": SENTENCE, "items": ITEMS, "kill": kill}
-    words = (sys.executable, "-m", "tests.ray_driver", "items", json.dumps(order))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        # Ray prints its own lines to the standard output of the driving process.
-        for line in process.stdout:
-            if line == "first\n" and remove:
-                print("remove", file=cluster.orders, flush=True)
-            if line.startswith("{"):
-                answer = json.loads(line)
-        assert process.wait(60) == 0
+    order["first"] = str(manifest.parent / "first")
+    process = Process("tests.ray_driver", "items", json.dumps(order))
+    while remove and not Path(order["first"]).exists() and process.poll() is None:
+        time.sleep(0.05)
+    if remove:
+        print("remove", file=cluster.orders, flush=True)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    # Ray prints words of its own to the standard output of the process that drives it.
+    [answer] = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     good = [f"n{n}" for n in range(ITEMS) if n != 3]
     assert sorted(answer["done"]) == [f"n{n}" for n in range(ITEMS)] and answer["files"] == good
     assert [name for name, error in answer["done"].items() if error] == ["n3"]
@@ -147,37 +149,8 @@ def test_a_driver_that_is_lost(manifest: Path, tiny_folder: Path, tmp_path: Path
     """Without an address Ray listens at the loopback address alone. Its driver, killed in mid-run, is said to have
     ended and started again; every item is made, and nothing is left in temporary folders."""
     before, out = left_behind(), tmp_path / "out"
-    words = (
-        "batch",
-        "run",
-        str(manifest),
-        "--out",
-        str(out),
-        "--model",
-        str(tiny_folder),
-        "--device",
-        "cpu",
-        *QUICK,
-        "--json",
-    )
-    run = subprocess.Popen(
-        (
-            sys.executable,
-            "-m",
-            "lowmem_imagic",
-            *words,
-            "--slots",
-            "1",
-            "--executor",
-            "ray",
-            "--workers",
-            "1",
-            "--json",
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ("batch", "run", str(manifest), "--out", str(out), "--model", str(tiny_folder), "--device", "cpu", *QUICK)
+    run = Process("lowmem_imagic", *words, "--slots", "1", "--executor", "ray", "--workers", "1", "--json")
     wait_for(out, 1)
     # An actor of an earlier test may have been starting when its cluster was ended.
     strays = {name for name in left_behind() - before if not name.startswith("lmi-ray-")}

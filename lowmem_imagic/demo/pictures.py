@@ -1,5 +1,6 @@
 """The pictures that the bundled model, and whatever judges it, is trained on: scenes by number, rendered."""
 
+import functools
 import multiprocessing
 import os
 import random
@@ -11,17 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import architecture
-from .render import render
+from .render import pixels
 from .scene import Scene
 
 
 def scene_at(seed: int, index: int) -> Scene:
     """Scene number `index` of the set with this seed."""
     return Scene.draw(random.Random(f"{seed}/{index}"))
-
-
-def _render_at(item: tuple[int, int]) -> np.ndarray:
-    return np.asarray(render(scene_at(*item), architecture.SIZE_PX))
 
 
 def rendered(path: Path, *, seed: int, count: int, processes: int) -> np.ndarray:
@@ -35,8 +32,10 @@ def rendered(path: Path, *, seed: int, count: int, processes: int) -> np.ndarray
         pictures[:there] = before
     if there == count:
         return pictures
-    with multiprocessing.get_context("spawn").Pool(processes, _one_thread) as pool:
-        work = pool.imap(_render_at, ((seed, index) for index in range(there, count)), chunksize=32)
+    scenes = (scene_at(seed, index) for index in range(there, count))
+    # The processes import `render` alone, which takes no torch.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        work = pool.imap(functools.partial(pixels, size_px=size), scenes, chunksize=32)
         bar = tqdm(work, initial=there, total=count, desc="rendering", mininterval=5)
         for index, picture in enumerate(bar, start=there):
             pictures[index] = picture
@@ -44,10 +43,6 @@ def rendered(path: Path, *, seed: int, count: int, processes: int) -> np.ndarray
     np.save(partial, pictures, allow_pickle=False)
     os.replace(partial, path)
     return pictures
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def to_tensor(pictures: np.ndarray, device: torch.device) -> Tensor:

@@ -338,6 +338,11 @@ def render(scene: Scene, size_px: int = 64, *, supersampling: int = 3) -> Image.
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
+def pixels(scene: Scene, *, size_px: int = 64) -> Array:
+    """The picture of `scene` as (size_px, size_px, 3) uint8; see `render`."""
+    return np.asarray(render(scene, size_px))
+
+
 def object_mask(scene: Scene, size_px: int = 64) -> NDArray[np.int64]:
     """Object number (size_px, size_px) at each pixel's centre, 0 for floor and sky."""
     _, number = _shade(scene, size_px)

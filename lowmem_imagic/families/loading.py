@@ -6,8 +6,10 @@ quantisers and foreign code, and they fill missing weights with random numbers.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +43,12 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
     Raises:
         IncompleteModelError: the libraries cannot build it.
     """
-    with init_empty_weights(include_buffers=False), without_advice(), complete(label, component):
+    with complete(label, component):
+        return _build(component, values)
+
+
+def _build(component: str, values: Mapping[str, Any]) -> nn.Module:
+    with init_empty_weights(include_buffers=False), without_advice():
         if component == "text_encoder":
             part: nn.Module = CLIPTextModel(CLIPTextConfig(**values))
             return part
@@ -54,14 +61,22 @@ def try_out(component: str, values: Mapping[str, Any], label: str, side: int) ->
     """Checks that a part with this configuration computes results of the right shapes, without weights.
 
     Some values are checked only when a network computes, not when it is built. So this runs a pass on the meta device,
-    for one picture of `side` latent pixels.
+    for one picture of `side` latent pixels, once in a process for each configuration.
 
     Raises:
         IncompleteModelError: the part cannot compute, or gives another shape.
     """
-    part: Any = build(component, values, label).to("meta")
+    with complete(label, component):
+        _try_out(component, json.dumps(values), side)
+
+
+# A call that raises is not remembered.
+@lru_cache(maxsize=64)
+def _try_out(component: str, values_as_json: str, side: int) -> None:
+    values: dict[str, Any] = json.loads(values_as_json)
+    part: Any = _build(component, values).to("meta")
     latents = torch.empty(1, 4, side, side, device="meta")
-    with torch.no_grad(), without_advice(), complete(label, component):
+    with torch.no_grad(), without_advice():
         if component == "text_encoder":
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
             shapes = [(part(ids)[0].shape, (*ids.shape, values["hidden_size"]))]
@@ -74,9 +89,9 @@ def try_out(component: str, values: Mapping[str, Any], label: str, side: int) ->
             factor = 2 ** (len(values["block_out_channels"]) - 1)
             shapes = [(picture.shape, (1, 3, factor * side, factor * side))]
             shapes.append((part.encode(picture).latent_dist.mean.shape, latents.shape))
-        for shape, expected in shapes:
-            if tuple(shape) != tuple(expected):
-                raise ValueError(f"it computes the shape {list(shape)}, expected {list(expected)}")
+    for shape, expected in shapes:
+        if tuple(shape) != tuple(expected):
+            raise ValueError(f"it computes the shape {list(shape)}, expected {list(expected)}")
 
 
 def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str, Any]) -> Tensors:

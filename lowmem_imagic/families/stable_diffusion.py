@@ -54,7 +54,6 @@ class StableDiffusion:
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
-        self._tried: set[str] = set()
         self._folder = source if isinstance(source, Folder) else source.configuration
         kinds.check_pipeline(self._folder.config(".", "model_index.json"), self._folder.label)
         limits.check_side(self.unet_config["sample_size"], self.vae_factor, self._folder.label)
@@ -271,9 +270,7 @@ class StableDiffusion:
 
     def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
         """A part on the meta device; its configuration is tried out once."""
-        if component not in self._tried:
-            try_out(component, values, self._folder.label, self.latent_shape[1])
-            self._tried.add(component)
+        try_out(component, values, self._folder.label, self.latent_shape[1])
         return build(component, values, self._folder.label)
 
     @property

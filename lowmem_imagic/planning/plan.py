@@ -206,20 +206,23 @@ class _Planner:
     def training(self, checkpointing: bool) -> tuple[int, int] | None:
         """The most rows per pass that fit, in the fewest slots: (slots, rows); None if not even one row fits."""
         recorded = self.recorded(checkpointing)
-        about = self._costs.train_about(checkpointing=checkpointing, recorded=recorded)
         draws = max(self._config.embed.draws, self._config.finetune.draws)
-        candidates = [
-            (-slots * each, slots)
-            for slots in range(1, min(self._jobs, MAX_SLOTS) + 1)
-            for each in range(1, draws + 1)
-            # Estimates may be off: candidates up to a third too large are computed exactly below.
-            if about(slots * each, slots) <= 4 / 3 * self.room(slots)
+        sizes = [
+            (-slots * each, slots) for slots in range(1, min(self._jobs, MAX_SLOTS) + 1) for each in range(1, draws + 1)
         ]
-        for negative, slots in sorted(candidates):
-            exactly = self._costs.train(-negative, slots, checkpointing=checkpointing, recorded=recorded)
-            if exactly <= self.room(slots):
-                return slots, -negative
-        return None
+
+        def fits(rows: int, slots: int) -> bool:
+            taken = self._costs.train(rows, slots, checkpointing=checkpointing, recorded=recorded)
+            return taken <= self.room(slots)
+
+        # An estimate for all sizes takes as many passes as three of them.
+        if len(sizes) > 3:
+            if not fits(1, 1):
+                return None
+            about = self._costs.train_about(checkpointing=checkpointing, recorded=recorded)
+            # Estimates may be off: sizes up to a third too large are computed exactly below.
+            sizes = [(rows, slots) for rows, slots in sizes if about(-rows, slots) <= 4 / 3 * self.room(slots)]
+        return next(((slots, -rows) for rows, slots in sorted(sizes) if fits(-rows, slots)), None)
 
     def batch_rows(self, resident: int) -> int:
         """Most rows of a sampling batch; 0 if not even one image fits."""

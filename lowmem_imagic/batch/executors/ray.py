@@ -79,7 +79,6 @@ class RayExecutor:
                 "`executor=ray` was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
             ) from error
         self._ray, self._request, self._publish, self._stop = ray, request, publish, stop
-        _check_address(request["address"])
         # Ray installs a handler of SIGTERM that would end the run at once; restore ours.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
@@ -93,7 +92,7 @@ class RayExecutor:
             ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
-        self._handles = [_ActorHandle(ray, one) for one in self._actors(actor)]
+        self._actor, self._handles = actor, list[_ActorHandle]()
         self._lost = Counter[str]()
 
     def close(self) -> None:
@@ -112,7 +111,7 @@ class RayExecutor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _actors(self, actor: type[Any]) -> list[Any]:
+    def _actors(self) -> list[Any]:
         """The actors: `workers`, or one for each GPU, or one for each machine of a cluster without GPUs."""
         resources = self._ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if self._request["device"] != "cpu" else 0
@@ -121,11 +120,12 @@ class RayExecutor:
         needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
         needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
         # Two threads: one makes items, one reports progress.
-        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(actor)
+        kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(self._actor)
         return [kind.remote(self._request.as_json()) for _ in range(count)]
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
-        """See `Executor`."""
+        """See `Executor`; the first call starts the actors."""
+        self._handles = self._handles or [_ActorHandle(self._ray, one) for one in self._actors()]
         waiting, assigned, more = deque[Assignment](), 0, True
         while True:
             for handle in self._handles:
@@ -341,28 +341,22 @@ def driving(address: str | None) -> Iterator[dict[str, str]]:
             time.sleep(0.25)
 
 
-def _check_address(address: str | None) -> None:
-    """Checks that a server listens at the address: Ray would try for minutes, and then end the process.
-
-    Raises:
-        BackendUnavailableError: no server listens there.
-    """
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check `address`") from error
-
-
 def check_executor(executor: str, address: str | None) -> None:
     """Checks the options `executor` and `address`.
 
     Raises:
         ConfigError: the executor is unknown, or does not take an address.
+        BackendUnavailableError: no server listens at the address.
     """
     if executor not in ("local", "ray"):
         raise ConfigError(f"`executor` is {executor!r}, expected local or ray")
     if address is not None and executor != "ray":
         raise ConfigError("`address` names a Ray cluster; give `executor=ray` with it")
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    # Ray would try for minutes, and then end the process.
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise BackendUnavailableError(f"no Ray cluster at {address} ({error}); check `address`") from error
