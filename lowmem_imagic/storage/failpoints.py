@@ -2,7 +2,8 @@
 
 ``LOWMEM_IMAGIC_FAILPOINT=renamed`` kills this process with SIGKILL when it reaches the place of that name for the
 first time, ``renamed:3`` when it does for the third; ``renamed:3:stop`` suspends it there until SIGCONT. Unset, which
-is always outside tests, a place costs a look at a variable.
+is always outside tests, a place costs a look at a variable. Passings are counted for the whole process, which is what
+ends.
 """
 
 import os

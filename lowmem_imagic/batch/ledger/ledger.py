@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import OutputUnwritableError
 from ...storage.failpoints import reach
@@ -42,8 +42,6 @@ from .watch import Watch
 HEARTBEAT_S = 5.0
 SUSPECT_ATTEMPTS = 3
 """After so many an item is taken last, and by itself: one that ends the process shall not keep the others."""
-_open_here: set[tuple[Path, int]] = set()
-"""Ledgers that this process has open: file and runner's number."""
 
 
 class Ledger:
@@ -51,6 +49,9 @@ class Ledger:
 
     Every change is one transaction, on disk when the call returns.
     """
+
+    _open: ClassVar[set[tuple[Path, int]]] = set()
+    """The ledgers that this process has open: file and runner's number."""
 
     def __init__(self, path: Path, *, warn: Callable[[str], None] = lambda text: None) -> None:
         self._path, self._warn = path, warn
@@ -77,7 +78,7 @@ class Ledger:
         except RuntimeError:
             self._database.close()
             raise
-        _open_here.add((path, self.me))
+        self._open.add((path, self.me))
 
     def close(self) -> None:
         """Says goodbye: what this runner still holds waits for others."""
@@ -88,7 +89,7 @@ class Ledger:
                 f"UPDATE jobs SET state = '{WAITING}' WHERE state = '{RUNNING}' AND runner = ?", (self.me,)
             )
             database.execute("DELETE FROM runners WHERE id = ?", (self.me,))
-        _open_here.discard((self._path, self.me))
+        self._open.discard((self._path, self.me))
         self._database.close()
 
     def __enter__(self) -> "Ledger":
@@ -317,7 +318,7 @@ class Ledger:
         """Whether a runner has ended: seen on its own machine, else by its silence on the clock of this process."""
         if runner.owner == self._owner:
             # Closed on a disk so full that its row stayed.
-            return (self._path, runner.id) not in _open_here
+            return (self._path, runner.id) not in self._open
         return runner.owner.alive is False or self._watch.silent_s(runner) > LEASE_S
 
     def _take_over(self, database: sqlite3.Connection) -> None:
