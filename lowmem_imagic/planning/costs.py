@@ -70,6 +70,7 @@ class Costs:
         weights: format of the denoisers' weights, one of `WEIGHT_FORMATS`.
         dtype: compute type of the denoisers.
         part_dtype: type of text encoder and autoencoder.
+        attention: of the denoisers, "sdpa" or "xformers"; text encoder and autoencoder have torch's.
         size: width and height of the pictures; None for the model's own, which no photo exceeds.
     """
 
@@ -81,10 +82,11 @@ class Costs:
         weights: str,
         dtype: torch.dtype,
         part_dtype: torch.dtype,
+        attention: str = "sdpa",
         size: Size | None = None,
     ) -> None:
         self._family, self._config, self._part_dtype = family, config, part_dtype
-        self._size = size or family.sizes.own
+        self._size, self._attention = size or family.sizes.own, attention
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
         self.known: dict[Any, int] = {}
@@ -158,7 +160,7 @@ class Costs:
             x = torch.cat([self._x(denoiser, rows) for _ in range(2)])[:rows]
             self._base.predict(denoiser, x, self._at(denoiser, rows), conditioning)
 
-        with torch.no_grad(), fused_attention(), pack.attached(self._base.network(denoiser)):
+        with torch.no_grad(), fused_attention(self._attention), pack.attached(self._base.network(denoiser)):
             return peak_of(run) + pack.weights.nbytes
 
     def _text_encoder(self) -> Any:
@@ -250,7 +252,7 @@ class Costs:
             noisy = self._x(denoiser, rows)
             trainer.run_pass(denoiser, True, 1.0, noisy, self._at(denoiser, rows), torch.empty_like(noisy), index)
 
-        with fused_attention(), contextlib.ExitStack() as attached:
+        with fused_attention(self._attention), contextlib.ExitStack() as attached:
             for pack in packs.values():
                 attached.enter_context(pack.attached(network))
             return peak_of(run)

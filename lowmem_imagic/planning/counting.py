@@ -77,18 +77,23 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_FUSED: ContextVar[bool] = ContextVar("fused", default=False)
-"""Whether this thread counts attention as fused kernels compute it."""
+_FUSED: ContextVar[str] = ContextVar("fused", default="")
+"""The fused attention that this thread counts, if any."""
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
+def fused_attention(kind: str = "sdpa") -> Iterator[None]:
     """Within the ``with`` block, attention on the meta device allocates like a fused kernel: no matrix of all pairs.
 
     The meta device has no fused kernel; every real device has one. Other threads, and tensors on other devices, use
     torch's own attention.
+
+    Args:
+        kind: "sdpa" for torch's kernels, which read heads as the projections left them; "xformers" for those of
+            xformers as diffusers calls them, with copies of queries, keys, values and results, each head in one piece.
+            A tensor of sums has the same size in both: xformers rounds it up to 32 rows.
     """
-    token = _FUSED.set(True)
+    token = _FUSED.set(kind)
     try:
         yield
     finally:
@@ -97,12 +102,14 @@ def fused_attention() -> Iterator[None]:
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention on the meta device: of a fused kernel within `fused_attention`, else torch's own."""
-    aten = torch.ops.aten
-    if _FUSED.get():
-        result: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-        return result
-    own: Tensor = aten.scaled_dot_product_attention.default.decompose(query, key, value, *args, **kwargs)
-    return own
+    aten, kind = torch.ops.aten, _FUSED.get()
+    if not kind:
+        own: Tensor = aten.scaled_dot_product_attention.default.decompose(query, key, value, *args, **kwargs)
+        return own
+    if kind == "xformers":
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    result: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    return result.contiguous() if kind == "xformers" else result
 
 
 # A torch function mode would not reach the passes that checkpointing recomputes, and a dispatch mode sees only the

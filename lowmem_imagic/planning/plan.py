@@ -130,10 +130,15 @@ class Budget:
 
 def _costs(base: BaseModel, config: EditConfig) -> Costs:
     """The costs of the phases on a base, cached in the base."""
-    key = (Costs, config, base.weights, base.dtype, base.part_dtype)
+    key = (Costs, config, base.weights, base.dtype, base.part_dtype, base.attention)
     if key not in base.remembered:
         base.remembered[key] = Costs(
-            base.family, config, weights=base.weights, dtype=base.dtype, part_dtype=base.part_dtype
+            base.family,
+            config,
+            weights=base.weights,
+            dtype=base.dtype,
+            part_dtype=base.part_dtype,
+            attention=base.attention,
         )
     costs: Costs = base.remembered[key]
     return costs

@@ -2,7 +2,7 @@
 
 ``LOWMEM_IMAGIC_FAILPOINT=renamed`` kills this process with SIGKILL when it reaches the failpoint ``renamed`` for the
 first time, ``renamed:3`` for the third time; ``renamed:3:stop`` suspends it there until SIGCONT. Without the variable,
-as always outside tests, a failpoint costs one comparison.
+as always outside tests, a failpoint costs one comparison. The count is of the whole process, which is killed.
 """
 
 import os

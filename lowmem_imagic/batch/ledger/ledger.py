@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import OutputUnwritableError
 from ...storage.failpoints import reach
@@ -43,8 +43,6 @@ HEARTBEAT_S = 5.0
 SUSPECT_ATTEMPTS = 3
 """Attempts after which an item is claimed last, and alone, so that an item that crashes its process does not stop the
 others."""
-_open_here: set[tuple[Path, int]] = set()
-"""Ledgers that are open in this process: file and runner's number."""
 
 
 class Ledger:
@@ -52,6 +50,9 @@ class Ledger:
 
     Every change is one transaction, on disk when the call returns.
     """
+
+    _open: ClassVar[set[tuple[Path, int]]] = set()
+    """The ledgers that this process has open: file and runner's number."""
 
     def __init__(self, path: Path, *, warn: Callable[[str], None] = lambda text: None) -> None:
         self._path, self._warn = path, warn
@@ -78,7 +79,7 @@ class Ledger:
         except RuntimeError:
             self._database.close()
             raise
-        _open_here.add((path, self.me))
+        self._open.add((path, self.me))
 
     def close(self) -> None:
         """Closes the ledger; unfinished items of this runner wait for other runners."""
@@ -89,7 +90,7 @@ class Ledger:
                 f"UPDATE jobs SET state = '{WAITING}' WHERE state = '{RUNNING}' AND runner = ?", (self.me,)
             )
             database.execute("DELETE FROM runners WHERE id = ?", (self.me,))
-        _open_here.discard((self._path, self.me))
+        self._open.discard((self._path, self.me))
         self._database.close()
 
     def __enter__(self) -> "Ledger":
@@ -318,7 +319,7 @@ class Ledger:
         """Whether a runner has ended: by its process on this machine, else by its silence on this process's clock."""
         if runner.owner == self._owner:
             # Closed in this process, but a full disk kept its row.
-            return (self._path, runner.id) not in _open_here
+            return (self._path, runner.id) not in self._open
         return runner.owner.alive is False or self._watch.silent_s(runner) > LEASE_S
 
     def _take_over(self, database: sqlite3.Connection) -> None:

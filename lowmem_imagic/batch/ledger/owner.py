@@ -4,6 +4,7 @@ import os
 import platform
 import secrets
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -42,16 +43,18 @@ class Owner:
         return f"process {self.pid} on {self.host}"
 
 
-_NOWHERE = f"unknown {secrets.token_hex(8)}"
-"""Boot id on systems without one: unique to this process, so that heartbeats alone decide about others."""
-
-
 def _boot() -> str:
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
     except OSError:
-        return _NOWHERE
+        return _nowhere()
+
+
+@cache
+def _nowhere() -> str:
+    """In place of the boot id where the system has none: no other process has it, and heartbeats decide."""
+    return f"unknown {secrets.token_hex(8)}"
 
 
 def is_stopped(pid: int) -> bool:
