@@ -202,6 +202,7 @@ def test_a_state_of_another_version_is_not_used(
         generator=torch.zeros(7, dtype=torch.uint8),
         finished={"embeds": torch.zeros(3, 3)},
         trained={},
+        shapes={"unet": [4, 16, 16]},
         measured={},
     )
     plain = run(listed(tmp_path, 2), "--out", tmp_path / "plain")

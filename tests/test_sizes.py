@@ -1,5 +1,6 @@
 """Photos are edited at their own aspect: pictures of other sizes than the model's square, through the whole way."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,23 @@ def test_a_pack_of_several_sizes_gives_what_each_gets_alone(wide: Any, wide_base
     assert relative(made[0].conditioning["embeds"], wide.conditioning["embeds"]) < 1e-3
     for key, factors in wide.adapters["unet"].items():
         assert relative(made[2].adapters["unet"][key].up, factors.up) < 0.05
+
+
+def test_a_state_of_another_size_is_not_resumed(wide_base: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A training state that was saved when the photo had another size is left: the edit begins anew, and is whole."""
+    states: list[Any] = []
+
+    def keep(pack: Any) -> None:
+        states.extend(state for _, state in pack.states())
+
+    [[(_, whole)]] = stream_edits(wide_base, [Job(photo(60, 40), SENTENCE)], config(), between=keep)
+    moved = dataclasses.replace(states[2], shapes={"unet": [4, 8, 8]})
+    [anew] = make_edits(wide_base, [Job(photo(60, 40), SENTENCE, moved)], config())
+    assert "another size" in caplog.text
+    assert anew.adapters == whole.adapters
+    caplog.clear()
+    [resumed] = make_edits(wide_base, [Job(photo(60, 40), SENTENCE, states[2])], config())
+    assert resumed.adapters == whole.adapters and not caplog.text
 
 
 def test_a_base_for_squares_renders_it_in_its_square(wide: Any, load_base: Any, monkeypatch: Any) -> None:

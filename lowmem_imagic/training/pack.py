@@ -235,6 +235,7 @@ class Pack:
                     generator=edit.task.generator.get_state(),
                     finished={name: row.to("cpu", copy=True) for name, row in self._finished(slot, edit.stage)},
                     trained=self._trainer.save(slot),
+                    shapes=_shapes(edit.task),
                     measured={**edit.result.measured, stage: edit.measured()},
                 ),
             )
@@ -332,6 +333,8 @@ class Pack:
             TensorShapeError: the state is of another training.
         """
         edit = self._edits[slot]
+        if state.shapes != _shapes(edit.task):
+            raise TensorShapeError("the saved state is of a photo in another size; expected the same size")
         [stage] = [stage for stage in self._stages if stage.name == state.stage]
         rows = dict(self._finished(slot, stage))
         if {name: row.shape for name, row in rows.items()} != {name: x.shape for name, x in state.finished.items()}:
@@ -418,6 +421,11 @@ class Pack:
         waiting = f"{count - self._started_count} waiting, {loss}"
         remark = f"{self._finished_count} of {count} edits trained, {training} in slots, {waiting}"
         self._progress("train", steps, each * count, remark)
+
+
+def _shapes(task: TrainingInput) -> dict[str, list[int]]:
+    """The shape (C, H, W) of an edit's photo as each denoiser sees it."""
+    return {name: list(latents.shape) for name, latents in task.latents.items()}
 
 
 def _buffers(parts: Mapping[str, Part], slots: int, device: torch.device) -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ class TrainingState:
     """Rows of the tensors that earlier stages trained and this one does not."""
     trained: dict[str, Tensor]
     """The tensors that this stage trains, see `Trainer.save`."""
+    shapes: dict[str, list[int]]
+    """Shape (C, H, W) of the photo as each denoiser sees it, by denoiser."""
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Seconds and peak bytes of the finished stages, and of the present one so far."""
 
@@ -43,7 +45,7 @@ def encode(state: TrainingState, key: str) -> bytes:
     tensors = {_GENERATOR: state.generator}
     tensors |= {_FINISHED + name: tensor for name, tensor in state.finished.items()}
     tensors |= {_TRAINED + name: tensor for name, tensor in state.trained.items()}
-    meta = {"stage": state.stage, "losses": state.losses, "measured": state.measured}
+    meta = {"stage": state.stage, "losses": state.losses, "shapes": state.shapes, "measured": state.measured}
     body = serialize(tensors, {_KEY: key, _META: dump_json(meta, _META)})
     return hashlib.sha256(body).digest() + body
 
@@ -67,6 +69,7 @@ def decode(data: bytes, key: str) -> TrainingState:
         return TrainingState(
             stage=meta["stage"],
             losses=meta["losses"],
+            shapes=meta["shapes"],
             measured=meta["measured"],
             generator=tensors.pop(_GENERATOR),
             finished=_with_prefix(tensors, _FINISHED),
