@@ -1,11 +1,14 @@
 """The engine's calls for Stable Diffusion, whose conditioning is one tensor (T, D) and whose denoiser is one."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from lowmem_imagic.batch.executors import local as executor
 from lowmem_imagic.families.adapter_names import KohyaNames
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.layers.adapter_pack import AdapterPack
@@ -103,3 +106,15 @@ def training_input(
 ) -> TrainingInput:
     """An edit to train; the target is (T, D)."""
     return TrainingInput({UNET: latents}, row(target), generator, {UNET: start_noise}, state=state)
+
+
+def before_each_edit(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> None:
+    """Lets a batch in this process call `action` with a count from 0 whenever trained edits are to be finished."""
+    stream, counts = executor.stream_edits, itertools.count()
+
+    def streaming(*args: Any, **options: Any) -> Iterator[Any]:
+        for group in stream(*args, **options):
+            action(next(counts))
+            yield group
+
+    monkeypatch.setattr(executor, "stream_edits", streaming)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LATENT_SIDE, TEXT_WIDTH
+from conftest import LATENT_SIDE, TEXT_WIDTH, new_tiny_unet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models import attention_processor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -30,6 +31,12 @@ from lowmem_imagic.errors import (
     WrongFamilyError,
 )
 from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import WEIGHT_FORMATS
 from tests import calls
 
@@ -226,7 +233,8 @@ def test_shards_outside_the_folder(folder_copy: Path) -> None:
         ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
         ("model_index.json", {"_class_name": None}, "without a pipeline class"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
-        ("unet/config.json", {"in_channels": 9}, "9 input channels"),
+        ("unet/config.json", {"in_channels": 9}, r"9 input channels \(inpainting\).*latents have 4"),
+        ("vae/config.json", {"latent_channels": 8}, "4 input channels.*latents have 8"),
         ("unet/config.json", {"cross_attention_dim": None}, "expected a plain text-to-image"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "predicts 'sample'.*v_prediction"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "unheard-of"}, "beta_schedule 'unheard-of'"),
@@ -237,6 +245,20 @@ def test_models_of_another_kind(name: str, changes: dict[str, Any], found: str, 
     edit_json(folder_copy / name, **changes)
     with pytest.raises(WrongFamilyError, match=found):
         load(folder_copy)
+
+
+def test_latents_may_have_other_channels(folder_copy: Path) -> None:
+    """A model of the same make whose latents have 8 channels is edited with like any other."""
+    vae = AutoencoderKL.from_config({**AutoencoderKL.load_config(folder_copy, subfolder="vae"), "latent_channels": 8})
+    vae.save_pretrained(folder_copy / "vae")
+    new_tiny_unet(in_channels=8, out_channels=8).save_pretrained(folder_copy / "unet")
+    base = load(folder_copy)
+    photo = Photo(image=Image.new("RGB", (16, 16), "teal"), sha256="0" * 64, name="p", notes=(), icc_profile=None)
+    short = {"embed": {"steps": 1}, "finetune": {"steps": 1}, "sample": {"num_inference_steps": 2, "etas": (0.0, 1.0)}}
+    config = preset("fast", short)
+    [edit] = make_edits(base, [Job(photo, PROMPTS[0])], config)
+    assert edit.coarse["unet"].shape == (8, 4, 4) and edit.version == 1
+    assert apply_edits(base, [edit], [Cell(0, 1.0, 0)], config.sample)[0].size == (16, 16)
 
 
 # Options

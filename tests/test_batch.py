@@ -23,7 +23,8 @@ from lowmem_imagic.cli.commands import app
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
 from lowmem_imagic.pipeline import prepare as preparation
-from lowmem_imagic.training import pack as packing
+from lowmem_imagic.training import embed
+from tests import calls
 
 QUICK = [
     "--steps-embed",
@@ -377,15 +378,14 @@ def test_one_that_diverges_harms_nobody(
 ) -> None:
     """An edit whose loss is no longer finite is reported; those beside it in the pack are finished."""
     (photos / "broken.png").unlink()
-    begin = packing.Pack._begin
+    start = embed.from_sentence
 
-    def poisoned(self: packing.Pack, slot: int, stage: Any) -> bool:
-        ended = begin(self, slot, stage)
-        if stage.name == "embed" and self._edits[slot].result.number == 1:
-            self._text.weights.data[slot] = float("nan")
-        return ended
+    def poisoned(slot: Any) -> None:
+        start(slot)
+        if slot.number == 1:
+            slot.text["embeds"].fill_(float("nan"))
 
-    monkeypatch.setattr(packing.Pack, "_begin", poisoned)
+    monkeypatch.setattr(embed, "from_sentence", poisoned)
     result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     tally = json.loads(result.stdout)
     assert [bad["where"] for bad in tally["failed"]] == ["p1.png"] and "loss is nan" in tally["failed"][0]["reason"]
@@ -400,14 +400,9 @@ def test_ctrl_c_keeps_what_is_finished(
     continues from there."""
     handler = signal.getsignal(number)
     (photos / "broken.png").unlink()
-    finish, words = worker._Pack._finish, (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
-
-    def stop_after_one(self: worker._Pack, *args: Any) -> Any:
-        signal.raise_signal(number)
-        return finish(self, *args)
-
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     with monkeypatch.context() as patch:
-        patch.setattr(worker._Pack, "_finish", stop_after_one)
+        calls.before_each_edit(patch, lambda count: signal.raise_signal(number))
         patch.setattr(worker, "CPU_SLOTS", 1)
         result = batch(*words)
     assert result.exit_code == 130 and "1 done, 2 left; run the same command again to continue" in result.stderr

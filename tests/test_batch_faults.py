@@ -18,7 +18,6 @@ from lowmem_imagic.batch import outputs
 from lowmem_imagic.batch.executors import build
 from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.failures import MAX_TRIES
-from lowmem_imagic.batch.runner import Batch
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.edits import file as edit_file
@@ -26,7 +25,7 @@ from lowmem_imagic.errors import MemoryLimitError
 from lowmem_imagic.pipeline import make as pipeline
 from lowmem_imagic.storage import writable
 from lowmem_imagic.training import pack as packing
-from tests import crashes
+from tests import calls, crashes
 from tests.test_batch import QUICK, SENTENCE, photo
 from tests.test_ledger import mounted
 
@@ -136,13 +135,13 @@ def test_a_tenth_is_bad(ten: tuple[Path, Path, Said]) -> None:
 
 def test_a_photo_that_vanishes(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A photo that was there at the start and is gone when its turn comes fails by itself."""
-    manifest, make_all = listed(tmp_path, 2), Batch._make_all
+    manifest, stream = listed(tmp_path, 2), worker.stream_edits
 
-    def late(self: Batch, ledger: Any) -> None:
-        (tmp_path / "p0.png").unlink()
-        make_all(self, ledger)
+    def late(*args: Any, **options: Any) -> Any:
+        (tmp_path / "p0.png").unlink(missing_ok=True)
+        return stream(*args, **options)
 
-    monkeypatch.setattr(Batch, "_make_all", late)
+    monkeypatch.setattr(worker, "stream_edits", late)
     said = run(manifest, "--out", tmp_path / "out")
     assert said.code == 3 and said.report["done"] == ["n1"]
     assert [bad["name"] for bad in said.report["failed"]] == ["n0"] and "there is no file" in said.errors
@@ -328,13 +327,8 @@ def test_shards(run: Callable[..., Said], tmp_path: Path) -> None:
 
 def test_a_run_seen_from_outside(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The status names a run at work, with its edits in training and the time left."""
-    finish, seen, out = worker._Pack._finish, list[dict[str, Any]](), tmp_path / "out"
-
-    def looking(self: worker._Pack, *values: Any) -> Any:
-        seen.append(status(out))
-        return finish(self, *values)
-
-    monkeypatch.setattr(worker._Pack, "_finish", looking)
+    seen, out = list[dict[str, Any]](), tmp_path / "out"
+    calls.before_each_edit(monkeypatch, lambda count: seen.append(status(out)))
     assert run(listed(tmp_path, 2), "--out", out, "--slots", 1).code == 0
     assert [(one["running"], one["done"]) for one in seen] == [(2, 0), (1, 1)]
     assert [runner["pid"] for one in seen for runner in one["runners"]] == [os.getpid()] * 2

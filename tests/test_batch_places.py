@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.ledger.file import WAITING, snapshot
 from lowmem_imagic.batch.ledger.ledger import Ledger, at_work
 from lowmem_imagic.batch.outputs import EMPTY, OTHER, UNFINISHED, item_state
 from lowmem_imagic.errors import OutputUnwritableError
 from lowmem_imagic.storage import atomic
+from tests import calls
 from tests.test_batch_faults import call, limit, listed, run  # noqa: F401  fixtures among them
 from tests.test_ledger import entries, opened
 
@@ -25,14 +25,7 @@ LEDGER = f"{HIDDEN}/ledger.sqlite3"
 
 def before_the_last(monkeypatch: pytest.MonkeyPatch, harm: Callable[[], None]) -> None:
     """Does harm when one of two items is finished, and the other is trained."""
-    finish, calls = worker._Pack._finish, iter(range(9))
-
-    def harming(self: worker._Pack, *values: Any) -> Any:
-        if next(calls) == 1:
-            harm()
-        return finish(self, *values)
-
-    monkeypatch.setattr(worker._Pack, "_finish", harming)
+    calls.before_each_edit(monkeypatch, lambda count: harm() if count == 1 else None)
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved", "its ledger deleted"])

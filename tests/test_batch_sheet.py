@@ -176,7 +176,7 @@ def test_what_is_gone_is_said(out: Path) -> None:
 )
 def test_folders_of_this_machine_are_not_named(message: str, shown: str) -> None:
     """Of the paths in an error the page has the last part alone."""
-    assert overview._without_folders(message, Path("/a folder/of jane/out")) == shown
+    assert overview.without_folders(message, Path("/a folder/of jane/out")) == shown
 
 
 def test_many_items_make_a_picture_of_bounded_size(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def refused(folder: Path, what: Callable[[Path], object] = use) -> str:
         ("vae/config.json", {"layers_per_block": 10**6}),
         ("vae/config.json", {"block_out_channels": [8] * 10**4}),
         ("vae/config.json", {"block_out_channels": []}),
-        ("vae/config.json", {"latent_channels": 16}),
+        ("vae/config.json", {"latent_channels": 10**4}),
         ("vae/config.json", {"scaling_factor": 0}),
         ("vae/config.json", {"scaling_factor": "0.18"}),
         ("vae/config.json", {"norm_num_groups": None}),

@@ -26,7 +26,7 @@ from lowmem_imagic.sampling.inversion import SOFTENING
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, SampleConfig
-from lowmem_imagic.training.loop import Trainer
+from lowmem_imagic.training import loop
 from tests import calls
 
 SENTENCE = "a photo of a blue cube on a stone floor"
@@ -106,13 +106,13 @@ def test_edits_hold_the_noise_they_were_anchored_to(tiny: Any, monkeypatch: pyte
     """Started from their own noise, edits of a pack have each its own, in the file as in training's draws, varied by
     the first seed they will be sampled with; otherwise the file has none."""
     anchors: list[Tensor] = []
-    draw = Trainer._draw
+    draw = loop.draw_rows
 
-    def recording(self: Trainer, run: Any) -> Any:
-        anchors.append(run.start_noise)
-        return draw(self, run)
+    def recording(latents: Tensor, draws: int, schedule: Any, generators: Any, span: Any, anchor: Any, n: int) -> Any:
+        anchors.append(anchor)
+        return draw(latents, draws, schedule, generators, span, anchor, n)
 
-    monkeypatch.setattr(Trainer, "_draw", recording)
+    monkeypatch.setattr(loop, "draw_rows", recording)
     jobs = [Job(photo("red"), SENTENCE), Job(photo("green"), SENTENCE)]
     edits = make_edits(tiny, jobs, quick(), slots=1)
     stored = [edit_file.decode(edit_file.encode(edit)).noise["unet"] for edit in edits]

@@ -253,16 +253,18 @@ def test_one_edit_beyond_half_precision_leaves_the_others(
     base: BaseModel, photo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter trained to numbers that no file holds fails by itself, with the learning rate to lower."""
-    step = Pack._leave
+    train = Pack.run
 
-    def leave(self: Pack, slot: int) -> Any:
-        made = step(self, slot)
-        if made.number == 0:
-            [(name, adapter)] = made.adapters.items()
-            made.adapters = {name: {key: (down * 0 + 1e6, up, alpha) for key, (down, up, alpha) in adapter.items()}}
-        return made
+    def run(self: Pack) -> Any:
+        for group in train(self):
+            for edit in group:
+                if edit.number == 0:
+                    [(name, adapter)] = edit.adapters.items()
+                    huge = {key: (down * 0 + 1e6, up, alpha) for key, (down, up, alpha) in adapter.items()}
+                    edit.adapters = {name: huge}
+            yield group
 
-    monkeypatch.setattr(Pack, "_leave", leave)
+    monkeypatch.setattr(Pack, "run", run)
     config = preset("fast", {**SHORT, "finetune": {"steps": 2, "keep": 1.0}})
     made = dict(one for group in stream_edits(base, [Job(photo, SENTENCE)] * 2, config) for one in group)
     assert isinstance(made[0], DivergenceError) and "learning rate" in str(made[0])

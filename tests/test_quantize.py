@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.families.stable_diffusion import AT_LATENTS
-from lowmem_imagic.layers import frozen as quantize
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
 from lowmem_imagic.settings.stages import WEIGHT_FORMATS
@@ -526,8 +525,10 @@ def test_unusual_convolutions_stay_float() -> None:
         nn.Conv2d(8, 8, 3, padding="same"),
         nn.ConvTranspose2d(8, 8, 3),
     )
-    for layer in odd:
-        assert quantize._quantized(layer, dict(layer.state_dict()), "int8", CPU, torch.float32) is None
+    network = nn.ModuleList(odd)
+    state = network.state_dict()
+    load_frozen(network.to("meta"), state.items(), weights="int8", device=CPU, dtype=torch.float32)
+    assert [type(layer) for layer in network] == [type(layer) for layer in odd]
 
 
 # Sizes

@@ -69,7 +69,7 @@ def _shown(folder: Path, item: dict[str, Any]) -> Shown:
     report = report_of(folder / name) if _plain(name) and state == DONE else None
     if report is None:
         why = "its files are gone; `batch run` makes them again" if state == DONE else item["error"]
-        remark = f"{where}: {_without_folders(str(why), folder)}" if why else where
+        remark = f"{where}: {without_folders(str(why), folder)}" if why else where
         return Shown(name, state=GONE if state == DONE else state, remark=remark)
     there = {path.name for path in (folder / name).iterdir() if is_plain(path, stat.S_IFREG)}
     sizes = {one: _size(folder / name / one) for one in _names(report.get("pictures")) if one in there}
@@ -90,7 +90,7 @@ def _shown(folder: Path, item: dict[str, Any]) -> Shown:
     )
 
 
-def _without_folders(message: str, folder: Path) -> str:
+def without_folders(message: str, folder: Path) -> str:
     """The message with only the last part of each path: a shared page must not name folders of this machine."""
     message = message.replace(f"{folder.absolute()}{os.sep}", "")
     return _PATH.sub(lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], message)

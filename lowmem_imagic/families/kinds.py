@@ -92,8 +92,13 @@ def _second(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "as SDXL's or unCLIP's"
 
 
-def check_unet(values: Mapping[str, Any], label: str) -> None:
+def check_unet(values: Mapping[str, Any], label: str, *, latent_channels: int) -> None:
     """Checks that a UNet's configuration is one of a plain Stable Diffusion 1.x or 2.x.
+
+    Args:
+        values: the UNet's configuration.
+        label: the model, for messages.
+        latent_channels: channels of its autoencoder's latents.
 
     Raises:
         WrongFamilyError: the UNet has inputs besides latents, time and text.
@@ -107,10 +112,11 @@ def check_unet(values: Mapping[str, Any], label: str) -> None:
         if values.get(key) is not None:
             raise WrongFamilyError(f"{label} has a UNet with {key} {str(values[key])[:40]!r}; {_PLAIN}")
     channels, out, extra = values["in_channels"], values["out_channels"], values.get("addition_embed_type")
-    if channels != 4 or out != 4 or extra or not values["cross_attention_dim"]:
+    if channels != latent_channels or out != latent_channels or extra or not values["cross_attention_dim"]:
         kind = _channels(channels) if isinstance(channels, int) else ""
         raise WrongFamilyError(
-            f"{label} has a UNet with {str(channels)[:40]} input channels{kind}, {str(out)[:40]} output channels, "
+            f"{label} has a UNet with {str(channels)[:40]} input channels{kind}, {str(out)[:40]} output channels "
+            f"(its latents have {latent_channels}), "
             f"addition_embed_type {str(extra)[:40]} and cross_attention_dim {str(values['cross_attention_dim'])[:40]}; "
             f"{_PLAIN}"
         )

@@ -42,7 +42,7 @@ _VAE = {
     "out_channels": (3, 3),
     "block_out_channels": _WIDTH,
     "layers_per_block": _COUNT,
-    "latent_channels": (4, 4),
+    "latent_channels": (1, 64),
     "norm_num_groups": _WIDTH,
 }
 _TEXT = {

@@ -75,7 +75,8 @@ def try_out(component: str, values: Mapping[str, Any], label: str, side: int) ->
 def _try_out(component: str, values_as_json: str, side: int) -> None:
     values: dict[str, Any] = json.loads(values_as_json)
     part: Any = _build(component, values).to("meta")
-    latents = torch.empty(1, 4, side, side, device="meta")
+    channels = values.get("in_channels" if component == "unet" else "latent_channels", 1)
+    latents = torch.empty(1, channels, side, side, device="meta")
     with torch.no_grad(), without_advice():
         if component == "text_encoder":
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")

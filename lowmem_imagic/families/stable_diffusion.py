@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text conditioning, 4-channel latents, epsilon or v prediction.
+"""Stable Diffusion 1.x and 2.x: CLIP text conditioning, latents of 4 channels (or more), epsilon or v prediction.
 
 Outside of `families` and `demo`, no code uses the classes of diffusers or transformers.
 """
@@ -112,7 +112,7 @@ class StableDiffusion:
         values = self._folder.config("unet")
         kinds.check_class(values, "unet", self.source.label)
         complete_values = repairs.unet(values, self._folder.label)
-        kinds.check_unet(complete_values, self.source.label)
+        kinds.check_unet(complete_values, self.source.label, latent_channels=self.vae_config["latent_channels"])
         limits.check("unet", complete_values, self._folder.label)
         return complete_values
 
