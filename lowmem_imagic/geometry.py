@@ -11,20 +11,20 @@ Size = tuple[int, int]
 class Sizes:
     """The sizes of the pictures that a model edits: none has more pixels than the model's own.
 
-    So a plan for the model's own size holds for all of them.
+    A plan for the model's own size therefore holds for all of them.
     """
 
     own: Size
     """The size that the model was made for."""
     multiple: int
-    """Both sides are a multiple of it."""
+    """Divisor of both sides, in pixels."""
     least: int
-    """No side is shorter; the model's own for one that was made for squares alone."""
+    """Shortest side in pixels; the side of `own` for a model that was made for squares alone."""
 
     def nearest(self, width_px: int, height_px: int) -> Size:
         """The size in which a photo of this width and height has the most pixels.
 
-        Of several such sizes, the one with the least padding. One that is nearest to a photo is nearest to itself.
+        Among equals, the size with the least padding. A photo's nearest size is its own nearest size.
 
         Raises:
             ValueError: a side below 1.

@@ -255,7 +255,7 @@ def pictures_of(
     meter: Meter,
     console: Console,
 ) -> dict[Cell, Rendered]:
-    """What each cell shows; equal cells are rendered once."""
+    """The picture in each cell; equal cells are rendered once."""
     unique = list(dict.fromkeys(cells))
     try:
         latents = render_latents(
@@ -269,7 +269,7 @@ def pictures_of(
 
 
 def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, Any]:
-    """What a picture says of how it was made."""
+    """The settings that a picture's metadata records."""
     version = versions().get("lowmem_imagic", "unknown")
     return {**config.__dict__, "prompt": sentence, "model": edit.base.source, "version": version}
 

@@ -51,7 +51,7 @@ _USAGE_HINT = (
     "place of the sentence's, imagic.inverted_noise plus imagic.coarse_latents as the start, and guidance 1; the edit "
     "(eta 1) with the sentence's embedding and the recorded guidance"
 )
-"""What other programs show; see ``docs/other_programs.md``."""
+"""The usage hint that other programs show; see ``docs/other_programs.md``."""
 
 
 def encode(edit: Edit) -> bytes:

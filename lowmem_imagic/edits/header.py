@@ -45,7 +45,7 @@ from .versions import (
 _FLOATS = {"F16", "BF16", "F32"}
 HASH_KEY = "modelspec.hash_sha256"
 _FOREIGN = "sshs_"
-"""What keys begin with that sd-scripts' tools write, and this package does not."""
+"""Prefix of the keys that the tools of sd-scripts write and this package does not."""
 _STORED_FLOATS = ("F16", "BF16")
 MAX_SIDE = 2**23
 """Longest side of a tensor in the header."""
@@ -70,7 +70,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an edit file says, its own structure checked."""
+    """The contents of an edit file's header, its own structure checked."""
 
     container: Container
     """The parsed file; no tensor has been made yet."""

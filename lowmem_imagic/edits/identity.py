@@ -1,4 +1,4 @@
-"""What an edit file says about where the edit comes from: the base model, and the photo.
+"""The origin of an edit as its file records it: the base model, and the photo.
 
 Messages name a value as the file does (see `edits.header`).
 """
@@ -120,7 +120,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePicture:
-    """What is kept of the edited photo: enough to recognise it and to paste back, never the picture."""
+    """The record of the edited photo: enough to recognise it and to paste back, never the picture."""
 
     sha256: str
     """SHA-256 of the picture file, hex."""

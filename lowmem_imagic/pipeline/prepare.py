@@ -25,7 +25,7 @@ from ..training.pack import StageProgress, TrainingInput
 from ..training.state import TrainingState
 
 STAGES = ("encode", "load", "invert")
-"""What is measured before an edit trains."""
+"""Stages measured before an edit trains."""
 COARSE_SIDE = 4
 """Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
 
@@ -42,7 +42,7 @@ class Job:
 
 @dataclass
 class EncodedPhoto:
-    """What an edit is made of, beside what training gives."""
+    """The parts of an edit that do not come from training."""
 
     number: int
     """Of its job."""
@@ -85,7 +85,7 @@ class Prepared(Iterator[TrainingInput]):
         self._waiting: deque[EncodedPhoto] = deque()
         self._count = 0
         self.encoded: dict[int, EncodedPhoto] = {}
-        """Those in training, by number; taken from here once trained."""
+        """Edits in training, by number; each leaves once trained."""
 
     def __next__(self) -> TrainingInput:
         while not self._waiting:
