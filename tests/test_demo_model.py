@@ -1,6 +1,7 @@
 """The bundled model end to end: what the tool is for happens, on photos of the bundled world."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,12 @@ SCENES = [
 ]
 
 
-WHOLE = (pytest.mark.process, pytest.mark.xdist_group("balanced"))
+def whole(preset_name: str) -> Any:
+    """Whole edits with a preset: a minute of work, which one process of the second tier does once."""
+    return pytest.param(preset_name, marks=(pytest.mark.process, pytest.mark.xdist_group(preset_name)))
 
 
-@pytest.fixture(scope="module", params=["fast", pytest.param("balanced", marks=WHOLE)])
+@pytest.fixture(scope="module", params=[whole("fast"), whole("balanced")])
 def results(request, tmp_path_factory) -> dict[str, list]:
     """Three floor edits trained as one pack, rendered at eta 0 and 1 and by the sentence alone."""
     folder = tmp_path_factory.mktemp("photos")
@@ -66,7 +69,7 @@ def test_eta_0_reproduces_the_photo_better_than_the_sentence_alone(results):
     assert np.median(gains) > 3
 
 
-@pytest.mark.parametrize("results", ["fast"], indirect=True)
+@pytest.mark.parametrize("results", [whole("fast")], indirect=True)
 def test_an_edit_of_a_pack_looks_like_the_one_made_alone(results):
     """After a whole training alone, pictures are those of the edit that trained in a pack: 35 dB and more."""
     base = BaseModel.load("demo", device="cpu")
@@ -83,7 +86,7 @@ def _floor_color(picture, scene: Scene) -> np.ndarray:
     return np.asarray(picture, float)[near].mean(0)
 
 
-@pytest.mark.parametrize("results", [pytest.param("balanced", marks=WHOLE)], indirect=True)
+@pytest.mark.parametrize("results", [whole("balanced")], indirect=True)
 def test_eta_1_changes_the_named_floor(results):
     """At eta 1 the floor's mean colour is nearer to the ground-truth edit's than to the photo's."""
     for (scene, floor), photo, edited in zip(SCENES, results["photo"], results["eta 1"], strict=True):

@@ -14,7 +14,7 @@ from .identity import LABELS, MAX_LABEL, TOKEN, BaseIdentity, Interface, SourceP
 NEWEST = 2
 """Version that this package writes where it must; any change that an older reader would misread or drop raises it."""
 TEXT, DENOISER = "embeds", "unet"
-"""What version 1 has one of each of, by the names that version 2 gives them."""
+"""Names of the tensor of text and of the denoiser in version 2; version 1 has exactly these two."""
 NOISE = f"noise.{DENOISER}"
 ENTRIES = {
     f"text.{TEXT}": "imagic.e_opt",
