@@ -14,6 +14,8 @@ from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.training import loop as training
 from tests import calls
 
+pytestmark = pytest.mark.benchmark
+
 CONFIG = preset(
     "fast",
     {

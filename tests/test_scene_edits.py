@@ -33,6 +33,8 @@ from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import SampleConfig
 from tests import calls
 
+pytestmark = pytest.mark.benchmark
+
 PX = 64
 ITEMS = VALIDATION.items()
 SMALL = preset(

@@ -62,14 +62,15 @@ def encode(edit: Edit) -> bytes:
         EditHeaderError: The settings or measurements hold more values than the reader accepts.
     """
     tensors: dict[str, Tensor] = {}
+    layout = edit.layout
     for adapter in edit.adapters.values():
         for layer, factors in adapter.items():
             # fp32, because every reader calls .item() on it and fp16 would round alphas such as 0.1 visibly.
             alpha = torch.tensor(factors.alpha, dtype=torch.float32)
             # A layout without alpha has one part fewer.
-            parts = zip(edit.layout.parts, (factors.down, factors.up, alpha), strict=False)
+            parts = zip(layout.parts, (factors.down, factors.up, alpha), strict=False)
             tensors |= {f"{layer}.{part}": tensor for part, tensor in parts}
-    if not edit.layout.in_header:
+    if not layout.in_header:
         tensors |= {EXTRA + name: tensor for name, tensor in _stored(edit).items()}
     return serialize(tensors, _header(edit), hash_key=HASH_KEY)
 
