@@ -171,7 +171,8 @@ def relative() -> Callable[[Any, Any], float]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests for a GPU on a machine without one."""
+    """Puts tests of processes first, which take long and wait; skips tests that need a GPU where there is none."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("process", "ray"))))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
