@@ -17,6 +17,7 @@ from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.edits.identity import SourcePicture
 from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
 from lowmem_imagic.families.portable import MIN_RANK, portable
+from lowmem_imagic.geometry import Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack, target_modules
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures.letterbox import psnr
@@ -186,16 +187,20 @@ def test_layers_added_for_other_programs_change_nothing(load_base):
     torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-6)
 
 
-def test_the_recipe_for_diffusers_gives_the_same_pictures(load_base, tiny_folder, tmp_path, monkeypatch):
-    """The recipe in docs/other_programs.md gives our pictures from a truncated edit, to 60 dB, at eta 0 and beyond."""
+@pytest.mark.parametrize(("size", "version"), [((16, 16), 1), ((20, 12), 2)])
+def test_the_recipe_for_diffusers_gives_the_same_pictures(load_base, tiny_folder, tmp_path, monkeypatch, size, version):
+    """The recipe in docs/other_programs.md gives our pictures from a truncated edit to 60 dB, at eta 0 and beyond, of a
+    square photo (format 1) and of another (format 2)."""
     base = load_base(weights="fp32")
+    monkeypatch.setattr(type(base.family), "sizes", Sizes((16, 16), 4, 8))
     finetune = {"steps": 4, "lora_rank": 8, "lora_alpha": 8.0, "keep": 0.3}
     sampling = {"num_inference_steps": 8, "mask": 0.0}
     settings = preset("fast", {"embed": {"steps": 2}, "finetune": finetune, "sample": sampling})
     rng = np.random.default_rng(8)
-    picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
     picture.save(tmp_path / "photo.png")
     [edit] = make_edits(base, [Job(load_photo(tmp_path / "photo.png"), "a blue sphere")], settings)
+    assert edit.version == version
     edit_file.write(edit, tmp_path / "edit.safetensors")
     etas = (0.0, 0.8, 1.2)
     ours = apply_edits(base, [edit], [Cell(0, eta, 0) for eta in etas], settings.sample)

@@ -26,6 +26,8 @@ from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.plan import Budget, plan, plan_for, planned
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.training.embed import as_stored
+from lowmem_imagic.training.stage import Slot
 from tests.other_family import SIDE, TEXT, OtherFamily, other_base
 
 SENTENCE = "a blue cube on sand"
@@ -105,6 +107,16 @@ def test_a_file_renders_as_the_edit_does(base: Any, edit: Any, tmp_path: Path) -
     assert mine == read
     assert len(set(mine)) == 3
     assert apply_edits(base, [edit], cells, config().sample)[0].size == (40, 30)
+
+
+def test_e_opt_is_rounded_as_its_file_stores_it(base: Any) -> None:
+    """Stage 1 ends with each tensor in the values of its own type: stage 2 trains on what sampling reads."""
+    drawn = {name: torch.randn(*TEXT[name].shape) for name in ("tokens", "pooled")}
+    text = {name: tensor.clone() for name, tensor in drawn.items()}
+    pack = AdapterPack(base.network(base.denoisers[0]), base.denoisers[0].names, count=1, adapt="attn", rank=1, alpha=1)
+    as_stored(Slot(text, TEXT, pack, 0, base.encode_text([SENTENCE]), torch.Generator()))
+    assert torch.equal(text["tokens"], drawn["tokens"].half().float())
+    assert torch.equal(text["pooled"], drawn["pooled"].bfloat16().float())
 
 
 def test_a_pack_gives_what_each_edit_gets_alone(base: Any, edit: Any) -> None:

@@ -8,7 +8,7 @@ The rest is in the header:
 ``imagic.meta``            JSON: sentence, settings, seed, etas, source picture, base weights, versions, measurements
 ``imagic.base``            JSON: the base model the edit was made for
 ``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); rest for others
-``ss_*``                   what other programs show and filter by
+``ss_*``                   what other programs show and filter by; the kind of base (`LABELS`) is read back
 =========================  ====================================================================================
 
 The tensors beside the adapters are, in version 1, header entries of their own:
@@ -46,9 +46,13 @@ from .layouts import EXTRA
 from .meta import META_KEYS
 from .versions import ENTRIES, base_entry, source_entry
 
+_PLACES = {
+    1: ("imagic.e_opt", "imagic.inverted_noise", "imagic.coarse_latents"),
+    2: ("text.* of imagic.tensors", "noise.*", "coarse.*"),
+}
 _USAGE_HINT = (
-    "Imagic edit: needs more than its LoRA. The photo comes back (eta 0) with the LoRA, the embedding imagic.e_opt in "
-    "place of the sentence's, imagic.inverted_noise plus imagic.coarse_latents as the start, and guidance 1; the edit "
+    "Imagic edit: needs more than its LoRA. The photo comes back (eta 0) with the LoRA, the embedding {} in "
+    "place of the sentence's, {} plus {} as the start, and guidance 1; the edit "
     "(eta 1) with the sentence's embedding and the recorded guidance"
 )
 """The usage hint that other programs show; see ``docs/other_programs.md``."""
@@ -172,7 +176,7 @@ def _header(edit: Edit) -> dict[str, str]:
         "modelspec.tags": "imagic,edit",
         "modelspec.title": edit.title,
         "modelspec.trigger_phrase": edit.target_prompt,
-        "modelspec.usage_hint": _USAGE_HINT,
+        "modelspec.usage_hint": _USAGE_HINT.format(*_PLACES[version]),
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         # "Dynamic" is sd-scripts' word where layers differ.
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
