@@ -71,9 +71,11 @@ class Console:
 
     def skip(self, steps: int) -> None:
         """So many more steps turned out to be done before the current bar began."""
-        if self._bar is not None:
+        if self._bar is not None and not self._bar.disable:
             self._bar.n += steps
             self._bar.initial = self._bar.n
+            # tqdm takes its rate from the steps since it last printed.
+            self._bar.last_print_n += steps
 
     def close(self) -> None:
         """Ends the current bar."""
