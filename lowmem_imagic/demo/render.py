@@ -26,7 +26,7 @@ _LIGHT_DISC = ((0.0, 0.0), (0.10, 0.03), (-0.05, 0.09), (-0.07, -0.08), (0.05, -
 
 
 @dataclass(frozen=True)
-class _Solid:
+class Solid:
     """An object's geometry in world coordinates: a shape in its own frame plus the frame."""
 
     shape: str
@@ -37,7 +37,7 @@ class _Solid:
     half_height: float
 
     @staticmethod
-    def of(solid: SceneObject) -> "_Solid":
+    def of(solid: SceneObject) -> "Solid":
         r = solid.radius
         radius, half_height = {
             "sphere": (r, r),
@@ -63,7 +63,7 @@ class _Solid:
         roll = np.array([[math.cos(tilt), math.sin(tilt), 0], [-math.sin(tilt), math.cos(tilt), 0], [0, 0, 1]])
         axes = (yaw @ roll).T.astype(np.float32)
         center = np.array([solid.x, lift, solid.z], np.float32)
-        return _Solid(solid.shape, center, axes, radius, half_height)
+        return Solid(solid.shape, center, axes, radius, half_height)
 
     def hit(self, origin: Array, direction: Array) -> tuple[Array, Array]:
         """Distance (P,) along each ray, `_FAR` where it misses, and outward normals (P, 3) in world coordinates."""
@@ -214,7 +214,7 @@ def _unit(v: Array) -> Array:
     return unit
 
 
-def _camera(scene: Scene, side: int) -> tuple[Array, Array]:
+def camera_rays(scene: Scene, side: int) -> tuple[Array, Array]:
     """Camera position (3,) and ray directions (side * side, 3), row by row from the top left."""
     flat = scene.distance * math.cos(scene.elevation)
     eye = np.array(
@@ -235,7 +235,7 @@ def _camera(scene: Scene, side: int) -> tuple[Array, Array]:
     return eye.astype(np.float32), _unit(rays)
 
 
-def _trace(solids: list[_Solid], origin: Array, direction: Array) -> tuple[Array, Array, NDArray[np.int64]]:
+def _trace(solids: list[Solid], origin: Array, direction: Array) -> tuple[Array, Array, NDArray[np.int64]]:
     """Nearest distance (P,), normal (P, 3) and object number (P,) from 1 (0 where nothing is hit)."""
     best = np.full(len(direction), _FAR, np.float32)
     normal = np.zeros_like(direction)
@@ -256,7 +256,7 @@ def _trace(solids: list[_Solid], origin: Array, direction: Array) -> tuple[Array
     return best, normal, number
 
 
-def _lit_share(solids: list[_Solid], points: Array, light: Array) -> Array:
+def _lit_share(solids: list[Solid], points: Array, light: Array) -> Array:
     """Share (P,) of the area light that each point sees."""
     side = _unit(np.cross(light, np.array([0.3, 0.1, 1.0], np.float32)))
     up = np.cross(light, side)
@@ -281,8 +281,8 @@ def _backdrop(scene: Scene, origin: Array, direction: Array) -> tuple[Array, Arr
 
 def _shade(scene: Scene, side: int) -> tuple[Array, NDArray[np.int64]]:
     """Linear-light colours (side * side, 3) and object numbers (side * side,)."""
-    solids = [_Solid.of(solid) for solid in scene.objects]
-    eye, rays = _camera(scene, side)
+    solids = [Solid.of(solid) for solid in scene.objects]
+    eye, rays = camera_rays(scene, side)
     origin = np.broadcast_to(eye, rays.shape)
     light = _unit(np.array(scene.light, np.float32))
     sky = np.array(scene.sky, np.float32)
