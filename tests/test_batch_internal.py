@@ -185,8 +185,8 @@ def test_an_error_while_the_list_is_looked_at(
 
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     with monkeypatch.context() as patch:
-        fail_for(patch, runner, "photo_sha256", MemoryError(), of_item("p0.png"))
-        fail_for(patch, runner, "photo_sha256", ERRORS[10], of_item("p1.png"))
+        fail_for(patch, runner, "photo_file", MemoryError(), of_item("p0.png"))
+        fail_for(patch, runner, "photo_file", ERRORS[10], of_item("p1.png"))
         said = run(manifest, "--out", out)
     assert said.code == 3 and said.report["done"] == ["n2"]
     assert {item["kind"] for item in items(out).values()} == {"internal", "memory", None}

@@ -55,6 +55,16 @@ class Photo:
     icc_profile: bytes | None
 
 
+@dataclass(frozen=True)
+class PhotoFile:
+    """A photo's file."""
+
+    sha256: str
+    """Hex digest of its bytes, as `Photo.sha256`."""
+    pixels: int
+    """Width times height as in its header; 0 if unknown."""
+
+
 def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_pixels: int = MAX_PHOTO_PIXELS) -> Photo:
     """The picture in a file as upright 8-bit sRGB, whatever its colour mode, depth or format.
 
@@ -105,15 +115,15 @@ def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_p
     )
 
 
-def photo_sha256(path: str | os.PathLike[str]) -> str:
-    """`Photo.sha256` of a file, which is read and not decoded.
+def photo_file(path: str | os.PathLike[str]) -> PhotoFile:
+    """The facts about a photo's file, which is read and not decoded.
 
     Raises:
         ImageNotFoundError: Missing, unreadable, or not a regular file.
         ImageTooLargeError: More bytes than such a picture may have.
         NotAnImageError: A large file that is no picture.
     """
-    return reading.digest(path, repr(os.fspath(path)))
+    return PhotoFile(*reading.digest(path, repr(os.fspath(path))))
 
 
 def _finished(
