@@ -29,8 +29,8 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 """Names of what may vary along rows and columns, with their default values."""
 
-_NEUTRAL = {"eta": 1.0, "strength": 1.0, "seed": 0, "guidance": None}
-"""The value of what is no axis; None is the guidance the edit was made with."""
+_NEUTRAL = {"strength": 1.0, "seed": 0, "guidance": None}
+"""Values of what is no axis, beside the edit's own eta; None is the guidance that the edit was made with."""
 
 
 def sheet(
@@ -67,7 +67,7 @@ def sheet(
     started = time.perf_counter()
     opened = edit_file.read(path)
     config = sampling_of(opened, overrides)
-    points = _points(rows, columns, values)
+    points = _points(rows, columns, values, opened.eta_default)
     _check_ranges(config, points)
     target = out or Path(safe_stem(path.stem) + "-sheet.png")
     if target.suffix.lower() != ".png":
@@ -125,8 +125,13 @@ def sheet(
     }
 
 
-def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]], eta: float) -> dict[str, tuple[Any, ...]]:
     """The values of each of `AXES`: those given, else the usual ones of an axis, else the neutral one.
+
+    Args:
+        rows, columns: the axes.
+        values: see `sheet`.
+        eta: the eta where it is no axis.
 
     Raises:
         ConfigError: no such axis, twice the same, several values of what is no axis.
@@ -145,7 +150,8 @@ def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]]) -> dic
             problems.append(f"{name} has {len(given)} values and is neither rows nor columns; give one, or name it")
     if problems:
         raise ConfigError(problems)
-    usual = {name: AXES[name] if name in (rows, columns) else (_NEUTRAL[name],) for name in AXES}
+    neutral = {"eta": eta, **_NEUTRAL}
+    usual = {name: AXES[name] if name in (rows, columns) else (neutral[name],) for name in AXES}
     return {name: tuple(values.get(name, usual[name])) for name in AXES}
 
 
