@@ -388,7 +388,7 @@ def layers(draw: st.DrawFn) -> LoraFactors:
 
 def baked(factors: LoraFactors) -> LoraFactors:
     """Returns the factors with their rank as alpha, as peft's layout has it."""
-    return dataclasses.replace(factors, alpha=float(factors.rank))
+    return LoraFactors(factors.down, factors.up, float(factors.rank))
 
 
 KOHYA_ADAPTERS = st.dictionaries(

@@ -14,6 +14,7 @@ from lowmem_imagic import read_edit, write_edit
 from lowmem_imagic.actions.console import Console
 from lowmem_imagic.actions.render import render
 from lowmem_imagic.actions.result_folder import ResultFolder
+from lowmem_imagic.edits.edit import LoraFactors
 from lowmem_imagic.edits.header import describe, summary
 from lowmem_imagic.engine.memory import Meter
 from lowmem_imagic.errors import BaseMismatchError, MemoryLimitError, NonFiniteEditError
@@ -213,8 +214,10 @@ def test_it_is_no_other_base(base: Any, edit: Any, load_base: Any) -> None:
 
 def test_damaged_numbers_are_told_from_a_damaged_base(base: Any, edit: Any) -> None:
     """An adapter of the second network that overflows is the edit's fault."""
-    large = {key: replace(f, up=torch.full_like(f.up, 1000.0)) for key, f in edit.adapters["large"].items()}
-    huge = {key: replace(f, down=torch.full_like(f.down, 1000.0)) for key, f in large.items()}
+    large = {
+        key: LoraFactors(f.down, torch.full_like(f.up, 1000.0), f.alpha) for key, f in edit.adapters["large"].items()
+    }
+    huge = {key: LoraFactors(torch.full_like(f.down, 1000.0), f.up, f.alpha) for key, f in large.items()}
     damaged = replace(edit, adapters={**edit.adapters, "large": huge})
     with pytest.raises(NonFiniteEditError):
         apply_edits(base, [damaged], [Cell(0, 1.0, 0)], replace(config().sample, num_inference_steps=40))

@@ -7,7 +7,7 @@ is as good as a new one. Messages name a value as the file does (see `edits.file
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,9 +51,11 @@ _TENSORS = ("conditioning", "coarse", "noise")
 _BINARY = ("adapters", *_TENSORS, "thumbnail")
 
 
-@dataclass(frozen=True, eq=False)
-class LoraFactors:
-    """The low-rank update of one layer: ``alpha / r * up @ down`` is added to its weight."""
+class LoraFactors(NamedTuple):
+    """The low-rank update of one layer: ``alpha / r * up @ down`` is added to its weight.
+
+    A named form of the tuples that adapters are trained as, and are loaded from (`layers.adapter_pack.Factors`).
+    """
 
     down: Tensor
     """``(r, in)`` or, for a convolution, ``(r, in, kh, kw)``."""
@@ -67,6 +69,10 @@ class LoraFactors:
             return NotImplemented
         same = self.alpha == other.alpha and _same_bits(self.down, other.down)
         return same and _same_bits(self.up, other.up)
+
+    def __ne__(self, other: object) -> bool:
+        # A tuple's own would compare the tensors' values.
+        return not self == other
 
     @property
     def rank(self) -> int:

@@ -167,10 +167,7 @@ def _adapters(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> Ada
     Raises:
         TensorShapeError: they do not fit.
     """
-    adapters = [
-        {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapters[denoiser.name].items()}
-        for edit in edits
-    ]
+    adapters = [edit.adapters[denoiser.name] for edit in edits]
     try:
         return AdapterPack.load(base.network(denoiser), denoiser.names, adapters, device=base.device)
     except ValueError as error:

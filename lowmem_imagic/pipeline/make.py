@@ -186,9 +186,9 @@ def _edit(
 
 
 def _stored(adapter: Mapping[str, Factors], keep: float, base: BaseModel, denoiser: Denoiser) -> dict[str, LoraFactors]:
-    """A trained adapter as its file holds it."""
+    """A trained adapter as its file holds it, still in fp32."""
     stored = denoiser.portable(truncated(adapter, keep), base.network(denoiser))
-    return {key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in stored.items()}
+    return {key: LoraFactors(*factors) for key, factors in stored.items()}
 
 
 def _settings(config: EditConfig, made: TrainedEdit) -> dict[str, Any]:
