@@ -688,7 +688,7 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
     ),
     "kohya for two networks": (
         UnknownTensorError,
-        "of none of the base's denoisers",
+        "belongs to none of the base's denoisers",
         with_meta("imagic.base", lambda m: m["interface"].update(denoisers={"a": "flow", "b": "flow"}), "kohya"),
     ),
     "layer of another network": (

@@ -52,9 +52,9 @@ def edit(
     loaded_s = time.perf_counter() - started
     meter = Meter(base.device)
     with planned(base, plan, budget):
-        made = _train(base, source, sentence, config, plan, meter, console)
+        trained = _train(base, source, sentence, config, plan, meter, console)
         name = f"{_default_name(source, sentence)}.safetensors"
-        report = finished_edit(base, folder, name, made, source, config, plan, meter, console, suggest=suggest)
+        report = finished_edit(base, folder, name, trained, source, config, plan, meter, console, suggest=suggest)
     if cover:
         report["cover"] = folder.write_cover(Path(name).with_suffix(".png").name, _cover_of(report, config))
     report["seconds"] = {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)}
@@ -62,17 +62,17 @@ def edit(
 
 
 def _cover_of(report: Mapping[str, Any], config: EditConfig) -> str:
-    """The picture that shows an edit best: of the first seed, at the largest eta up to 1."""
+    """The picture for the cover: with the first seed, at the largest eta up to 1."""
     etas = config.sample.etas
-    shown = max((eta for eta in etas if eta <= 1), default=min(etas))
-    return str(report["pictures"][etas.index(shown)])
+    best = max((eta for eta in etas if eta <= 1), default=min(etas))
+    return str(report["pictures"][etas.index(best)])
 
 
 def finished_edit(
     base: BaseModel,
     folder: ResultFolder,
     name: str,
-    made: Edit,
+    trained: Edit,
     photo: Photo,
     config: EditConfig,
     plan: Plan | None,
@@ -82,10 +82,10 @@ def finished_edit(
     suggest: bool = False,
 ) -> dict[str, Any]:
     """Writes a finished edit as `name` and its pictures into a folder, and returns the report, still to be written."""
-    edit_path = _write_edit(folder, name, made)
+    edit_path = _write_edit(folder, name, trained)
     try:
         report = render(
-            base, made, made.target_prompt, config.sample, folder, meter, console, photo=photo, suggest=suggest
+            base, trained, trained.target_prompt, config.sample, folder, meter, console, photo=photo, suggest=suggest
         )
     except (KeyboardInterrupt, LowmemImagicError, MemoryError):
         console.say(f"the edit itself is finished; render it with: lowmem-imagic sample {edit_path}", always=True)
@@ -95,7 +95,7 @@ def finished_edit(
         "edit_bytes": edit_path.stat().st_size,
         "photo_notes": list(photo.notes),
         "settings": config.to_dict(),
-        "result": made.settings["result"],
+        "result": trained.settings["result"],
         "plan": plan and plan.as_json(),
         **_facts(base, meter, console),
     }
@@ -127,8 +127,8 @@ def train(
     config, plan = fit_memory(base, config, budget, console)
     meter = Meter(base.device)
     with planned(base, plan, budget):
-        made = _train(base, source, sentence, config, plan, meter, console)
-    _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
+        trained = _train(base, source, sentence, config, plan, meter, console)
+    _write_edit(ResultFolder(path.parent, overwrite=force), path.name, trained)
     return {
         "edit_file": path.name,
         "edit_bytes": path.stat().st_size,
@@ -153,7 +153,7 @@ def sample(
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """Renders an edit file into a folder, and returns the report; with `prompt`, under that sentence instead."""
+    """Renders an edit file into a folder, under its own sentence or `prompt`, and returns the report."""
     started = time.perf_counter()
     opened = edit_file.read(path)
     config = sampling_of(opened, overrides)
@@ -177,7 +177,7 @@ def _default_name(photo: Photo, sentence: str) -> str:
 
 
 def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> BaseModel:
-    """The base, with the sentences checked against its text encoder."""
+    """The base, after a check of the sentences by its text encoder."""
     if options.model is None:
         console.say(
             "using the bundled model, which knows only its own little world of solids on floors; "
@@ -198,7 +198,7 @@ def fit_memory(
     jobs: int = 1,
     beside: bool = False,
 ) -> tuple[EditConfig, Plan | None]:
-    """The settings within a budget, and the plan to follow (see `planning.plan`); None where nothing limits it."""
+    """The settings within a budget, and the plan to follow (see `planning.plan`); None if no budget applies."""
     plan = plan_for(base, config, budget, jobs=jobs, beside=beside)
     if plan is None:
         return config, None
@@ -219,17 +219,17 @@ def _train(
     for note in photo.notes:
         console.say(f"photo: {note}")
     try:
-        [made] = make_edits(
+        [trained] = make_edits(
             base, [Job(photo, sentence)], config, max_rows=max_rows, progress=console.progress, meter=meter
         )
-        return made
+        return trained
     finally:
         console.close()
 
 
-def _write_edit(folder: ResultFolder, name: str, made: Edit) -> Path:
-    """Writes the edit first of all: it is what took the time."""
-    data = edit_file.encode(made)
+def _write_edit(folder: ResultFolder, name: str, trained: Edit) -> Path:
+    """Writes the edit; on failure keeps it elsewhere, as it took the most time."""
+    data = edit_file.encode(trained)
     try:
         return folder.write(name, data)
     except OutputError as error:
@@ -237,7 +237,7 @@ def _write_edit(folder: ResultFolder, name: str, made: Edit) -> Path:
 
 
 def _facts(base: BaseModel, meter: Meter, console: Console) -> dict[str, Any]:
-    """The report's part on the run."""
+    """The report's entries about the run."""
     return {
         "model": base.name,
         "device": str(base.device),
@@ -252,7 +252,7 @@ def _facts(base: BaseModel, meter: Meter, console: Console) -> dict[str, Any]:
 
 
 def _finish(folder: ResultFolder, report: dict[str, Any]) -> dict[str, Any]:
-    """Writes the report, and adds what is said of it."""
+    """Writes the report, and adds the files and the summary for the caller."""
     folder.write_report(report)
     seconds = report["seconds"]["total"]
     report["files"] = list(folder.files)

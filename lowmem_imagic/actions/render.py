@@ -1,4 +1,4 @@
-"""Pictures of finished edits: opening an edit and its base, rendering cells into a folder or onto a sheet."""
+"""Renders finished edits: opens an edit and its base, and renders cells into a folder or onto a sheet."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from .result_folder import ResultFolder
 
 
 def load_base(options: BaseOptions) -> BaseModel:
-    """The base model that the options name, the bundled one if they name none."""
+    """The base model of the options; by default the bundled one."""
     return BaseModel.load(
         DEMO if options.model is None else options.model,
         revision=options.revision,
@@ -43,12 +43,12 @@ def load_base(options: BaseOptions) -> BaseModel:
 
 
 def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
-    """The sampling settings an edit was made with, as far as this version knows them, with `overrides` on top.
+    """The recorded sampling settings of an edit that this version knows, changed by `overrides`.
 
-    Strength and batch size are choices of the moment, not of the edit.
+    Strength and batch size are not taken from the record: they do not belong to the edit.
 
     Raises:
-        EditHeaderError: the recorded settings are none.
+        EditHeaderError: the recorded settings are not valid.
         ConfigError: the overrides are out of range.
     """
     recorded = edit.settings.get("sample")
@@ -67,12 +67,12 @@ def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
 def open_edit(
     edit: Edit, options: BaseOptions, config: SampleConfig, prompt: str | None, console: Console
 ) -> tuple[BaseModel, str]:
-    """The base to render an edit on, and the sentence to render it under: `prompt`, or the edit's own.
+    """The base and the sentence to render an edit with: `prompt`, or the edit's own.
 
     Raises:
-        ModelError: the base is not named and not one of those that may be taken from a file.
-        BaseMismatchError: another architecture than the edit's.
-        PromptError: an empty prompt.
+        ModelError: the options name no base, and the file's is not a known name.
+        BaseMismatchError: the base has another architecture than the edit's.
+        PromptError: the prompt is empty.
     """
     chosen = options
     if options.model is None:
@@ -95,33 +95,31 @@ def open_edit(
 
 
 def _without(edit: Edit) -> str:
-    """A warning of settings that changed an edit's pictures and are no longer there; "" where it has none."""
+    """A warning about recorded settings that this version no longer has; "" if there are none."""
     recorded = edit.settings.get("sample")
     values = recorded if isinstance(recorded, dict) else {}
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    gone = [
+    dropped = ", ".join(
         f"{name} {numbers[name]:g}"
         for name, neutral in DROPPED["sample"].items()
         if numbers.get(name, neutral) != neutral
-    ]
-    if not gone:
-        return ""
-    return (
-        f"this edit was made to be rendered with {', '.join(gone)}, which this version lacks; its pictures will differ"
     )
+    if not dropped:
+        return ""
+    return f"this edit was made to be rendered with {dropped}, which this version lacks; its pictures will differ"
 
 
 def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console) -> None:
-    """Warns of what the text encoder cuts off; all but the first sentence may be empty.
+    """Warns about words that the text encoder cuts off; all sentences but the first may be empty.
 
     Raises:
-        PromptError: the first is empty, or one has characters that are no text.
+        PromptError: the first sentence is empty, or a sentence has unprintable characters.
     """
     for sentence in sentences:
         check_sentence(sentence)
     for number, sentence in enumerate(sentences):
         if number and not sentence:
-            continue  # an empty negative sentence is the usual one
+            continue  # the negative sentence is empty by default
         cut = base.family.check_prompt(sentence)
         if cut:
             console.warn(f"the text encoder reads {base.family.sentence_tokens} tokens; cut from the sentence: {cut!r}")
@@ -139,7 +137,7 @@ def render(
     photo: Photo | None,
     suggest: bool = False,
 ) -> dict[str, Any]:
-    """Renders all cells and the sheet into the folder, and returns the report's part on them.
+    """Renders all cells and the sheet into the folder, and returns their part of the report.
 
     With `suggest` the sheet marks and the report explains the suggested eta (see `lowmem_imagic.sampling.suggestion`).
     """
@@ -173,7 +171,7 @@ def render(
     columns = None if many_seeds else min(len(sheet), 8)
     boxes = folder.write_sheet(sheet, columns=columns, title=sentence, footer=footer)
     if photo is not None:
-        # The only place in the folder that shows it.
+        # The only place in the folder that shows the photo.
         report["sheet_photo_box"] = list(boxes[0])
     return report
 
@@ -181,7 +179,7 @@ def render(
 def _suggestion(
     base: BaseModel, edit: Edit, sentence: str, by_eta: Mapping[float, "Rendered"], max_rows: int, meter: Meter
 ) -> Suggestion:
-    """The suggested eta among those rendered with one seed."""
+    """The suggested eta among the pictures of one seed."""
     with measured_stage(meter, "suggest", "no suggestion (`suggest_eta`)"):
         first, target = base.denoisers[0], base.encode_text([sentence])
         optimized = {name: part.float()[None] for name, part in edit.conditioning.items()}
@@ -204,7 +202,7 @@ def _fit(
     round_trip: Image.Image,
     round_trip_db: float,
 ) -> Fit:
-    """How well the edit is fitted, from its pictures with one seed."""
+    """Measures how well the edit is fitted, by its pictures of one seed."""
     result = edit.settings.get("result")
     reconstruction, furthest = by_eta[0.0].picture() if 0.0 in by_eta else None, max(by_eta)
     change = None if reconstruction is None or furthest < 1 else psnr(by_eta[furthest].picture(), reconstruction)
@@ -219,7 +217,7 @@ def _fit(
 
 
 def _embedding_distance(edit: Edit, base: BaseModel) -> float:
-    """How far e_opt is from e_tgt, as a share of e_tgt's size."""
+    """The distance between e_opt and e_tgt, relative to the norm of e_tgt."""
     trained = [name for name, part in base.family.text.items() if part.trained and part.stored is not None]
     target = base.encode_text([edit.target_prompt])
     return embedding_distance([edit.conditioning[name] for name in trained], [target[name][0] for name in trained])
@@ -228,21 +226,21 @@ def _embedding_distance(edit: Edit, base: BaseModel) -> float:
 class Rendered(NamedTuple):
     """A cell's result.
 
-    **Memory**: that of the model's picture; a photo's own size may be a hundred times that.
+    **Memory**: the model's picture; one at the photo's own size may take a hundred times as much.
     """
 
     latents: Latents
     canvas: Image.Image
-    """As the model makes it."""
+    """The model's picture."""
     box: Letterbox
     """The photo's place in it."""
 
     def picture(self) -> Image.Image:
-        """The picture at the photo's own size and aspect, made anew."""
+        """The picture at the photo's own size and aspect, a new one in each call."""
         return from_canvas(self.canvas, self.box)
 
     def preview(self) -> Image.Image:
-        """The picture no larger than a sheet shows it."""
+        """The picture in a sheet's size."""
         return from_canvas(self.canvas, self.box, most_px=SHEET_CELL_PX)
 
 
@@ -255,7 +253,7 @@ def pictures_of(
     meter: Meter,
     console: Console,
 ) -> dict[Cell, Rendered]:
-    """The picture in each cell; equal cells are rendered once."""
+    """The picture of each cell; equal cells are rendered once."""
     unique = list(dict.fromkeys(cells))
     try:
         latents = render_latents(
@@ -274,10 +272,10 @@ def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, 
     return {**config.__dict__, "prompt": sentence, "model": edit.base.source, "version": version}
 
 
-def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[str] = ()) -> str:
-    """The settings under a sheet that all its pictures share, `but` strength or guidance where it is said elsewhere."""
-    guidance = "" if "guidance" in but else f"guidance {_guidance_text(config)} | "
-    strength = "" if "strength" in but else f", strength {strength_text(config.strength)}"
+def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Container[str] = ()) -> str:
+    """The footer of a sheet: the settings that all its pictures share, except those in `labelled`."""
+    guidance = "" if "guidance" in labelled else f"guidance {_guidance_text(config)} | "
+    strength = "" if "strength" in labelled else f", strength {strength_text(config.strength)}"
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
         f"{guidance}{config.interpolation}, mask {config.mask:g} | "
@@ -287,13 +285,13 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[
 
 
 def _guidance_text(config: SampleConfig) -> str:
-    """The guidance as a sheet's footer says it."""
+    """The guidance in a sheet's footer."""
     photo = "" if config.photo_guidance is None else f"{config.photo_guidance:g} at eta 0, "
     return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 
 
 def _round_trip(base: BaseModel, photo: Photo, box: Letterbox, meter: Meter) -> tuple[Image.Image, float]:
-    """The photo through the autoencoder, which is the best any reconstruction can be, and its PSNR at that size."""
+    """The photo's round trip through the autoencoder, the best possible reconstruction, and its PSNR at that size."""
     canvas = into_canvas(photo.image, box)
     with measured_stage(meter, "round trip", "`device=cpu`"):
         decoded = to_images(base.decode(base.encode_images(to_tensor(canvas))))[0]

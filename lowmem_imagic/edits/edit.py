@@ -1,7 +1,7 @@
 """The `Edit`: one photo's adapters and optimised conditioning, as a value.
 
-The checks sit in the constructors, so an edit that exists can be written to a file, and one that was read
-is as good as a new one. Messages name a value as the file does (see `edits.file`).
+The constructors check every value, so any `Edit` can be written to a file. Messages name a value as the file does (see
+`edits.file`).
 """
 
 import reprlib
@@ -35,14 +35,14 @@ MAX_EMBEDDING_BYTES = 8 * 2**20
 MAX_COARSE_SIDE = 16
 """Most cells each way of the photo's low frequencies: more would show the photo."""
 MAX_CHANNELS = 256
-"""Most channels of what a denoiser works on."""
+"""Most channels of a denoiser's input."""
 MAX_TEXT_SIDES = 3
 """Most sides of a tensor of text."""
 MAX_THUMBNAIL_BYTES = 20_000
 """Largest thumbnail; programs that list LoRA files keep every header in memory."""
 
 MAX_FACTOR = 1024
-"""Largest number in a factor; trained ones stay below 1, and below 100 times that where alpha is moved into them."""
+"""Largest number in a factor; trained factors stay below 1, or below 100 if they include alpha."""
 
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 MAX_NOISE_SIDE = 256
@@ -95,14 +95,14 @@ class Edit:
     """
 
     adapters: Mapping[str, Mapping[str, LoraFactors]] = field(repr=False)
-    """By denoiser: key of each layer without the factor's ending (see `edits.layouts`), to its factors."""
+    """Factors by denoiser, and by the layer's key without the factor's ending (see `edits.layouts`)."""
     conditioning: Mapping[str, Tensor] = field(repr=False)
-    """e_opt, without its batch axis: each stored tensor of a sentence's conditioning, by name, as stage 1 left it."""
+    """e_opt: the stored tensors of the conditioning after stage 1, by name, without the batch axis."""
     coarse: Mapping[str, Tensor] = field(repr=False)
-    """By denoiser, the photo as it sees it averaged over a few large cells, ``(C, h, w)``: its overall brightness and
-    colours, which sampling may start from (`settings.stages.SampleConfig.start`)."""
+    """The photo's low frequencies ``(C, h, w)`` by denoiser: averages of a few large cells, so brightness and colours,
+    from which sampling may start (`settings.stages.SampleConfig.start`)."""
     noise: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    """By denoiser, the photo's own noise, ``(C, H, W)``; empty unless training was anchored to it."""
+    """The photo's own noise ``(C, H, W)`` by denoiser; empty unless training was anchored to it."""
     target_prompt: str
     """The sentence the photo is edited towards."""
     base: BaseIdentity
@@ -114,7 +114,7 @@ class Edit:
     etas: tuple[float, ...]
     """Interpolation factors that were tried: 0 is the photo, 1 the target sentence."""
     eta_default: float
-    """The factor to render with unless told otherwise."""
+    """The factor to render with by default."""
     source: SourcePicture
     """The photo, by hash and geometry."""
     base_weights: str
@@ -200,18 +200,18 @@ def _version(base: BaseIdentity, source: SourcePicture, layout: Layout, *stored:
 
 
 def layout_of_keys(adapters: Mapping[str, Mapping[str, Any]]) -> Layout:
-    """Returns the layout that the keys of adapters' layers are of, `KOHYA` where they are of none."""
+    """Returns the layout of the layers' keys; `KOHYA` if they fit neither."""
     keys = (key for adapter in adapters.values() if isinstance(adapter, Mapping) for key in adapter)
     return layout_of(f"{key}.{PEFT.parts[0]}" for key in keys)
 
 
-def _named(value: object, names: Mapping[str, object], what: str) -> dict[str, Any]:
+def _named(value: object, names: Mapping[str, object], kind: str) -> dict[str, Any]:
     """Returns a mapping that has exactly the named members."""
-    members = dict(checks.mapping(value, what))
+    members = dict(checks.mapping(value, kind))
     if missing := sorted(names.keys() - members.keys()):
-        raise MissingTensorError(f"the {what} of {reprlib.repr(missing[0])} is missing")
+        raise MissingTensorError(f"the {kind} of {reprlib.repr(missing[0])} is missing")
     if unknown := sorted(map(str, members.keys() - names.keys())):
-        raise UnknownTensorError(f"the {what} of {reprlib.repr(unknown[0])} is of no part of the base")
+        raise UnknownTensorError(f"the {kind} of {reprlib.repr(unknown[0])} fits no part of the base")
     return members
 
 
@@ -245,14 +245,14 @@ def _check_adapter(adapter: object, denoiser: str, denoisers: Mapping[str, str])
 
 
 def _check_factor_values(factor: Tensor, name: str) -> None:
-    """Guarantees numbers that a training may give, so that products of them are finite."""
+    """Guarantees numbers in the range of training, whose products are finite."""
     low, high = (float(extreme) for extreme in factor.aminmax())
     if max(-low, high) > MAX_FACTOR:
         raise TensorValueError(f"tensor {name}: found values from {low:g} to {high:g}, expected at most {MAX_FACTOR}")
 
 
 def _check_alpha(alpha: object, name: str) -> float:
-    """Returns alpha rounded to fp32, known to be above 0 and at most `MAX_ALPHA`."""
+    """Returns alpha rounded to fp32, above 0 and at most `MAX_ALPHA`."""
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise checks.wrong(f"tensor {name}", alpha, "a number")
     rounded = float(torch.tensor(float(alpha), dtype=torch.float32))
@@ -261,7 +261,7 @@ def _check_alpha(alpha: object, name: str) -> float:
 
 
 def _check_text(tensor: object, width: int, member: str, version: int) -> Tensor:
-    """Returns a copy of a tensor of the conditioning, known to have the width that the base has."""
+    """Returns a copy of a tensor of the conditioning, of the base's width."""
     name = place(member, version)
     checked = _stored_copy(tensor, name)
     shape = tuple(checked.shape)
@@ -274,7 +274,7 @@ def _check_text(tensor: object, width: int, member: str, version: int) -> Tensor
 
 
 def _check_coarse(latents: object, name: str) -> Tensor:
-    """Returns a copy of the low frequencies, known to be few."""
+    """Returns a copy of the low frequencies, of at most `MAX_COARSE_SIDE` cells a side."""
     checked = _stored_copy(latents, name)
     shape, most = tuple(checked.shape), MAX_COARSE_SIDE
     if len(shape) != 3 or not 1 <= shape[0] <= MAX_CHANNELS or not all(1 <= side <= most for side in shape[1:]):
@@ -283,7 +283,7 @@ def _check_coarse(latents: object, name: str) -> Tensor:
 
 
 def _check_noise(noise: object, coarse: Tensor, name: str) -> Tensor:
-    """Returns a copy of the photo's own noise, known to have as many channels as its low frequencies."""
+    """Returns a copy of the photo's own noise, with as many channels as its low frequencies."""
     checked = _stored_copy(noise, name)
     shape, most = tuple(checked.shape), MAX_NOISE_SIDE
     if len(shape) != 3 or shape[0] != coarse.shape[0] or not all(1 <= side <= most for side in shape[1:]):
@@ -292,7 +292,7 @@ def _check_noise(noise: object, coarse: Tensor, name: str) -> Tensor:
 
 
 def picture_kind(picture: object) -> str:
-    """Returns ``jpeg`` or ``pictures.png``, by the picture's first bytes."""
+    """Returns ``jpeg`` or ``png``, by the picture's first bytes."""
     if isinstance(picture, bytes) and len(picture) <= MAX_THUMBNAIL_BYTES:
         for kind, magic in _MAGIC.items():
             if picture.startswith(magic):
@@ -301,7 +301,7 @@ def picture_kind(picture: object) -> str:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors are stored alike; by value, -0 and 0 would be."""
+    """Returns whether two tensors have the same bits; their values would not tell -0 from 0."""
     bits = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
@@ -312,16 +312,16 @@ def _same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> boo
 
 
 def _stored_copy(tensor: object, name: str) -> Tensor:
-    """Returns a contiguous copy on the CPU, in bf16 where it is that and otherwise in fp16; its values are finite."""
-    is_brain = isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16
-    return _half(tensor, name, torch.bfloat16 if is_brain else torch.float16)
+    """Returns a contiguous copy on the CPU with finite values: in bf16 if the tensor is in bf16, otherwise in fp16."""
+    is_bf16 = isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16
+    return _half(tensor, name, torch.bfloat16 if is_bf16 else torch.float16)
 
 
 def _half(tensor: object, name: str, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Returns a contiguous copy on the CPU in a type of 16 bits; its values are finite."""
+    """Returns a contiguous copy on the CPU with finite values, in a type of 16 bits."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TensorDtypeError(f"tensor {name}: found {found}, expected floating point")
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TensorDtypeError(f"tensor {name}: found {kind}, expected floating point")
     copied = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     if not bool(torch.isfinite(copied).all()):
         raise NonFiniteTensorError(f"tensor {name}: found NaN, infinity or values beyond fp16, expected finite ones")

@@ -1,4 +1,4 @@
-"""The plain values of an edit, checked alike when an edit is made, when its file is read and when it is shown.
+"""Checks of an edit's plain values, for its constructor and for the reader of its file alike.
 
 No torch: `edits.header.describe` answers without it.
 """
@@ -73,7 +73,7 @@ def check_factor_shapes(layer: str, down: tuple[int, ...], up: tuple[int, ...]) 
 
 
 def check_alpha(alpha: float, name: str) -> None:
-    """Guarantees a scale that a training may have.
+    """Guarantees an alpha in the range of training.
 
     Raises:
         NonFiniteTensorError: NaN or infinity.
@@ -88,10 +88,10 @@ def check_alpha(alpha: float, name: str) -> None:
 
 
 def check_title(title: object, license_name: object, created: object) -> None:
-    """Makes sure of what ``modelspec.*`` says of the edit; the last two may be None.
+    """Checks title, licence and date of ``modelspec.*``; the last two may be None.
 
     Raises:
-        EditHeaderError: no text, too long, no date.
+        EditHeaderError: not text, too long, or not a date.
     """
     checks.text(title, "modelspec.title", 200)
     if license_name is not None:
@@ -101,5 +101,5 @@ def check_title(title: object, license_name: object, created: object) -> None:
 
 
 def _plain(value: object, key: str) -> Any:
-    """Returns a plain copy of a mapping at the second level of the header's JSON."""
+    """Returns a plain copy of a mapping, which is on the second level of the header's JSON."""
     return plain_json(checks.mapping(value, key), key, 2)

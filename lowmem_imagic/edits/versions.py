@@ -1,4 +1,4 @@
-"""The two versions of the edit format: what each calls the parts of an edit, and what version 1 can say.
+"""The two versions of the edit format: the names of an edit's parts in each, and the limits of version 1.
 
 Version 1 holds edits of one denoiser under one tensor of text, in squares: Stable Diffusion 1 and 2. It is written
 wherever it can say everything, so that older programs read new files. Version 2 maps by denoiser and by tensor of text.
@@ -12,22 +12,22 @@ from . import checks
 from .identity import LABELS, MAX_LABEL, TOKEN, BaseIdentity, Interface, SourcePicture
 
 NEWEST = 2
-"""Version that this package writes where it must; any change that an older reader would misread or drop raises it."""
+"""The newest version; any change that an older reader would misread or ignore needs a new one."""
 TEXT, DENOISER = "embeds", "unet"
-"""Names of the tensor of text and of the denoiser in version 2; version 1 has exactly these two."""
+"""Names of the tensor of text and of the denoiser in version 2; version 1 has only these two."""
 NOISE = f"noise.{DENOISER}"
 ENTRIES = {
     f"text.{TEXT}": "imagic.e_opt",
     f"coarse.{DENOISER}": "imagic.coarse_latents",
     NOISE: "imagic.inverted_noise",
 }
-"""Header entries of version 1 by the names that version 2 gives them; the last may be missing."""
+"""Header entries of version 1 by their names in version 2; the last may be missing."""
 SIDES = {f"text.{TEXT}": ("T", "D"), f"coarse.{DENOISER}": ("C", "h", "w"), NOISE: ("C", "H", "W")}
 """Sides of their tensors."""
 
 
 def version_of_base(base: BaseIdentity) -> int:
-    """Returns the version that edits of a base are written in, in squares."""
+    """Returns the version for square edits of a base."""
     interface = base.interface
     return 1 if list(interface.text) == [TEXT] and list(interface.denoisers) == [DENOISER] else NEWEST
 
@@ -68,9 +68,9 @@ def base_entry(base: BaseIdentity, version: int) -> dict[str, Any]:
 
 
 def base_of(members: Mapping[str, Any], version: int, metadata: Mapping[str, str]) -> BaseIdentity:
-    """Returns the base that `base_entry`'s members describe, with the labels that stand in a file's header.
+    """Returns the base of `base_entry`'s members, with the labels of the file's header.
 
-    A label that another program changed to what this one would not write is left out.
+    Invalid labels are left out: another program may have changed them.
 
     Raises:
         EditHeaderError: a member of the wrong type or out of range.
@@ -95,7 +95,7 @@ def source_entry(source: SourcePicture, version: int) -> dict[str, Any]:
 
 
 def source_of(members: Mapping[str, Any], version: int) -> SourcePicture:
-    """Returns the photo that `source_entry`'s members describe.
+    """Returns the photo of `source_entry`'s members.
 
     Raises:
         EditHeaderError: a member of the wrong type or out of range.

@@ -1,4 +1,4 @@
-"""Edits to pictures: stage 3 for finished edits, whatever the sizes of their photos."""
+"""Renders finished edits (stage 3); their photos may have different sizes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from ..training.pack import StageProgress
 from .prepare import COARSE_SIDE, named
 
 Latents = Mapping[str, Tensor]
-"""Of one picture, (C, H, W) by denoiser, in the order of sampling."""
+"""Latents (C, H, W) of one picture by denoiser, in the order of sampling."""
 
 
 def apply_edits(
@@ -42,16 +42,16 @@ def apply_edits(
         base: the base the edits were made for (see `check_base`).
         edits: finished edits.
         cells: which edit, eta, seed and strength to render.
-        config: steps, guidance, scheduler; its own etas and seeds are not read.
-        prompts: a new sentence for each edit, instead of the one it was made for.
+        config: steps, guidance, scheduler; etas and seeds are those of the cells.
+        prompts: a new sentence for each edit, instead of its own.
         progress: called after every step.
         meter: collects seconds and peak bytes.
 
     Raises:
         TensorShapeError: an adapter or embedding does not fit the base.
-        NonFiniteModelError: the base gives NaN or infinity by itself.
-        NonFiniteEditError: an edit makes it do so.
-        MemoryLimitError: does not fit.
+        NonFiniteModelError: the base gives NaN or infinity without the edit.
+        NonFiniteEditError: the base gives NaN or infinity with the edit.
+        MemoryLimitError: a stage does not fit.
     """
     with base.restored():
         latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
@@ -76,9 +76,9 @@ def decode_canvases(base: BaseModel, latents: Sequence[Latents], *, meter: Meter
     """The model's own pictures of rendered cells.
 
     Raises:
-        NonFiniteEditError: the latents are more than the autoencoder can take.
+        NonFiniteEditError: the autoencoder gives NaN or infinity for these latents.
     """
-    last = [list(of.values())[-1] for of in latents]
+    last = [list(picture.values())[-1] for picture in latents]
     canvases: dict[int, Image.Image] = {}
     with measured_stage(meter or Meter(base.device), "decode", "`device=cpu`"):
         for numbers in _alike(tuple(x.shape) for x in last):
@@ -102,7 +102,7 @@ def render_latents(
     progress: StageProgress | None = None,
     meter: Meter | None = None,
 ) -> list[Latents]:
-    """The latents of `cells`, rendered together where their photos have one size; see `apply_edits`."""
+    """The latents of `cells`; those whose photos have one size are rendered together. See `apply_edits`."""
     meter = meter or Meter(base.device)
     with measured_stage(meter, "encode sentence", "`device=cpu`"):
         target = base.encode_text(prompts if prompts is not None else [edit.target_prompt for edit in edits])
@@ -134,7 +134,7 @@ def render_latents(
 
 
 def _alike(kinds: Iterable[object]) -> list[list[int]]:
-    """The numbers of those of one kind, kind by kind."""
+    """The positions of equal values, value by value."""
     groups: dict[object, list[int]] = {}
     for number, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(number)
@@ -175,10 +175,10 @@ def _adapters(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> Ada
 
 
 def _coarse(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> Tensor:
-    """The photos' low frequencies (N, C, COARSE_SIDE, COARSE_SIDE), whatever their cells in the files.
+    """The photos' low frequencies, averaged to (N, C, COARSE_SIDE, COARSE_SIDE).
 
     Raises:
-        TensorShapeError: of another base's latents.
+        TensorShapeError: they are of another base's latents.
     """
     channels, rows = denoiser.shape(base.sizes.own)[0], []
     for edit in edits:
@@ -197,13 +197,13 @@ def _noise(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit], size: Siz
 
     Raises:
         ConfigError: an edit has none.
-        TensorShapeError: of pictures of another size.
+        TensorShapeError: it is of pictures of another size.
     """
     shape, rows = denoiser.shape(size), []
     for edit in edits:
         if not edit.noise:
             raise ConfigError(
-                "start is inverted, and this edit was not made with it: it holds no noise of its photo's own; "
+                "start is inverted, but this edit was made without it and has no noise of its photo; "
                 "start from the photo's colours (`start=photo`)"
             )
         own = edit.noise[denoiser.name]
@@ -217,10 +217,10 @@ def _noise(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit], size: Siz
 
 
 def check_base(edit: Edit, base: BaseModel) -> str:
-    """A warning to show before `edit` is used on `base`, "" when they belong together exactly.
+    """A warning about the use of `edit` on `base`; "" if it was made for exactly this base.
 
     Raises:
-        BaseMismatchError: another architecture; nothing sensible could come out.
+        BaseMismatchError: the base has another architecture, on which the edit cannot work.
     """
     match edit.base.match(base.identity):
         case "exact":

@@ -1,4 +1,4 @@
-"""Photos and sentences on their way into training: encoded, and each with the noise its edit is anchored to."""
+"""Prepares photos and sentences for training: encodes them, and finds the noise that each edit is anchored to."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ class Job:
     photo: Photo
     prompt: str
     state: TrainingState | None = None
-    """Where its training goes on, if it was begun before."""
+    """The saved training to continue; None begins anew."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class EncodedPhoto:
     """The parts of an edit that do not come from training."""
 
     number: int
-    """Of its job."""
+    """The job's number."""
     job: Job
     letterbox: Letterbox
     """Where the photo lies in the model's picture."""
@@ -54,7 +54,7 @@ class EncodedPhoto:
     target: Conditioning
     """One row."""
     own_noise: dict[str, Tensor] = field(default_factory=dict)
-    """(C, H, W) in fp16, by denoiser; empty where edits start from their seeds' noise."""
+    """(C, H, W) in fp16, by denoiser; empty if edits start from their seeds' noise."""
     measured: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
     """Seconds and peak bytes of the stages before training."""
 
@@ -65,11 +65,11 @@ class EncodedPhoto:
 
 
 class Prepared(Iterator[TrainingInput]):
-    """The training inputs of jobs, which are asked for and encoded group by group, and inverted one by one.
+    """The training inputs of jobs: asks for and encodes one group of jobs at a time, and inverts one photo at a time.
 
-    Of a group, photos of one size come one after the other: they share passes.
+    Photos of one size in a group follow each other, so that they share passes.
 
-    **Memory**: the UNet is loaded once the first group is encoded, and stays.
+    **Memory**: the UNet is loaded after the first group is encoded, and stays loaded.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Prepared(Iterator[TrainingInput]):
         return Letterbox.fit(*photo.image.size, self._base.sizes.nearest(*photo.image.size))
 
     def _extra(self, photo: EncodedPhoto) -> dict[str, Conditioning]:
-        """One row of what each denoiser takes beside the text: of a cascade, the photo as the one before sees it."""
+        """The conditioning beside the text, one row, by denoiser; in a cascade with the previous denoiser's latents."""
         extra, lower = dict[str, Conditioning](), None
         for denoiser in self._base.denoisers:
             extra[denoiser.name] = self._base.family.make_extra(denoiser, 1, photo.letterbox.size, lower)
@@ -150,15 +150,15 @@ class Prepared(Iterator[TrainingInput]):
             progress = named(self._progress, "invert")
             own = own_noise(self._base, denoiser, latents, generator, progress, extra=extra).half()
         photo.own_noise[denoiser.name] = own
-        # As the file holds it: training is anchored to the noise that sampling starts from.
+        # Rounded as in the file: sampling starts from exactly the noise that training is anchored to.
         return varied(own.float(), drawn, seed)
 
 
 def check_sentence(sentence: str) -> None:
-    """Makes sure that an edit file can hold the sentence.
+    """Checks that an edit file can contain the sentence.
 
     Raises:
-        PromptError: too long, or with characters that cannot be shown.
+        PromptError: the sentence is too long, or has unprintable characters.
     """
     if len(sentence) > MAX_PROMPT_CHARS:
         raise PromptError(f"the sentence has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
