@@ -1,7 +1,7 @@
 """Hints whether an edit is under- or over-fitted, with the setting to change.
 
-An under-fitted edit does not reproduce the photo at eta 0; an over-fitted edit reproduces it for any sentence (a known
-failure of adapters, which full fine-tuning has less). The rendered pictures show both.
+An under-fitted edit does not reproduce the photo at eta 0. An over-fitted edit reproduces it for any sentence, which is
+reported of adapters in place of full fine-tuning. The rendered pictures show both.
 
 If the base itself cannot reproduce a picture, the hint says that instead: no setting of the training helps then. Three
 measurements tell, without a pass through the UNet: the scheduler's result for exact predictions (`families.rehearsal`),
