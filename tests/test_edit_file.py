@@ -693,7 +693,7 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
     ),
     "layer of another network": (
         UnknownTensorError,
-        "unet_2.*of none",
+        "unet_2.*belongs to none",
         with_meta("imagic.base", lambda m: m["interface"].update(denoisers={"unet": "flow", "b": "flow"}), "peft"),
     ),
     "tensors no object": (EditHeaderError, "a JSON object", with_header(_tensors_are("[]"), "kohya")),
@@ -1283,13 +1283,13 @@ def test_any_header_value_changed_is_refused_or_read(at: tuple[str, tuple[Any, .
 
 
 def test_the_worst_header_takes_bounded_time() -> None:
-    """16 MiB of escapes, brackets, quotes or commas are refused within seconds."""
-    started = time.monotonic()
+    """16 MiB of escapes, brackets, quotes or commas are refused within seconds of computing."""
+    started = time.process_time()
     for filler in (b'\\"', b"[]", b'""', b"0,", b"{},", b'"'):
         text = b'{"a":' + filler * ((2**24 - 64) // len(filler))
         with pytest.raises(EditFileError):
             decode(joined(text, b""))
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 # --- the value ------------------------------------------------------------------------------------
