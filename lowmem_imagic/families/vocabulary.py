@@ -12,13 +12,11 @@ MAX_GROUPS = 16
 MAX_WORDS = 64
 """Most words of a group, and most letters of a word or piece."""
 _WORD = re.compile(r"[a-z]{1,64}")
-_WORDS = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_WORDS = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _GAP = re.compile(r"\{([a-z]+)\}")
 _PIECE = re.compile(r"[a-z ]*(\{[a-z]+\})?[a-z ]*")
 _ARTICLE = re.compile(r"\ba (?=[aeiou])")
-_FILLERS = frozenset(
-    "a an the of on in at by to for from with without and or is are was it its this that there has some".split()
-)
+_FILLERS = frozenset(("a", "an", "the", "of", "on", "in", "at", "by", "to", "with", "and", "is", "it", "its", "this"))
 """English words that name nothing; a sentence may have them, known or not."""
 
 

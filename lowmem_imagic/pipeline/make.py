@@ -166,7 +166,8 @@ def _edit(
         conditioning={name: made.conditioning[name].to(dtype) for name, dtype in types.items()},
         coarse={name: coarse(latents[None], COARSE_SIDE)[0].half() for name, latents in photo.latents.items()},
         noise=photo.own_noise,
-        target_prompt=photo.job.prompt,
+        sentences=photo.job.sentences,
+        start_sentence=photo.start_sentence,
         base=identity,
         settings=_settings(config, made),
         seed=config.seed,
@@ -181,7 +182,7 @@ def _edit(
             "stages": {**photo.measured, **made.measured},
             "rungs": list(fallbacks),
         },
-        title=" ".join(photo.job.prompt.split())[:200],
+        title=" ".join("; ".join(photo.job.sentences or (photo.start_sentence,)).split())[:200],
     )
 
 

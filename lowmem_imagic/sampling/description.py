@@ -73,7 +73,7 @@ def best_words(vocabulary: Vocabulary, losses: Losses) -> str:
     chosen = _least(firsts, losses([vocabulary.sentence(one) for one in firsts]))
     added = [{name: word} for name, words in further.items() for word in words]
     lost = losses([vocabulary.sentence(chosen | one) for one in added]) if added else []
-    best = {}
+    best: dict[str, str] = {}
     for name in further:
         numbers = [number for number, one in enumerate(added) if name in one]
         best |= _least([added[number] for number in numbers], [lost[number] for number in numbers])
