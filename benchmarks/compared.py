@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic.sampling.description import NEUTRAL
 from lowmem_imagic.settings.presets import SMALL_KEEP, preset
 from lowmem_imagic.settings.stages import SampleConfig
 
@@ -124,7 +123,6 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         **{name: ours(preset("balanced", values), edits=folder) for name, values in variants.items()},
         "in-full": ours(balanced, edits=folder, in_full=True),
         "retarget": ours(balanced, edits=folder, retarget_from=RETARGET_FROM),
-        "retarget-neutral": ours(balanced, edits=folder, retarget_from=NEUTRAL),
         "once": ours(balanced, edits=folder, asked_later=True),
         "sdedit": sdedit(plain),
         "ddim-inversion": ddim_inversion(plain),

@@ -127,9 +127,8 @@ def train(
     with planned(base, plan, budget):
         made = _train(base, source, sentences, config, plan, meter, console)
     _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
-    summary = [f"{path}: {path.stat().st_size / 1000:.0f} kB, {time.perf_counter() - started:.0f} s"]
     if not sentences:
-        summary.append(f'ask it with: lowmem-imagic sample {path} --prompt "..." --prompt "..."')
+        console.say(f'ask it any sentences with: lowmem-imagic sample {path} `prompt` "..." `prompt` "..."')
     return {
         "edit_file": path.name,
         "edit_bytes": path.stat().st_size,
@@ -141,7 +140,7 @@ def train(
         "stages": meter.stages,
         "seconds": {"total": round(time.perf_counter() - started, 3)},
         "warnings": console.warnings,
-        "summary": summary,
+        "summary": [f"{path}: {path.stat().st_size / 1000:.0f} kB, {time.perf_counter() - started:.0f} s"],
     }
 
 

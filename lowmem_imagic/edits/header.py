@@ -327,8 +327,8 @@ def summary(contents: Mapping[str, Any]) -> str:
     revision = f" at {base['revision']}" if base["revision"] else ""
     sentences, start = contents["sentences"], contents["start_sentence"]
     lines = {
-        "sentence" if len(sentences) < 2 else "sentences": "; ".join(sentences) or "none; ask with sample --prompt",
-        **({} if sentences == [start] else {"trained as": start}),
+        "sentence" if len(sentences) < 2 else "sentences": "; ".join(sentences) or "none, to be asked later",
+        **({} if sentences == [start] else {"start": start}),
         "photo": f"{source['width_px']} x {source['height_px']} px, sha256 {source['sha256'][:12]}...",
         "base": f"{base['source']}{revision} ({base['family']}, {_prediction(base)}), "
         f"{contents['base_weights']} while training",

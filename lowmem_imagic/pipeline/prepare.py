@@ -62,8 +62,10 @@ class EncodedPhoto:
     """Where the photo lies in the model's picture."""
     latents: Mapping[str, Tensor]
     """(C, H, W), by denoiser."""
-    start_sentence: str = ""
+    start_sentence: str
     """The sentence that stage 1 starts from; "" until the photo is described."""
+    start: Conditioning | None
+    """Its conditioning, one row."""
     own_noise: dict[str, Tensor] = field(default_factory=dict)
     """(C, H, W) in fp16, by denoiser; empty where edits start from their seeds' noise."""
     measured: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
@@ -108,7 +110,9 @@ class Prepared(Iterator[TrainingInput]):
             with measured_stage(self._meter, "describe", "`device=cpu`"):
                 first = self._base.denoisers[0].name
                 photo.start_sentence = describe(self._base, photo.latents[first], extra[first])
-        start = self._base.encode_text([photo.start_sentence])
+        start = photo.start
+        if start is None:
+            start = self._base.encode_text([photo.start_sentence])
         noise = {
             denoiser.name: self._start_noise(photo, denoiser, generator, extra[denoiser.name])
             for denoiser in self._base.denoisers
@@ -128,7 +132,7 @@ class Prepared(Iterator[TrainingInput]):
         with measured_stage(self._meter, "encode", "`device=cpu`"):
             # The negative prompt is for sampling and the empty one for inversion: the text encoder is loaded once.
             asked = [sentence for job in jobs for sentence in job.sentences]
-            self._base.encode_text([*asked, *filter(None, starts), self._config.sample.negative_prompt, ""])
+            text = self._base.encode_text([*starts, *asked, self._config.sample.negative_prompt, ""])
             boxes = [self._letterbox(job.photo) for job in jobs]
             for size in dict.fromkeys(box.size for box in boxes):
                 numbers = [number for number, box in enumerate(boxes) if box.size == size]
@@ -136,8 +140,10 @@ class Prepared(Iterator[TrainingInput]):
                 latents = self._base.encode(torch.cat([to_tensor(canvas) for canvas in canvases]))
                 for row, number in enumerate(numbers):
                     own = {name: x[row] for name, x in latents.items()}
-                    photo = EncodedPhoto(self._count + number, jobs[number], boxes[number], own, starts[number])
-                    self._waiting.append(photo)
+                    start = text.rows([number]) if starts[number] else None
+                    self._waiting.append(
+                        EncodedPhoto(self._count + number, jobs[number], boxes[number], own, starts[number], start)
+                    )
         if not self._count:
             with measured_stage(self._meter, "load", "`base_weights=int8`, or `device=cpu`"):
                 for denoiser in self._base.denoisers:
