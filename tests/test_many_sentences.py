@@ -174,6 +174,13 @@ def test_a_sentence_twice_is_refused(run: Any, photo: Path) -> None:
     assert result.exit_code == 2 and "there twice" in result.stderr and not Path("made").exists()
 
 
+def test_sentences_multiply_the_pictures_of_one_run(run: Any, photo: Path) -> None:
+    """Sentences, etas and seeds together make at most as many pictures as one edit may ask for."""
+    seeds = ",".join(map(str, range(200)))
+    result = run("edit", photo, RED, BLUE, "--etas", "0,0.5,1", "--seeds", seeds, *QUICK_TRAINING)
+    assert result.exit_code == 2 and "1200 pictures" in result.stderr
+
+
 def test_a_sheet_of_several_sentences_asks_for_one(run: Any, unasked: Edit) -> None:
     """`sheet` varies settings of one sentence: of several the user chooses one."""
     write_edit(replace(unasked, sentences=(RED, BLUE)), "many.safetensors")

@@ -18,7 +18,7 @@ from ..pipeline.prepare import Job
 from ..pipeline.versions import versions
 from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig
-from ..settings.text import BaseOptions, check_suggestable
+from ..settings.text import BaseOptions, check_pictures, check_suggestable
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
@@ -42,6 +42,7 @@ def edit(
 ) -> dict[str, Any]:
     """Trains an edit once, renders it under each sentence into a folder, and returns the report."""
     started = time.perf_counter()
+    check_pictures(config.sample, len(sentences))
     if suggest:
         check_suggestable(config.sample)
     source = load_photo(photo, background=background)

@@ -23,7 +23,7 @@ from ..pipeline.versions import versions
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
 from ..settings.stages import DROPPED, SampleConfig, strength_text
-from ..settings.text import BaseOptions
+from ..settings.text import BaseOptions, check_pictures
 from .console import Console
 from .fit_hint import Fit, embedding_distance
 from .result_folder import ResultFolder
@@ -79,6 +79,7 @@ def open_edit(
         PromptError: an empty prompt, or none for an edit without a sentence.
     """
     sentences = tuple(prompts) or edit.sentences
+    check_pictures(config, len(sentences))
     if not sentences and any(config.etas):
         raise PromptError(NO_SENTENCE)
     chosen = options
@@ -163,9 +164,11 @@ def render(
     `lowmem_imagic.sampling.suggestion`).
     """
     asked: list[str | None] = [*sentences] or [None]
+    # A weaker adapter leaves something to the mask, which is the sentence's.
+    shared = config.strength == 1 or not config.mask
     cells = {
         sentence: [
-            Cell(0, eta, seed, config.strength, sentence=sentence if eta else None)
+            Cell(0, eta, seed, config.strength, sentence=sentence if eta or not shared else None)
             for seed in config.seeds
             for eta in config.etas
         ]
@@ -213,7 +216,7 @@ def render(
         for sentence in asked
     ]
     for row, (of, own) in zip(rows, cells.items(), strict=True):
-        row += [labelled(cell, of) for cell in own if len(asked) == 1 or cell.eta]
+        row += [labelled(cell, of) for cell in own if len(asked) == 1 or cell.sentence]
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
     if len(asked) == 1:
         sheet = first + rows[0]
@@ -221,7 +224,7 @@ def render(
         title = sentences[0] if sentences else edit.start_sentence
         boxes = folder.write_sheet(sheet, columns=columns, title=title, footer=footer)
     else:
-        first += [labelled(cell, None) for cell in every if not cell.eta]
+        first += [labelled(cell, None) for cell in every if not cell.sentence]
         boxes = folder.write_rows([("", first)] * bool(first) + list(zip(sentences, rows, strict=True)), footer=footer)
     if photo is not None:
         # The only place in the folder that shows it.
