@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from lowmem_imagic import Cell, Edit, Job, Photo, apply_edits, make_edits, read_edit, write_edit
 from lowmem_imagic.cli.commands import app
-from lowmem_imagic.demo.scene import COLORS, FLOORS, MATERIALS, POSES, SHAPES, SIZES, Scene, SceneObject
+from lowmem_imagic.demo import vocabulary as written
+from lowmem_imagic.demo.scene import Scene, SceneObject
 from lowmem_imagic.edits.header import describe, summary
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, PromptError
@@ -243,14 +244,7 @@ def test_files_say_what_is_new_by_their_version(unasked: Edit, tmp_path: Path) -
 
 def test_the_bundled_vocabulary_is_the_renderers(vocabulary: Vocabulary) -> None:
     """The bundled model's file has the words and the sentences of the scenes that it was trained on."""
-    assert vocabulary.groups == {
-        "shape": SHAPES,
-        "colour": tuple(COLORS),
-        "floor": FLOORS,
-        "size": tuple(SIZES),
-        "material": MATERIALS,
-        "pose": POSES,
-    }
+    assert (vocabulary.groups, vocabulary.pieces) == (written.GROUPS, written.PIECES)
     solid = SceneObject(shape="cone", color="orange", material="metal", size="small", pose="lying")
     scene = Scene(objects=(solid,), floor="tiled")
     chosen = {"shape": "cone", "colour": "orange", "material": "metal", "size": "small", "pose": "lying"}
