@@ -43,7 +43,7 @@ def _parameter(option: Option) -> inspect.Parameter:
             option.flag,
             *([option.short] if option.short else []),
             help=option.help,
-            metavar=option.metavar,
+            metavar=option.metavar or ("<str>" if option.many else None),
             min=option.least,
             max=option.most,
             rich_help_panel=option.panel,
