@@ -98,8 +98,8 @@ def open_edit(
     console.warn(_without(edit))
     check_sentences(base, sentences, config.negative_prompt, console)
     if prompts:
-        trained = edit.sentences[0] if len(edit.sentences) == 1 else edit.start_sentence
-        console.say(f"trained for {trained!r}, rendered under {', '.join(map(repr, prompts))}")
+        trained = "for" if edit.sentences == (edit.start_sentence,) else "from"
+        console.say(f"trained {trained} {edit.start_sentence!r}, rendered under {', '.join(map(repr, prompts))}")
     return base, sentences
 
 
