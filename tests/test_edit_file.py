@@ -98,7 +98,7 @@ def small_edit(**changes: Any) -> Edit:
         },
         "conditioning": {"embeds": torch.tensor([[0.0, 1.0, -2.0], [0.5, 0.25, 3.0]])},
         "coarse": {"unet": torch.tensor([[[0.5, -1.5]], [[2.0, 0.125]]])},
-        "target_prompt": "a blue cube, größer ☂",
+        "sentences": ("a blue cube, größer ☂",),
         "base": identity(),
         "settings": {
             "finetune": {"steps": 10, "learning_rate": 1e-4},
@@ -416,7 +416,7 @@ def edits(draw: st.DrawFn) -> Edit:
             st.just({})
             | st.fixed_dictionaries({"unet": halves(channels, draw(st.integers(1, 5)), draw(st.integers(1, 5)))})
         ),
-        target_prompt=draw(TEXT),
+        sentences=(draw(TEXT),),
         base=BaseIdentity(
             source=draw(st.sampled_from(["demo", "someone/some-model", "my models' folder", "größe"])),
             revision=draw(st.none() | TEXT),
@@ -660,7 +660,7 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
         "this is a safetensors file but not an edit",
         joined(b'{"conv_in.weight":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"),
     ),
-    "newer format": (UnsupportedEditVersionError, "format 3, .*upgrade", _metadata(imagic__spec="3")),
+    "newer format": (UnsupportedEditVersionError, "format 4, .*upgrade", _metadata(imagic__spec="4")),
     "version 1 called 2": (
         EditHeaderError,
         "'imagic.coarse_latents': not a key of format 2",

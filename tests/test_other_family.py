@@ -179,7 +179,15 @@ def test_its_pictures_are_rendered_with_a_sheet_and_a_suggestion(
     settings = replace(config(start=start).sample, etas=(0.0, 0.5, 1.0), guidance_scale=2.0, negative_prompt="grey")
     folder = ResultFolder.prepare(tmp_path / "out", overwrite=False)
     report = render(
-        base, edit, "a red cat", settings, folder, Meter(base.device), Console(quiet=True), photo=photo(), suggest=True
+        base,
+        edit,
+        ["a red cat"],
+        settings,
+        folder,
+        Meter(base.device),
+        Console(quiet=True),
+        photo=photo(),
+        suggest=True,
     )
     assert len(report["pictures"]) == 3 and report["suggestion"]["eta"] in settings.etas
     assert report["fit"]["embedding_distance"] > 0

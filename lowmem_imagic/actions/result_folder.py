@@ -23,7 +23,7 @@ from ..plain_text import one_line
 from ..sampling.sample import Cell
 from ..settings.stages import strength_text
 from ..storage.atomic import make_folder, write_bytes
-from ..storage.file_names import MAX_REPORT_BYTES, REPORT
+from ..storage.file_names import MAX_REPORT_BYTES, REPORT, safe_stem
 from ..storage.regular_files import read_regular
 from ..storage.writable import check_writable, unusable
 
@@ -31,7 +31,7 @@ _TEXTS = ("parameters", "Software")
 """The text entries of a picture."""
 COVER_PX = 512
 """Longest side of a cover."""
-_PICTURE = re.compile(r"eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
+_PICTURE = re.compile(r"([0-9]{1,2}-[a-z0-9-]{1,60}_)?eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
 _COVER = re.compile(r"[a-z0-9-]{1,60}\.png")
 
 
@@ -116,13 +116,31 @@ class ResultFolder:
         return name
 
     def write_sheet(
-        self, cells: Sequence[tuple[str, Image.Image]], *, columns: int | None, title: str, footer: str
+        self,
+        cells: Sequence[tuple[str, Image.Image | None]],
+        *,
+        columns: int | None,
+        title: str,
+        footer: str,
+        row_titles: Sequence[str] = (),
     ) -> list[Box]:
         """Writes the labelled contact sheet, and returns the place of each picture on it."""
         boxes: list[Box] = []
-        sheet = contact_sheet(cells, columns=columns, title=title, footer=footer, boxes=boxes)
+        sheet = contact_sheet(cells, columns=columns, title=title, footer=footer, row_titles=row_titles, boxes=boxes)
         self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic", "Title": SHEET_TITLE}))
         return boxes
+
+    def write_rows(self, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *, footer: str) -> list[Box]:
+        """Writes a contact sheet of rows of pictures, each under its title; see `write_sheet`."""
+        columns = max(len(row) for _, row in rows)
+        cells = [cell for _, row in rows for cell in (*row, *_blank(columns - len(row)))]
+        titles = [title for title, _ in rows]
+        return self.write_sheet(cells, columns=columns, title="", footer=footer, row_titles=titles)
+
+
+def _blank(count: int) -> list[tuple[str, None]]:
+    """Empty cells."""
+    return [("", None)] * count
 
 
 def encode_report(value: Mapping[str, Any]) -> bytes:
@@ -132,12 +150,22 @@ def encode_report(value: Mapping[str, Any]) -> bytes:
 
 
 def picture_names(cells: Sequence[Cell]) -> list[str]:
-    """A file name for each cell: its eta, with enough digits to differ from the others, and its seed if they differ."""
+    """A file name for each cell: its eta, with enough digits to differ from the others, and its seed if they differ.
+
+    Among several sentences, the number and words of the cell's sentence come first.
+    """
     many_seeds = len({cell.seed for cell in cells}) > 1
     etas = {cell.eta for cell in cells}
     digits = next(d for d in range(2, 400) if len({f"{eta:.{d}f}" for eta in etas}) == len(etas))
     seeds = [f"_seed_{cell.seed}" if many_seeds else "" for cell in cells]
-    return [f"eta_{cell.eta:.{digits}f}{seed}.png" for cell, seed in zip(cells, seeds, strict=True)]
+    sentences = list(dict.fromkeys(cell.sentence for cell in cells if cell.sentence is not None))
+    told = {sentence: f"{number}-{safe_stem(sentence)}_" for number, sentence in enumerate(sentences, start=1)}
+    if len(sentences) < 2:
+        told = {}
+    return [
+        f"{told.get(cell.sentence or '', '')}eta_{cell.eta:.{digits}f}{seed}.png"
+        for cell, seed in zip(cells, seeds, strict=True)
+    ]
 
 
 def pictures_of_report(folder: Path) -> frozenset[str]:
@@ -166,7 +194,7 @@ def rescue(name: str, data: bytes, error: OutputError) -> OutputError:
 def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     """The text that other programs show as "generation parameters", in A1111's layout."""
     # Programs split the text into lines, so a sentence must not contain line ends.
-    lines = [one_line(str(parameters["prompt"]))]
+    lines = [one_line(str(cell.sentence or parameters["prompt"]))]
     if parameters.get("negative_prompt"):
         lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")
     scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..edits import file as edit_file
+from ..edits.edit import Edit
 from ..engine.memory import Meter
-from ..errors import ConfigError
+from ..errors import ConfigError, PromptError
 from ..pictures import Photo, load_photo
 from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..sampling.sample import Cell
@@ -74,7 +75,7 @@ def sheet(
         raise ConfigError(f"`out` is {target}, expected a name ending in .png")
     check_target(target, overwrite=force)
     source = None if photo is None else _photo_of(photo, opened.source.sha256, console)
-    base, sentence = open_edit(opened, options, config, prompt, console)
+    base, [sentence] = open_edit(opened, options, config, _one_of(opened, prompt), console)
     meter = Meter(base.device)
 
     fixed = {name: values[0] for name, values in points.items() if name not in (rows, columns)}
@@ -104,7 +105,7 @@ def sheet(
         footer=f"{shared} | {footer_of(base, opened, config, {rows, columns, *stated})}",
         cell_px=192,
     )
-    parameters = generation_parameters(grid[0][0], parameters_of(opened, sentence, config))
+    parameters = generation_parameters(grid[0][0], parameters_of(opened, [sentence], config))
     write_bytes(
         target,
         encode_png(picture, text={"parameters": parameters, "Software": "lowmem-imagic", "Title": SHEET_TITLE}),
@@ -123,6 +124,22 @@ def sheet(
         "warnings": console.warnings,
         "summary": [f"{target}: {len(points[rows])} x {len(points[columns])} pictures ({seconds:.0f} s)"],
     }
+
+
+def _one_of(edit: Edit, prompt: str | None) -> list[str]:
+    """The sentence of a sheet: `prompt`, or none to take the edit's own.
+
+    Raises:
+        PromptError: the edit has several sentences, or none.
+    """
+    if prompt is not None:
+        return [prompt]
+    if not edit.sentences:
+        raise PromptError("this edit was trained without a sentence; ask one with `prompt`")
+    if len(edit.sentences) > 1:
+        known = ", ".join(map(repr, edit.sentences))
+        raise PromptError(f"this edit has {len(edit.sentences)} sentences ({known}); choose one with `prompt`")
+    return []
 
 
 def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]], eta: float) -> dict[str, tuple[Any, ...]]:

@@ -14,7 +14,6 @@ from ..actions.render import check_sentences
 from ..actions.result_folder import ResultFolder
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..pictures import photo_file
-from ..pipeline.prepare import check_sentence
 from ..settings.stages import EditConfig
 from ..storage.atomic import make_folder
 from ..storage.writable import unusable
@@ -154,9 +153,8 @@ class Batch:
             own = dict(item.settings)
             group = Group(own.pop("model", None), self._settings(own))
             base = self._bases(group.model)
-            check_sentence(item.sentence)
             silent = Silent()
-            check_sentences(base, [item.sentence, group.config.sample.negative_prompt], silent)
+            check_sentences(base, [item.sentence], group.config.sample.negative_prompt, silent)
             file = photo_file(item.photo)
             job = job_id(
                 item.name, file.sha256, item.sentence, group.config, base, self._background, suggest=self._suggest

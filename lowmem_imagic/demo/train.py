@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizerFast
 
-from . import architecture
+from . import architecture, vocabulary
 from .pictures import rendered, scene_at, to_tensor
 from .scene import Scene
 from .trainer import Trainer
@@ -269,6 +269,7 @@ def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
     text_encoder = out / "text_encoder" / "model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(text_encoder).items()}
     save_file(tensors, text_encoder, metadata={"format": "pt"})
+    vocabulary.write(out)
     # transformers 4 reads the vocabulary from these two files, transformers 5 from tokenizer.json.
     pipeline.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
     for path in out.rglob("*"):

@@ -26,7 +26,7 @@ from . import checks
 from .identity import BaseIdentity, SourcePicture
 from .layouts import KOHYA, PEFT, Layout, layout_of
 from .meta import META_KEYS, check_alpha, check_factor_shapes, check_title, checked_meta
-from .versions import NEWEST, SIDES, place, version_of_base
+from .versions import MAPPED, NEWEST, SIDES, place, version_of_base
 
 MAX_LAYERS = 4096
 """Most adapted layers of a denoiser."""
@@ -103,8 +103,10 @@ class Edit:
     from which sampling may start (`settings.stages.SampleConfig.start`)."""
     noise: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """The photo's own noise ``(C, H, W)`` by denoiser; empty unless training was anchored to it."""
-    target_prompt: str
-    """The sentence the photo is edited towards."""
+    sentences: tuple[str, ...]
+    """The sentences the photo is edited towards: one, several, or none if they are asked later."""
+    start_sentence: str = ""
+    """The sentence whose embedding stage 1 started from; "" takes the only one of `sentences`."""
     base: BaseIdentity
     """The base model the edit was made for."""
     settings: Mapping[str, Any]
@@ -144,8 +146,12 @@ class Edit:
         conditioning = _named(self.conditioning, interface.text, "conditioning")
         coarse = _named(self.coarse, interface.denoisers, "coarse latents")
         noise = _named(self.noise, interface.denoisers, "noise") if self.noise else {}
-        version = _version(self.base, self.source, layout_of_keys(adapters), conditioning, coarse, noise)
-        checked = checked_meta({name: getattr(self, name) for name in META_KEYS}) | {
+        if not self.start_sentence and isinstance(self.sentences, list | tuple) and len(self.sentences) == 1:
+            object.__setattr__(self, "start_sentence", self.sentences[0])
+        checked = checked_meta({name: getattr(self, name) for name in META_KEYS})
+        one = checked["sentences"] == (checked["start_sentence"],)
+        version = _version(self.base, self.source, one, layout_of_keys(adapters), conditioning, coarse, noise)
+        checked |= {
             "adapters": {name: _check_adapter(adapters[name], name, interface.denoisers) for name in sorted(adapters)},
             "conditioning": {
                 name: _check_text(conditioning[name], interface.text[name], f"text.{name}", version)
@@ -188,15 +194,28 @@ class Edit:
     @property
     def version(self) -> int:
         """Returns the version of the format that the file is written in: the first one that can say everything."""
-        return _version(self.base, self.source, self.layout, self.conditioning, self.coarse, self.noise)
+        one = self.sentences == (self.start_sentence,)
+        return _version(self.base, self.source, one, self.layout, self.conditioning, self.coarse, self.noise)
+
+    @property
+    def target_prompt(self) -> str | None:
+        """Returns the sentence of an edit with one, the first of several, None without any."""
+        return self.sentences[0] if self.sentences else None
 
 
-def _version(base: BaseIdentity, source: SourcePicture, layout: Layout, *stored: Mapping[str, object]) -> int:
-    """Returns the first version of the format that can hold an edit with these tensors beside the adapters."""
+def _version(
+    base: BaseIdentity, source: SourcePicture, one: bool, layout: Layout, *stored: Mapping[str, object]
+) -> int:
+    """Returns the first version of the format that can hold an edit with these tensors beside the adapters.
+
+    `one` says whether it has one sentence, which its training started from.
+    """
+    if not one:
+        return NEWEST
     square = source.size[0] == source.size[1]
     tensors = (tensor for tensors in stored for tensor in tensors.values())
     half = not any(isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 for tensor in tensors)
-    return version_of_base(base) if square and half and layout is KOHYA else NEWEST
+    return version_of_base(base) if square and half and layout is KOHYA else MAPPED
 
 
 def layout_of_keys(adapters: Mapping[str, Mapping[str, Any]]) -> Layout:

@@ -4,8 +4,8 @@ A file is an ordinary LoRA to other programs: its tensors have the names of one 
 The rest is in the header:
 
 =========================  ====================================================================================
-``imagic.spec``            version of the format, ``1`` or ``2`` (see `edits.versions`); a reader refuses a higher one
-``imagic.meta``            JSON: sentence, settings, seed, etas, source picture, base weights, versions, measurements
+``imagic.spec``            version of the format, ``1`` to ``3`` (see `edits.versions`); a reader refuses a higher one
+``imagic.meta``            JSON: sentences, settings, seed, etas, source picture, base weights, versions, measurements
 ``imagic.base``            JSON: the base model the edit was made for
 ``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); entries for others
 ``ss_*``                   entries that other programs show and filter by; the kind of base (`LABELS`) is read back
@@ -19,7 +19,7 @@ The tensors beside the adapters are, in version 1, header entries of their own:
 ``imagic.inverted_noise``  the same for the photo's own noise, ``[C, H, W]``, where training was anchored to it
 =========================  ====================================================================================
 
-and in version 2 the members ``text.<part>``, ``coarse.<denoiser>`` and ``noise.<denoiser>`` of ``imagic.tensors``:
+and from version 2 on the members ``text.<part>``, ``coarse.<denoiser>`` and ``noise.<denoiser>`` of ``imagic.tensors``:
 each as above (``F16`` or ``BF16``) in kohya's layout, and ``{"tensor": "lora_imagic.<member>"}`` in peft's.
 
 Every field has one home in the header; copies for other programs are ignored by the reader.
@@ -44,12 +44,10 @@ from .edit import MAX_THUMBNAIL_BYTES, Edit, LoraFactors, picture_kind
 from .header import HASH_KEY, Header, StoredTensor, check_hash, naming_its_writer, read_bytes, read_header
 from .layouts import EXTRA
 from .meta import META_KEYS
-from .versions import ENTRIES, base_entry, source_entry
+from .versions import ENTRIES, SENTENCE_MEMBERS, base_entry, sentences_entry, source_entry
 
-_PLACES = {
-    1: ("imagic.e_opt", "imagic.inverted_noise", "imagic.coarse_latents"),
-    2: ("text.* of imagic.tensors", "noise.*", "coarse.*"),
-}
+_OWN_ENTRIES = ("imagic.e_opt", "imagic.inverted_noise", "imagic.coarse_latents")
+_MEMBERS = ("text.* of imagic.tensors", "noise.*", "coarse.*")
 _USAGE_HINT = (
     "Imagic edit: needs more than its LoRA. The photo comes back (eta 0) with the LoRA, the embedding {} in "
     "place of the sentence's, {} plus {} as the start, and guidance 1; the edit "
@@ -160,7 +158,9 @@ def _header(edit: Edit) -> dict[str, str]:
     prediction = min(base.interface.denoisers.values())
     adapted = [factors for adapter in edit.adapters.values() for factors in adapter.values()]
     ranks, alphas = ({getattr(factors, name) for factors in adapted} for name in ("rank", "alpha"))
-    meta = {name: getattr(edit, name) for name in META_KEYS} | {"source": source_entry(edit.source, version)}
+    meta = {name: getattr(edit, name) for name in META_KEYS - SENTENCE_MEMBERS[3]}
+    meta |= sentences_entry(edit.sentences, edit.start_sentence, version)
+    meta |= {"source": source_entry(edit.source, version)}
     header = {
         "format": "pt",
         "imagic.spec": str(version),
@@ -168,15 +168,14 @@ def _header(edit: Edit) -> dict[str, str]:
         "imagic.meta": dump_json(meta, "imagic.meta"),
         **_tensor_entries(edit),
         **base.labels,
-        "modelspec.description": f"Imagic edit of one photo: {edit.target_prompt}",
+        "modelspec.description": ": ".join(filter(None, ("Imagic edit of one photo", "; ".join(edit.sentences)))),
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.tags": "imagic,edit",
         "modelspec.title": edit.title,
-        "modelspec.trigger_phrase": edit.target_prompt,
-        "modelspec.usage_hint": _USAGE_HINT.format(*_PLACES[version]),
+        "modelspec.usage_hint": _USAGE_HINT.format(*(_OWN_ENTRIES if version == 1 else _MEMBERS)),
         # "Dynamic" is sd-scripts' word for layers that differ.
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
@@ -186,6 +185,8 @@ def _header(edit: Edit) -> dict[str, str]:
         "ss_sd_model_name": base.source,
         "ss_seed": str(edit.seed),
     }
+    if edit.sentences:
+        header["modelspec.trigger_phrase"] = edit.sentences[0]
     if edit.created is not None:
         header["modelspec.date"] = edit.created
     if edit.license is not None:

@@ -34,10 +34,12 @@ from .versions import (
     ENTRIES,
     NEWEST,
     NOISE,
+    SENTENCE_MEMBERS,
     SIDES,
     SOURCE_MEMBERS,
     base_of,
     place,
+    sentences_of,
     source_of,
     stored_names,
 )
@@ -119,7 +121,8 @@ def read_header(container: Container) -> Header:
     base = base_of(fields_of(metadata, "imagic.base", BASE_MEMBERS[version]), version, metadata)
     by_denoiser = _by_denoiser(layers, layout, base)
     stored = _first_stored(metadata) if version == 1 else _stored(container, layout, base)
-    meta = fields_of(metadata, "imagic.meta", META_KEYS | {"source"})
+    names = META_KEYS - SENTENCE_MEMBERS[NEWEST] | SENTENCE_MEMBERS[version] | {"source"}
+    meta = fields_of(metadata, "imagic.meta", names)
     source = checks.exactly(meta.pop("source"), "imagic.meta source", SOURCE_MEMBERS[version])
     title = entry_of(metadata, "modelspec.title")
     created, license_name = metadata.get("modelspec.date"), metadata.get("modelspec.license")
@@ -131,7 +134,7 @@ def read_header(container: Container) -> Header:
         stored=stored,
         base=base,
         source=source_of(source, version),
-        meta=checked_meta(meta),
+        meta=checked_meta(meta | sentences_of(meta, version)),
         title=title,
         created=created,
         license=license_name,
@@ -289,7 +292,9 @@ def contents(data: bytes) -> dict[str, Any]:
     text = [tensor for name, tensor in header.stored.items() if name.startswith("text.")]
     factors = [entry for name, entry in entries.items() if header.layout.split(name)]
     return {
-        "sentence": header.meta["target_prompt"],
+        "sentence": sentences[0] if len(sentences := list(header.meta["sentences"])) == 1 else None,
+        "sentences": sentences,
+        "start_sentence": header.meta["start_sentence"],
         # With the names of the file's own version.
         "base": load_json(container.metadata["imagic.base"], "imagic.base"),
         "base_weights": header.meta["base_weights"],
@@ -320,8 +325,10 @@ def summary(contents: Mapping[str, Any]) -> str:
     """Returns :func:`describe`'s result as lines for people; values are escaped, so none can forge a line."""
     base, source, adapter = contents["base"], contents["source"], contents["adapter"]
     revision = f" at {base['revision']}" if base["revision"] else ""
+    sentences, start = contents["sentences"], contents["start_sentence"]
     lines = {
-        "sentence": contents["sentence"],
+        "sentence" if len(sentences) < 2 else "sentences": "; ".join(sentences) or "none, to be asked later",
+        **({} if sentences == [start] else {"start": start}),
         "photo": f"{source['width_px']} x {source['height_px']} px, sha256 {source['sha256'][:12]}...",
         "base": f"{base['source']}{revision} ({base['family']}, {_prediction(base)}), "
         f"{contents['base_weights']} while training",

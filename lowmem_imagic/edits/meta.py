@@ -14,7 +14,9 @@ from . import checks
 from .identity import TOKEN
 
 MAX_PROMPT_CHARS = 4096
-"""Longest target sentence."""
+"""Longest sentence."""
+MAX_SENTENCES = 64
+"""Most sentences of an edit."""
 META_KEYS = frozenset(
     (
         "base_weights",
@@ -22,12 +24,13 @@ META_KEYS = frozenset(
         "etas",
         "measured",
         "seed",
+        "sentences",
         "settings",
-        "target_prompt",
+        "start_sentence",
         "versions",
     )
 )
-"""Members of ``imagic.meta``, beside ``source``."""
+"""Values of ``imagic.meta``, beside ``source``; versions 1 and 2 have one sentence in place of the two."""
 
 
 def checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +39,13 @@ def checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         EditHeaderError: A value of the wrong type or out of range; named as in the file.
     """
-    checks.text(meta["target_prompt"], "imagic.meta target_prompt", MAX_PROMPT_CHARS, lines=True)
+    sentences = meta["sentences"]
+    is_list = isinstance(sentences, list | tuple) and len(sentences) <= MAX_SENTENCES
+    checks.require(is_list, "imagic.meta sentences", sentences, f"a list of at most {MAX_SENTENCES} sentences")
+    for sentence in sentences:
+        checks.text(sentence, "imagic.meta sentences", MAX_PROMPT_CHARS, lines=True)
+    checks.require(len(set(sentences)) == len(sentences), "imagic.meta sentences", sentences, "each sentence once")
+    start = checks.text(meta["start_sentence"], "imagic.meta start_sentence", MAX_PROMPT_CHARS, lines=True)
     checks.matches(meta["base_weights"], TOKEN, "imagic.meta base_weights", "a short lower-case token")
     versions = dict(checks.mapping(meta["versions"], "imagic.meta versions"))
     for name, version in versions.items():
@@ -46,7 +55,8 @@ def checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     is_list = isinstance(etas, list | tuple) and len(etas) <= MAX_VALUES
     checks.require(is_list, "imagic.meta etas", etas, f"a list of at most {MAX_VALUES} numbers")
     return {
-        "target_prompt": meta["target_prompt"],
+        "sentences": tuple(sentences),
+        "start_sentence": start,
         "base_weights": meta["base_weights"],
         "versions": versions,
         "etas": tuple(checks.number(eta, "imagic.meta etas") for eta in etas),

@@ -11,7 +11,7 @@ from ..diffusion.schedules import coarse
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
-from ..errors import BaseMismatchError, ConfigError, NonFiniteEditError, TensorShapeError
+from ..errors import BaseMismatchError, ConfigError, NonFiniteEditError, PromptError, TensorShapeError
 from ..families.conditioning import Conditioning
 from ..families.family import Denoiser
 from ..geometry import Letterbox, Size
@@ -22,6 +22,7 @@ from ..settings.stages import SampleConfig
 from ..training.pack import StageProgress
 from .prepare import COARSE_SIDE, named
 
+NO_SENTENCE = "this edit was trained without a sentence; ask one with `prompt`, or render its photo alone with `etas=0`"
 Latents = Mapping[str, Tensor]
 """Latents (C, H, W) of one picture by denoiser, in the order of sampling."""
 
@@ -41,13 +42,14 @@ def apply_edits(
     Args:
         base: the base the edits were made for (see `check_base`).
         edits: finished edits.
-        cells: which edit, eta, seed and strength to render.
+        cells: which edit, eta, seed, strength and sentence to render.
         config: steps, guidance, scheduler; etas and seeds are those of the cells.
-        prompts: a new sentence for each edit, instead of its own.
+        prompts: a new sentence for each edit, instead of its own, for cells that name none.
         progress: called after every step.
         meter: collects seconds and peak bytes.
 
     Raises:
+        PromptError: no sentence for a cell above eta 0.
         TensorShapeError: an adapter or embedding does not fit the base.
         NonFiniteModelError: the base gives NaN or infinity without the edit.
         NonFiniteEditError: the base gives NaN or infinity with the edit.
@@ -104,9 +106,12 @@ def render_latents(
 ) -> list[Latents]:
     """The latents of `cells`; those whose photos have one size are rendered together. See `apply_edits`."""
     meter = meter or Meter(base.device)
+    asked = [_sentence(cell, edits[cell.edit], None if prompts is None else prompts[cell.edit]) for cell in cells]
+    sentences = list(dict.fromkeys(one for one in asked if one is not None))
     with measured_stage(meter, "encode sentence", "`device=cpu`"):
-        target = base.encode_text(prompts if prompts is not None else [edit.target_prompt for edit in edits])
-    optimized = _optimized(edits, target)
+        start = base.encode_text([edit.start_sentence for edit in edits])
+        target = base.encode_text(sentences) if sentences else start
+    optimized = _optimized(edits, start)
     sizes = [letterbox(edit, base).size for edit in edits]
     latents: dict[int, Latents] = {}
     with measured_stage(meter, "sample", "fewer rows a batch (`batch_rows`)"):
@@ -117,11 +122,12 @@ def render_latents(
             rendered = sample(
                 base,
                 {denoiser.name: _adapters(base, denoiser, some) for denoiser in base.denoisers},
-                target.rows(members),
+                target,
                 optimized.rows(members),
                 own,
                 config,
                 named(progress, "sample"),
+                rows=[None if one is None else sentences.index(one) for one in (asked[n] for n in cell_numbers)],
                 size=size,
                 coarse={denoiser.name: _coarse(base, denoiser, some) for denoiser in base.denoisers},
                 noise={d.name: _noise(base, d, some, size) for d in base.denoisers}
@@ -133,6 +139,18 @@ def render_latents(
     return [latents[number] for number in range(len(cells))]
 
 
+def _sentence(cell: Cell, edit: Edit, prompt: str | None) -> str | None:
+    """The sentence to render a cell under; None for the photo of an edit without any.
+
+    Raises:
+        PromptError: the edit has none, and the cell is not its photo.
+    """
+    sentence = cell.sentence if cell.sentence is not None else prompt if prompt is not None else edit.target_prompt
+    if sentence is None and cell.eta:
+        raise PromptError(NO_SENTENCE)
+    return sentence
+
+
 def _alike(kinds: Iterable[object]) -> list[list[int]]:
     """The positions of equal values, value by value."""
     groups: dict[object, list[int]] = {}
@@ -141,8 +159,8 @@ def _alike(kinds: Iterable[object]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _optimized(edits: Sequence[Edit], target: Conditioning) -> Conditioning:
-    """e_opt of some edits, a row each.
+def _optimized(edits: Sequence[Edit], start: Conditioning) -> Conditioning:
+    """e_opt of some edits, a row each, with what is not stored from their start sentences.
 
     Raises:
         TensorShapeError: the base's text encoder gives another shape.
@@ -151,14 +169,14 @@ def _optimized(edits: Sequence[Edit], target: Conditioning) -> Conditioning:
     for name in edits[0].conditioning:
         rows = [edit.conditioning[name].float() for edit in edits]
         for row in rows:
-            expected = target[name].shape[1:] if name in target else ()
+            expected = start[name].shape[1:] if name in start else ()
             if row.shape != expected:
                 raise TensorShapeError(
                     f"the edit's embedding has shape {tuple(row.shape)}, the base's text encoder gives "
                     f"{tuple(expected)}; use the base the edit was made for"
                 )
         parts[name] = torch.stack(rows)
-    return Conditioning(parts)
+    return start | parts
 
 
 def _adapters(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> AdapterPack:

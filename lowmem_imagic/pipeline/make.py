@@ -167,7 +167,8 @@ def _edit(
         conditioning={name: trained.conditioning[name].to(dtype) for name, dtype in types.items()},
         coarse={name: coarse(latents[None], COARSE_SIDE)[0].half() for name, latents in photo.latents.items()},
         noise=photo.own_noise,
-        target_prompt=photo.job.prompt,
+        sentences=photo.job.sentences,
+        start_sentence=photo.start_sentence,
         base=identity,
         settings=_settings(config, trained),
         seed=config.seed,
@@ -182,7 +183,7 @@ def _edit(
             "stages": {**photo.measured, **trained.measured},
             "rungs": list(fallbacks),
         },
-        title=" ".join(photo.job.prompt.split())[:200],
+        title=" ".join("; ".join(photo.job.sentences or (photo.start_sentence,)).split())[:200],
     )
 
 
