@@ -113,10 +113,10 @@ def test_errors_while_a_pack_trains(run: Callable[..., Said], tmp_path: Path, mo
     encoded, begin = preparation.EncodedPhoto, Trainer.begin
     faults: list[tuple[Tensor, Exception]] = []
 
-    def encoding(number: int, job: Job, box: Any, latents: dict[str, Tensor], target: Any) -> Any:
+    def encoding(number: int, job: Job, box: Any, latents: dict[str, Tensor], *start: Any) -> Any:
         if job.photo.name in errors:
             faults.append((latents["unet"], errors[job.photo.name]))
-        return encoded(number, job, box, latents, target)
+        return encoded(number, job, box, latents, *start)
 
     def beginning(self: Trainer, slot: int, run: Run, rates: Any = None) -> None:
         for latents, error in faults:
