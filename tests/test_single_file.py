@@ -18,9 +18,11 @@ from torch import Tensor
 
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
-from lowmem_imagic.families import SHORT_NAMES
+from lowmem_imagic.families import SHORT_NAMES, load_family
 from lowmem_imagic.families.files import checkpoint as checkpoint_module
 from lowmem_imagic.families.files.weights import Weights
+from lowmem_imagic.layers.frozen import weight_bytes
+from lowmem_imagic.planning.counting import LiveBytes
 from tests import calls
 
 PROMPTS = ("a photo of a red cube on the grass", "two birds kissing", "")
@@ -180,6 +182,28 @@ def test_no_copy_stays_beside_the_unet(weights: str, checkpoint: Path, tiny_fold
     assert alive(reads) == []
     bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in calls.unet(base).parameters()}
     assert sum(bytes_of.values()) <= sum(t.numel() * t.element_size() for t in calls.unet(base).parameters())
+
+
+class _InMemory(LiveBytes):
+    """Counts only storages with memory behind them."""
+
+    def _follow(self, storage: Any) -> None:
+        if storage.device.type == "cpu":
+            super()._follow(storage)
+
+
+def test_loading_takes_one_layer_at_a_time(folder_copy: Path, tmp_path: Path) -> None:
+    """At most the int8 network and its largest layer, in the file's precision, are in memory while the UNet loads."""
+    new_tiny_unet(block_out_channels=(64, 384)).save_pretrained(folder_copy / "unet")
+    path = write_checkpoint(folder_copy, tmp_path / "half.safetensors", dtype=torch.float16)
+    denoiser = load_family(str(path), config_folder=folder_copy).denoisers[0]
+    with _InMemory() as counted:
+        unet = denoiser.load(weights="int8", device=torch.device("cpu"), dtype=torch.float32)
+    layers = [sum(p.numel() for p in module.parameters(recurse=False)) for module in unet.modules()]
+    assert counted.peak <= weight_bytes(unet) + 2 * max(layers) + 3 * 2**20
+    # The file is twice as large as the result, and a copy of the largest layer in fp32 takes 10 MiB.
+    assert path.stat().st_size > 1.6 * weight_bytes(unet)
+    assert 4 * max(layers) > 10 * 2**20
 
 
 def test_parts_are_read_when_needed(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:

@@ -10,13 +10,16 @@ cannot free it.
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_PART_VALUES = 2**18
+"""Most weights that are quantised at a time; their fp32 copies take 1 MB each."""
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -77,6 +80,13 @@ def _expand(weight: Tensor, scale: Tensor) -> Tensor:
         # On this device a product of two types would first copy one of them.
         return weight.to(scale.dtype).mul_(factors)
     return weight * factors
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Yields the output channels of a weight in parts of at most `_PART_VALUES` values."""
+    channels = max(1, _PART_VALUES * len(weight) // max(1, weight.numel()))
+    for first in range(0, len(weight), channels):
+        yield slice(first, first + channels)
 
 
 class _Scale:
@@ -165,12 +175,16 @@ class Int8Conv2d(nn.Conv2d):
 
     def quantize_(self) -> "Int8Conv2d":
         """Replaces the float weight by int8 values and one absmax per output channel; returns itself."""
-        # Only one fp32 copy: on a small card, the copy of the largest layer sets the peak of loading.
-        weight = self.weight.data.to(torch.float32, copy=True)
-        absmax = torch.linalg.vector_norm(weight, math.inf, dim=(1, 2, 3)).clamp_min(1e-12)
-        rounded = weight.mul_((127 / absmax).view(-1, 1, 1, 1)).round_().to(torch.int8)
+        weight = self.weight.data
+        absmax = weight.new_empty(len(weight), dtype=torch.float32)
         # Tensor cores and oneDNN compute in channels-last layout.
-        self.weight = nn.Parameter(rounded.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        rounded = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.channels_last)
+        # In parts: an fp32 copy of the largest layer would set the peak of loading.
+        for rows in _parts(weight):
+            part = weight[rows].to(torch.float32, copy=True)
+            absmax[rows] = torch.linalg.vector_norm(part, math.inf, dim=(1, 2, 3)).clamp_min_(1e-12)
+            rounded[rows] = part.mul_((127 / absmax[rows]).view(-1, 1, 1, 1)).round_()
+        self.weight = nn.Parameter(rounded, requires_grad=False)
         self.register_buffer("absmax", absmax)
         return self
 
@@ -199,6 +213,13 @@ def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torc
             "CB": torch.empty_like(weight, dtype=torch.int8),
             "SCB": weight.new_empty(outputs, dtype=torch.float32),
         }
+        layer.weight = bnb.nn.Int8Params(stored["CB"], requires_grad=False, has_fp16_weights=False, **stored)
+    elif device.type == "cpu":
+        # bitsandbytes makes several fp32 copies there, so it is given a part at a time.
+        stored = {"CB": torch.empty(outputs, inputs, dtype=torch.int8), "SCB": torch.empty(outputs)}
+        for rows in _parts(weight):
+            part, scale, _ = bnb.functional.int8_vectorwise_quant(weight[rows].to(device, torch.float16))
+            stored["CB"][rows], stored["SCB"][rows] = part, scale
         layer.weight = bnb.nn.Int8Params(stored["CB"], requires_grad=False, has_fp16_weights=False, **stored)
     else:
         layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)

@@ -10,17 +10,31 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import IncompleteModelError, WrongFamilyError
+from ...storage.regular_files import open_regular
 from .reading import check_regular
 
 MAX_HEADER_BYTES = 16 * 2**20
 """Size limit of a header: 3,000 tensors take 400 kB, pictures and recipes in the metadata a few MB."""
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""Types of the tensors that are read, by name in the format."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SCALE_TYPES = {"F64", "F32", "F16", "BF16"}
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "weight_scales", "weight.scale", "SCB")
@@ -48,10 +62,10 @@ class Entry:
     """One tensor of a file, not read yet."""
 
     path: Path
-    key: str
-    """Its name in the file."""
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    """Its first byte, counted from the start of the file."""
 
 
 def read_header(path: Path, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -69,11 +83,17 @@ def read_header(path: Path, name: str) -> tuple[dict[str, Entry], dict[str, str]
             raise broken
         if header > MAX_HEADER_BYTES:
             raise IncompleteModelError(f"{name} has a header of {header} bytes, expected at most {MAX_HEADER_BYTES}")
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            entries = {key: Entry(path, key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-            return entries, dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+        # The library checks everything, but does not say where a tensor begins.
+        with safe_open(path, framework="pt"):
+            pass
+        with open_regular(path) as (file, _):
+            contents = json.loads(file.read(8 + header)[8:])
+        metadata = contents.pop("__metadata__", None) or {}
+        return {
+            key: Entry(path, part["dtype"], tuple(part["shape"]), 8 + header + part["data_offsets"][0])
+            for key, part in contents.items()
+        }, metadata
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise broken from error
 
 
@@ -90,7 +110,6 @@ class Weights:
 
     def __init__(self, entries: Mapping[str, Entry], label: str) -> None:
         self._entries, self._label = entries, label
-        self._files: dict[Path, Any] = {}
         self._scales: dict[str, str] = {}
         beside = {name for name in entries if name.endswith(_OF_ACTIVATIONS)}
         for name in entries:
@@ -185,11 +204,19 @@ class Weights:
         return tensor.float() * spread[: tensor.shape[0], : tensor.shape[1]]
 
     def _read(self, name: str) -> Tensor:
-        path, key = self._entries[name].path, self._entries[name].key
+        """The stored tensor, in memory of its own.
+
+        The file is not mapped into memory: mapped pages would count as this process's until the last tensor is gone,
+        and a file that shrinks under a map would end the process.
+        """
+        entry = self._entries[name]
+        kind = _TYPES[entry.dtype]
+        buffer = torch.empty(math.prod(entry.shape) * kind.itemsize, dtype=torch.uint8)
         try:
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
-            tensor: Tensor = self._files[path].get_tensor(key)
-            return tensor
-        except (OSError, SafetensorError, RuntimeError, AttributeError) as error:
+            with open_regular(entry.path) as (file, _):
+                file.seek(entry.begin)
+                if file.readinto(buffer.numpy().data) < len(buffer):
+                    raise EOFError
+        except (OSError, ValueError, EOFError) as error:
             raise IncompleteModelError(f"{self._label}: {name[:100]} cannot be read; download it again") from error
+        return buffer.view(kind).reshape(entry.shape)
