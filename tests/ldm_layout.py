@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+XL_TEXT, XL_TEXT_2 = "conditioner.embedders.0.", "conditioner.embedders.1."
 
 _UNET_ENDS = {
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
     "conv_in.": "input_blocks.0.0.",
     "conv_norm_out.": "out.0.",
     "conv_out.": "out.2.",
@@ -64,6 +67,33 @@ def write_checkpoint(folder: Path, path: Path, *, dtype: torch.dtype | None = No
     # Real checkpoints carry the noise schedule too, in fp32 whatever the weights are.
     save_file({**tensors, "betas": torch.linspace(0, 1, 10)}, path)
     return path
+
+
+def xl_tensors(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of a diffusers folder of Stable Diffusion XL, as one checkpoint has them."""
+    parts = {
+        part: load_file(folder / part / f"{stem}.safetensors")
+        for part, stem in (
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+            ("text_encoder", "model"),
+            ("text_encoder_2", "model"),
+        )
+    }
+    named = {
+        UNET: unet_to_ldm(parts["unet"], _config(folder, "unet")),
+        VAE: vae_to_ldm(parts["vae"], _config(folder, "vae")),
+        XL_TEXT: text_to_ldm(parts["text_encoder"]),
+        XL_TEXT_2: text_to_ldm(parts["text_encoder_2"], open_clip=True),
+    }
+    tensors = {prefix + name: tensor for prefix, part in named.items() for name, tensor in part.items()}
+    # Both are in the published file, and no component needs them.
+    tensors[f"{XL_TEXT}transformer.text_model.embeddings.position_ids"] = torch.arange(8)[None]
+    tensors[f"{XL_TEXT_2}model.logit_scale"] = torch.tensor(4.6)
+    return {
+        name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def unet_to_ldm(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
@@ -132,16 +162,17 @@ def text_to_ldm(state: dict[str, Tensor], *, open_clip: bool = False) -> dict[st
     tensors = {}
     for name, tensor in plain.items():
         match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
-        if not match:
+        if name == "text_projection.weight":
+            # OpenCLIP multiplies by it from the other side.
+            tensors["model.text_projection"] = tensor.T
+        elif not match:
             tensors[f"model.{_OPEN_CLIP_ENDS[name]}"] = tensor
-            continue
-        layer, rest = f"model.transformer.resblocks.{match[1]}", match[2]
-        if part := re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", rest):
+        elif part := re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", match[2]):
             if part[1] == "q":
                 three = [plain[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
-                tensors[f"{layer}.attn.in_proj_{part[2]}"] = torch.cat(three)
+                tensors[f"model.transformer.resblocks.{match[1]}.attn.in_proj_{part[2]}"] = torch.cat(three)
         else:
-            tensors[f"{layer}.{_replaced(rest, _OPEN_CLIP_LAYER)}"] = tensor
+            tensors[f"model.transformer.resblocks.{match[1]}.{_replaced(match[2], _OPEN_CLIP_LAYER)}"] = tensor
     return tensors
 
 

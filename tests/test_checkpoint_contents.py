@@ -438,7 +438,7 @@ def test_other_namings_of_open_clip(
         (["emb_params"], "a textual inversion"),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "an autoencoder alone"),
         (["text_model.embeddings.position_ids"], "a text encoder alone"),
-        (["input_blocks.0.0.weight", "out.2.bias"], "a UNet alone"),
+        (["unet.input_blocks.0.0.weight", "unet.out.2.bias"], "a UNet alone"),
         (["down_blocks.0.resnets.0.conv1.weight"], "a UNet alone"),
         (["double_blocks.0.img_attn.qkv.weight"], "a diffusion transformer"),
     ],

@@ -19,9 +19,13 @@ from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, UnknownModelError
 from lowmem_imagic.families import SHORT_NAMES
 from lowmem_imagic.families.files import checkpoint as checkpoint_module
-from lowmem_imagic.families.files.source import WEIGHTS_STEM
+from lowmem_imagic.families.files import source as source_module
+from lowmem_imagic.families.files.checkpoint import SingleFile
+from lowmem_imagic.families.files.locate import locate
 from tests import calls
 
+WEIGHTS_STEM = {component: source_module.WEIGHTS_STEM[component] for component in ("unet", "vae", "text_encoder")}
+"""Stems of the weight files of a Stable Diffusion 1 or 2."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-sd"
 BESIDE = (
@@ -334,14 +338,22 @@ def test_offline_and_cached(tiny_folder: Path, tmp_path: Path, monkeypatch: pyte
 # Names and settings
 
 
-@pytest.mark.parametrize("name", ["sd21", "sd21-base", "sd15", NAME])
-def test_the_configuration_of_a_checkpoint_by_name(name: str, hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
-    """A checkpoint takes its configuration from a short name or a Hub id, for which no weights are downloaded."""
+def test_the_configuration_of_a_checkpoint_by_hub_id(hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
+    """A checkpoint takes its configuration from a Hub id, and no weights are downloaded."""
     path = write_checkpoint(tiny_folder, tmp_path / "one.safetensors")
-    base = load(str(path), config_folder=name)
+    base = load(str(path), config_folder=NAME)
     assert torch.equal(use(base), use(load(str(tiny_folder))))
-    assert [asked["repository"] for asked in hub.asked] == [SHORT_NAMES.get(name, name)]
+    assert [asked["repository"] for asked in hub.asked] == [NAME]
     assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21", "sd21-base"])
+def test_the_configuration_of_a_short_name(name: str, hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
+    """The configurations of the short names come with the package: the Hub is not asked."""
+    source = locate(str(write_checkpoint(tiny_folder, tmp_path / "one.safetensors")), config_folder=name)
+    assert isinstance(source, SingleFile)
+    assert source.configuration.label == SHORT_NAMES[name]
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize(
@@ -355,8 +367,10 @@ def test_marked_checkpoints_need_no_configuration(
     monkeypatch.setattr(checkpoint_module, "BY_PREDICTION", kinds)
     path = write_checkpoint(tiny_folder, tmp_path / "one.safetensors")
     save_file(load_file(path), path, metadata={"modelspec.prediction_type": prediction})
-    load(str(path))
-    assert hub.asked[0]["repository"] == SHORT_NAMES[name]
+    source = locate(str(path))
+    assert isinstance(source, SingleFile)
+    assert source.configuration.label == SHORT_NAMES[name]
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize("name", ["sd99", "no/such/thing", "", "./sd15"])

@@ -20,6 +20,8 @@ from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
 from lowmem_imagic.families import SHORT_NAMES, load_family
 from lowmem_imagic.families.files import checkpoint as checkpoint_module
+from lowmem_imagic.families.files.checkpoint import SingleFile
+from lowmem_imagic.families.files.locate import locate
 from lowmem_imagic.families.files.weights import Weights
 from lowmem_imagic.layers.frozen import weight_bytes
 from lowmem_imagic.planning.counting import LiveBytes
@@ -46,7 +48,7 @@ def changed(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
-def load(path: Path, config_folder: Path | None = None, **options: Any) -> BaseModel:
+def load(path: Path, config_folder: Path | str | None = None, **options: Any) -> BaseModel:
     """A base on the CPU."""
     return BaseModel.load(str(path), device="cpu", config_folder=config_folder, **options)
 
@@ -250,13 +252,20 @@ def test_mixed_precision_loses_nothing(changed: Callable[..., Path], tiny_folder
 # Errors
 
 
-def test_no_configuration_and_no_network(changed: Callable[..., Path]) -> None:
-    """Without a configuration folder and without the Hub, one line says both ways out when the base is loaded."""
+def test_no_network_is_needed(changed: Callable[..., Path]) -> None:
+    """The configuration and the vocabulary of Stable Diffusion 1.x come with the package."""
     text = torch.zeros(32, 768)
-    path = changed(put={f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": text})
+    source = locate(str(changed(put={f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": text})))
+    assert isinstance(source, SingleFile)
+    assert source.configuration.label == SHORT_NAMES["sd15"]
+    assert source.configuration.vocabulary().is_file()
+
+
+def test_a_configuration_that_cannot_be_had(checkpoint: Path) -> None:
+    """Without the Hub, one line says both ways to a configuration that is neither here nor in the package."""
     with pytest.raises(IncompleteModelError) as error:
-        load(path)
-    one_line(error, "changed.safetensors", SHORT_NAMES["sd15"], "connect once", "`model_config`")
+        load(checkpoint, "someone/plain")
+    one_line(error, "tiny.safetensors", "someone/plain", "connect once", "`model_config`")
 
 
 @pytest.mark.parametrize("width", [TEXT_WIDTH, 1024])

@@ -14,13 +14,20 @@ from .stable_diffusion import StableDiffusion
 __all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]
 
 
-def load_family(name: str, *, revision: str | None = None, config_folder: str | Path | None = None) -> StableDiffusion:
+def load_family(
+    name: str,
+    *,
+    revision: str | None = None,
+    config_folder: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_from: str | Path | None = None,
+) -> StableDiffusion:
     """The family object for a model name (see `locate`); reads configurations, no weights.
 
     Raises:
         ModelError: the model is unknown, incomplete or of another kind.
     """
-    return StableDiffusion(locate(name, revision=revision, config_folder=config_folder))
+    return StableDiffusion(locate(name, revision=revision, config_folder=config_folder, vae=vae, text_from=text_from))
 
 
 def load_architecture(name: str) -> StableDiffusion:

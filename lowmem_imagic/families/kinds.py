@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import IncompleteModelError, WrongFamilyError
 
 _WHOLE = "expected one file with UNet, autoencoder and text encoder in the original layout"
 _PLAIN = "expected a plain text-to-image Stable Diffusion 1.x or 2.x (not inpainting, not SDXL)"
+_PLAIN_XL = "expected a text-to-image SDXL, such as the base that it was made from"
+_UNET_ALONE = f"a UNet alone; {_WHOLE}, or a diffusers folder"
 _PARTS = (
     (
         r"(lora_|lycoris_)|.*(\.lora_(down|up|A|B)\.|\.lora\.(down|up)\.|\.hada_w|\.lokr_w|\.oft_)",
@@ -25,7 +28,7 @@ _PARTS = (
     (r"(double_blocks|single_blocks|joint_blocks|transformer_blocks|layers)\.\d", "a diffusion transformer; " + _PLAIN),
     (
         r"(input_blocks|output_blocks|middle_block|time_embed|diffusion_model|down_blocks|up_blocks|unet)\.",
-        "a UNet alone; " + _WHOLE + ", or a diffusers folder",
+        _UNET_ALONE,
     ),
     (r"(first_stage_model\.|vae\.)?(encoder|decoder|quant_conv)\.", "an autoencoder alone; " + _WHOLE),
     (
@@ -36,24 +39,42 @@ _PARTS = (
 """Files that are not whole checkpoints, by patterns of their tensors' names; the first match counts."""
 
 
-def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str) -> None:
-    """Checks that a file has a UNet of Stable Diffusion 1.x or 2.x with only latents, time and text as inputs.
+@dataclass(frozen=True)
+class Kind:
+    """The kind of a checkpoint file in the original layout."""
+
+    is_xl: bool
+    """Whether it is a Stable Diffusion XL; otherwise it is a Stable Diffusion 1 or 2."""
+    unet: str
+    """Prefix of the names of its UNet's tensors; "" in a file with nothing but a UNet."""
+
+
+_REFINER_WIDTH = 1280
+"""Width of the text conditioning of SDXL's refiner, which has only the larger text encoder."""
+
+
+def read_kind(name: str, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> Kind:
+    """The kind of a file, which has a text-to-image UNet of Stable Diffusion 1, 2 or XL.
 
     Args:
         name: the file, for messages.
         shapes: the shapes of its tensors.
-        unet: prefix of the names of the UNet's tensors.
+        prefix: usual prefix of the names of the UNet's tensors.
 
     Raises:
-        IncompleteModelError: the file is of another kind.
+        IncompleteModelError: the file is no model.
         WrongFamilyError: the model is of another kind.
     """
-    if not any(key.startswith(unet) for key in shapes):
+    unet = prefix
+    if not any(key.startswith(prefix) for key in shapes):
         kind = next((text for pattern, text in _PARTS if any(re.match(pattern, key) for key in shapes)), "")
-        raise IncompleteModelError(
-            f"{name} could not be read as a Stable Diffusion checkpoint (it has no tensors {unet}*)"
-            + (f": it looks like {kind}" if kind else f"; {_WHOLE}")
-        )
+        if kind != _UNET_ALONE or "input_blocks.0.0.weight" not in shapes:
+            raise IncompleteModelError(
+                f"{name} could not be read as a Stable Diffusion checkpoint (it has no tensors {prefix}*)"
+                + (f": it looks like {kind}" if kind else f"; {_WHOLE}")
+            )
+        unet = ""
+    is_xl = unet + "label_emb.0.0.weight" in shapes
     problems = []
     first = shapes.get(unet + "input_blocks.0.0.weight", ())
     channels = first[1] if len(first) == 4 else 0
@@ -61,8 +82,10 @@ def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str
         problems.append("another first layer")
     elif channels != 4:
         problems.append(f"{channels} input channels{_channels(channels)}")
-    if any(key.startswith(unet + "label_emb.") for key in shapes):
-        problems.append(f"a second conditioning ({_second(shapes)})")
+    if is_xl and (other := _other_than_xl(shapes, unet)):
+        problems.append(f"a second conditioning of another kind than SDXL's ({other})")
+    if not is_xl and any(key.startswith(unet + "label_emb.") for key in shapes):
+        problems.append("a second conditioning (as an upscaler's)")
     if any(key.startswith(unet + "time_embed.cond_proj.") for key in shapes):
         problems.append(
             "built-in guidance (time_embed.cond_proj, as in LCM's distilled models; take the model it was made from)"
@@ -73,10 +96,18 @@ def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str
         problems.append("layers for films or for a second picture")
     if any(key.startswith("control_model.") for key in shapes):
         problems.append("a ControlNet inside (control_model.*; take the base without it)")
-    if not any(key.endswith(".attn2.to_k.weight") and len(shape) for key, shape in shapes.items()):
+    if not any(key.startswith(unet) and key.endswith(".attn2.to_k.weight") and len(shapes[key]) for key in shapes):
         problems.append("no text conditioning")
+    latents = next((shapes[key] for key in _FROM_LATENTS if len(shapes.get(key, ())) == 4), None)
+    if channels == 4 and latents is not None and latents[1] != channels:
+        problems.append(f"{channels} channels of latents and an autoencoder for {latents[1]}")
     if problems:
-        raise WrongFamilyError(f"{name} has a network with {' and '.join(problems)}; {_PLAIN}")
+        raise WrongFamilyError(f"{name} has a network with {' and '.join(problems)}; {_PLAIN_XL if is_xl else _PLAIN}")
+    return Kind(is_xl, unet)
+
+
+_FROM_LATENTS = ("first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight")
+"""The autoencoder's first layer after the latents."""
 
 
 def _channels(count: int) -> str:
@@ -84,12 +115,14 @@ def _channels(count: int) -> str:
     return {9: " (inpainting)", 8: " (InstructPix2Pix)", 5: " (depth)", 7: " (an upscaler)"}.get(count, "")
 
 
-def _second(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if any(key.startswith("conditioner.embedders.1.") for key in shapes):
-        return "SDXL"
-    if any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
-        return "the refiner of SDXL"
-    return "as SDXL's or unCLIP's"
+def _other_than_xl(shapes: Mapping[str, tuple[int, ...]], unet: str) -> str:
+    """The kind of a UNet with a second conditioning that is not SDXL's; "" for SDXL."""
+    widths = {shape[-1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight") and shape}
+    if any(key.startswith("conditioner.embedders.0.model.") for key in shapes) or widths == {_REFINER_WIDTH}:
+        return "the refiner, which only finishes pictures of the base; give the base"
+    if any(key.startswith(("cond_stage_model.", "embedder.", "noise_augmentor.")) for key in shapes):
+        return "unCLIP, which takes a picture"
+    return ""
 
 
 def check_unet(values: Mapping[str, Any], label: str, *, latent_channels: int) -> None:
@@ -129,6 +162,55 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 """The classes that `model_index.json` may name for each part."""
+
+
+_XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+
+
+def _pipeline(model_index: Mapping[str, Any]) -> str | None:
+    """The name of a folder's pipeline class; diffusers also reads folders that its Flax classes saved."""
+    kind = model_index.get("_class_name")
+    return kind.removeprefix("Flax") if isinstance(kind, str) else None
+
+
+def is_xl(model_index: Mapping[str, Any]) -> bool:
+    """Whether a folder is a pipeline of Stable Diffusion XL, by its ``model_index.json``."""
+    return _pipeline(model_index) in _XL_PIPELINES
+
+
+def check_configuration(model_index: Mapping[str, Any], file: str, label: str, *, is_xl: bool) -> None:
+    """Checks that the configurations for a file are of its kind: SDXL's for an SDXL.
+
+    Raises:
+        WrongFamilyError: they are of the other kind.
+    """
+    theirs = _pipeline(model_index) in _XL_PIPELINES
+    if theirs != is_xl:
+        names = "an SDXL", "a Stable Diffusion 1.x or 2.x"
+        raise WrongFamilyError(
+            f"{file} is {names[not is_xl]}, and the configuration of {label} is that of {names[not theirs]}; leave it "
+            "out, or give a model of the same family (`model_config`)"
+        )
+
+
+def check_autoencoder(values: Mapping[str, Any], own: Mapping[str, Any], label: str, base: str) -> None:
+    """Checks that an autoencoder makes the latents that a model was trained on, as far as its configuration says.
+
+    Args:
+        values: its configuration.
+        own: configuration of the model's own autoencoder.
+        label: the autoencoder, for messages.
+        base: the model, for messages.
+
+    Raises:
+        WrongFamilyError: it makes others.
+    """
+    for key in ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        if values.get(key) != own.get(key):
+            raise WrongFamilyError(
+                f"{label} has an autoencoder of another family than {base}: its {key} is {str(values.get(key))[:40]}, "
+                f"expected {str(own.get(key))[:40]}; give one of the same family (`vae`)"
+            )
 
 
 def check_pipeline(model_index: Mapping[str, Any], label: str) -> None:

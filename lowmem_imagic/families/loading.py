@@ -33,6 +33,8 @@ _EXTRAS = {
     "text_encoder": re.compile(
         r"(.*\.)?position_ids$|(logit_scale|logit_bias|text_projection(\.weight)?)$|(vision_model|visual_projection)\."
     ),
+    # The class makes its position ids itself.
+    "text_encoder_2": re.compile(r"(.*\.)?position_ids$|(logit_scale|logit_bias)$|(vision_model|visual_projection)\."),
 }
 """Tensors in a folder that do not affect pictures."""
 
@@ -102,10 +104,11 @@ def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str,
         IncompleteModelError: files are missing or broken, or tensors are beyond the configuration.
         WrongFamilyError: the weights have an unsupported format.
     """
-    if isinstance(source, SingleFile):
+    if isinstance(source, SingleFile) and component not in source.elsewhere:
         with complete(source.path.name, component):
             return source.tensors(component, values)
-    weights = source.weights(component)
+    folder = source.elsewhere[component] if isinstance(source, SingleFile) else source
+    weights = folder.weights(component)
     names = [name for name in weights.names if not _EXTRAS[component].match(name)]
     return Tensors(weights, layout.of_folder(component, names))
 

@@ -214,7 +214,7 @@ class StableDiffusion:
     @cached_property
     def tokenizer(self) -> CLIPTokenizerFast:
         """The tokenizer."""
-        self._folder.vocabulary()
+        files, settings = self._folder.tokenizer()
         values = self._folder.config("tokenizer", "tokenizer_config.json")
         if elsewhere := [key for key in _FILES_OF_TOKENIZERS if key in values and "/" in str(values[key])]:
             raise IncompleteModelError(
@@ -224,9 +224,7 @@ class StableDiffusion:
         with without_advice(), complete(self._folder.label, "tokenizer"):
             # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
             # versions write.
-            tokenizer = CLIPTokenizerFast.from_pretrained(
-                self._folder.path, subfolder="tokenizer", local_files_only=True
-            )
+            tokenizer = CLIPTokenizerFast.from_pretrained(files, local_files_only=True, **settings)
             longest, words = self.text_config["max_position_embeddings"], self.text_config["vocab_size"]
             # transformers sets 1e30 if the configuration has no value.
             if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import UnknownModelError
 from . import hub
+from .published import PUBLISHED, Published
 from .source import DEMO, SHORT_NAMES, Folder, label_of
 
 log = logging.getLogger(__name__)
@@ -17,7 +18,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate_configuration(name: str) -> Folder:
-    """The configurations and the tokenizer of the model called `name`, without weights.
+    """The configurations and the tokenizers of the model called `name`, without weights.
+
+    Those of a short name come with the package.
 
     Raises:
         UnknownModelError: there is no such model here, or it cannot be downloaded.
@@ -26,11 +29,12 @@ def locate_configuration(name: str) -> Folder:
     path = Path(name)
     if name == DEMO:
         return Folder(DEMO_FOLDER, DEMO)
-    if name in SHORT_NAMES:
+    if name in PUBLISHED:
         mention_hidden(name, exists)
-    elif exists and path.is_dir():
+        return Published.of(name)
+    if exists and path.is_dir():
         return Folder(path, label_of(path.resolve().name))
-    if (name in SHORT_NAMES or not exists) and (repository := repository_of(name)):
+    if not exists and (repository := repository_of(name)):
         return Folder(hub.fetch_configuration(repository), repository)
     raise UnknownModelError(
         f"no configuration {reprlib.repr(name)}: expected {', '.join(SHORT_NAMES)}, a diffusers folder or a Hub id "

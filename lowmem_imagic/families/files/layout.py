@@ -21,6 +21,8 @@ class Place:
     """Index of a third of its rows, if the file has query, key and value in one tensor."""
     flat: bool = False
     """Whether the file may have it as a 1x1 convolution."""
+    turned: bool = False
+    """Whether the file has the transposed matrix."""
 
 
 class Tensors:
@@ -43,14 +45,14 @@ class Tensors:
             return (shape[0] // 3, *shape[1:])
         if place.flat and len(shape) > 2 and set(shape[2:]) == {1}:
             return shape[:2]
-        return shape
+        return shape[::-1] if place.turned else shape
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, place in self._places.items():
             tensor, shape = self._weights[place.name], self._shape(place)
             if place.third is not None:
                 tensor = tensor[place.third * shape[0] : (place.third + 1) * shape[0]]
-            yield name, tensor.reshape(shape)
+            yield name, tensor.T.contiguous() if place.turned else tensor.reshape(shape)
             # Free this tensor before the next one is read.
             del tensor
 
@@ -79,9 +81,10 @@ def vae(names: Iterable[str], configuration: Mapping[str, Any]) -> dict[str, Pla
 
 
 _CLIP = re.compile(
-    r"((clip_[lh]|transformer|model|text_encoder)\.)*(text_model\.)?((embeddings|encoder|final_layer_norm)\..+)"
+    r"((clip_[lgh]|transformer|model|text_encoder)\.)*(text_model\.)?"
+    r"((embeddings|encoder|final_layer_norm)\..+|text_projection\.weight)"
 )
-_OPEN_CLIP = re.compile(r"(?:(?:clip_[lh]|model)\.)*(?:transformer\.resblocks\.(\d+)\.)?(.+)")
+_OPEN_CLIP = re.compile(r"(?:(?:clip_[lgh]|model)\.)*(?:transformer\.resblocks\.(\d+)\.)?(.+)")
 _OPEN_CLIP_ENDS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -100,7 +103,8 @@ _OPEN_CLIP_LAYER = {
 def text_encoder(names: Iterable[str], configuration: Mapping[str, Any]) -> dict[str, Place]:
     """Places of a CLIP text encoder's tensors, in CLIP's or OpenCLIP's layout, with or without ``text_model.``.
 
-    diffusers' converter knows one prefix for each layout, but programs write a dozen.
+    diffusers' converter knows one prefix for each layout, but programs write a dozen. OpenCLIP multiplies by its
+    projection from the other side, so its matrix is transposed.
     """
     places: dict[str, Place] = {}
     for name in names:
@@ -113,6 +117,8 @@ def text_encoder(names: Iterable[str], configuration: Mapping[str, Any]) -> dict
         if layer is None:
             if last in _OPEN_CLIP_ENDS:
                 places[_OPEN_CLIP_ENDS[last]] = Place(name)
+            elif last == "text_projection":
+                places["text_projection.weight"] = Place(name, turned=True)
             continue
         own, _, leaf = last.rpartition(".")
         # Stable Diffusion 2 does not use the last layer of its text encoder, but its checkpoints have it.
@@ -133,6 +139,7 @@ ORIGINAL: dict[str, Callable[[Iterable[str], Mapping[str, Any]], dict[str, Place
     "unet": unet,
     "vae": vae,
     "text_encoder": text_encoder,
+    "text_encoder_2": text_encoder,
 }
 """Places in a checkpoint of the original layout, by part."""
 
@@ -144,7 +151,7 @@ def of_folder(component: str, names: Iterable[str]) -> dict[str, Place]:
     places = {}
     for name in names:
         new = name
-        if component == "text_encoder":
+        if component.startswith("text_encoder"):
             # transformers before version 5.6 writes this prefix.
             new = name.removeprefix("text_model.")
         elif component == "vae" and (

