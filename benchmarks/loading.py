@@ -1,10 +1,10 @@
 """Resident memory while a UNet is loaded from one checkpoint file, layer by layer.
 
-    python -m benchmarks.loading --models sd15
+    python -m benchmarks.loading --models sd15,sdxl
 
 Writes an all-in-one file in the original layout, with random fp16 weights in the real configuration (2.1 GB for Stable
-Diffusion 1.5), and loads its UNet in int8 in a process of its own. The least possible is the int8 result beside the
-largest layer in the file's precision. Memory is the process's resident memory over that before the first weight.
+Diffusion 1.5, 6.9 GB for XL), and loads its UNet in int8 in a process of its own. The goal is the int8 result beside
+the largest layer in the file's precision. Memory is the process's resident memory over that before the first weight.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
 from lowmem_imagic.families import load_family
 from lowmem_imagic.families.files.published import PUBLISHED
 from lowmem_imagic.layers.frozen import weight_bytes
-from tests.ldm_layout import text_to_ldm, unet_to_ldm, vae_to_ldm
+from tests.ldm_layout import TEXT, UNET, VAE, XL_TEXT, XL_TEXT_2, text_to_ldm, unet_to_ldm, vae_to_ldm
 
 from .goals import Line, fresh, in_gib, table
 from .random_unet import drawn
@@ -57,11 +57,15 @@ def _tensors(model: str) -> Iterator[tuple[str, Tensor]]:
         unet: nn.Module = UNet2DConditionModel.from_config(configurations["unet"])
         vae: nn.Module = AutoencoderKL.from_config(configurations["vae"])
         text = CLIPTextModel(CLIPTextConfig(**configurations["text_encoder"]))
+        more = configurations.get("text_encoder_2")
+        text_2 = None if more is None else CLIPTextModelWithProjection(CLIPTextConfig(**more))
     parts = {
-        "model.diffusion_model.": unet_to_ldm(dict(unet.named_parameters()), configurations["unet"]),
-        "first_stage_model.": vae_to_ldm(dict(vae.named_parameters()), configurations["vae"]),
-        "cond_stage_model.": text_to_ldm(dict(text.named_parameters())),
+        UNET: unet_to_ldm(dict(unet.named_parameters()), configurations["unet"]),
+        VAE: vae_to_ldm(dict(vae.named_parameters()), configurations["vae"]),
+        XL_TEXT if text_2 else TEXT: text_to_ldm(dict(text.named_parameters())),
     }
+    if text_2:
+        parts[XL_TEXT_2] = text_to_ldm(dict(text_2.named_parameters()), open_clip=True)
     for prefix, tensors in parts.items():
         for name, tensor in tensors.items():
             yield prefix + name, tensor
@@ -70,6 +74,7 @@ def _tensors(model: str) -> Iterator[tuple[str, Tensor]]:
 def load(path: Path) -> dict[str, Any]:
     """Loads the file's UNet in this process; bytes of the process, the result and the largest layer."""
     return_freed_memory()
+    torch.set_num_threads(1)
     denoiser = load_family(str(path)).denoisers[0]
     before = resident_bytes()
     reset_peak(CPU)

@@ -221,6 +221,9 @@ class OtherFamily:
         whole = Part((3, SIDE, SIDE), mixed=False, stored=None)
         self.denoisers = (Stage("small", 2, {}), Stage("large", 1, {"low_resolution": whole}))
 
+    def check_trainable(self) -> None:
+        """Nothing to check."""
+
     @property
     def identity(self) -> BaseIdentity:
         """Which base this is."""

@@ -23,7 +23,8 @@ from lowmem_imagic.settings.text import BaseOptions, Words
 PACKAGE = Path(lowmem_imagic.__file__).parent
 
 _BASE = (
-    "--attention --base-weights --compute --device --force --json --model --model-config --out --quiet --revision -q"
+    "--attention --base-weights --compute --device --force --json --model --model-config --out --quiet --revision "
+    "--text-from --vae -q"
 )
 _TRAINING = (
     "--adapt --background --checkpointing --draws --keep --learning-rate --preset --rank --seed --small --steps-embed "

@@ -136,6 +136,21 @@ def test_identity_is_the_checkpoint(checkpoint: Path, tiny_folder: Path) -> None
     assert identity.match(load(tiny_folder).identity) == "architecture"
 
 
+@pytest.mark.parametrize("prefix", [UNET, ""])
+def test_a_unet_alone(prefix: str, changed: Callable[..., Path], tiny_folder: Path, tmp_path: Path) -> None:
+    """A file with only a UNet gives its folder's bits with autoencoder and text encoder from that folder."""
+    path = tmp_path / "unet.safetensors"
+    tensors = load_file(changed((VAE, TEXT, "betas")))
+    save_file({name.replace(UNET, prefix): tensor for name, tensor in tensors.items()}, path)
+    base = load(path, tiny_folder, vae=tiny_folder, text_from=tiny_folder)
+    ours, theirs = everything(base), everything(load(tiny_folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert set(base.identity.files) == {"checkpoint", "vae", "text_encoder", "tokenizer"}
+    with pytest.raises(IncompleteModelError) as error:
+        load(path, tiny_folder, text_from=tiny_folder)
+    one_line(error, "unet.safetensors lacks the vae", "`vae`")
+
+
 # Memory
 
 

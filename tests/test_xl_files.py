@@ -22,6 +22,7 @@ from lowmem_imagic.families import load_family
 from lowmem_imagic.families.files.checkpoint import SingleFile
 from lowmem_imagic.families.files.locate import locate
 from lowmem_imagic.families.files.published import PUBLISHED, Published
+from lowmem_imagic.families.files.source import Folder
 from lowmem_imagic.families.loading import tensors_of
 from lowmem_imagic.families.schedule import read_schedule
 from tests.tiny_xl import write_tiny
@@ -412,3 +413,76 @@ def test_a_file_that_was_cut(keep: float, write: Callable[..., Path], folder: Pa
     with pytest.raises(IncompleteModelError) as error:
         single(path, config_folder=folder)
     one_line(error, path.name)
+
+
+def test_a_folder_that_was_downloaded_in_part(folder: Path, tmp_path: Path) -> None:
+    """One line names all components without their files, and whether a download was not finished."""
+    half = Path(shutil.copytree(folder, tmp_path / "half"))
+    (half / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    weights = half / "text_encoder_2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for name in ("vocab.json", "tokenizer.json"):
+        (half / "tokenizer_2" / name).unlink(missing_ok=True)
+    source = locate(str(half))
+    assert isinstance(source, Folder)
+    with pytest.raises(IncompleteModelError) as error:
+        source.check_complete()
+    one_line(error, "only in part", "unet, text_encoder_2, tokenizer_2", "unet/diffusion_pytorch_model.safetensors")
+    begun = Path(shutil.copytree(folder, tmp_path / "begun"))
+    (begun / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    unfinished = begun / ".cache" / "huggingface" / "download" / "vae" / "x.incomplete"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+    with pytest.raises(IncompleteModelError) as error:
+        locate(str(begun)).check_complete()  # type: ignore[union-attr]
+    one_line(error, "begun was downloaded only in part", "vae")
+
+
+def test_fp16_and_sharded_weights(folder: Path, tmp_path: Path) -> None:
+    """A folder's weights may be in the fp16 variant and in several files; a missing one of them is named."""
+    other = tmp_path / "other"
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float16)
+    pipeline.save_pretrained(other, variant="fp16", max_shard_size="200KB")
+    assert len(list((other / "unet").glob("*fp16-0*.safetensors"))) > 1
+    source = locate(str(other))
+    assert isinstance(source, Folder)
+    source.check_complete()
+    for component in COMPONENTS:
+        half = {name: tensor.half() for name, tensor in state(locate(str(folder)), component).items()}
+        assert same(state(source, component), half)
+    shard = sorted((other / "unet").glob("*fp16-0*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(IncompleteModelError) as error:
+        source.check_complete()
+    one_line(error, f"unet/{shard.name} is missing")
+
+
+# Distilled models
+
+
+@pytest.mark.parametrize(
+    ("name", "is_distilled"),
+    [
+        ("sdxl-turbo", True),
+        ("sd_xl_turbo_1.0_fp16", True),
+        ("DreamShaperXL_Lightning", True),
+        ("dreamshaperXL_v21TurboDPMSDE", True),
+        ("LCM-Dreamshaper", True),
+        ("Hyper-SDXL-8steps", True),
+        ("hyper-realistic-xl", False),
+        ("lightningbolt", False),
+        ("ponyDiffusionV6XL", False),
+        ("juggernautXL_v9", False),
+    ],
+)
+def test_distilled_models_render_but_do_not_train(
+    name: str, is_distilled: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A base for few steps, told by its name, is loaded, and refused for training with what to do."""
+    family = load_family(str(shutil.copytree(tiny_folder, tmp_path / name)))
+    if not is_distilled:
+        family.check_trainable()
+        return
+    with pytest.raises(WrongFamilyError) as error:
+        family.check_trainable()
+    one_line(error, name, "few steps", "train on the base", "render that edit with this model")

@@ -43,6 +43,8 @@ def load_base(options: BaseOptions) -> BaseModel:
         compute=options.compute,
         checkpointing=options.checkpointing,
         config_folder=options.config_folder,
+        vae=options.vae,
+        text_from=options.text_from,
     )
 
 

@@ -45,7 +45,7 @@ def run(values: dict[str, Any]) -> None:
     as_json, quiet = asked.pop("json"), asked.pop("quiet")
     for name in ("manifest", "out"):
         asked[name] = str(asked[name].absolute())
-    for name in ("model", "model_config"):
+    for name in ("model", "model_config", "vae", "text_from"):
         if asked[name] is not None:
             # `batch retry` may be run in another folder.
             asked[name] = findable(asked[name])

@@ -164,6 +164,8 @@ class BaseModel:
         compute: str = "auto",
         checkpointing: bool = False,
         config_folder: str | Path | None = None,
+        vae: str | Path | None = None,
+        text_from: str | Path | None = None,
     ) -> "BaseModel":
         """The base called `name`; reads configurations now and weights at their first use.
 
@@ -176,6 +178,8 @@ class BaseModel:
             compute: type of the arithmetic: "auto" (see `pick_dtype`), "bf16", "fp16" or "fp32". Adapters are fp32.
             checkpointing: recompute activations: less memory, about 1.3 times the arithmetic.
             config_folder: source of a single file's configuration: a short name, a Hub id or a diffusers folder.
+            vae: folder of a model, or of an autoencoder alone; its autoencoder is taken.
+            text_from: folder of a model whose text encoders and tokenizers are taken.
 
         Raises:
             ModelError: the model is unknown, incomplete or of another kind, or a backend is missing.
@@ -185,7 +189,7 @@ class BaseModel:
             raise ConfigError(problems)
         place = pick_device(device)
         return BaseModel(
-            load_family(name, revision=revision, config_folder=config_folder),
+            load_family(name, revision=revision, config_folder=config_folder, vae=vae, text_from=text_from),
             device=place,
             weights=weights,
             attention=resolve_attention(attention, place),

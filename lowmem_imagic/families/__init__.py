@@ -8,7 +8,7 @@ from pathlib import Path
 from .files.configuration import findable
 from .files.locate import locate
 from .files.published import PUBLISHED, Published
-from .files.source import DEMO, SHORT_NAMES
+from .files.source import DEMO, SHORT_NAMES, Folder
 from .stable_diffusion import StableDiffusion
 
 __all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]
@@ -22,18 +22,22 @@ def load_family(
     vae: str | Path | None = None,
     text_from: str | Path | None = None,
 ) -> StableDiffusion:
-    """The family object for a model name (see `locate`); reads configurations, no weights.
+    """The family object for a model name (see `locate`); reads configurations and headers, no weights.
 
     Raises:
         ModelError: the model is unknown, incomplete or of another kind.
     """
-    return StableDiffusion(locate(name, revision=revision, config_folder=config_folder, vae=vae, text_from=text_from))
+    source = locate(name, revision=revision, config_folder=config_folder, vae=vae, text_from=text_from)
+    family = StableDiffusion(source)
+    if isinstance(source, Folder):
+        source.check_complete()
+    return family
 
 
 def load_architecture(name: str) -> StableDiffusion:
-    """The family object from configurations alone; downloads nothing for a short name.
+    """The family object from configurations alone, for plans; downloads nothing for a short name.
 
     Raises:
         ModelError: see `load_family`.
     """
-    return StableDiffusion(Published.of(name)) if name in PUBLISHED else load_family(name)
+    return StableDiffusion(Published.of(name)) if name in PUBLISHED else StableDiffusion(locate(name))

@@ -164,6 +164,13 @@ class Family(Protocol):
     def vocabulary(self) -> Vocabulary | None:
         """The words that it knows if they are few; None for a base that knows whole languages."""
 
+    def check_trainable(self) -> None:
+        """Checks that adapters can be trained on this base; edits of other bases may be rendered with any.
+
+        Raises:
+            WrongFamilyError: the base is distilled to few steps, which training would undo.
+        """
+
     @property
     def identity(self) -> BaseIdentity:
         """Identity of this base, with the hashes of its files."""

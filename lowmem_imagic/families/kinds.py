@@ -178,6 +178,27 @@ def is_xl(model_index: Mapping[str, Any]) -> bool:
     return _pipeline(model_index) in _XL_PIPELINES
 
 
+_DISTILLED = re.compile(
+    r"((?<![A-Za-z])(?i:turbo|lightning|lcm|tcd|pcm|dmd2?|hyper[-_ ]?sd(xl|15)?|sdxs)|(?<=sdxl)(?i:turbo|lightning|lcm)"
+    r"|Turbo|Lightning|LCM)(?![a-z])"
+)
+"""Words in the names of models that are made for few steps without guidance."""
+
+
+def distilled(name: str, scheduler: str) -> str:
+    """A sign that a model is made for few steps without guidance, for messages; "" if there is none.
+
+    Their networks are those of the bases that they were made from, so only names can tell.
+
+    Args:
+        name: the model's name.
+        scheduler: class of its noise schedule.
+    """
+    if match := _DISTILLED.search(name):
+        return f"its name says {match[0]}"
+    return f"its schedule is {scheduler}" if scheduler in ("LCMScheduler", "TCDScheduler") else ""
+
+
 def check_configuration(model_index: Mapping[str, Any], file: str, label: str, *, is_xl: bool) -> None:
     """Checks that the configurations for a file are of its kind: SDXL's for an SDXL.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizerFast
 
 from ..edits.identity import BaseIdentity, Interface
-from ..errors import IncompleteModelError, PromptError
+from ..errors import IncompleteModelError, PromptError, WrongFamilyError
 from ..geometry import Size, Sizes
 from ..layers.adapter_pack import Factors
 from ..layers.frozen import load_frozen
@@ -196,6 +196,19 @@ class StableDiffusion:
         """The words in the model folder's file of them; None for a folder without one, and for single files."""
         words = self.source.words() if isinstance(self.source, Folder) else None
         return None if words is None else Vocabulary.of(words)
+
+    def check_trainable(self) -> None:
+        """Checks that the model is none that is made for few steps without guidance.
+
+        Raises:
+            WrongFamilyError: it is, by its name or its scheduler.
+        """
+        if sign := kinds.distilled(self.source.label, self.scheduler_config["_class_name"]):
+            raise WrongFamilyError(
+                f"{self.source.label} is made for few steps without guidance ({sign}), which training would undo: "
+                "train on the base that it was made from, and render that edit with this model; if the sign is wrong, "
+                "rename the model"
+            )
 
     @property
     def identity(self) -> BaseIdentity:

@@ -82,6 +82,7 @@ def stream_edits(
 
     Raises:
         ConfigError: the base has none of the layers that `config` adapts.
+        WrongFamilyError: the base is distilled to few steps.
         PromptError: a sentence has nothing to encode, or cannot be in an edit file.
         NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.
         MemoryLimitError: a stage does not fit.
@@ -93,6 +94,7 @@ def stream_edits(
     groups = iter([jobs]) if isinstance(jobs, Sequence) else jobs
     meter = meter or Meter(base.device)
     # Before any training: errors that would make the finished edit unwritable.
+    base.family.check_trainable()
     identity = base.identity
     base.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
     _check_layers(base, config.finetune)

@@ -117,8 +117,10 @@ _COMPUTE_HELP = (
 )
 _CONFIG_HELP = (
     "model whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; "
-    "required for SD 2.x"
+    "needed for SD 2.x and for models of another shape"
 )
+_VAE_HELP = "folder of a model or of an autoencoder; its autoencoder is taken, such as for a file with only a UNet"
+_TEXT_FROM_HELP = "folder of a model whose text encoders are taken, such as for a file with only a UNet"
 _ADDRESS_HELP = "address of the Ray cluster; auto for this machine's [default: RAY_ADDRESS, or a new cluster]"
 _COVER_HELP = "also write the edited picture beside the edit file under its name, as galleries of LoRAs show it"
 
@@ -218,6 +220,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("checkpointing", _TRAINING, Kind.SWITCH, BASE, "recompute activations: less memory, more time", False,
            fills=("base.checkpointing",)),
     Option("model_config", _ALL, Kind.TEXT, BASE, _CONFIG_HELP, fills=("base.config_folder",)),
+    Option("vae", _ALL, Kind.TEXT, BASE, _VAE_HELP, fills=("base.vae",)),
+    Option("text_from", _ALL, Kind.TEXT, BASE, _TEXT_FROM_HELP, fills=("base.text_from",)),
     Option("revision", _ALL, Kind.TEXT, BASE, "commit, tag or branch of a Hub model", fills=("base.revision",)),
 
     # How a batch shares its work.

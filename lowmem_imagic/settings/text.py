@@ -28,6 +28,8 @@ class BaseOptions:
     compute: str = "auto"
     checkpointing: bool = False
     config_folder: str | None = None
+    vae: str | None = None
+    text_from: str | None = None
 
 
 class Words:

@@ -26,8 +26,8 @@ class OpenBases:
         if name not in self._opened:
             options = self._request.base
             if model is not None:
-                # The request's revision and configuration are those of its own model.
-                options = replace(options, model=name, revision=None, config_folder=None)
+                # The request's revision, configuration and folders are those of its own model.
+                options = replace(options, model=name, revision=None, config_folder=None, vae=None, text_from=None)
             self._opened[name] = open_base(options, self._console, ["a photo"], self._request["negative"] or "")
         return self._opened[name]
 

@@ -168,6 +168,35 @@ class Folder:
             return None
         return read_json(self.path / WORDS, self._name(".", WORDS))
 
+    def check_complete(self) -> None:
+        """Checks that all files of all components are there and whole, as far as their headers tell.
+
+        Raises:
+            IncompleteModelError: some are not; one message for all.
+        """
+        problems: dict[str, IncompleteModelError] = {}
+        parts = self._parts
+        for component in (*WEIGHTS_STEM, *TOKENIZERS):
+            if component in parts:
+                try:
+                    _ = self.vocabulary(component) if component in TOKENIZERS else self.weight_files(component)
+                except IncompleteModelError as error:
+                    problems[component] = error
+        if not problems:
+            return
+        first = next(iter(problems.values()))
+        if len(problems) == 1 and not self._unfinished:
+            raise first
+        raise IncompleteModelError(
+            f"{self.label} was downloaded only in part: files of {', '.join(problems)} are missing or cut short; "
+            f"download it again ({first})"
+        ) from first
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether the Hub's client began a download into this folder, and did not end it."""
+        return any((self.path / ".cache" / "huggingface").glob("**/*.incomplete"))
+
     @cached_property
     def hashes(self) -> dict[str, str]:
         """sha256 of each component's weights, and of each tokenizer's vocabulary."""
