@@ -95,6 +95,8 @@ def tiny_pipeline(
         prediction_type=prediction_type,
         rescale_betas_zero_snr=zero_snr,
     )
+    # Keys of other classes that SDXL's published configuration has.
+    scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=first,

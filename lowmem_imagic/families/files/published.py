@@ -155,14 +155,17 @@ def _xl_parts(unet: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 _SD1 = _parts(SD15_UNET, _CLIP_L)
+_XL = _xl_parts(SDXL_UNET)
 PUBLISHED = {
     "sd14": _SD1,
     "sd15": _SD1,
     "sd21-base": _parts(_SD2_UNET, _OPENCLIP_H),
     "sd21": _parts({**_SD2_UNET, "sample_size": 96}, _OPENCLIP_H, prediction_type="v_prediction"),
-    "sdxl": _xl_parts(SDXL_UNET),
+    "sdxl": _XL,
     "ssd-1b": _xl_parts(_SSD_1B_UNET),
     "vega": _xl_parts(_VEGA_UNET),
+    "realvisxl": _XL,
+    "animagine-xl": _XL,
 }
 """Configurations of the parts, by short name."""
 

@@ -22,6 +22,8 @@ SHORT_NAMES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "ssd-1b": "segmind/SSD-1B",
     "vega": "segmind/Segmind-Vega",
+    "realvisxl": "SG161222/RealVisXL_V5.0",
+    "animagine-xl": "cagliostrolab/animagine-xl-4.0",
 }
 """Names to type instead of a Hub id."""
 
