@@ -371,6 +371,11 @@ def test_folders_that_have_nothing(folder: Path, tiny_folder: Path, write: Calla
     with pytest.raises(WrongFamilyError) as error:
         locate(str(write()), config_folder=folder, text_from=tiny_folder)
     one_line(error, "has no text_encoder_2", "`text_from`")
+    half = Path(shutil.copytree(folder, tmp_path / "half"))
+    (half / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(IncompleteModelError) as incomplete:
+        locate(str(write()), config_folder=folder, text_from=half)
+    one_line(incomplete, "half lacks text_encoder_2/model.safetensors")
 
 
 # Damage

@@ -12,7 +12,7 @@ from .. import kinds
 from . import layout
 from .configuration import locate_configuration
 from .markers import MARKERS, Marks, read_marks
-from .mixed import Elsewhere, Mixed, Others, hashes_of
+from .mixed import Elsewhere, Mixed, Others
 from .source import Folder, hash_files
 from .weights import Entry, Weights, read_header
 
@@ -98,6 +98,8 @@ class SingleFile:
                     f"{self.path.name} lacks the {component} (no tensors {prefixes[0]}*); expected a checkpoint with "
                     f"UNet, autoencoder and text encoder in one file, or a folder with the {component} (`{setting}`)"
                 )
+        for component, folder in self.elsewhere.items():
+            folder.files(component)
         _ = self.marks
 
     @cached_property
@@ -184,7 +186,8 @@ class SingleFile:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """sha256 of the checkpoint, and of the components elsewhere."""
-        return {"checkpoint": hash_files([self.path]), **hashes_of(self.elsewhere)}
+        others = {component: hash_files(folder.files(component)) for component, folder in self.elsewhere.items()}
+        return {"checkpoint": hash_files([self.path]), **others}
 
     @property
     def ignored(self) -> list[str]:

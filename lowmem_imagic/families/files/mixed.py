@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import UnknownModelError, WrongFamilyError
 from .. import kinds, repairs
 from .configuration import exists_here
-from .source import TOKENIZERS, Folder, hash_files, label_of
+from .source import TOKENIZERS, Folder, label_of
 from .weights import Weights
 
 Elsewhere = Mapping[str, Folder]
@@ -99,7 +99,8 @@ class Mixed(Folder):
         if "vae" in elsewhere:
             own, other = (repairs.vae(folder.config("vae")) for folder in (base, elsewhere["vae"]))
             kinds.check_autoencoder(other, own, elsewhere["vae"].label, base.label)
-        return Mixed(base.path, base.label, base.revision, base=base, elsewhere=elsewhere)
+        # No revision: it is not the model that has one.
+        return Mixed(base.path, base.label, base=base, elsewhere=elsewhere)
 
     def _holder(self, component: str) -> Folder:
         return self.elsewhere.get(component, self.base)
@@ -127,13 +128,3 @@ class Mixed(Folder):
     def words(self) -> dict[str, Any] | None:
         """The words of a base that knows few, see `Folder.words`."""
         return self.base.words()
-
-
-def hashes_of(elsewhere: Elsewhere) -> dict[str, str]:
-    """sha256 of each component's weights, and of each tokenizer's vocabulary."""
-    return {
-        component: hash_files(
-            [folder.vocabulary(component)] if component in TOKENIZERS else folder.weight_files(component)
-        )
-        for component, folder in elsewhere.items()
-    }

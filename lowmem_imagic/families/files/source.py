@@ -170,6 +170,14 @@ class Folder:
             return None
         return read_json(self.path / WORDS, self._name(".", WORDS))
 
+    def files(self, component: str) -> list[Path]:
+        """The files of a component's weights, or of a tokenizer's vocabulary; all exist and are whole.
+
+        Raises:
+            IncompleteModelError: they are not.
+        """
+        return [self.vocabulary(component)] if component in TOKENIZERS else self.weight_files(component)
+
     def check_complete(self) -> None:
         """Checks that all files of all components are there and whole, as far as their headers tell.
 
@@ -181,7 +189,7 @@ class Folder:
         for component in (*WEIGHTS_STEM, *TOKENIZERS):
             if component in parts:
                 try:
-                    _ = self.vocabulary(component) if component in TOKENIZERS else self.weight_files(component)
+                    self.files(component)
                 except IncompleteModelError as error:
                     problems[component] = error
         if not problems:
