@@ -8,12 +8,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ...errors import UnknownModelError
+from .source import TOKENIZERS
 
 log = logging.getLogger(__name__)
 
 _SETTINGS = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 """Environment variables for the address of the Hub."""
-_CONFIGURATION = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
+_CONFIGURATION = [
+    "model_index.json",
+    "*/config.json",
+    "scheduler/*.json",
+    *(f"{tokenizer}/*.{ending}" for tokenizer in TOKENIZERS for ending in ("json", "txt")),
+]
 
 
 def fetch_configuration(repository: str) -> Path:
@@ -49,7 +55,8 @@ def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Pa
     lacking = {
         component: stem
         for component, stem in stems.items()
-        if not any((folder / component / name).exists() for name in (_plain(stem), f"{_plain(stem)}.index.json"))
+        # Not every model has every component.
+        if (folder / component).exists() and not any((folder / component / name).exists() for name in (_plain(stem), f"{_plain(stem)}.index.json"))
     }
     if lacking:
         # By commit, so that all parts are of the same commit.

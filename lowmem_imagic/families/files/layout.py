@@ -144,7 +144,7 @@ def of_folder(component: str, names: Iterable[str]) -> dict[str, Place]:
     places = {}
     for name in names:
         new = name
-        if component == "text_encoder":
+        if component.startswith("text_encoder"):
             # transformers before version 5.6 writes this prefix.
             new = name.removeprefix("text_model.")
         elif component == "vae" and (

@@ -32,6 +32,7 @@ _VAE: dict[str, Any] = {
     "sample_size": 512,
     "scaling_factor": 0.18215,
 }
+_XL_VAE = {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -58,6 +59,21 @@ _SD2_UNET = {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
+SDXL_UNET: dict[str, Any] = {
+    **SD15_UNET,
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The UNet of Stable Diffusion XL: 2,567,463,684 weights."""
 _CLIP_L: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -75,6 +91,15 @@ _OPENCLIP_H = {
     "num_attention_heads": 16,
     "hidden_act": "gelu",
 }
+_OPENCLIP_G = {
+    **_CLIP_L,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
 
 
 def _parts(unet: dict[str, Any], text_encoder: dict[str, Any], **scheduler: Any) -> dict[str, dict[str, Any]]:
@@ -88,12 +113,34 @@ def _parts(unet: dict[str, Any], text_encoder: dict[str, Any], **scheduler: Any)
     }
 
 
+_XL_PIPELINE = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+
+
+def _xl_parts(unet: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        ".": _XL_PIPELINE,
+        "unet": unet,
+        "vae": _XL_VAE,
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _OPENCLIP_G,
+        "scheduler": _SCHEDULER,
+    }
+
+
 _SD1 = _parts(SD15_UNET, _CLIP_L)
 PUBLISHED = {
     "sd14": _SD1,
     "sd15": _SD1,
     "sd21-base": _parts(_SD2_UNET, _OPENCLIP_H),
     "sd21": _parts({**_SD2_UNET, "sample_size": 96}, _OPENCLIP_H, prediction_type="v_prediction"),
+    "sdxl": _xl_parts(SDXL_UNET),
 }
 """Configurations of the parts, by short name."""
 

