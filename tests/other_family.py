@@ -214,6 +214,7 @@ class OtherFamily:
     source = Source()
     text = TEXT
     vocabulary = None
+    large = False
     sizes = Sizes((SIDE, SIDE), 4, SIDE)
     sentence_tokens = TOKENS
     codec_in_fp16 = True

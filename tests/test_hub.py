@@ -22,6 +22,8 @@ from lowmem_imagic.families.files import checkpoint as checkpoint_module
 from lowmem_imagic.families.files.source import WEIGHTS_STEM
 from tests import calls
 
+STEMS = {component: stem for component, stem in WEIGHTS_STEM.items() if component != "text_encoder_2"}
+"""Stems of the weight files of Stable Diffusion 1 and 2."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-sd"
 BESIDE = (
@@ -106,7 +108,7 @@ def use(base: BaseModel) -> torch.Tensor:
 def halve(folder: Path, *components: str, keep: bool = False) -> None:
     """Gives components an fp16 variant, instead of their weights or (keep) beside them."""
     for component in components:
-        path = folder / component / f"{WEIGHTS_STEM[component]}.safetensors"
+        path = folder / component / f"{STEMS[component]}.safetensors"
         tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
         save_file(tensors, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
         if not keep:
@@ -123,9 +125,9 @@ def test_a_hub_model_gives_what_its_folder_gives(hub: Hub, tiny_folder: Path) ->
 
 def test_only_what_is_needed_is_downloaded(hub: Hub) -> None:
     """Safetensors of UNet, autoencoder and text encoder, and JSON and text; no pickle, no checkpoint at the root."""
-    halve(hub.remote, *WEIGHTS_STEM, keep=True)
+    halve(hub.remote, *STEMS, keep=True)
     load()
-    weights = {f"{component}/{stem}.safetensors" for component, stem in WEIGHTS_STEM.items()}
+    weights = {f"{component}/{stem}.safetensors" for component, stem in STEMS.items()}
     assert {name for name in hub.downloaded if name.endswith(".safetensors")} == weights
     assert {Path(name).suffix for name in hub.downloaded - weights} <= {".json", ".txt"}
     assert not hub.downloaded & set(BESIDE)
@@ -135,7 +137,7 @@ def test_only_what_is_needed_is_downloaded(hub: Hub) -> None:
 
 def test_no_pattern_takes_a_pickle(hub: Hub) -> None:
     """Every pattern ends in .safetensors, .json or .txt, so nothing else can ever match."""
-    halve(hub.remote, *WEIGHTS_STEM)
+    halve(hub.remote, *STEMS)
     load()
     patterns = [pattern for call in hub.asked for pattern in call["patterns"]]
     assert len(hub.asked) == 2
@@ -154,7 +156,7 @@ def test_sharded_weights_are_downloaded(hub: Hub, tiny_folder: Path) -> None:
     assert "unet/diffusion_pytorch_model.safetensors.index.json" in hub.downloaded
 
 
-@pytest.mark.parametrize("halved", [tuple(WEIGHTS_STEM), ("unet",), ("vae", "text_encoder")], ids=",".join)
+@pytest.mark.parametrize("halved", [tuple(STEMS), ("unet",), ("vae", "text_encoder")], ids=",".join)
 def test_fp16_where_there_is_no_other(
     halved: tuple[str, ...], hub: Hub, tiny_folder: Path, relative: Callable[..., float]
 ) -> None:
@@ -162,8 +164,7 @@ def test_fp16_where_there_is_no_other(
     halve(hub.remote, *halved)
     assert relative(use(load()), use(load(str(tiny_folder)))) < 0.01
     assert {name for name in hub.downloaded if name.endswith(".safetensors")} == {
-        f"{component}/{stem}{'.fp16' if component in halved else ''}.safetensors"
-        for component, stem in WEIGHTS_STEM.items()
+        f"{component}/{stem}{'.fp16' if component in halved else ''}.safetensors" for component, stem in STEMS.items()
     }
     assert [call["revision"] for call in hub.asked] == [None, COMMIT]
 
@@ -188,7 +189,7 @@ def test_cached_models_need_no_network(hub: Hub) -> None:
 
 def test_cached_fp16_models_need_no_network(hub: Hub, tiny_folder: Path, relative: Callable[..., float]) -> None:
     """Where another tool has cached the fp16 variant alone, it serves while the Hub cannot be reached."""
-    halve(hub.remote, *WEIGHTS_STEM, keep=True)
+    halve(hub.remote, *STEMS, keep=True)
     for name in hub.matching(["*.json", "*.txt", "*.fp16.safetensors"]):
         path = hub.cache / COMMIT / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +256,7 @@ def test_hashes_of_large_files_are_free(tiny_folder: Path, tmp_path: Path, monke
     snapshot = as_cache(tiny_folder, tmp_path, lambda content: f"{len(content):064x}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
     files = load().identity.files
-    for component, stem in WEIGHTS_STEM.items():
+    for component, stem in STEMS.items():
         assert files[component] == f"{(snapshot / component / f'{stem}.safetensors').stat().st_size:064x}"
     vocabulary = tiny_folder / "tokenizer" / "tokenizer.json"
     if vocabulary.exists():

@@ -38,7 +38,9 @@ def _text_encoder(kind: Any, tokenizer: Any, width: int, act: str, projection: i
     )
 
 
-def tiny_pipeline(prediction_type: str = "epsilon", *, zero_snr: bool = False, **unet: Any) -> StableDiffusionXLPipeline:
+def tiny_pipeline(
+    prediction_type: str = "epsilon", *, zero_snr: bool = False, **unet: Any
+) -> StableDiffusionXLPipeline:
     """The pipeline: pictures of 32 px, latents (4, 16, 16), every layer type of SDXL.
 
     Args:
@@ -93,6 +95,8 @@ def tiny_pipeline(prediction_type: str = "epsilon", *, zero_snr: bool = False, *
         prediction_type=prediction_type,
         rescale_betas_zero_snr=zero_snr,
     )
+    # Keys of other classes that SDXL's published configuration has.
+    scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=first,

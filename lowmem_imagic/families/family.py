@@ -164,6 +164,10 @@ class Family(Protocol):
         """The sizes of the pictures that the model edits."""
 
     @property
+    def large(self) -> bool:
+        """Whether the network is so large that adapters of a preset's usual size would outweigh its activations."""
+
+    @property
     def vocabulary(self) -> Vocabulary | None:
         """The words that it knows if they are few; None for a base that knows whole languages."""
 

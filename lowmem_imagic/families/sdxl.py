@@ -45,6 +45,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     encoders = _ENCODERS
+    large = True
 
     def _check_text(self) -> None:
         """Checks that both text encoders read sentences of one length.
@@ -162,7 +163,5 @@ class XLUNet(UNet):
         """The UNet's prediction, computed in channels-last layout, as cuDNN prefers."""
         noisy = x.to(memory_format=torch.channels_last)
         beside = {"text_embeds": given[POOLED], "time_ids": given[SIZES]}
-        prediction: Tensor = network(
-            noisy, at, encoder_hidden_states=given[EMBEDS], added_cond_kwargs=beside
-        ).sample
+        prediction: Tensor = network(noisy, at, encoder_hidden_states=given[EMBEDS], added_cond_kwargs=beside).sample
         return prediction

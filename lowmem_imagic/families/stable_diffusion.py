@@ -55,6 +55,7 @@ class StableDiffusion:
 
     encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
     """The text encoders, each with its tokenizer."""
+    large = False
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
@@ -264,9 +265,7 @@ class StableDiffusion:
         with without_advice(), complete(self._folder.label, component):
             # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
             # versions write.
-            tokenizer = CLIPTokenizerFast.from_pretrained(
-                self._folder.path, subfolder=component, local_files_only=True
-            )
+            tokenizer = CLIPTokenizerFast.from_pretrained(self._folder.path, subfolder=component, local_files_only=True)
             longest, words = text_config["max_position_embeddings"], text_config["vocab_size"]
             # transformers sets 1e30 if the configuration has no value.
             if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):

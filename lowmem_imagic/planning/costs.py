@@ -87,13 +87,13 @@ class Costs:
         attention: str = "sdpa",
         size: Size | None = None,
     ) -> None:
-        self._family, self._config, self._part_dtype = family, config, part_dtype
+        self._family, self._config, self._part_dtype = family, config.for_network(family.large), part_dtype
         self._codec_dtype = codec_dtype or part_dtype
         self._size, self._attention = size or family.sizes.own, attention
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
         self.known: dict[Any, int] = {}
-        self._stages = {stage.name: stage for stage in stages(config, family.denoisers)}
+        self._stages = {stage.name: stage for stage in stages(self._config, family.denoisers)}
         trained = [part.shape for part in family.text.values() if part.trained]
         self._text_numbers = sum(map(math.prod, trained))
 

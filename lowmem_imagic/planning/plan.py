@@ -130,6 +130,7 @@ class Budget:
 
 def _costs(base: BaseModel, config: EditConfig) -> Costs:
     """The costs of the phases on a base, cached in the base."""
+    config = config.for_network(base.family.large)
     key = (Costs, config, base.weights, base.dtype, base.part_dtype, base.codec_dtype, base.attention)
     if key not in base.remembered:
         base.remembered[key] = Costs(

@@ -56,7 +56,8 @@ def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Pa
         component: stem
         for component, stem in stems.items()
         # Not every model has every component.
-        if (folder / component).exists() and not any((folder / component / name).exists() for name in (_plain(stem), f"{_plain(stem)}.index.json"))
+        if (folder / component).exists()
+        and not any((folder / component / name).exists() for name in (_plain(stem), f"{_plain(stem)}.index.json"))
     }
     if lacking:
         # By commit, so that all parts are of the same commit.

@@ -158,8 +158,12 @@ class Folder:
     def hashes(self) -> dict[str, str]:
         """sha256 of each component's weights, and of each tokenizer's vocabulary."""
         parts = self._parts
-        hashes = {component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM if component in parts}
-        hashes |= {component: hash_files([self.vocabulary(component)]) for component in TOKENIZERS if component in parts}
+        hashes = {
+            component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM if component in parts
+        }
+        hashes |= {
+            component: hash_files([self.vocabulary(component)]) for component in TOKENIZERS if component in parts
+        }
         return hashes
 
     @property
