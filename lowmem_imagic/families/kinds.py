@@ -159,8 +159,8 @@ def check_xl_unet(values: Mapping[str, Any], label: str, *, latent_channels: int
     beside = values["projection_class_embeddings_input_dim"]
     if width != text or not isinstance(sizes, int) or beside != pooled + 6 * sizes:
         raise WrongFamilyError(
-            f"{label} has a UNet for text of width {str(width)[:40]} and {str(beside)[:40]} numbers beside it; its text "
-            f"encoders give {text}, and {pooled} with six sizes of {str(sizes)[:40]} each; {_PLAIN_XL}"
+            f"{label} has a UNet for text of width {str(width)[:40]} and {str(beside)[:40]} numbers beside it; its "
+            f"text encoders give {text}, and {pooled} with six sizes of {str(sizes)[:40]} each; {_PLAIN_XL}"
         )
 
 

@@ -1,9 +1,9 @@
 """Stable Diffusion XL: two text encoders, a vector of the whole sentence, and the picture's size as conditioning.
 
-A sentence is two tensors: the tokens of both text encoders side by side, each from the layer before its last and without
-the final normalisation, and the second encoder's vector of the whole sentence. The UNet also takes six numbers: the
-original height and width, the top and left side of the crop, and the height and width to make. They are those of the
-edited picture, without a crop, in training and in sampling: as diffusers' pipeline has them by default.
+A sentence is two tensors: the tokens of both text encoders side by side, each from the layer before its last and
+without the final normalisation, and the second encoder's vector of the whole sentence. The UNet also takes six numbers:
+the original height and width, the top and left side of the crop, and the height and width to make. They are those of
+the edited picture, without a crop, in training and in sampling, as diffusers' pipeline has them by default.
 
 Source: ``StableDiffusionXLPipeline`` of diffusers (0.36 to 0.42); Podell et al. 2023, arXiv 2307.01952, section 2.2.
 """
@@ -106,7 +106,7 @@ class StableDiffusionXL(StableDiffusion):
         return {**tokens, POOLED: Part((pooled,), trained=True)}
 
     @property
-    def _labels(self) -> dict[str, str]:
+    def labels(self) -> dict[str, str]:
         """Header entries that tell other programs the kind of the base; none for models of another size."""
         if self.family not in _DEPTHS.values():
             return {}

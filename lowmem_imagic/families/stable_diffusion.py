@@ -237,11 +237,11 @@ class StableDiffusion:
                 denoisers={self.denoisers[0].name: self.prediction_type},
             ),
             files=self.source.hashes,
-            labels=self._labels,
+            labels=self.labels,
         )
 
     @property
-    def _labels(self) -> dict[str, str]:
+    def labels(self) -> dict[str, str]:
         """See `labels`."""
         return labels(self.family, self.prediction_type)
 
@@ -255,7 +255,7 @@ class StableDiffusion:
 
     def _tokenizer(self, component: str, text_config: Mapping[str, Any]) -> CLIPTokenizerFast:
         """The tokenizer of the text encoder with this configuration."""
-        self._folder.vocabulary(component)
+        files, settings = self._folder.tokenizer(component)
         values = self._folder.config(component, "tokenizer_config.json")
         if elsewhere := [key for key in _FILES_OF_TOKENIZERS if key in values and "/" in str(values[key])]:
             raise IncompleteModelError(
@@ -265,7 +265,7 @@ class StableDiffusion:
         with without_advice(), complete(self._folder.label, component):
             # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
             # versions write.
-            tokenizer = CLIPTokenizerFast.from_pretrained(self._folder.path, subfolder=component, local_files_only=True)
+            tokenizer = CLIPTokenizerFast.from_pretrained(files, local_files_only=True, **settings)
             longest, words = text_config["max_position_embeddings"], text_config["vocab_size"]
             # transformers sets 1e30 if the configuration has no value.
             if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):

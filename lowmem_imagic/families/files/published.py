@@ -74,6 +74,17 @@ SDXL_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 """The UNet of Stable Diffusion XL: 2,567,463,684 weights."""
+_SSD_1B_UNET = {
+    **SDXL_UNET,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+_VEGA_UNET = {
+    **_SSD_1B_UNET,
+    "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+    "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+}
 _CLIP_L: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -135,12 +146,17 @@ def _xl_parts(unet: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 _SD1 = _parts(SD15_UNET, _CLIP_L)
+_XL = _xl_parts(SDXL_UNET)
 PUBLISHED = {
     "sd14": _SD1,
     "sd15": _SD1,
     "sd21-base": _parts(_SD2_UNET, _OPENCLIP_H),
     "sd21": _parts({**_SD2_UNET, "sample_size": 96}, _OPENCLIP_H, prediction_type="v_prediction"),
-    "sdxl": _xl_parts(SDXL_UNET),
+    "sdxl": _XL,
+    "ssd-1b": _xl_parts(_SSD_1B_UNET),
+    "vega": _xl_parts(_VEGA_UNET),
+    "realvisxl": _XL,
+    "animagine-xl": _XL,
 }
 """Configurations of the parts, by short name."""
 

