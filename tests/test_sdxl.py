@@ -4,7 +4,6 @@ import json
 import shutil
 import weakref
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 

@@ -46,6 +46,7 @@ class StableDiffusionXL(StableDiffusion):
 
     encoders = _ENCODERS
     large = True
+    reads_before_last = True
 
     def _check_text(self) -> None:
         """Checks that both text encoders read sentences of one length.

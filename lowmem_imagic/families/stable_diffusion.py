@@ -102,9 +102,7 @@ class StableDiffusion:
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
                 f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (`model_config`)"
             )
-        # Stable Diffusion 2 lacks its text encoder's last layer, so the second layer from the end is its last one.
-        made_without_last = self.cross_attention_dim == 1024 and source.marks.clip_skip.endswith(" 2")
-        if source.marks.clip_skip and not made_without_last:
+        if source.marks.clip_skip and not (self.reads_before_last and source.marks.clip_skip.endswith(" 2")):
             log.warning(
                 "%s asks for an earlier layer of its text encoder (%s), which is not applied: the last one is taken",
                 source.path.name,
@@ -117,6 +115,14 @@ class StableDiffusion:
                 len(ignored),
                 ", ".join(name[:60] for name in ignored[:3]),
             )
+
+    @property
+    def reads_before_last(self) -> bool:
+        """Whether the text is the output of the second layer from the end.
+
+        Stable Diffusion 2 lacks its text encoder's last layer.
+        """
+        return self.cross_attention_dim == 1024
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
