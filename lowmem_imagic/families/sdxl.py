@@ -8,7 +8,8 @@ the edited picture, without a crop, in training and in sampling, as diffusers' p
 Source: ``StableDiffusionXLPipeline`` of diffusers (0.36 to 0.42); Podell et al. 2023, arXiv 2307.01952, section 2.2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..geometry import Size, Sizes
 from . import kinds
 from .conditioning import Conditioning, Part
 from .family import Denoiser, Loaded
-from .stable_diffusion import EMBEDS, LEAST_PX, StableDiffusion, UNet
+from .stable_diffusion import EMBEDS, StableDiffusion, UNet
 
 POOLED = "pooled"
 """Name of the vector of a whole sentence."""
@@ -30,8 +31,9 @@ _FIRST, _SECOND = "text_encoder", "text_encoder_2"
 _ENCODERS = {_FIRST: "tokenizer", _SECOND: "tokenizer_2"}
 _WIDTH = 2048
 """Width of the tokens of SDXL and its descendants."""
-_DEPTHS = {"[1, 2, 10]": "sdxl", "[1, [2, 2], [4, 4]]": "ssd-1b", "[1, [1, 1], [2, 2]]": "vega"}
-"""Family by transformer layers; the adapters of one do not fit another. SSD-1B and Segmind-Vega are SDXL with fewer."""
+_DEPTHS = {"[2, 10]": "sdxl", "[[2, 2], [4, 4]]": "ssd-1b", "[[1, 1], [2, 2]]": "vega"}
+"""Family by the transformer layers of the second and third block; the first block has none. The adapters of one family
+do not fit another: SSD-1B and Segmind-Vega are SDXL with fewer layers."""
 _BUCKETS = 16
 """Steps of a bucket's side in the side of the model's square: SDXL was trained on sides of multiples of 64 px."""
 
@@ -84,16 +86,15 @@ class StableDiffusionXL(StableDiffusion):
     @cached_property
     def family(self) -> str:
         """``sdxl``, ``ssd-1b`` or ``vega``; ``sdxl-<width>`` for models of the same architecture in another size."""
-        depths = _DEPTHS.get(str(self.unet_config["transformer_layers_per_block"]))
-        return depths if depths and self.cross_attention_dim == _WIDTH else f"sdxl-{self.cross_attention_dim}"
+        layers = self.unet_config["transformer_layers_per_block"]
+        name = _DEPTHS.get(str(layers[1:])) if isinstance(layers, list) else None
+        return name if name and self.cross_attention_dim == _WIDTH else f"sdxl-{self.cross_attention_dim}"
 
     @property
     def sizes(self) -> Sizes:
         """SDXL's buckets: sides of multiples of a sixteenth of its square's (64 px), at most as many pixels."""
         plain = super().sizes
-        side = plain.own[0]
-        step = max(1, side // _BUCKETS // plain.multiple) * plain.multiple
-        return Sizes(plain.own, step, max(side // 2, min(side, LEAST_PX)))
+        return replace(plain, multiple=max(1, plain.own[0] // _BUCKETS // plain.multiple) * plain.multiple)
 
     @cached_property
     def denoisers(self) -> Sequence[Denoiser]:
@@ -125,22 +126,21 @@ class StableDiffusionXL(StableDiffusion):
         empty sentence.
         """
         with loaded(_FIRST) as encoder:
-            first = self._read(_FIRST, encoder, sentences)
+            first = [_before_last(states) for states in self._read(_FIRST, encoder, sentences)]
         with loaded(_SECOND) as encoder:
-            second = self._read(_SECOND, encoder, sentences)
-        # The layer before the last, without the final normalisation that Stable Diffusion 1 and 2 take.
-        tokens = [torch.cat([row.hidden_states[-2] for row in rows]) for rows in (first, second)]
-        pooled = torch.cat([row.text_embeds for row in second])
-        text = Conditioning({EMBEDS: torch.cat(tokens, -1), POOLED: pooled})
+            rows = [(_before_last(s), s.text_embeds) for s in self._read(_SECOND, encoder, sentences)]
+        second, pooled = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        text = Conditioning({EMBEDS: torch.cat([torch.cat(first), second], -1), POOLED: pooled})
         empty = [number for number, sentence in enumerate(sentences) if not sentence]
         if empty and self._model_index.get("force_zeros_for_empty_prompt"):
             for part in text.values():
                 part[empty] = 0
         return text
 
-    def _read(self, name: str, encoder: nn.Module, sentences: Sequence[str]) -> list[Any]:
-        """A text encoder's output for each sentence alone."""
-        return [encoder(ids, output_hidden_states=True) for ids in self._ids(name, encoder, sentences)]
+    def _read(self, name: str, encoder: nn.Module, sentences: Sequence[str]) -> Iterator[Any]:
+        """Yields a text encoder's output for each sentence alone, with the states of all its layers."""
+        for ids in self._ids(name, encoder, sentences):
+            yield encoder(ids, output_hidden_states=True)
 
     @property
     def codec_in_fp16(self) -> bool:
@@ -166,3 +166,9 @@ class XLUNet(UNet):
         beside = {"text_embeds": given[POOLED], "time_ids": given[SIZES]}
         prediction: Tensor = network(noisy, at, encoder_hidden_states=given[EMBEDS], added_cond_kwargs=beside).sample
         return prediction
+
+
+def _before_last(states: Any) -> Tensor:
+    """The tokens (1, T, D) of the layer before the last; Stable Diffusion 1 and 2 take the last, normalised."""
+    tokens: Tensor = states.hidden_states[-2]
+    return tokens
