@@ -109,7 +109,7 @@ def test_an_edit_holds_every_network_and_every_tensor_of_text(base: BaseModel, e
     stored = {name: part for name, part in base.family.text.items() if part.stored is not None}
     assert {name: part.dtype for name, part in edit.conditioning.items()} == {n: p.stored for n, p in stored.items()}
     target = base.encode_text([SENTENCE])
-    assert all(not torch.equal(part.float(), target[name][0]) for name, part in edit.conditioning.items())
+    assert all(not torch.equal(part, target[name][0].to(part.dtype)) for name, part in edit.conditioning.items())
     assert all(f.up.abs().max() > 0 for adapter in edit.adapters.values() for f in adapter.values())
     assert {name: tuple(noise.shape) for name, noise in edit.noise.items()} == shapes
     assert {"embed_loss", "finetune_loss"} <= edit.settings["result"].keys()
@@ -139,6 +139,25 @@ def test_a_file_renders_as_the_edit_does(kind: Kind, base: BaseModel, edit: Any,
     )
     assert mine == read and len(set(mine)) == 3
     assert apply_edits(base, [edit], cells, config(kind).sample)[0].size == (40, 30)
+
+
+def test_eta_mixes_every_tensor_that_is_trained(
+    kind: Kind, base: BaseModel, edit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At eta 0.5 the network sees the middle between e_opt and the sentence's, in each of its tensors."""
+    seen: list[Conditioning] = []
+    predict = base.predict
+
+    def listening(denoiser: Any, x: Any, at: Any, given: Conditioning) -> Any:
+        seen.append(given)
+        return predict(denoiser, x, at, given)
+
+    monkeypatch.setattr(base, "predict", listening)
+    settings = replace(config(kind).sample, guidance_scale=1.0, mask=0.0, num_inference_steps=1)
+    apply_edits(base, [edit], [Cell(0, 0.5, 0)], settings)
+    target = base.encode_text([SENTENCE])
+    for name, part in edit.conditioning.items():
+        torch.testing.assert_close(seen[0][name], 0.5 * (part.float()[None] + target[name]))
 
 
 def test_a_pack_gives_what_each_edit_gets_alone(kind: Kind, base: BaseModel, edit: Any, relative: Any) -> None:
