@@ -84,7 +84,8 @@ def _try_out(component: str, values_as_json: str, side: int) -> None:
         if component in _TEXT_ENCODERS:
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
             states = part(ids, output_hidden_states=True)
-            shapes = [(states.hidden_states[-2].shape, (*ids.shape, values["hidden_size"]))]
+            width = (*ids.shape, values["hidden_size"])
+            shapes = [(states.hidden_states[-2].shape, width), (states.last_hidden_state.shape, width)]
             if component == "text_encoder_2":
                 shapes.append((states.text_embeds.shape, (1, values["projection_dim"])))
         elif component == "unet":
