@@ -25,6 +25,7 @@ from lowmem_imagic.edits.identity import BaseIdentity, Interface, SourcePicture
 from lowmem_imagic.engine import base as engine
 from lowmem_imagic.errors import IncompleteModelError, NonFiniteModelError, WrongFamilyError
 from lowmem_imagic.families import load_architecture
+from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.geometry import Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.truncation import truncated
@@ -169,7 +170,7 @@ def config(**changes: Any) -> EditConfig:
 def test_diffusers_loads_an_edit_as_a_lora(
     folders: dict[str, Path], kind: str, adapt: str, keep: float, tmp_path: Path
 ) -> None:
-    """A stock pipeline with an edit's file as its LoRA predicts what this program does; the file names SDXL's base."""
+    """A stock pipeline with an edit's file as its LoRA predicts what this program does, and draws the same."""
     base = load(folders[kind])
     [edit] = make_edits(base, [Job(a_photo(), SENTENCE)], config(adapt=adapt, keep=keep))
     path = tmp_path / "edit.safetensors"
@@ -189,6 +190,25 @@ def test_diffusers_loads_an_edit_as_a_lora(
         beside = {"text_embeds": text["pooled"], "time_ids": torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 2)}
         theirs = pipeline.unet(x, at, encoder_hidden_states=text["embeds"], added_cond_kwargs=beside).sample
     assert distance(ours, theirs) <= 1e-5 and distance(alone, theirs) > 1e-3
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    target = base.encode_text([SENTENCE])
+    optimized = Conditioning({name: part.float()[None] for name, part in edit.conditioning.items()})
+    tokens, pooled = (0.7 * target[name] + 0.3 * optimized[name] for name in ("embeds", "pooled"))
+    drawn = pipeline(
+        prompt_embeds=tokens,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=torch.zeros_like(tokens),
+        negative_pooled_prompt_embeds=torch.zeros_like(pooled),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=torch.randn(1, 4, LATENT_SIDE, LATENT_SIDE, generator=torch.Generator().manual_seed(3)),
+        height=SIDE,
+        width=SIDE,
+        output_type="latent",
+    ).images
+    settings = replace(config().sample, start="noise", mask=0.0)
+    own = sample(base, {"unet": pack}, target, optimized, [Cell(0, 0.7, 3)], settings)["unet"]
+    assert distance(own, drawn) <= 1e-5
     assert all(name.startswith("lora_unet_") for name in load_file(path))
 
 
