@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -18,27 +17,11 @@ from torch import Tensor, nn
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
 from lowmem_imagic.families.conditioning import Conditioning
-from lowmem_imagic.families.files.published import SD15_UNET, Published
+from lowmem_imagic.families.files.published import SD15_UNET, SDXL_UNET, Published
 from lowmem_imagic.families.files.weights import Weights
 from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.families.stable_diffusion import AT_LATENTS, EMBEDS
 from lowmem_imagic.layers.frozen import load_frozen
-
-SDXL_UNET: dict[str, Any] = {
-    **SD15_UNET,
-    "sample_size": 128,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-"""``unet/config.json`` of Stable Diffusion XL."""
 
 CONFIGURATIONS = {"sd15": SD15_UNET, "sdxl": SDXL_UNET}
 PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}

@@ -214,8 +214,10 @@ class OtherFamily:
     source = Source()
     text = TEXT
     vocabulary = None
+    large = False
     sizes = Sizes((SIDE, SIDE), 4, SIDE)
     sentence_tokens = TOKENS
+    codec_in_fp16 = True
 
     def __init__(self) -> None:
         whole = Part((3, SIDE, SIDE), mixed=False, stored=None)
@@ -244,15 +246,18 @@ class OtherFamily:
             raise PromptError("the sentence is empty")
         return " ".join(prompt.split()[TOKENS:])
 
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def load_text_encoder(self, name: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Weights drawn from a seed."""
         with torch.random.fork_rng():
             torch.manual_seed(7)
             return TextEncoder().to(device, dtype).requires_grad_(False)
 
-    def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
+    def encode_text(self, sentences: Sequence[str], loaded: Any) -> Conditioning:
         """Tokens, their mean, and where there are any; one at least."""
-        letters = encoder.letters.weight
+        with loaded("letters") as encoder:
+            return self._encoded(encoder.letters.weight, sentences)
+
+    def _encoded(self, letters: Tensor, sentences: Sequence[str]) -> Conditioning:
         tokens = torch.zeros(len(sentences), TOKENS, WIDTH, device=letters.device, dtype=letters.dtype)
         mask = torch.zeros(len(sentences), TOKENS, device=letters.device)
         for row, sentence in enumerate(sentences):

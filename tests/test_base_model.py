@@ -230,7 +230,7 @@ def test_shards_outside_the_folder(folder_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "found"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "StableDiffusionXLPipeline"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "has no text_encoder_2"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
         ("model_index.json", {"_class_name": None}, "without a pipeline class"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
@@ -556,13 +556,13 @@ def test_each_sentence_is_encoded_once(tiny_folder: Path, monkeypatch: pytest.Mo
     base, asked = load(tiny_folder), []
     encode = base.family.encode_text
     monkeypatch.setattr(
-        base.family, "encode_text", lambda part, prompts: asked.append(prompts) or encode(part, prompts)
+        base.family, "encode_text", lambda prompts, loaded: asked.append(prompts) or encode(prompts, loaded)
     )
     first = calls.encode_text(base, ["a", "b", "a"])
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
     assert torch.equal(calls.encode_text(base, ["b", "c"])[0], first[1])
     calls.encode_text(base, ["a", "c"])
-    assert asked == [["a"], ["b"], ["c"]]
+    assert asked == [["a", "b"], ["c"]]
 
 
 def test_pictures_are_encoded_as_the_vae_does(tiny_folder: Path, pipeline: Any, relative: Callable[..., float]) -> None:

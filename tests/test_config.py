@@ -13,6 +13,16 @@ from lowmem_imagic.settings.stages import BLOCKS, EditConfig, SampleConfig, stre
 from lowmem_imagic.settings.text import parse_strength
 
 
+def test_presets_for_large_networks() -> None:
+    """Large networks get fewer trained weights from a preset, and whatever else was chosen; "paper" is the paper's."""
+    usual, large = (preset("balanced").for_network(size).finetune for size in (False, True))
+    assert (usual.adapt, usual.lora_rank, large.adapt, large.lora_rank) == ("all", 16, "attn+ff", 8)
+    chosen = preset("balanced", {"finetune": {"lora_rank": 4, "steps": 3}}).for_network(True).finetune
+    assert (chosen.lora_rank, chosen.steps, chosen.adapt) == (4, 3, "attn+ff")
+    paper = preset("paper")
+    assert paper.for_network(True).finetune == paper.finetune
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name):
     """A preset written as JSON and read back is the same value."""

@@ -15,6 +15,7 @@ from lowmem_imagic import Cell, Job, apply_edits, load_photo, make_edits, preset
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.edits.identity import SourcePicture
+from lowmem_imagic.families import load_architecture
 from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
 from lowmem_imagic.families.portable import MIN_RANK, portable
 from lowmem_imagic.geometry import Sizes
@@ -107,16 +108,22 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
     assert (ours - theirs).norm() <= 1e-5 * ours.norm()
 
 
-@pytest.mark.parametrize("adapt", sorted(TARGETS))
-def test_keys_are_ones_that_comfyui_and_a1111_map(adapt):
-    """On the real SD 1.5 UNet, every adapted layer's key is in ComfyUI's map and in A1111's patterns."""
-    from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
-
-    with init_empty_weights():
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    keys = [kohya_key(name) for name in target_modules(unet, calls.NAMES, adapt)]
-    assert len(keys) == len(set(keys))
+@pytest.mark.parametrize(
+    ("model", "adapt", "count"),
+    [
+        *(("sd15", adapt, None) for adapt in sorted(TARGETS)),
+        ("sdxl", "all", 788),
+        ("sdxl", "attn+ff", 722),
+        ("ssd-1b", "all", 423),
+        ("vega", "all", 233),
+    ],
+)
+def test_keys_are_ones_that_comfyui_and_a1111_map(model, adapt, count):
+    """On the real UNets, every adapted layer's key is in ComfyUI's map and in A1111's patterns."""
+    [denoiser] = load_architecture(model).denoisers
+    unet = denoiser.load(weights="bf16", device=torch.device("meta"), dtype=torch.bfloat16)
+    keys = [kohya_key(name) for name in target_modules(unet, denoiser.names, adapt)]
+    assert len(keys) == len(set(keys)) == (count or len(keys))
     assert [key for key in keys if not _COMFY.fullmatch(key)] == []
     assert [key for key in keys if not any(pattern.fullmatch(key) for pattern in _A1111)] == []
 

@@ -1,7 +1,8 @@
 """Facts about numbers that are not finite: errors name the faulty part, and hints at training appear if they help."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -130,15 +131,28 @@ def test_half_precision_overflow_is_repeated_in_fp32(base: BaseModel, monkeypatc
     def overflowing(work: Callable[..., Any]) -> Callable[..., Any]:
         def run(part: Any, x: Any) -> Any:
             tried.append(next(part.parameters()).dtype)
-            made = work(part, x)
-            if tried[-1] != torch.float32:
-                for tensor in made.values() if isinstance(made, Mapping) else [made]:
-                    tensor.fill_(torch.inf)
-            return made
+            return overflown(work(part, x))
 
         return run
 
-    for name in ("encode_text", "encode", "decode"):
+    def overflown(made: Any) -> Any:
+        if tried[-1] != torch.float32:
+            for tensor in made.values() if isinstance(made, Mapping) else [made]:
+                tensor.fill_(torch.inf)
+        return made
+
+    def reading(sentences: Any, loaded: Any) -> Any:
+        @contextmanager
+        def noted(name: str) -> Iterator[Any]:
+            with loaded(name) as encoder:
+                tried.append(next(encoder.parameters()).dtype)
+                yield encoder
+
+        return overflown(encode(sentences, noted))
+
+    encode = fresh.family.encode_text
+    monkeypatch.setattr(fresh.family, "encode_text", reading)
+    for name in ("encode", "decode"):
         monkeypatch.setattr(fresh.family, name, overflowing(getattr(fresh.family, name)))
     fresh.text_on_cpu = False
     assert calls.encode_text(fresh, [SENTENCE]).isfinite().all()

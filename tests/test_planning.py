@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -507,7 +508,7 @@ def test_encoding_a_sentence_takes_what_is_predicted(load_base: Callable[..., An
     """Live bytes of encoding a sentence are within 10 % of the prediction, or a kilobyte."""
     base = load_base()
     encoder = base.family.load_text_encoder(device=base.device, dtype=torch.float32)
-    measured = peak_of(lambda: base.family.encode_text(encoder, [SENTENCES[0]]))
+    measured = peak_of(lambda: base.family.encode_text([SENTENCES[0]], lambda _: nullcontext(encoder)))
     assert costs_of(base).encode_text() == pytest.approx(measured, rel=0.1, abs=1024)
 
 
@@ -517,11 +518,11 @@ def test_the_text_encoder_goes_on_on_the_cpu(load_base: Callable[..., Any], monk
     expected = calls.encode_text(base, SENTENCES)
     places: list[str] = []
 
-    def full_gpu(*, device: torch.device, dtype: torch.dtype) -> Any:
+    def full_gpu(name: str, *, device: torch.device, dtype: torch.dtype) -> Any:
         places.append(device.type)
         if device.type == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return load(device=device, dtype=dtype)
+        return load(name, device=device, dtype=dtype)
 
     fresh = load_base()
     monkeypatch.setattr(fresh.family, "load_text_encoder", full_gpu)
@@ -529,7 +530,7 @@ def test_the_text_encoder_goes_on_on_the_cpu(load_base: Callable[..., Any], monk
     assert torch.equal(calls.encode_text(fresh, SENTENCES), expected)
     assert (places, fresh.fallbacks) == (["cuda", "cpu"], ["the text encoder on the CPU"])
     monkeypatch.setattr(
-        fresh.family, "load_text_encoder", lambda **_: full_gpu(device=torch.device("cuda"), dtype=None)
+        fresh.family, "load_text_encoder", lambda name, **_: full_gpu(name, device=torch.device("cuda"), dtype=None)
     )
     with pytest.raises(torch.OutOfMemoryError):
         calls.encode_text(fresh, ["another"])

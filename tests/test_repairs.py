@@ -232,5 +232,5 @@ def test_what_a_file_leaves_out_is_its_class_default(component: str, folder_copy
     assert len(kept) < len(values)
     path.write_text(json.dumps(kept))
     ours, plain = family(folder_copy), family(tiny_folder)
-    name = {"unet": "unet_config", "vae": "vae_config", "text_encoder": "text_config"}[component]
+    name = {"unet": "unet_config", "vae": "vae_config", "text_encoder": "text_configs"}[component]
     assert getattr(ours, name) == getattr(plain, name)

@@ -24,7 +24,8 @@ def load(folder: Path) -> BaseModel:
 
 def tokens(folder: Path) -> Tensor:
     """The ids of `TEXTS`."""
-    ids: Tensor = load(folder).family.tokenize(TEXTS)[0]
+    tokenizer = load(folder).family.tokenizers["text_encoder"]
+    ids: Tensor = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return ids
 
 
@@ -64,7 +65,7 @@ def test_tokenizer_in_one_file(tokenizer: Any, folder_copy: Path, tiny_folder: P
 
 def test_any_text_is_encoded(tiny_folder: Path) -> None:
     """Letters that no caption had are encoded by their bytes, none as unknown: ids differ where texts do."""
-    end = load(tiny_folder).family.tokenizer.eos_token_id
+    end = load(tiny_folder).family.tokenizers["text_encoder"].eos_token_id
     rows = [[int(i) for i in row] for row in tokens(tiny_folder)]
     assert all(len(rows[n]) == len(rows[0]) for n in range(len(TEXTS)))
     assert len({tuple(row) for row in rows}) == len(TEXTS)

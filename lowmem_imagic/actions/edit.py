@@ -205,7 +205,8 @@ def fit_memory(
     jobs: int = 1,
     beside: bool = False,
 ) -> tuple[EditConfig, Plan | None]:
-    """The settings within a budget, and the plan to follow (see `planning.plan`); None if no budget applies."""
+    """The base's settings within a budget, and the plan to follow (see `planning.plan`); None if no budget applies."""
+    config = config.for_network(base.family.large)
     plan = plan_for(base, config, budget, jobs=jobs, beside=beside)
     if plan is None:
         return config, None

@@ -24,7 +24,8 @@ def job_id(
     """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
     version of the base's square edits, and whether an eta is suggested."""
     # Include dropped settings with their neutral values: items finished by an earlier version keep their hash.
-    settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in config.to_dict().items()}
+    values = config.for_network(base.family.large).to_dict()
+    settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in values.items()}
     # The rows of a batch depend on the machine and change only rounding.
     del settings["sample"]["batch_rows"]
     version, files = version_of_base(base.identity), base.identity.files

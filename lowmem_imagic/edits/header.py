@@ -332,7 +332,8 @@ def summary(contents: Mapping[str, Any]) -> str:
         "photo": f"{source['width_px']} x {source['height_px']} px, sha256 {source['sha256'][:12]}...",
         "base": f"{base['source']}{revision} ({base['family']}, {_prediction(base)}), "
         f"{contents['base_weights']} while training",
-        "adapter": f"rank {', '.join(map(str, adapter['ranks']))} on {adapter['layers']} layers{_scaled(adapter)}",
+        "adapter": f"rank {', '.join(map(str, adapter['ranks']))} on {adapter['layers']} layers{_scaled(adapter)}"
+        f"{_energy(contents['settings'])}",
         "embedding": ", ".join(
             " x ".join(map(str, tensor["shape"]))
             for name, tensor in contents["tensors"].items()
@@ -356,6 +357,13 @@ def _prediction(base: Mapping[str, Any]) -> str:
     if "interface" not in base:
         return str(base["prediction_type"])
     return ", ".join(sorted(set(base["interface"]["denoisers"].values())))
+
+
+def _energy(settings: Mapping[str, Any]) -> str:
+    """Returns a remark on the share of the trained adapter that the file keeps, if it is recorded."""
+    result = settings.get("result")
+    share = result.get("energy_kept") if isinstance(result, dict) else None
+    return f", {share:.1%} of the trained adapter's energy" if isinstance(share, float) and 0 <= share <= 1 else ""
 
 
 def _scaled(adapter: Mapping[str, Any]) -> str:

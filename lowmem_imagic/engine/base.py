@@ -291,8 +291,16 @@ class BaseModel:
 
     @property
     def part_dtype(self) -> torch.dtype:
-        """Type of text encoder and autoencoder: half precision on GPUs, where fp32 activations would set the peak."""
+        """Type of the text encoders: half precision on GPUs, where fp32 activations would set the peak."""
         return torch.float16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def codec_dtype(self) -> torch.dtype:
+        """Type of the autoencoder: that of the text encoders, but not fp16 if its numbers do not fit into it."""
+        if self.part_dtype != torch.float16 or self.family.codec_in_fp16:
+            return self.part_dtype
+        half = pick_dtype(self.device, "int8")
+        return torch.float32 if half == torch.float16 else half
 
     def encode_text(self, sentences: Sequence[str]) -> Conditioning:
         """The conditioning of sentences, a row each, in fp32 on the CPU; the last `MAX_SENTENCES` are cached.
@@ -320,11 +328,14 @@ class BaseModel:
         device, dtype = (torch.device("cpu"), torch.float32) if self.text_on_cpu else (self.device, self.part_dtype)
         # Some models overflow in half precision.
         for precision in dict.fromkeys((dtype, torch.float32)):
-            with self._part(self.family.load_text_encoder, device, precision) as encoder:
-                for sentence in new:
-                    row = self.family.encode_text(encoder, [sentence]).to(torch.device("cpu"), torch.float32)
-                    if row.finite:
-                        self._encoded[sentence] = row
+
+            def loaded(name: str, dtype: torch.dtype = precision) -> contextlib.AbstractContextManager[nn.Module]:
+                return self._part(partial(self.family.load_text_encoder, name), device, dtype)
+
+            rows = self.family.encode_text(new, loaded).to(torch.device("cpu"), torch.float32)
+            for number, sentence in enumerate(new):
+                if (row := rows.rows([number])).finite:
+                    self._encoded[sentence] = row
             new = [sentence for sentence in new if sentence not in self._encoded]
             if not new:
                 return
@@ -375,8 +386,8 @@ class BaseModel:
 
     def _in_either_precision(self, work: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The result of `work` with the autoencoder; in fp32 if half precision gives a result that is not finite."""
-        result = self._with_codec(work, self.part_dtype)
-        if self.part_dtype == torch.float32 or all(bool(x.isfinite().all()) for x in result.values()):
+        result = self._with_codec(work, self.codec_dtype)
+        if self.codec_dtype == torch.float32 or all(bool(x.isfinite().all()) for x in result.values()):
             return result
         return self._with_codec(work, torch.float32)
 

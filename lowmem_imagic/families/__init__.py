@@ -1,14 +1,17 @@
 """Model families: the differences between kinds of models, behind common protocols (see `family`).
 
-`load_family` is the only entry. Supported: Stable Diffusion 1.x / 2.x and models of the same architecture.
+`load_family` is the only entry. Supported: Stable Diffusion 1.x, 2.x and XL, and models of the same architectures.
 """
 
 from pathlib import Path
 
+from . import kinds
+from .files.checkpoint import SingleFile
 from .files.configuration import findable
 from .files.locate import locate
 from .files.published import PUBLISHED, Published
 from .files.source import DEMO, SHORT_NAMES, Folder
+from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
 
 __all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]
@@ -28,7 +31,7 @@ def load_family(
         ModelError: the model is unknown, incomplete or of another kind.
     """
     source = locate(name, revision=revision, config_folder=config_folder, vae=vae, text_from=text_from)
-    family = StableDiffusion(source)
+    family = _family_of(source)
     if isinstance(source, Folder):
         source.check_complete()
     return family
@@ -40,4 +43,11 @@ def load_architecture(name: str) -> StableDiffusion:
     Raises:
         ModelError: see `load_family`.
     """
-    return StableDiffusion(Published.of(name)) if name in PUBLISHED else StableDiffusion(locate(name))
+    return _family_of(Published.of(name)) if name in PUBLISHED else load_family(name)
+
+
+def _family_of(source: Folder | SingleFile) -> StableDiffusion:
+    """The family that a model's list of parts names."""
+    folder = source if isinstance(source, Folder) else source.configuration
+    is_xl = kinds.is_xl(folder.config(".", "model_index.json"))
+    return StableDiffusionXL(source) if is_xl else StableDiffusion(source)

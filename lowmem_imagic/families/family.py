@@ -1,6 +1,7 @@
 """Protocols of model families; code outside of `families` uses only these."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,8 @@ from ..layers.adapter_pack import Factors, LayerNames
 from .conditioning import Conditioning, Part
 from .vocabulary import Vocabulary
 
+Loaded = Callable[[str], AbstractContextManager[nn.Module]]
+"""Loads a part by its name for a ``with`` block."""
 Shape = tuple[int, ...]
 """(C, H, W) of a denoiser's input."""
 
@@ -161,6 +164,10 @@ class Family(Protocol):
         """The sizes of the pictures that the model edits."""
 
     @property
+    def large(self) -> bool:
+        """Whether the network is so large that adapters of a preset's usual size would outweigh its activations."""
+
+    @property
     def vocabulary(self) -> Vocabulary | None:
         """The words that it knows if they are few; None for a base that knows whole languages."""
 
@@ -186,11 +193,23 @@ class Family(Protocol):
             PromptError: there is nothing to encode.
         """
 
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen text encoder, or all of several."""
+    def load_text_encoder(self, name: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen text encoder of a name that `encode_text` asks for."""
 
-    def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
-        """The conditioning of sentences, on the encoder's device."""
+    def encode_text(self, sentences: Sequence[str], loaded: Loaded) -> Conditioning:
+        """The conditioning of sentences, on the text encoder's device; each sentence is encoded alone.
+
+        The empty sentence stands for none: its conditioning is the one that guidance goes away from.
+
+        Args:
+            sentences: B sentences.
+            loaded: the context in which a text encoder is loaded, by name. Several text encoders are taken one after
+                the other, so that one at a time takes memory.
+        """
+
+    @property
+    def codec_in_fp16(self) -> bool:
+        """Whether the codec's numbers fit into fp16; otherwise it is loaded in bfloat16 or fp32."""
 
     def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool) -> nn.Module:
         """The frozen codec between pictures and latents (an autoencoder); `tiling` takes a fraction of the memory."""

@@ -155,16 +155,61 @@ def check_unet(values: Mapping[str, Any], label: str, *, latent_channels: int) -
         )
 
 
+def check_xl_unet(values: Mapping[str, Any], label: str, *, latent_channels: int, text: int, pooled: int) -> None:
+    """Checks that a UNet's configuration is one of Stable Diffusion XL's text-to-image models.
+
+    Args:
+        values: the UNet's configuration.
+        label: the model, for messages.
+        latent_channels: channels of its autoencoder's latents.
+        text: width of the text encoders' tokens, side by side.
+        pooled: width of the second text encoder's vector.
+
+    Raises:
+        WrongFamilyError: the UNet has other inputs.
+    """
+    if values.get("time_cond_proj_dim") is not None:
+        raise WrongFamilyError(
+            f"{label} has built-in guidance (time_cond_proj_dim, as in LCM's distilled models); take the model that it "
+            "was made from"
+        )
+    channels, out = values["in_channels"], values["out_channels"]
+    if channels != latent_channels or out != latent_channels:
+        kind = _channels(channels) if isinstance(channels, int) else ""
+        raise WrongFamilyError(
+            f"{label} has a UNet with {str(channels)[:40]} input channels{kind} and {str(out)[:40]} output channels "
+            f"(its latents have {latent_channels}); {_PLAIN_XL}"
+        )
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
+        if values.get(key) is not None:
+            raise WrongFamilyError(f"{label} has a UNet with {key} {str(values[key])[:40]!r}; {_PLAIN_XL}")
+    if values["addition_embed_type"] != "text_time":
+        raise WrongFamilyError(
+            f"{label} has a UNet with addition_embed_type {str(values['addition_embed_type'])[:40]}; {_PLAIN_XL}"
+        )
+    width, sizes = values["cross_attention_dim"], values["addition_time_embed_dim"]
+    beside = values["projection_class_embeddings_input_dim"]
+    if width != text or not isinstance(sizes, int) or beside != pooled + 6 * sizes:
+        raise WrongFamilyError(
+            f"{label} has a UNet for text of width {str(width)[:40]} and {str(beside)[:40]} numbers beside it; its "
+            f"text encoders give {text}, and {pooled} with six sizes of {str(sizes)[:40]} each; {_PLAIN_XL}"
+        )
+
+
 _CLASSES: dict[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 """The classes that `model_index.json` may name for each part."""
 
 
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+_XL_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def _pipeline(model_index: Mapping[str, Any]) -> str | None:
@@ -240,14 +285,20 @@ def check_pipeline(model_index: Mapping[str, Any], label: str) -> None:
     Raises:
         WrongFamilyError: the folder is another pipeline, or a part is of another class.
     """
-    kind = model_index.get("_class_name")
-    # diffusers also reads folders that its Flax classes saved.
-    plain = kind.removeprefix("Flax") if isinstance(kind, str) else None
-    if plain not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+    kind = _pipeline(model_index)
+    if kind not in _PIPELINES and not is_xl(model_index):
         raise WrongFamilyError(
-            f"{label} is a {str(kind)[:60] if kind else 'model without a pipeline class'}; this version edits with "
-            "StableDiffusionPipeline models (Stable Diffusion 1.x and 2.x)"
+            f"{label} is a {kind[:60] if kind else 'model without a pipeline class'}; this version edits with "
+            "StableDiffusionPipeline and StableDiffusionXLPipeline models (Stable Diffusion 1.x, 2.x and XL)"
         )
+    if is_xl(model_index):
+        missing = [part for part in _XL_PARTS if model_index.get(part, [None]) in (None, [None], [None, None])]
+        if "text_encoder" in missing or model_index.get("requires_aesthetics_score"):
+            raise WrongFamilyError(
+                f"{label} is the refiner of SDXL, which only finishes pictures of another model; {_PLAIN_XL}"
+            )
+        if missing:
+            raise WrongFamilyError(f"{label} has no {missing[0]} in its model_index.json; {_PLAIN_XL}")
     for part, classes in _CLASSES.items():
         named = model_index.get(part)
         name = named[1] if isinstance(named, list) and len(named) == 2 else None

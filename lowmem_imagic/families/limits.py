@@ -36,6 +36,8 @@ _UNET = {
     "conv_in_kernel": (1, 15),
     "conv_out_kernel": (1, 15),
     "time_embedding_dim": _WIDTH,
+    "addition_time_embed_dim": _WIDTH,
+    "projection_class_embeddings_input_dim": (1, 2**17),
 }
 _VAE = {
     "in_channels": (3, 3),
@@ -63,11 +65,18 @@ _LISTS = (
     "num_attention_heads",
 )
 """Keys that may have one number for each block."""
-_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT}
+_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
 _OPTIONAL: dict[str, tuple[str, ...]] = {
-    "unet": ("num_attention_heads", "time_embedding_dim", "reverse_transformer_layers_per_block"),
+    "unet": (
+        "num_attention_heads",
+        "time_embedding_dim",
+        "reverse_transformer_layers_per_block",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
+    ),
     "vae": (),
     "text_encoder": ("projection_dim",),
+    "text_encoder_2": (),
 }
 """Keys that may be null; the class then sets the number."""
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import IncompleteModelError, LowmemImagicError
 from ..unexpected import first_line, without_advice
@@ -37,6 +37,7 @@ _EXTRAS = {
     "text_encoder_2": re.compile(r"(.*\.)?position_ids$|(logit_scale|logit_bias)$|(vision_model|visual_projection)\."),
 }
 """Tensors in a folder that do not affect pictures."""
+_TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
 def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
@@ -51,8 +52,8 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
 
 def _build(component: str, values: Mapping[str, Any]) -> nn.Module:
     with init_empty_weights(include_buffers=False), without_advice():
-        if component == "text_encoder":
-            part: nn.Module = CLIPTextModel(CLIPTextConfig(**values))
+        if component in _TEXT_ENCODERS:
+            part: nn.Module = _TEXT_ENCODERS[component](CLIPTextConfig(**values))
             return part
         kind: Any = UNet2DConditionModel if component == "unet" else AutoencoderKL
         part = kind.from_config(dict(values))
@@ -80,13 +81,19 @@ def _try_out(component: str, values_as_json: str, side: int) -> None:
     channels = values.get("in_channels" if component == "unet" else "latent_channels", 1)
     latents = torch.empty(1, channels, side, side, device="meta")
     with torch.no_grad(), without_advice():
-        if component == "text_encoder":
+        if component in _TEXT_ENCODERS:
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
-            shapes = [(part(ids)[0].shape, (*ids.shape, values["hidden_size"]))]
+            states = part(ids, output_hidden_states=True)
+            width = (*ids.shape, values["hidden_size"])
+            shapes = [(states.hidden_states[-2].shape, width), (states.last_hidden_state.shape, width)]
+            if component == "text_encoder_2":
+                shapes.append((states.text_embeds.shape, (1, values["projection_dim"])))
         elif component == "unet":
             text = torch.empty(1, 2, values["cross_attention_dim"], device="meta")
             time = torch.empty(1, dtype=torch.int64, device="meta")
-            shapes = [(part(latents, time, encoder_hidden_states=text).sample.shape, latents.shape)]
+            beside = _beside(values)
+            prediction = part(latents, time, encoder_hidden_states=text, added_cond_kwargs=beside).sample
+            shapes = [(prediction.shape, latents.shape)]
         else:
             picture = part.decode(latents).sample
             factor = 2 ** (len(values["block_out_channels"]) - 1)
@@ -95,6 +102,17 @@ def _try_out(component: str, values_as_json: str, side: int) -> None:
     for shape, expected in shapes:
         if tuple(shape) != tuple(expected):
             raise ValueError(f"it computes the shape {list(shape)}, expected {list(expected)}")
+
+
+def _beside(values: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """What a UNet with this configuration takes beside latents, time and tokens: a vector of text, and six sizes."""
+    if values["addition_embed_type"] is None:
+        return None
+    width = values["projection_class_embeddings_input_dim"] - 6 * values["addition_time_embed_dim"]
+    return {
+        "text_embeds": torch.empty(1, width, device="meta"),
+        "time_ids": torch.empty(1, 6, dtype=torch.int64, device="meta"),
+    }
 
 
 def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str, Any]) -> Tensors:

@@ -4,7 +4,7 @@ Outside of `families` and `demo`, no code uses the classes of diffusers or trans
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..unexpected import without_advice
 from . import kinds, limits, repairs
 from .adapter_names import KohyaNames
 from .conditioning import Conditioning, Part
-from .family import Denoiser
+from .family import Denoiser, Loaded
 from .files.checkpoint import SingleFile
 from .files.source import Folder
 from .lean_unet import make_lean
@@ -53,19 +53,36 @@ class StableDiffusion:
         IncompleteModelError: parts are missing.
     """
 
+    encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
+    """The text encoders, each with its tokenizer."""
+    large = False
+
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
         self._folder = source if isinstance(source, Folder) else source.configuration
-        kinds.check_pipeline(self._folder.config(".", "model_index.json"), self._folder.label)
+        kinds.check_pipeline(self._model_index, self._folder.label)
         limits.check_side(self.unet_config["sample_size"], self.vae_factor, self._folder.label)
         if isinstance(source, SingleFile):
             self._check_checkpoint(source)
-        if (text_width := self.text_config["hidden_size"]) != self.cross_attention_dim:
+        self._check_text()
+        _ = self.scheduler_config
+
+    @cached_property
+    def _model_index(self) -> dict[str, Any]:
+        """The folder's list of its parts."""
+        return self._folder.config(".", "model_index.json")
+
+    def _check_text(self) -> None:
+        """Checks that the UNet takes what the text encoder gives.
+
+        Raises:
+            IncompleteModelError: it does not.
+        """
+        if (text_width := self.text_configs["text_encoder"]["hidden_size"]) != self.cross_attention_dim:
             raise IncompleteModelError(
                 f"{self._folder.label} has a text encoder of width {text_width} and a UNet for width "
                 f"{self.cross_attention_dim}; download it again"
             )
-        _ = self.scheduler_config
 
     def _check_checkpoint(self, source: SingleFile) -> None:
         """Checks that a single file's width and latent scale are those of its configuration.
@@ -85,10 +102,7 @@ class StableDiffusion:
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
                 f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (`model_config`)"
             )
-        # Stable Diffusion 2 lacks its text encoder's last layer, so the second layer from the end is its last one. SDXL
-        # always takes that layer.
-        takes_second = self.cross_attention_dim == 1024 or source.kind.is_xl
-        if source.marks.clip_skip and not (takes_second and source.marks.clip_skip.endswith(" 2")):
+        if source.marks.clip_skip and not (self.reads_before_last and source.marks.clip_skip.endswith(" 2")):
             log.warning(
                 "%s asks for an earlier layer of its text encoder (%s), which is not applied: the last one is taken",
                 source.path.name,
@@ -103,6 +117,14 @@ class StableDiffusion:
             )
 
     @property
+    def reads_before_last(self) -> bool:
+        """Whether the text is the output of the second layer from the end.
+
+        Stable Diffusion 2 lacks its text encoder's last layer.
+        """
+        return self.cross_attention_dim == 1024
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image's latents."""
         side = int(self.unet_config["sample_size"])
@@ -114,9 +136,17 @@ class StableDiffusion:
         values = self._folder.config("unet")
         kinds.check_class(values, "unet", self.source.label)
         complete_values = repairs.unet(values, self._folder.label)
-        kinds.check_unet(complete_values, self.source.label, latent_channels=self.vae_config["latent_channels"])
+        self._check_unet(complete_values)
         limits.check("unet", complete_values, self._folder.label)
         return complete_values
+
+    def _check_unet(self, values: Mapping[str, Any]) -> None:
+        """Checks that the UNet is one of this family.
+
+        Raises:
+            WrongFamilyError: it is not.
+        """
+        kinds.check_unet(values, self.source.label, latent_channels=self.vae_config["latent_channels"])
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
@@ -128,12 +158,15 @@ class StableDiffusion:
         return complete_values
 
     @cached_property
-    def text_config(self) -> dict[str, Any]:
-        """The text encoder's configuration, complete."""
-        values = self._folder.config("text_encoder")
+    def text_configs(self) -> dict[str, dict[str, Any]]:
+        """The configuration of each text encoder, complete."""
+        return {name: self._text_config(name) for name in self.encoders}
+
+    def _text_config(self, component: str) -> dict[str, Any]:
+        values = self._folder.config(component)
         kinds.check_text_encoder(values, self.source.label)
         complete_values = repairs.text_encoder(values)
-        limits.check("text_encoder", complete_values, self._folder.label)
+        limits.check(component, complete_values, self._folder.label)
         return complete_values
 
     @cached_property
@@ -189,7 +222,7 @@ class StableDiffusion:
     @property
     def text(self) -> Mapping[str, Part]:
         """The conditioning of a sentence: one tensor (T, D)."""
-        tokens = int(self.text_config["max_position_embeddings"])
+        tokens = int(self.text_configs["text_encoder"]["max_position_embeddings"])
         return {EMBEDS: Part((tokens, self.cross_attention_dim), trained=True)}
 
     @cached_property
@@ -219,27 +252,40 @@ class StableDiffusion:
             revision=self.source.revision,
             family=self.family,
             interface=Interface(
-                text={EMBEDS: self.cross_attention_dim}, denoisers={self.denoisers[0].name: self.prediction_type}
+                text={name: part.shape[-1] for name, part in self.text.items()},
+                denoisers={self.denoisers[0].name: self.prediction_type},
             ),
             files=self.source.hashes,
-            labels=labels(self.family, self.prediction_type),
+            labels=self.labels,
         )
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """See `labels`."""
+        return labels(self.family, self.prediction_type)
+
     @cached_property
-    def tokenizer(self) -> CLIPTokenizerFast:
-        """The tokenizer."""
-        files, settings = self._folder.tokenizer()
-        values = self._folder.config("tokenizer", "tokenizer_config.json")
+    def tokenizers(self) -> dict[str, CLIPTokenizerFast]:
+        """The tokenizer of each text encoder."""
+        return {
+            encoder: self._tokenizer(component, self.text_configs[encoder])
+            for encoder, component in self.encoders.items()
+        }
+
+    def _tokenizer(self, component: str, text_config: Mapping[str, Any]) -> CLIPTokenizerFast:
+        """The tokenizer of the text encoder with this configuration."""
+        files, settings = self._folder.tokenizer(component)
+        values = self._folder.config(component, "tokenizer_config.json")
         if elsewhere := [key for key in _FILES_OF_TOKENIZERS if key in values and "/" in str(values[key])]:
             raise IncompleteModelError(
-                f"{self._folder.label}: tokenizer/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
+                f"{self._folder.label}: {component}/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
                 "remove that entry"
             )
-        with without_advice(), complete(self._folder.label, "tokenizer"):
+        with without_advice(), complete(self._folder.label, component):
             # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
             # versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(files, local_files_only=True, **settings)
-            longest, words = self.text_config["max_position_embeddings"], self.text_config["vocab_size"]
+            longest, words = text_config["max_position_embeddings"], text_config["vocab_size"]
             # transformers sets 1e30 if the configuration has no value.
             if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):
                 raise ValueError(f"model_max_length is {tokenizer.model_max_length}, expected 3 to {longest}")
@@ -271,9 +317,14 @@ class StableDiffusion:
         make_lean(unet)
         return unet
 
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen CLIP text encoder."""
-        return self._frozen("text_encoder", self.text_config, device, dtype)
+    def load_text_encoder(self, name: str = "text_encoder", *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A frozen CLIP text encoder."""
+        return self._frozen(name, self.text_configs[name], device, dtype)
+
+    @property
+    def codec_in_fp16(self) -> bool:
+        """Whether the autoencoder's numbers fit into fp16: those of Stable Diffusion 1 and 2 do."""
+        return True
 
     def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
         """The frozen autoencoder; with `tiling` it works in overlapping quarters, in a fraction of the memory."""
@@ -307,43 +358,39 @@ class StableDiffusion:
         fill(part, tensors, names, device, dtype)
         return part
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Token ids (B, T), and for each prompt the words that do not fit ("" if all do)."""
-        limit = self.tokenizer.model_max_length
-        cut = []
-        for prompt in prompts:
-            ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-            cut.append(self.tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else "")
-        return _padded(self.tokenizer, prompts), cut
-
     @property
     def sentence_tokens(self) -> int:
-        """Most tokens of a sentence that the text encoder reads, without the start and end tokens."""
-        return int(self.tokenizer.model_max_length) - 2
+        """Most tokens of a sentence that every text encoder reads, without the start and end tokens."""
+        return min(int(tokenizer.model_max_length) for tokenizer in self.tokenizers.values()) - 2
 
     def check_prompt(self, prompt: str) -> str:
-        """The words of `prompt` that do not fit into the text encoder ("" if all do).
+        """The words of `prompt` that do not fit into every text encoder ("" if all do).
 
         Raises:
             PromptError: there is nothing to encode.
         """
         if not prompt.strip():
             raise PromptError('the sentence is empty; say what the picture should show, such as "a blue cube"')
-        return self.tokenize([prompt])[1][0]
+        return max((_words_beyond(tokenizer, prompt) for tokenizer in self.tokenizers.values()), key=len)
 
     @torch.no_grad()
-    def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
-        """Text embeddings (B, T, D), on the encoder's device and in its type.
+    def encode_text(self, sentences: Sequence[str], loaded: Loaded) -> Conditioning:
+        """Text embeddings (B, T, D), on the encoder's device and in its type."""
+        with loaded("text_encoder") as encoder:
+            rows = [encoder(ids)[0] for ids in self._ids("text_encoder", encoder, sentences)]
+        return Conditioning({EMBEDS: torch.cat(rows)})
+
+    def _ids(self, name: str, encoder: nn.Module, sentences: Sequence[str]) -> Iterator[Tensor]:
+        """Yields the token ids (1, T) of each sentence for a text encoder, on its device.
 
         On the meta device the sentences are not read: each has the full length.
         """
         device = next(encoder.parameters()).device
-        if device.type == "meta":
-            ids = torch.empty(len(sentences), self.text[EMBEDS].shape[0], dtype=torch.int64, device=device)
-        else:
-            ids = self.tokenize(sentences)[0].to(device)
-        embeddings: Tensor = encoder(ids)[0]
-        return Conditioning({EMBEDS: embeddings})
+        for sentence in sentences:
+            if device.type == "meta":
+                yield torch.empty(1, self.text[EMBEDS].shape[0], dtype=torch.int64, device=device)
+            else:
+                yield _padded(self.tokenizers[name], [sentence]).to(device)
 
     @torch.no_grad()
     def encode(self, codec: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
@@ -445,6 +492,13 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     if like.device.type == "cuda":
         return x.to(like.device, like.dtype, memory_format=torch.channels_last)
     return x.to(like)
+
+
+def _words_beyond(tokenizer: Any, prompt: str) -> str:
+    """The words of a prompt that do not fit into a tokenizer's text encoder ("" if all do)."""
+    limit = tokenizer.model_max_length
+    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    return str(tokenizer.decode(ids[limit - 1 : -1]).strip()) if len(ids) > limit else ""
 
 
 def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:

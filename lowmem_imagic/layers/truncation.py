@@ -44,6 +44,16 @@ def truncated(adapter: Mapping[str, Factors], keep: float) -> dict[str, Factors]
     return {key: _composed(*spectra[key], rank, adapter[key]) for key, rank in sorted(ranks.items())}
 
 
+def energy(adapter: Mapping[str, Factors]) -> float:
+    """The sum of the squares of all singular values of all layers' updates, which `truncated` keeps the most of."""
+    total = 0.0
+    for down, up, alpha in adapter.values():
+        a, b = down.flatten(1).double(), up.flatten(1).double()
+        # |B A|^2 is the trace of (B^T B)(A A^T).
+        total += (alpha / len(a)) ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
+    return total
+
+
 def _steps(key: str, left: Tensor, sigmas: Tensor, right: Tensor) -> list[_Step]:
     """The steps of a layer: its first `MIN_RANK` directions together, then one after another."""
     numbers, energies = right[0].numel() + len(left), sigmas.square().tolist()

@@ -14,7 +14,7 @@ from ..engine.memory import Meter
 from ..errors import DivergenceError, LowmemImagicError, NonFiniteTensorError, TensorValueError
 from ..families.family import Denoiser
 from ..layers.adapter_pack import Factors, target_modules
-from ..layers.truncation import truncated
+from ..layers.truncation import energy, truncated
 from ..settings.stages import ADAPT_TARGETS, EditConfig, FinetuneConfig
 from ..training.pack import Pack, StageProgress, TrainedEdit
 from ..training.run import tail
@@ -90,6 +90,7 @@ def stream_edits(
     **Memory**: text encoder and VAE are freed before the UNet trains; see `training.pack.Pack`. Nothing of a job is
     kept after its edit is yielded.
     """
+    config = config.for_network(base.family.large)
     count = len(jobs) if isinstance(jobs, Sequence) else None
     groups = iter([jobs]) if isinstance(jobs, Sequence) else jobs
     meter = meter or Meter(base.device)
@@ -161,18 +162,16 @@ def _edit(
         NonFiniteTensorError, TensorValueError: training gave numbers that no file can contain.
     """
     types = {name: part.stored for name, part in base.family.text.items() if part.stored is not None}
+    kept = {name: truncated(adapter, config.finetune.keep) for name, adapter in trained.adapters.items()}
     return Edit(
-        adapters={
-            denoiser.name: _stored(trained.adapters[denoiser.name], config.finetune.keep, base, denoiser)
-            for denoiser in base.denoisers
-        },
+        adapters={denoiser.name: _stored(kept[denoiser.name], base, denoiser) for denoiser in base.denoisers},
         conditioning={name: trained.conditioning[name].to(dtype) for name, dtype in types.items()},
         coarse={name: coarse(latents[None], COARSE_SIDE)[0].half() for name, latents in photo.latents.items()},
         noise=photo.own_noise,
         sentences=photo.job.sentences,
         start_sentence=photo.start_sentence,
         base=identity,
-        settings=_settings(config, trained),
+        settings=_settings(config, trained, kept),
         seed=config.seed,
         etas=config.sample.etas,
         eta_default=1.0,
@@ -189,19 +188,22 @@ def _edit(
     )
 
 
-def _stored(adapter: Mapping[str, Factors], keep: float, base: BaseModel, denoiser: Denoiser) -> dict[str, LoraFactors]:
-    """A trained adapter in the form of its file, still in fp32."""
-    stored = denoiser.portable(truncated(adapter, keep), base.network(denoiser))
+def _stored(adapter: Mapping[str, Factors], base: BaseModel, denoiser: Denoiser) -> dict[str, LoraFactors]:
+    """An adapter in the form of its file, still in fp32."""
+    stored = denoiser.portable(adapter, base.network(denoiser))
     return {key: LoraFactors(*factors) for key, factors in stored.items()}
 
 
-def _settings(config: EditConfig, trained: TrainedEdit) -> dict[str, Any]:
-    """The settings of all stages; "result" has the steps and losses of this edit."""
+def _settings(config: EditConfig, trained: TrainedEdit, kept: Mapping[str, Mapping[str, Factors]]) -> dict[str, Any]:
+    """The settings of all stages; "result" has the steps and losses of this edit, and what its file keeps."""
     values = config.to_dict()
     del values["seed"]
     values["result"] = {}
     for stage, losses in trained.losses.items():
         values["result"] |= {f"{stage}_steps": len(losses), f"{stage}_loss": tail(losses)}
+    if config.finetune.keep < 1:
+        whole, rest = (sum(map(energy, adapters.values())) for adapters in (trained.adapters, kept))
+        values["result"]["energy_kept"] = round(rest / whole, 4) if whole else 1.0
     return values
 
 

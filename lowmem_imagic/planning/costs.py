@@ -6,13 +6,13 @@ pass with its adapters, forward and backward.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.base import BaseModel
 from ..families.conditioning import Conditioning
@@ -24,7 +24,7 @@ from ..layers.frozen import Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from ..training.loop import TrainedTensor, Trainer
 from ..training.pack import stages
-from .counting import fused_attention, peak_of
+from .counting import LiveBytes, fused_attention, peak_of
 
 _META = torch.device("meta")
 
@@ -69,7 +69,8 @@ class Costs:
         config: settings of all stages.
         weights: format of the denoisers' weights, one of `WEIGHT_FORMATS`.
         dtype: compute type of the denoisers.
-        part_dtype: type of text encoder and autoencoder.
+        part_dtype: type of the text encoders.
+        codec_dtype: type of the autoencoder; None takes `part_dtype`.
         attention: of the denoisers, "sdpa" or "xformers"; text encoder and autoencoder have torch's.
         size: width and height of the pictures; None for the model's own, which no photo exceeds.
     """
@@ -82,15 +83,17 @@ class Costs:
         weights: str,
         dtype: torch.dtype,
         part_dtype: torch.dtype,
+        codec_dtype: torch.dtype | None = None,
         attention: str = "sdpa",
         size: Size | None = None,
     ) -> None:
-        self._family, self._config, self._part_dtype = family, config, part_dtype
+        self._family, self._config, self._part_dtype = family, config.for_network(family.large), part_dtype
+        self._codec_dtype = codec_dtype or part_dtype
         self._size, self._attention = size or family.sizes.own, attention
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
         self.known: dict[Any, int] = {}
-        self._stages = {stage.name: stage for stage in stages(config, family.denoisers)}
+        self._stages = {stage.name: stage for stage in stages(self._config, family.denoisers)}
         trained = [part.shape for part in family.text.values() if part.trained]
         self._text_numbers = sum(map(math.prod, trained))
 
@@ -163,23 +166,33 @@ class Costs:
         with torch.no_grad(), fused_attention(self._attention), pack.attached(self._base.network(denoiser)):
             return peak_of(run) + pack.weights.nbytes
 
-    def _text_encoder(self) -> Any:
-        return self._family.load_text_encoder(device=_META, dtype=self._part_dtype)
-
     @cached_property
-    def text_encoder(self) -> int:
-        """Bytes of the text encoder."""
-        return weight_bytes(self._text_encoder())
+    def _text(self) -> tuple[int, int]:
+        """Bytes of the text encoder that takes the most while it encodes a sentence, and of what it computes."""
+        encoders = list[tuple[int, int]]()
 
-    @_once
+        @contextlib.contextmanager
+        def loaded(name: str) -> Iterator[nn.Module]:
+            encoder = self._family.load_text_encoder(name, device=_META, dtype=self._part_dtype)
+            with LiveBytes() as count:
+                yield encoder
+            encoders.append((weight_bytes(encoder), count.peak))
+
+        with torch.no_grad(), fused_attention():
+            self._family.encode_text(["a sentence"], loaded)
+        return max(encoders, key=sum)
+
+    @property
+    def text_encoder(self) -> int:
+        """Bytes of the text encoder, the largest of several: they are loaded one after the other."""
+        return self._text[0]
+
     def encode_text(self) -> int:
         """Most bytes while a sentence is encoded."""
-        encoder = self._text_encoder()
-        with torch.no_grad(), fused_attention():
-            return peak_of(lambda: self._family.encode_text(encoder, ["a sentence"]))
+        return self._text[1]
 
     def _codec(self, tiling: bool) -> Any:
-        return self._family.load_codec(device=_META, dtype=self._part_dtype, tiling=tiling)
+        return self._family.load_codec(device=_META, dtype=self._codec_dtype, tiling=tiling)
 
     @cached_property
     def vae(self) -> int:

@@ -130,7 +130,8 @@ class Budget:
 
 def _costs(base: BaseModel, config: EditConfig) -> Costs:
     """The costs of the phases on a base, cached in the base."""
-    key = (Costs, config, base.weights, base.dtype, base.part_dtype, base.attention)
+    config = config.for_network(base.family.large)
+    key = (Costs, config, base.weights, base.dtype, base.part_dtype, base.codec_dtype, base.attention)
     if key not in base.remembered:
         base.remembered[key] = Costs(
             base.family,
@@ -138,6 +139,7 @@ def _costs(base: BaseModel, config: EditConfig) -> Costs:
             weights=base.weights,
             dtype=base.dtype,
             part_dtype=base.part_dtype,
+            codec_dtype=base.codec_dtype,
             attention=base.attention,
         )
     costs: Costs = base.remembered[key]

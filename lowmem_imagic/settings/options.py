@@ -90,7 +90,9 @@ _WEIGHTS = ("base.weights",)
 
 _SEEDS_HELP = "comma-separated seeds of the starting noise; 0 is the photo's own, which others vary"
 _ETAS_HELP = "comma-separated: 0 is the photo, 1 the sentence, above 1 beyond it"
-_MODEL_HELP = "demo, sd14, sd15, sd21, sd21-base, a diffusers folder, a .safetensors file or a Hub id [default: demo]"
+_MODEL_HELP = (
+    "demo, sd14, sd15, sd21, sd21-base, sdxl, ..., a diffusers folder, a .safetensors file or a Hub id [default: demo]"
+)
 _VRAM_HELP = (
     "stay within this much memory, such as 8GB; chooses checkpointing, rows and batches "
     "[default: the GPU's free memory]"
@@ -159,7 +161,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("vram", _TRAINING, Kind.TEXT, FIRST, _VRAM_HELP, metavar="MEMORY"),
     Option("failed", ("batch retry",), Kind.SWITCH, FIRST, _FAILED_HELP, False),
     Option("plan", _DOCTOR, Kind.SWITCH, FIRST, "show instead which edits fit on a graphics card", False),
-    Option("model", _DOCTOR, Kind.TEXT, FIRST, "with --plan: the base model; nothing is downloaded for sd15", "sd15"),
+    Option("model", _DOCTOR, Kind.TEXT, FIRST, "with --plan: the base model; short names need no download", "sd15"),
     Option("size", _DOCTOR, Kind.WHOLE, FIRST, "with --plan: side of the pictures [default: the model's]"),
     Option("vram", _DOCTOR, Kind.TEXT, FIRST, "with --plan: memory of cards", "6GB,8GB,12GB", metavar="MEMORY"),
     Option("seed", _SCENE, Kind.WHOLE, FIRST, "seed of the details that the sentence leaves open", 0, least=0),

@@ -7,7 +7,7 @@ forward-and-backward passes of one row through the UNet: ``steps * draws``.
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import ConfigError
@@ -295,14 +295,23 @@ class EditConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     seed: int = 0
     """Seed of all random draws in training."""
+    large: FinetuneConfig | None = field(default=None, compare=False)
+    """Stage 2 in place of `finetune` for a large network, see `for_network`; None for the same. It is the preset's and
+    not stored."""
 
     def __post_init__(self) -> None:
         if problems := _seed_problems(self.seed):
             raise ConfigError(problems)
 
+    def for_network(self, large: bool) -> "EditConfig":
+        """The settings for one kind of network: large, or not (see `families.family.Family.large`)."""
+        return replace(self, finetune=self.large if large and self.large is not None else self.finetune, large=None)
+
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values; `from_dict` returns an equal config."""
-        return asdict(self)
+        """Nested plain values, without `large`; `from_dict` returns an equal config."""
+        values = asdict(self)
+        del values["large"]
+        return values
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "EditConfig":
