@@ -19,6 +19,12 @@ def test_presets_for_large_networks() -> None:
     assert (usual.adapt, usual.lora_rank, large.adapt, large.lora_rank) == ("all", 16, "attn+ff", 8)
     chosen = preset("balanced", {"finetune": {"lora_rank": 4, "steps": 3}}).for_network(True).finetune
     assert (chosen.lora_rank, chosen.steps, chosen.adapt) == (4, 3, "attn+ff")
+    asked = preset("balanced", {"finetune": {"lora_rank": 16}}).for_network(True).finetune
+    assert (asked.lora_rank, asked.adapt) == (16, "attn+ff")
+    usual = preset("balanced")
+    replaced = dataclasses.replace(usual, finetune=dataclasses.replace(usual.finetune, lora_rank=2, steps=5))
+    assert (replaced.for_network(True).finetune.lora_rank, replaced.for_network(True).finetune.steps) == (2, 5)
+    assert replaced.for_network(False).finetune == replaced.finetune
     paper = preset("paper")
     assert paper.for_network(True).finetune == paper.finetune
 

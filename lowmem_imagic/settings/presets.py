@@ -94,8 +94,6 @@ def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | 
     changes, base = overrides or {}, _VALUES[name]
     stages = {stage: {**base.get(stage, {}), **changes.get(stage, {})} for stage in {**base, **changes} if stage}
     top = {**stages, **changes.get("", {})}
-    config = build(lambda stage: top.get(stage, {}), top)
-    if name not in LARGE:
-        return config
-    tuned = {**base["finetune"], **LARGE[name], **changes.get("finetune", {})}
-    return replace(config, large=build(lambda stage: {**top, "finetune": tuned}.get(stage, {}), top).finetune)
+    chosen = changes.get("finetune", {})
+    large = {key: (base["finetune"][key], v) for key, v in LARGE.get(name, {}).items() if key not in chosen}
+    return replace(build(lambda stage: top.get(stage, {}), top), large=large)

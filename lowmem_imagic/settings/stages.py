@@ -295,17 +295,22 @@ class EditConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     seed: int = 0
     """Seed of all random draws in training."""
-    large: FinetuneConfig | None = field(default=None, compare=False)
-    """Stage 2 in place of `finetune` for a large network, see `for_network`; None for the same. It is the preset's and
-    not stored."""
+    large: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
+    """Settings of `finetune` that a preset has otherwise for a large network: its usual value and the other one. Not
+    stored."""
 
     def __post_init__(self) -> None:
         if problems := _seed_problems(self.seed):
             raise ConfigError(problems)
 
     def for_network(self, large: bool) -> "EditConfig":
-        """The settings for one kind of network: large, or not (see `families.family.Family.large`)."""
-        return replace(self, finetune=self.large if large and self.large is not None else self.finetune, large=None)
+        """The settings for one kind of network: large, or not (see `families.family.Family.large`).
+
+        A setting that is no longer the preset's usual one was chosen, and stays.
+        """
+        tuned = self.finetune
+        changes = {name: other for name, (usual, other) in self.large.items() if getattr(tuned, name) == usual}
+        return replace(self, finetune=replace(tuned, **changes) if large else tuned, large={})
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, without `large`; `from_dict` returns an equal config."""
