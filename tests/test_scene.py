@@ -60,12 +60,12 @@ def test_a_floor_edit_keeps_the_object_where_it_is(scene, floor):
 
 def test_objects_rest_on_the_floor():
     """Every shape in every pose touches the floor and does not sink into it, whatever its turn."""
-    from lowmem_imagic.demo.render import _Solid
+    from lowmem_imagic.demo.render import Solid
 
     for shape in SHAPES:
         for pose in POSES if shape in LYING_SHAPES else ("standing",):
             for rotation in (0.0, 1.1):
-                solid = _Solid.of(SceneObject(shape=shape, color="red", pose=pose, rotation=rotation))
+                solid = Solid.of(SceneObject(shape=shape, color="red", pose=pose, rotation=rotation))
                 # Rays straight up from below: the lowest surface point is where they first hit.
                 grid = np.stack(np.meshgrid(np.linspace(-1.2, 1.2, 301), np.linspace(-1.2, 1.2, 301)), -1).reshape(
                     -1, 2
@@ -78,13 +78,13 @@ def test_objects_rest_on_the_floor():
 
 def test_normals_are_unit_and_face_the_viewer():
     """Where a ray hits a solid, the normal has length 1 and points against the ray."""
-    from lowmem_imagic.demo.render import _camera, _Solid
+    from lowmem_imagic.demo.render import camera, Solid
 
     for shape in SHAPES:
         for pose in POSES if shape in LYING_SHAPES else ("standing",):
             scene = Scene(objects=(SceneObject(shape=shape, color="red", pose=pose, rotation=0.7),), floor="stone")
-            eye, rays = _camera(scene, 40)
-            distance, normal = _Solid.of(scene.objects[0]).hit(np.broadcast_to(eye, rays.shape), rays)
+            eye, rays = camera(scene, 40)
+            distance, normal = Solid.of(scene.objects[0]).hit(np.broadcast_to(eye, rays.shape), rays)
             hit = distance < 100
             assert hit.sum() > 20
             assert np.abs(np.linalg.norm(normal[hit], axis=1) - 1).max() < 1e-4

@@ -19,14 +19,14 @@ from .scene import COLORS, FLOORS, Scene, SceneObject
 Array = NDArray[Any]
 
 _FAR = np.float32(1e4)
-_FIELD = 0.40
+FIELD = 0.40
 """Half the picture's width at unit distance from the camera."""
-_LIGHT_DISC = ((0.0, 0.0), (0.10, 0.03), (-0.05, 0.09), (-0.07, -0.08), (0.05, -0.10))
+LIGHT_DISC = ((0.0, 0.0), (0.10, 0.03), (-0.05, 0.09), (-0.07, -0.08), (0.05, -0.10))
 """Offsets of the area light's samples, giving soft shadow edges."""
 
 
 @dataclass(frozen=True)
-class _Solid:
+class Solid:
     """An object's geometry in world coordinates: a shape in its own frame plus the frame."""
 
     shape: str
@@ -37,7 +37,7 @@ class _Solid:
     half_height: float
 
     @staticmethod
-    def of(solid: SceneObject) -> "_Solid":
+    def of(solid: SceneObject) -> "Solid":
         r = solid.radius
         radius, half_height = {
             "sphere": (r, r),
@@ -63,7 +63,7 @@ class _Solid:
         roll = np.array([[math.cos(tilt), math.sin(tilt), 0], [-math.sin(tilt), math.cos(tilt), 0], [0, 0, 1]])
         axes = (yaw @ roll).T.astype(np.float32)
         center = np.array([solid.x, lift, solid.z], np.float32)
-        return _Solid(solid.shape, center, axes, radius, half_height)
+        return Solid(solid.shape, center, axes, radius, half_height)
 
     def hit(self, origin: Array, direction: Array) -> tuple[Array, Array]:
         """Distance (P,) along each ray, `_FAR` where it misses, and outward normals (P, 3) in world coordinates."""
@@ -209,13 +209,13 @@ def _floor_color(scene: Scene, x: Array, z: Array, distance: Array) -> Array:
     return colors
 
 
-def _unit(v: Array) -> Array:
+def unit(v: Array) -> Array:
     unit: Array = (v / (np.linalg.norm(v, axis=-1, keepdims=True) + 1e-9)).astype(np.float32)
     return unit
 
 
-def _camera(scene: Scene, side: int) -> tuple[Array, Array]:
-    """Camera position (3,) and ray directions (side * side, 3), row by row from the top left."""
+def camera_frame(scene: Scene) -> tuple[Array, Array, Array, Array]:
+    """Camera position (3,) and the directions forward, right and up (3,), float64."""
     flat = scene.distance * math.cos(scene.elevation)
     eye = np.array(
         [
@@ -228,14 +228,19 @@ def _camera(scene: Scene, side: int) -> tuple[Array, Array]:
     forward /= np.linalg.norm(forward)
     right = np.cross([0.0, 1.0, 0.0], forward)
     right /= np.linalg.norm(right)
-    up = np.cross(forward, right)
+    return eye, forward, right, np.cross(forward, right)
+
+
+def camera(scene: Scene, side: int) -> tuple[Array, Array]:
+    """Camera position (3,) and ray directions (side * side, 3), row by row from the top left."""
+    eye, forward, right, up = camera_frame(scene)
     steps = (np.arange(side) + 0.5) / side * 2 - 1
-    px, py = np.meshgrid(steps * _FIELD, -steps * _FIELD)
+    px, py = np.meshgrid(steps * FIELD, -steps * FIELD)
     rays = forward + px.reshape(-1, 1) * right + py.reshape(-1, 1) * up
-    return eye.astype(np.float32), _unit(rays)
+    return eye.astype(np.float32), unit(rays)
 
 
-def _trace(solids: list[_Solid], origin: Array, direction: Array) -> tuple[Array, Array, NDArray[np.int64]]:
+def _trace(solids: list[Solid], origin: Array, direction: Array) -> tuple[Array, Array, NDArray[np.int64]]:
     """Nearest distance (P,), normal (P, 3) and object number (P,) from 1 (0 where nothing is hit)."""
     best = np.full(len(direction), _FAR, np.float32)
     normal = np.zeros_like(direction)
@@ -256,15 +261,15 @@ def _trace(solids: list[_Solid], origin: Array, direction: Array) -> tuple[Array
     return best, normal, number
 
 
-def _lit_share(solids: list[_Solid], points: Array, light: Array) -> Array:
+def _lit_share(solids: list[Solid], points: Array, light: Array) -> Array:
     """Share (P,) of the area light that each point sees."""
-    side = _unit(np.cross(light, np.array([0.3, 0.1, 1.0], np.float32)))
+    side = unit(np.cross(light, np.array([0.3, 0.1, 1.0], np.float32)))
     up = np.cross(light, side)
     seen = np.zeros(len(points), np.float32)
-    for a, b in _LIGHT_DISC:
-        ray = np.broadcast_to(_unit(light + a * side + b * up), points.shape)
+    for a, b in LIGHT_DISC:
+        ray = np.broadcast_to(unit(light + a * side + b * up), points.shape)
         seen += _trace(solids, points, ray)[2] == 0
-    return seen / len(_LIGHT_DISC)
+    return seen / len(LIGHT_DISC)
 
 
 def _backdrop(scene: Scene, origin: Array, direction: Array) -> tuple[Array, Array]:
@@ -281,10 +286,10 @@ def _backdrop(scene: Scene, origin: Array, direction: Array) -> tuple[Array, Arr
 
 def _shade(scene: Scene, side: int) -> tuple[Array, NDArray[np.int64]]:
     """Linear-light colours (side * side, 3) and object numbers (side * side,)."""
-    solids = [_Solid.of(solid) for solid in scene.objects]
-    eye, rays = _camera(scene, side)
+    solids = [Solid.of(solid) for solid in scene.objects]
+    eye, rays = camera(scene, side)
     origin = np.broadcast_to(eye, rays.shape)
-    light = _unit(np.array(scene.light, np.float32))
+    light = unit(np.array(scene.light, np.float32))
     sky = np.array(scene.sky, np.float32)
 
     color, ground = _backdrop(scene, origin, rays)
@@ -310,7 +315,7 @@ def _shade(scene: Scene, side: int) -> tuple[Array, NDArray[np.int64]]:
         point = origin[hit] + distance[hit, None] * view + 2e-3 * n
         lit = _lit_share(solids, point, light)[:, None]
         facing = np.clip(n @ light, 0, 1)[:, None] * lit
-        half = _unit(light - view)
+        half = unit(light - view)
         shine = np.clip((n * half).sum(1), 0, 1)[:, None]
         base = np.array([COLORS[scene.objects[i - 1].color] for i in number[hit]], np.float32)
         metal = np.array([scene.objects[i - 1].material == "metal" for i in number[hit]])[:, None]
@@ -330,6 +335,8 @@ def _shade(scene: Scene, side: int) -> tuple[Array, NDArray[np.int64]]:
 
 def render(scene: Scene, size_px: int = 64, *, supersampling: int = 3) -> Image.Image:
     """The picture of `scene`, RGB, `size_px` on a side, averaged over `supersampling`**2 rays a pixel."""
+    if not scene.plain:
+        return Image.fromarray(_details(scene, size_px, supersampling))
     side = size_px * supersampling
     color, _ = _shade(scene, side)
     linear = color.reshape(size_px, supersampling, size_px, supersampling, 3).mean((1, 3))
@@ -338,7 +345,20 @@ def render(scene: Scene, size_px: int = 64, *, supersampling: int = 3) -> Image.
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
+def _details(scene: Scene, size_px: int, supersampling: int) -> NDArray[np.uint8]:
+    """The picture of a scene with details that have no name."""
+    # Here, because it is built on this module.
+    from .batch_render import render_batch
+
+    pixels: NDArray[np.uint8] = render_batch([scene], size_px, supersampling=supersampling)[0].numpy()
+    return pixels
+
+
 def object_mask(scene: Scene, size_px: int = 64) -> NDArray[np.int64]:
     """Object number (size_px, size_px) at each pixel's centre, 0 for floor and sky."""
+    if not scene.plain:
+        from .batch_render import object_masks
+
+        return object_masks([scene], size_px)[0]
     _, number = _shade(scene, size_px)
     return number.reshape(size_px, size_px)

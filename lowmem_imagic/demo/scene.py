@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, PromptError
+from .strangers import Color, Ground, Pattern, Prop, Screen, Vocabulary
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.80, 0.10, 0.09),
@@ -54,6 +55,10 @@ class SceneObject:
     """Turn about the vertical axis, radians."""
     jitter: float = 1.0
     """Factor on the nominal radius of its size."""
+    paint: Color | None = None
+    """A colour without a name in place of the named one, linear light; captions then leave the colour out."""
+    pattern: Pattern | None = None
+    """A second colour on parts of it; no caption mentions it."""
 
     def __post_init__(self) -> None:
         allowed = {"shape": SHAPES, "color": COLORS, "material": MATERIALS, "size": SIZES, "pose": POSES}
@@ -72,12 +77,17 @@ class SceneObject:
         """Radius in scene units."""
         return SIZES[self.size] * self.jitter
 
+    @property
+    def base_color(self) -> Color:
+        """Linear-light colour, of the paint where it has one."""
+        return self.paint or COLORS[self.color]
+
     def words(self, *, size: bool, material: bool, color: bool = True, pose: bool = True) -> str:
         """The noun phrase for this object with the chosen attributes, e.g. "a small lying red metal cone"."""
         parts = [
             self.size if size else "",
             self.pose if pose and self.shape in LYING_SHAPES else "",
-            self.color if color else "",
+            self.color if color and not self.paint else "",
             self.material if material else "",
             self.shape,
         ]
@@ -103,6 +113,12 @@ class Scene:
     """Sky colour, linear light in [0, 1]."""
     texture_seed: int = 0
     """Chooses planks, stones, blades of grass and tiles."""
+    ground: Ground | None = None
+    """A floor without a name in place of the named one; captions then leave the floor out."""
+    screen: Screen | None = None
+    """A backdrop; no caption mentions it."""
+    props: tuple[Prop, ...] = ()
+    """Small things on the floor; no caption mentions them."""
 
     def __post_init__(self) -> None:
         if self.floor not in FLOORS:
@@ -152,8 +168,44 @@ class Scene:
             texture_seed=rng.randrange(1 << 30),
         )
 
+    @property
+    def plain(self) -> bool:
+        """Whether every detail of the scene has a name."""
+        strange = any(solid.paint or solid.pattern for solid in self.objects)
+        return not (strange or self.ground or self.screen or self.props)
+
+    def with_details(
+        self,
+        rng: random.Random,
+        vocabulary: Vocabulary,
+        *,
+        pattern: float = 0.0,
+        paint: float = 0.0,
+        ground: float = 0.0,
+        screen: float = 0.0,
+        prop: float = 0.0,
+    ) -> "Scene":
+        """This scene with details of the vocabulary, each with its probability (per object for pattern and paint)."""
+        solids = tuple(
+            replace(
+                solid,
+                paint=vocabulary.paint(rng) if rng.random() < paint else solid.paint,
+                pattern=vocabulary.pattern(rng, rotation=solid.rotation) if rng.random() < pattern else solid.pattern,
+            )
+            for solid in self.objects
+        )
+        return replace(
+            self,
+            objects=solids,
+            ground=vocabulary.ground(rng) if rng.random() < ground else self.ground,
+            screen=vocabulary.screen(rng) if rng.random() < screen else self.screen,
+            props=tuple(vocabulary.prop(rng) for _ in range(rng.choice((1, 1, 2)))) if rng.random() < prop else self.props,
+        )
+
     def edit(self, *, object_index: int = 0, **changes: str) -> "Scene":
         """This scene with attributes of one object (shape, color, material, size, pose) or the floor changed.
+
+        A named colour or floor takes the place of one without a name; every other detail stays.
 
         Raises:
             ConfigError: unknown attribute or value. A shape that cannot lie becomes standing.
@@ -163,13 +215,16 @@ class Scene:
             raise ConfigError(f"a scene has no attribute {', '.join(sorted(unknown))}")
         if not 0 <= object_index < len(self.objects):
             raise ConfigError(f"object {object_index} of {len(self.objects)} does not exist")
-        scene = replace(self, floor=changes.pop("floor", self.floor))
+        scene = self
+        if "floor" in changes:
+            scene = replace(self, floor=changes.pop("floor"), ground=None)
         if changes:
             solid = self.objects[object_index]
             if changes.get("shape", solid.shape) not in LYING_SHAPES and "pose" not in changes:
                 changes["pose"] = "standing"
             solids = list(self.objects)
-            solids[object_index] = replace(solid, **changes)  # type: ignore[arg-type]
+            paint = None if "color" in changes else solid.paint
+            solids[object_index] = replace(solid, paint=paint, **changes)  # type: ignore[arg-type]
             scene = replace(scene, objects=tuple(solids))
         return scene
 
@@ -185,7 +240,7 @@ class Scene:
         """
         if rng is None:
             phrases = [solid.words(size=True, material=True) for solid in self.objects]
-            return f"a photo of {' and '.join(phrases)} on a {self.floor} floor"
+            return f"a photo of {' and '.join(phrases)}{self._place}"
         phrases = []
         for solid in self.objects:
             say_pose = rng.random() < (0.85 if solid.pose == "lying" else 0.3)
@@ -198,8 +253,13 @@ class Scene:
                 )
             )
         opening = "a photo of " if rng.random() < 0.7 else ""
-        place = f" on a {self.floor} floor" if rng.random() < 0.75 else ""
+        place = self._place if rng.random() < 0.75 else ""
         return opening + " and ".join(phrases) + place
+
+    @property
+    def _place(self) -> str:
+        """The end of a caption that names the floor, empty where the floor has no name."""
+        return "" if self.ground else f" on a {self.floor} floor"
 
     @staticmethod
     def from_sentence(sentence: str, *, seed: int = 0) -> "Scene":
