@@ -92,9 +92,7 @@ class Oracle:
         size_px: side of the pictures that it was trained on; others are resized.
     """
 
-    def __init__(
-        self, network: nn.Module, report: dict[str, Any], sha256: str | None = None, *, size_px: int
-    ) -> None:
+    def __init__(self, network: nn.Module, report: dict[str, Any], sha256: str | None = None, *, size_px: int) -> None:
         self._network = network.eval().requires_grad_(False)
         self.report, self.sha256, self.size_px = report, sha256, size_px
 

@@ -214,7 +214,9 @@ def _degraded(images: Tensor, generator: torch.Generator) -> Tensor:
     images = torch.where(degree() < 0.25, coarse, torch.lerp(images, smooth, degree()))
     size = tuple(images.shape)
     # Errors in latents come out as blotches of a few pixels.
-    blotches = F.interpolate(torch.randn(*size[:2], 16, 16, generator=generator, device=images.device), size=size[2:], mode="bilinear")
+    blotches = F.interpolate(
+        torch.randn(*size[:2], 16, 16, generator=generator, device=images.device), size=size[2:], mode="bilinear"
+    )
     grain = torch.randn(size, generator=generator, device=images.device)
     images = images * (1 + signed(0.12)) + signed(0.08) + degree(0.10) * blotches + degree(0.06) * grain
     return images.clamp(-1, 1)
@@ -245,9 +247,7 @@ def main() -> int:
     args = parser.parse_args()
     scenes, pictures = drawn(args.scenes, args.size, device=torch.device(args.device), processes=args.processes)
     known = len(scenes) - args.held_out
-    oracle = train_oracle(
-        pictures[:known], scenes[:known], seconds=60 * args.minutes, batch=args.batch, seed=args.seed
-    )
+    oracle = train_oracle(pictures[:known], scenes[:known], seconds=60 * args.minutes, batch=args.batch, seed=args.seed)
     held_out = {}
     for name, plain in (("known", True), ("with_details", False)):
         rows = [n for n in range(known, len(scenes)) if scenes[n].plain is plain and _named(scenes[n])]

@@ -191,9 +191,7 @@ def object_masks(scenes: Sequence[Scene], size_px: int) -> NDArray[np.int64]:
     return masks.reshape(-1, size_px, size_px)
 
 
-def _parts(
-    rows: NDArray[np.float32], side: int, device: torch.device
-) -> Iterator[tuple[NDArray[np.int64], int]]:
+def _parts(rows: NDArray[np.float32], side: int, device: torch.device) -> Iterator[tuple[NDArray[np.int64], int]]:
     """Numbers of scenes that are rendered together, and how many solids each of them has."""
     there = rows[:, [_SCENE_SIZE + slot * _SOLID_SIZE + _IN_SOLID["there"].start for slot in range(SLOTS)]]
     together = max(1, _RAYS[device.type] // (side * side))
@@ -662,7 +660,10 @@ def _shade(view: _View, side: int, *, plain: bool) -> tuple[Vector, Tensor]:
         seen = _where(other == slot + 1, tuple(0.5 * c for c in view.vector("color", slot)), seen)  # type: ignore[arg-type]
     edge = (1 - (-turned).clamp(0, 1)) ** 4
     polish = 0.9 * shine**70 * lit
-    shiny = [b * (0.08 + 0.25 * facing) + s * (0.75 * b + 0.10 + 0.25 * edge) + polish for b, s in zip(base, seen, strict=True)]
+    shiny = [
+        b * (0.08 + 0.25 * facing) + s * (0.75 * b + 0.10 + 0.25 * edge) + polish
+        for b, s in zip(base, seen, strict=True)
+    ]
     body = [torch.where(metal, m, b * rubber_light + gloss) for m, b in zip(shiny, base, strict=True)]
     return _where(hit, tuple(body), color), number  # type: ignore[arg-type]
 

@@ -18,6 +18,8 @@ from .strangers import FAMILIAR
 
 CHUNK = 256
 """Scenes that a process prepares at a time."""
+_PATIENCE = 90.0
+"""Seconds after which a process is taken not to answer."""
 PLAIN_SHARE = 0.55
 """Training scenes without any unnamed detail."""
 
@@ -46,7 +48,15 @@ def prepared(
         return
     # A process that shares threads or a device with its parent may hang: these start afresh.
     with multiprocessing.get_context("spawn").Pool(processes, _one_thread) as pool:
-        yield from pool.imap(_Spread(prepare), chunks)
+        results = pool.imap(_Spread(prepare), chunks)
+        patient = True
+        for chunk in chunks:
+            try:
+                yield results.next(_PATIENCE) if patient else prepare(*chunk)
+            except multiprocessing.TimeoutError:
+                # Processes that cannot start are started again for ever.
+                patient = False
+                yield prepare(*chunk)
 
 
 class _Spread:
@@ -75,9 +85,7 @@ class ProceduralPictures:
 
     def __init__(self, count: int, size_px: int, generator: torch.Generator, *, together: int) -> None:
         self.size_px, self.generator, self.together = size_px, generator, together
-        self.stock = torch.cat(
-            [procedural_batch(together, size_px, generator) for _ in range(-(-count // together))]
-        )
+        self.stock = torch.cat([procedural_batch(together, size_px, generator) for _ in range(-(-count // together))])
         self._next, self._owed = 0, 0.0
 
     def batch(self, count: int, *, renewed: float) -> Tensor:
@@ -105,4 +113,13 @@ def to_tensor(pictures: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-__all__ = ["CHUNK", "ProceduralPictures", "packed", "prepared", "render_batch", "scene_at", "to_tensor", "training_scene_at"]
+__all__ = [
+    "CHUNK",
+    "ProceduralPictures",
+    "packed",
+    "prepared",
+    "render_batch",
+    "scene_at",
+    "to_tensor",
+    "training_scene_at",
+]

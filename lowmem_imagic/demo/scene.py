@@ -199,7 +199,9 @@ class Scene:
             objects=solids,
             ground=vocabulary.ground(rng) if rng.random() < ground else self.ground,
             screen=vocabulary.screen(rng) if rng.random() < screen else self.screen,
-            props=tuple(vocabulary.prop(rng) for _ in range(rng.choice((1, 1, 2)))) if rng.random() < prop else self.props,
+            props=tuple(vocabulary.prop(rng) for _ in range(rng.choice((1, 1, 2))))
+            if rng.random() < prop
+            else self.props,
         )
 
     def edit(self, *, object_index: int = 0, **changes: str) -> "Scene":

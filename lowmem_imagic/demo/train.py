@@ -15,6 +15,8 @@ Every minute, and at the end, ``--out`` is written from the averaged weights.
 """
 
 import argparse
+import contextlib
+import copy
 import functools
 import json
 import logging
@@ -38,7 +40,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizerFast
 
-from . import architecture
+from . import architecture, fused_norm
 from .pictures import (
     CHUNK,
     ProceduralPictures,
@@ -95,15 +97,15 @@ PRESETS = {
     "gpu": Preset(
         minutes=8,
         autoencoder_share=0.4,
-        scenes=96 * 1024,
+        scenes=64 * 1024,
         procedural=8192,
         together=128,
-        vae_batch=128,
-        unet_batch=512,
+        vae_batch=96,
+        unet_batch=1024,
         learning_rate=1.2e-3,
         supersampling=2,
         bfloat16=True,
-        processes=12,
+        processes=6,
         save_every=60,
     ),
     "cpu": Preset(
@@ -132,7 +134,7 @@ PRESETS = {
         learning_rate=1e-3,
         supersampling=1,
         bfloat16=True,
-        processes=1,
+        processes=2,
         save_every=5,
     ),
 }
@@ -219,26 +221,28 @@ def train_vae(
     scenes: Scenes, work: Path, preset: Preset, *, seconds: float, seed: int, device: torch.device
 ) -> AutoencoderKL:
     """The autoencoder trained on the scenes and on procedural pictures; its latents are standardised, see `settle`."""
+    started = time.monotonic()
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
-    exact = architecture.new_vae()
-    vae = architecture.new_vae().to(device, dtype, memory_format=torch.channels_last)
-    vae.load_state_dict(exact.state_dict())
+    vae = on_device(architecture.new_vae(), device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    half = preset.vae_batch // 2
+    unfamiliar = ProceduralPictures(preset.procedural, architecture.SIZE_PX, generator, together=preset.together)
+    log.info("%d procedural pictures, %.1f s", preset.procedural, _waited(unfamiliar.stock) - started)
+    scenes.grow(min(4096, scenes.total // 4))
+    log.info("%d scenes, %.1f s", scenes.count, _waited(scenes.pictures) - started)
     trainer = Trainer(
         {"vae": vae},
         path=work / "vae.safetensors",
-        seconds=seconds,
+        seconds=max(1.0, seconds - (time.monotonic() - started)),
         learning_rate=1.5e-3,
         save_every=preset.save_every,
         averaging=0.998,
     )
-    generator = torch.Generator(device).manual_seed(seed + trainer.step)
-    half = preset.vae_batch // 2
-    scenes.grow(min(4096, scenes.total // 4))
-    unfamiliar = ProceduralPictures(preset.procedural, architecture.SIZE_PX, generator, together=preset.together)
+    generator.manual_seed(seed + 1 + trainer.step)
     report = _Report("autoencoder", preset.vae_batch, trainer)
     for _ in trainer:
-        scenes.grow(int(scenes.total * min(1.0, 1.1 * trainer.spent / seconds)))
+        scenes.grow(int(scenes.total * min(1.0, 1.1 * trainer.spent / trainer.seconds)))
         chosen = torch.randint(scenes.count, (half,), generator=generator, device=device)
         drawn = torch.cat([scenes.pictures[chosen], unfamiliar.batch(preset.vae_batch - half, renewed=0.25)])
         x = to_tensor(drawn, device).contiguous(memory_format=torch.channels_last)
@@ -251,10 +255,24 @@ def train_vae(
         trainer.update(error + 1e-6 * kl.mean())
         report.add(error.detach(), mse[:half].mean().detach(), mse[half:].mean().detach())
     scenes.grow(scenes.total)
-    vae = vae.float()
-    trainer.use_average()
-    settle(vae, scenes.pictures[: 4 * CHUNK], device)
-    return vae.eval()
+    finished = architecture.new_vae().to(device, memory_format=torch.channels_last).eval()
+    finished.load_state_dict({name.removeprefix("vae."): average for name, average in trainer.average.items()})
+    settle(finished, scenes.pictures[: 4 * CHUNK], device)
+    return finished
+
+
+def _waited(tensor: Tensor) -> float:
+    """The time at which a tensor is there: devices work on while the program goes on."""
+    tensor[:1].sum().item()
+    return time.monotonic()
+
+
+def on_device(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The network where and as it is trained."""
+    network = network.to(device, dtype, memory_format=torch.channels_last).train()
+    if device.type == "cuda" and fused_norm.usable(device, dtype):
+        fused_norm.fuse(network)
+    return network
 
 
 class _Report:
@@ -342,17 +360,19 @@ def train_unet(
     seed: int,
     device: torch.device,
     publish: Callable[[Trainer], None],
-) -> None:
+) -> Trainer:
     """Trains the pipeline's UNet and text encoder together; `publish` is called after every checkpoint."""
     vae, scheduler = pipeline.vae.to(device), pipeline.scheduler
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
     started = time.monotonic()
-    latents = torch.stack([encoded(vae, scenes.pictures, device, mirrored=m).to(dtype) for m in (False, True)])
+    encoder = copy.deepcopy(vae).to(dtype)
+    latents = torch.stack([encoded(encoder, scenes.pictures, device, mirrored=m) for m in (False, True)])
     latents *= vae.config.scaling_factor
-    del scenes.pictures
+    del scenes.pictures, encoder
     log.info("%d scenes encoded, %.0f s", scenes.total, time.monotonic() - started)
     text_encoder = pipeline.text_encoder.to(device, dtype).train()
-    unet = pipeline.unet.to(device, dtype, memory_format=torch.channels_last).train()
+    unet = on_device(pipeline.unet, device, dtype)
+    attention = contextlib.nullcontext() if device.type == "cuda" else Fp32Attention()
     weights, kept = loss_weights(scheduler).to(device), scheduler.alphas_cumprod.to(device)
     trainer = Trainer(
         {"unet": unet, "text_encoder": text_encoder},
@@ -381,17 +401,14 @@ def train_unet(
         timesteps = ((torch.arange(batch, device=device) + uniform(batch)) / batch * steps).long().clamp_max(steps - 1)
         signal = kept[timesteps][:, None, None, None]
         noisy = (signal.sqrt() * x + (1 - signal).sqrt() * noise).to(dtype)
-        with Fp32Attention():
+        with attention:
             text = text_encoder(tokens)[0]
             noise_pred = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, text).sample
         errors = (noise_pred.float() - noise).square().mean((1, 2, 3))
         loss = (weights[timesteps] * errors).mean()
         trainer.update(loss)
         report.add(loss.detach())
-    trainer.use_average()
-    text_encoder.float().eval()
-    unet.float().eval()
-    trainer.use_average()
+    return trainer
 
 
 def learnt_tokenizer(folder: Path, seed: int) -> None:
@@ -479,6 +496,7 @@ def main() -> None:
     work = args.work or args.out.with_name(args.out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
     minutes = args.minutes or preset.minutes
     train(preset, args.out, work, minutes=minutes, seed=args.seed, device=device, start=args.start_from, since=started)
 
@@ -520,7 +538,7 @@ def train(
         pipeline = new_pipeline(vae.eval(), tokenizer, seed=seed)
     log.info("autoencoder: %s", kept_by(pipeline.vae.to(device), device))
     trainer_seconds = seconds * (1 - (preset.autoencoder_share if start is None else 0)) - WRITING_SECONDS
-    train_unet(
+    trainer = train_unet(
         pipeline,
         scenes,
         work,
@@ -530,7 +548,7 @@ def train(
         device=device,
         publish=lambda trainer: save_average(pipeline, trainer, tokenizer, out),
     )
-    save_average(pipeline, None, tokenizer, out)
+    save_average(pipeline, trainer, tokenizer, out)
     log.info("wrote %s, %.0f s in all", out, time.monotonic() - since)
 
 

@@ -85,8 +85,8 @@ class Trainer:
                 self.average[name].copy_(state[f"average/{name}"])
                 self.optimizer.state[exact] = {
                     "step": torch.tensor(float(self.step), device=exact.device if exact.is_cuda else "cpu"),
-                    "exp_avg": state[f"m/{name}"].to(exact.device),
-                    "exp_avg_sq": state[f"v/{name}"].to(exact.device),
+                    "exp_avg": torch.empty_like(exact).copy_(state[f"m/{name}"]),
+                    "exp_avg_sq": torch.empty_like(exact).copy_(state[f"v/{name}"]),
                 }
 
     def save(self) -> None:
@@ -125,11 +125,11 @@ class Trainer:
         loss.backward()
         with torch.no_grad():
             pairs = [(exact, self.parameters[name].grad) for name, exact in self.exact.items()]
-            for exact, gradient in pairs:
+            for exact, _ in pairs:
                 if exact.grad is None:
                     exact.grad = torch.empty_like(exact)
             torch._foreach_copy_([exact.grad for exact, _ in pairs], [gradient for _, gradient in pairs])
-            torch.nn.utils.clip_grad_norm_(self.exact.values(), 1.0, foreach=True)
+            torch.nn.utils.clip_grad_norm_(list(self.exact.values()), 1.0, foreach=True)
             self.optimizer.step()
             exact = list(self.exact.values())
             torch._foreach_copy_(list(self.parameters.values()), exact)
