@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 _ROWS, _COLUMNS = 64, 32
 """Pixels and channels that a program loads at a time."""
+_LANES = 32
+"""Most channels of a group."""
 _CHUNK = 256
 """Pixels that one program sums."""
 
@@ -81,7 +83,48 @@ def _kernels() -> Any:
                 result = z / (1 + tl.exp(-z))
         tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
-    return sums, apply
+    # One program for each group of each picture: `each` channels, at most LANES.
+    @triton.jit(do_not_specialize=["pixels", "each"])
+    def settle(totals, weight, bias, scale, shift, mean, inverse, pixels, each, channels, eps, LANES: tl.constexpr):
+        picture, group = tl.program_id(0), tl.program_id(1)
+        lane = tl.arange(0, LANES)
+        inside = lane < each
+        column = group * each + lane
+        at = picture * 2 * channels + column
+        count = (pixels * each).to(tl.float32)
+        middle = tl.sum(tl.load(totals + at, mask=inside, other=0.0), 0) / count
+        square = tl.sum(tl.load(totals + at + channels, mask=inside, other=0.0), 0) / count
+        inv = 1 / tl.sqrt(tl.maximum(square - middle * middle, 0.0) + eps)
+        factor = inv * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32) - middle * factor
+        tl.store(scale + picture * channels + column, factor, mask=inside)
+        tl.store(shift + picture * channels + column, offset, mask=inside)
+        groups = tl.num_programs(1)
+        tl.store(mean + picture * groups + group, middle)
+        tl.store(inverse + picture * groups + group, inv)
+
+    @triton.jit(do_not_specialize=["pixels", "each"])
+    def settle_back(totals, weight, mean, inverse, slope, rest, normal, pixels, each, channels, LANES: tl.constexpr):
+        picture, group = tl.program_id(0), tl.program_id(1)
+        lane = tl.arange(0, LANES)
+        inside = lane < each
+        column = group * each + lane
+        at = picture * 2 * channels + column
+        count = (pixels * each).to(tl.float32)
+        groups = tl.num_programs(1)
+        middle, inv = tl.load(mean + picture * groups + group), tl.load(inverse + picture * groups + group)
+        plain = tl.load(totals + at, mask=inside, other=0.0)
+        # The sum over pixels of the gradient times the normalised value.
+        along = (tl.load(totals + at + channels, mask=inside, other=0.0) - middle * plain) * inv
+        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        a, b = tl.sum(plain * factor, 0) / count, tl.sum(along * factor, 0) / count
+        place = picture * channels + column
+        nothing = tl.zeros([LANES], tl.float32)
+        tl.store(slope + place, nothing - b * inv * inv, mask=inside)
+        tl.store(rest + place, nothing - a * inv + b * inv * inv * middle, mask=inside)
+        tl.store(normal + place, along, mask=inside)
+
+    return sums, apply, settle, settle_back
 
 
 _compiled: Any = None
@@ -96,7 +139,7 @@ def _sums(x: Tensor, dy: Tensor, scale: Tensor, shift: Tensor, *, backward: bool
         x, dy, scale, shift, out, pixels, chunks, channels,
         BACKWARD=backward, ACT=act, ROWS=_ROWS, BLOCK=_COLUMNS, CHUNK=_CHUNK,
     )  # fmt: skip
-    return out.sum(1)
+    return out.sum(1) if chunks > 1 else out[:, 0]
 
 
 def _apply(
@@ -116,17 +159,15 @@ class _NormAct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, act: bool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         pictures, channels, height, width = x.shape
-        count = channels // groups * height * width
         nothing = x.new_empty(0)
-        totals = _sums(x, nothing, nothing, nothing, backward=False, act=False).view(pictures, 2, groups, -1).sum(-1)
-        mean = totals[:, 0] / count
-        inverse = (totals[:, 1] / count - mean * mean).clamp_min(0).add(eps).rsqrt()
-
-        def spread(value: Tensor) -> Tensor:
-            return value.repeat_interleave(channels // groups, 1)
-
-        scale = spread(inverse) * weight.float()
-        shift = bias.float() - spread(mean) * scale
+        totals = _sums(x, nothing, nothing, nothing, backward=False, act=False)
+        scale, shift = (torch.empty(pictures, channels, dtype=torch.float32, device=x.device) for _ in range(2))
+        mean, inverse = (torch.empty(pictures, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+        each = channels // groups
+        _compiled[2][(pictures, groups)](
+            totals, weight, bias, scale, shift, mean, inverse, height * width, each, channels, eps,
+            LANES=_LANES, num_warps=1,
+        )  # fmt: skip
         ctx.save_for_backward(x, weight, scale, shift, mean, inverse)
         ctx.groups, ctx.act = groups, act
         return _apply(x, nothing, scale, shift, nothing, nothing, backward=False, act=act)
@@ -136,23 +177,14 @@ class _NormAct(torch.autograd.Function):
         x, weight, scale, shift, mean, inverse = ctx.saved_tensors
         dy = gradients[0].contiguous(memory_format=torch.channels_last)
         pictures, channels, height, width = x.shape
-        each = channels // ctx.groups
-        count = each * height * width
         totals = _sums(x, dy, scale, shift, backward=True, act=ctx.act)
-        plain, along = totals[:, 0], totals[:, 1]
-
-        def spread(value: Tensor) -> Tensor:
-            return value.repeat_interleave(each, 1)
-
-        # Sums over pixels of the gradient, and of the gradient times the normalised value.
-        normal = (along - spread(mean) * plain) * spread(inverse)
-        wide = weight.float()
-        a = (plain * wide).view(pictures, ctx.groups, each).sum(-1) / count
-        b = (normal * wide).view(pictures, ctx.groups, each).sum(-1) / count
-        slope = spread(-b * inverse * inverse)
-        rest = spread(-a * inverse + b * inverse * inverse * mean)
+        slope, rest, normal = (torch.empty_like(scale) for _ in range(3))
+        _compiled[3][(pictures, ctx.groups)](
+            totals, weight, mean, inverse, slope, rest, normal, height * width, channels // ctx.groups, channels,
+            LANES=_LANES, num_warps=1,
+        )  # fmt: skip
         dx = _apply(x, dy, scale, shift, slope, rest, backward=True, act=ctx.act)
-        return dx, normal.sum(0).to(weight.dtype), plain.sum(0).to(weight.dtype), None, None, None
+        return dx, normal.sum(0).to(weight.dtype), totals[:, 0].sum(0).to(weight.dtype), None, None, None
 
 
 class FusedNorm(nn.GroupNorm):
