@@ -1,50 +1,91 @@
-"""Facts about the script that trains the bundled model: it resumes, goes on from a finished model, and weighs."""
+"""Facts about the script that trains the bundled model: it resumes, ends in time, goes on from a finished model."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.demo import architecture, pictures, train
-from lowmem_imagic.demo.render import render
-from lowmem_imagic.families.source import Folder
+from lowmem_imagic.demo import architecture, train
+from lowmem_imagic.demo.trainer import Trainer
 
 STEPS = 600
 
 
-def run_trainer(path: Path, stop: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
-    """A regression trained up to step `stop`, from its checkpoint if there is one: its weights and their average."""
+class Clock:
+    """A clock that goes on by a second a step."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self.now
+
+
+def run_trainer(path: Path, stop: int = STEPS, dtype: torch.dtype = torch.float32) -> Trainer:
+    """A regression trained for 600 seconds, from its checkpoint if there is one, or up to step `stop`."""
     torch.manual_seed(0)
-    layer = nn.Linear(4, 3)
-    trainer = train.Trainer({"layer": layer}, path=path, steps=STEPS, learning_rate=1e-2)
+    layer, clock = nn.Linear(4, 3).to(dtype), Clock()
+    trainer = Trainer({"layer": layer}, path=path, seconds=STEPS, learning_rate=1e-2, clock=clock, save_every=250)
     for step in trainer:
         if step == stop:
             break
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-        trainer.update((layer(x) - x[:, :3]).square().mean())
-    return layer.weight.detach().clone(), trainer.average["layer.weight"]
+        trainer.update((layer(x.to(dtype)).float() - x[:, :3]).square().mean())
+        clock.now += 1
+    return trainer
 
 
 @pytest.mark.parametrize("stop", [100, 250, 599])
 def test_a_stopped_training_resumes_as_if_it_had_not_stopped(stop: int, tmp_path: Path) -> None:
-    """Stopped anywhere and started again, a training ends in the same bits as an uninterrupted one."""
+    """Stopped anywhere and started again, a training ends in the same bits, in the time that it had left."""
     whole = run_trainer(tmp_path / "whole.safetensors")
     run_trainer(tmp_path / "stopped.safetensors", stop)
     resumed = run_trainer(tmp_path / "stopped.safetensors")
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed, whole, strict=True))
+    assert resumed.step == whole.step == STEPS
+    for name in ("layer.weight", "layer.bias"):
+        assert torch.equal(resumed.exact[name], whole.exact[name])
+        assert torch.equal(resumed.average[name], whole.average[name])
 
 
-def test_a_stopped_training_loses_at_most_250_steps(tmp_path: Path) -> None:
-    """The checkpoint of a training stopped at step 599 holds step 500."""
+def test_a_stopped_training_loses_at_most_the_time_between_checkpoints(tmp_path: Path) -> None:
+    """The checkpoint of a training stopped after 599 of 600 seconds, saved every 250, is that of 500."""
     run_trainer(tmp_path / "stopped.safetensors", 599)
-    assert int(load_file(tmp_path / "stopped.safetensors")["step"]) == 500
+    assert float(load_file(tmp_path / "stopped.safetensors")["spent"]) == 500
+
+
+def test_the_rate_falls_to_zero_at_the_end_of_the_time(tmp_path: Path) -> None:
+    """The learning rate warms up, and is next to nothing in the last second, however many steps there were."""
+    trainer = run_trainer(tmp_path / "whole.safetensors", stop=STEPS - 1)
+    assert trainer.rate() < 1e-4
+    assert Trainer({"layer": nn.Linear(1, 1)}, path=tmp_path / "new", seconds=9, learning_rate=1).rate() < 0.01
+
+
+def test_rounded_weights_are_trained_exactly(tmp_path: Path) -> None:
+    """A layer in bfloat16 learns what it learns in fp32: small steps add up."""
+    rounded = run_trainer(tmp_path / "rounded.safetensors", dtype=torch.bfloat16)
+    weight = rounded.average["layer.weight"]
+    assert weight.dtype == torch.float32
+    assert (weight - torch.eye(3, 4)).abs().max() < 0.02
+
+
+def test_a_loss_that_is_no_number_is_taken_back(tmp_path: Path) -> None:
+    """A training whose loss is not finite is where it was at its last check, at half its rate."""
+    layer = nn.Linear(2, 1)
+    trainer = Trainer({"layer": layer}, path=tmp_path / "x", seconds=9, learning_rate=1e-2, clock=Clock())
+    before = layer.weight.detach().clone()
+    assert trainer.check(1.0)
+    trainer.update(layer(torch.full((1, 2), math.inf)).sum())
+    assert not layer.weight.isfinite().all()
+    assert not trainer.check(math.nan)
+    assert torch.equal(layer.weight, before)
+    assert trainer.base_rate == 5e-3
 
 
 def test_weights_of_timesteps() -> None:
@@ -58,72 +99,98 @@ def test_weights_of_timesteps() -> None:
     assert weights[0] < 0.01 < 9.9 < weights[999]
 
 
-def train_on(folder: Path, *more: str) -> Path:
-    """A folder written by the command line: the bundled model trained on for two steps of its UNet."""
-    source = BaseModel.load("demo", device="cpu").family.source
-    assert isinstance(source, Folder)
-    words = ["train", "--out", str(folder / "out"), "--start-from", str(source.path), "--scenes", "4", "--seed", "9"]
+def trained(folder: Path, *more: str) -> Path:
+    """A folder written by the command line at its smallest."""
+    words = ["train", "--out", str(folder / "out"), "--preset", "tiny", "--device", "cpu", *more]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*words, "--unet-steps", "2", "--unet-batch", "2", "--processes", "1", *more])
+        patch.setattr(sys, "argv", words)
         train.main()
     return folder / "out"
 
 
 @pytest.fixture(scope="module")
-def trained_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model trained on for two steps."""
-    return train_on(tmp_path_factory.mktemp("train"))
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was trained for seconds."""
+    return trained(tmp_path_factory.mktemp("train"), "--minutes", "0.4")
 
 
-def test_going_on_keeps_autoencoder_and_tokenizer(trained_on: Path) -> None:
+@pytest.fixture(scope="module")
+def trained_on(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, trained on."""
+    folder = tmp_path_factory.mktemp("more")
+    return trained(folder, "--minutes", "0.2", "--start-from", str(finished), "--seed", "9")
+
+
+def _weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    return {name: t for path in (folder / part).glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def test_going_on_keeps_autoencoder_and_tokenizer(finished: Path, trained_on: Path) -> None:
     """A model trained on has the VAE and tokenizer it started with, and another UNet and text encoder."""
-    before = BaseModel.load("demo", device="cpu").identity.files
-    after = BaseModel.load(str(trained_on), device="cpu").identity.files
-    same = {part for part in before if before[part] == after[part]}
-    assert same == {"vae", "tokenizer"}
+
+    def same(part: str) -> bool:
+        before, after = _weights(finished, part), _weights(trained_on, part)
+        return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+    assert same("vae") and not same("unet") and not same("text_encoder")
+    for name in ("vocab.json", "merges.txt"):
+        assert (finished / "tokenizer" / name).read_bytes() == (trained_on / "tokenizer" / name).read_bytes()
 
 
-def test_training_the_decoder_keeps_the_encoder(tmp_path: Path) -> None:
-    """A decoder trained on changes no weight of its encoder, so latents, and edits made of them, stay what they are."""
-    out = train_on(tmp_path, "--decoder-steps", "2", "--vae-batch", "2", "--bfloat16")
-    source = BaseModel.load("demo", device="cpu").family.source
-    assert isinstance(source, Folder)
-    files = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (source.path, out)]
-    before, after = map(load_file, files)
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"decoder", "post_quant_conv"}
+def test_latents_are_standardised(tmp_path: Path) -> None:
+    """`settle` gives every latent channel mean 0 and variance 1, and pictures come back as before."""
+    torch.manual_seed(0)
+    vae = architecture.new_vae().eval()
+    pictures = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    x = train.to_tensor(pictures, torch.device("cpu"))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mean).sample
+        train.settle(vae, pictures, torch.device("cpu"))
+        latents = vae.encode(x).latent_dist.mean
+        after = vae.decode(latents).sample
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-4
+    assert torch.allclose(before, after, atol=1e-4)
 
 
-def test_attention_is_not_rounded_to_bfloat16() -> None:
-    """Inside of bfloat16 autocast the training computes attention in fp32, and everything else in bfloat16."""
+def test_attention_is_not_rounded_to_bfloat16_on_cpus() -> None:
+    """With weights in bfloat16 the training computes attention in fp32 on CPUs, and everything else in bfloat16."""
     query, key, value = torch.randn(3, 2, 4, 64, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     wide = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
-    with torch.autocast("cpu", torch.bfloat16), train.Fp32Attention():
+    with train.Fp32Attention():
         assert torch.equal(F.scaled_dot_product_attention(query, key, value), wide.bfloat16())
-        assert (query.float() @ key.float().mT).dtype == torch.bfloat16
+        assert (query @ key.mT).dtype == torch.bfloat16
 
 
-def test_a_trained_folder_is_a_plain_diffusers_folder(trained_on: Path) -> None:
-    """The folder is a StableDiffusionPipeline in fp16, its text encoder named as every transformers reads it, and says
-    nothing of where it came from."""
-    assert "_name_or_path" not in "".join(path.read_text() for path in trained_on.rglob("*.json"))
-    assert json.loads((trained_on / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-    text_encoder = load_file(trained_on / "text_encoder" / "model.safetensors")
+def test_a_trained_folder_is_a_plain_diffusers_folder(finished: Path) -> None:
+    """The folder is a StableDiffusionPipeline in fp16, its text encoder named as every transformers reads it, no file
+    above 16 MB and 30 MB in all, and says nothing of where it came from."""
+    assert "_name_or_path" not in "".join(path.read_text() for path in finished.rglob("*config.json"))
+    assert json.loads((finished / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    text_encoder = _weights(finished, "text_encoder")
     assert all(name.startswith("text_model.") and not name.startswith("text_model.text_") for name in text_encoder)
-    assert {t.dtype for t in text_encoder.values()} == {torch.float16}
+    assert {t.dtype for part in ("unet", "vae") for t in _weights(finished, part).values()} == {torch.float16}
     # transformers loads in the type that is written here, and the pipeline's other parts load in fp32.
-    assert json.loads((trained_on / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
-    assert not [path for path in trained_on.rglob("*") if path.suffix in (".bin", ".pt", ".partial")]
+    assert json.loads((finished / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".txt"}
+    assert max(path.stat().st_size for path in files) <= 16e6
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
 
 
-def test_scenes_are_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rendered pictures are those of their scenes; those in the file are not rendered again, others are added."""
-    path = tmp_path / "pictures.npy"
-    kept = pictures.rendered(path, seed=5, count=2, processes=1)
-    kept[1] = 7
-    np.save(path, kept)
-    more = pictures.rendered(path, seed=5, count=3, processes=1)
-    assert np.array_equal(more[:2], kept)
-    assert np.array_equal(more[2], np.asarray(render(pictures.scene_at(5, 2), architecture.SIZE_PX)))
-    monkeypatch.setattr(pictures.multiprocessing, "get_context", None)
-    assert np.array_equal(pictures.rendered(path, seed=5, count=2, processes=1), kept)
+def test_a_trained_folder_works_in_a_stock_pipeline(finished: Path) -> None:
+    """diffusers' own pipeline makes a picture from the folder with default settings."""
+    pipeline = StableDiffusionPipeline.from_pretrained(finished, local_files_only=True)
+    assert isinstance(pipeline.vae, AutoencoderKL)
+    [picture] = pipeline("a red cube", num_inference_steps=1, output_type="np").images
+    assert picture.shape == (architecture.SIZE_PX, architecture.SIZE_PX, 3)
+
+
+def test_a_training_that_was_stopped_between_its_parts_goes_on(finished: Path, tmp_path: Path) -> None:
+    """Started again after the autoencoder is finished, the command trains no second one."""
+    work = finished.with_name("out.work")
+    before = _weights(finished, "vae")
+    (work / "unet.safetensors").unlink(missing_ok=True)
+    again = trained(tmp_path, "--minutes", "0.2", "--work", str(work))
+    assert all(torch.equal(before[name], tensor) for name, tensor in _weights(again, "vae").items())

@@ -91,6 +91,8 @@ class Preset:
     processes: int
     save_every: float
     """Seconds between checkpoints."""
+    measured: int
+    """Pictures of each kind that the autoencoder is measured on."""
 
 
 PRESETS = {
@@ -107,6 +109,7 @@ PRESETS = {
         bfloat16=True,
         processes=6,
         save_every=60,
+        measured=128,
     ),
     "cpu": Preset(
         minutes=1440,
@@ -121,21 +124,23 @@ PRESETS = {
         bfloat16=False,
         processes=1,
         save_every=300,
+        measured=32,
     ),
     # Checks that everything runs, in seconds; the model is of no use.
     "tiny": Preset(
-        minutes=0.5,
+        minutes=0.2,
         autoencoder_share=0.4,
-        scenes=CHUNK,
+        scenes=16,
         procedural=8,
         together=4,
         vae_batch=4,
         unet_batch=4,
         learning_rate=1e-3,
         supersampling=1,
-        bfloat16=True,
-        processes=2,
+        bfloat16=False,
+        processes=1,
         save_every=5,
+        measured=2,
     ),
 }
 
@@ -176,7 +181,7 @@ class Scenes:
 
     def __init__(self, tokenizer: Path, preset: Preset, *, seed: int, device: torch.device) -> None:
         self.preset, self.device, self.count = preset, device, 0
-        size, total = architecture.SIZE_PX, -(-preset.scenes // CHUNK) * CHUNK
+        size, total = architecture.SIZE_PX, preset.scenes
         self.total = total
         self.pictures = torch.empty(total, size, size, 3, dtype=torch.uint8, device=device)
         self.tokens = torch.empty(total, CAPTIONS, architecture.TOKENS, dtype=torch.int32, device=device)
@@ -187,7 +192,7 @@ class Scenes:
     def grow(self, count: int) -> None:
         """Renders until there are at least this many."""
         while self.count < min(count, self.total):
-            rows, tokens = next(self._chunks)
+            rows, tokens = (part[: self.total - self.count] for part in next(self._chunks))
             place = slice(self.count, self.count + len(rows))
             self.pictures[place] = render_batch(
                 rows, architecture.SIZE_PX, supersampling=self.preset.supersampling, device=self.device
@@ -536,7 +541,7 @@ def train(
             vae = train_vae(scenes, work, preset, seconds=share, seed=seed, device=device)
             save_file({name: t.contiguous() for name, t in vae.state_dict().items()}, trained)
         pipeline = new_pipeline(vae.eval(), tokenizer, seed=seed)
-    log.info("autoencoder: %s", kept_by(pipeline.vae.to(device), device))
+    log.info("autoencoder: %s", kept_by(pipeline.vae.to(device), preset.measured, device))
     trainer_seconds = seconds * (1 - (preset.autoencoder_share if start is None else 0)) - WRITING_SECONDS
     trainer = train_unet(
         pipeline,
@@ -553,9 +558,9 @@ def train(
 
 
 @torch.no_grad()
-def kept_by(vae: AutoencoderKL, device: torch.device) -> str:
+def kept_by(vae: AutoencoderKL, count: int, device: torch.device) -> str:
     """PSNR that the autoencoder gives back plain scenes, strange ones and procedural pictures at, in words."""
-    plain = [scene_at(SEED + 1000, index) for index in range(64)]
+    plain = [scene_at(SEED + 1000, index) for index in range(count)]
     rng = random.Random(SEED)
     strange = [
         scene.with_details(rng, STRANGE, pattern=0.7, paint=0.3, ground=0.3, screen=0.3, prop=0.3) for scene in plain
@@ -564,7 +569,7 @@ def kept_by(vae: AutoencoderKL, device: torch.device) -> str:
     pictures = {
         "plain scenes": render_batch(plain, size, device=device),
         "strangers": render_batch(strange, size, device=device),
-        "procedural": procedural_batch(64, size, torch.Generator(device).manual_seed(SEED + 1000)),
+        "procedural": procedural_batch(count, size, torch.Generator(device).manual_seed(SEED + 1000)),
     }
     words = []
     for name, part in pictures.items():
