@@ -59,7 +59,7 @@ def strangers(count: int) -> list[Scene]:
 
 
 def pattern_maps(scenes: Sequence[Scene], images: Tensor) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """For each picture (3, H, W) in [-1, 1] of a scene of one patterned object: pixels of the pattern, pixels judged."""
+    """Pixels of the pattern, and pixels judged, for each picture (3, H, W) in [-1, 1] of a scene of one such object."""
     size_px = images.shape[-1]
     without = render_batch(scenes, size_px, plain=True).float()
     covered = []
@@ -76,7 +76,7 @@ def pattern_maps(scenes: Sequence[Scene], images: Tensor) -> list[tuple[NDArray[
 
 
 def overlaps(scenes: Sequence[Scene], truth: Tensor, images: Tensor) -> list[float | None]:
-    """Intersection over union of the pattern's maps read off the truth and off the picture; None where there is none."""
+    """Intersection over union of the patterns' maps read off truth and picture; None where there is no pattern."""
     values: list[float | None] = []
     for (expected, _), (found, _) in zip(pattern_maps(scenes, truth), pattern_maps(scenes, images), strict=True):
         union = (expected | found).sum()

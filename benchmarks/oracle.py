@@ -43,7 +43,7 @@ NUMBERS = ("x", "z", "radius")
 CENTER, SPREAD = torch.tensor([0.0, 0.0, 0.7]), torch.tensor([0.6, 0.35, 0.2])
 """Of the numbers, so that the network's outputs are of order one."""
 _HALF = 0.625
-"""Share of the columns of a two-object scene shown to read one object: all of it, and as little of the other as can be."""
+"""Share of the columns of a two-object scene shown to read one object: all of it, as little of the other as can be."""
 _PLACE_CHANNELS = 144
 """What the network knows of each 16 x 16 px."""
 

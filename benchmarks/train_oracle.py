@@ -249,7 +249,7 @@ def main() -> int:
     known = len(scenes) - args.held_out
     oracle = train_oracle(pictures[:known], scenes[:known], seconds=60 * args.minutes, batch=args.batch, seed=args.seed)
     held_out = {}
-    for name, plain in (("known", True), ("with_details", False)):
+    for plain in (True, False):
         rows = [n for n in range(known, len(scenes)) if scenes[n].plain is plain and _named(scenes[n])]
         measured = measure(oracle, pictures[torch.tensor(rows)].cpu(), [scenes[index] for index in rows])
         held_out |= {key if plain else f"{key}_with_details": part for key, part in measured.items()}

@@ -1,4 +1,4 @@
-"""Details without a name: what they do to pictures and captions, which of them training sees, and the batch renderer."""
+"""Details without a name: what they do to pictures and captions, which of them training sees; the batch renderer."""
 
 import random
 from dataclasses import replace

@@ -78,7 +78,7 @@ def test_objects_rest_on_the_floor():
 
 def test_normals_are_unit_and_face_the_viewer():
     """Where a ray hits a solid, the normal has length 1 and points against the ray."""
-    from lowmem_imagic.demo.render import camera, Solid
+    from lowmem_imagic.demo.render import Solid, camera
 
     for shape in SHAPES:
         for pose in POSES if shape in LYING_SHAPES else ("standing",):

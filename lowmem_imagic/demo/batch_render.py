@@ -8,6 +8,7 @@ then all rays of all scenes go through the same elementwise operations, without 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def pack(scene: Scene) -> NDArray[np.float32]:
     row = np.zeros(ROW, np.float32)
     eye, forward, right, up = camera_frame(scene)
     ground, screen = scene.ground, scene.screen
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "eye": eye,
         "forward": forward,
         "right": right,
@@ -78,7 +79,8 @@ def pack(scene: Scene) -> NDArray[np.float32]:
         }
     for name, value in values.items():
         row[_IN_SCENE[name]] = value
-    for slot, thing in enumerate((*scene.objects, *scene.props)):
+    things: tuple[SceneObject | Prop, ...] = (*scene.objects, *scene.props)
+    for slot, thing in enumerate(things):
         start = _SCENE_SIZE + slot * _SOLID_SIZE
         numbers = _object(thing) if isinstance(thing, SceneObject) else _prop(thing)
         for name, value in numbers.items():
@@ -86,7 +88,7 @@ def pack(scene: Scene) -> NDArray[np.float32]:
     return row
 
 
-def _object(solid: SceneObject) -> dict[str, object]:
+def _object(solid: SceneObject) -> dict[str, Any]:
     """The numbers of an object."""
     body = Solid.of(solid)
     numbers = _body(solid.shape, body.center, body.axes, body.radius, body.half_height)
@@ -108,7 +110,7 @@ def _object(solid: SceneObject) -> dict[str, object]:
     return numbers
 
 
-def _prop(prop: Prop) -> dict[str, object]:
+def _prop(prop: Prop) -> dict[str, Any]:
     """The numbers of a prop."""
     size = prop.size
     shape, radius, half_height = {
@@ -125,7 +127,7 @@ def _prop(prop: Prop) -> dict[str, object]:
     return numbers | {"color": prop.color}
 
 
-def _body(shape: str, center: NDArray[np.float32], axes: NDArray[np.float32], r: float, h: float) -> dict[str, object]:
+def _body(shape: str, center: NDArray[np.float32], axes: NDArray[np.float32], r: float, h: float) -> dict[str, Any]:
     """The numbers of a shape: a box, or ``x^2 + z^2 + a y^2 + 2 b y + c = 0`` between two caps."""
     k2 = (r / (2 * h)) ** 2
     quadric, bound, bottom, top = {

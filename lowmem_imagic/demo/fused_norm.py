@@ -4,8 +4,9 @@ PyTorch's group normalisation on cards wants the other layout, so that every ten
 activation is a pass of its own. Here the statistics are one pass and everything else another, in both directions.
 """
 
+import importlib
 import logging
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +22,15 @@ _CHUNK = 256
 """Pixels that one program sums."""
 
 
+@no_type_check
 def _kernels() -> Any:
     """The kernels; `triton` comes with PyTorch for cards alone."""
-    import triton
-    import triton.language as tl
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
 
     # Not made anew for every size of picture.
     @triton.jit(do_not_specialize=["pixels", "chunks"])
-    def sums(x, dy, scale, shift, out, pixels, chunks, channels,
-             BACKWARD: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    def sums(x, dy, scale, shift, out, pixels, chunks, channels, BACKWARD: tl.constexpr, ACT: tl.constexpr,  # type: ignore[name-defined]
+             ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[name-defined]  # fmt: skip
         picture, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         column = block * BLOCK + tl.arange(0, BLOCK)
         first, second = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -59,7 +60,7 @@ def _kernels() -> Any:
 
     @triton.jit(do_not_specialize=["pixels"])
     def apply(x, dy, scale, shift, slope, rest, out, pixels, channels,
-              BACKWARD: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              BACKWARD: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[name-defined]  # fmt: skip
         picture, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         column = block * BLOCK + tl.arange(0, BLOCK)
         row = part * ROWS + tl.arange(0, ROWS)
@@ -85,7 +86,7 @@ def _kernels() -> Any:
 
     # One program for each group of each picture: `each` channels, at most LANES.
     @triton.jit(do_not_specialize=["pixels", "each"])
-    def settle(totals, weight, bias, scale, shift, mean, inverse, pixels, each, channels, eps, LANES: tl.constexpr):
+    def settle(totals, weight, bias, scale, shift, mean, inverse, pixels, each, channels, eps, LANES: tl.constexpr):  # type: ignore[name-defined]
         picture, group = tl.program_id(0), tl.program_id(1)
         lane = tl.arange(0, LANES)
         inside = lane < each
@@ -104,7 +105,7 @@ def _kernels() -> Any:
         tl.store(inverse + picture * groups + group, inv)
 
     @triton.jit(do_not_specialize=["pixels", "each"])
-    def settle_back(totals, weight, mean, inverse, slope, rest, normal, pixels, each, channels, LANES: tl.constexpr):
+    def settle_back(totals, weight, mean, inverse, slope, rest, normal, pixels, each, channels, LANES: tl.constexpr):  # type: ignore[name-defined]
         picture, group = tl.program_id(0), tl.program_id(1)
         lane = tl.arange(0, LANES)
         inside = lane < each
@@ -196,7 +197,9 @@ class FusedNorm(nn.GroupNorm):
         """The normalised tensor, in channels last."""
         if input.ndim != 4:
             return super().forward(input)
-        result: Tensor = _NormAct.apply(input, self.weight, self.bias, self.num_groups, self.eps, self.act)
+        result: Tensor = _NormAct.apply(  # type: ignore[no-untyped-call]
+            input, self.weight, self.bias, self.num_groups, self.eps, self.act
+        )
         return result
 
 
@@ -219,7 +222,9 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
             x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
             weight, bias = (torch.randn(96, device=device).to(dtype).requires_grad_() for _ in range(2))
             inputs, dy = (x, weight, bias), torch.randn(2, 96, 40, 40, device=device).to(dtype)
-            mine = _NormAct.apply(x, weight, bias, 16, 1e-5, act)
+            mine = _NormAct.apply(  # type: ignore[no-untyped-call]
+                x, weight, bias, 16, 1e-5, act
+            )
             exact = [t.detach().float().requires_grad_() for t in inputs]
             theirs = F.group_norm(exact[0], 16, exact[1], exact[2], 1e-5)
             theirs = F.silu(theirs) if act else theirs

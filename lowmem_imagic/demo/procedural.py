@@ -55,11 +55,13 @@ class _Draw:
     def uniform(self, low: float, high: float, *channels: int) -> Tensor:
         """Numbers (B, 1, 1, *channels)."""
         drawn = torch.rand(self.count, 1, 1, *channels, generator=self.generator, device=self.generator.device)
-        return low + (high - low) * drawn
+        spread: Tensor = low + (high - low) * drawn
+        return spread
 
     def chance(self, share: float) -> Tensor:
         """True (B, 1, 1) in this share of the pictures."""
-        return self.uniform(0, 1) < share
+        below: Tensor = self.uniform(0, 1) < share
+        return below
 
 
 def _fractal_noise(draw: _Draw, side: int) -> Tensor:
@@ -70,8 +72,8 @@ def _fractal_noise(draw: _Draw, side: int) -> Tensor:
     along, across = fx * angle.cos() + fy * angle.sin(), fy * angle.cos() - fx * angle.sin()
     frequency = torch.hypot(along * stretch, across).clamp_min(1 / side)
     white = torch.randn(draw.count, side, side, generator=draw.generator, device=device)
-    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency ** draw.uniform(0.5, 1.9), s=(side, side))
-    noise = (noise - noise.mean((1, 2), keepdim=True)) / noise.std((1, 2), keepdim=True)
+    field = torch.fft.irfft2(torch.fft.rfft2(white) / frequency ** draw.uniform(0.5, 1.9), s=(side, side))
+    noise: Tensor = (field - field.mean((1, 2), keepdim=True)) / field.std((1, 2), keepdim=True)
     return (0.5 + 0.25 * noise).clamp(0, 1)
 
 

@@ -359,6 +359,7 @@ def object_mask(scene: Scene, size_px: int = 64) -> NDArray[np.int64]:
     if not scene.plain:
         from .batch_render import object_masks
 
-        return object_masks([scene], size_px)[0]
+        mask: NDArray[np.int64] = object_masks([scene], size_px)[0]
+        return mask
     _, number = _shade(scene, size_px)
     return number.reshape(size_px, size_px)

@@ -192,7 +192,8 @@ class Scenes:
     def grow(self, count: int) -> None:
         """Renders until there are at least this many."""
         while self.count < min(count, self.total):
-            rows, tokens = (part[: self.total - self.count] for part in next(self._chunks))
+            rows, tokens = next(self._chunks)
+            rows, tokens = rows[: self.total - self.count], tokens[: self.total - self.count]
             place = slice(self.count, self.count + len(rows))
             self.pictures[place] = render_batch(
                 rows, architecture.SIZE_PX, supersampling=self.preset.supersampling, device=self.device

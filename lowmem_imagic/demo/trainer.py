@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -124,14 +125,16 @@ class Trainer:
             group["lr"] = self.base_rate * self.rate()
         loss.backward()
         with torch.no_grad():
-            pairs = [(exact, self.parameters[name].grad) for name, exact in self.exact.items()]
-            for exact, _ in pairs:
-                if exact.grad is None:
-                    exact.grad = torch.empty_like(exact)
-            torch._foreach_copy_([exact.grad for exact, _ in pairs], [gradient for _, gradient in pairs])
-            torch.nn.utils.clip_grad_norm_(list(self.exact.values()), 1.0, foreach=True)
-            self.optimizer.step()
             exact = list(self.exact.values())
+            for tensor, parameter in zip(exact, self.parameters.values(), strict=True):
+                if tensor.grad is None:
+                    tensor.grad = torch.empty_like(tensor)
+                assert parameter.grad is not None
+            gradients: list[Any] = [parameter.grad for parameter in self.parameters.values()]
+            own: list[Any] = [tensor.grad for tensor in exact]
+            torch._foreach_copy_(own, gradients)
+            torch.nn.utils.clip_grad_norm_(exact, 1.0, foreach=True)
+            self.optimizer.step()
             torch._foreach_copy_(list(self.parameters.values()), exact)
             decay = min(self.averaging, (self.step + 1) / (self.step + 10))
             torch._foreach_lerp_(list(self.average.values()), exact, 1 - decay)
