@@ -85,22 +85,25 @@ class ProceduralPictures:
 
     def __init__(self, count: int, size_px: int, generator: torch.Generator, *, together: int) -> None:
         self.size_px, self.generator, self.together = size_px, generator, together
-        self.stock = torch.cat([procedural_batch(together, size_px, generator) for _ in range(-(-count // together))])
+        # Numbers that the program goes on by are drawn here: to ask a card for one is to wait for it.
+        self._rng = random.Random(generator.initial_seed())
+        self.stock = torch.cat([self._drawn() for _ in range(-(-count // together))])
         self._next, self._owed = 0, 0.0
+
+    def _drawn(self) -> Tensor:
+        return procedural_batch(self.together, self.size_px, self.generator, leaves=self._rng.randrange(2, 30))
 
     def batch(self, count: int, *, renewed: float) -> Tensor:
         """Pictures (count, H, W, 3) uint8; `renewed` of as many in the stock are replaced by new ones."""
         self._owed += renewed * count
         while self._owed >= self.together:
             self._owed -= self.together
-            self.stock[self._next : self._next + self.together] = procedural_batch(
-                self.together, self.size_px, self.generator
-            )
+            self.stock[self._next : self._next + self.together] = self._drawn()
             self._next = (self._next + self.together) % len(self.stock)
         draw = self.generator
         chosen = self.stock[torch.randint(len(self.stock), (count,), generator=draw, device=draw.device)]
         # One symmetry of the square, one order of the colours and perhaps the negative, for the whole batch.
-        turn, flip, order, negative = torch.randint(0, 12, (4,), generator=draw, device=draw.device).tolist()
+        turn, flip, order, negative = (self._rng.randrange(12) for _ in range(4))
         chosen = torch.rot90(chosen, turn % 4, (1, 2))
         chosen = chosen.flip(2) if flip % 2 else chosen
         orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))

@@ -14,8 +14,8 @@ _FINER = 2
 """Samples a pixel, along each side."""
 
 
-def procedural_batch(count: int, size_px: int, generator: torch.Generator) -> Tensor:
-    """Pictures (count, size, size, 3) uint8 on the generator's device."""
+def procedural_batch(count: int, size_px: int, generator: torch.Generator, *, leaves: int = 16) -> Tensor:
+    """Pictures (count, size, size, 3) uint8 on the generator's device, of so many shapes each."""
     draw = _Draw(count, generator)
     side = size_px * _FINER
     steps = (torch.arange(side, device=generator.device) + 0.5) / side - 0.5
@@ -31,7 +31,6 @@ def procedural_batch(count: int, size_px: int, generator: torch.Generator) -> Te
         return torch.lerp(drawn, drawn.mean(-1, keepdim=True), grey).clamp(0, 1)
 
     picture = _texture(draw, x, y, noise, color(), color())
-    leaves = int(torch.randint(2, 30, (), generator=generator, device=generator.device))
     for leaf in range(leaves):
         inside = _shape(draw, x, y)
         picture = torch.where(inside[..., None], _texture(draw, x, y, noise, color(), color()), picture)

@@ -72,7 +72,7 @@ class Trainer:
 
     def rate(self) -> float:
         """Share of the highest learning rate: a warm-up of 200 steps, from a fifth of the time a cosine to zero."""
-        progress = min(1.0, self.spent / self.seconds)
+        progress = min(1.0, self.spent / max(self.seconds, 1e-9))
         return min(1.0, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.2) / 0.8)))
 
     def _load(self) -> None:
@@ -109,15 +109,14 @@ class Trainer:
         self._saved = self.clock()
 
     def __iter__(self) -> Iterator[int]:
-        """Steps until the time is over; saves now and then and at the end."""
+        """Steps until the time is over, at least one; saves now and then and at the end."""
         self._started = self.clock()
-        while self.spent < self.seconds:
+        while self.step == 0 or self.spent < self.seconds:
             yield self.step
             self.step += 1
             if self.clock() - self._saved >= self.save_every:
                 self.save()
-        if self.step:
-            self.save()
+        self.save()
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step on `loss`, and the average follows."""
