@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,11 +100,25 @@ def test_weights_of_timesteps() -> None:
     assert weights[0] < 0.01 < 9.9 < weights[999]
 
 
+class Ticks(Clock):
+    """A clock that goes on whenever it is read, so that a training takes as many steps on every machine."""
+
+    def __call__(self) -> float:
+        """Seconds."""
+        self.now += 0.1
+        return self.now
+
+
 def trained(folder: Path, *more: str) -> Path:
-    """A folder written by the command line at its smallest."""
+    """A folder written by the command line at its smallest, after a few steps."""
+
+    def few_steps(modules: dict[str, nn.Module], **settings: Any) -> Trainer:
+        return Trainer(modules, **{**settings, "seconds": 2.0, "save_every": 1.0, "clock": Ticks()})
+
     words = ["train", "--out", str(folder / "out"), "--preset", "tiny", "--device", "cpu", *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
+        patch.setattr(train, "Trainer", few_steps)
         train.main()
     return folder / "out"
 
@@ -111,14 +126,14 @@ def trained(folder: Path, *more: str) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was trained for seconds."""
-    return trained(tmp_path_factory.mktemp("train"), "--minutes", "0.4")
+    return trained(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
 def trained_on(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, trained on."""
     folder = tmp_path_factory.mktemp("more")
-    return trained(folder, "--minutes", "0.2", "--start-from", str(finished), "--seed", "9")
+    return trained(folder, "--start-from", str(finished), "--seed", "9")
 
 
 def _weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
@@ -191,6 +206,6 @@ def test_a_training_that_was_stopped_between_its_parts_goes_on(finished: Path, t
     """Started again after the autoencoder is finished, the command trains no second one."""
     work = finished.with_name("out.work")
     before = _weights(finished, "vae")
-    (work / "unet.safetensors").unlink(missing_ok=True)
-    again = trained(tmp_path, "--minutes", "0.2", "--work", str(work))
+    (work / "unet.safetensors").unlink()
+    again = trained(tmp_path, "--work", str(work))
     assert all(torch.equal(before[name], tensor) for name, tensor in _weights(again, "vae").items())

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -26,7 +27,7 @@ _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 def new_vae() -> AutoencoderKL:
     """An untrained KL autoencoder, 96 px to (8, 24, 24)."""
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -38,6 +39,11 @@ def new_vae() -> AutoencoderKL:
         sample_size=SIZE_PX,
         mid_block_add_attention=False,
     )
+    # Latents start all but without noise: as loud as they are at first, it would drown what there is to learn.
+    with torch.no_grad():
+        vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
+        vae.quant_conv.bias[LATENT_CHANNELS:] = -5.0
+    return vae
 
 
 def new_unet() -> UNet2DConditionModel:

@@ -66,7 +66,7 @@ SEED = 8
 """Of the bundled model's scenes; 1 is the judge's, 2, 5 and 6 are held out for benchmarks."""
 WRITING_SECONDS = 8
 """Kept for writing the folder."""
-KL_WEIGHT = 3e-3
+KL_WEIGHT = 2e-3
 """Of a latent's divergence from noise, beside the error of a pixel."""
 CROP_PX, WHOLE_FROM = 64, 0.8
 """The autoencoder sees crops, which make for more steps, until this share of its time; then fewer whole pictures."""
