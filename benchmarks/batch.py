@@ -1,4 +1,4 @@
-"""What a batch costs beside its edits, whether its memory stays flat, and what a second Ray worker gains.
+"""Overhead of a batch over its edits, growth of its memory, and the gain of a second Ray worker.
 
     python -m benchmarks.batch --only overhead --only ray --only soak
     python -m benchmarks.batch --tedbench FOLDER
@@ -18,19 +18,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.actions.console import Silent
+from lowmem_imagic.actions.edit import finished_edit
+from lowmem_imagic.actions.result_folder import ResultFolder
 from lowmem_imagic.batch.attempts import Attempts
-from lowmem_imagic.batch.crew import Assignment, Group
+from lowmem_imagic.batch.executors.executor import Assignment, Group
 from lowmem_imagic.batch.request import Request
+from lowmem_imagic.batch.run import run
 from lowmem_imagic.batch.stopping import Stop
-from lowmem_imagic.commands import finished_edit
-from lowmem_imagic.console import Silent
-from lowmem_imagic.images import load_photo, photo_sha256
-from lowmem_imagic.memory import Meter
-from lowmem_imagic.pipeline import make_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.result_folder import ResultFolder
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.engine.memory import Meter
+from lowmem_imagic.pictures import load_photo, photo_sha256
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.settings.presets import preset
 from tests.crashes import SHORT, scenes
 
 from .goals import Line, table
@@ -41,35 +42,21 @@ SLOTS = 4
 
 
 def request(manifest: Path, out: Path, **changes: Any) -> Request:
-    """What ``batch run MANIFEST --out OUT`` asks for."""
-    left_open: dict[str, Any] = dict.fromkeys(Request.__dataclass_fields__)
-    plain = {
-        "preset": "balanced",
-        "seed": 0,
-        "small": False,
-        "background": "white",
-        "device": "cpu",
-        "base_weights": "int8",
-        "attention": "auto",
-        "checkpointing": False,
-        "executor": "local",
-        "save_every": 25,
-        "force": False,
-    }
-    return Request(**left_open | plain | {"manifest": str(manifest), "out": str(out)} | changes)
+    """The request of ``batch run MANIFEST --out OUT``."""
+    return Request.of({"manifest": str(manifest), "out": str(out), "device": "cpu", **changes})
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds that `run` takes."""
+    """Seconds of `run`."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def overhead(folder: Path, items: int) -> dict[str, Any]:
-    """The queue against `make_edits` in a loop: packs of `SLOTS`, rendered and written into folders one by one.
+    """The batch against `make_edits` in a loop: packs of `SLOTS`, rendered and written into folders one by one.
 
-    Turn about, three times; both load the base model anew.
+    Alternates three times; both load the base model each time.
     """
     manifest, config = scenes(folder, items), preset("fast")
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -87,7 +74,7 @@ def overhead(folder: Path, items: int) -> dict[str, Any]:
 
     def queue(out: Path) -> None:
         asked = request(manifest, out, preset="fast", slots=SLOTS)
-        assert len(asked.run(Silent(), Stop()).done) == items
+        assert len(run(asked, Silent(), Stop()).done) == items
 
     loop(folder / "warm-up")
     pairs = [
@@ -104,11 +91,12 @@ def overhead(folder: Path, items: int) -> dict[str, Any]:
 
 def ray_workers(folder: Path, items: int) -> dict[str, Any]:
     """Seconds of a batch by one Ray actor on one core, one on both, and two on a core each, start-up left out."""
-    # Workers at the priority of this process, as everything else that is measured.
+    # Workers have the priority of this process, as in all other measurements.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
-    from lowmem_imagic.batch.ray_cluster import RayCrew
+    from lowmem_imagic.batch.executors.ray import RayExecutor
+    from lowmem_imagic.batch.executors.ray_actor import Actor
 
     manifest = scenes(folder, items)
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -129,14 +117,14 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
                     for photo, job in [(folder / line["photo"], f"{round_} {line['name']}")]
                 ]
 
-            with RayCrew(asked, lambda one, files: True, Stop()) as crew:
+            with RayExecutor(asked, Actor, lambda one, files: True, Stop()) as executor:
 
-                def make(part: list[Assignment], crew: RayCrew = crew, group: Group = group) -> None:
-                    made = crew.make(group, iter([part]), len(part), on_step=lambda s: None)
+                def make(part: list[Assignment], executor: RayExecutor = executor, group: Group = group) -> None:
+                    made = executor.make(group, iter([part]), len(part), on_step=lambda s: None)
                     for outcome in made:
                         assert outcome.error is None, outcome.error
 
-                # An item for each worker: imports, the base model, first steps.
+                # Warm-up with an item for each worker: imports, the base model, first steps.
                 make(assignments(lines[:workers], "warm-up"))
                 found[name] = round(timed(lambda make=make: make(assignments(lines, "timed"))), 2)  # type: ignore[misc]
         finally:
@@ -154,7 +142,7 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
 
 
 def soak(folder: Path, items: int) -> dict[str, Any]:
-    """Resident bytes of a run of many items, looked at as items are finished."""
+    """Resident bytes of a run of many items, recorded as items finish."""
     out = folder / "out"
     words = ("batch", "run", str(scenes(folder, items)), "--out", str(out), *SHORT, "--quiet", "--json")
     with (folder / "said").open("w") as said:
@@ -166,7 +154,7 @@ def soak(folder: Path, items: int) -> dict[str, Any]:
                 seen.append((done, _resident(run.pid)))
             time.sleep(0.2)
     assert run.returncode == 0
-    # Warm after a tenth; means of a tenth of the items each, since single looks fall into different steps.
+    # Warm after a tenth; means over a tenth of the items each, since single values are from different steps.
     tenth = items // 10
     first = [size for done, size in seen if tenth < done <= 2 * tenth]
     last = [size for done, size in seen if done > items - tenth and size]
@@ -187,7 +175,7 @@ def _resident(pid: int) -> int:
 
 
 def tedbench(folder: Path, source: Path) -> dict[str, Any]:
-    """The pairs of TEdBench with the preset `fast` and the bundled model: what became of them."""
+    """The results of TEdBench's pairs with the preset `fast` and the bundled model."""
     words = ("batch", "run", str(source / "input_list.json"), "--out", str(folder), "--preset", "fast", "--json")
     started = time.perf_counter()
     run = subprocess.run((sys.executable, "-m", "lowmem_imagic", *words), stdout=subprocess.PIPE, check=False)
@@ -211,7 +199,7 @@ def main() -> None:
     """Measures, prints a table and writes a file for each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append", default=[])
-    parser.add_argument("--items", type=int, help="other numbers of items than the usual")
+    parser.add_argument("--items", type=int, help="number of items")
     parser.add_argument("--tedbench", type=Path, metavar="FOLDER")
     parser.add_argument("--keep", type=Path, help="folder for TEdBench's edits, to look at")
     parser.add_argument("--results", type=Path, default=RESULTS, help="another folder for the results")

@@ -1,11 +1,11 @@
-"""The most that can be got here: the ground truth judged as if it were an edit, and edits that are told part of it.
+"""Limits of quality: the ground truth judged as if it were an edit, and edits with some knowledge of the ground truth.
 
     python -m benchmarks.ceiling --work DIR
 
-The ground truth once as rendered, which shows what the judge misreads, and once through the base's autoencoder, which
-every picture of the base comes from. And the edits of `balanced`, rendered anew: with the ground truth's own mask in
-place of the one they find, under a sentence that also names what is to stay (size and material), and with both. That is
-what would be left to do for an editor that knew where to change the photo, and all that the object is to be.
+The ground truth is judged as rendered, which shows the judge's errors, and through the base's autoencoder, which all
+pictures of the base come from. The edits of `balanced` are rendered again: with the ground truth's own mask, under a
+sentence that also names the unchanged attributes (size and material), and with both. They show the remaining errors of
+an editor with the right mask and a complete description.
 """
 
 import argparse
@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic import edit_file, sample
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline import apply_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling import sample
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig
 
 from .edit_judge import Verdict, bootstrap, judge
 from .edit_methods import SEED, as_photo, trained
@@ -39,13 +40,13 @@ from .results import provenance, write_result
 from .scene_edits import HARD_KINDS, SAME_LEVELS, TEST, VALIDATION, SceneEdit
 
 ETAS = (0.8, 1.0, 1.2)
-"""That an edit is tried at; the one with most good items on validation is reported."""
+"""Etas to try; the one with the most good items on validation is reported."""
 TOLD = {"told_where": (True, False), "told_in_full": (False, True), "told_both": (True, True)}
-"""Ways to tell an edit more: whether it is given the mask, and whether the sentence in full."""
+"""Kinds of knowledge: whether an edit gets the true mask, and whether it gets the full sentence."""
 
 
 def shares(items: Sequence[SceneEdit], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Shares of good, done and kept pictures of some items, and the names of those that are not good."""
+    """Shares of good, successful and kept pictures of some items, and the names of items that are not good."""
     return {
         "good": bootstrap([verdict.good for verdict in verdicts]),
         "success": bootstrap([verdict.success for verdict in verdicts]),
@@ -55,13 +56,13 @@ def shares(items: Sequence[SceneEdit], verdicts: Sequence[Verdict]) -> dict[str,
 
 
 def judged(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """What the judge says of pictures, one of each item."""
+    """The judge's shares for pictures, one for each item."""
     return shares(items, judge(oracle, items, pictures))
 
 
 def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict[str, Any]:
-    """What the judge says of the ground truth of some items."""
-    truth = [item.truth_picture(base.size_px) for item in items]
+    """The judge's shares for the ground truth of some items."""
+    truth = [item.truth_picture(base.sizes.own[0]) for item in items]
     latents = torch.cat([base.encode_images(to_tensor(picture)) for picture in truth])
     return {
         "ground_truth": judged(oracle, items, truth),
@@ -70,11 +71,11 @@ def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict
 
 
 def truth_mask(base: BaseModel, item: SceneEdit) -> Tensor:
-    """Where the ground truth shows something else than the photo, and one cell around: (1, H, W) of latents, 0 or 1."""
-    pictures = (item.photo_picture(base.size_px), item.truth_picture(base.size_px))
+    """Mask of the places where ground truth and photo differ, and one cell around: (1, H, W) of latents, 0 or 1."""
+    pictures = (item.photo_picture(base.sizes.own[0]), item.truth_picture(base.sizes.own[0]))
     photo, truth = (np.asarray(picture, np.int16) for picture in pictures)
     changed = torch.from_numpy(abs(photo - truth).max(-1) > SAME_LEVELS).float()[None]
-    cells = F.adaptive_max_pool2d(changed, base.family.latent_shape[1:])
+    cells = F.adaptive_max_pool2d(changed, base.denoisers[0].shape(base.sizes.own)[1:])
     return F.max_pool2d(cells, 3, stride=1, padding=1)
 
 
@@ -88,22 +89,22 @@ def told(
     where: bool,
     in_full: bool,
 ) -> dict[float, list[Verdict]]:
-    """Verdicts at each of `ETAS` on edits that are trained as always, and told more when they are rendered.
+    """Verdicts at each of `ETAS` on edits that are trained as usual, and rendered with more knowledge.
 
     Args:
         base: the base.
         oracle: the judge.
-        items: what is asked.
-        config: of the edits.
+        items: the items.
+        config: settings of the edits.
         work: folder of edit files, see `benchmarks.edit_methods.ours`.
-        where: change the photo where the ground truth does, and not where the edit's own mask says.
-        in_full: ask for it by the sentence in full.
+        where: use the ground truth's mask in place of the edit's own.
+        in_full: render under the full sentence.
     """
     verdicts: dict[float, list[Verdict]] = {eta: [] for eta in ETAS}
     for item in items:
-        data, _ = trained(base, Job(as_photo(item.photo_picture(base.size_px)), item.sentence), config, work)
+        data, _ = trained(base, Job(as_photo(item.photo_picture(base.sizes.own[0])), item.sentence), config, work)
         cells, sentence = [Cell(0, eta, SEED) for eta in ETAS], replace(item, in_full=in_full).sentence
-        # Nobody has this mask but here, so that sampling has no setting for it.
+        # Sampling has no setting for a mask, as only this benchmark knows the true one.
         mask = mock.patch.object(sample, "change_mask", return_value=truth_mask(base, item))
         with mask if where else nullcontext():
             made = apply_edits(base, [edit_file.decode(data)], cells, config.sample, prompts=[sentence])
@@ -133,7 +134,7 @@ def main() -> None:
         found = ceiling(base, oracle, items)
         for what, (where, in_full) in TOLD.items():
             verdicts = told(base, oracle, items, config, args.work, where=where, in_full=in_full)
-            # The first set is the one that chooses.
+            # The first set is validation, which chooses the eta.
             eta.setdefault(what, best_eta(items, verdicts))
             found[what] = {
                 "eta": eta[what],

@@ -1,14 +1,14 @@
-"""The methods that are compared, by name: full fine-tuning, this package and what may be changed in it, the free ones.
+"""The compared methods by name: full fine-tuning, this package and its variants, methods without training.
 
-Every variant of this package differs from the preset ``balanced`` in what its name says, and in nothing else.
+Every variant of this package differs from the preset ``balanced`` only in the setting of its name.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic.config import SampleConfig
-from lowmem_imagic.presets import SMALL_KEEP, preset
+from lowmem_imagic.settings.presets import SMALL_KEEP, preset
+from lowmem_imagic.settings.stages import SampleConfig
 
 from .edit_methods import Method, ours, packed
 from .full_finetuning import full_finetune
@@ -17,16 +17,16 @@ from .training_free import ddim_inversion, sdedit, sentence_alone
 FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8
 """Full fine-tuning: 480 + 960 passes, in the paper's proportion of 1000 steps to 1500, several draws a step."""
 FULL_RATES = {"full-1e-5": 1e-5, "full-3e-5": 3e-5, "full-1e-4": 1e-4, "full-3e-4": 3e-4}
-"""Rates of full fine-tuning that are tried."""
+"""Learning rates of full fine-tuning to compare."""
 FULL_SAMPLED_ALIKE = "full-1e-4-sampled-alike"
-"""Full fine-tuning, sampled as ``balanced`` is: what of the difference between them is sampling's."""
+"""Full fine-tuning with the sampling of ``balanced``, to separate the effects of training and sampling."""
 FP32 = (*FULL_RATES, FULL_SAMPLED_ALIKE, "balanced-fp32")
-"""Methods on the base in fp32; all others have it in int8."""
+"""Methods with an fp32 base; all others have an int8 base."""
 RETARGET_FROM = "a photo of an object"
-"""The sentence that an edit is trained for before another is asked of it."""
+"""The training sentence of `retarget`, which renders under another sentence."""
 
 _PAPER: dict[str, Any] = {"start": "noise", "guidance_scale": 3.0, "photo_guidance": None, "mask": 0.0}
-"""Sampling as the paper has it, apart from its settings of degree."""
+"""The paper's sampling, except for numbers such as steps."""
 _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "adapt-attn": {"finetune": {"adapt": "attn", "keep": 1.0}},
     "adapt-attn-ff": {"finetune": {"adapt": "attn+ff", "keep": 1.0}},
@@ -45,10 +45,7 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "embed-20": {"embed": {"steps": 20}, "finetune": {"steps": 160}},
     "embed-100": {"embed": {"steps": 100}, "finetune": {"steps": 80}},
     "embedding-only": {"finetune": {"steps": 0}},
-    "joint": {"embed": {"steps": 0}, "finetune": {"steps": 180, "embedding_learning_rate": 1e-2}},
     "decoder-only": {"finetune": {"blocks": ("up",)}},
-    "average": {"finetune": {"average": 0.9}},
-    "decay": {"finetune": {"weight_decay": 30.0}},
     "keep-all": {"finetune": {"keep": 1.0}},
     "small": {"finetune": {"keep": SMALL_KEEP}},
     "lora-as-published": {
@@ -71,8 +68,6 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
 _SAMPLING: dict[str, Mapping[str, Any]] = {
     "mask-off": {"mask": 0.0},
     "guidance-even": {"photo_guidance": None},
-    "hold-10": {"hold": 0.1},
-    "release-30": {"release": 0.3},
     "paper-sampling": _PAPER,
     "strength-80": {"strength": 0.8},
     "strength-120": {"strength": 1.2},
@@ -84,13 +79,30 @@ _SAMPLING: dict[str, Mapping[str, Any]] = {
     "guidance-8": {"guidance_scale": 8.0},
 }
 
+FORMER = {
+    "joint": "embedding-only",
+    "average": "decoder-only",
+    "decay": "average",
+    "hold-10": "guidance-even",
+    "release-30": "hold-10",
+}
+"""Former methods with dropped settings, whose results are kept, each with the preceding method in the tables."""
+
+
+def names() -> list[str]:
+    """The names of all compared methods, former ones included, in the order of the tables."""
+    order = list(compared())
+    for name, before in FORMER.items():
+        order.insert(order.index(before) + 1, name)
+    return order
+
 
 def compared(folder: Path | None = None) -> dict[str, Method]:
     """All methods by name.
 
     Args:
-        folder: keeps what training makes: methods that differ in sampling alone share it, and a stopped run goes on.
-            To be emptied when the code that trains changes.
+        folder: folder of trained edits: methods that differ only in sampling share them, and a stopped run can
+            continue. Empty it when the training code changes.
     """
     balanced = preset("balanced")
     plain = SampleConfig(num_inference_steps=balanced.sample.num_inference_steps, start="photo")

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lowmem_imagic.base_model import BaseModel
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.demo.batch_render import object_masks, render_batch
 from lowmem_imagic.demo.pictures import scene_at, to_tensor
 from lowmem_imagic.demo.scene import Scene

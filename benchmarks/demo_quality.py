@@ -1,11 +1,11 @@
-"""How well the bundled model draws what a caption says, and how well its autoencoder keeps a picture.
+"""Agreement of the bundled model's pictures with their captions, and quality of its autoencoder.
 
     python -m benchmarks.demo_quality --grid grid.png
 
-Captions are those of held-out scenes: scenes of a seed used neither for the model nor for the judge. The
-world is small, so a caption's combination of words can have been in training; the scene, its camera, light
-and texture, and the starting noise have not. The judge's own accuracy on the same scenes, as renders and as the
-autoencoder returns them, is part of the result: a share cannot be trusted beyond it.
+Captions are of held-out scenes: scenes of a seed used neither for the model nor for the judge. The world is small, so
+training may have had a caption's combination of words; it did not have the scene, its camera, light and texture, nor
+the starting noise. The result includes the judge's own accuracy on the same scenes, as renders and after the
+autoencoder, because it limits the accuracy of all shares.
 """
 
 import argparse
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import WEIGHT_FORMATS
 from lowmem_imagic.demo.pictures import to_tensor
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import DEMO
-from lowmem_imagic.png import encode_png
+from lowmem_imagic.pictures.png import encode_png
+from lowmem_imagic.settings.stages import WEIGHT_FORMATS
+from lowmem_imagic.storage.atomic import write_bytes
 
 from .oracle import ORACLE, Attributes, Oracle, accuracy
 from .oracle import TARGET as ORACLE_TARGET
@@ -44,20 +44,20 @@ PSNR_TARGET_DB = 28.0
 def run(
     base: BaseModel, oracle: Oracle, settings: Settings, *, singles: int, pairs: int
 ) -> tuple[dict[str, Any], Samples]:
-    """Everything this benchmark measures, and the samples it is about.
+    """All results of this benchmark, and its samples.
 
     Args:
         base: the model.
         oracle: the judge.
-        settings: how to sample.
-        singles: captions of one object, at least 1.
-        pairs: captions of two.
+        settings: settings of sampling.
+        singles: number of captions with one object, at least 1.
+        pairs: number of captions with two objects.
     """
     started = time.monotonic()
     scenes = held_out(singles, pairs)
     rng = random.Random(f"{SCENE_SEED}/captions")
     prompts = [Prompt.of(scene, rng) for scene in scenes]
-    pictures = np.stack([np.asarray(render(scene, base.size_px)) for scene in tqdm(scenes, desc="rendering")])
+    pictures = np.stack([np.asarray(render(scene, base.sizes.own[0])) for scene in tqdm(scenes, desc="rendering")])
     renders = to_tensor(pictures, torch.device("cpu"))
     reconstructions = reconstructed(base, renders)
     ratios = psnr_db(reconstructions, renders)
@@ -121,7 +121,7 @@ def psnr_db(images: Tensor, references: Tensor) -> np.ndarray:
 
 
 def judge_accuracy(oracle: Oracle, scenes: Sequence[Scene], images: Tensor) -> dict[str, Any]:
-    """Shares the judge reads right in pictures of known scenes, by number of objects."""
+    """Shares of the judge's right readings in pictures of known scenes, by number of objects."""
     result: dict[str, Any] = {}
     for name, count in (("one_object", 1), ("two_objects", 2)):
         rows = [i for i, scene in enumerate(scenes) if len(scene.objects) == count]
@@ -170,7 +170,7 @@ def _verdict(part: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Command line; 1 where a full run misses a target."""
+    """Command line; returns 1 if a full run misses a target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEMO, metavar="DIR", help="a diffusers folder [the bundled model]")
     parser.add_argument("--oracle", type=Path, default=ORACLE, help="the judge [the bundled one]")
@@ -198,11 +198,11 @@ def main() -> int:
     base = BaseModel.load(args.model, device=args.device, weights=args.weights)
     origin = provenance(base.device)
     result, samples = run(base, Oracle.load(args.oracle), settings, singles=args.captions, pairs=pairs)
-    # A partial run neither passes nor fails: its targets are for all captions.
+    # A partial run neither passes nor fails, because the targets are for all captions.
     result |= {"partial": partial, "passed": None if partial else result["passed"]}
     print("\n".join(table(result)))
 
-    # The kept result is the bundled model's, measured in the one way its targets are set for.
+    # The kept result is the bundled model's, with the standard settings of its targets.
     standard = args.captions == CAPTIONS and args.model == DEMO and args.oracle == ORACLE
     standard = standard and args.weights == "int8" and settings == Settings(batch=args.batch)
     if args.out is not None or standard:

@@ -1,8 +1,8 @@
-"""Whether an edited picture is what its sentence asks for, and the photo otherwise: judged on every item, together.
+"""Judges whether an edited picture follows its sentence and otherwise keeps the photo.
 
-*success*: the judge (`benchmarks.oracle`) sees every attribute that was asked for. *kept*: it sees every other
-attribute, and position and size, as they were. *background*: PSNR against the photo where the edit must leave it
-alone (`SceneEdit.kept_mask`). A picture is *good* when success, kept and a background of `BACKGROUND_DB` hold together.
+*success*: the judge (`benchmarks.oracle`) sees every requested attribute. *kept*: it sees every other attribute, the
+position and the size unchanged. *background*: PSNR against the photo outside the edit (`SceneEdit.kept_mask`). A
+picture is *good* if success, kept and a background of `BACKGROUND_DB` hold together.
 """
 
 import math
@@ -22,23 +22,23 @@ from .oracle import WORDS, Attributes, Oracle
 from .scene_edits import SceneEdit
 
 BACKGROUND_DB = 22.0
-"""PSNR that the part to be left alone must reach."""
+"""Least PSNR of the background."""
 PLACE = {"x": 0.25, "z": 0.35}
-"""How far, in scene units, an object may be read from where it was: about four mean errors of the judge."""
+"""Largest distance, in scene units, of an object's reading from its place: about four mean errors of the judge."""
 RADIUS_SHARE = 0.2
-"""How far its radius may be read from what it was, as a share of it."""
+"""Largest difference of a radius from the original, as a share of it."""
 RESAMPLES = 2000
-"""Of the bootstrap."""
+"""Resamples of the bootstrap."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is said of one edited picture."""
+    """The verdict on one edited picture."""
 
     success: bool
     kept: bool
     background_db: float
-    """PSNR against the photo where the edit must leave it alone."""
+    """PSNR against the photo outside the edit."""
     truth_db: float
     """PSNR against the ground-truth render, everywhere."""
     truth_ssim: float
@@ -46,7 +46,7 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Everything at once."""
+        """Whether success, kept and background all hold."""
         return self.success and self.kept and self.background_db >= BACKGROUND_DB
 
     def as_json(self) -> dict[str, Any]:
@@ -56,17 +56,17 @@ class Verdict:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "Verdict":
-        """What `as_json` gave, but for the rounding."""
+        """The verdict from the values of `as_json`, up to rounding."""
         return Verdict(**{k: v for k, v in values.items() if k != "good"})
 
 
 def judge(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.Image]) -> list[Verdict]:
-    """A verdict on each picture, the edit of the item at the same place.
+    """A verdict on each picture, for the item at the same index.
 
     Args:
-        oracle: the reader.
-        items: what was asked.
-        pictures: RGB, squares of one size.
+        oracle: the judge.
+        items: the items.
+        pictures: their edits, RGB, squares of one size.
     """
     readings = _readings(oracle, items, pictures)
     verdicts = []
@@ -107,7 +107,7 @@ def compare(item: SceneEdit, found: Sequence[Attributes]) -> tuple[bool, bool]:
 def _readings(
     oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.Image]
 ) -> list[tuple[Attributes, ...]]:
-    """For each picture a reading of each object it should show."""
+    """For each picture, a reading of each expected object."""
     images = to_tensor(np.stack([np.asarray(picture) for picture in pictures]), torch.device("cpu"))
     readings: list[tuple[Attributes, ...]] = [()] * len(items)
     singles = [i for i, item in enumerate(items) if len(item.edited.objects) == 1]
@@ -141,9 +141,9 @@ def bootstrap(values: Sequence[float], *, median: bool = False, seed: int = 0) -
 
 
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, Any]:
-    """Mean of a value of each item less another method's on the same item, with its bootstrap interval.
+    """Mean difference of a value to another method's value on the same items, with its bootstrap interval.
 
-    Paired, so that what makes an item hard for both does not widen the interval. Items that only one has are left out.
+    Paired, so that the difficulty of items does not widen the interval. Items that only one method has are left out.
     """
     return bootstrap([value - theirs[name] for name, value in ours.items() if name in theirs])
 

@@ -1,7 +1,7 @@
-"""Ways to edit a photo by a sentence, behind one protocol, so that they are compared like with like.
+"""Methods to edit a photo by a sentence, behind one protocol for a fair comparison.
 
-A method gets photos and sentences and gives pictures for each point of its slider (eta, or what plays its part).
-Every item starts from the same noise; what a method may choose, it chooses for all items at once.
+A method takes photos and sentences and returns pictures for each point of its slider (eta, or its equivalent). Every
+item starts from the same noise; a method's settings are the same for all items.
 """
 
 import hashlib
@@ -16,38 +16,41 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.diffusion import starting_noise
-from lowmem_imagic.edit import LoraFactors
-from lowmem_imagic.images import Photo
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.png import encode_png
-from lowmem_imagic.portable import scaled_alike
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.diffusion.schedules import starting_noise
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import LoraFactors
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.portable import scaled_alike
+from lowmem_imagic.families.stable_diffusion import EMBEDS
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pictures.png import encode_png
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.storage.atomic import write_bytes
 
 SEED = 0
-"""Of every item's training and starting noise."""
+"""Seed of every item's training and starting noise."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method made of some items."""
+    """A method's results for some items."""
 
     pictures: dict[float, list[Image.Image]]
-    """For each point of the slider a picture of each item."""
+    """A picture of each item, by point of the slider."""
     passes: int
-    """Rows that went forward and backward through the UNet, an item."""
+    """Rows forward and backward through the UNet, per item."""
     train_s: float
-    """Seconds of training, an item."""
+    """Seconds of training, per item."""
     sample_s: float
-    """Seconds of sampling, a picture."""
+    """Seconds of sampling, per picture."""
     edit_bytes: tuple[int, ...] = ()
-    """Size of each item's edit file, where the method has one."""
+    """Size of each item's edit file, if the method has edit files."""
 
     def of(self, number: int) -> "Outcome":
         """The part of one of the items."""
@@ -63,15 +66,15 @@ Apply = Callable[[BaseModel, Sequence[Image.Image], Sequence[str], Sequence[floa
 
 @dataclass(frozen=True)
 class Method:
-    """A way to edit, called as ``method(base, photos, sentences, etas)``."""
+    """An editing method, called as ``method(base, photos, sentences, etas)``."""
 
     settings: Mapping[str, Any]
-    """Everything it was chosen to be, as plain values: results of equal settings may be put together."""
+    """All its settings, as plain values: results with equal settings may be combined."""
     apply: Apply
     together: int = 1
-    """Items it is given at once, if there are as many."""
+    """Most items in one call."""
     in_full: bool = False
-    """Whether it is to be given sentences that name everything, see `benchmarks.scene_edits.SceneEdit.in_full`."""
+    """Whether it takes full sentences, see `benchmarks.scene_edits.SceneEdit.in_full`."""
 
     def __call__(
         self, base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]
@@ -85,11 +88,10 @@ def ours(
     """This package, one item at a time; see `packed` for several.
 
     Args:
-        config: settings of all stages; of the third, etas and seeds are the protocol's.
-        edits: folder of edit files: what is there already is not trained again, so that ways of sampling share
-            their edits.
-        retarget_from: train for this sentence, render under the item's.
-        in_full: for sentences that name everything.
+        config: settings of all stages, except for etas and seeds, which the protocol sets.
+        edits: folder of edit files: existing edits are not trained again, so that sampling variants share edits.
+        retarget_from: sentence to train for; pictures are rendered under the item's sentence.
+        in_full: whether it takes full sentences.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
@@ -97,7 +99,7 @@ def ours(
         sizes: list[int] = []
         train_s = sample_s = 0.0
         for photo, sentence in zip(photos, sentences, strict=True):
-            # Read back, because what is rendered later is the file.
+            # Read back, because later runs render the file.
             data, seconds = trained(base, Job(as_photo(photo), retarget_from or sentence), config, edits)
             train_s += seconds
             sizes.append(len(data))
@@ -118,9 +120,9 @@ def packed(config: EditConfig, *, slots: int, together: int) -> Method:
     """This package with all items in one refilling pack, and their pictures in common batches.
 
     Args:
-        config: as of `ours`.
-        slots: how many train at once.
-        together: items that pass through them.
+        config: see `ours`.
+        slots: number of edits that train at once.
+        together: number of items of the pack.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
@@ -144,21 +146,21 @@ def packed(config: EditConfig, *, slots: int, together: int) -> Method:
 
 
 def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) -> tuple[bytes, float]:
-    """Edit file of a job, and the seconds that training it takes or took; from `folder` where it has it."""
+    """Edit file of a job, and its seconds of training; taken from `folder` if it is there."""
     if folder is None:
         started = time.perf_counter()
         [edit] = make_edits(base, [job], config)
         return edit_file.encode(edit), time.perf_counter() - started
     keep = config.finetune.keep
     if keep < 1:
-        # Truncation comes after training: all shares of an adapter are of one training.
+        # Truncation comes after training, so all values of `keep` share one training.
         whole, seconds = trained(base, job, replace(config, finetune=replace(config.finetune, keep=1.0)), folder)
         return shortened(whole, keep), seconds
     facts = {
         "embed": asdict(config.embed),
         "finetune": asdict(config.finetune),
         "seeds": [config.seed, config.sample.seeds[0]],
-        # What training is anchored to.
+        # The starting noise that training is anchored to.
         "own_noise": config.sample.start == "inverted",
         "base": [base.identity.files, base.weights],
         "job": [job.photo.sha256, job.prompt],
@@ -169,34 +171,44 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
         folder.mkdir(parents=True, exist_ok=True)
         data, seconds = trained(base, job, config, None)
         write_bytes(path, data, overwrite=True)
-        # Last: what it stands beside is complete.
+        # Written last: it marks the other file as complete.
         write_bytes(clock, json.dumps(seconds).encode(), overwrite=True)
     return path.read_bytes(), json.loads(clock.read_text())
 
 
 def shortened(data: bytes, keep: float) -> bytes:
-    """An edit file with only a share of its adapter, as `FinetuneConfig.keep` leaves it (but for a second rounding)."""
+    """An edit file with a share of its adapter, as with `FinetuneConfig.keep` (except for a second rounding)."""
     edit = edit_file.decode(data)
-    whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
+    whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapters["unet"].items()}
     kept = {
         key: LoraFactors(down.half(), up.half(), alpha)
         for key, (down, up, alpha) in scaled_alike(truncated(whole, keep)).items()
     }
-    return edit_file.encode(replace(edit, adapter=kept))
+    return edit_file.encode(replace(edit, adapters={"unet": kept}))
 
 
 def digest(facts: Mapping[str, Any]) -> str:
-    """A short name for what something was made from."""
+    """A short hash of facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def same_noise(base: BaseModel, rows: int) -> Tensor:
-    """The same starting noise (C, H, W) for every row: (B, C, H, W), as `lowmem_imagic.sample` draws it."""
-    noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(SEED))
+    """The same starting noise for every row (B, C, H, W), drawn as in `lowmem_imagic.sampling.sample`."""
+    noise = starting_noise(base.denoisers[0].shape(base.sizes.own), torch.Generator().manual_seed(SEED))
     return noise.expand(rows, *noise.shape).contiguous()
 
 
+def unet_of(base: BaseModel) -> Any:
+    """The UNet of a base, which is Stable Diffusion in every benchmark."""
+    return base.network(base.denoisers[0])
+
+
+def embeds(text: Tensor) -> Conditioning:
+    """Text (B, T, D) as a conditioning."""
+    return Conditioning({EMBEDS: text})
+
+
 def as_photo(picture: Image.Image) -> Photo:
-    """A rendered picture as a photo that was read from a file."""
+    """A rendered picture as a `Photo`."""
     digest = hashlib.sha256(encode_png(picture, provenance=None)).hexdigest()
     return Photo(image=picture, sha256=digest, name="scene", notes=(), icc_profile=None)

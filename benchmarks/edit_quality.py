@@ -1,10 +1,10 @@
-"""How well methods edit photos of the bundled world, judged against ground truth (`benchmarks.scene_edits`).
+"""Quality of methods that edit photos of the bundled world, judged against ground truth (`benchmarks.scene_edits`).
 
     python -m benchmarks.edit_quality --set validation --method balanced
     python -m benchmarks.edit_quality --set validation --method full-3e-5 --items 8 --grid grid.png
 
-Each method is one file ``results/edit_quality_SET_METHOD.json`` with a verdict on every item at every eta. The eta a
-method is reported at is one for all items, chosen on the validation set; the file of the test set names it.
+Each method has one file ``results/edit_quality_SET_METHOD.json`` with a verdict on every item at every eta. A method is
+reported at one eta for all items, chosen on the validation set; the file of the test set names it.
 """
 
 import argparse
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.letterbox import to_images, to_tensor
-from lowmem_imagic.png import contact_sheet, encode_png
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.pictures.png import contact_sheet, encode_png
+from lowmem_imagic.storage.atomic import write_bytes
 
 from .compared import FP32, compared
 from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary
@@ -39,17 +39,17 @@ SAVE_EVERY = 4
 
 
 class Judged(NamedTuple):
-    """What is said of a method's work on one item."""
+    """The judgement of a method on one item."""
 
     item: SceneEdit
     verdicts: dict[float, Verdict]
-    """For each eta."""
+    """Verdicts by eta."""
     reconstruction_db: float
     """PSNR of the picture at eta 0 to the photo's round trip through the autoencoder."""
     passes: int
     train_s: float
     sample_s: float
-    """Seconds a picture."""
+    """Seconds per picture."""
     edit_bytes: int | None
 
     def as_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Judged(NamedTuple):
 
     @staticmethod
     def from_json(item: SceneEdit, values: Mapping[str, Any]) -> "Judged":
-        """What `as_json` gave for `item`, but for the rounding."""
+        """The judgement of `item` from the values of `as_json`, up to rounding."""
         return Judged(
             item,
             {float(eta): Verdict.from_json(verdict) for eta, verdict in values["verdicts"].items()},
@@ -76,9 +76,9 @@ class Judged(NamedTuple):
 
 
 def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -> Judged:
-    """What a method made of one item, judged; its etas hold 0."""
+    """The judgement of a method's outcome for one item; its etas include 0."""
     verdicts = {eta: judge(oracle, [item], pictures)[0] for eta, pictures in outcome.pictures.items()}
-    [best] = to_images(base.decode(base.encode_images(to_tensor(item.photo_picture(base.size_px)))))
+    [best] = to_images(base.decode(base.encode_images(to_tensor(item.photo_picture(base.sizes.own[0])))))
     return Judged(
         item,
         verdicts,
@@ -91,10 +91,10 @@ def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -
 
 
 def kept(path: Path, facts: Mapping[str, Any], items: Sequence[SceneEdit]) -> tuple[list[Judged], list[dict[str, Any]]]:
-    """What the result at `path` says of `items`, and where it comes from: a provenance of each run.
+    """The judgements of `items` in the result at `path`, and the provenance of each of its runs.
 
     Raises:
-        ValueError: it is of something else than `facts`.
+        ValueError: the result's facts differ from `facts`.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
     # Through JSON, which has no tuples.
@@ -107,7 +107,7 @@ def kept(path: Path, facts: Mapping[str, Any], items: Sequence[SceneEdit]) -> tu
 
 
 class _Bench(NamedTuple):
-    """What a process needs to apply a method."""
+    """The objects for applying a method in a process."""
 
     base: BaseModel
     method: Method
@@ -123,15 +123,15 @@ def _start(method: str, work: Path | None, device: str, weights: str, etas: Sequ
 
 
 def _apply(items: Sequence[SceneEdit]) -> list[Outcome]:
-    """The method applied to some items at once: an outcome each."""
+    """The outcomes of the method for some items at once."""
     [(base, method, etas)] = _bench
-    photos, sentences = [item.photo_picture(base.size_px) for item in items], [item.sentence for item in items]
+    photos, sentences = [item.photo_picture(base.sizes.own[0]) for item in items], [item.sentence for item in items]
     outcome = method(base, photos, sentences, etas)
     return [outcome.of(number) for number in range(len(items))]
 
 
 def report(results: Sequence[Judged], eta: float) -> dict[str, Any]:
-    """The result of one method: the curve along eta, and everything at the one `eta` it is reported at."""
+    """The result of one method: the curve along eta, and all figures at the reported `eta`."""
     items = [result.item for result in results]
     main = [result for result in results if result.item.kind not in HARD_KINDS] or results
     sizes = [result.edit_bytes for result in results if result.edit_bytes is not None]
@@ -165,12 +165,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def along_eta(results: Sequence[Judged]) -> dict[float, list[Verdict]]:
-    """For each eta the verdicts on all items."""
+    """The verdicts on all items, by eta."""
     return {eta: [result.verdicts[eta] for result in results] for eta in results[0].verdicts}
 
 
 def best_eta(items: Sequence[SceneEdit], verdicts: dict[float, list[Verdict]]) -> float:
-    """The eta with most good items, the hard kinds left out; of equals, the one with the better background."""
+    """The eta with the most good items, without the hard kinds; ties go to the better background."""
     main = [i for i in range(len(items)) if items[i].kind not in HARD_KINDS] or list(range(len(items)))
 
     def worth(eta: float) -> tuple[int, float]:
@@ -181,7 +181,7 @@ def best_eta(items: Sequence[SceneEdit], verdicts: dict[float, list[Verdict]]) -
 
 
 def chosen_eta(method: str) -> float:
-    """The eta that the validation set chose for a method.
+    """The eta chosen for a method on the validation set.
 
     Raises:
         FileNotFoundError: the method has no complete result on the validation set yet.
@@ -214,13 +214,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=sorted(SETS), default=VALIDATION.name, help="the items [validation]")
     parser.add_argument("--method", choices=list(compared()), required=True)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what training makes here, or take it from here")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for trained edits, to keep and to reuse")
     parser.add_argument("--items", type=int, metavar="N", help="only the first N items: a partial run")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="work on N items at once, on one thread each [1]"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with a result: keep the items it has already")
+    parser.add_argument("--resume", action="store_true", help="continue a result: keep its finished items")
     parser.add_argument("--force", action="store_true", help="replace a result")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of the items of this run")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here [benchmarks/results]")
@@ -264,7 +264,7 @@ def main() -> int:
     pictures: dict[float, dict[str, Image.Image]] = {point: {} for point in etas}
 
     def written() -> float:
-        """Writes what there is, and gives the eta it is reported at."""
+        """Writes the results so far; returns the reported eta."""
         done = [results[item.name] for item in items if item.name in results]
         at = best_eta([result.item for result in done], along_eta(done)) if eta is None else eta
         result = {
@@ -283,7 +283,7 @@ def main() -> int:
             results[item.name] = judged(oracle, item, outcome, base)
             for point, made in outcome.pictures.items():
                 pictures[point][item.name] = made[0]
-        # Now and then: a run that is stopped loses little.
+        # Written now and then, so that a stopped run loses little.
         if len(results) % SAVE_EVERY == 0:
             written()
 

@@ -1,10 +1,10 @@
-"""What the engine takes: memory of training, size of edit files, time at the command line.
+"""Costs of the engine: memory of training, size of edit files, time of commands.
 
     python -m benchmarks.engine                  all parts, about ten minutes on two cores
     python -m benchmarks.engine size speed       some
-    python -m benchmarks.engine --quick          smaller and fewer; shows that it works, and keeps nothing
+    python -m benchmarks.engine --quick          smaller and fewer; a check that keeps no results
 
-Each part of a full run writes ``results/engine_PART.json``. A measurement that failed is ``null``.
+Each part of a full run writes ``results/engine_PART.json``. A failed measurement is ``null``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PARTS = ("memory", "size", "speed")
 
 
 def main() -> int:
-    """Command line; 1 where a full run misses a goal or fails to measure it."""
+    """Command line; returns 1 if a full run misses a goal or fails to measure it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} [all]")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer")

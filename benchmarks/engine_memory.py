@@ -1,12 +1,12 @@
 """Resident bytes of Stable Diffusion 1.5's UNet, and the peak of training one photo, per weight format.
 
-Weights are random (`random_unet`), everything else is the product: `quantize.load_frozen` fills the network layer by
-layer, `finetune.finetune` trains attention adapters of rank 4 on one row at 512 px with gradient checkpointing,
-in bfloat16 for every format. Memory is the process's resident memory on a Linux CPU, over what Python and the
-imports take; the numbers of a GPU differ by its kernels' workspaces.
+Weights are random (`random_unet`), all code is the package's: `frozen.load_frozen` fills the network layer by layer,
+`Pack` trains attention adapters of rank 4 on one row at 512 px with gradient checkpointing, in bfloat16 for every
+format. Memory is the process's resident memory on a Linux CPU, less that of Python and the imports; figures on a GPU
+differ by its kernels' workspaces.
 
-On Linux the package makes glibc return freed blocks (`memory.return_freed_memory`), for every format alike; left
-alone, glibc keeps them, and the peak of a row of int8 is 1.6 GiB.
+On Linux the package makes glibc return freed blocks (`memory.return_freed_memory`), for every format; by default glibc
+keeps them, and the peak of a row of int8 is 1.6 GiB.
 """
 
 import ctypes
@@ -18,29 +18,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import FinetuneConfig
-from lowmem_imagic.finetune import finetune
-from lowmem_imagic.memory import peak_bytes, reset_peak, resident_bytes
-from lowmem_imagic.quantize import weight_bytes
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.frozen import weight_bytes
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
+from .edit_methods import embeds, unet_of
 from .goals import Line, fresh, in_gib
 from .random_unet import TOKENS, random_sd15
 
 CPU = torch.device("cpu")
 WEIGHTS_GOAL_GIB, PEAK_GOAL_GIB = 0.82, 1.2
-"""Of ``int8``."""
+"""Goals for ``int8``."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured in one process."""
+    """A measurement in one process."""
 
     weights: str = "int8"
     compute: str = "bfloat16"
@@ -53,7 +54,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Its name in the table."""
         compute = "" if self.compute == "bfloat16" else f", {self.compute} arithmetic"
         return self.weights + compute
 
@@ -66,7 +67,7 @@ QUICK_CASES = [Case(latent_side=16, rows=1)]
 
 
 def measure(*, quick: bool) -> tuple[dict[str, Any], list[Line]]:
-    """The result and its table; every case in a process of its own."""
+    """The result and its table; every case in its own process."""
     cases, found, lines = QUICK_CASES if quick else CASES, [], list[Line]()
     for case in cases:
         print(f"memory: {case.name}", file=sys.stderr)
@@ -96,27 +97,32 @@ def _lines(case: Case, measured: dict[str, Any], *, judged: bool) -> list[Line]:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """What `case` takes, in bytes over the resident memory at the start, and seconds; Linux only."""
+    """Bytes of `case` over the resident memory at the start, and seconds; Linux only."""
     baseline = resident_bytes()
     base = random_sd15(weights=case.weights, device=CPU, dtype=getattr(torch, case.compute), checkpointing=True)
     with _peak() as load_peak:
         started = time.perf_counter()
-        unet = base.unet
+        unet = unet_of(base)
         load_s = time.perf_counter() - started
     loaded = resident_bytes()
 
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, case.latent_side, case.latent_side, generator=generator)
-    e_opt = torch.randn(1, TOKENS, base.family.cross_attention_dim, generator=generator)
-    config = FinetuneConfig(
-        steps=case.rows, learning_rate=1e-4, draws=1, adapt=case.adapt, lora_rank=case.rank, lora_alpha=case.rank
+    e_opt = torch.randn(1, TOKENS, base.family.text["embeds"].shape[-1], generator=generator)
+    config = EditConfig(
+        embed=EmbedConfig(steps=0, learning_rate=1e-2),
+        finetune=FinetuneConfig(
+            steps=case.rows, learning_rate=1e-4, draws=1, adapt=case.adapt, lora_rank=case.rank, lora_alpha=case.rank
+        ),
     )
     ends = [time.perf_counter()]
     with _peak() as row_peak:
-        pack, losses, _ = finetune(
-            base, latents, e_opt, config, [generator], lambda *_: ends.append(time.perf_counter())
-        )
-    assert losses.per_step.isfinite().all()
+        photo = TrainingInput({"unet": latents[0]}, embeds(e_opt), generator, {"unet": latents[0]})
+        training = Pack(base, [photo], config, slots=1, progress=lambda *_: ends.append(time.perf_counter()))
+        [[edit]] = training.run()
+        del training
+    assert edit.error is None
+    pack = AdapterPack.load(unet, base.denoisers[0].names, list(edit.adapters.values()))
     return {
         "baseline_bytes": baseline,
         "weight_bytes": weight_bytes(unet),
@@ -133,22 +139,22 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def _graph(base: BaseModel, pack: AdapterPack, latents: Tensor, e_opt: Tensor) -> dict[str, Any]:
-    """What a forward pass leaves behind for the backward pass: as autograd counts it, and as the system does."""
+    """Bytes that a forward pass keeps for the backward pass: counted by autograd, and by the system."""
     for parameter in pack.parameters:
         parameter.requires_grad_(True)
     saved = {}
-    with pack.attached(base.unet):
+    with pack.attached(unet_of(base)):
         return_freed()
         before = resident_bytes()
-        prediction = base.predict(latents, torch.tensor([500]), e_opt)
+        prediction = base.predict(base.denoisers[0], latents, torch.tensor([500]), embeds(e_opt))
         return_freed()
         held = resident_bytes() - before
         del prediction
         for name, checkpointing in (("checkpointing", True), ("plain", False)):
             if not checkpointing:
-                cast(Any, base.unet).disable_gradient_checkpointing()
-            with _saved_bytes(_storages(base.unet, pack)) as count:
-                base.predict(latents, torch.tensor([500]), e_opt)
+                unet_of(base).disable_gradient_checkpointing()
+            with _saved_bytes(_storages(unet_of(base), pack)) as count:
+                base.predict(base.denoisers[0], latents, torch.tensor([500]), embeds(e_opt))
             saved[name] = count[0]
     return {"held_bytes": held, "saved_for_backward_bytes": saved}
 
@@ -157,7 +163,7 @@ def _graph(base: BaseModel, pack: AdapterPack, latents: Tensor, e_opt: Tensor) -
 def _saved_bytes(known: set[int]) -> Iterator[list[int]]:
     """Counts the bytes of the storages that autograd saves in the block, each once and without those `known`.
 
-    What a layer keeps on its context by itself is not seen (stock bitsandbytes does so with every input).
+    Tensors that a layer keeps on its own context are not counted (stock bitsandbytes does so with every input).
     """
     count, kept = [0], list[Tensor]()
 
@@ -165,7 +171,7 @@ def _saved_bytes(known: set[int]) -> Iterator[list[int]]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             known.add(storage.data_ptr())
-            # Kept, so that no other storage gets its address while we count; detached, so as to make no cycle.
+            # Kept alive, so that no other storage gets its address while we count; detached, to avoid a cycle.
             kept.append(tensor.detach())
             count[0] += storage.nbytes()
         return tensor.detach()
@@ -176,7 +182,7 @@ def _saved_bytes(known: set[int]) -> Iterator[list[int]]:
 
 
 def _storages(network: nn.Module, pack: AdapterPack) -> set[int]:
-    """Addresses of everything that is there without a graph: weights, scales, adapters."""
+    """Addresses of all storages that exist without a graph: weights, scales, adapters."""
     tensors = [*network.parameters(), *network.buffers(), pack.weights]
     for module in network.modules():
         state = getattr(module, "state", None)
@@ -186,11 +192,11 @@ def _storages(network: nn.Module, pack: AdapterPack) -> set[int]:
 
 @contextmanager
 def _peak() -> Iterator[list[int | None]]:
-    """Collects the peak of resident bytes in the block; None where the system cannot tell."""
+    """Collects the peak of resident bytes in the block; None if the system does not report it."""
     found: list[int | None] = [None]
     reset_peak(CPU)
     start = peak_bytes(CPU)
-    # A peak that was not reset would be an older one.
+    # Without a reset, the peak could be an older one.
     known = start is not None and start < resident_bytes() + 2**25
     yield found
     found[0] = peak_bytes(CPU) if known else None
@@ -201,7 +207,7 @@ def _over(found: list[int | None], baseline: int) -> int | None:
 
 
 def return_freed() -> None:
-    """Gives freed memory back to the system, where that is possible, so that it is not counted."""
+    """Returns freed memory to the system, if possible, so that it does not count."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,7 +1,7 @@
 """Bytes of edit files.
 
-Of the bundled model, real edits with one training step: the size does not depend on how long it trained. Of
-Stable Diffusion 1.5, edits of its shape with random factors and a random embedding, written as any other.
+For the bundled model: real edits with one training step, as the size does not depend on training time. For Stable
+Diffusion 1.5: edits of its shape with random factors and a random embedding, written as usual.
 """
 
 import hashlib
@@ -15,21 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.adapters import AdapterPack, Factors
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import ADAPT_TARGETS, EditConfig
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.edit import Edit, LoraFactors
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import Edit, LoraFactors
+from lowmem_imagic.edits.identity import BaseIdentity, Interface, SourcePicture
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import DEMO
-from lowmem_imagic.identity import BaseIdentity, SourcePicture
-from lowmem_imagic.images import Photo
-from lowmem_imagic.pipeline import COARSE_SIDE, make_edits, versions
-from lowmem_imagic.portable import portable
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import PRESETS, SMALL_KEEP, preset
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.families.adapter_names import KohyaNames
+from lowmem_imagic.families.portable import portable
+from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import COARSE_SIDE, Job
+from lowmem_imagic.pipeline.versions import versions
+from lowmem_imagic.settings.presets import PRESETS, SMALL_KEEP, preset
+from lowmem_imagic.settings.stages import ADAPT_TARGETS, EditConfig
 
 from .goals import Line, fresh
 from .random_unet import TOKENS, meta_unet
@@ -37,7 +39,7 @@ from .random_unet import TOKENS, meta_unet
 SMALL = "small"
 """The preset ``balanced`` with ``--small``."""
 RANK = 4
-"""Of the adapters whose layers are compared."""
+"""Rank of the adapters for the comparison of layers."""
 GOALS_MB = {
     ("sd15", "attn"): 1.9,
     ("sd15", "balanced"): 4.0,
@@ -82,27 +84,27 @@ def _title(name: str) -> str:
 
 
 def of_sd15(name: str, path: Path) -> dict[str, Any]:
-    """Sizes of an edit of Stable Diffusion 1.5's shape by the settings `_config` has, which is left at `path`."""
+    """Sizes of an edit of Stable Diffusion 1.5's shape with the settings of `_config`; leaves the edit at `path`."""
     config = _config(name)
     tuning = config.finetune
     unet = meta_unet("sd15")
-    pack = AdapterPack(unet, edits=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
+    pack = AdapterPack(unet, KohyaNames(), count=1, adapt=tuning.adapt, rank=tuning.lora_rank, alpha=tuning.lora_alpha)
     generator = torch.Generator().manual_seed(0)
     pack.weights.normal_(0.0, 0.02, generator=generator)
     whole = {key: _evened(*factors) for key, factors in pack.export(0).items()}
     sentence = "a photo of a sleeping cat on a wooden floor"
+    stored = portable(truncated(whole, tuning.keep), unet)
     made = Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in portable(truncated(whole, tuning.keep), unet).items()},
-        optimized_embedding=torch.randn(TOKENS, 768, generator=generator),
-        coarse_latents=torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator),
-        inverted_noise=torch.randn(4, 64, 64, generator=generator) if config.sample.start == "inverted" else None,
+        adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
+        conditioning={"embeds": torch.randn(TOKENS, 768, generator=generator)},
+        coarse={"unet": torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator)},
+        noise={"unet": torch.randn(4, 64, 64, generator=generator)} if config.sample.start == "inverted" else {},
         target_prompt=sentence,
         base=BaseIdentity(
             source="stable-diffusion-v1-5/stable-diffusion-v1-5",
             revision=hashlib.sha1(b"revision").hexdigest(),
             family="sd1",
-            prediction_type="epsilon",
-            cross_attention_dim=768,
+            interface=Interface(text={"embeds": 768}, denoisers={"unet": "epsilon"}),
             files={name: _digest(name) for name in ("unet", "vae", "text_encoder", "tokenizer")},
         ),
         settings={**config.to_dict(), "result": {"embed_steps": config.embed.steps, "finetune_steps": tuning.steps}},
@@ -110,7 +112,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
         etas=config.sample.etas,
         eta_default=1.0,
         source=SourcePicture(
-            sha256=_digest("photo"), width_px=4032, height_px=3024, size_px=512, box=(0, 64, 512, 448)
+            sha256=_digest("photo"), width_px=4032, height_px=3024, size=(512, 512), box=(0, 64, 512, 448)
         ),
         base_weights="int8",
         versions=versions(),
@@ -124,19 +126,19 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
 
 
 def _evened(down: Tensor, up: Tensor, alpha: float) -> Factors:
-    """The factors scaled so that every layer's directions are worth about as much for their bytes.
+    """The factors scaled so that all layers' directions have about equal energy per byte.
 
-    Truncation then leaves something of nearly every layer, which takes the longest header.
+    Truncation then keeps directions in nearly every layer, which needs the longest header.
     """
     inputs, outputs = down[0].numel(), len(up)
     return down, up * math.sqrt((inputs + outputs) / (inputs * outputs)), alpha
 
 
 def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
-    """Sizes of an edit of a base by the settings `_config` has; the edit is left at `path`."""
+    """Sizes of an edit of a base with the settings of `_config`; leaves the edit at `path`."""
     config = _config(name)
     base = BaseModel.load(model, device="cpu")
-    image = render(Scene.from_sentence("a red cube on a wooden floor", seed=0), base.size_px)
+    image = render(Scene.from_sentence("a red cube on a wooden floor", seed=0), base.sizes.own[0])
     photo = Photo(image=image, sha256=_digest("photo"), name="scene", notes=(), icc_profile=None)
     made = make_edits(base, [Job(photo, "a blue cube on a wooden floor")], config)[0]
     edit_file.write(made, path, overwrite=True)
@@ -144,7 +146,7 @@ def of_model(model: str, name: str, path: Path) -> dict[str, Any]:
 
 
 def _config(name: str) -> EditConfig:
-    """A preset with one step a stage, ``--small``, or whole adapters of `RANK` on the layers that `name` says."""
+    """A preset with one step per stage, ``--small``, or whole adapters of `RANK` on the layers called `name`."""
     short = {"steps": 1, "draws": 1}
     changes: dict[str, Any] = {"embed": short, "finetune": dict(short)}
     if name == SMALL:
@@ -159,12 +161,12 @@ def _digest(text: str) -> str:
 
 
 def _sizes(made: Edit, path: Path) -> dict[str, Any]:
-    """How large the file is and what takes the room."""
+    """Size of the file, in all and by part."""
     return {
         "file_bytes": path.stat().st_size,
-        "factor_bytes": sum(f.down.nbytes + f.up.nbytes for f in made.adapter.values()),
-        "embedding_bytes": made.optimized_embedding.nbytes,
-        "layers": len(made.adapter),
+        "factor_bytes": sum(f.down.nbytes + f.up.nbytes for f in made.adapters["unet"].values()),
+        "embedding_bytes": made.conditioning["embeds"].nbytes,
+        "layers": len(made.adapters["unet"]),
         "rank": made.rank,
     }
 

@@ -1,7 +1,7 @@
-"""Seconds that a person waits for the command line, from the start of the process to its end.
+"""Seconds of commands from the start of the process to its end.
 
-Each command runs once to warm the disk's cache, which is reported by itself, and then three times; the number
-is the median. The edit is that of a rendered scene on the bundled model with the default preset on the CPU.
+Each command runs once to warm the disk's cache, which is reported separately, and then three times; the figure is the
+median. The edit is of a rendered scene, with the bundled model and the default preset on the CPU.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Measured numbers beside their goals, and measurements that each get a process of their own."""
+"""Measured numbers with their goals, and measurements in separate processes."""
 
 import json
 import os
@@ -20,12 +20,12 @@ class Line:
 
     name: str
     value: float | None
-    """None: the measurement failed or was not made."""
+    """None if the measurement failed or was not made."""
     unit: str
     goal: float | None = None
-    """The most it may be, or the least; None where nothing is asked of it."""
+    """The most or the least it may be; None without a goal."""
     at_least: bool = False
-    """Whether the goal is the least."""
+    """Whether the goal is a least value."""
 
     @property
     def passed(self) -> bool | None:
@@ -60,9 +60,9 @@ def in_gib(size_bytes: float | None) -> float | None:
 def fresh(
     module: str, *words: str, environment: Mapping[str, str] | None = None, timeout_s: float | None = None
 ) -> dict[str, Any] | None:
-    """What ``python -m MODULE WORDS`` prints as its last line, a JSON object; None if it fails or takes longer.
+    """The last line printed by ``python -m MODULE WORDS``, a JSON object; None if it fails or takes too long.
 
-    A new process, because memory that another measurement has left behind would be counted with this one's.
+    A new process, because memory left by another measurement would count as this one's.
     """
     try:
         done = subprocess.run(

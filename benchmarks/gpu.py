@@ -1,15 +1,15 @@
-"""What a GPU does with edits of Stable Diffusion 1.5: whole edits, cards of 8 and 12 GB, kernels; one table, one JSON.
+"""Edits of Stable Diffusion 1.5 on a GPU: whole edits, cards of 8 and 12 GB, kernels; one table, one JSON.
 
     python -m benchmarks.gpu                     everything
     python -m benchmarks.gpu edits cards         some parts
 
-Weights are random, everything else is the package: `inversion`, `packing`, `truncation` and `sample` as `edit` calls
-them, with the preset ``balanced``, but for text encoder and autoencoder. *edits*: seconds of whole edits, trained and
-rendered at eight etas, one alone and sixteen in a pack. *cards*: the plan for a card of 8 and of 12 GB, of which the
-allocator gives no more (``set_per_process_memory_fraction``), and what its training and sampling then take. *steps*:
-seconds of a training step with xformers and with torch's attention, as it is and recorded as a CUDA graph (`replay`),
-and how far what recorded training comes to is from the others', against how far two of those are from each other. The
-file is written after every measurement. Without a GPU every figure is ``null``.
+Weights are random, all code is the package's: `inversion`, `pack`, `truncation` and `sample` are called as by `edit`,
+with the preset ``balanced``, but without text encoder and autoencoder. *edits*: seconds of whole edits, trained and
+rendered at eight etas, one alone and sixteen in a pack. *cards*: the plan for a card of 8 and of 12 GB, with the
+allocator limited to that (``set_per_process_memory_fraction``), and the measured bytes of its training and sampling.
+*steps*: seconds of a training step with xformers and with torch's attention, plain and recorded as a CUDA graph, and
+the difference of results between recorded and plain training, against the difference between two plain runs. The file
+is written after every measurement. Without a GPU every figure is ``null``.
 """
 
 import argparse
@@ -26,20 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel, pick_dtype, resolve_attention
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.diffusion import coarse
-from lowmem_imagic.inversion import own_noise
-from lowmem_imagic.memory import peak_bytes, reset_peak
-from lowmem_imagic.packing import Pack, Task, TrainedEdit
-from lowmem_imagic.pipeline import COARSE_SIDE
-from lowmem_imagic.planning import Budget, plan_for
-from lowmem_imagic.portable import portable
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell, sample
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.diffusion.schedules import coarse
+from lowmem_imagic.engine.base import BaseModel, pick_dtype, resolve_attention
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.portable import portable
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pipeline.prepare import COARSE_SIDE
+from lowmem_imagic.planning.plan import Budget, Plan, plan_for, planned
+from lowmem_imagic.sampling.inversion import own_noise
+from lowmem_imagic.sampling.sample import Cell, sample
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.training.pack import Pack, TrainedEdit, TrainingInput
 
+from .edit_methods import EMBEDS, embeds
 from .goals import Line, fresh, in_gib, table
 from .memory import Case
 from .random_unet import random_sd15
@@ -47,49 +49,55 @@ from .results import RESULTS, provenance, write_result
 from .speed import flops_of, matmul_rate
 
 EDITS = 16
-"""In a pack."""
+"""Number of edits in a pack."""
 ETAS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CARDS = ("8GB", "12GB")
 CARD_STEPS = 3
-"""Of each stage: peaks do not depend on how many there are."""
+"""Steps of each stage; peaks do not depend on their number."""
 ALONE_GOAL_S, PACKED_GOAL_S, RATIO_GOAL, SHARE_GOAL = 12.0, 3.0, 8.0, 0.4
 PREDICTION_GOAL = 0.1
-"""How far a phase may be from its prediction, as a share of it."""
+"""Largest difference of a phase from its prediction, as a share of it."""
 ROUNDING_GOAL = 3.0
-"""How many times as far from an unrecorded run a recorded one may be as another unrecorded one is."""
+"""Largest distance of a recorded run from a plain run, in multiples of the distance of two plain runs."""
 ATTENTION = ("sdpa", "xformers")
 TIMED_STEPS, COMPARED_STEPS = 12, 4
 TIMEOUT_S = 300.0
-"""Of a measurement."""
+"""Time limit of a measurement."""
 
 
 Measured = Iterator[tuple[Any, list[Line]]]
-"""A part of the result and of the table, anew after every measurement."""
+"""Yields a part of the result and of the table after every measurement."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What was made of some tasks."""
+    """Results of some tasks."""
 
     edits: list[TrainedEdit]
     noise: list[Tensor]
-    """The photo's own of each, (C, H, W)."""
+    """Each photo's own noise, (C, H, W)."""
     photos: Tensor
     """(N, C, H, W)."""
-    targets: Tensor
-    """(N, T, D)."""
+    targets: Conditioning
+    """N rows."""
 
 
-def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[Task], Made]:
-    """Tasks with photos of noise, each with its own sentence, and what is known of them; or with noise just drawn."""
-    photos = torch.randn(count, *base.family.latent_shape, generator=torch.Generator().manual_seed(1))
+def tasks_of(base: BaseModel, count: int, *, invert: bool) -> tuple[list[TrainingInput], Made]:
+    """Tasks with photos of noise, each with its own sentence, and their data; `invert`: with the photos' own noise."""
+    denoiser = base.denoisers[0]
+    photos = torch.randn(count, *denoiser.shape(base.sizes.own), generator=torch.Generator().manual_seed(1))
     targets = base.encode_text([f"sentence {number}" for number in range(count)])
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     noise = [
-        own_noise(base, photo, draw).half().float() if invert else torch.randn(photo.shape, generator=draw)
+        own_noise(base, base.denoisers[0], photo, draw).half().float()
+        if invert
+        else torch.randn(photo.shape, generator=draw)
         for photo, draw in zip(photos, generators, strict=True)
     ]
-    tasks = [Task(*parts) for parts in zip(photos, targets, generators, noise, strict=True)]
+    tasks = [
+        TrainingInput({"unet": photo}, targets.rows([number]), draw, {"unet": own})
+        for number, (photo, draw, own) in enumerate(zip(photos, generators, noise, strict=True))
+    ]
     return tasks, Made([], noise, photos, targets)
 
 
@@ -102,14 +110,15 @@ def train(
     max_rows: int | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Made:
-    """Some edits, from inversion to what is stored; `progress` is called as a pack's is."""
+    """Some edits, from inversion to the stored adapter; `progress` is the pack's."""
     tasks, made = tasks_of(base, count, invert=config.sample.start == "inverted")
     pack = Pack(base, tasks, config, slots=slots, count=count, max_rows=max_rows, progress=progress)
     for group in pack.run():
         for edit in group:
             if edit.error is not None:
                 raise edit.error
-            edit.adapter = portable(truncated(edit.adapter, config.finetune.keep), base.unet)
+            adapter = truncated(edit.adapters["unet"], config.finetune.keep)
+            edit.adapters = {"unet": portable(adapter, base.network(base.denoisers[0]))}
             made.edits.append(edit)
     made.edits.sort(key=lambda edit: edit.number)
     return made
@@ -117,21 +126,22 @@ def train(
 
 def render(base: BaseModel, config: EditConfig, made: Made, etas: Sequence[float]) -> Tensor:
     """Latents (N * etas, C, H, W) of every edit at every eta."""
-    pack = AdapterPack.load(base.unet, [edit.adapter for edit in made.edits], device=base.device)
+    denoiser, adapters = base.denoisers[0], [edit.adapters["unet"] for edit in made.edits]
+    pack = AdapterPack.load(base.network(denoiser), denoiser.names, adapters, device=base.device)
     return sample(
         base,
-        pack,
+        {"unet": pack},
         made.targets,
-        torch.stack([edit.optimized_embedding for edit in made.edits]),
+        embeds(torch.stack([edit.conditioning[EMBEDS] for edit in made.edits])),
         [Cell(number, eta, 0) for number in range(len(made.edits)) for eta in etas],
         config.sample,
-        coarse_latents=coarse(made.photos, COARSE_SIDE),
-        inverted_noise=torch.stack(made.noise),
-    )
+        coarse={"unet": coarse(made.photos, COARSE_SIDE)},
+        noise={"unet": torch.stack(made.noise)},
+    )["unet"]
 
 
 def whole_edits(base: BaseModel, config: EditConfig, count: int, etas: Sequence[float]) -> dict[str, float]:
-    """Seconds of some edits, trained side by side and rendered, after a short one that warms up."""
+    """Seconds of some edits, trained side by side and rendered, after a short warm-up."""
     short = replace(config, embed=replace(config.embed, steps=1), finetune=replace(config.finetune, steps=1))
     render(base, short, train(base, short, count, slots=count), etas[:1])
     _wait(base)
@@ -145,7 +155,7 @@ def whole_edits(base: BaseModel, config: EditConfig, count: int, etas: Sequence[
 
 
 def card(base: BaseModel, config: EditConfig, budget: Budget, jobs: int) -> dict[str, Any]:
-    """The plan for a budget, and the peak bytes of what it plans."""
+    """The plan for a budget, and its measured peak bytes."""
     plan = plan_for(base, config, budget, jobs=jobs)
     assert plan is not None
     few = replace(
@@ -154,34 +164,43 @@ def card(base: BaseModel, config: EditConfig, budget: Budget, jobs: int) -> dict
         finetune=replace(config.finetune, steps=CARD_STEPS),
         sample=replace(config.sample, batch_rows=plan.batch_rows),
     )
-    made = train(base, few, plan.slots, slots=plan.slots, max_rows=plan.rows)
-    peaks = {stage: made.edits[0].measured[stage]["peak_bytes"] for stage in ("embed", "finetune")}
-    reset_peak(base.device)
-    # One edit at a time, as the command line renders, in as many pictures as fill a batch: a guided one takes two rows.
-    first = replace(made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets[:1])
-    render(base, few, first, [number / plan.batch_rows for number in range(plan.batch_rows)])
-    peaks["sample"] = peak_bytes(base.device)
-    # An allocator knows nothing of what was taken before any tensor.
+    with planned(base, plan, budget):
+        peaks = _peaks(base, few, plan)
+    # The allocator does not count the memory in use before any tensor.
     predicted = {name: plan.phases[name].total - plan.phases[name].context for name in peaks}
     return {
         "plan": plan.as_json(),
         "peaks": {name: {"predicted": predicted[name], "measured": peak} for name, peak in peaks.items()},
-        "rungs": base.rungs,
+        "rungs": base.fallbacks,
     }
+
+
+def _peaks(base: BaseModel, few: EditConfig, plan: Plan) -> dict[str, Any]:
+    """Peak bytes of a plan's training and sampling."""
+    made = train(base, few, plan.slots, slots=plan.slots, max_rows=plan.rows)
+    peaks = {stage: made.edits[0].measured[stage]["peak_bytes"] for stage in ("embed", "finetune")}
+    reset_peak(base.device)
+    # One edit at a time, as on the command line, with enough pictures to fill a batch: a guided one takes two rows.
+    first = replace(
+        made, edits=made.edits[:1], noise=made.noise[:1], photos=made.photos[:1], targets=made.targets.rows([0])
+    )
+    render(base, few, first, [number / plan.batch_rows for number in range(plan.batch_rows)])
+    peaks["sample"] = peak_bytes(base.device)
+    return peaks
 
 
 @dataclass(frozen=True)
 class Paced:
-    """A full pack's way through stage 2, one row an edit."""
+    """A full pack in stage 2, one row per edit."""
 
     step_s: float
     """Median of the second half of its steps."""
     came_to: Tensor
-    """Losses of all steps, and the factors that begin at zero, of all edits."""
+    """Losses of all steps, and the factors that start at zero, of all edits."""
 
 
 def paced(base: BaseModel, config: EditConfig, slots: int, steps: int) -> Paced:
-    """Some steps of stage 2, all at the full rate, so that each moves the weights."""
+    """Some steps of stage 2, all at the full learning rate, so that each changes the weights."""
     only = replace(
         config,
         embed=replace(config.embed, steps=0),
@@ -193,12 +212,13 @@ def paced(base: BaseModel, config: EditConfig, slots: int, steps: int) -> Paced:
     made = train(base, only, slots, slots=slots, progress=lambda *_: ends.append(time.perf_counter()))
     half = steps // 2
     found = [torch.tensor(edit.losses["finetune"]) for edit in made.edits]
-    found += [up.flatten() for edit in made.edits for _, up, _ in edit.adapter.values()]
+    found += [up.flatten() for edit in made.edits for _, up, _ in edit.adapters["unet"].values()]
     return Paced(statistics.median(b - a for a, b in pairwise(ends[half - 1 :])), torch.cat(found))
 
 
 def compared(base: BaseModel, config: EditConfig, slots: int) -> dict[str, Any]:
-    """Seconds of a step as it is and recorded, and how far runs are from each other."""
+    """Seconds of a plain and of a recorded step, and the distances between runs."""
+    base.replays = False
     plain, again = (paced(base, config, slots, COMPARED_STEPS).came_to for _ in range(2))
     timed = paced(base, config, slots, TIMED_STEPS).step_s
     base.replays = True
@@ -214,7 +234,7 @@ def compared(base: BaseModel, config: EditConfig, slots: int) -> dict[str, Any]:
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """How far two tensors are from each other, as a share of the second's norm."""
+    """Distance of two tensors, as a share of the second's norm."""
     return float((one - other).norm() / other.norm())
 
 
@@ -246,7 +266,7 @@ def _measure(words: dict[str, Any]) -> dict[str, Any]:
         return card(_base(device), config, budget, EDITS)
     base, slots = _base(device, words["attention"]), words["slots"]
     found = compared(base, config, slots)
-    # With attention's adapters alone: a little less than is done.
+    # Counted with adapters on attention only, slightly less than the real arithmetic.
     flops, rate = flops_of(Case("sd15", "ours", False, slots)), matmul_rate(device, base.dtype)
     shares = {f"{how}share": round(flops / found[f"{how}step_s"] / rate, 4) for how in ("", "recorded_")}
     return {**found, **shares, "flops": flops, "matmul_flops_per_s": round(rate)}
@@ -263,28 +283,30 @@ def edits() -> Measured:
     """Seconds of whole edits, alone and in a pack."""
     found: dict[str, Any] = {"count": EDITS, "runs": []}
     seconds: dict[tuple[int, bool], float | None] = {}
-    for count, replays in ((1, False), (1, True), (EDITS, False)):
+    for count, replays in ((1, False), (1, True), (EDITS, False), (EDITS, True)):
         words = {"edits": count, "replays": replays}
         result = _fresh(words)
         found["runs"].append({**words, "measured": result})
         whole = None if result is None else (result["train_s"] + result["sample_s"]) / count
         seconds[count, replays] = whole and round(whole, 3)
         what = f"sd15 512 px, `balanced` and {len(ETAS)} etas"
-        one, recorded, each = (seconds.get(key) for key in ((1, False), (1, True), (EDITS, False)))
-        ratio = round(one / each, 3) if one and each else None
+        one, recorded = (seconds.get((1, replays)) for replays in (False, True))
+        plain, each = (seconds.get((EDITS, replays)) for replays in (False, True))
+        ratio = round(recorded / each, 3) if recorded and each else None
         yield (
             found,
             [
-                Line(f"{what}: an edit alone", one, "s", ALONE_GOAL_S),
-                Line(f"{what}: the same, steps recorded", recorded, "s"),
+                Line(f"{what}: an edit alone", recorded, "s", ALONE_GOAL_S),
+                Line(f"{what}: the same, steps not recorded", one, "s"),
                 Line(f"{what}: an edit of {EDITS} packed", each, "s", PACKED_GOAL_S),
+                Line(f"{what}: the same, steps not recorded", plain, "s"),
                 Line(f"{what}: edits an hour, {EDITS} packed to alone", ratio, "times", RATIO_GOAL, at_least=True),
             ],
         )
 
 
 def cards() -> Measured:
-    """What small cards' plans take."""
+    """Plans for small cards, and their measured peaks."""
     found, lines = {}, list[Line]()
     for size in CARDS:
         found[size] = result = _fresh({"card": size})
@@ -298,7 +320,7 @@ def cards() -> Measured:
 
 
 def steps() -> Measured:
-    """Seconds of a step with each kind of attention, as it is and recorded."""
+    """Seconds of a step with each kind of attention, plain and recorded."""
     found, lines = [], list[Line]()
     for slots in (1, EDITS):
         for attention in ATTENTION:
@@ -313,7 +335,7 @@ def steps() -> Measured:
                 share = values.get(f"{how}share")
                 lines.append(Line(f"{name}: share of matmul rate", share, "", goal, at_least=True))
             off, floor = values.get("recorded_apart"), values.get("apart")
-            # Runs that agree bit for bit are no distance at all apart.
+            # Runs that agree bit for bit have distance zero.
             ratio = None if off is None or floor is None else round(off / max(floor, 1e-6), 3)
             name = f"sd15 512 px, {slots} in a pack, {attention}: recorded from unrecorded, to two of those"
             lines.append(Line(name, ratio, "times", ROUNDING_GOAL))
@@ -324,14 +346,14 @@ PARTS: dict[str, Callable[[], Measured]] = {"edits": edits, "cards": cards, "ste
 
 
 def main() -> int:
-    """Command line; 1 where a goal is missed."""
+    """Command line; returns 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} [all]")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here [benchmarks/results]")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        # A process of its own for each measurement.
+        # One process per measurement.
         print(json.dumps(_measure(json.loads(args.one))))
         return 0
     if unknown := set(args.parts) - set(PARTS):
@@ -341,7 +363,7 @@ def main() -> int:
     path, wanted = args.out or RESULTS / "gpu.json", args.parts or list(PARTS)
 
     def written(*, partial: bool) -> bool:
-        """Writes what there is; whether no goal is missed."""
+        """Writes the results so far; returns whether no goal is missed."""
         every = [line for some in lines.values() for line in some]
         passed = all(line.passed is not False for line in every)
         result = {"partial": partial, **found, "lines": [line.as_json() for line in every], "passed": passed}
@@ -350,7 +372,7 @@ def main() -> int:
         return passed
 
     for part in wanted:
-        # A lent GPU is taken back without a word.
+        # A borrowed GPU may be taken away at any time.
         for values, rows in PARTS[part]():
             found[part], lines[part] = values, rows
             written(partial=True)

@@ -4,11 +4,11 @@
     python -m benchmarks.memory --counted    only counted: no weights, no device, two minutes
 
 Three ways to train LoRA of rank 4 on attention: this package (every weight matrix and convolution in int8), peft on a
-base in bfloat16, and peft on stock bitsandbytes (linear layers in int8). The others train one adapter at a time, so
-their rows are draws of one edit; ours are N edits. *Counted*: bytes of live tensors while the real code runs on the
-meta device (`lowmem_imagic.accounting`), transients included, a device's context and its kernels' scratch memory not.
-*Measured*: what the allocator of a GPU says, or on a CPU the resident memory over what was there before the weights.
-What needs a GPU is ``null`` without one.
+base in bfloat16, and peft on stock bitsandbytes (linear layers in int8). peft trains one adapter at a time, so its rows
+are draws of one edit; ours are N edits. *Counted*: bytes of live tensors while the real code runs on the meta device
+(`lowmem_imagic.planning.counting`), with temporary tensors but without a device's context and kernels' scratch memory.
+*Measured*: the peak of a GPU's allocator, or on a CPU the resident memory over the memory before the weights. Figures
+of a GPU are ``null`` without one.
 """
 
 import argparse
@@ -24,11 +24,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lowmem_imagic.accounting import fused_attention, peak_of
-from lowmem_imagic.adapters import TARGETS, AdapterPack, strided_gradients
-from lowmem_imagic.diffusion import loss_per_edit
-from lowmem_imagic.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
-from lowmem_imagic.quantize import load_frozen, weight_bytes
+from lowmem_imagic.diffusion.schedules import loss_per_edit
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
+from lowmem_imagic.families.adapter_names import TARGETS, KohyaNames
+from lowmem_imagic.families.stable_diffusion import AT_LATENTS
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.frozen import load_frozen, weight_bytes
+from lowmem_imagic.planning.counting import fused_attention, peak_of
 
 from .goals import Line, fresh, in_gib, table
 from .random_unet import CONFIGURATIONS, TOKENS, frozen_meta, meta_unet, random_weights
@@ -37,18 +39,18 @@ from .results import RESULTS, provenance, write_result
 RANK = 4
 PACKS = (1, 2, 4, 8, 16)
 WAYS = {"ours": ("int8", True), "bf16 + peft": ("bf16", False), "bnb-int8 + peft": ("bnb-int8", False)}
-"""Way of training to the format of the frozen weights and whether adapters are packed."""
+"""Format of the frozen weights, and whether adapters are packed, by way of training."""
 MIB = 2**20
 ROW_GOALS_MIB = {False: 540.0, True: 165.0}
-"""Of a row of Stable Diffusion 1.5 at its own size, without and with checkpointing."""
+"""Goals for a row of Stable Diffusion 1.5 at its own size, without and with checkpointing."""
 PEAK_GOALS_GIB = {False: 1.6, True: 1.3}
-"""Of the same with weights, adapter, gradients and moments, as a GPU's allocator has it."""
+"""Goals for the peak of a GPU's allocator with weights, adapter, gradients and moments."""
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is counted or measured."""
+    """A case to count or to measure."""
 
     model: str
     way: str
@@ -59,7 +61,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Its name in the table."""
         size = self.size_px or CONFIGURATIONS[self.model]["sample_size"] * 8
         how = "checkpointing" if self.checkpointing else "plain"
         return f"{self.model} {size} px, {self.way}, {how}, {self.rows} row{'s' if self.rows > 1 else ''}"
@@ -75,7 +77,7 @@ CASES = [
 
 
 class Step:
-    """A training step of a case on a device: forward and backward, gradients left where they belong.
+    """A training step of a case on a device: forward and backward; the gradients stay.
 
     Args:
         case: the case.
@@ -88,20 +90,23 @@ class Step:
         self.case, self.device, self.dtype = case, device, dtype
         config = CONFIGURATIONS[case.model]
         if device.type == "meta":
-            self.unet: Any = frozen_meta(case.model, weights=weights, dtype=dtype, frugal=packed)
+            self.unet: Any = frozen_meta(case.model, weights=weights, dtype=dtype, lean=packed)
         else:
-            from lowmem_imagic.families.frugal_unet import make_frugal
+            from lowmem_imagic.families.lean_unet import make_lean
 
             self.unet = meta_unet(case.model)
-            load_frozen(self.unet, random_weights(meta_unet(case.model)), weights=weights, device=device, dtype=dtype)
+            drawn = random_weights(meta_unet(case.model))
+            load_frozen(self.unet, drawn, weights=weights, device=device, dtype=dtype, in_float=AT_LATENTS)
             if packed:
-                make_frugal(self.unet)
+                make_lean(self.unet)
         self.weights = weight_bytes(self.unet)
         if case.checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.pack: AdapterPack | None = None
         if packed:
-            self.pack = AdapterPack(self.unet, edits=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device)
+            self.pack = AdapterPack(
+                self.unet, KohyaNames(), count=case.rows, adapt="attn", rank=RANK, alpha=RANK, device=device
+            )
             self.pack.enable_gradients()
             trained = [self.pack.weights]
         else:
@@ -111,7 +116,7 @@ class Step:
                 p.data = p.data.to(dtype)
                 p.grad = torch.zeros_like(p)
             trained = [p.data for p in factors]
-        # Weights, gradients and Adam's two moments: in fp32 for ours, in bfloat16 for the others, which is less.
+        # Weights, gradients and Adam's two moments: in fp32 for ours, in bfloat16 for the others, which takes less.
         self.adapters = 4 * sum(weights.nbytes for weights in trained)
         self._moments = [torch.zeros_like(weights) for weights in trained for _ in range(2)]
         side = case.size_px // 8 if case.size_px else config["sample_size"]
@@ -126,13 +131,12 @@ class Step:
             self._more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
 
     def run(self) -> None:
-        """The pass."""
+        """Runs the pass."""
         with self.pack.attached(self.unet) if self.pack is not None else nullcontext():
             predicted: Tensor = self.unet(
                 self._latents, self._timesteps, encoder_hidden_states=self._text, **self._more
             ).sample
-            with strided_gradients():
-                loss_per_edit(predicted, torch.zeros_like(predicted), self.case.rows).sum().backward()
+            loss_per_edit(predicted, torch.zeros_like(predicted), self.case.rows).sum().backward()
 
 
 def counted(case: Case) -> dict[str, int]:
@@ -151,7 +155,7 @@ def counted(case: Case) -> dict[str, int]:
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
     """Peak bytes of loading and of two steps on a device."""
     if device.type == "cpu":
-        # As the package does, for all alike: freed blocks are not to be counted.
+        # As in the package, for all cases: freed blocks must not count.
         return_freed_memory()
     before = 0 if device.type == "cuda" else resident_bytes() or 0
     reset_peak(device)
@@ -168,7 +172,7 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def lines_of(found: list[dict[str, Any]]) -> Iterator[Line]:
-    """The table: activations of a row, with goals for ours; and what a device took."""
+    """The table: activations of a row, with goals for ours, and the measured peaks."""
     for entry in found:
         case = Case(**entry["case"])
         if entry["counted"] is not None:
@@ -185,14 +189,14 @@ def lines_of(found: list[dict[str, Any]]) -> Iterator[Line]:
 
 
 def main() -> int:
-    """Command line; 1 where a goal is missed."""
+    """Command line; returns 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counted", action="store_true", help="only count; nothing is written without --out")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here [benchmarks/results]")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        # A process of its own for each measurement.
+        # One process per measurement.
         words = json.loads(args.case)
         print(json.dumps(measured(Case(**words["case"]), torch.device(words["device"]))))
         return 0

@@ -3,8 +3,8 @@
     oracle = Oracle.load()
     oracle.read(images)[0].color
 
-A small convolutional network, trained (`benchmarks.train_oracle`) on renders of a seed the bundled model never
-sees, and independent of that model. How often it is right on held-out renders is in its file.
+A small convolutional network, independent of the bundled model, trained (`benchmarks.train_oracle`) on renders of a
+seed that the model never sees. Its file records its accuracy on held-out renders.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lowmem_imagic.atomic import write_bytes
 from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES, Scene
-from lowmem_imagic.safetensors_codec import serialize
+from lowmem_imagic.storage.atomic import write_bytes
+from lowmem_imagic.storage.safetensors_writer import serialize
 
 ORACLE = Path(__file__).parent / "oracle.safetensors"
 """The trained oracle."""
 TARGET = 0.97
-"""Share of held-out renders of which each attribute must be read right."""
+"""Target share of right readings on held-out renders, for each attribute."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -50,7 +50,7 @@ _PLACE_CHANNELS = 144
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """What is to be seen of one object and its floor."""
+    """Visible attributes of one object and its floor."""
 
     shape: str
     color: str
@@ -60,11 +60,11 @@ class Attributes:
     pose: str
     """Always "standing" for shapes that cannot lie."""
     x: float
-    """To the right of the centre, scene units."""
+    """Distance to the right of the centre, scene units."""
     z: float
-    """Away from the camera, scene units."""
+    """Distance from the camera, relative to the centre, scene units."""
     radius: float
-    """Scene units."""
+    """Radius in scene units."""
 
     @staticmethod
     def of(scene: Scene, index: int = 0) -> "Attributes":
@@ -101,7 +101,7 @@ class Oracle:
         """The oracle saved at `path`, on the CPU.
 
         Raises:
-            OSError, SafetensorError: no such file, or damaged.
+            OSError, SafetensorError: the file is missing or damaged.
         """
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
@@ -125,9 +125,9 @@ class Oracle:
         return self._attributes(self._sized(images))
 
     def read_pairs(self, images: Tensor) -> list[tuple[Attributes, Attributes]]:
-        """The left and the right object of each picture of two; images as for `read`.
+        """The left and the right object of each picture with two objects; images as for `read`.
 
-        Where a picture has fewer objects, the answer is a guess.
+        The result is a guess for a picture with fewer objects.
         """
         images = self._sized(images)
         left, right = (self._attributes(half(images, side)) for side in (0, 1))
@@ -146,7 +146,7 @@ class Oracle:
         mirror = torch.ones(len(NUMBERS))
         mirror[0] = -1
         for part in views.split(256):
-            # A picture and its mirror image show the same attributes; two looks are steadier than one.
+            # A picture and its mirror image show the same attributes; averaging both is more reliable.
             words, numbers = split(self._network(part))
             again, numbers_again = split(self._network(part.flip(-1)))
             words = {name: logits.softmax(1) + again[name].softmax(1) for name, logits in words.items()}
@@ -161,7 +161,7 @@ class Oracle:
 
 
 def accuracy(found: Sequence[Attributes], truth: Sequence[Attributes]) -> dict[str, float]:
-    """Share read right of each named attribute that can be seen; of the pose, among shapes that can lie."""
+    """Share of right readings of each visible named attribute; for the pose, among shapes that can lie."""
     shares = {}
     for name in WORDS:
         right = [
@@ -197,7 +197,7 @@ def new_network(size_px: int) -> nn.Module:
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
-    """What a file holds: matrices and kernels in fp16, the few vectors in fp32 (variances may be tiny)."""
+    """Tensors for the file: matrices and kernels in fp16, the few vectors in fp32 (variances may be tiny)."""
     return {
         name: tensor.detach().half() if tensor.ndim > 1 else tensor.detach().float()
         for name, tensor in network.state_dict().items()

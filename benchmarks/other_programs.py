@@ -1,9 +1,9 @@
-"""Whether diffusers makes of an edit file what this package makes of it, and what it needs for that.
+"""Compares diffusers' pictures of an edit file with this package's, with all and with some of the file's data.
 
     python -m benchmarks.other_programs            # pictures of the bundled model, and the UNet's output
     PYTHONPATH=FOLDER python -m benchmarks.other_programs --unet-only   # with the diffusers that lies in FOLDER
 
-Results of several versions of diffusers stand side by side in one file; a run replaces those of its own version.
+One file has the results of several versions of diffusers; a run replaces the results of its own version.
 """
 
 import argparse
@@ -22,20 +22,22 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.adapters import AdapterPack, Factors
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.diffusion import refined
-from lowmem_imagic.edit import Edit
-from lowmem_imagic.families.published import PUBLISHED
-from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.portable import portable
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.safetensors_codec import serialize
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.diffusion.schedules import refined
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import Edit
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.adapter_names import KohyaNames
+from lowmem_imagic.families.files.published import PUBLISHED
+from lowmem_imagic.families.portable import portable
+from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.storage.safetensors_writer import serialize
 
 from .edit_methods import as_photo
 from .results import RESULTS, provenance, write_result
@@ -49,10 +51,10 @@ UNETS = (("demo", "all", 16, 0.108), ("sd15", "all", 16, 0.108), ("sd15", "attn"
 
 
 def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
-    """What comes back of a photo of the validation set at eta 0, by what is taken from its edit (PSNR in dB), and how
-    near the whole recipe comes to this package's pictures."""
+    """PSNR in dB of a photo of the validation set reproduced from parts of its edit (eta 0), and the PSNR of the whole
+    recipe's pictures to this package's."""
     item = VALIDATION.items()[number]
-    photo = item.photo_picture(base.size_px)
+    photo = item.photo_picture(base.sizes.own[0])
     config = preset(preset_name, {"sample": {"mask": 0.0}})
     [edit] = make_edits(base, [Job(as_photo(photo), item.sentence)], config)
     whole = BaseModel.load("demo", device="cpu", weights="fp32")
@@ -65,9 +67,9 @@ def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     draw = _drawer(pipeline, edit, config.sample.num_inference_steps)
     theirs = [draw(eta) for eta in ETAS]
-    e_opt = {"embedding": edit.optimized_embedding.float()[None]}
-    other = {"noise": torch.randn(edit.inverted_noise.shape, generator=torch.Generator().manual_seed(1))[None]}
-    bare = {"noise": edit.inverted_noise.float()[None]}
+    e_opt = {"embedding": edit.conditioning["embeds"].float()[None]}
+    other = {"noise": torch.randn(edit.noise["unet"].shape, generator=torch.Generator().manual_seed(1))[None]}
+    bare = {"noise": edit.noise["unet"].float()[None]}
     nothing = {"embedding": pipeline.encode_prompt("", "cpu", 1, True)[0]}
     sentence = {"embedding": pipeline.encode_prompt(edit.target_prompt, "cpu", 1, True)[0]}
     back = {
@@ -93,15 +95,15 @@ def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
 def _drawer(pipeline: Any, edit: Edit, steps: int) -> Callable[..., Image.Image]:
     """Draws with diffusers' pipeline: the recipe at an eta, or with another embedding, noise or guidance."""
     target, negative = pipeline.encode_prompt(edit.target_prompt, "cpu", 1, True)
-    assert edit.inverted_noise is not None
-    own, coarse = edit.inverted_noise.float()[None], edit.coarse_latents.float()[None]
+    assert edit.noise
+    own, coarse = edit.noise["unet"].float()[None], edit.coarse["unet"].float()[None]
     pipeline.scheduler.set_timesteps(steps)
     start = pipeline.scheduler.add_noise(refined(coarse, *own.shape[-2:]), own, pipeline.scheduler.timesteps[:1])
 
     def draw(
         eta: float, embedding: Tensor | None = None, noise: Tensor | None = None, guidance: float | None = None
     ) -> Image.Image:
-        mixed = eta * target + (1 - eta) * edit.optimized_embedding.float()
+        mixed = eta * target + (1 - eta) * edit.conditioning["embeds"].float()
         picture: Image.Image = pipeline(
             prompt_embeds=mixed if embedding is None else embedding,
             negative_prompt_embeds=negative,
@@ -116,8 +118,8 @@ def _drawer(pipeline: Any, edit: Edit, steps: int) -> Callable[..., Image.Image]
 
 @torch.no_grad()
 def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any]:
-    """How far the installed diffusers' UNet, and one with the update merged by hand as ComfyUI does, are from ours: for
-    an edit of random factors, truncated to layers of several ranks."""
+    """Relative difference of our UNet's output to the installed diffusers', and to a UNet with the update merged by
+    hand as in ComfyUI: for an edit of random factors, truncated to layers of several ranks."""
     torch.manual_seed(0)
     unet = (
         UNet2DConditionModel.from_pretrained(DEMO / "unet", torch_dtype=torch.float32).float()
@@ -134,7 +136,7 @@ def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any
         return prediction
 
     alone = predict()
-    with AdapterPack.load(unet, [stored]).attached(unet):
+    with AdapterPack.load(unet, KohyaNames(), [stored]).attached(unet):
         ours = predict()
     layers = {f"lora_unet_{name.replace('.', '_')}": layer for name, layer in unet.named_modules()}
     before = {key: layers[key].weight.clone() for key in stored}
@@ -159,8 +161,8 @@ def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any
 
 
 def _mixed(unet: nn.Module, adapt: str, rank: int, keep: float, generator: torch.Generator) -> dict[str, Factors]:
-    """An adapter as files hold it, of layers whose spectra differ; rounded as files are."""
-    pack = AdapterPack(unet, edits=1, adapt=adapt, rank=rank, alpha=float(rank))
+    """An adapter with different spectra in its layers, rounded as in files."""
+    pack = AdapterPack(unet, KohyaNames(), count=1, adapt=adapt, rank=rank, alpha=float(rank))
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
     whole = pack.export(0)
     for number, (down, _, _) in enumerate(whole.values()):
@@ -170,7 +172,7 @@ def _mixed(unet: nn.Module, adapt: str, rank: int, keep: float, generator: torch
 
 
 def _load(unet: nn.Module, stored: Mapping[str, Factors]) -> None:
-    """Gives a UNet an adapter's file through diffusers' own `load_lora_weights`."""
+    """Loads an adapter's file into a UNet with diffusers' own `load_lora_weights`."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
     )

@@ -1,7 +1,7 @@
 """Draws the plots of ``docs`` from the committed results: ``python -m benchmarks.quality_plots``.
 
-The first is the paper's figure 9 with ground truth in place of CLIP and LPIPS: along eta, the share of edits that show
-what was asked for against what is left alone. The second sets quality against the size of the edit file.
+The first is the paper's figure 9 with ground truth in place of CLIP and LPIPS: along eta, the share of successful edits
+against the PSNR of the background. The second shows quality against the size of the edit file.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ CURVES = (
     "sdedit",
     "ddim-inversion",
 )
-"""Methods whose curve is drawn."""
+"""Methods with a curve."""
 SIZES = (
     "keep-all",
     "balanced",
@@ -38,7 +38,7 @@ SIZES = (
     "adapt-attn-ff",
     "decoder-only",
 )
-"""Variants that differ in what the edit file holds."""
+"""Variants with different contents of the edit file."""
 
 
 def curves(found: Mapping[str, dict[str, Any]], path: Path) -> None:
@@ -62,7 +62,7 @@ def curves(found: Mapping[str, dict[str, Any]], path: Path) -> None:
 
 
 def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """Share of good items against bytes of the edit file; hollow on validation, full where the test set was asked."""
+    """Share of good items against bytes of the edit file; hollow for validation, full for the test set."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for number, name in enumerate(name for name in SIZES if name in validation):
         for found, look in ((validation, {"mfc": "white", "alpha": 0.5}), (test, {})):
@@ -72,13 +72,13 @@ def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str,
             low, middle, high = (
                 100 * share for share in (good["interval_95"][0], good["value"], good["interval_95"][1])
             )
-            # Side by side, as the two have the same size.
+            # Labels side by side, as the two have the same size.
             kilobytes = found[name]["cost"]["edit_bytes_mean"] / 1000 * (1 if found is validation else 1.04)
             bars = [[middle - low], [high - middle]]
             axes.errorbar(kilobytes, middle, bars, marker="o", capsize=3, color=f"C{number}", **look)
             if found is validation:
                 axes.annotate(name, (1.04 * kilobytes, middle), fontsize=8, xytext=(4, 4), textcoords="offset points")
-    # Room for the last name.
+    # Space for the last label.
     axes.margins(x=0.12)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -96,7 +96,7 @@ def _saved(figure: Any, path: Path) -> None:
 
 
 def main() -> None:
-    """Draws every plot there are results for."""
+    """Draws every plot that has results."""
     pyplot.switch_backend("agg")
     test, validation = results(TEST.name), results(VALIDATION.name)
     if found := test or validation:

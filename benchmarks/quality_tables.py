@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
+from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, names
 from .edit_judge import difference
 from .edit_quality import result_name
 from .results import RESULTS
 from .scene_edits import HARD_KINDS, KINDS, TEST, VALIDATION
 
 MAIN = "all_but_" + "_and_".join(HARD_KINDS)
-"""Key of a result's figures over all kinds but the hard ones."""
+"""Key of a result's figures over all kinds except the hard ones."""
 
 COLUMNS = (
     "method",
@@ -29,9 +29,9 @@ COLUMNS = (
 NOTHING = ["Not measured yet."]
 """In place of a table without results."""
 FULL = "full-1e-4"
-"""Full fine-tuning, at the rate that is shown; validation is to choose it."""
+"""Full fine-tuning at the rate chosen on validation."""
 UNTRAINED = "ddim-inversion"
-"""The best of what trains nothing."""
+"""The best method without training."""
 SHOWN = (
     FULL,
     FULL_SAMPLED_ALIKE,
@@ -43,7 +43,7 @@ SHOWN = (
     UNTRAINED,
     "sentence-alone",
 )
-"""Methods whose results on the test set the README shows."""
+"""Methods of the short table, on the test set."""
 CEILINGS = {
     "the ground truth": "ground_truth",
     "the same through the autoencoder": "round_trip",
@@ -51,13 +51,13 @@ CEILINGS = {
     "`balanced`, told in full": "told_in_full",
     "`balanced`, told where": "told_where",
 }
-"""Parts of the result of `benchmarks.ceiling`, by what they are called."""
+"""Parts of the result of `benchmarks.ceiling`, by name in the table."""
 
 
 def results(items: str) -> dict[str, dict[str, Any]]:
-    """The committed results on a set ("validation" or "test"), by method, in the order of `compared`."""
+    """The committed results on a set ("validation" or "test"), by method, in the order of `compared.names`."""
     found = {}
-    for name in compared():
+    for name in names():
         result = _result(result_name(items, name))
         if result:
             found[name] = result
@@ -65,7 +65,7 @@ def results(items: str) -> dict[str, dict[str, Any]]:
 
 
 def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
-    """Rows: a method each, with everything that is judged together and what it costs."""
+    """Rows: one per method, with its judgements and costs."""
     found = results(items)
     rows = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     if not found:
@@ -88,7 +88,7 @@ def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
 
 
 def kinds(items: str, names: Iterable[str]) -> list[str]:
-    """Rows: a kind of edit each, the share of good items of some methods side by side."""
+    """Rows: one per kind of edit, with the shares of good items of some methods."""
     found = {name: result for name, result in results(items).items() if name in set(names)}
     if not found:
         return NOTHING
@@ -100,18 +100,18 @@ def kinds(items: str, names: Iterable[str]) -> list[str]:
 
 
 def readme() -> list[str]:
-    """The README's table: the test set; until it is measured, the validation set."""
+    """The short table: the test set; until it is measured, the validation set."""
     items = TEST.name if results(TEST.name) else VALIDATION.name
     return methods(items, [name for name in SHOWN if name in results(items)])
 
 
 def test() -> list[str]:
-    """Everything measured on the test set."""
+    """All results on the test set."""
     return methods(TEST.name)
 
 
 def validation() -> list[str]:
-    """The table that the defaults were chosen from."""
+    """The table for choosing the defaults."""
     return methods(VALIDATION.name)
 
 
@@ -121,7 +121,7 @@ def by_kind() -> list[str]:
 
 
 def goals(items: str = TEST.name) -> list[str]:
-    """Rows: what was to be reached on the test set, and what was on a set."""
+    """Rows: goals, and the results on a set."""
     found = results(items)
     if not found:
         return NOTHING
@@ -173,12 +173,12 @@ def goals(items: str = TEST.name) -> list[str]:
 
 
 def goals_on_validation() -> list[str]:
-    """The same on the items the settings were chosen on."""
+    """The same on the validation set."""
     return goals(VALIDATION.name)
 
 
 def ceiling() -> list[str]:
-    """Rows: good items if the picture is the ground truth, if edits are told more, or from the sentence alone."""
+    """Rows: good items for the ground truth, for edits with more knowledge, and for the sentence alone."""
     found = _result("edit_ceiling")
     rows = ["| picture | validation | test |", "|---|---|---|"]
     sets = (VALIDATION.name, TEST.name)
@@ -195,7 +195,7 @@ def ceiling() -> list[str]:
 
 
 def suggestion() -> list[str]:
-    """Rows: good items at the suggested eta, at one for all, and at the best of each."""
+    """Rows: good items at the suggested eta, at one eta for all, and at each item's best eta."""
     rows = ["| eta | validation | test |", "|---|---|---|"]
     found = [_result(f"suggestion_{items}") for items in (VALIDATION.name, TEST.name)]
     if not any(found):
@@ -214,7 +214,7 @@ def suggestion() -> list[str]:
 
 
 def _good(result: dict[str, Any]) -> dict[str, float]:
-    """Whether each item is good at the eta of the result, by name, the hard kinds left out."""
+    """Whether each item is good at the eta of the result, by name, without the hard kinds."""
     eta = f"{result['eta']:g}"
     return {
         item["name"]: float(item["verdicts"][eta]["good"])

@@ -1,6 +1,6 @@
 """UNets of Stable Diffusion by their public configurations, without weights or with random ones.
 
-Bytes, kernels and time do not depend on what the weights are, so all can be measured without a download.
+Bytes, kernels and time do not depend on the values of the weights, so they can be measured without a download.
 """
 
 import math
@@ -15,11 +15,14 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import SHORT_NAMES, StableDiffusion
-from lowmem_imagic.families.frugal_unet import make_frugal
-from lowmem_imagic.families.published import SD15_UNET, Published
-from lowmem_imagic.quantize import load_frozen
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.files.published import SD15_UNET, Published
+from lowmem_imagic.families.files.weights import Weights
+from lowmem_imagic.families.lean_unet import make_lean
+from lowmem_imagic.families.stable_diffusion import AT_LATENTS, EMBEDS
+from lowmem_imagic.layers.frozen import load_frozen
 
 SDXL_UNET: dict[str, Any] = {
     **SD15_UNET,
@@ -53,50 +56,71 @@ def meta_unet(name: str) -> nn.Module:
 
 
 def random_weights(unet: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp16 tensor) of every parameter, one at a time, scaled so that activations neither grow nor vanish."""
+    """(name, fp16 tensor) of every parameter, one at a time; see `drawn`."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in unet.named_parameters():
-        tensor = torch.empty(parameter.shape, dtype=torch.float16)
-        if parameter.dim() == 1:
-            yield name, tensor.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            yield name, tensor.normal_(0.0, 1 / math.sqrt(math.prod(parameter.shape[1:])), generator=generator)
+        yield name, drawn(name, parameter.shape, generator)
+
+
+def drawn(name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A random weight in fp16 on the generator's device, scaled so that activations neither grow nor vanish."""
+    tensor = torch.empty(shape, dtype=torch.float16, device=generator.device)
+    if len(shape) == 1:
+        return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+    return tensor.normal_(0.0, 1 / math.sqrt(math.prod(shape[1:])), generator=generator)
+
+
+class _Drawn(Weights):
+    """Weights of a network that are drawn on access."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        self.names = list(self._shapes)
+        self._generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight."""
+        return self._shapes[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return drawn(name, self._shapes[name], self._generator)
 
 
 @dataclass(frozen=True)
 class _Random(Published):
     """Stable Diffusion 1.5's configurations, with random weights for the UNet."""
 
-    def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, component: str) -> Weights:
         """Random weights of the UNet, the only component that has any."""
         assert component == "unet"
-        return random_weights(meta_unet("sd15"))
+        return _Drawn(meta_unet("sd15"))
 
 
 class RandomBase(BaseModel):
-    """A base of which only the UNet is there: a sentence's embedding is drawn from its letters."""
+    """A base with only a UNet; a sentence's embedding is drawn with a seed from its letters."""
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, sentences: Sequence[str]) -> Conditioning:
         """Embeddings (B, T, D), equal for equal sentences."""
-        shape = (TOKENS, self.family.cross_attention_dim)
-        draws = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
-        return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
+        draws = [torch.Generator().manual_seed(zlib.crc32(sentence.encode())) for sentence in sentences]
+        shape = self.family.text[EMBEDS].shape
+        return Conditioning({EMBEDS: torch.stack([torch.randn(shape, generator=draw) for draw in draws])})
 
 
 def random_sd15(
     *, weights: str, device: torch.device, dtype: torch.dtype, checkpointing: bool, attention: str = "sdpa"
 ) -> BaseModel:
-    """Stable Diffusion 1.5 with random weights as the package's own base model, without its other parts."""
+    """A base model of the package with a random UNet of Stable Diffusion 1.5, without the other parts."""
     family = StableDiffusion(_Random(Path("sd15"), SHORT_NAMES["sd15"]))
     base = RandomBase(family, device=device, weights=weights, attention=attention, checkpointing=checkpointing)
     base.dtype = dtype
     return base
 
 
-def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, frugal: bool) -> nn.Module:
-    """The network with frozen weights of a format on the meta device, with or without the layers that keep less."""
+def frozen_meta(name: str, *, weights: str, dtype: torch.dtype, lean: bool) -> nn.Module:
+    """The network with frozen weights of a format on the meta device, with or without lean layers."""
     unet, device = meta_unet(name), torch.device("meta")
-    load_frozen(unet, list(unet.named_parameters()), weights=weights, device=device, dtype=dtype)
-    if frugal:
-        make_frugal(unet)
+    tensors = list(unet.named_parameters())
+    load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype, in_float=AT_LATENTS)
+    if lean:
+        make_lean(unet)
     return unet

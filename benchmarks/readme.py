@@ -1,7 +1,7 @@
 """Fills the documents' tables from the committed results and from the presets: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``. A test holds the documents equal to what
-this writes, so that a number in a table is always one that was measured.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``. A test compares the documents with the output
+of this module, so that every number in a table was measured.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lowmem_imagic.presets import PRESETS, preset
+from lowmem_imagic.settings.presets import PRESETS, preset
 
 from . import quality_tables
 from .goals import REPOSITORY
@@ -23,7 +23,7 @@ USES = {
 
 
 def presets() -> list[str]:
-    """Rows: preset, what each stage does, use."""
+    """Rows: preset, stage 1, stage 2, use."""
     rows = []
     for name in PRESETS:
         config = preset(name)
@@ -37,11 +37,11 @@ def presets() -> list[str]:
 
 
 def measured() -> list[str]:
-    """The whole table of measured figures, goals beside them."""
+    """The table of measured figures and their goals."""
     rows = ["| figure | measured | goal |", "|---|---|---|"]
     for part in ("engine_memory", "engine_size", "engine_speed", "memory", "speed"):
         rows += [_engine_row(line) for line in _result(part).get("lines", []) if line["goal"] is not None]
-    # Most of these are of interest once there are figures.
+    # Rows of `benchmarks.gpu` are left out until there are figures.
     rows += [_engine_row(line) for line in _result("gpu").get("lines", []) if None not in (line["goal"], line["value"])]
     for part in ("overhead", "ray", "soak", "tedbench"):
         rows += [_engine_row(line) for line in _result(f"batch_{part}").get("lines", []) if line["goal"] is not None]
@@ -49,7 +49,7 @@ def measured() -> list[str]:
 
 
 def _crash_rows() -> Iterator[str]:
-    """What became of batches that were killed."""
+    """Yields rows about killed batches."""
     one, packs, places, pairs = (
         _result(f"crashes_{part}").get(part) for part in ("one_slot", "packs", "failpoints", "shared")
     )
@@ -68,7 +68,7 @@ def _crash_rows() -> Iterator[str]:
 
 
 def recipe() -> list[str]:
-    """Rows: what is taken from an edit file, what comes back of the photo in diffusers."""
+    """Rows: data taken from an edit file, PSNR of the photo reproduced in diffusers."""
     edits = _result("other_programs").get("pictures", [])
     names = " | ".join(f"`{edit['preset']}`" for edit in edits)
     rows = [f"| taken from the file | {names} |", "|---|" + "---|" * len(edits)]
@@ -78,7 +78,7 @@ def recipe() -> list[str]:
 
 
 def versions_of_diffusers() -> list[str]:
-    """Rows: version, the furthest that its UNet is from ours and from one that is merged by hand."""
+    """Rows: version, largest distance of our UNet's output to its UNet's and to one merged by hand."""
     rows = ["| diffusers | peft | edits | UNet's output: ours to diffusers' | ours to one merged by hand |"]
     rows.append("|---|---|---|---|---|")
     by_version = _result("other_programs").get("unet", {})
@@ -104,7 +104,7 @@ def _engine_row(line: dict[str, Any]) -> str:
 
 
 def _quality_rows(result: dict[str, Any]) -> list[str]:
-    """How good the bundled model is, as its judge sees it."""
+    """Rows about the quality of the bundled model, by its judge."""
     if not result:
         return []
     one, vae, judge = result["samples"]["one_object"], result["vae"], result["judge"]
@@ -133,7 +133,14 @@ def _quality_rows(result: dict[str, Any]) -> list[str]:
 Table = Callable[[], list[str]]
 
 DOCUMENTS: dict[str, dict[str, Table]] = {
-    "README.md": {"presets": presets, "quality": quality_tables.readme, "measured": measured},
+    "README.md": {},
+    "docs/guide.md": {"presets": presets},
+    "docs/measured.md": {"measured": measured, "quality": quality_tables.readme},
+    "docs/batch.md": {},
+    "docs/memory.md": {},
+    "docs/edit_file.md": {},
+    "docs/limits.md": {},
+    "docs/architecture.md": {},
     "docs/quality.md": {
         "ceiling": quality_tables.ceiling,
         "test": quality_tables.test,
@@ -145,14 +152,14 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
     },
     "docs/other_programs.md": {"recipe": recipe, "diffusers": versions_of_diffusers},
 }
-"""The tables of each document."""
+"""Every document with its tables."""
 
 
 def filled(text: str, tables: Mapping[str, Table]) -> str:
-    """`text` with every table replaced by what the results say now.
+    """`text` with every table replaced by one of the current results.
 
     Raises:
-        ValueError: a table is not there exactly once.
+        ValueError: a table does not occur exactly once.
     """
     for name, rows in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- /table -->)", re.DOTALL)

@@ -1,7 +1,7 @@
-"""One JSON file per benchmark, saying what was measured, with which code and on which machine.
+"""Writes one JSON file per benchmark, with the measurements, the code's commit and the kind of machine.
 
-Equal content gives equal bytes: keys are sorted. The file never holds a host name, a user name or a path of
-the machine; payloads name models by their label.
+Equal content gives equal bytes: keys are sorted. The file never has a host name, a user name or a path of the machine;
+payloads name models by their label.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from lowmem_imagic.atomic import write_bytes
+from lowmem_imagic.storage.atomic import write_bytes
 
 RESULTS = Path(__file__).parent / "results"
-"""Where full runs are kept."""
+"""Folder of full runs."""
 
 PACKAGES = (
     "torch",
@@ -34,15 +34,15 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-"""Distributions whose version can change a measurement."""
+"""Packages whose version can affect a measurement."""
 
 _REPOSITORY = Path(__file__).parent.parent
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Where numbers come from: date, commit, versions, processor, device; None for what cannot be known.
+    """Origin of the numbers: date, commit, versions, processor, device; None for unknown entries.
 
-    Take it at the start of a run, when the code is loaded: files may change while it is measuring.
+    Call it at the start of a run, when the code is loaded: files may change during the measurement.
     """
     return {
         "date_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -62,19 +62,19 @@ def write_result(
     path: Path | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The file just written: `payload` and where it comes from, whole or not at all.
+    """Writes `payload` with its provenance atomically; returns the path.
 
-    Nothing is refused: a result measured with uncommitted changes says so (``provenance.git.dirty``).
+    A result measured with uncommitted changes is written, too, and marked (``provenance.git.dirty``).
 
     Args:
         name: The benchmark; the file is ``results/NAME.json``.
-        payload: Plain JSON values, None for what was not measured.
-        path: Another place for the file.
+        payload: Plain JSON values, None for a missing measurement.
+        path: Another path for the file.
         origin: The run's `provenance`, taken at its start; by default taken now, for the CPU.
 
     Raises:
-        ValueError: A number is NaN or infinite; a failed measurement is None.
-        OutputUnwritableError: The place cannot be written.
+        ValueError: A number is NaN or infinite (use None for a failed measurement).
+        OutputUnwritableError: The file cannot be written.
     """
     target = path or RESULTS / f"{name}.json"
     content = {**payload, "benchmark": name, "provenance": dict(origin or provenance())}
@@ -96,7 +96,7 @@ def _git_state() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    # Without this, an unpacked source archive inside another project's checkout would report that project.
+    # Otherwise an unpacked source archive inside another project's checkout would report that project.
     root = ask("rev-parse", "--show-toplevel")
     if root is None or Path(root).resolve() != _REPOSITORY.resolve():
         return {"commit": None, "dirty": None}
@@ -113,7 +113,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu_model() -> str | None:
-    """The processor's name as the system gives it."""
+    """The processor's name from the system."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")

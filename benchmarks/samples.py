@@ -1,9 +1,9 @@
-"""Pictures drawn from captions of held-out scenes, and how many show what the caption says.
+"""Draws pictures from captions of held-out scenes, and counts the attributes that agree with the caption.
 
-A caption always names colour, shape and floor, and the other attributes at random; the judge (`benchmarks.oracle`)
-reads the sample, and an attribute is right where it reads what the caption says. With two objects, either may be
-the left one (training mirrors pictures and not their captions): readings are matched to the caption's objects the
-better way round.
+A caption always names colour, shape and floor, and the other attributes at random. The judge (`benchmarks.oracle`)
+reads the sample; an attribute is right if its reading agrees with the caption. With two objects, either may be the left
+one (training mirrors pictures and not their captions): readings are matched to the caption's objects in the better
+order.
 """
 
 import math
@@ -17,11 +17,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import SampleConfig
 from lowmem_imagic.demo.pictures import scene_at
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
-from lowmem_imagic.png import contact_sheet
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.stable_diffusion import EMBEDS
+from lowmem_imagic.pictures.png import contact_sheet
+from lowmem_imagic.settings.stages import SampleConfig
 
 from .oracle import WORDS, Attributes, Oracle
 from .training_free import denoised
@@ -31,12 +32,12 @@ SCENE_SEED = 2
 NAMED = ("shape", "color", "floor")
 """Attributes every caption names."""
 SHARE_TARGET = 0.90
-"""Of samples that show what is named, for each attribute of `NAMED`."""
+"""Target share of samples with the named value, for each attribute of `NAMED`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How samples are drawn."""
+    """Settings of sampling."""
 
     num_inference_steps: int = 30
     guidance_scale: float = 3.0
@@ -49,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption and what it names."""
+    """A caption and its named attributes."""
 
     caption: str
     scene: Scene
@@ -86,7 +87,7 @@ class Prompt:
 
 
 def held_out(singles: int, pairs: int) -> list[Scene]:
-    """The first held-out scenes that hold this many of one object and of two, in that order."""
+    """The first held-out scenes: `singles` with one object, then `pairs` with two."""
     wanted, found = {1: singles, 2: pairs}, {1: list[Scene](), 2: list[Scene]()}
     index = 0
     while any(len(found[count]) < number for count, number in wanted.items()):
@@ -100,9 +101,9 @@ def held_out(singles: int, pairs: int) -> list[Scene]:
 
 def text_to_image(base: BaseModel, captions: Sequence[str], settings: Settings) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, by plain text-to-image with guidance; no adapters."""
-    text = base.encode_text(captions)
-    shape = (base.family.unet_config["in_channels"], *[base.family.unet_config["sample_size"]] * 2)
-    # One generator a picture: the batch it is sampled in cannot change it.
+    text = base.encode_text(captions)[EMBEDS]
+    shape = base.denoisers[0].shape(base.sizes.own)
+    # One generator per picture, so that a picture does not depend on its batch.
     noise = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed + row)) for row in range(len(text))]
     )
@@ -121,7 +122,7 @@ def text_to_image(base: BaseModel, captions: Sequence[str], settings: Settings) 
 
 
 class Samples(NamedTuple):
-    """Pictures drawn from captions, and what the judge says of each."""
+    """Pictures drawn from captions, and the judge's readings."""
 
     prompts: list[Prompt]
     images: Tensor
@@ -130,12 +131,12 @@ class Samples(NamedTuple):
 
     @property
     def right(self) -> list[bool]:
-        """For each picture, whether shape, colour and floor are as its caption says."""
+        """For each picture, whether shape, colour and floor agree with its caption."""
         pairs = zip(self.prompts, self.readings, strict=True)
         return [all(verdict[name] for verdict in p.verdicts(found) for name in NAMED) for p, found in pairs]
 
     def summary(self, count: int) -> dict[str, Any] | None:
-        """`judged` for the pictures with `count` objects; None where there are none."""
+        """`judged` for the pictures with `count` objects; None if there are none."""
         rows = [i for i, prompt in enumerate(self.prompts) if len(prompt.scene.objects) == count]
         if not rows:
             return None
@@ -143,14 +144,14 @@ class Samples(NamedTuple):
 
 
 def read(oracle: Oracle, images: Tensor, count: int) -> list[tuple[Attributes, ...]]:
-    """For each picture with `count` objects a reading of each."""
+    """The readings of all objects of each picture, which has `count` objects."""
     if not len(images):
         return []
     return [(found,) for found in oracle.read(images)] if count == 1 else [*oracle.read_pairs(images)]
 
 
 def judged(prompts: Sequence[Prompt], readings: Sequence[Sequence[Attributes]], *, targets: bool) -> dict[str, Any]:
-    """Shares of named attributes that are right, one verdict an object, and of pictures right altogether."""
+    """Shares of right named attributes, one verdict per object, and of pictures that are right as a whole."""
     verdicts = [prompt.verdicts(found) for prompt, found in zip(prompts, readings, strict=True)]
     by_word: dict[str, dict[str, Any]] = {}
     attributes = {}
@@ -174,7 +175,7 @@ def judged(prompts: Sequence[Prompt], readings: Sequence[Sequence[Attributes]], 
 
 
 def share(verdicts: Sequence[bool], target: float | None = None) -> dict[str, Any] | None:
-    """How many of the verdicts are right, with the 95 % interval of the share (Wilson); None for no verdicts."""
+    """Share of right verdicts, with its 95 % interval (Wilson); None without verdicts."""
     of, right = len(verdicts), sum(verdicts)
     if not of:
         return None
@@ -194,7 +195,7 @@ def share(verdicts: Sequence[bool], target: float | None = None) -> dict[str, An
 
 
 def grid(samples: Samples, rows: Sequence[int], footer: str) -> Image.Image:
-    """The chosen samples with their captions; a red frame where shape, colour or floor is not as named."""
+    """The chosen samples with their captions; a red frame marks a wrong shape, colour or floor."""
     cells, right = [], samples.right
     for row in rows:
         prompt, image = samples.prompts[row], samples.images[row]

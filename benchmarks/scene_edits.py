@@ -1,8 +1,8 @@
 """SceneEdits: photos of the bundled world with a sentence each, and the edited picture itself as ground truth.
 
-Two disjoint sets fixed by their seeds, `VALIDATION` for choosing settings and `TEST` for reporting. Every kind of
-edit has the same share. Photos show one object; the sentence describes the edited picture as a user would: colour,
-shape and floor, whatever is asked for, and the pose of an object that lies.
+Two disjoint sets with fixed seeds, `VALIDATION` for choosing settings and `TEST` for reporting. Every kind of edit has
+the same share. Photos show one object; the sentence describes the edited picture as a user would: colour, shape and
+floor, the changed attributes, and the pose of a lying object.
 """
 
 import random
@@ -20,9 +20,9 @@ from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, PO
 KINDS = ("color", "shape", "material", "size", "floor", "pose", "two", "add")
 """One attribute; two attributes at once; a second object."""
 HARD_KINDS = ("pose", "add")
-"""Kinds reported alone: the bundled model hardly drew them when this was decided."""
+"""Kinds reported separately: the bundled model hardly drew them when this was decided."""
 SAME_LEVELS = 10
-"""Of 255; two renders of a pixel that differ by no more show the same."""
+"""Largest difference, of 255, at which a pixel counts as equal in two renders."""
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
@@ -33,20 +33,20 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "pose": POSES,
 }
 _PAIRS = (("color", "floor"), ("color", "shape"), ("shape", "floor"), ("color", "material"))
-"""What the kind "two" changes, in turn."""
+"""Attributes changed by the kind "two", in turn."""
 
 
 @dataclass(frozen=True)
 class EditSet:
-    """Items that belong together."""
+    """A set of items."""
 
     name: str
     seed: int
-    """Of the scenes; never one that trained the model or the judge."""
+    """Seed of the scenes; never a seed that trained the model or the judge."""
     per_kind: int
 
     def items(self) -> list["SceneEdit"]:
-        """The items, kind after kind in turn, so that the first N hold every kind alike."""
+        """The items, kinds in turn, so that the first N items have equal shares of all kinds."""
         return [self._item(kind, number) for number in range(self.per_kind) for kind in KINDS]
 
     def _item(self, kind: str, number: int) -> "SceneEdit":
@@ -73,7 +73,7 @@ SETS = {chosen.name: chosen for chosen in (VALIDATION, TEST)}
 
 @dataclass(frozen=True)
 class SceneEdit:
-    """A photo, a sentence, and what the edited photo should look like."""
+    """A photo, a sentence, and the ground truth of the edit."""
 
     name: str
     kind: str
@@ -82,7 +82,7 @@ class SceneEdit:
     asked: tuple[str, ...]
     """Attributes the sentence changes; empty for a second object."""
     in_full: bool = False
-    """Whether the sentence also names size and material where they are to stay as they are."""
+    """Whether the sentence also names unchanged size and material."""
 
     @cached_property
     def sentence(self) -> str:
@@ -106,10 +106,10 @@ class SceneEdit:
         return render(self.edited, size_px)
 
     def kept_mask(self, size_px: int) -> NDArray[np.bool_]:
-        """Pixels (size, size) the edit must leave alone: outside the old and the new object.
+        """Pixels (size, size) that the edit must keep: outside the old and the new object.
 
-        Where the floor is what changes: those that hardly differ in the ground truth, which are the sky and
-        what does not mirror the floor.
+        For a changed floor: pixels that hardly differ in the ground truth, that is the sky and surfaces that do not
+        mirror the floor.
         """
         if self.photo.floor == self.edited.floor:
             return (object_mask(self.photo, size_px) == 0) & (object_mask(self.edited, size_px) == 0)
@@ -127,7 +127,7 @@ def _attribute(scene: Scene, name: str) -> str:
 
 
 def _add(photo: Scene, rng: random.Random, name: str) -> SceneEdit:
-    """The photo's object moved to one side, and the edit that adds another beside it."""
+    """The photo's object moved to one side, and the edit that adds a second object."""
     moved = replace(photo.objects[0], size="small", x=-rng.uniform(0.8, 1.2))
     added = SceneObject(
         shape=rng.choice([shape for shape in SHAPES if shape != moved.shape]),
@@ -142,5 +142,5 @@ def _add(photo: Scene, rng: random.Random, name: str) -> SceneEdit:
 
 
 def of_kinds(items: Sequence[SceneEdit], kinds: Sequence[str]) -> list[int]:
-    """Numbers of the items of these kinds."""
+    """Indices of the items of these kinds."""
     return [number for number, item in enumerate(items) if item.kind in kinds]

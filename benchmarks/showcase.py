@@ -1,20 +1,21 @@
 """Draws the README's picture of edits: ``python -m benchmarks.showcase``, about two minutes on two cores.
 
-Six scenes written down before any was tried, default settings, seed 0; nothing is picked. Each row is a photo, its edit
-along eta, and the ground truth: the same scene rendered with the edit applied.
+Six scenes fixed before any was tried, default settings, seed 0; not selected. Each row is a photo, its edit along eta,
+and the ground truth: the same scene rendered with the edit applied.
 """
 
 from pathlib import Path
 
-from lowmem_imagic.atomic import write_bytes
-from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.png import contact_sheet, encode_png
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.png import contact_sheet, encode_png
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.storage.atomic import write_bytes
 
 from .edit_methods import SEED, as_photo
 from .goals import REPOSITORY
@@ -29,7 +30,7 @@ EDITS = (
     ("a large purple metal sphere on a tiled floor", 4, {"floor": "grass"}),
     ("a large white rubber cube on a grass floor", 6, {"floor": "stone"}),
 )
-"""Scene, its seed, and what the sentence changes."""
+"""Scene, its seed, and the attributes that the sentence changes."""
 
 
 def main(path: Path = PICTURE) -> None:
@@ -39,21 +40,21 @@ def main(path: Path = PICTURE) -> None:
     edited = [scene.edit(**change) for scene, (_, _, change) in zip(photos, EDITS, strict=True)]
     sentences = [_sentence(scene) for scene in edited]
     pairs = zip(photos, sentences, strict=True)
-    jobs = [Job(as_photo(render(scene, base.size_px)), sentence) for scene, sentence in pairs]
+    jobs = [Job(as_photo(render(scene, base.sizes.own[0])), sentence) for scene, sentence in pairs]
     edits = make_edits(base, jobs, settings)
     cells = [Cell(number, eta, SEED) for number in range(len(edits)) for eta in ETAS]
     pictures = iter(apply_edits(base, edits, cells, settings.sample))
     shown = []
     for photo, truth, sentence in zip(photos, edited, sentences, strict=True):
-        shown.append(("photo", render(photo, base.size_px)))
+        shown.append(("photo", render(photo, base.sizes.own[0])))
         shown += [(f"eta {eta:g}", next(pictures)) for eta in ETAS]
-        shown.append((f"ground truth: {sentence.removeprefix('a photo of ')}", render(truth, base.size_px)))
+        shown.append((f"ground truth: {sentence.removeprefix('a photo of ')}", render(truth, base.sizes.own[0])))
     sheet = contact_sheet(shown, columns=len(ETAS) + 2, footer="bundled model, default settings, seed 0", cell_px=160)
     write_bytes(path, encode_png(sheet), overwrite=True)
 
 
 def _sentence(scene: Scene) -> str:
-    """What a user would ask for: colour, shape and floor."""
+    """The sentence of a user: colour, shape and floor."""
     phrase = scene.objects[0].words(size=False, material=False, pose=False)
     return f"a photo of {phrase} on a {scene.floor} floor"
 

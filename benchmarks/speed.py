@@ -1,13 +1,13 @@
-"""How fast edits train: packed against alone, and a step against stock libraries; one table, one JSON.
+"""Speed of training: packed against alone, and a step against stock libraries; one table, one JSON.
 
     python -m benchmarks.speed                   everything, 25 minutes on two cores
     python -m benchmarks.speed packs steps       some parts
 
-*packs*: the bundled model trains eight edits with the preset ``balanced`` in full, in one slot and in several; ratios
-are of the same run. *kernels*: operations of a step of Stable Diffusion 1.5 for growing packs, and its arithmetic
-beside peft's (checkpointing computes blocks again), counted on the meta device. *steps*: seconds of its steps with
-random weights, of this package, of peft on bfloat16 and of peft on stock bitsandbytes (see `memory`), and the share of
-the device's own rate of matrix products that they reach. What needs a GPU is ``null`` without one.
+*packs*: the bundled model trains eight edits with the whole preset ``balanced``, in one slot and in several; ratios are
+of the same run. *kernels*: operations of a step of Stable Diffusion 1.5 for growing packs, and its arithmetic beside
+peft's (checkpointing recomputes blocks), counted on the meta device. *steps*: seconds of its steps with random weights,
+of this package, of peft on bfloat16 and of peft on stock bitsandbytes (see `memory`), and their share of the device's
+own rate of matrix products. Figures of a GPU are ``null`` without one.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from lowmem_imagic.accounting import Kernels, fused_attention
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig
-from lowmem_imagic.diffusion import starting_noise
-from lowmem_imagic.packing import Pack, Task
-from lowmem_imagic.planning import CPU_SLOTS
-from lowmem_imagic.presets import preset
+from lowmem_imagic.diffusion.schedules import starting_noise
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.planning.counting import Kernels, fused_attention
+from lowmem_imagic.planning.plan import CPU_SLOTS
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.training.pack import Pack, TrainingInput
 
 from .goals import Line, fresh, table
 from .memory import META, PACKS, WAYS, Case, Step
@@ -40,7 +40,7 @@ EDITS = 8
 PACKED_GOAL, KERNELS_GOAL, STEP_GOAL = 1.5, 1.15, 1.0
 REPEATS = 3
 SMALL_PX = 256
-"""Side of the pictures whose steps two cores can take."""
+"""Side of the pictures on a CPU: small enough for two cores."""
 PARTS = ("packs", "kernels", "steps")
 
 
@@ -60,17 +60,18 @@ def packs() -> tuple[dict[str, Any], list[Line]]:
 
 
 def trained(slots: int) -> dict[str, Any]:
-    """Seconds that the bundled model takes to train edits in this process, after one short warm-up."""
+    """Seconds to train edits of the bundled model in this process, after a short warm-up."""
     base, config = BaseModel.load("demo"), preset("balanced")
     items = VALIDATION.items()[:EDITS]
     text = base.encode_text([item.sentence for item in items])
-    noise = starting_noise(base.family.latent_shape, torch.Generator().manual_seed(0))
+    noise = starting_noise(base.denoisers[0].shape(base.sizes.own), torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
-    photos = torch.randn(EDITS, *base.family.latent_shape, generator=draw)
-    base.unet.eval()
+    photos = torch.randn(EDITS, *base.denoisers[0].shape(base.sizes.own), generator=draw)
+    base.network(base.denoisers[0])
 
     def run(count: int, settings: EditConfig) -> float:
-        tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), noise) for n in range(count)]
+        draws = [torch.Generator().manual_seed(n) for n in range(count)]
+        tasks = [TrainingInput({"unet": photos[n]}, text.rows([n]), draws[n], {"unet": noise}) for n in range(count)]
         started = time.perf_counter()
         list(Pack(base, tasks, settings, slots=slots).run())
         return time.perf_counter() - started
@@ -85,7 +86,7 @@ def kernels() -> tuple[dict[str, Any], list[Line]]:
     for rows in PACKS:
         step = Step(Case("sd15", "ours", False, rows), META)
         with fused_attention():
-            # The first step works out what later ones have.
+            # The first step fills caches of the later ones.
             step.run()
             with Kernels() as count:
                 step.run()
@@ -165,7 +166,7 @@ def flops_of(case: Case) -> int:
     def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_backward_flop_count(grad, query, key, value)
 
-    # What `fused_attention` calls is not among the counter's own.
+    # The counter does not know the operation called by `fused_attention`.
     kernels = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
@@ -178,7 +179,7 @@ def flops_of(case: Case) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The most floating-point operations a second that this device does in large matrix products."""
+    """Most floating-point operations per second of this device in large matrix products."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -197,7 +198,7 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> int:
-    """Command line; 1 where a goal is missed."""
+    """Command line; returns 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} [all]")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here [benchmarks/results]")
@@ -205,7 +206,7 @@ def main() -> int:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.slots or args.case:
-        # A process of its own for each measurement.
+        # One process per measurement.
         slots, case, device = args.slots, args.case, args.device
         print(json.dumps(trained(int(slots)) if slots else timed(Case(**json.loads(case)), torch.device(device))))
         return 0

@@ -1,9 +1,9 @@
-"""Whether the suggested eta is worth following: good items at it, at one fixed eta, and at the best eta of each item.
+"""Measures the value of the suggested eta: good items at it, at one fixed eta, and at the best eta of each item.
 
     python -m benchmarks.suggestion --set validation --work DIR
 
 Edits are those of `benchmarks.edit_quality --method balanced` (kept in ``--work``, or trained again). The price of
-leaving the photo (`lowmem_imagic.suggest.PRICE`) is tried at several values, for the validation set to choose from.
+leaving the photo (`lowmem_imagic.sampling.suggestion.PRICE`) is tried at several values; the validation set chooses.
 """
 
 import argparse
@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.pipeline import decode_cells, render_latents
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.suggest import PRICE, Suggestion, suggest_eta, worth
+import torch
+
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pipeline.apply import decode_cells, render_latents
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.sampling.suggestion import PRICE, Suggestion, suggest_eta, worth
+from lowmem_imagic.settings.presets import preset
 
 from .edit_judge import Verdict, bootstrap, judge
-from .edit_methods import SEED, as_photo, trained
+from .edit_methods import SEED, as_photo, embeds, trained
 from .edit_quality import ETAS, best_eta
 from .oracle import Oracle
 from .results import provenance, write_result
@@ -37,15 +39,17 @@ def suggested(
     suggestions: list[Suggestion] = []
     verdicts: dict[float, list[Verdict]] = {eta: [] for eta in ETAS}
     for item in items:
-        data, _ = trained(base, Job(as_photo(item.photo_picture(base.size_px)), item.sentence), config, folder)
+        data, _ = trained(base, Job(as_photo(item.photo_picture(base.sizes.own[0])), item.sentence), config, folder)
         edit = edit_file.decode(data)
         cells = [Cell(0, eta, SEED) for eta in ETAS]
         latents = render_latents(base, [edit], cells, config.sample)
         pictures = decode_cells(base, [edit], cells, latents)
         for eta, picture in zip(ETAS, pictures, strict=True):
             verdicts[eta] += judge(oracle, [item], [picture])
-        [target] = base.encode_text([item.sentence])
-        suggestions.append(suggest_eta(base, latents, ETAS, target, edit.optimized_embedding.float()))
+        target = base.encode_text([item.sentence])
+        optimized = embeds(edit.conditioning["embeds"].float()[None])
+        rendered = torch.stack([of["unet"] for of in latents])
+        suggestions.append(suggest_eta(base, rendered, ETAS, target, optimized))
     return suggestions, verdicts
 
 
@@ -75,7 +79,7 @@ def report(
 
 
 def _at_price(suggestion: Suggestion, price: float) -> float:
-    """The eta that a suggestion's scores give at another price; never the photo itself."""
+    """The suggested eta at another price, from a suggestion's scores; never the photo itself."""
     scores = suggestion.scores
     values = worth([s.follows for s in scores], [s.distance for s in scores], price)
     return max((v, s.eta) for v, s in zip(values, scores, strict=True) if s.eta > 0)[1]

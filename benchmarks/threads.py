@@ -1,10 +1,10 @@
-"""Seconds of an edit by how its threads wait for each other, on a machine that is idle and on one that is busy.
+"""Seconds of an edit with spinning and with sleeping threads, on an idle and on a busy machine.
 
     python -m benchmarks.threads --rounds 5 --beside 0,2
 
-Every round runs every variant once, each as a process of its own on the command line's code, so that what else goes on
-meanwhile meets them alike; the load before each round is kept, as the machine may be busy with something else.
-`--beside` is how many programs multiply matrices on all cores meanwhile.
+Every round runs every variant once, each in its own process with the command line's code, so that other load affects
+all variants equally. The load before each round is recorded, as the machine may be busy with other work. `--beside` is
+the number of programs that multiply matrices on all cores meanwhile.
 """
 
 import argparse
@@ -27,15 +27,15 @@ VARIANTS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Not `python -m lowmem_imagic`, which chooses for itself how threads wait.
-EDIT = "from lowmem_imagic.cli import app; app()"
+# Not `python -m lowmem_imagic`, which sets the threads' waiting itself.
+EDIT = "from lowmem_imagic.cli.commands import app; app()"
 LOAD = "import torch\nx = torch.randn(700, 700)\nwhile True:\n    x = (x @ x).tanh()"
 WORDS = ("--preset", "fast", "--steps-embed", "2", "--steps-finetune", "4", "--steps-sample", "3", "--etas", "0")
 
 
 @contextlib.contextmanager
 def busy(programs: int) -> Iterator[None]:
-    """So many programs at work on all cores."""
+    """Runs this many busy programs on all cores within the block."""
     running = [subprocess.Popen([sys.executable, "-c", LOAD], env=clean()) for _ in range(programs)]
     try:
         time.sleep(8 if programs else 0)
@@ -47,7 +47,7 @@ def busy(programs: int) -> Iterator[None]:
 
 
 def clean() -> dict[str, str]:
-    """This environment without settings of threads."""
+    """This process's environment without settings for threads."""
     return {name: value for name, value in os.environ.items() if name not in SETTINGS}
 
 

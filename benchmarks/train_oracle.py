@@ -69,7 +69,7 @@ def train_oracle(
 ) -> Oracle:
     """An oracle trained on renders (B, H, W, 3) uint8 of the scenes, where they are; its weights rounded to fp16.
 
-    Pictures of two objects are seen as two views, each with most of the other object covered.
+    Each picture of two objects gives two views, each with most of the other object covered.
     """
     torch.manual_seed(seed)
     device, size_px = pictures.device, pictures.shape[1]
@@ -146,14 +146,14 @@ def measure(oracle: Oracle, pictures: Tensor, scenes: Sequence[Scene]) -> dict[s
 
 
 class _Views(NamedTuple):
-    """What the network is trained on: a picture or half of one, and the object to read in it."""
+    """Training examples: a picture or half of one, and the object to read in it."""
 
     picture: Tensor
     """(M,) number of the picture."""
     side: Tensor
     """(M,) 0 left half, 1 right half, 2 whole."""
     words: Tensor
-    """(M, 6) indices into `WORDS`; `_UNSEEN` for a pose that cannot be seen."""
+    """(M, 6) indices into `WORDS`; `_UNSEEN` for an invisible pose."""
     numbers: Tensor
     """(M, 3) `NUMBERS`, centred and scaled."""
 
@@ -201,7 +201,7 @@ def _shown(images: Tensor, side: Tensor) -> Tensor:
 
 
 def _degraded(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures with what an autoencoder and a sampler may do to them, each to a random degree."""
+    """The pictures with typical errors of an autoencoder and a sampler, each to a random degree."""
 
     def degree(scale: float = 1.0) -> Tensor:
         return scale * torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
@@ -233,7 +233,7 @@ def drawn(count: int, size_px: int, *, device: torch.device, processes: int) -> 
 
 
 def main() -> int:
-    """Command line: renders, trains, measures on held-out renders, saves; 1 where `TARGET` is missed."""
+    """Command line: renders, trains, measures on held-out renders, saves; returns 1 if `TARGET` is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--size", type=int, default=SIZE_PX, help=f"side of the pictures [{SIZE_PX}]")

@@ -1,30 +1,31 @@
-"""Ways to edit a photo without training: the sentence alone, SDEdit, DDIM inversion; see `benchmarks.edit_methods`."""
+"""Editing methods without training: the sentence alone, SDEdit, DDIM inversion; see `benchmarks.edit_methods`."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import SampleConfig
-from lowmem_imagic.diffusion import add_noise, guide
-from lowmem_imagic.letterbox import to_images, to_tensor
+from lowmem_imagic.diffusion.schedules import guide
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.settings.stages import SampleConfig
 
-from .edit_methods import Method, Outcome, same_noise
+from .edit_methods import EMBEDS, Method, Outcome, embeds, same_noise
 
 BATCH = 32
 """Pictures sampled together."""
 
 
 def sentence_alone(config: SampleConfig) -> Method:
-    """Text-to-image from the target sentence: how well the base itself follows it; the slider does nothing."""
+    """Text-to-image from the target sentence, as the base alone draws it; the slider has no effect."""
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         started = time.perf_counter()
-        latents = denoised(base, base.encode_text(sentences), config, same_noise(base, len(sentences)))
+        latents = denoised(base, base.encode_text(sentences)[EMBEDS], config, same_noise(base, len(sentences)))
         pictures = to_images(base.decode(latents))
         seconds = (time.perf_counter() - started) / len(sentences)
         return Outcome(dict.fromkeys(etas, pictures), 0, 0.0, seconds)
@@ -35,20 +36,21 @@ def sentence_alone(config: SampleConfig) -> Method:
 def sdedit(config: SampleConfig) -> Method:
     """SDEdit (Meng et al. 2022): noise the photo part of the way, denoise it under the sentence.
 
-    The slider is the share of the steps: 0 gives the photo back, 1 starts from all but pure noise.
+    The slider is the share of the steps: 0 returns the photo, 1 starts from almost pure noise.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         started = time.perf_counter()
         clean = _encoded(base, photos)
-        text, noise = base.encode_text(sentences), same_noise(base, len(photos))
+        text, noise = base.encode_text(sentences)[EMBEDS], same_noise(base, len(photos))
         pictures = {}
         for eta in etas:
             steps = _share_of(eta, config)
             latents = clean
             if steps:
                 first = _timesteps(base, config)[-steps].expand(len(clean))
-                latents = denoised(base, text, config, add_noise(clean, noise, first, base.alpha_bar), last_steps=steps)
+                noisy = base.denoisers[0].schedule.noised(clean, noise, first)
+                latents = denoised(base, text, config, noisy, last_steps=steps)
             pictures[eta] = to_images(base.decode(latents))
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
@@ -57,15 +59,15 @@ def sdedit(config: SampleConfig) -> Method:
 
 
 def ddim_inversion(config: SampleConfig) -> Method:
-    """DDIM inversion (Song et al. 2021, section 4.3): the photo is run backwards without text, then denoised under the
+    """DDIM inversion (Song et al. 2021, section 4.3): inverts the photo without text, then denoises it under the
     sentence.
 
-    The slider is the share of the steps that are inverted: 0 gives the photo back. Needs DDIM.
+    The slider is the share of inverted steps: 0 returns the photo. Needs DDIM.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         started = time.perf_counter()
-        text = base.encode_text(sentences)
+        text = base.encode_text(sentences)[EMBEDS]
         latents = _encoded(base, photos)
         timesteps = _timesteps(base, config)
         inverted = {0: latents}
@@ -87,17 +89,18 @@ def ddim_inversion(config: SampleConfig) -> Method:
 @torch.no_grad()
 def _one_step_back(base: BaseModel, latents: Tensor, before: Tensor | None, timestep: Tensor) -> Tensor:
     """The latents (B, C, H, W) at `timestep`, from those one step cleaner, at `before` (None: the photo's)."""
-    empty = base.encode_text([""]).expand(len(latents), -1, -1)
+    empty = base.encode_text([""])[EMBEDS].expand(len(latents), -1, -1)
     now = before if before is not None else torch.zeros_like(timestep)
     noise = torch.cat(
         [
-            base.predict(x, now.expand(len(x)), e).float().cpu()
+            base.predict(base.denoisers[0], x, now.expand(len(x)), embeds(e)).float().cpu()
             for x, e in zip(latents.split(BATCH), empty.split(BATCH), strict=True)
         ]
     )
-    a_now = base.alpha_bar[now] if before is not None else torch.tensor(1.0)
+    schedule: Any = base.denoisers[0].schedule
+    a_now = schedule.alpha_bar[now] if before is not None else torch.tensor(1.0)
     clean = (latents - (1 - a_now).sqrt() * noise) / a_now.sqrt()
-    return add_noise(clean, noise, timestep.expand(len(latents)), base.alpha_bar)
+    return schedule.noised(clean, noise, timestep.expand(len(latents)))
 
 
 @torch.no_grad()
@@ -109,20 +112,21 @@ def denoised(
     Args:
         base: the base.
         text: conditioning of each row.
-        config: scheduler, steps, guidance; nothing else of it is read.
-        latents: (B, C, H, W) at the noise level of the first step taken; standard normal where that is the first of
-            all.
-        last_steps: how many of the steps to take, from the end; all by default.
+        config: scheduler, steps and guidance; other settings are ignored.
+        latents: (B, C, H, W) at the noise level of the first step taken; standard normal for the whole schedule.
+        last_steps: number of steps to take, from the end; all by default.
     """
-    negative = base.encode_text([config.negative_prompt])[0]
+    negative = base.encode_text([config.negative_prompt])[EMBEDS][0]
     finished = []
     for rows, start in zip(text.split(BATCH), latents.split(BATCH), strict=True):
-        scheduler = base.family.scheduler(config.scheduler)
+        scheduler = _scheduler(base, config)
         scheduler.set_timesteps(config.num_inference_steps)
         x = start if last_steps else start * scheduler.init_noise_sigma
         both = torch.cat([negative.expand_as(rows), rows])
         for timestep in scheduler.timesteps[-(last_steps or config.num_inference_steps) :]:
-            predicted = base.predict(torch.cat([x, x]), timestep.expand(2 * len(rows)), both).float()
+            predicted = base.predict(
+                base.denoisers[0], torch.cat([x, x]), timestep.expand(2 * len(rows)), embeds(both)
+            ).float()
             guided = guide(*predicted.cpu().chunk(2), config.guidance_scale)
             x = scheduler.step(guided, timestep, x).prev_sample
         finished.append(x)
@@ -135,12 +139,18 @@ def _encoded(base: BaseModel, photos: Sequence[Image.Image]) -> Tensor:
 
 def _timesteps(base: BaseModel, config: SampleConfig) -> Tensor:
     """The steps of a whole denoising, from noisy to clean."""
-    scheduler = base.family.scheduler(config.scheduler)
+    scheduler = _scheduler(base, config)
     scheduler.set_timesteps(config.num_inference_steps)
     timesteps: Tensor = scheduler.timesteps
     return timesteps
 
 
+def _scheduler(base: BaseModel, config: SampleConfig) -> Any:
+    """diffusers' scheduler on the base's noise schedule."""
+    schedule: Any = base.denoisers[0].schedule
+    return schedule.scheduler(config.scheduler)
+
+
 def _share_of(eta: float, config: SampleConfig) -> int:
-    """Steps that a point of the slider stands for; beyond 1 there are no more."""
+    """Number of steps for a point of the slider; all steps beyond 1."""
     return min(config.num_inference_steps, max(0, round(eta * config.num_inference_steps)))

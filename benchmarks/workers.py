@@ -1,7 +1,7 @@
-"""A method applied to many items by several processes of one thread each.
+"""Applies a method to many items in several processes of one thread each.
 
-The bundled model is so small that two threads of one process gain little over one (its steps are many and short),
-while two processes share nothing and gain twofold.
+The bundled model has many short steps, so two threads of one process gain little, while two processes take half the
+time.
 """
 
 import multiprocessing
@@ -28,15 +28,15 @@ def each(
     args: Any = (),
     on_result: Callable[[Item, Result], None] = lambda item, result: None,
 ) -> list[Result]:
-    """``work(item)`` of every item, in their order; the first error ends it all.
+    """``work(item)`` for every item, in their order; the first error ends the run.
 
     Args:
-        work: a function of a module.
-        items: what it is called with.
-        processes: how many there are; 1 works in this one, with all its threads.
-        start: called with `args` once in every process, before anything else.
-        args: what it needs.
-        on_result: called here with every item and its result, as they come.
+        work: a module-level function.
+        items: its arguments.
+        processes: number of processes; 1 works in this process, with all its threads.
+        start: called once with `args` at the start of every process.
+        args: arguments of `start`.
+        on_result: called in this process with every item and its result, as they finish.
     """
     bar = tqdm(total=len(items), unit="item", disable=None)
     results: dict[int, Result] = {}
@@ -52,7 +52,7 @@ def each(
             take(number, work(item))
     else:
         before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
-        # Read when a process first loads torch, so set here and not in it.
+        # Set in the parent, because a process reads it when it first loads torch.
         os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))
         try:
             with ProcessPoolExecutor(

@@ -37,6 +37,7 @@ __all__ = [
     "load_photo",
     "make_edits",
     "plan_for",
+    "planned",
     "preset",
     "read_edit",
     "stream_edits",
@@ -44,43 +45,45 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .adapters import AdapterPack
-    from .base_model import BaseModel
-    from .config import EditConfig, SampleConfig
-    from .edit import Edit
-    from .edit_file import read as read_edit
-    from .edit_file import write as write_edit
+    from .edits.edit import Edit
+    from .edits.file import read as read_edit
+    from .edits.file import write as write_edit
+    from .engine.base import BaseModel
+    from .engine.memory import Meter
     from .errors import LowmemImagicError
-    from .images import Photo, load_photo
-    from .memory import Meter
-    from .pipeline import apply_edits, check_base, make_edits, stream_edits
-    from .planning import Budget, Plan, plan_for
-    from .preparation import Job
-    from .presets import preset
-    from .sample import Cell
+    from .layers.adapter_pack import AdapterPack
+    from .pictures import Photo, load_photo
+    from .pipeline.apply import apply_edits, check_base
+    from .pipeline.make import make_edits, stream_edits
+    from .pipeline.prepare import Job
+    from .planning.plan import Budget, Plan, plan_for, planned
+    from .sampling.sample import Cell
+    from .settings.presets import preset
+    from .settings.stages import EditConfig, SampleConfig
 
 _HOMES = {
-    "AdapterPack": ("adapters", "AdapterPack"),
-    "BaseModel": ("base_model", "BaseModel"),
-    "Budget": ("planning", "Budget"),
-    "Cell": ("sample", "Cell"),
-    "Edit": ("edit", "Edit"),
-    "EditConfig": ("config", "EditConfig"),
-    "Job": ("preparation", "Job"),
+    "AdapterPack": ("layers.adapter_pack", "AdapterPack"),
+    "BaseModel": ("engine.base", "BaseModel"),
+    "Budget": ("planning.plan", "Budget"),
+    "Cell": ("sampling.sample", "Cell"),
+    "Edit": ("edits.edit", "Edit"),
+    "EditConfig": ("settings.stages", "EditConfig"),
+    "Job": ("pipeline.prepare", "Job"),
     "LowmemImagicError": ("errors", "LowmemImagicError"),
-    "Meter": ("memory", "Meter"),
-    "Photo": ("images", "Photo"),
-    "Plan": ("planning", "Plan"),
-    "SampleConfig": ("config", "SampleConfig"),
-    "apply_edits": ("pipeline", "apply_edits"),
-    "check_base": ("pipeline", "check_base"),
-    "load_photo": ("images", "load_photo"),
-    "make_edits": ("pipeline", "make_edits"),
-    "plan_for": ("planning", "plan_for"),
-    "preset": ("presets", "preset"),
-    "read_edit": ("edit_file", "read"),
-    "stream_edits": ("pipeline", "stream_edits"),
-    "write_edit": ("edit_file", "write"),
+    "Meter": ("engine.memory", "Meter"),
+    "Photo": ("pictures", "Photo"),
+    "Plan": ("planning.plan", "Plan"),
+    "SampleConfig": ("settings.stages", "SampleConfig"),
+    "apply_edits": ("pipeline.apply", "apply_edits"),
+    "check_base": ("pipeline.apply", "check_base"),
+    "load_photo": ("pictures", "load_photo"),
+    "make_edits": ("pipeline.make", "make_edits"),
+    "plan_for": ("planning.plan", "plan_for"),
+    "planned": ("planning.plan", "planned"),
+    "preset": ("settings.presets", "preset"),
+    "read_edit": ("edits.file", "read"),
+    "stream_edits": ("pipeline.make", "stream_edits"),
+    "write_edit": ("edits.file", "write"),
 }
 
 
@@ -89,7 +92,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f".{module}", __name__), attribute)
+    from .unexpected import without_advice
+
+    # bitsandbytes logs while it is imported that its 4-bit kernels need another package; they are not used here.
+    with without_advice():
+        return getattr(importlib.import_module(f".{module}", __name__), attribute)
 
 
 def __dir__() -> list[str]:

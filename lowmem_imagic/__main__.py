@@ -3,8 +3,8 @@
 import signal
 import sys
 
-from .streams import end_output, steady_streams
-from .threads import wait_passively
+from .cli.streams import end_output, steady_streams
+from .cli.threads import wait_passively
 
 
 def main() -> None:
@@ -12,13 +12,13 @@ def main() -> None:
     steady_streams()
     wait_passively()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from .cli import main as run
+    from .cli.commands import main as run
 
     signal.signal(signal.SIGINT, before)
     try:
         run()
     except OSError as error:
-        # Of help, which the library prints.
+        # From the help text, which the library prints itself.
         end_output()
         sys.stderr.write(f"lowmem-imagic: standard output cannot be written ({error.strerror})\n")
         sys.exit(1)

@@ -15,6 +15,7 @@
     │   ├── IncompleteModelError     a folder with parts missing (half a download)
     │   ├── WrongFamilyError         a model of a kind this version does not edit
     │   ├── BackendUnavailableError  an option was asked for by name and is missing here
+    │   ├── BaseInUseError           another thread is using it
     │   └── NonFiniteModelError      a part of the base gives NaN or infinity
     ├── EditFileError                the edit file cannot be used
     │   ├── EditNotFoundError        no such file, or it may not be read
@@ -31,10 +32,10 @@
     │   ├── NonFiniteTensorError     NaN or infinity
     │   ├── NonFiniteEditError       finite numbers that make NaN or infinity when they are rendered
     │   ├── TensorValueError         numbers far beyond those of any training
-    │   └── EditChangedError         tensors that are not those the file was written with
+    │   └── EditChangedError         tensors changed since the file was written
     ├── BaseMismatchError            a good edit file, made for another base
     ├── OutputError                  the result cannot be written
-    │   ├── OutputExistsError        something is there already; nothing is overwritten unasked
+    │   ├── OutputExistsError        the target exists already; it is overwritten only on request
     │   └── OutputUnwritableError    no space left, read-only, not a folder
     ├── DivergenceError              a training stage blew up
     ├── MemoryLimitError             does not fit; names the stage and the next cheaper setting
@@ -43,16 +44,27 @@
 Catch the base class to catch them all::
 
     try:
-        make_edit(base, photo, "a blue cube")
+        make_edits(base, [Job(photo, "a blue cube")], preset("balanced"))
     except LowmemImagicError as error:
         print(error)
 
-A message is one line: what was found, what was expected, what to do.
+A message is one line: what was found, what was expected, what to do. It names a setting in backticks, as in
+`batch_rows`, `adapt=attn` or `embed.steps`; the command line shows the flag of that setting in its place.
 """
+
+import re
+
+SETTING = re.compile("`(?P<name>[a-z_]+(?:[.][a-z_]+)?)(?:=(?P<value>[^`]+))?`")
+"""A setting in a message, with a value or without one."""
 
 
 class LowmemImagicError(Exception):
     """Base of every error raised on purpose; its text is fit to be shown to a user as it is."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The names of the settings that the message speaks of, each once."""
+        return tuple(dict.fromkeys(match["name"] for match in SETTING.finditer(str(self))))
 
 
 class ConfigError(LowmemImagicError):
@@ -107,8 +119,12 @@ class BackendUnavailableError(ModelError):
     """A device, attention or weight format was asked for by name and is missing here."""
 
 
+class BaseInUseError(ModelError):
+    """A loaded base was used from a second thread while another was using it."""
+
+
 class NonFiniteModelError(ModelError):
-    """A part of the base gives NaN or infinity by itself: the model is damaged, or unsuitable for what is asked."""
+    """A part of the base gives NaN or infinity by itself: the model is damaged, or unsuitable for these settings."""
 
 
 class EditFileError(LowmemImagicError):
@@ -164,15 +180,15 @@ class NonFiniteTensorError(EditFileError):
 
 
 class TensorValueError(EditFileError):
-    """A factor or its alpha is far beyond what any training gives; its use would overflow."""
+    """A factor or its alpha is far larger than training makes it; its use would overflow."""
 
 
 class EditChangedError(EditFileError):
-    """The tensors are not those the file was written with: rewritten by another program, or damaged."""
+    """The tensors have changed since the file was written: by another program, or by damage."""
 
 
 class NonFiniteEditError(EditFileError):
-    """The numbers of an edit are finite and make NaN or infinity on a base that gives none by itself."""
+    """The edit's numbers are finite, but rendering it gives NaN or infinity; the base alone does not."""
 
 
 class BaseMismatchError(LowmemImagicError):
@@ -184,7 +200,7 @@ class OutputError(LowmemImagicError):
 
 
 class OutputExistsError(OutputError):
-    """Something is there already; nothing is overwritten unless asked."""
+    """The target exists already; it is overwritten only on request."""
 
 
 class OutputUnwritableError(OutputError):
@@ -200,7 +216,7 @@ class MemoryLimitError(LowmemImagicError):
 
 
 class UnexpectedError(LowmemImagicError):
-    """An error that nobody raised on purpose, in place of which this one is reported; see `unexpected`."""
+    """Reported in place of an error that is not this package's own; see `unexpected`."""
 
     details = ""
     """Its traceback."""

@@ -1,9 +1,9 @@
-r"""Text that came from a file, a name or a configuration, as it may be shown to a person.
+r"""Text from a file, a name or a configuration, made safe to show to a person.
 
 A sentence, a file name or a message of a library may hold anything: escape codes that a terminal obeys, line ends that
-forge a line of a listing, marks that turn the order of what follows around, letters that nobody sees. `shown` is the
-one place that makes them visible; everything that prints, labels or lists such text goes through it. What is data
-(JSON, the edit file, a picture's text entries) keeps the exact text.
+forge a line of a listing, marks that reverse the text after them, invisible letters. `shown` is the one place that
+makes them visible; everything that prints, labels or lists such text calls it. Data (JSON, the edit file, a picture's
+text entries) keeps the exact text.
 
 Letters of every script stay, right-to-left ones too, and so do accents and the joiners that some scripts and emoji
 need. Characters that this Python's Unicode tables do not know are escaped.
@@ -15,7 +15,7 @@ from unicodedata import category
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 """Categories without a shape of their own: controls, formats, surrogates, private, unassigned, line ends."""
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
-"""Letters and marks that show as nothing."""
+"""Letters and marks without a visible shape."""
 _SIGNS = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
 """Formats that are signs, seen under or around numbers."""
 _JOINERS = "\u200c\u200d"
@@ -34,7 +34,7 @@ def shown(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""The exact text, but for its line ends, which are escaped: for formats in which a line has a meaning."""
+    r"""The exact text, except for its line ends, which are escaped: for formats in which a line has a meaning."""
     return _LINE_ENDS.sub(lambda end: _escaped(end[0]), text)
 
 

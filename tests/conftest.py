@@ -1,4 +1,4 @@
-"""What several test files share: a tiny Stable Diffusion with random weights in diffusers' folder layout."""
+"""Common fixtures: a tiny Stable Diffusion with random weights in diffusers' folder layout."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 # Before any library reads it: no test needs the network, and none may wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Errors that nobody raised on purpose reach the tests as they are.
+# Unexpected errors reach the tests unchanged.
 os.environ["LOWMEM_IMAGIC_DEBUG"] = "1"
 
 # Before torch counts the cores: workers of pytest-xdist share them, and so do the processes that tests start.
@@ -20,7 +20,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 # A busy machine is no reason to fail: no test of behaviour depends on how long its examples take.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
+settings.register_profile("thorough", settings.get_profile("untimed"), max_examples=400)
 settings.load_profile("untimed")
 
 CAPTIONS = ("a photo of a red cube on the grass", "a blue sphere on a wooden floor", "two birds kissing")
@@ -122,7 +123,7 @@ def folder_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def load_base(tiny_folder: Path) -> Callable[..., Any]:
     """Loads the tiny model on the CPU as a fresh `BaseModel`, with `BaseModel.load`'s options."""
-    from lowmem_imagic.base_model import BaseModel
+    from lowmem_imagic.engine.base import BaseModel
 
     def load(**options: Any) -> BaseModel:
         return BaseModel.load(str(tiny_folder), device="cpu", **options)
@@ -132,14 +133,16 @@ def load_base(tiny_folder: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def base(load_base: Callable[..., Any]) -> Any:
-    """The tiny model in 8 bit, shared by a file's tests, which leave it as it was."""
+    """The tiny model in 8 bit, shared by a file's tests, which do not change it."""
     return load_base()
 
 
 @pytest.fixture(scope="module")
 def text(base: Any) -> Any:
     """Target embeddings (3, T, D) of `PROMPTS`."""
-    return base.encode_text(PROMPTS)
+    from tests import calls
+
+    return calls.encode_text(base, PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +150,11 @@ def edits(base: Any, text: Any) -> tuple[Any, Any]:
     """An `AdapterPack` of three edits and their e_opt, away from zero and from e_tgt."""
     import torch
 
-    from lowmem_imagic.adapters import AdapterPack
+    from lowmem_imagic.layers.adapter_pack import AdapterPack
+    from tests import calls
 
     generator = torch.Generator().manual_seed(21)
-    pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=3, adapt="all", rank=2, alpha=2.0)
     pack.weights.add_(torch.randn(pack.weights.shape, generator=generator), alpha=0.05)
     return pack, text + 0.3 * torch.randn(text.shape, generator=generator)
 
@@ -164,3 +168,16 @@ def relative() -> Callable[[Any, Any], float]:
         return float((tensor - reference).norm() / reference.norm())
 
     return distance
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts tests of processes first, which take long and wait; skips tests that need a GPU where there is none."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("process", "ray"))))
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,4 +1,4 @@
-"""Kills real runs of ``batch run`` with SIGKILL, continues them, and compares with runs that nobody disturbed.
+"""Kills real runs of ``batch run`` with SIGKILL, continues them, and compares them with undisturbed runs.
 
     python -m tests.crashes --kills 100
 
@@ -24,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.results import RESULTS, provenance, write_result
-from lowmem_imagic import edit_file
+from lowmem_imagic.edits import file as edit_file
+from tests.processes import Process
 
 HIDDEN = ".lowmem-imagic"
 SHORT = ("--steps-embed", "6", "--steps-finetune", "10", "--steps-sample", "3", "--etas", "0,1", "--save-every", "4")
@@ -45,19 +46,14 @@ class Batch:
     manifest: Path
     options: tuple[str, ...]
 
-    def start(self, out: Path, *more: str, failpoint: str = "") -> subprocess.Popen[str]:
-        """A run in a process of its own."""
+    def start(self, out: Path, *more: str, failpoint: str = "") -> Process:
+        """A run in its own process."""
         words = ("batch", "run", str(self.manifest), "--out", str(out), *self.options, *more, "--quiet", "--json")
-        return subprocess.Popen(
-            (sys.executable, "-m", "lowmem_imagic", *words),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "LOWMEM_IMAGIC_FAILPOINT": failpoint},
-        )
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "LOWMEM_IMAGIC_FAILPOINT": failpoint}
+        return Process("lowmem_imagic", *words, environment=environment)
 
     def finish(self, out: Path, *more: str) -> dict[str, Any]:
-        """What a run says that is left alone."""
+        """The output of an undisturbed run."""
         done = self.start(out, *more)
         said, errors = done.communicate()
         if done.returncode:
@@ -79,7 +75,7 @@ class Batch:
         return False
 
     def dies_at(self, out: Path, failpoint: str) -> bool:
-        """Runs into a failpoint; whether it died of that, and not of anything else."""
+        """Runs into a failpoint; returns whether the process died there, and not for another reason."""
         run = self.start(out, failpoint=failpoint)
         _, errors = run.communicate()
         if run.returncode not in (0, -signal.SIGKILL):
@@ -109,7 +105,7 @@ def scenes(folder: Path, count: int) -> Path:
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """Every file of a batch's folder but its ledger, by name; without what was measured, where that is part of it."""
+    """Every file of a batch's folder except its ledger, by name; without measured values inside of files."""
     found = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -152,10 +148,10 @@ def campaign(batch: Batch, folder: Path, kills: int, seed: int, *, exact: bool) 
     """Kills runs at random moments until there were so many kills, and compares every batch that came to its end.
 
     Args:
-        batch: what to run.
-        folder: for its outputs.
-        kills: how many processes to kill.
-        seed: of the moments.
+        batch: the batch to run.
+        folder: folder for its outputs.
+        kills: number of processes to kill.
+        seed: seed of the random moments.
         exact: whether bytes must be equal; else pictures within `SAME_DB`.
     """
     expected, rng = folder / "expected", random.Random(seed)
@@ -167,7 +163,7 @@ def campaign(batch: Batch, folder: Path, kills: int, seed: int, *, exact: bool) 
     bar = tqdm(total=kills, unit="kill", desc="exact" if exact else "packs", disable=None)
     while made < kills:
         out, here = folder / f"run-{batches}", 0
-        while made < kills and batch.killed(out, rng.uniform(1.0, min(length_s, LONGEST_S))):
+        while made < kills and batch.killed(out, rng.uniform(min(1.0, length_s / 4), min(length_s, LONGEST_S))):
             made, here = made + 1, here + 1
             bar.update()
         report = batch.finish(out)
@@ -205,7 +201,7 @@ PLACES = (
 
 
 def failpoints(batch: Batch, folder: Path, counts: Sequence[int]) -> dict[str, Any]:
-    """Lets runs die at every failpoint, at these passings of it, and compares what is made of them."""
+    """Kills runs at every failpoint, at these passes of it, and compares their results."""
     expected = folder / "expected"
     batch.finish(expected)
     reference = files_of(expected)
@@ -221,7 +217,7 @@ def failpoints(batch: Batch, folder: Path, counts: Sequence[int]) -> dict[str, A
 
 
 def shared(batch: Batch, out: Path) -> dict[str, Any]:
-    """Two runs on one folder at the same time: who made what."""
+    """Two runs on one folder at the same time, and the items that each made."""
     runs = [batch.start(out), batch.start(out)]
     said = [run.communicate() for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said

@@ -1,5 +1,6 @@
 """Facts about packed adapters: they are N peft runs in one pass, and leaving them leaves nothing behind."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,13 +9,17 @@ import pytest
 import torch
 from conftest import TEXT_WIDTH
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lowmem_imagic import adapter_layers
-from lowmem_imagic.accounting import Kernels
-from lowmem_imagic.adapters import TARGETS, AdapterPack, Factors, kohya_key, target_modules
-from lowmem_imagic.config import ADAPT_TARGETS
+from lowmem_imagic.errors import ConfigError
+from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
+from lowmem_imagic.layers import lora as adapter_layers
+from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors, target_modules
+from lowmem_imagic.planning.counting import Kernels
+from lowmem_imagic.settings.stages import ADAPT_TARGETS
+from tests import calls
 
 RANK, ALPHA = 3, 5.0
 """Unequal, so that a forgotten scale shows."""
@@ -37,10 +42,17 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def drawn(pack: AdapterPack, *seeds: int) -> AdapterPack:
+    """The pack with the factors that each edit starts stage 2 from."""
+    for edit, generator in enumerate(generators(*seeds)):
+        pack.initialize_edit(edit, generator)
+    return pack
+
+
 def trained_pack(network: nn.Module, *, edits: int = 3, adapt: str = "all", rank: int = RANK) -> AdapterPack:
     """A pack whose factors are all away from zero."""
-    pack = AdapterPack(network, edits=edits, adapt=adapt, rank=rank, alpha=ALPHA)
-    pack.initialize(generators(*range(edits)))
+    pack = AdapterPack(network, calls.NAMES, count=edits, adapt=adapt, rank=rank, alpha=ALPHA)
+    drawn(pack, *range(edits))
     pack.weights.add_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(9)), alpha=0.05)
     return pack
 
@@ -64,7 +76,7 @@ def predict(
 @pytest.fixture
 def unet(load_base: Callable[..., Any]) -> Any:
     """The tiny UNet in 8 bit."""
-    return load_base().unet
+    return calls.unet(load_base())
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +107,7 @@ class PeftRun:
     """One edit's adapter in peft's own layers, over a network of its own."""
 
     def __init__(self, network: Any, adapt: str) -> None:
-        self.names = list(target_modules(network, adapt))
+        self.names = list(target_modules(network, calls.NAMES, adapt))
         network.add_adapter(
             LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS[adapt]), init_lora_weights=False)
         )
@@ -136,14 +148,14 @@ def test_a_pack_equals_separate_peft_runs(
     load_base: Callable[..., Any],
     relative: Callable[..., float],
 ) -> None:
-    """A pack of 3 has the outputs and gradients of 3 peft runs, whatever the order of its rows.
+    """A pack of 3 has the outputs and gradients of 3 peft runs, for any order of its rows.
 
     In double precision every factor's gradient is peft's, to the rounding of its fp32 storage. In single
     precision an edit's whole gradient is; some layers have terms that nearly cancel.
     """
     dtype = {"double": torch.float64, "single": torch.float32}[precision]
-    network = load_base(weights=weights, checkpointing=checkpointing).unet.to(dtype)
-    peft_run = PeftRun(load_base(weights=weights, checkpointing=checkpointing).unet, adapt)
+    network = calls.unet(load_base(weights=weights, checkpointing=checkpointing)).to(dtype)
+    peft_run = PeftRun(calls.unet(load_base(weights=weights, checkpointing=checkpointing)), adapt)
     peft_run.network.to(dtype)
     pack = trained_pack(network, adapt=adapt)
     flat = pack.enable_gradients()
@@ -173,8 +185,8 @@ def test_a_pack_equals_separate_peft_runs(
 def test_first_factors_are_drawn_as_peft_draws_them() -> None:
     """A is uniform within 1 / sqrt(fan-in) as in peft's initialisation, and B is zero."""
     network = nn.ModuleDict({"to_q": nn.Linear(400, 300), "conv1": nn.Conv2d(40, 20, 3)})
-    pack = AdapterPack(network, edits=1, adapt="all", rank=64, alpha=64.0)
-    pack.initialize(generators(0))
+    pack = AdapterPack(network, calls.NAMES, count=1, adapt="all", rank=64, alpha=64.0)
+    drawn(pack, 0)
     for name, fan_in in (("to_q", 400), ("conv1", 360)):
         down, up, _ = pack.export(0)[kohya_key(name)]
         reference = nn.init.kaiming_uniform_(torch.empty_like(down), a=5**0.5)
@@ -189,18 +201,18 @@ def test_first_factors_are_drawn_as_peft_draws_them() -> None:
 
 def test_an_edit_starts_the_same_in_every_pack(unet: Any) -> None:
     """An edit's first factors depend on its own generator only, not on the pack it travels in."""
-    together = AdapterPack(unet, edits=3, adapt="all", rank=RANK, alpha=ALPHA)
-    together.initialize(generators(7, 8, 9))
+    together = AdapterPack(unet, calls.NAMES, count=3, adapt="all", rank=RANK, alpha=ALPHA)
+    drawn(together, 7, 8, 9)
     for edit, seed in enumerate((7, 8, 9)):
-        alone = AdapterPack(unet, edits=1, adapt="all", rank=RANK, alpha=ALPHA)
-        alone.initialize(generators(seed))
+        alone = AdapterPack(unet, calls.NAMES, count=1, adapt="all", rank=RANK, alpha=ALPHA)
+        drawn(alone, seed)
         assert torch.equal(alone.weights[0], together.weights[edit])
 
 
 def test_fresh_adapters_change_nothing(unet: Any) -> None:
     """Before training, a network with adapters gives the bits of the network without."""
-    pack = AdapterPack(unet, edits=3, adapt="all", rank=RANK, alpha=ALPHA)
-    pack.initialize(generators(0, 1, 2))
+    pack = AdapterPack(unet, calls.NAMES, count=3, adapt="all", rank=RANK, alpha=ALPHA)
+    drawn(pack, 0, 1, 2)
     assert torch.equal(predict(unet, 6, pack), predict(unet, 6))
 
 
@@ -233,7 +245,7 @@ def test_a_row_does_not_depend_on_its_neighbours(unet: Any, relative: Callable[.
 
 
 class Snapshot:
-    """What a network is made of and what it computes."""
+    """The modules of a network and its output."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -242,7 +254,7 @@ class Snapshot:
         self.output = predict(network, 2)
 
     def check(self) -> None:
-        """Asserts that the network is what it was."""
+        """Asserts that the network has not changed."""
         now = list(self.network.named_modules())
         assert [name for name, _ in now] == [name for name, _ in self.modules]
         assert all(a is b for (_, a), (_, b) in zip(now, self.modules, strict=True))
@@ -256,7 +268,7 @@ class Snapshot:
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 def test_leaving_restores_the_network_exactly(weights: str, load_base: Callable[..., Any]) -> None:
     """After a pack was trained in it a network has its own modules, names, tensors and output bits back."""
-    network = load_base(weights=weights).unet
+    network = calls.unet(load_base(weights=weights))
     predict(network, 2)
     before = Snapshot(network)
     pack = trained_pack(network, edits=2)
@@ -306,8 +318,7 @@ def test_making_a_pack_does_not_touch_the_network(unet: Any) -> None:
     before = Snapshot(unet)
     pack = trained_pack(unet)
     pack.enable_gradients()
-    AdapterPack.load(unet, [pack.export(0)])
-    pack.disable_gradients()
+    AdapterPack.load(unet, calls.NAMES, [pack.export(0)])
     before.check()
 
 
@@ -317,25 +328,58 @@ def test_making_a_pack_does_not_touch_the_network(unet: Any) -> None:
 @pytest.mark.parametrize(("adapt", "count"), [("attn", 128), ("attn+ff", 192), ("all", 278)])
 def test_layers_of_stable_diffusion_1_5(stable_diffusion: nn.Module, adapt: str, count: int) -> None:
     """On Stable Diffusion 1.5 the three choices adapt 128, 192 and 278 layers, each choice the one before too."""
-    chosen = target_modules(stable_diffusion, adapt)
+    chosen = target_modules(stable_diffusion, calls.NAMES, adapt)
     assert len(chosen) == count
     if adapt != "attn":
         fewer = ADAPT_TARGETS[ADAPT_TARGETS.index(adapt) - 1]
-        assert target_modules(stable_diffusion, fewer).keys() < chosen.keys()
+        assert target_modules(stable_diffusion, calls.NAMES, fewer).keys() < chosen.keys()
 
 
 def test_all_covers_every_layer_but_the_outermost(stable_diffusion: nn.Module) -> None:
     """ "all" leaves out the convolutions on latents and the two layers of the time embedding, and nothing else."""
     layers = {name for name, m in stable_diffusion.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    left = layers - target_modules(stable_diffusion, "all").keys()
+    left = layers - target_modules(stable_diffusion, calls.NAMES, "all").keys()
     assert left == {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
 
 
 def test_attn_is_attention_only(stable_diffusion: nn.Module) -> None:
     """ "attn" adapts the four projections of every attention; "attn+ff" adds no convolution but the 1x1 ones."""
-    assert all(".attn" in name for name in target_modules(stable_diffusion, "attn"))
-    for module in target_modules(stable_diffusion, "attn+ff").values():
+    assert all(".attn" in name for name in target_modules(stable_diffusion, calls.NAMES, "attn"))
+    for module in target_modules(stable_diffusion, calls.NAMES, "attn+ff").values():
         assert isinstance(module, nn.Linear) or module.kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("adapt", "target_modules_of_peft"),
+    [
+        ("to_q,to_v", ["to_q", "to_v"]),
+        ("to_out.0, ff.net.2", ["to_out.0", "ff.net.2"]),
+        ("mid_block.resnets.0.conv1", ["mid_block.resnets.0.conv1"]),
+        (r"(down|up)_blocks\.0\..*(conv1|to_k)", r"(down|up)_blocks\.0\..*(conv1|to_k)"),
+        ("all-linear", "all-linear"),
+        ("attn", list(TARGETS["attn"])),
+    ],
+)
+def test_an_expression_covers_the_layers_that_peft_adapts(
+    stable_diffusion: nn.Module, adapt: str, target_modules_of_peft: Any
+) -> None:
+    """`adapt` takes any `target_modules` of peft, and covers the layers that get an adapter from peft itself."""
+    config, network = LoraConfig(r=1, target_modules=target_modules_of_peft), copy.deepcopy(stable_diffusion)
+    adapted = inject_adapter_in_model(config, network, low_cpu_mem_usage=True)
+    theirs = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert target_modules(stable_diffusion, calls.NAMES, adapt).keys() == theirs != set()
+
+
+@pytest.mark.parametrize(
+    ("adapt", "reason"), [("attnn", "covers no layer"), (".*attn1", "kind Attention"), ("norm1", "kind [A-Z]")]
+)
+def test_an_expression_that_covers_no_such_layers_is_refused(
+    stable_diffusion: nn.Module, adapt: str, reason: str
+) -> None:
+    """Layers that cannot be adapted, or none at all, are an error that names the setting and the expression."""
+    with pytest.raises(ConfigError, match=reason) as caught:
+        target_modules(stable_diffusion, calls.NAMES, adapt)
+    assert caught.value.settings == ("adapt",) and repr(adapt) in str(caught.value)
 
 
 def test_choices_are_those_of_the_settings() -> None:
@@ -345,15 +389,15 @@ def test_choices_are_those_of_the_settings() -> None:
 
 def test_kohya_keys_are_distinct(stable_diffusion: nn.Module) -> None:
     """No two layers of Stable Diffusion 1.5 share a kohya key, though dots become underscores."""
-    names = target_modules(stable_diffusion, "all")
+    names = target_modules(stable_diffusion, calls.NAMES, "all")
     assert len({kohya_key(name) for name in names}) == len(names)
     assert kohya_key("mid_block.resnets.0.conv1") == "lora_unet_mid_block_resnets_0_conv1"
 
 
 def test_a_network_without_such_layers_is_refused() -> None:
     """A network that has none of the layers to adapt is refused, not adapted in nothing."""
-    with pytest.raises(ValueError, match="none of the layers"):
-        AdapterPack(nn.Sequential(nn.Linear(3, 3)), edits=1, adapt="all", rank=1, alpha=1.0)
+    with pytest.raises(ConfigError, match="covers no layer"):
+        AdapterPack(nn.Sequential(nn.Linear(3, 3)), calls.NAMES, count=1, adapt="all", rank=1, alpha=1.0)
 
 
 # Storage
@@ -371,17 +415,9 @@ def test_all_factors_of_an_edit_lie_in_one_row(unet: Any) -> None:
         assert bool((flat == 1).all())
 
 
-def test_disable_gradients_frees_them(unet: Any) -> None:
-    """After training no factor holds a gradient or asks for one."""
-    pack = trained_pack(unet)
-    pack.enable_gradients()
-    pack.disable_gradients()
-    assert not any(p.requires_grad or p.grad is not None for p in pack.parameters)
-
-
 def test_factors_stay_fp32_over_a_bfloat16_base(load_base: Callable[..., Any]) -> None:
     """Over a bfloat16 base the factors and their gradients are fp32, and the output is bfloat16."""
-    network = load_base(weights="bf16").unet
+    network = calls.unet(load_base(weights="bf16"))
     pack = trained_pack(network, edits=2)
     grads = pack.enable_gradients()
     latents, timesteps, text = inputs_of_unet(2)
@@ -399,18 +435,18 @@ def test_gradients_over_bfloat16_are_autograds_own(
     load_base: Callable[..., Any], alpha: float, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two passes over a bfloat16 base leave the bits that autograd's own casts leave, in fewer operations."""
-    network = load_base(weights="bf16", checkpointing=checkpointing).unet
+    network = calls.unet(load_base(weights="bf16", checkpointing=checkpointing))
     latents, timesteps, text = inputs_of_unet(2)
     found, operations = [], []
     for _ in range(2):
-        pack = AdapterPack(network, edits=2, adapt="all", rank=4, alpha=alpha)
+        pack = AdapterPack(network, calls.NAMES, count=2, adapt="all", rank=4, alpha=alpha)
         pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(0)))
         found.append(pack.enable_gradients())
         with pack.attached(network), Kernels() as count:
             for part in (latents, -latents):
                 network(part.bfloat16(), timesteps, text.bfloat16()).sample.float().square().sum().backward()
         operations.append(count.count)
-        monkeypatch.setattr(adapter_layers, "_rounded", lambda factors, dtype: factors.to(dtype))
+        monkeypatch.setattr(adapter_layers, "kept_gradient", lambda factors, dtype: factors.to(dtype))
     assert found[0].any() and torch.equal(*found)
     # A factor that is scaled on its way is cast as autograd does.
     direct = len(pack.parameters) if alpha == 4 else len(pack.parameters) // 2
@@ -421,10 +457,10 @@ def test_gradients_over_bfloat16_are_autograds_own(
 
 
 def test_an_exported_adapter_loads_to_the_same_output(unet: Any) -> None:
-    """Exported and loaded again, a pack gives the same bits, and so does what it exports then."""
+    """Exported and loaded again, a pack gives the same bits, and exports the same bits."""
     pack = trained_pack(unet)
     exported = [pack.export(edit) for edit in range(3)]
-    loaded = AdapterPack.load(unet, exported)
+    loaded = AdapterPack.load(unet, calls.NAMES, exported)
     assert torch.equal(predict(unet, 7, loaded, MIXED), predict(unet, 7, pack, MIXED))
     for edit, adapter in enumerate(exported):
         again = loaded.export(edit)
@@ -435,7 +471,7 @@ def test_an_exported_adapter_loads_to_the_same_output(unet: Any) -> None:
 
 
 def test_exported_factors_are_copies(unet: Any) -> None:
-    """What was exported does not change when training goes on."""
+    """An exported adapter does not change when training continues."""
     pack = trained_pack(unet)
     factors = pack.export(1)
     before = {key: down.clone() for key, (down, _, _) in factors.items()}
@@ -446,7 +482,7 @@ def test_exported_factors_are_copies(unet: Any) -> None:
 def test_exported_shapes_are_kohyas(unet: Any) -> None:
     """A convolution's up factor is exported as a 1x1 kernel, a linear layer's as a matrix."""
     exported = trained_pack(unet).export(0)
-    for name, module in target_modules(unet, "all").items():
+    for name, module in target_modules(unet, calls.NAMES, "all").items():
         down, up, _ = exported[kohya_key(name)]
         assert down.shape[0] == up.shape[1] == RANK
         assert down.dim() == up.dim() == module.weight.dim()
@@ -454,19 +490,19 @@ def test_exported_shapes_are_kohyas(unet: Any) -> None:
 
 
 def test_edits_of_other_ranks_and_layers_load_together(unet: Any, relative: Callable[..., float]) -> None:
-    """Edits of rank 1, 4 and 2 on different layers share a pack; each gives what it gives alone, in its own layers."""
+    """Edits of rank 1, 4 and 2 on different layers share a pack; each gives the same result as alone."""
     choices = (("all", 1), ("attn", 4), ("attn+ff", 2))
     exported = [trained_pack(unet, adapt=adapt, rank=rank).export(1) for adapt, rank in choices]
-    together = AdapterPack.load(unet, exported)
+    together = AdapterPack.load(unet, calls.NAMES, exported)
     # A layer takes the room of the highest rank that an edit has there, not of the highest of all.
     attention, others = (sum(d.numel() + u.numel() for d, u, _ in adapter.values()) for adapter in exported[1::-1])
     assert together.weights.shape[1] < 4 * others < attention + 4 * others
     for edit, adapter in enumerate(exported):
         assert set(together.export(edit)) == set(adapter)
-        alone = AdapterPack.load(unet, [adapter])
+        alone = AdapterPack.load(unet, calls.NAMES, [adapter])
         index = [edit] * 3
         assert relative(predict(unet, 3, together, index), predict(unet, 3, alone)) < 1e-5
-        again = AdapterPack.load(unet, [together.export(edit)])
+        again = AdapterPack.load(unet, calls.NAMES, [together.export(edit)])
         assert relative(predict(unet, 3, again), predict(unet, 3, alone)) < 1e-5
 
 
@@ -486,14 +522,14 @@ def test_factors_that_do_not_fit_are_refused(unet: Any, change: Callable[..., An
     key = next(key for key, (down, _, _) in exported.items() if down.dim() == 2)
     down, up, alpha = exported[key]
     with pytest.raises(ValueError, match=f"{key} has factors"):
-        AdapterPack.load(unet, [{**exported, key: (*change(down, up), alpha)}])
+        AdapterPack.load(unet, calls.NAMES, [{**exported, key: (*change(down, up), alpha)}])
 
 
 @pytest.mark.parametrize("edits", [[], [{}]])
 def test_no_factors_are_refused(edits: list[Any], unet: Any) -> None:
-    """A pack of nothing is refused in words."""
+    """An empty pack is refused with a clear message."""
     with pytest.raises(ValueError, match="no adapters"):
-        AdapterPack.load(unet, edits)
+        AdapterPack.load(unet, calls.NAMES, edits)
 
 
 def test_unknown_layers_are_refused(unet: Any) -> None:
@@ -501,7 +537,7 @@ def test_unknown_layers_are_refused(unet: Any) -> None:
     exported = trained_pack(unet).export(0)
     factors = next(iter(exported.values()))
     with pytest.raises(ValueError, match="no layer for lora_unet_nowhere"):
-        AdapterPack.load(unet, [exported, {**exported, "lora_unet_nowhere": factors}])
+        AdapterPack.load(unet, calls.NAMES, [exported, {**exported, "lora_unet_nowhere": factors}])
 
 
 # Strength
@@ -550,7 +586,7 @@ def test_strengths_are_those_of_the_blocks(unet: Any) -> None:
         assert all(0 < len(some) < len(layers) for some, layers in zip(without, whole, strict=True))
         strengths = torch.ones(6, 3)
         strengths[:, block] = 0
-        expected = predict(unet, 6, AdapterPack.load(unet, without))
+        expected = predict(unet, 6, AdapterPack.load(unet, calls.NAMES, without))
         torch.testing.assert_close(predict(unet, 6, pack, strengths=strengths), expected, atol=1e-5, rtol=1e-5)
 
 

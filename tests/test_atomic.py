@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_imagic import atomic
 from lowmem_imagic.errors import OutputExistsError, OutputUnwritableError
+from lowmem_imagic.storage import atomic
 
 
 def _no_links(*_: object, **__: object) -> None:
@@ -268,7 +268,7 @@ def test_a_symbolic_link_is_replaced_not_followed(tmp_path: Path) -> None:
 
 _CHILD = """
 import os, sys, time
-from lowmem_imagic import atomic
+from lowmem_imagic.storage import atomic
 
 def wait(*_):
     print("ready", flush=True)
@@ -289,7 +289,7 @@ def test_a_kill_before_publishing_leaves_the_old_state(tmp_path: Path, overwrite
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, str(path), str(overwrite)],
         stdout=subprocess.PIPE,
-        cwd=Path(atomic.__file__).parent.parent,
+        cwd=Path(atomic.__file__).parent.parent.parent,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"

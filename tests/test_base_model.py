@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LATENT_SIDE, TEXT_WIDTH
+from conftest import LATENT_SIDE, TEXT_WIDTH, new_tiny_unet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models import attention_processor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from lowmem_imagic import base_model
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel, pick_device, pick_dtype, resolve_attention
-from lowmem_imagic.config import WEIGHT_FORMATS
+from lowmem_imagic.engine import base as base_model
+from lowmem_imagic.engine.base import BaseModel, pick_device, pick_dtype, resolve_attention
 from lowmem_imagic.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -30,6 +30,15 @@ from lowmem_imagic.errors import (
     UnknownModelError,
     WrongFamilyError,
 )
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import WEIGHT_FORMATS
+from tests import calls
 
 PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "")
 WEIGHTS = {
@@ -49,21 +58,21 @@ def load(folder: Path, **options: Any) -> BaseModel:
 def use(folder: Path) -> None:
     """Loads a base and every part of it."""
     base = load(folder)
-    base.encode_text(["a cube"])
+    calls.encode_text(base, ["a cube"])
     base.encode_images(torch.zeros(1, 3, 16, 16))
-    base.unet.eval()
+    calls.unet(base).eval()
 
 
 def rows(base: BaseModel) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps and text, three rows."""
     latents = torch.randn(3, 4, LATENT_SIDE, LATENT_SIDE, generator=torch.Generator().manual_seed(0))
-    return latents, torch.tensor([1, 500, 990]), base.encode_text(PROMPTS)
+    return latents, torch.tensor([1, 500, 990]), calls.encode_text(base, PROMPTS)
 
 
 def predictions(base: BaseModel) -> Tensor:
-    """What the base predicts for `rows`."""
+    """The base's prediction for `rows`."""
     with torch.no_grad():
-        return base.predict(*rows(base))
+        return calls.predict(base, *rows(base))
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -100,7 +109,7 @@ def test_pickles_are_never_opened(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
-    """A safetensors file that is no Stable Diffusion checkpoint is refused, whatever the converter raises."""
+    """A safetensors file that is no Stable Diffusion checkpoint is refused, for any error of the converter."""
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
     with pytest.raises(IncompleteModelError, match=r"other\.safetensors could not be read"):
@@ -224,24 +233,39 @@ def test_shards_outside_the_folder(folder_copy: Path) -> None:
         ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
         ("model_index.json", {"_class_name": None}, "without a pipeline class"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type text_time"),
-        ("unet/config.json", {"in_channels": 9}, "9 input channels"),
+        ("unet/config.json", {"in_channels": 9}, r"9 input channels \(inpainting\).*latents have 4"),
+        ("vae/config.json", {"latent_channels": 8}, "4 input channels.*latents have 8"),
         ("unet/config.json", {"cross_attention_dim": None}, "expected a plain text-to-image"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "predicts 'sample'.*v_prediction"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "unheard-of"}, "beta_schedule 'unheard-of'"),
     ],
 )
 def test_models_of_another_kind(name: str, changes: dict[str, Any], found: str, folder_copy: Path) -> None:
-    """SDXL, inpainting, transformers and other predictions are refused when loaded, with what was found."""
+    """SDXL, inpainting, transformers and other predictions are refused on loading, and the error names the kind."""
     edit_json(folder_copy / name, **changes)
     with pytest.raises(WrongFamilyError, match=found):
         load(folder_copy)
+
+
+def test_latents_may_have_other_channels(folder_copy: Path) -> None:
+    """A model of the same make whose latents have 8 channels is edited with like any other."""
+    vae = AutoencoderKL.from_config({**AutoencoderKL.load_config(folder_copy, subfolder="vae"), "latent_channels": 8})
+    vae.save_pretrained(folder_copy / "vae")
+    new_tiny_unet(in_channels=8, out_channels=8).save_pretrained(folder_copy / "unet")
+    base = load(folder_copy)
+    photo = Photo(image=Image.new("RGB", (16, 16), "teal"), sha256="0" * 64, name="p", notes=(), icc_profile=None)
+    short = {"embed": {"steps": 1}, "finetune": {"steps": 1}, "sample": {"num_inference_steps": 2, "etas": (0.0, 1.0)}}
+    config = preset("fast", short)
+    [edit] = make_edits(base, [Job(photo, PROMPTS[0])], config)
+    assert edit.coarse["unet"].shape == (8, 4, 4) and edit.version == 1
+    assert apply_edits(base, [edit], [Cell(0, 1.0, 0)], config.sample)[0].size == (16, 16)
 
 
 # Options
 
 
 def test_all_wrong_options_at_once(tiny_folder: Path) -> None:
-    """Wrong weights and attention are reported together, each with what is allowed."""
+    """Wrong weights and attention are reported together, each with its allowed values."""
     with pytest.raises(ConfigError) as caught:
         load(tiny_folder, weights="int4", attention="flash")
     assert len(caught.value.problems) == 2
@@ -260,7 +284,7 @@ def test_unknown_devices(name: str, tiny_folder: Path) -> None:
 def test_cuda_without_cuda(name: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA asked for by name where there is none is an error, never a silent fallback; "auto" takes the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailableError, match="--device cpu"):
+    with pytest.raises(BackendUnavailableError, match="`device=cpu`"):
         BaseModel.load(str(tiny_folder), device=name)
     assert pick_device("auto") == CPU
 
@@ -282,7 +306,7 @@ def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
         (CPU, None, "bf16", torch.bfloat16),
         (CUDA, (8, 6), "int8", torch.bfloat16),
         (CUDA, (8, 0), "bnb-int8", torch.bfloat16),
-        (CUDA, (7, 5), "int8", torch.float32),
+        (CUDA, (7, 5), "int8", torch.float16),
         (CUDA, (9, 0), "fp32", torch.float32),
     ],
 )
@@ -301,66 +325,91 @@ def test_compute_type(
 # Attention
 
 
+def fake_xformers(monkeypatch: pytest.MonkeyPatch, attention: Any) -> list[Any]:
+    """Installs an xformers whose attention is `attention`; the shapes of queries that it was called with."""
+    shapes = []
+
+    def memory_efficient_attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shapes.append(query.shape)
+        result: Tensor = attention(query, *args, **kwargs)
+        return result
+
+    module = types.ModuleType("xformers")
+    module.ops = types.ModuleType("xformers.ops")  # type: ignore[attr-defined]
+    module.ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", module)
+    monkeypatch.setitem(sys.modules, "xformers.ops", module.ops)
+    monkeypatch.setattr(attention_processor, "xformers", module, raising=False)
+    return shapes
+
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, op: Any = None, scale: Any = None
+) -> Tensor:
+    """The result of xformers, for heads that are already in the batch; for others, any tensor with a gradient."""
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
 def test_xformers_on_the_cpu(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """xformers asked for by name on the CPU is an error, installed or not; "auto" takes torch's attention."""
-    for installed in (False, True):
-        monkeypatch.setattr(base_model, "_has_xformers", lambda installed=installed: installed)
-        with pytest.raises(BackendUnavailableError, match=r"no CPU kernels.*--attention auto or sdpa"):
+    for _ in range(2):
+        with pytest.raises(BackendUnavailableError, match="no CPU kernels"):
             load(tiny_folder, attention="xformers")
-        assert load(tiny_folder).attention == load(tiny_folder, attention="sdpa").attention == "sdpa"
+        assert load(tiny_folder).attention == "sdpa"
+        fake_xformers(monkeypatch, torch_attention)
 
 
-def test_xformers_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA "auto" takes xformers where it is installed; by name and missing it is an error."""
-    monkeypatch.setattr(base_model, "_has_xformers", lambda: True)
-    assert resolve_attention("auto", CUDA) == resolve_attention("xformers", CUDA) == "xformers"
-    assert resolve_attention("sdpa", CUDA) == "sdpa"
-    monkeypatch.setattr(base_model, "_has_xformers", lambda: False)
-    assert resolve_attention("auto", CUDA) == "sdpa"
-    with pytest.raises(BackendUnavailableError, match="not installed"):
-        resolve_attention("xformers", CUDA)
+# Where "meta" stands below, any device does on which xformers could run.
+def test_xformers_is_taken_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where xformers computes attention and its gradient, "auto" takes it."""
+    fake_xformers(monkeypatch, torch_attention)
+    assert (
+        resolve_attention("auto", torch.device("meta"))
+        == resolve_attention("xformers", torch.device("meta"))
+        == "xformers"
+    )
+    assert resolve_attention("sdpa", torch.device("meta")) == "sdpa"
 
 
-def test_xformers_is_installed_when_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """xformers counts as installed when its operators import, not when its name is merely there."""
-    fake = types.ModuleType("xformers")
-    monkeypatch.setitem(sys.modules, "xformers", fake)
+def test_xformers_that_is_not_there(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without xformers "auto" takes torch's attention without a word; by name it is an error."""
+    monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    assert not base_model._has_xformers()
-    fake.ops = types.ModuleType("xformers.ops")
-    monkeypatch.setitem(sys.modules, "xformers.ops", fake.ops)
-    assert base_model._has_xformers()
+    assert resolve_attention("auto", torch.device("meta")) == "sdpa" and not caplog.records
+    with pytest.raises(BackendUnavailableError, match="not installed"):
+        resolve_attention("xformers", torch.device("meta"))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, AttributeError, OSError])
+def test_xformers_that_is_there_and_does_not_run(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An xformers made for another torch imports and has no kernels: "auto" says so and takes torch's attention, by
+    name it is an error that says why."""
+
+    def broken(*_: Any, **__: Any) -> Tensor:
+        raise error("No operator found for `memory_efficient_attention_forward`")
+
+    fake_xformers(monkeypatch, broken)
+    assert resolve_attention("auto", torch.device("meta")) == "sdpa"
+    assert "installed and not used: it does not run on meta" in caplog.text and "No operator found" in caplog.text
+    with pytest.raises(BackendUnavailableError, match="does not run on meta"):
+        resolve_attention("xformers", torch.device("meta"))
 
 
 def test_xformers_is_what_computes_attention(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, relative: Callable[..., float]
 ) -> None:
     """Resolved to xformers, every attention of the UNet calls it, with results equal to torch's."""
-    from diffusers.models import attention_processor
-
-    calls = []
-
-    def memory_efficient_attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, op: Any = None, scale: Any = None
-    ) -> Tensor:
-        calls.append(query.shape)
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
-
-    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
-    monkeypatch.setattr(attention_processor, "xformers", types.SimpleNamespace(ops=ops), raising=False)
-
-    def enable(unet: UNet2DConditionModel) -> None:
-        unet.set_attn_processor(attention_processor.XFormersAttnProcessor())
-
-    monkeypatch.setattr(UNet2DConditionModel, "enable_xformers_memory_efficient_attention", enable)
+    shapes = fake_xformers(monkeypatch, torch_attention)
     monkeypatch.setattr(base_model, "resolve_attention", lambda name, device: "xformers")
     base = load(tiny_folder, attention="xformers")
     assert relative(predictions(base), predictions(load_plain(tiny_folder))) < 1e-5
-    assert base.attention == "xformers" and len(calls) == 8
+    assert base.attention == "xformers" and len(shapes) == 8
 
 
 def load_plain(folder: Path) -> BaseModel:
-    """The base with torch's attention, whatever `resolve_attention` is replaced by."""
+    """The base with torch's attention, even if a test replaces `resolve_attention`."""
     base = load(folder)
     base.attention = "sdpa"
     return base
@@ -401,10 +450,10 @@ def reshape_folder(folder: Path, component: str, *, half: bool = False, **option
 
 
 def everything(base: BaseModel) -> list[Tensor]:
-    """What each part of a base computes."""
+    """The outputs of each part of a base."""
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = base.encode_images(images)
-    return [predictions(base), base.encode_text(PROMPTS), latents, base.decode(latents)]
+    return [predictions(base), calls.encode_text(base, PROMPTS), latents, base.decode(latents)]
 
 
 @pytest.mark.parametrize("component", WEIGHTS)
@@ -460,11 +509,11 @@ def test_checkpointing_does_not_change_gradients(
         base = load(tiny_folder, weights=weights, checkpointing=checkpointing)
         latents, timesteps, text = rows(base)
         text.requires_grad_()
-        pack = AdapterPack(base.unet, edits=3, adapt="all", rank=2, alpha=2.0)
+        pack = AdapterPack(calls.unet(base), calls.NAMES, count=3, adapt="all", rank=2, alpha=2.0)
         pack.weights.add_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
         grads = pack.enable_gradients()
-        with pack.attached(base.unet):
-            base.predict(latents, timesteps, text).square().sum().backward()
+        with pack.attached(calls.unet(base)):
+            calls.predict(base, latents, timesteps, text).square().sum().backward()
         return text.grad, grads
 
     for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
@@ -476,7 +525,7 @@ def test_loading_is_announced(tiny_folder: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, logger=base_model.__name__):
         base = load(tiny_folder)
         assert not caplog.records
-        assert base.unet is base.unet
+        assert calls.unet(base) is calls.unet(base)
     (record,) = caplog.records
     for part in ("tiny-sd", "int8", "MB", "sdpa", "checkpointing off"):
         assert part in record.getMessage()
@@ -494,7 +543,7 @@ def pipeline(tiny_folder: Path) -> StableDiffusionPipeline:
 def test_text_is_encoded_as_the_pipeline_does(tiny_folder: Path, pipeline: Any, relative: Callable[..., float]) -> None:
     """Embeddings are those of diffusers' pipeline, also for an empty and an overlong sentence."""
     sentences = [*PROMPTS, "two birds kissing " * 30]
-    ours = load(tiny_folder).encode_text(sentences)
+    ours = calls.encode_text(load(tiny_folder), sentences)
     assert ours.dtype == torch.float32 and ours.shape[2] == TEXT_WIDTH
     for sentence, embedding in zip(sentences, ours, strict=True):
         theirs, _ = pipeline.encode_prompt(sentence, "cpu", 1, False)
@@ -508,10 +557,10 @@ def test_each_sentence_is_encoded_once(tiny_folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         base.family, "encode_text", lambda part, prompts: asked.append(prompts) or encode(part, prompts)
     )
-    first = base.encode_text(["a", "b", "a"])
+    first = calls.encode_text(base, ["a", "b", "a"])
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
-    assert torch.equal(base.encode_text(["b", "c"])[0], first[1])
-    base.encode_text(["a", "c"])
+    assert torch.equal(calls.encode_text(base, ["b", "c"])[0], first[1])
+    calls.encode_text(base, ["a", "c"])
     assert asked == [["a"], ["b"], ["c"]]
 
 
@@ -563,23 +612,25 @@ def test_overflow_in_the_vae_is_repeated_in_fp32(tiny_folder: Path, monkeypatch:
 def test_decoding_does_not_hide_overflow(value: float, tiny_folder: Path) -> None:
     """A picture in which the autoencoder overflowed is not finite, whichever way it overflowed."""
     family = load(tiny_folder).family
-    vae = family.load_vae(device=CPU, dtype=torch.float32)
+    vae = family.load_codec(device=CPU, dtype=torch.float32)
     vae.decoder.conv_out.bias.fill_(value)
     assert not family.decode(vae, torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE)).isfinite().any()
 
 
 def load_and_decode(folder: Path, latents: Tensor) -> Tensor:
-    """What a fresh base decodes in fp32."""
+    """The pictures that a fresh base decodes in fp32."""
     family = load(folder).family
-    return family.decode(family.load_vae(device=CPU, dtype=torch.float32), latents)
+    return family.decode(family.load_codec(device=CPU, dtype=torch.float32), latents)
 
 
 def test_sizes_come_from_the_configurations(tiny_folder: Path, pipeline: Any) -> None:
     """Picture size, noise schedule and prediction type are those of the folder."""
     base = load(tiny_folder)
-    assert base.size_px == 16 and base.family.vae_factor == 2
+    assert base.sizes.own[0] == 16 and base.family.vae_factor == 2
     assert base.family.cross_attention_dim == TEXT_WIDTH
-    assert torch.equal(base.alpha_bar, DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod)
+    assert torch.equal(
+        base.family.schedule.alpha_bar, DDIMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
+    )
     assert (base.family.prediction_type, base.family.family) == ("epsilon", "sd-16")
 
 
@@ -587,17 +638,17 @@ def test_v_prediction_is_read_from_the_folder(folder_copy: Path) -> None:
     """A folder that says v prediction gives a base, and schedulers, of v prediction."""
     edit_json(folder_copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     base = load(folder_copy)
-    assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
-    assert base.family.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
+    assert base.family.prediction_type == base.identity.interface.denoisers["unet"] == "v_prediction"
+    assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DDIMScheduler", "EulerDiscrete", "PNDM"])
 def test_schedulers_by_name(name: str, tiny_folder: Path) -> None:
     """Schedulers go by diffusers' class names, with or without "Scheduler", on the model's own noise schedule."""
     base = load(tiny_folder)
-    scheduler = base.family.scheduler(name)
+    scheduler = base.family.schedule.scheduler(name)
     assert type(scheduler).__name__ == name.removesuffix("Scheduler") + "Scheduler"
-    assert torch.equal(scheduler.alphas_cumprod, base.alpha_bar)
+    assert torch.equal(scheduler.alphas_cumprod, base.family.schedule.alpha_bar)
 
 
 @pytest.mark.parametrize(
@@ -606,10 +657,10 @@ def test_schedulers_by_name(name: str, tiny_folder: Path) -> None:
 )
 def test_steps_a_scheduler_cannot_take(name: str, steps: int, part: str, tiny_folder: Path) -> None:
     """A number of steps that would fail in the middle of sampling is refused beforehand, in words."""
-    family = BaseModel.load(str(tiny_folder), device="cpu").family
+    base = BaseModel.load(str(tiny_folder), device="cpu")
     with pytest.raises(ConfigError, match=f"num_inference_steps is {steps}.*{part}"):
-        family.check_steps(name, steps)
-    family.check_steps(name, 20)
+        base.check_steps(name, steps)
+    base.check_steps(name, 20)
 
 
 @pytest.mark.parametrize(
@@ -629,8 +680,8 @@ def test_configurations_that_make_no_sense(name: str, changes: dict[str, Any], f
     with pytest.raises(IncompleteModelError, match=r"tiny-sd.*download it again"):
         base = BaseModel.load(str(folder_copy), device="cpu")
         base.family.check_prompt("a cube")
-        base.family.check_steps("DDIM", 5)
-        _ = base.unet
+        base.check_steps("DDIM", 5)
+        _ = calls.unet(base)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "", "a\0b"])
@@ -642,9 +693,9 @@ def test_names_that_cannot_be_looked_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Nothing", "FlowMatchEulerDiscrete", "UNet2DConditionModel", "AutoencoderKL"])
 def test_unknown_schedulers(name: str, tiny_folder: Path) -> None:
-    """A name that is no scheduler for this kind of model is refused with those that are."""
+    """A name that is no scheduler for this kind of model is refused, with a list of valid names."""
     with pytest.raises(ConfigError, match=r"expected one of .*DDIM.*EulerDiscrete"):
-        load(tiny_folder).family.scheduler(name)
+        load(tiny_folder).family.schedule.scheduler(name)
 
 
 # Sentences
@@ -659,7 +710,7 @@ def test_empty_sentences(prompt: str, tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["a red cube", "日本語 🙂 é", "A  RED\ncube"])
 def test_sentences_that_fit(prompt: str, tiny_folder: Path) -> None:
-    """Of a sentence that fits nothing is cut, whatever its alphabet."""
+    """A sentence that fits is not cut, in any alphabet."""
     assert load(tiny_folder).family.check_prompt(prompt) == ""
 
 
@@ -669,7 +720,7 @@ def test_overlong_sentences(tiny_folder: Path) -> None:
     kept, cut = "a " * 29 + "photo", "of a red cube"
     assert base.family.check_prompt(kept) == ""
     assert base.family.check_prompt(f"{kept} {cut}") == cut
-    whole, with_tail = base.encode_text([kept, f"{kept} {cut}"])
+    whole, with_tail = calls.encode_text(base, [kept, f"{kept} {cut}"])
     torch.testing.assert_close(whole, with_tail)
 
 
@@ -736,4 +787,4 @@ def test_loading_reads_no_weights(folder_copy: Path) -> None:
     """Loading a base reads configurations only, so a wrong option costs no time."""
     for component, name in WEIGHTS.items():
         (folder_copy / component / name).unlink()
-    assert load(folder_copy).size_px == 16
+    assert load(folder_copy).sizes.own[0] == 16

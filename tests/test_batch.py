@@ -1,4 +1,4 @@
-"""Facts about batches: what a manifest says is made, what cannot be is named, and nothing is made twice."""
+"""Facts about batches: every item of a manifest is made or named as failed, and no item is made twice."""
 
 import csv
 import json
@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from lowmem_imagic import commands, edit_file, packing, preparation
-from lowmem_imagic.batch import worker
+from lowmem_imagic.actions import edit as commands
+from lowmem_imagic.actions.result_folder import ResultFolder
+from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.manifest import read_manifest
-from lowmem_imagic.cli import app
+from lowmem_imagic.cli.commands import app
+from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
-from lowmem_imagic.result_folder import ResultFolder
+from lowmem_imagic.pipeline import prepare as preparation
+from lowmem_imagic.training import embed
+from tests import calls
 
 QUICK = [
     "--steps-embed",
@@ -33,6 +37,9 @@ QUICK = [
     "2",
     "--etas",
     "0,1",
+    # Thirty passes less for every photo than from its own noise.
+    "--start",
+    "photo",
     "--quiet",
 ]
 SENTENCE = "a photo of a blue sphere"
@@ -45,10 +52,8 @@ def photo(path: Path, seed: int) -> Path:
     return path
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """A folder of three photos, something else, and a photo that is none."""
-    folder = tmp_path / "photos"
+def some_photos(folder: Path) -> Path:
+    """A folder of three photos, another file, and a file that only looks like a photo by its name."""
     folder.mkdir()
     for seed in range(3):
         photo(folder / f"p{seed}.png", seed)
@@ -58,12 +63,18 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """See `some_photos`."""
+    return some_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="session")
 def batch(tiny_folder: Path) -> Callable[..., Any]:
     """Runs ``batch run`` with the tiny model and few steps."""
 
     def call(*words: object) -> Any:
         fixed = ["--model", tiny_folder, "--device", "cpu", *QUICK]
-        return CliRunner().invoke(app, ["batch", "run", *map(str, words), *map(str, fixed)])
+        return CliRunner().invoke(app, ["batch", "run", *map(str, fixed), *map(str, words)])
 
     return call
 
@@ -104,7 +115,7 @@ def test_a_folder_is_its_photos(photos: Path) -> None:
     """A folder gives its photos in order of their names, each with the sentence; other files are no items."""
     items, bad = read_manifest(photos, SENTENCE)
     assert [item.photo.name for item in items] == ["broken.png", "p0.png", "p1.png", "p2.png"] and not bad
-    with pytest.raises(ConfigError, match="say with --prompt"):
+    with pytest.raises(ConfigError, match="describe the edited pictures with `prompt`"):
         read_manifest(photos)
 
 
@@ -147,7 +158,7 @@ def test_what_is_no_manifest(tmp_path: Path, name: str, content: bytes, reason: 
 
 
 def test_lines_end_where_files_say_so(tmp_path: Path) -> None:
-    """Separators that JSON allows within text end no line, and a short CSV row just lacks what it lacks."""
+    """Separators that JSON allows within text end no line, and a short CSV row only lacks its last fields."""
     sentence = "a cat\u2028asleep\x85here"
     (tmp_path / "list.jsonl").write_text(
         json.dumps({"photo": "a.png", "sentence": sentence}, ensure_ascii=False) + "\r\n", encoding="utf-8"
@@ -184,7 +195,7 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
 def test_names_are_safe_unique_and_stable(
     tmp_path_factory: pytest.TempPathFactory, entries: list[dict[str, Any]]
 ) -> None:
-    """Whatever a manifest says, names of folders are portable and unique, and adding lines below changes none."""
+    """Names of folders are portable and unique for any manifest, and lines added below change none of them."""
     path = tmp_path_factory.mktemp("manifest") / "list.jsonl"
 
     def names(count: int) -> list[str]:
@@ -234,18 +245,20 @@ def test_an_item_is_what_edit_makes(batch: Callable[..., Any], photos: Path, tin
     words = ["train", photos / "p1.png", SENTENCE, "--out", tmp_path / "e.safetensors", "--model", tiny_folder]
     CliRunner().invoke(app, [*map(str, words), "--device", "cpu", *QUICK[:6], "--quiet"])
     (tmp_path / "one.jsonl").write_text(json.dumps({"photo": "photos/p1.png", "sentence": SENTENCE, "name": "one"}))
-    assert batch(tmp_path / "one.jsonl", "--out", tmp_path / "out").exit_code == 0
+    assert batch(tmp_path / "one.jsonl", "--out", tmp_path / "out", "--start", "inverted").exit_code == 0
     mine, theirs = (
         edit_file.read(tmp_path / "out" / "one" / "one.safetensors"),
         edit_file.read(tmp_path / "e.safetensors"),
     )
-    assert mine.adapter.keys() == theirs.adapter.keys()
-    assert all((mine.adapter[key].up == theirs.adapter[key].up).all() for key in mine.adapter)
-    assert (mine.optimized_embedding == theirs.optimized_embedding).all()
+    assert mine.adapters["unet"].keys() == theirs.adapters["unet"].keys()
+    assert all(
+        (mine.adapters["unet"][key].up == theirs.adapters["unet"][key].up).all() for key in mine.adapters["unet"]
+    )
+    assert (mine.conditioning["embeds"] == theirs.conditioning["embeds"]).all()
 
 
 def test_the_same_command_goes_on(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Run again, finished items are left as they are; one whose edit is gone, or that was under way, is made again."""
+    """Run again, finished items stay unchanged; an item that lost its edit, or was under way, is made again."""
     (photos / "broken.png").unlink()
     words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     assert batch(*words).exit_code == 0
@@ -301,7 +314,7 @@ def test_results_of_other_commands_are_not_replaced(
 
 
 def test_another_background_is_another_job(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """What is put under transparent parts of a photo makes the result, so it is part of the job."""
+    """The colour under transparent parts of a photo affects the result, so it is part of the job."""
     (photos / "broken.png").unlink()
     words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out")
     assert batch(*words).exit_code == 0
@@ -335,7 +348,7 @@ def test_no_memory_for_pictures_fails_the_item_alone(
 
 
 def test_too_little_memory_fails_items_not_the_run(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Where no plan fits, every item is reported, unread, with what would fit, and the exit code says so."""
+    """If no plan fits, every item is reported, unread, with a plan that would fit, and the exit code shows it."""
     result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--vram", "1MB", "--json")
     tally = json.loads(result.stdout)
     assert result.exit_code == 3 and tally["left"] == 0
@@ -343,7 +356,7 @@ def test_too_little_memory_fails_items_not_the_run(batch: Callable[..., Any], ph
 
 
 def test_items_have_settings_of_their_own(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
-    """Seed, etas and seeds of a line hold for its item; what is out of range fails by itself."""
+    """Seed, etas and seeds of a line apply to its item; a line with a value out of range fails alone."""
     lines = [
         {"photo": "photos/p0.png", "sentence": SENTENCE, "name": "own", "seed": 7, "etas": [0, 0.5], "seeds": "1,2"},
         {"photo": "photos/p0.png", "sentence": SENTENCE, "name": "plain"},
@@ -365,15 +378,14 @@ def test_one_that_diverges_harms_nobody(
 ) -> None:
     """An edit whose loss is no longer finite is reported; those beside it in the pack are finished."""
     (photos / "broken.png").unlink()
-    begin = packing.Pack._begin
+    start = embed.from_sentence
 
-    def poisoned(self: packing.Pack, slot: int, stage: str) -> bool:
-        ended = begin(self, slot, stage)
-        if stage == "embed" and self._held[slot].made.number == 1:
-            self._embeddings.data[slot] = float("nan")
-        return ended
+    def poisoned(slot: Any) -> None:
+        start(slot)
+        if slot.number == 1:
+            slot.text["embeds"].fill_(float("nan"))
 
-    monkeypatch.setattr(packing.Pack, "_begin", poisoned)
+    monkeypatch.setattr(embed, "from_sentence", poisoned)
     result = batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     tally = json.loads(result.stdout)
     assert [bad["where"] for bad in tally["failed"]] == ["p1.png"] and "loss is nan" in tally["failed"][0]["reason"]
@@ -384,21 +396,16 @@ def test_one_that_diverges_harms_nobody(
 def test_ctrl_c_keeps_what_is_finished(
     batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Stopped once, a batch saves what is in training and says how many are done and left; the same command goes on
-    from there."""
+    """Stopped once, a batch saves its edits in training and reports how many items are done and left; the same command
+    continues from there."""
     handler = signal.getsignal(number)
     (photos / "broken.png").unlink()
-    finish, words = worker._Pack._finish, (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
-
-    def stop_after_one(self: worker._Pack, *args: Any) -> Any:
-        signal.raise_signal(number)
-        return finish(self, *args)
-
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
     with monkeypatch.context() as patch:
-        patch.setattr(worker._Pack, "_finish", stop_after_one)
+        calls.before_each_edit(patch, lambda count: signal.raise_signal(number))
         patch.setattr(worker, "CPU_SLOTS", 1)
         result = batch(*words)
-    assert result.exit_code == 130 and "1 done, 2 left; the same command goes on" in result.stderr
+    assert result.exit_code == 130 and "1 done, 2 left; run the same command again to continue" in result.stderr
     assert len(finished(tmp_path / "out")) == 1
     assert signal.getsignal(number) == handler
     assert len(json.loads(batch(*words).stdout)["done"]) == 2
@@ -410,13 +417,13 @@ def test_ctrl_c_is_heard_while_photos_are_inverted(
     """Before anything trains there is nothing to save: a batch ends at the next step of the inversion."""
     invert = preparation.own_noise
 
-    def stop_before(*args: Any) -> Any:
+    def stop_before(*args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        invert(*args)
+        invert(*args, **kwargs)
         raise AssertionError("still there")
 
     monkeypatch.setattr(preparation, "own_noise", stop_before)
-    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--start", "inverted", "--json")
     result = batch(*words)
     assert result.exit_code == 130 and "0 done, 4 left" in result.stderr
 
@@ -424,7 +431,7 @@ def test_ctrl_c_is_heard_while_photos_are_inverted(
 def test_the_second_ctrl_c_stops_at_once(
     batch: Callable[..., Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped twice, a batch ends wherever it is, leaves no half file, and goes on all the same."""
+    """Stopped twice, a batch ends at once, leaves no half-written file, and can still be continued."""
     (photos / "broken.png").unlink()
     words = (photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
 
@@ -446,7 +453,7 @@ def test_progress_is_one_for_all(
 ) -> None:
     """The display counts steps of all items to their end, and says how many are done, in slots and waiting; it begins
     before the first photo is inverted, and never goes back."""
-    from lowmem_imagic.console import Console
+    from lowmem_imagic.actions.console import Console
 
     monkeypatch.setattr(worker, "CPU_SLOTS", slots)
     seen: list[tuple[str, int, int, str]] = []

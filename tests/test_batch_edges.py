@@ -1,4 +1,4 @@
-"""Facts about batches where two things go wrong at once, or in an order that nobody expects."""
+"""Facts about batches with two faults at once, or faults in an unexpected order."""
 
 import contextlib
 import errno
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic.batch import worker
 from lowmem_imagic.batch.attempts import Attempts
-from lowmem_imagic.batch.ledger import LEASE_S, Ledger
-from lowmem_imagic.batch.ledger_file import Entry
+from lowmem_imagic.batch.executors import local as worker
+from lowmem_imagic.batch.ledger.file import Entry
+from lowmem_imagic.batch.ledger.ledger import LEASE_S, Ledger
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.errors import OutputUnwritableError
@@ -143,7 +143,7 @@ def test_a_ledger_closed_on_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_damaged_ledger_on_a_full_disk(tmp_path: Path) -> None:
-    """A ledger that can neither be read nor made anew is one clear error."""
+    """A ledger that can neither be read nor replaced is one clear error."""
     with mounted(tmp_path / "disk", "512k") as disk:
         (disk / "ledger").write_bytes(b"garbage" * 9)
         with contextlib.suppress(OSError):
@@ -153,8 +153,7 @@ def test_a_damaged_ledger_on_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_one_that_ends_the_process_keeps_nobody_else(path: Path) -> None:  # noqa: F811
-    """An item that ends every process which takes it: after a few times it is taken by itself, when the others are
-    done."""
+    """An item that crashes its process is claimed alone after a few attempts, when the others are done."""
     done: set[str] = set()
     for _ in range(20):
         with opened(path, entries(20)) as ledger:
@@ -195,14 +194,15 @@ def test_a_state_of_another_version_is_not_used(
     import torch
 
     from lowmem_imagic.batch.states import States
-    from lowmem_imagic.training_state import TrainingState
+    from lowmem_imagic.training.state import TrainingState
 
     state = TrainingState(
         stage="finetune",
         losses={"embed": [1.0], "finetune": [1.0]},
         generator=torch.zeros(7, dtype=torch.uint8),
-        embedding=torch.zeros(3, 3),
+        finished={"embeds": torch.zeros(3, 3)},
         trained={},
+        shapes={"unet": [4, 16, 16]},
         measured={},
     )
     plain = run(listed(tmp_path, 2), "--out", tmp_path / "plain")
@@ -280,7 +280,7 @@ def test_parts_and_the_whole_are_one_batch(run: Any, tmp_path: Path) -> None:  #
 
 
 def test_a_photo_that_changes(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """One that is no longer what it was when the run began fails by name, and the next run makes what it is now."""
+    """A photo that has changed since the run began fails by name, and the next run edits the changed photo."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
     load = worker.load_photo
 
@@ -304,7 +304,7 @@ def test_one_folder_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch,
     when: str,
 ) -> None:
-    """An item whose own folder is read-only fails alone, whether it was before the run or became so."""
+    """An item with a read-only folder fails alone, also if the folder became read-only during the run."""
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     out.mkdir()
     with contextlib.ExitStack() as disks:
@@ -326,7 +326,7 @@ def test_one_folder_that_cannot_be_written(
 
 
 def test_states_saved_in_between_are_kept(tmp_path: Path) -> None:
-    """What is saved while it is being asked which states are wanted is not removed; what is not wanted is."""
+    """Unwanted states are removed; a state saved during the query for wanted states stays."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "state").write_bytes(b"1")
 
@@ -348,5 +348,5 @@ def test_a_runner_that_cannot_be_seen(path: Path) -> None:  # noqa: F811
         ledger.claim("", 1)
         change(whole, "UPDATE runners SET boot = 'another'")
         seen = status(out)
-    assert seen["runners"][0]["alive"] is None and "not to be seen from here" in seen["summary"][1]
+    assert seen["runners"][0]["alive"] is None and "not visible from here" in seen["summary"][1]
     assert not any("at work" in line for line in seen["summary"])

@@ -1,4 +1,4 @@
-"""Facts about batches that meet trouble: disks, photos, memory and processes fail, and nothing that is done is lost."""
+"""Facts about batches with faults: disks, photos, memory and processes fail, and no finished item is lost."""
 
 import errno
 import json
@@ -14,14 +14,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lowmem_imagic import edit_file, packing, pipeline, writable
-from lowmem_imagic.batch import outputs, request, worker
+from lowmem_imagic.batch import outputs
+from lowmem_imagic.batch.executors import build
+from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.failures import MAX_TRIES
-from lowmem_imagic.batch.runner import Batch
 from lowmem_imagic.batch.status import status
-from lowmem_imagic.cli import app
+from lowmem_imagic.cli.commands import app
+from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.errors import MemoryLimitError
-from tests import crashes
+from lowmem_imagic.pipeline import make as pipeline
+from lowmem_imagic.storage import writable
+from lowmem_imagic.training import pack as packing
+from tests import calls, crashes
 from tests.test_batch import QUICK, SENTENCE, photo
 from tests.test_ledger import mounted
 
@@ -33,7 +37,7 @@ GOOD, BAD = 9, 1
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
-    """Ends a run that waits for ever, as one does for an item that nobody has and nobody gave back."""
+    """Ends a run that waits forever, as for an item that no runner has or has released."""
 
     def late(*_: object) -> None:
         raise TimeoutError("the run does not end")
@@ -47,7 +51,7 @@ def limit() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Said:
-    """What a command came to."""
+    """The result of a command."""
 
     code: int
     report: dict[str, Any]
@@ -84,7 +88,7 @@ def spoil(photo: Path) -> None:
 
 
 def items(out: Path) -> dict[str, dict[str, Any]]:
-    """What ``batch status`` says of every item, by name."""
+    """The entries of ``batch status`` for all items, by name."""
     return {item["name"]: item for item in call("status", out).report["items"]}
 
 
@@ -95,7 +99,7 @@ def times(out: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def ten(run: Callable[..., Said], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Said]:
-    """A manifest of ten photos of which one is cut off, its folder, and what the run said."""
+    """A manifest of ten photos, one of them cut off, its folder, and the output of the run."""
     folder = tmp_path_factory.mktemp("ten")
     manifest = listed(folder, GOOD + BAD)
     spoil(folder / "p4.png")
@@ -131,13 +135,13 @@ def test_a_tenth_is_bad(ten: tuple[Path, Path, Said]) -> None:
 
 def test_a_photo_that_vanishes(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A photo that was there at the start and is gone when its turn comes fails by itself."""
-    manifest, make_all = listed(tmp_path, 2), Batch._make_all
+    manifest, stream = listed(tmp_path, 2), worker.stream_edits
 
-    def late(self: Batch, ledger: Any) -> None:
-        (tmp_path / "p0.png").unlink()
-        make_all(self, ledger)
+    def late(*args: Any, **options: Any) -> Any:
+        (tmp_path / "p0.png").unlink(missing_ok=True)
+        return stream(*args, **options)
 
-    monkeypatch.setattr(Batch, "_make_all", late)
+    monkeypatch.setattr(worker, "stream_edits", late)
     said = run(manifest, "--out", tmp_path / "out")
     assert said.code == 3 and said.report["done"] == ["n1"]
     assert [bad["name"] for bad in said.report["failed"]] == ["n0"] and "there is no file" in said.errors
@@ -165,8 +169,8 @@ def test_a_disk_that_fails_once(run: Callable[..., Said], tmp_path: Path, monkey
 
 
 def test_what_is_tried_again(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that always fails costs the item after some tries, and the same command tries it again; a bad photo is
-    left alone by it, and by `retry`, but for `retry --failed`."""
+    """On a disk that always fails, an item fails after some tries, and the same command tries it again; a bad photo is
+    tried again only by `retry --failed`."""
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     spoil(tmp_path / "p1.png")
 
@@ -186,14 +190,15 @@ def test_what_is_tried_again(run: Callable[..., Said], tmp_path: Path, monkeypat
         assert found()[1] == ("failed", "input", attempts)
 
 
-# What is on disk
+# Files on disk
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 9999, None], ids=["empty", "garbage", "gone"])
 def test_a_lost_ledger_loses_nothing(
     run: Callable[..., Said], ten: tuple[Path, Path, Said], copy: Path, content: bytes | None
 ) -> None:
-    """Without its ledger, or with a damaged one, a batch knows from the files what is done, and makes nothing again."""
+    """Without its ledger, or with a damaged one, a batch finds its finished items from their files, and makes none
+    again."""
     before = times(copy)
     (copy / LEDGER).unlink() if content is None else (copy / LEDGER).write_bytes(content)
     seen = call("status", copy)
@@ -221,13 +226,13 @@ def test_a_damaged_result_is_made_again(
     name: str,
     damage: Callable[[bytes], bytes] | None,
 ) -> None:
-    """An item of which a file is gone or another is made again, whatever the ledger says, and no other is."""
+    """An item with a missing or changed file is made again, whatever the ledger says; other items are not."""
     file, before = copy / "n7" / name, times(copy)
     job = json.loads((copy / "n7" / "report.json").read_text())["job"]
     file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
     said = run(ten[0], "--out", copy)
     assert said.report["done"] == ["n7"] and len(said.report["done_before"]) == GOOD - 1
-    assert outputs.look(copy / "n7", job) == outputs.FINISHED and items(copy)["n7"]["attempts"] == 2
+    assert outputs.item_state(copy / "n7", job) == outputs.FINISHED and items(copy)["n7"]["attempts"] == 2
     assert {path for path, when in times(copy).items() if before.get(path) != when} == {
         path for path in before if path.startswith("n7/")
     }
@@ -237,7 +242,7 @@ def test_a_folder_that_cannot_be_written(
     run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read-only disk, or one with hardly any room, is one clear error before any model is opened."""
-    monkeypatch.setattr(request, "open_base", lambda *_: pytest.fail("a model was opened"))
+    monkeypatch.setattr(build, "open_base", lambda *_: pytest.fail("a model was opened"))
     manifest = listed(tmp_path, 1)
     with mounted(tmp_path / "disk", "2m") as disk:
         said = run(manifest, "--out", disk / "out")
@@ -249,8 +254,8 @@ def test_a_folder_that_cannot_be_written(
 
 
 def test_a_disk_that_fills_up(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the disk is full, the run ends with one clear error; what is done stays, nothing half-made is taken for
-    done, and with room again the same command makes the rest."""
+    """On a full disk, the run ends with one clear error; finished items stay, half-made items do not count as done, and
+    with free space the same command makes the rest."""
     monkeypatch.setattr(writable, "MIN_FREE_BYTES", 0)
     manifest = listed(tmp_path, 3)
     with mounted(tmp_path / "disk", "3m") as disk:
@@ -275,7 +280,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     step, tried = packing.Pack._step, list[int]()
 
     def failing(self: packing.Pack) -> Any:
-        slots = len(self._free) + len(self._held)
+        slots = len(self._free) + len(self._edits)
         if not tried or tried[-1] != slots:
             tried.append(slots)
         if slots > most:
@@ -287,7 +292,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
 
 
 def test_fewer_side_by_side(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a pack does not fit, it goes on with half as many edits until it does, and every item is made once."""
+    """A pack that does not fit continues with half as many edits until it fits, and every item is made once."""
     tried = limited(monkeypatch, 1)
     said = run(listed(tmp_path, 4), "--out", tmp_path / "out")
     assert said.code == 0 and sorted(said.report["done"]) == ["n0", "n1", "n2", "n3"] and tried == [4, 2, 1]
@@ -321,14 +326,9 @@ def test_shards(run: Callable[..., Said], tmp_path: Path) -> None:
 
 
 def test_a_run_seen_from_outside(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a run is at work its status names it, with what it has in training and how long that may take."""
-    finish, seen, out = worker._Pack._finish, list[dict[str, Any]](), tmp_path / "out"
-
-    def looking(self: worker._Pack, *values: Any) -> Any:
-        seen.append(status(out))
-        return finish(self, *values)
-
-    monkeypatch.setattr(worker._Pack, "_finish", looking)
+    """The status names a run at work, with its edits in training and the time left."""
+    seen, out = list[dict[str, Any]](), tmp_path / "out"
+    calls.before_each_edit(monkeypatch, lambda count: seen.append(status(out)))
     assert run(listed(tmp_path, 2), "--out", out, "--slots", 1).code == 0
     assert [(one["running"], one["done"]) for one in seen] == [(2, 0), (1, 1)]
     assert [runner["pid"] for one in seen for runner in one["runners"]] == [os.getpid()] * 2
@@ -336,7 +336,7 @@ def test_a_run_seen_from_outside(run: Callable[..., Said], tmp_path: Path, monke
 
 
 def test_no_batch_is_an_error(tmp_path: Path) -> None:
-    """A folder that no batch has written, or that is not there, has neither a status nor anything to be tried again."""
+    """A folder without a batch, or a missing folder, has no status and no retry."""
     (tmp_path / "photo").mkdir()
     for command in ("status", "retry"):
         for folder in (tmp_path, tmp_path / "nowhere"):
@@ -347,7 +347,7 @@ def test_no_batch_is_an_error(tmp_path: Path) -> None:
 def test_retry_has_the_options(
     run: Callable[..., Said], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`retry` needs no option of the run, and may be called from anywhere: what is missing is the same job again."""
+    """`retry` needs no option of the run, and works from any folder: missing items keep their jobs."""
     listed(tmp_path / "photos", 2).unlink()
     monkeypatch.chdir(tmp_path)
     words = ("photos", "--out", "out", "--prompt", SENTENCE, "--seed", 5, "--etas", "0.5", "--background", "black")
@@ -383,9 +383,10 @@ def test_models_of_their_own(
     assert made[0] == made[2] != made[1] and len(packs) == len(set(packs)) == 2
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on(run: Callable[..., Said], tmp_path: Path, tiny_folder: Path) -> None:
-    """A process killed while it writes a file of its second item has lost nothing: the same command comes to the same
-    bytes as one that nobody disturbed, and leaves nothing else."""
+    """A process killed while it writes a file of its second item loses no work: the same command ends with the bytes of
+    an undisturbed run, and no other files."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
     batch = crashes.Batch(manifest, ("--model", str(tiny_folder), *ONE_PICTURE, "--slots", "1"))
     assert batch.dies_at(out, "temporary-written:8") and list(out.glob(".lowmem-imagic/training/*/*/files/.*.tmp"))

@@ -1,7 +1,8 @@
 # ruff: noqa: F811  fixtures of another file
-"""Facts about batches that meet errors nobody raised on purpose: no such error ends a run or fails another's item."""
+"""Facts about unexpected errors in batches: no such error ends a run or fails another item."""
 
 import errno
+import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem_imagic import base_model, commands, packing, pipeline, preparation
-from lowmem_imagic.batch import worker
+from lowmem_imagic.actions import edit as commands
+from lowmem_imagic.batch.executors import local as worker
+from lowmem_imagic.engine import base as base_model
+from lowmem_imagic.pipeline import make as pipeline
+from lowmem_imagic.pipeline import prepare as preparation
+from lowmem_imagic.training import pack as packing
 from tests.test_batch_faults import ONE_PICTURE, Said, call, items, limit, listed, run  # noqa: F401
 from tests.test_nonfinite import PARTS, damage, schedule
 
@@ -71,66 +76,80 @@ def only_n1_failed(said: Said, out: Path, kind: str = "internal") -> str:
     return str(bad["reason"])
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_error_while_a_photo_is_read(
-    error: Exception, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The item fails with the kind of the error and its first line; where it came from is in a file."""
-    manifest, out = listed(tmp_path, 3), tmp_path / "out"
-    fail_for(monkeypatch, worker, "load_photo", error, of_item("p1.png"))
-    reason = only_n1_failed(run(manifest, "--out", out, "--slots", 3), out)
-    assert f"unexpected error ended this: {type(error).__name__}" in reason and "\n" not in reason
-    assert "Traceback" in (out / LOG).read_text() and "in failing" in (out / LOG).read_text()
+def errors_of_items(
+    run: Callable[..., Said], tmp_path: Path, count: int, *words: object
+) -> tuple[dict[str, str], dict[str, str]]:
+    """A batch of which all items but the first and the last fail for themselves: their reasons and kinds, by name."""
+    manifest, out = listed(tmp_path, count + 2), tmp_path / "out"
+    said = run(manifest, "--out", out, *words)
+    assert (said.code, sorted(said.report["done"])) == (3, sorted(["n0", f"n{count + 1}"])), said
+    assert "Traceback" not in said.errors and "\x1b" not in said.errors and "\u202e" not in said.errors
+    kinds = {name: item["kind"] for name, item in items(out).items() if item["state"] == "failed"}
+    return {bad["name"]: bad["reason"] for bad in said.report["failed"]}, kinds
 
 
-@pytest.mark.parametrize("error", [ERRORS[0], ERRORS[2], ERRORS[11]], ids=lambda error: type(error).__name__)
-def test_an_error_while_a_pack_trains(
-    error: Exception, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_errors_while_photos_are_read(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pack that breaks off is tried again edit by edit: the one at fault fails, the others are made."""
-    manifest, out, enter = listed(tmp_path, 3), tmp_path / "out", packing.Pack._enter
-    bad = list[Any]()
+    """Whatever the error, its item fails with its kind and its first line; where it came from is in a file."""
+    for number, error in enumerate(ERRORS, 1):
+        fail_for(monkeypatch, worker, "load_photo", error, of_item(f"p{number}.png"))
+    reasons, kinds = errors_of_items(run, tmp_path, len(ERRORS), "--slots", 3)
+    assert set(kinds.values()) == {"internal"}
+    for number, error in enumerate(ERRORS, 1):
+        reason = reasons[f"n{number}"]
+        assert f"unexpected error ended this: {type(error).__name__}" in reason and "\n" not in reason
+    log = (tmp_path / "out" / LOG).read_text()
+    assert log.count("Traceback") >= len(ERRORS) and log.count("in failing") >= len(ERRORS)
+
+
+def test_errors_while_a_pack_trains(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack that breaks off is tried again edit by edit: those at fault fail, the others are made."""
+    errors, enter, bad = [ERRORS[0], ERRORS[2], ERRORS[11]], packing.Pack._enter, list[tuple[Any, Exception]]()
     encode = preparation.Prepared._encode
 
     def encoded(self: Any, jobs: Any) -> None:
-        before = len(self._ready)
+        before = len(self._waiting)
         encode(self, jobs)
-        bad.extend(t.latents for t in list(self._ready)[before:] if t.job.photo.name.startswith("p1"))
+        for task in list(self._waiting)[before:]:
+            bad.extend((task.latents, error) for n, error in enumerate(errors, 1) if task.job.photo.name == f"p{n}")
 
-    def entering(self: Any, slot: int, stage: str, losses: Any) -> bool:
-        if stage == "finetune" and any(self._held[slot].task.latents is latents for latents in bad):
-            raise error
+    def entering(self: Any, slot: int, stage: Any, losses: Any) -> bool:
+        for latents, error in bad:
+            if stage.name == "finetune" and self._edits[slot].task.latents is latents:
+                raise error
         return enter(self, slot, stage, losses)
 
     monkeypatch.setattr(preparation.Prepared, "_encode", encoded)
     monkeypatch.setattr(packing.Pack, "_enter", entering)
-    only_n1_failed(run(manifest, "--out", out, "--slots", 3), out)
+    reasons, kinds = errors_of_items(run, tmp_path, len(errors), "--slots", 3)
+    assert set(kinds.values()) == {"internal"}
+    assert all(type(error).__name__ in reasons[f"n{number}"] for number, error in enumerate(errors, 1))
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "picks"),
-    [
-        (worker, "finished_edit", of_item("n1")),
-        (commands, "render", lambda base, made, *_, photo, **__: photo.name.startswith("p1")),
-        (worker.publishing, "publish", lambda attempt, results, folder, job, report: "n1" in str(folder)),
-        (worker.publishing, "pictures_of_report", lambda folder: "n1" in str(folder)),
-    ],
-)
-def test_an_error_while_results_are_made(
-    owner: Any, name: str, picks: Any, run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_errors_while_results_are_made(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rendering, writing and reporting fail for their own item."""
-    manifest, out = listed(tmp_path, 3), tmp_path / "out"
-    fail_for(monkeypatch, owner, name, ValueError("no such thing"), picks)
-    reason = only_n1_failed(run(manifest, "--out", out), out)
-    written = (out / "n1/n1.safetensors").exists()
-    assert ("the edit itself is finished" in reason) == written
+    places: list[tuple[Any, str, Callable[..., bool]]] = [
+        (worker, "finished_edit", of_item("n1")),
+        (commands, "render", lambda base, made, *_, photo, **__: photo.name.startswith("p2")),
+        (worker.publishing, "publish", lambda attempt, results, folder, job, report: "n3" in str(folder)),
+        (worker.publishing, "pictures_of_report", lambda folder: "n4" in str(folder)),
+    ]
+    for owner, name, picks in places:
+        fail_for(monkeypatch, owner, name, ValueError("no such thing"), picks)
+    reasons, kinds = errors_of_items(run, tmp_path, len(places))
+    assert set(kinds.values()) == {"internal"}
+    for name, reason in reasons.items():
+        written = (tmp_path / "out" / name / f"{name}.safetensors").exists()
+        assert "ValueError" in reason and ("the edit itself is finished" in reason) == written
 
 
 def test_an_error_in_the_numbers_of_one_edit(
     run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the engine makes of a trained edit may fail for one of a pack."""
+    """Finishing a trained edit may fail for one edit of a pack."""
     manifest, out, calls = listed(tmp_path, 3), tmp_path / "out", Counter[str]()
     edit = pipeline.Edit
 
@@ -172,20 +191,20 @@ def test_an_error_while_the_list_is_looked_at(
 
 
 def test_an_error_of_the_crew_itself(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a crew raises becomes its items' failure, and the run reports."""
+    """Any error of an executor becomes the failure of its items, and the run reports."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
 
     def make(*_: Any, **__: Any) -> Any:
         raise Odd("broken crew")
         yield
 
-    monkeypatch.setattr(worker.LocalCrew, "make", make)
+    monkeypatch.setattr(worker.LocalExecutor, "make", make)
     said = run(manifest, "--out", out)
     assert said.code == 3 and len(said.report["failed"]) == 2 and "Odd: broken crew" in said.errors
 
 
 def test_the_log_is_no_way_out_of_the_folder(run: Callable[..., Said], tmp_path: Path) -> None:
-    """A link in place of the log is not followed: the run says so and makes nothing."""
+    """A link in place of the log is not followed: the run ends with an error, and makes no items."""
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     (out / LOG).parent.mkdir(parents=True)
     (target := tmp_path / "precious").write_text("mine")
@@ -201,18 +220,24 @@ def test_stopping_is_no_error(run: Callable[..., Said], tmp_path: Path, monkeypa
     assert run(listed(tmp_path, 3), "--out", tmp_path / "out").code == 130
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_a_model_with_a_bad_number_fails_its_own_items(
-    part: str, run: Callable[..., Said], folder_copy: Path, tmp_path: Path
+def test_models_with_a_bad_number_fail_their_own_items(
+    run: Callable[..., Said], tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Items of a damaged model fail one by one, by the part; those of another go on, whichever comes first."""
-    damaged = str(damage(folder_copy, *PARTS[part], float("nan")))
-    manifest, out = listed(tmp_path, 4, model=[damaged, None, damaged, None]), tmp_path / "out"
+    models = list[str | None]()
+    for number, part in enumerate(PARTS):
+        folder = Path(shutil.copytree(tiny_folder, tmp_path / f"damaged-{number}"))
+        models += [str(damage(folder, *PARTS[part], float("nan"))), None]
+    # Of one of them two items, the second after those of the other model.
+    manifest, out = listed(tmp_path, len(models) + 1, model=[*models, models[0]]), tmp_path / "out"
+    good = [f"n{number}" for number, model in enumerate(models) if model is None]
     said = run(manifest, "--out", out)
-    assert said.code == 3 and said.report["done"] == ["n1", "n3"], said
-    assert [part in bad["reason"] for bad in said.report["failed"]] == [True, True]
+    assert said.code == 3 and sorted(said.report["done"]) == sorted(good), said
+    reasons = {bad["name"]: bad["reason"] for bad in said.report["failed"]}
+    expected = {f"n{2 * number}": part for number, part in enumerate(PARTS)} | {f"n{len(models)}": next(iter(PARTS))}
+    assert reasons.keys() == expected.keys() and all(part in reasons[name] for name, part in expected.items())
     assert "learning rate" not in said.errors
-    assert run(manifest, "--out", out).report["done_before"] == ["n1", "n3"]
+    assert sorted(run(manifest, "--out", out).report["done_before"]) == sorted(good)
 
 
 def test_a_schedule_that_divides_by_zero_does_not_block(

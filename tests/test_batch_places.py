@@ -1,5 +1,4 @@
-"""Facts about what may happen to a batch's folder, or lie in it: it goes away in mid-run, and links, pipes and garbage
-are where files should be."""
+"""Facts about a damaged batch folder: it disappears during a run, or has links, pipes and garbage in place of files."""
 
 import errno
 import os
@@ -11,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic import atomic
-from lowmem_imagic.batch import worker
-from lowmem_imagic.batch.ledger import Ledger, at_work
-from lowmem_imagic.batch.ledger_file import WAITING, snapshot
-from lowmem_imagic.batch.outputs import EMPTY, OTHER, UNFINISHED, look
+from lowmem_imagic.batch.ledger.file import WAITING, snapshot
+from lowmem_imagic.batch.ledger.ledger import Ledger, at_work
+from lowmem_imagic.batch.outputs import EMPTY, OTHER, UNFINISHED, item_state
 from lowmem_imagic.errors import OutputUnwritableError
+from lowmem_imagic.storage import atomic
+from tests import calls
 from tests.test_batch_faults import call, limit, listed, run  # noqa: F401  fixtures among them
 from tests.test_ledger import entries, opened
 
@@ -26,20 +25,13 @@ LEDGER = f"{HIDDEN}/ledger.sqlite3"
 
 def before_the_last(monkeypatch: pytest.MonkeyPatch, harm: Callable[[], None]) -> None:
     """Does harm when one of two items is finished, and the other is trained."""
-    finish, calls = worker._Pack._finish, iter(range(9))
-
-    def harming(self: worker._Pack, *values: Any) -> Any:
-        if next(calls) == 1:
-            harm()
-        return finish(self, *values)
-
-    monkeypatch.setattr(worker._Pack, "_finish", harming)
+    calls.before_each_edit(monkeypatch, lambda count: harm() if count == 1 else None)
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved", "its ledger deleted"])
 def test_it_goes_away(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:  # noqa: F811
-    """A batch's folder that is deleted or moved in mid-run, or its ledger, is one clear line and exit code 1; nothing
-    is made in its old place, and where it is now, or what is left, is gone on with."""
+    """If a batch's folder or its ledger is deleted or moved during a run, the run ends with one clear line and exit
+    code 1; no file is made at the old path, and the batch can be continued at the new one."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
     harm = {
         "deleted": lambda: shutil.rmtree(out),
@@ -62,7 +54,7 @@ def test_it_goes_away(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("end", ["", "-wal", "-shm", "all"])
 def test_a_ledger_that_goes_away_is_noticed(tmp_path: Path, end: str) -> None:
-    """sqlite goes on writing into files that are deleted; the next thing that is asked of the ledger says so."""
+    """sqlite goes on writing into deleted files; the ledger's next call reports it."""
     path = tmp_path / "out" / LEDGER
     path.parent.mkdir(parents=True)
     with opened(path, entries(2)) as ledger:
@@ -77,7 +69,8 @@ def test_a_ledger_that_goes_away_is_noticed(tmp_path: Path, end: str) -> None:
 
 
 def test_it_becomes_read_only(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """A disk that becomes read-only in mid-run is one clear line; what is finished stays, and is gone on with."""
+    """A disk that becomes read-only during a run is one clear line; finished items stay, and the batch can be
+    continued."""
     manifest, out, read_only = listed(tmp_path, 2), tmp_path / "out", OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     def refuse(*_: object, **__: object) -> Any:
@@ -97,7 +90,7 @@ def test_it_becomes_read_only(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", [HIDDEN, f"{HIDDEN}/training"])
 def test_links_are_not_followed(run: Any, tmp_path: Path, name: str) -> None:  # noqa: F811
-    """A link in the place of the batch's own folders is refused in one line, and nothing at its end is touched."""
+    """A link in place of the batch's own folders is refused in one line, and its target is not touched."""
     manifest, out, precious = listed(tmp_path, 1), tmp_path / "out", tmp_path / "precious"
     (precious / "job").mkdir(parents=True)
     (precious / "job" / "state").write_bytes(b"precious")
@@ -110,7 +103,7 @@ def test_links_are_not_followed(run: Any, tmp_path: Path, name: str) -> None:  #
 
 
 def test_links_deeper_down_are_removed_alone(run: Any, tmp_path: Path) -> None:  # noqa: F811
-    """Links among training states are taken away, never what they lead to; the folder itself may be a link."""
+    """Links among training states are removed, but not their targets; the batch's folder itself may be a link."""
     manifest, out, precious = listed(tmp_path, 1), tmp_path / "out", tmp_path / "precious"
     (precious / "deep").mkdir(parents=True)
     (precious / "state").write_bytes(b"precious")
@@ -125,7 +118,7 @@ def test_links_deeper_down_are_removed_alone(run: Any, tmp_path: Path) -> None: 
 
 
 def test_an_item_in_the_place_of_a_link(run: Any, tmp_path: Path) -> None:  # noqa: F811
-    """An item's folder that is a link is written through for nobody, `--force` or not; a finished one is read."""
+    """An item's folder that is a link is never written through, with or without `--force`; a finished one is read."""
     manifest, out, other = listed(tmp_path, 2), tmp_path / "out", tmp_path / "other"
     other.mkdir()
     out.mkdir()
@@ -140,7 +133,7 @@ def test_an_item_in_the_place_of_a_link(run: Any, tmp_path: Path) -> None:  # no
 
 @pytest.mark.parametrize("content", [b"garbage" * 999, b"SQLite format 3\0" + bytes(80), b"", os.urandom(4096)])
 def test_garbage_in_the_lock(tmp_path: Path, content: bytes) -> None:
-    """What the lock file holds does not matter."""
+    """The contents of the lock file do not matter."""
     path = tmp_path / "ledger.sqlite3"
     Path(f"{path}.lock").write_bytes(content)
     with opened(path, entries(2)) as ledger:
@@ -150,21 +143,21 @@ def test_garbage_in_the_lock(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("end", ["", "-wal", "-shm", ".lock"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link", "broken link"])
 def test_no_file_in_the_place_of_the_ledger(tmp_path: Path, kind: str, end: str) -> None:
-    """A folder, a pipe or a link in the place of any of the ledger's files is one line; nothing is read or written."""
+    """A folder, a pipe or a link in place of any of the ledger's files is one error line, and is not opened."""
     path, elsewhere = tmp_path / "ledger.sqlite3", tmp_path / "elsewhere"
     place = Path(f"{path}{end}")
     if kind == "link":
         elsewhere.write_bytes(b"precious")
     make = {"folder": os.mkdir, "pipe": os.mkfifo}.get(kind, lambda place: place.symlink_to(elsewhere))
     make(place)
-    with pytest.raises(OutputUnwritableError, match=r"expected a file of the batch's own; remove it"):
+    with pytest.raises(OutputUnwritableError, match=r"expected a file of the batch; remove it"):
         Ledger(path)
     assert snapshot(path) is None and at_work(path) is None
     assert elsewhere.exists() == (kind == "link") and (not elsewhere.exists() or elsewhere.read_bytes() == b"precious")
 
 
 def test_pipes_are_not_waited_for(run: Any, tmp_path: Path) -> None:  # noqa: F811
-    """Pipes in the place of reports, pictures, states and pages are what something else is: no command waits."""
+    """Pipes in place of reports, pictures, states and pages count as foreign files: no command waits for them."""
     manifest, out = listed(tmp_path, 2), tmp_path / "out"
     assert run(manifest, "--out", out).code == 0
     for name in ("n0/report.json", "n1/sheet.png", "index.html", "overview.png"):
@@ -181,7 +174,7 @@ def test_pipes_are_not_waited_for(run: Any, tmp_path: Path) -> None:  # noqa: F8
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{\0}\0", b"1" * 5000, b"[" * 100_000, None])
 def test_reports_that_are_none(tmp_path: Path, content: bytes | None) -> None:
-    """Whatever lies in the place of a report, an item's folder is looked at without harm."""
+    """Any file in place of a report is read without harm."""
     (tmp_path / "n0").mkdir()
     report = tmp_path / "n0" / "report.json"
     if content is None:
@@ -189,16 +182,16 @@ def test_reports_that_are_none(tmp_path: Path, content: bytes | None) -> None:
             file.truncate(2**30)
     else:
         report.write_bytes(content)
-    assert look(tmp_path / "n0", "job") == OTHER
+    assert item_state(tmp_path / "n0", "job") == OTHER
     report.unlink()
-    assert look(tmp_path / "n0", "job") == EMPTY
+    assert item_state(tmp_path / "n0", "job") == EMPTY
     report.write_text('{"job": "job", "finished": true, "sha256": {"pipe": ""}}')
     os.mkfifo(tmp_path / "n0" / "pipe")
-    assert look(tmp_path / "n0", "job") == UNFINISHED
+    assert item_state(tmp_path / "n0", "job") == UNFINISHED
 
 
 def test_folders_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each folder that is made is forced into the one above it before anything is written into it."""
+    """Each new folder is synced into its parent before files are written into it."""
     synced: list[Path] = []
     monkeypatch.setattr(atomic, "sync_folder", lambda folder: synced.append(folder))
     atomic.make_folder(tmp_path / "a" / "b" / "c")

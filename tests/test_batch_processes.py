@@ -1,18 +1,25 @@
-"""Facts about several processes on one folder: they share the work, and one that crashes harms nobody."""
+"""Facts about several processes on one folder: they share the work, and a crash of one does not harm the others."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from lowmem_imagic.batch.ledger_file import DONE, snapshot
-from lowmem_imagic.batch.processes import cpu_environments, gpu_environments
+from lowmem_imagic.actions.console import Silent
+from lowmem_imagic.batch import run as batch_run
+from lowmem_imagic.batch.executors.processes import cpu_environments, gpu_environments
+from lowmem_imagic.batch.ledger.file import DONE, snapshot
+from lowmem_imagic.batch.manifest import Summary
+from lowmem_imagic.batch.request import Request
+from lowmem_imagic.batch.stopping import Stop
 from tests.crashes import files_of
+from tests.processes import Process
 from tests.test_batch import QUICK, SENTENCE, photo
 
 ITEMS = 8
@@ -30,15 +37,10 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def start(manifest: Path, out: Path, tiny_folder: Path) -> subprocess.Popen[str]:
-    """``batch run --workers 2`` as a process of its own."""
+def start(manifest: Path, out: Path, tiny_folder: Path) -> Process:
+    """``batch run --workers 2`` in its own process; the two processes that it starts are cold, like a user's."""
     words = ("batch", "run", str(manifest), "--out", str(out), "--model", str(tiny_folder), "--device", "cpu")
-    return subprocess.Popen(
-        (sys.executable, "-m", "lowmem_imagic", *words, *QUICK, "--workers", "2", "--slots", "1", "--json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Process("lowmem_imagic", *words, *QUICK, "--workers", "2", "--slots", "1", "--json")
 
 
 def children(pid: int) -> list[int]:
@@ -46,31 +48,25 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(out: Path, done: int) -> None:
+def done(out: Path) -> list[str]:
+    """Names of the items that are done."""
+    seen = snapshot(out / ".lowmem-imagic" / "ledger.sqlite3")
+    return [] if seen is None else [entry.name for entry in seen.entries if entry.state == DONE]
+
+
+def wait_for(out: Path, count: int) -> None:
     """Until so many items are done."""
     for _ in range(3000):
-        seen = snapshot(out / ".lowmem-imagic" / "ledger.sqlite3")
-        if seen is not None and sum(entry.state == DONE for entry in seen.entries) >= done:
+        if len(done(out)) >= count:
             return
         time.sleep(0.1)
     raise AssertionError("nothing happens")
 
 
-def test_a_process_that_is_killed_is_started_again(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """Two processes make every item once, though one is killed on the way; nothing is left behind."""
-    out = tmp_path / "out"
-    run = start(manifest, out, tiny_folder)
-    wait_for(out, 1)
-    os.kill(children(run.pid)[0], signal.SIGKILL)
-    said, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, errors
-    tally = json.loads(said)
-    assert sorted(tally["done"]) == [f"n{n}" for n in range(ITEMS)] and not tally["failed"]
-    assert len(files_of(out)) == 5 * ITEMS
-
-
-def test_ctrl_c_reaches_every_process_once(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends all of them in good order; the same command goes on with what is left."""
+@pytest.mark.process
+def test_processes_that_are_stopped_and_killed(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends all processes in good order. The same command continues with the rest and makes every item once, even
+    if a process is killed; no temporary files are left."""
     out = tmp_path / "out"
     run = start(manifest, out, tiny_folder)
     wait_for(out, 1)
@@ -79,15 +75,21 @@ def test_ctrl_c_reaches_every_process_once(manifest: Path, tiny_folder: Path, tm
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 130 and "Traceback" not in errors, errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+    before = set(done(out))
     run = start(manifest, out, tiny_folder)
+    wait_for(out, len(before) + 1)
+    os.kill(children(run.pid)[0], signal.SIGKILL)
     said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0 and "ended without a word (signal 9); it is started again" in errors, errors
     tally = json.loads(said)
-    assert run.returncode == 0 and len(tally["done"]) + len(tally["done_before"]) == ITEMS
-    assert tally["done_before"] and len(files_of(out)) == 5 * ITEMS
+    assert before and set(tally["done_before"]) == before and not tally["failed"]
+    assert sorted(tally["done"] + tally["done_before"]) == [f"n{n}" for n in range(ITEMS)]
+    assert len(files_of(out)) == 5 * ITEMS
 
 
+@pytest.mark.process
 def test_an_error_of_all_is_said_once(manifest: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """What no process can do, such as writing where nothing can be written, is one line and the right exit code."""
+    """An error of all processes, such as an unwritable folder, is one line and the right exit code."""
     (tmp_path / "list.jsonl").write_text("")
     run = start(manifest, tmp_path / "out", tiny_folder)
     _, errors = run.communicate(timeout=300)
@@ -95,10 +97,67 @@ def test_an_error_of_all_is_said_once(manifest: Path, tiny_folder: Path, tmp_pat
 
 
 def test_each_process_has_its_own_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPUs are given out one by one, of those that may be seen; cores in equal parts."""
+    """GPUs are given out in turn, of those that may be seen and are there; cores in equal parts."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert list(gpu_environments(2)) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in gpu_environments(3, 2)] == ["3", "5", "3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert list(gpu_environments(2)) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in gpu_environments(2, 2)] == ["0", "1"]
+    # Number 1 is a GPU that is not there, and "auto" would train on the CPU.
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in gpu_environments(2, 1)] == ["0", "0"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert list(cpu_environments(2)) == [{"OMP_NUM_THREADS": "4"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "environments", "vram"),
+    [
+        ("auto", 1, ["0", "0", "0"], "2.40GB"),
+        ("cuda", 2, ["0", "1", "0"], "3.60GB"),
+        ("cuda", 3, ["0", "1", "2"], None),
+        ("cuda:1", 2, [None, None, None], "2.40GB"),
+    ],
+)
+def test_processes_that_share_a_gpu(
+    device: str,
+    gpus: int,
+    environments: list[str | None],
+    vram: str | None,
+    manifest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More processes than GPUs share them and their memory; none is left without one, to train on the CPU."""
+    orders: list[Any] = []
+
+    def run_in_processes(order: Any, places: Any, *_: Any, **__: Any) -> Summary:
+        orders.append((order["vram"], [place.get("CUDA_VISIBLE_DEVICES") for place in places]))
+        return Summary(0, done=[], before=[], failed=[])
+
+    place = torch.device("cuda" if device == "auto" else device)
+    monkeypatch.setattr(batch_run, "pick_device", lambda _: place)
+    monkeypatch.setattr(batch_run, "run_in_processes", run_in_processes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    memory = types.SimpleNamespace(total_memory=8e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    values = {"manifest": str(manifest), "out": str(tmp_path / "out"), "device": device, "workers": 3}
+    batch_run.run(Request.of(values), Silent(), Stop())
+    assert orders == [(vram, environments)]
+
+
+def test_a_cluster_is_driven_from_a_machine_without_its_device(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ray batch for GPUs starts on a machine that has none."""
+    orders: list[Any] = []
+
+    def run_in_processes(order: Any, *_: Any, **__: Any) -> Summary:
+        orders.append(order)
+        return Summary(0, done=[], before=[], failed=[])
+
+    monkeypatch.setattr(batch_run, "run_in_processes", run_in_processes)
+    monkeypatch.setattr(batch_run, "check_executor", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    values = {"manifest": str(manifest), "out": str(tmp_path / "out"), "device": "cuda", "executor": "ray"}
+    batch_run.run(Request.of({**values, "address": "127.0.0.1:1"}), Silent(), Stop())
+    assert [order["device"] for order in orders] == ["cuda"]

@@ -1,10 +1,10 @@
-"""Facts about ``batch sheet``: a picture and a page of what a batch has made, taking nothing in a folder on trust."""
+"""Facts about ``batch sheet``: a picture and a page of a batch's results, made without trust in the folder's files."""
 
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lowmem_imagic.batch import overview
-from lowmem_imagic.cli import app
-from tests.test_batch import SENTENCE, batch, photos  # noqa: F401  fixtures
+from lowmem_imagic.cli.commands import app
+from tests.test_batch import SENTENCE, batch, some_photos  # noqa: F401  `batch` is a fixture
 
 
 class Links(HTMLParser):
-    """Collects what a page links to and shows, and its text."""
+    """Collects the links, the pictures and the text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -42,15 +42,24 @@ def sheet(folder: Path, *more: str) -> Any:
     return CliRunner().invoke(app, ["batch", "sheet", str(folder), *more])
 
 
+@pytest.fixture(scope="session")
+def made(batch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A folder with photos and a batch of them: of three, and of one that is none."""
+    folder = tmp_path_factory.mktemp("made")
+    photos = some_photos(folder / "photos")
+    assert batch(photos, "--prompt", SENTENCE, "--out", folder / "out").exit_code == 3
+    return folder
+
+
 @pytest.fixture
-def out(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> Iterator[Path]:  # noqa: F811
-    """A batch of three photos and one that is none."""
-    assert batch(photos, "--prompt", SENTENCE, "--out", tmp_path / "out").exit_code == 3
-    yield tmp_path / "out"
+def out(made: Path, tmp_path: Path) -> Path:
+    """A copy of the batch that a test may change."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "out"
 
 
 def test_the_page_shows_every_item(out: Path) -> None:
-    """Photo, sentence, pictures, timings and files of every item, all of them there; what failed, with its reason."""
+    """The page has photo, sentence, pictures, timings and files of every item, and the reasons of failures."""
     result = sheet(out, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["with_pictures"] == 3
@@ -83,7 +92,7 @@ def test_the_photo_is_where_the_report_says(out: Path) -> None:
 
 
 def test_nothing_of_others_is_replaced(out: Path) -> None:
-    """A page or picture of somebody else is kept unless --force is given; its own is made anew."""
+    """A foreign page or picture is kept unless --force is given; the batch's own is replaced."""
     assert sheet(out).exit_code == 0 and sheet(out).exit_code == 0
     for name in ("index.html", "overview.png"):
         ours = (out / name).read_bytes()
@@ -145,7 +154,7 @@ def test_only_pngs_are_opened(out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_gone_is_said(out: Path) -> None:
-    """A finished item whose folder or pictures somebody has removed is listed as that."""
+    """A finished item with a removed folder or removed pictures is listed as such."""
     shutil.rmtree(out / "p0-a-photo-of-a-blue-sphere")
     for path in (out / "p1-a-photo-of-a-blue-sphere").glob("eta_*.png"):
         path.unlink()
@@ -167,7 +176,7 @@ def test_what_is_gone_is_said(out: Path) -> None:
 )
 def test_folders_of_this_machine_are_not_named(message: str, shown: str) -> None:
     """Of the paths in an error the page has the last part alone."""
-    assert overview._without_folders(message, Path("/a folder/of jane/out")) == shown
+    assert overview.without_folders(message, Path("/a folder/of jane/out")) == shown
 
 
 def test_many_items_make_a_picture_of_bounded_size(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +207,7 @@ def test_places_without_a_picture_are_paper(out: Path) -> None:
 
 
 def test_no_folder_of_a_batch(tmp_path: Path) -> None:
-    """A folder that is none of a batch's, or none at all, is one clear error, and nothing is written."""
+    """A folder without a batch, or a missing folder, is one clear error, and no file is written."""
     for folder in (tmp_path, tmp_path / "nowhere"):
         result = sheet(folder)
         assert result.exit_code == 2 and "name the --out of a batch run" in result.stderr
@@ -209,7 +218,7 @@ def test_no_folder_of_a_batch(tmp_path: Path) -> None:
 def test_looking_takes_no_torch(out: Path, command: str) -> None:
     """``batch sheet`` and ``batch status`` answer without importing torch."""
     script = (
-        "import sys\nfrom lowmem_imagic.cli import app\n"
+        "import sys\nfrom lowmem_imagic.cli.commands import app\n"
         f"sys.argv = ['lowmem-imagic', 'batch', {command!r}, {str(out)!r}]\n"
         "try:\n    app()\nexcept SystemExit as end:\n    assert end.code in (0, None)\n"
         "assert 'torch' not in sys.modules\n"

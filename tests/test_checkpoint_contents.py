@@ -1,4 +1,4 @@
-"""Facts about what checkpoints hold beside plain weights: marks are read, scales are applied, nothing is dropped."""
+"""Facts about further contents of checkpoints: marks are read, scales are applied, and no data are silently dropped."""
 
 import json
 import logging
@@ -14,8 +14,9 @@ from ldm_layout import TEXT, UNET, VAE, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
+from tests import calls
 
 EMPTY = torch.tensor([])
 CLIP = f"{TEXT}transformer.text_model."
@@ -48,12 +49,12 @@ def write(plain: dict[str, Tensor], tiny_folder: Path, tmp_path: Path) -> Callab
 
 def everything(base: BaseModel) -> list[Tensor]:
     """Every weight of a base."""
-    parts = [base.unet, *(load(device=torch.device("cpu"), dtype=torch.float32) for load in _loads(base))]
+    parts = [calls.unet(base), *(load(device=torch.device("cpu"), dtype=torch.float32) for load in _loads(base))]
     return [parameter.detach() for part in parts for _, parameter in sorted(part.named_parameters())]
 
 
 def _loads(base: BaseModel) -> list[Any]:
-    return [base.family.load_text_encoder, base.family.load_vae]
+    return [base.family.load_text_encoder, base.family.load_codec]
 
 
 def same(base: BaseModel, other: BaseModel) -> bool:
@@ -100,8 +101,8 @@ def test_marks_of_velocity(
     """A checkpoint that says it predicts v does, against a configuration that says epsilon, and one line says so."""
     with caplog.at_level(logging.WARNING):
         base = write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
-    assert base.family.prediction_type == base.identity.prediction_type == "v_prediction"
-    assert base.family.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
+    assert base.family.prediction_type == base.identity.interface.denoisers["unet"] == "v_prediction"
+    assert base.family.schedule.scheduler("EulerDiscrete").config.prediction_type == "v_prediction"
     assert "v_prediction instead of epsilon" in caplog.text
     assert len(everything(base)) > 100
 
@@ -125,11 +126,11 @@ def test_marks_of_velocity(
 def test_marks_that_agree(
     metadata: dict[str, str], write: Callable[..., BaseModel], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A checkpoint that says nothing, or what its configuration says, is what its configuration says, in silence."""
+    """A checkpoint without marks, or with marks that agree with its configuration, follows it without a warning."""
     with caplog.at_level(logging.WARNING):
         base = write(metadata=metadata)
     assert base.family.prediction_type == "epsilon"
-    assert base.family.alpha_bar[-1] > 0
+    assert base.family.schedule.alpha_bar[-1] > 0
     assert not caplog.records
 
 
@@ -145,9 +146,9 @@ def test_marks_that_agree(
 def test_marks_of_zero_snr(tensors: list[str], metadata: dict[str, str], write: Callable[..., BaseModel]) -> None:
     """A checkpoint marked as trained to pure noise has such a schedule, and sampling begins at its end."""
     base = write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
-    scheduler = base.family.scheduler("DDIM")
+    scheduler = base.family.schedule.scheduler("DDIM")
     scheduler.set_timesteps(10)
-    assert (base.family.alpha_bar[-1], scheduler.timesteps[0]) == (0, 999)
+    assert (base.family.schedule.alpha_bar[-1], scheduler.timesteps[0]) == (0, 999)
 
 
 @pytest.mark.parametrize("metadata", [{"modelspec.encoder_layer": "2"}, {"ss_clip_skip": "2"}], ids=str)
@@ -162,10 +163,10 @@ def test_a_clip_skip_is_said_not_to_be_applied(
 
 def test_the_schedule_in_the_checkpoint(write: Callable[..., BaseModel], plain: dict[str, Tensor]) -> None:
     """A checkpoint's own schedule decides: rescaled to zero SNR it is that, and another is refused."""
-    base = write({"alphas_cumprod": write().family.alpha_bar.half()})
-    assert base.family.alpha_bar[-1] > 0
-    rescaled = write({"v_pred": EMPTY, "ztsnr": EMPTY}).family.alpha_bar
-    assert write({"v_pred": EMPTY, "alphas_cumprod": rescaled}).family.alpha_bar[-1] == 0
+    base = write({"alphas_cumprod": write().family.schedule.alpha_bar.half()})
+    assert base.family.schedule.alpha_bar[-1] > 0
+    rescaled = write({"v_pred": EMPTY, "ztsnr": EMPTY}).family.schedule.alpha_bar
+    assert write({"v_pred": EMPTY, "alphas_cumprod": rescaled}).family.schedule.alpha_bar[-1] == 0
     with pytest.raises(IncompleteModelError) as error:
         write({"alphas_cumprod": torch.linspace(1, 0.1, 1000)})
     assert "alphas_cumprod" in one_line(error)
@@ -211,7 +212,7 @@ def test_marks_that_contradict_each_other(
     ids=str,
 )
 def test_marks_of_other_models(tensors: list[str], metadata: dict[str, str], write: Callable[..., BaseModel]) -> None:
-    """A checkpoint marked as one that predicts something else is refused."""
+    """A checkpoint marked with an unsupported prediction type is refused."""
     with pytest.raises(WrongFamilyError) as error:
         write(dict.fromkeys(tensors, EMPTY), metadata=metadata)
     one_line(error)
@@ -444,7 +445,7 @@ def test_other_namings_of_open_clip(
     ids=str,
 )
 def test_files_of_parts(names: list[str], found: str, write: Callable[..., BaseModel]) -> None:
-    """A file that is no checkpoint is refused with what it is."""
+    """A file that is no checkpoint is refused, and the error names its kind."""
     with pytest.raises(IncompleteModelError) as error:
         write(instead={name: torch.zeros(3) for name in names})
     assert found in one_line(error)

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.config import ADAPT_TARGETS, BLOCKS, EditConfig, SampleConfig, parse_strength, strengths
 from lowmem_imagic.errors import ConfigError
-from lowmem_imagic.presets import PRESETS, preset
+from lowmem_imagic.settings.presets import PRESETS, preset
+from lowmem_imagic.settings.stages import BLOCKS, EditConfig, SampleConfig, strengths
+from lowmem_imagic.settings.text import parse_strength
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -52,31 +53,32 @@ def test_every_problem_of_every_stage_is_named():
             {
                 "": {"seed": -1, "sede": 3},
                 "embed": {"steps": 1.5, "learning_rate": 0},
-                "finetune": {"adapt": "some", "lora_rank": 1000},
+                "finetune": {"adapt": "(", "lora_rank": 1000},
                 "sample": {"etas": (), "sheduler": "DDIM", "scheduler": "os.system('x')"},
             },
         )
     text = str(caught.value)
     for part in ("embed.steps", "embed.learning_rate", "finetune.adapt", "finetune.lora_rank", "sample.etas"):
         assert part in text
-    assert "sample.sheduler is not a setting" in text and "sede is not a setting" in text and "seed is -1" in text
+    assert "`sample.sheduler` is not a setting" in text and "`sede` is not a setting" in text and "`seed` is -1" in text
+    assert caught.value.settings[:2] == ("embed.steps", "embed.learning_rate")
     assert all(", expected" in problem or "not a setting" in problem for problem in caught.value.problems)
 
 
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["steps", "learning_rate", "draws", "adapt", "lora_rank", "lora_alpha", "patience"]),
+        st.sampled_from(["steps", "learning_rate", "draws", "adapt", "lora_rank", "lora_alpha", "anchor"]),
         st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers())),
     )
 )
 def test_any_values_give_a_config_or_a_config_error(values):
-    """Whatever the values, the result is a valid config or a ConfigError, nothing else."""
+    """Any values give a valid config or a ConfigError, and no other error."""
     try:
         config = preset("balanced", {"finetune": values})
     except ConfigError:
         return
-    assert config.finetune.adapt in ADAPT_TARGETS and 1 <= config.finetune.lora_rank <= 256
+    assert isinstance(config.finetune.adapt, str) and 1 <= config.finetune.lora_rank <= 256
 
 
 @pytest.mark.parametrize("etas", [(float("nan"),), (float("inf"),), ("1",), (True,), (9.0,)])
@@ -101,7 +103,7 @@ def test_etas_out_of_range(etas):
     )
 )
 def test_any_sampling_values_give_a_config_or_a_config_error(values):
-    """Whatever the values, numbers beyond any float among them, sampling gets valid settings or one error."""
+    """Any values, also numbers beyond any float, give valid settings of sampling or one error."""
     try:
         config = preset("balanced", {"sample": values}).sample
     except ConfigError as error:
@@ -166,9 +168,9 @@ def test_strength_of_blocks_survives_json():
         {"blocks": ()},
         {"blocks": ("left",)},
         {"blocks": "up"},
-        {"average": 1.0},
-        {"weight_decay": -1},
-        {"embedding_learning_rate": 2},
+        {"keep": 0.0},
+        {"average": 0.9},
+        {"weight_decay": 1.0},
     ],
 )
 def test_training_settings_out_of_range(values):
@@ -182,3 +184,13 @@ def test_etas_times_seeds_are_bounded():
     SampleConfig(etas=tuple(n / 100 for n in range(128)), seeds=tuple(range(8)))
     with pytest.raises(ConfigError, match="128 etas and 9 seeds, expected at most 1024"):
         SampleConfig(etas=tuple(n / 100 for n in range(128)), seeds=tuple(range(9)))
+
+
+def test_settings_of_earlier_versions_are_read():
+    """Plain values with settings that were dropped since give the config without them."""
+    config = preset("balanced")
+    values = config.to_dict()
+    values["embed"] |= {"patience": 5, "average": 0.9}
+    values["finetune"] |= {"weight_decay": 1.0, "embedding_learning_rate": 1e-3}
+    values["sample"] |= {"ddim_eta": 0.5, "hold": 0.1, "release": 0.3}
+    assert EditConfig.from_dict(json.loads(json.dumps(values))) == config

@@ -1,15 +1,15 @@
-"""What the commands show while they work."""
+"""Facts about the progress display of commands."""
 
 import io
 import sys
 
 import pytest
 
-from lowmem_imagic import console
+from lowmem_imagic.actions import console
 
 
 class Terminal(io.StringIO):
-    """A standard error that somebody looks at."""
+    """A standard error that is a terminal."""
 
     def isatty(self) -> bool:
         return True

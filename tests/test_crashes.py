@@ -1,4 +1,4 @@
-"""Facts about batches whose processes are killed: whatever the moment, the same command makes what was to be made.
+"""Facts about batches with killed processes: after a kill at any moment, the same command finishes the batch.
 
 ``pytest -m long tests/test_crashes.py`` does it a hundred times on the bundled model; `tests.crashes` is the harness.
 """
@@ -11,15 +11,19 @@ import pytest
 from tests import crashes
 from tests.crashes import SHORT, Batch, campaign, failpoints, scenes, shared
 
-ITEMS = 4
+ITEMS = 3
+FEWER = ("--steps-embed", "2", "--steps-finetune", "3", "--steps-sample", "2", "--etas", "0,1", "--save-every", "2")
+"""Two states are saved on an item's way."""
 
 
 @pytest.fixture
 def batch(tiny_folder: Path, tmp_path: Path) -> Batch:
     """A few scenes for the tiny model, one slot."""
-    return Batch(scenes(tmp_path, ITEMS), (*SHORT, "--model", str(tiny_folder), "--device", "cpu", "--slots", "1"))
+    words = ("--start", "photo", "--model", str(tiny_folder), "--device", "cpu", "--slots", "1")
+    return Batch(scenes(tmp_path, ITEMS), (*FEWER, *words))
 
 
+@pytest.mark.process
 def test_killed_between_any_two_durable_steps(batch: Batch, tmp_path: Path) -> None:
     """Dead after a temporary is written, after it is renamed, before and after the ledger commits, when a training
     state is saved, before an item's report: run again, the files are those of an undisturbed run, byte for byte."""
@@ -28,18 +32,21 @@ def test_killed_between_any_two_durable_steps(batch: Batch, tmp_path: Path) -> N
     assert found["wrong"] == []
 
 
+@pytest.mark.process
 def test_killed_at_random_moments(batch: Batch, tmp_path: Path) -> None:
     """Killed again and again on its way, a batch comes to the bytes of an undisturbed one, with nothing left over."""
     found = campaign(batch, tmp_path, 3, 0, exact=True)
     assert found["kills"] == 3 and found["wrong"] == []
 
 
+@pytest.mark.process
 def test_two_runs_share_a_folder(batch: Batch, tmp_path: Path) -> None:
     """Two runs started on one folder at the same time make every item, and none twice."""
     found = shared(batch, tmp_path / "out")
     assert found["made"] == ITEMS and found["twice"] == []
 
 
+@pytest.mark.process
 def test_the_comparison_sees_a_difference(batch: Batch, tmp_path: Path) -> None:
     """The harness tells one changed byte, one missing and one left-over file from a batch that is whole."""
     out = tmp_path / "out"

@@ -1,23 +1,26 @@
 """The bundled model end to end: what the tool is for happens, on photos of the bundled world."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.base_model import BaseModel
 from lowmem_imagic.demo.render import object_mask, render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.families.source import Folder
-from lowmem_imagic.images import load_photo
-from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.png import encode_png
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell, sample
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.files.source import Folder
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures import load_photo
+from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.pictures.png import encode_png
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from tests import calls
 
 SEED = 11
 SCENES = [
@@ -27,12 +30,17 @@ SCENES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, list]:
+def whole(preset_name: str) -> Any:
+    """Whole edits with a preset: a minute of work, which one process of the second tier does once."""
+    return pytest.param(preset_name, marks=(pytest.mark.process, pytest.mark.xdist_group(preset_name)))
+
+
+@pytest.fixture(scope="module", params=[whole("fast"), whole("balanced")])
+def results(request, tmp_path_factory) -> dict[str, list]:
     """Three floor edits trained as one pack, rendered at eta 0 and 1 and by the sentence alone."""
     folder = tmp_path_factory.mktemp("photos")
     base = BaseModel.load("demo", device="cpu")
-    settings = preset("balanced")
+    settings = preset(request.param)
     jobs = []
     for number, (scene, floor) in enumerate(SCENES):
         path = folder / f"{number}.png"
@@ -61,10 +69,11 @@ def test_eta_0_reproduces_the_photo_better_than_the_sentence_alone(results):
     assert np.median(gains) > 3
 
 
+@pytest.mark.parametrize("results", [whole("fast")], indirect=True)
 def test_an_edit_of_a_pack_looks_like_the_one_made_alone(results):
     """After a whole training alone, pictures are those of the edit that trained in a pack: 35 dB and more."""
     base = BaseModel.load("demo", device="cpu")
-    settings = preset("balanced")
+    settings = preset("fast")
     edits = make_edits(base, results["jobs"][1:2], settings)
     alone = apply_edits(base, edits, [Cell(0, 0, SEED), Cell(0, 1, SEED)], settings.sample)
     packed = [results["eta 0"][1], results["eta 1"][1]]
@@ -77,6 +86,7 @@ def _floor_color(picture, scene: Scene) -> np.ndarray:
     return np.asarray(picture, float)[near].mean(0)
 
 
+@pytest.mark.parametrize("results", [whole("balanced")], indirect=True)
 def test_eta_1_changes_the_named_floor(results):
     """At eta 1 the floor's mean colour is nearer to the ground-truth edit's than to the photo's."""
     for (scene, floor), photo, edited in zip(SCENES, results["photo"], results["eta 1"], strict=True):
@@ -123,11 +133,11 @@ def test_the_bundled_model_is_small_and_readable():
 def test_the_sentence_decides_what_the_base_draws():
     """The base alone draws a red and a blue object for "red" and "blue", with the same noise."""
     base = BaseModel.load("demo", device="cpu")
-    settings = replace(preset("balanced").sample, start="noise")
+    settings = replace(preset("fast").sample, start="noise")
     prompts = ["a photo of a large red cube on a stone floor", "a photo of a large blue cube on a stone floor"]
-    text = base.encode_text(prompts)
-    nothing = AdapterPack(base.unet, edits=2, adapt="attn", rank=1, alpha=1.0)
-    latents = sample(base, nothing, text, text, [Cell(edit, 1.0, SEED) for edit in range(2)], settings)
+    text = calls.encode_text(base, prompts)
+    nothing = AdapterPack(calls.unet(base), calls.NAMES, count=2, adapt="attn", rank=1, alpha=1.0)
+    latents = calls.sample(base, nothing, text, text, [Cell(edit, 1.0, SEED) for edit in range(2)], settings)
     red, blue = base.decode(latents)
     excess = [picture[0] - picture[2] for picture in (red, blue)]
     # The colour shows where the object is: the most coloured tenth of the picture.

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.diffusion import (
+from lowmem_imagic.diffusion.schedules import (
     PREDICTION_TYPES,
     add_noise,
     coarse,
@@ -71,7 +71,7 @@ def test_other_prediction_types_are_refused() -> None:
         training_target(latents, noise, timesteps, SCHEDULE.alphas_cumprod, "sample")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 2000), st.integers(0, 2**32))
 def test_one_timestep_in_each_stratum(draws: int, steps: int, seed: int) -> None:
     """Of `draws` timesteps the i-th lies in the i-th of `draws` equal parts of the schedule."""
@@ -84,7 +84,7 @@ def test_one_timestep_in_each_stratum(draws: int, steps: int, seed: int) -> None
 
 @pytest.mark.parametrize("draws", [1, 3, 8])
 def test_timesteps_are_uniform_overall(draws: int) -> None:
-    """Over many steps every tenth of the schedule is drawn equally often, whatever the number of draws."""
+    """Over many steps every tenth of the schedule is drawn equally often, for any number of draws."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.cat([draw_timesteps(draws, STEPS, generator) for _ in range(12_000 // draws)])
     assert drawn.min() >= 0 and drawn.max() <= STEPS - 1
@@ -102,8 +102,8 @@ def test_interpolation_ends() -> None:
 
 
 def test_projection_adds_what_is_at_a_right_angle() -> None:
-    """Projection at eta 0 is e_opt; what eta adds is orthogonal to e_opt token by token, and with its part along e_opt
-    makes up e_tgt."""
+    """Projection at eta 0 is e_opt; the part that eta adds is orthogonal to e_opt token by token, and together with the
+    part along e_opt it is e_tgt."""
     target, optimized = torch.randn(2, 2, 5, 8, dtype=torch.float64)
     assert torch.equal(project(target, optimized, 0.0), optimized)
     added = project(target, optimized, 0.7) - optimized

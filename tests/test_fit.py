@@ -1,4 +1,4 @@
-"""Facts about the hint: which pictures it speaks up at, and what it says to change."""
+"""Facts about the hint: its conditions, and the settings that it names."""
 
 import json
 import math
@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from lowmem_imagic.fit import OVERFIT_DB, UNDERFIT_DB, Fit, embedding_distance
+from lowmem_imagic.actions.fit_hint import OVERFIT_DB, UNDERFIT_DB, Fit, embedding_distance
 
 
 @pytest.mark.parametrize(
     ("reconstruction_db", "change_db", "words"),
     [
-        (UNDERFIT_DB - 1, 15.0, ("under-fitted", "--steps-finetune")),
+        (UNDERFIT_DB - 1, 15.0, ("under-fitted", "`steps_finetune`")),
         (UNDERFIT_DB - 1, OVERFIT_DB + 1, ("under-fitted",)),
-        (26.0, OVERFIT_DB + 1, ("over-fitted", "--strength 0.7")),
+        (26.0, OVERFIT_DB + 1, ("over-fitted", "`strength=0.7`")),
         (26.0, math.inf, ("over-fitted",)),
         (26.0, 15.0, ()),
         (None, None, ()),

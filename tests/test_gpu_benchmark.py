@@ -1,4 +1,4 @@
-"""Facts about the benchmark of GPUs: its parts run wherever there is a base, and without a GPU it makes nothing up."""
+"""Facts about the benchmark of GPUs: its parts run on any device with a base; without a GPU all figures are null."""
 
 import json
 import sys
@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from benchmarks import gpu, random_unet
-from lowmem_imagic import training
-from lowmem_imagic.planning import Budget
-from lowmem_imagic.presets import preset
+from lowmem_imagic.planning.plan import Budget
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.training import loop as training
+from tests import calls
+
+pytestmark = pytest.mark.benchmark
 
 CONFIG = preset(
     "fast",
@@ -26,7 +29,7 @@ CONFIG = preset(
 def test_edits_are_trained_and_rendered(base: Any) -> None:
     """Every edit has its own sentence, photo and noise, and a picture at every eta."""
     made = gpu.train(base, CONFIG, 3, slots=2)
-    assert [edit.number for edit in made.edits] == [0, 1, 2] and all(edit.adapter for edit in made.edits)
+    assert [edit.number for edit in made.edits] == [0, 1, 2] and all(edit.adapters for edit in made.edits)
     pictures = gpu.render(base, CONFIG, made, (0.0, 1.0))
     assert pictures.shape == (6, *base.family.latent_shape) and pictures.isfinite().all()
     assert len({tuple(picture.flatten()[:4].tolist()) for picture in pictures}) == 6
@@ -60,13 +63,13 @@ def test_recorded_steps_are_compared_with_others(base: Any, monkeypatch: pytest.
 def test_without_a_gpu_every_figure_is_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table names what was to be measured, and the file holds no number."""
+    """The table names the planned measurements, and the file has no number."""
     path = tmp_path / "gpu.json"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(path)])
     assert gpu.main() == 0
     result = json.loads(path.read_text())
-    assert len(result["lines"]) == 28 and all(line["value"] is None for line in result["lines"])
+    assert len(result["lines"]) == 29 and all(line["value"] is None for line in result["lines"])
     goals = [line for line in result["lines"] if line["goal"] is not None]
     assert {line["goal"] for line in goals} == {12.0, 3.0, 8.0, 0.4, 0.1}
     assert "not measured" in capsys.readouterr().out
@@ -75,11 +78,11 @@ def test_without_a_gpu_every_figure_is_null(
 def test_a_random_base_knows_its_sentences() -> None:
     """Without a text encoder equal sentences have equal embeddings, and others have others."""
     base = random_unet.random_sd15(weights="int8", device=torch.device("cpu"), dtype=torch.float32, checkpointing=False)
-    one, other, again = base.encode_text(["a cat", "a dog", "a cat"])
+    one, other, again = calls.encode_text(base, ["a cat", "a dog", "a cat"])
     assert one.shape == (77, 768) and torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_the_preset_is_the_products() -> None:
-    """What is timed is `balanced`, and eight etas as the goal has it."""
+    """The timed edits use `balanced` and eight etas, as in the goal."""
     assert len(gpu.ETAS) == 8 and gpu.EDITS == 16
     assert preset("balanced").sample.num_inference_steps == 30

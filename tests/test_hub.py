@@ -1,4 +1,4 @@
-"""Facts about Hub models: what is downloaded and what never is, what is recorded, and what is said when it fails."""
+"""Facts about Hub models: downloaded files, files that are never downloaded, recorded revisions, and errors."""
 
 import fnmatch
 import hashlib
@@ -15,11 +15,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ldm_layout import write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, UnknownModelError
 from lowmem_imagic.families import SHORT_NAMES
-from lowmem_imagic.families import checkpoint as checkpoint_module
-from lowmem_imagic.families.source import WEIGHTS_STEM
+from lowmem_imagic.families.files import checkpoint as checkpoint_module
+from lowmem_imagic.families.files.source import WEIGHTS_STEM
+from tests import calls
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-sd"
@@ -41,7 +42,7 @@ BESIDE = (
     "safety_checker/pytorch_model.bin",
     "feature_extractor/preprocessor_config.json",
 )
-"""What Stable Diffusion's repositories hold beside the files this package reads."""
+"""Files in Stable Diffusion's repositories that this package does not read."""
 
 
 class Hub:
@@ -96,10 +97,10 @@ def load(name: str = NAME, **options: Any) -> BaseModel:
 
 
 def use(base: BaseModel) -> torch.Tensor:
-    """Loads every part of a base; what its UNet predicts."""
+    """Loads every part of a base; returns its UNet's prediction."""
     base.encode_images(torch.zeros(1, 3, 16, 16))
     with torch.no_grad():
-        return base.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), base.encode_text(["a cube"]))
+        return calls.predict(base, torch.ones(1, 4, 8, 8), torch.tensor([500]), calls.encode_text(base, ["a cube"]))
 
 
 def halve(folder: Path, *components: str, keep: bool = False) -> None:
@@ -112,11 +113,11 @@ def halve(folder: Path, *components: str, keep: bool = False) -> None:
             path.unlink()
 
 
-# What is downloaded
+# Downloads
 
 
 def test_a_hub_model_gives_what_its_folder_gives(hub: Hub, tiny_folder: Path) -> None:
-    """What is downloaded suffices for every part, and predicts as the same model in a folder."""
+    """The downloaded files suffice for every part, and predict like the same model in a folder."""
     assert torch.equal(use(load()), use(load(str(tiny_folder))))
 
 
@@ -175,7 +176,7 @@ def test_pickles_only(hub: Hub) -> None:
     assert not [name for name in hub.downloaded if name.endswith((".bin", ".ckpt", ".pkl", ".pt"))]
 
 
-# What is in the cache
+# The cache
 
 
 def test_cached_models_need_no_network(hub: Hub) -> None:
@@ -206,7 +207,7 @@ def test_interrupted_downloads(hub: Hub) -> None:
     assert "\n" not in str(error.value)
 
 
-# What is recorded
+# Records
 
 
 @pytest.mark.parametrize(("short", "repository"), SHORT_NAMES.items())
@@ -273,11 +274,11 @@ def test_a_folder_of_links_is_hashed(tiny_folder: Path, tmp_path: Path) -> None:
     assert load(str(folder)).identity.files["unet"] == hashlib.sha256(content).hexdigest()
 
 
-# What is said when it fails
+# Errors
 
 
 class _HttpLibraryError(Exception):
-    """What an HTTP library raises: neither one of the Hub's errors nor an OSError."""
+    """An error of an HTTP library: neither one of the Hub's errors nor an OSError."""
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ class _HttpLibraryError(Exception):
 )
 @pytest.mark.parametrize("revision", [None, "v9"])
 def test_failed_downloads(error: Exception, reason: str, revision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the Hub's library raises becomes one line with the model's name, the revision and what to do."""
+    """Any error of the Hub's library becomes one line with the model's name, the revision and advice."""
 
     def fail(*_: Any, **__: Any) -> str:
         raise error
@@ -360,7 +361,7 @@ def test_marked_checkpoints_need_no_configuration(
 
 @pytest.mark.parametrize("name", ["sd99", "no/such/thing", "", "./sd15"])
 def test_configurations_that_are_not_there(name: str, hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
-    """A name that means no configuration is refused with those that do."""
+    """A name without a configuration is refused, with a list of valid names."""
     path = write_checkpoint(tiny_folder, tmp_path / "one.safetensors")
     with pytest.raises((UnknownModelError, IncompleteModelError)) as error:
         load(str(path), config_folder=name)

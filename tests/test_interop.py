@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from lowmem_imagic import Cell, Job, apply_edits, edit_file, load_photo, make_edits, preset
-from lowmem_imagic.adapters import TARGETS, AdapterPack, kohya_key, target_modules
-from lowmem_imagic.container import parse
-from lowmem_imagic.edit import Edit, LoraFactors
-from lowmem_imagic.identity import SourcePicture
-from lowmem_imagic.letterbox import psnr
-from lowmem_imagic.portable import MIN_RANK, portable
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic import Cell, Job, apply_edits, load_photo, make_edits, preset
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import Edit, LoraFactors
+from lowmem_imagic.edits.identity import SourcePicture
+from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
+from lowmem_imagic.families.portable import MIN_RANK, portable
+from lowmem_imagic.geometry import Sizes
+from lowmem_imagic.layers.adapter_pack import AdapterPack, target_modules
+from lowmem_imagic.layers.truncation import truncated
+from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.storage.safetensors_reader import parse
+from tests import calls
 
 # The UNet part of ComfyUI's map from diffusers names (comfy/utils.py, unet_to_diffusers), as kohya spells it.
 _TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
@@ -39,24 +44,24 @@ _A1111 = [
 def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
     """An edit with random factors, an alpha that differs from its rank, and spectra that differ by layer."""
     generator = torch.Generator().manual_seed(3)
-    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=8, alpha=3.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=8, alpha=3.0)
     pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
     whole = pack.export(0)
     for number, (down, _, _) in enumerate(whole.values()):
         down *= torch.logspace(0, -(number % 7) / 3, len(down)).reshape(-1, *[1] * (down.dim() - 1))
-    tokens, width = base.encode_text(["a"]).shape[1:]
-    stored = portable(truncated(whole, keep), base.unet)
+    tokens, width = calls.encode_text(base, ["a"]).shape[1:]
+    stored = portable(truncated(whole, keep), calls.unet(base))
     return Edit(
-        adapter={key: LoraFactors(*factors) for key, factors in stored.items()},
-        optimized_embedding=torch.randn(tokens, width, generator=generator),
-        coarse_latents=torch.randn(4, 4, 4, generator=generator),
+        adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
+        conditioning={"embeds": torch.randn(tokens, width, generator=generator)},
+        coarse={"unet": torch.randn(4, 4, 4, generator=generator)},
         target_prompt="a blue sphere",
         base=base.identity,
         settings={},
         seed=0,
         etas=(0.0, 1.0),
         eta_default=1.0,
-        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size_px=16, box=(0, 0, 16, 16)),
+        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size=(16, 16), box=(0, 0, 16, 16)),
         base_weights="fp32",
         versions={},
         measured={},
@@ -64,8 +69,11 @@ def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
     )
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5, 0.2])
-@pytest.mark.parametrize("adapt", sorted(TARGETS))
+EXPRESSIONS = ("to_q,to_v", "all-linear", r"mid_block\..*(conv1|to_q)", "conv_in,time_embedding.linear_1,ff.net.2")
+"""peft's ways to choose layers."""
+
+
+@pytest.mark.parametrize(("adapt", "keep"), [*product(sorted(TARGETS), (1.0, 0.5, 0.2)), *product(EXPRESSIONS, (0.5,))])
 def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, tmp_path):
     """diffusers' load_lora_weights gives the same UNet as ours on an fp32 base, at an embedding given by hand.
 
@@ -75,7 +83,7 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
 
     base = load_base(weights="fp32")
     edit = _edit(base, adapt, keep=keep)
-    assert keep == 1 or len({factors.rank for factors in edit.adapter.values()}) > 2
+    assert keep == 1 or len({factors.rank for factors in edit.adapters["unet"].values()}) > 2
     edit_file.write(edit, tmp_path / "edit.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -86,14 +94,14 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     timesteps = torch.tensor([10, 700])
     eta = 0.7
-    target = base.encode_text([edit.target_prompt])[0]
-    embedding = (eta * target + (1 - eta) * edit.optimized_embedding.float()).expand(2, -1, -1)
-    factors = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapter.items()}
-    pack = AdapterPack.load(base.unet, [factors])
+    target = calls.encode_text(base, [edit.target_prompt])[0]
+    embedding = (eta * target + (1 - eta) * edit.conditioning["embeds"].float()).expand(2, -1, -1)
+    factors = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapters["unet"].items()}
+    pack = AdapterPack.load(calls.unet(base), calls.NAMES, [factors])
     with torch.no_grad():
-        alone = base.predict(latents, timesteps, embedding)
-        with pack.attached(base.unet):
-            ours = base.predict(latents, timesteps, embedding)
+        alone = calls.predict(base, latents, timesteps, embedding)
+        with pack.attached(calls.unet(base)):
+            ours = calls.predict(base, latents, timesteps, embedding)
         theirs = pipeline.unet(latents, timesteps, encoder_hidden_states=embedding).sample
     assert (ours - alone).norm() > 0.01 * alone.norm()
     assert (ours - theirs).norm() <= 1e-5 * ours.norm()
@@ -107,7 +115,7 @@ def test_keys_are_ones_that_comfyui_and_a1111_map(adapt):
 
     with init_empty_weights():
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    keys = [kohya_key(name) for name in target_modules(unet, adapt)]
+    keys = [kohya_key(name) for name in target_modules(unet, calls.NAMES, adapt)]
     assert len(keys) == len(set(keys))
     assert [key for key in keys if not _COMFY.fullmatch(key)] == []
     assert [key for key in keys if not any(pattern.fullmatch(key) for pattern in _A1111)] == []
@@ -118,7 +126,7 @@ def test_file_holds_no_tensor_beside_the_lora(load_base):
     edit = _edit(load_base(weights="fp32"), "attn")
     names = set(parse(edit_file.encode(edit)).entries)
     assert names == {
-        f"{layer}.{part}" for layer in edit.adapter for part in ("lora_down.weight", "lora_up.weight", "alpha")
+        f"{layer}.{part}" for layer in edit.adapters["unet"] for part in ("lora_down.weight", "lora_up.weight", "alpha")
     }
 
 
@@ -127,9 +135,9 @@ def test_file_holds_no_tensor_beside_the_lora(load_base):
 def test_a_file_has_one_alpha_and_no_layer_of_rank_one(rank, keep, load_base):
     """diffusers 0.33 to 0.42 misread alphas that differ by layer, stable-diffusion.cpp the scale of rank 1."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=rank, alpha=2.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=rank, alpha=2.0)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(5)))
-    stored = portable(truncated(pack.export(0), keep), base.unet)
+    stored = portable(truncated(pack.export(0), keep), calls.unet(base))
     assert len({alpha for _, _, alpha in stored.values()}) == 1
     assert min(down.shape[0] for down, _, _ in stored.values()) >= MIN_RANK
 
@@ -149,15 +157,15 @@ def _invokeai_width(keys: dict[str, tuple[int, ...]]) -> int | None:
 @pytest.mark.parametrize("blocks", [("up",), ("down", "mid", "up"), ("mid",)])
 @pytest.mark.parametrize("adapt", sorted(TARGETS))
 def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
-    """Whatever blocks and layers an edit keeps, the layer that InvokeAI asks for the base's kind is of the text."""
+    """For any blocks and layers of an edit, the layer that tells InvokeAI the base's kind projects the text."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, edits=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=4, alpha=4.0, blocks=blocks)
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(6)))
     whole = pack.export(0)
     for key, (down, _, _) in whole.items():
         down *= 1e-3 if "_attn2_" in key else 1.0  # so that a small share keeps none of the text's layers
     for keep in (1.0, 0.1):
-        stored = portable(truncated(whole, keep), base.unet)
+        stored = portable(truncated(whole, keep), calls.unet(base))
         shapes = {f"{key}.lora_down.weight": tuple(down.shape) for key, (down, _, _) in sorted(stored.items())}
         assert _invokeai_width(shapes) == base.family.cross_attention_dim
 
@@ -165,30 +173,34 @@ def test_invokeai_sees_the_width_of_the_text(adapt, blocks, load_base):
 def test_layers_added_for_other_programs_change_nothing(load_base):
     """An adapter of the up blocks alone gives the same prediction with and without the layer InvokeAI needs."""
     base = load_base(weights="fp32")
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=1, alpha=2.0, blocks=("up",))
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=1, alpha=2.0, blocks=("up",))
     pack.weights.copy_(torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(7)))
     whole = pack.export(0)
-    stored = portable(whole, base.unet)
+    stored = portable(whole, calls.unet(base))
     assert len(stored) == len(whole) + 1
-    latents, text = torch.randn(1, 4, 8, 8), base.encode_text(["a"])
+    latents, text = torch.randn(1, 4, 8, 8), calls.encode_text(base, ["a"])
     predictions = []
     for adapter in (whole, stored):
-        loaded = AdapterPack.load(base.unet, [adapter])
-        with torch.no_grad(), loaded.attached(base.unet):
-            predictions.append(base.predict(latents, torch.tensor([300]), text))
+        loaded = AdapterPack.load(calls.unet(base), calls.NAMES, [adapter])
+        with torch.no_grad(), loaded.attached(calls.unet(base)):
+            predictions.append(calls.predict(base, latents, torch.tensor([300]), text))
     torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-6)
 
 
-def test_the_recipe_for_diffusers_gives_the_same_pictures(load_base, tiny_folder, tmp_path, monkeypatch):
-    """The recipe in docs/other_programs.md gives our pictures from a truncated edit, to 60 dB, at eta 0 and beyond."""
+@pytest.mark.parametrize(("size", "version"), [((16, 16), 1), ((20, 12), 2)])
+def test_the_recipe_for_diffusers_gives_the_same_pictures(load_base, tiny_folder, tmp_path, monkeypatch, size, version):
+    """The recipe in docs/other_programs.md gives our pictures from a truncated edit to 60 dB, at eta 0 and beyond, of a
+    square photo (format 1) and of another (format 2)."""
     base = load_base(weights="fp32")
+    monkeypatch.setattr(type(base.family), "sizes", Sizes((16, 16), 4, 8))
     finetune = {"steps": 4, "lora_rank": 8, "lora_alpha": 8.0, "keep": 0.3}
     sampling = {"num_inference_steps": 8, "mask": 0.0}
     settings = preset("fast", {"embed": {"steps": 2}, "finetune": finetune, "sample": sampling})
     rng = np.random.default_rng(8)
-    picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
     picture.save(tmp_path / "photo.png")
     [edit] = make_edits(base, [Job(load_photo(tmp_path / "photo.png"), "a blue sphere")], settings)
+    assert edit.version == version
     edit_file.write(edit, tmp_path / "edit.safetensors")
     etas = (0.0, 0.8, 1.2)
     ours = apply_edits(base, [edit], [Cell(0, eta, 0) for eta in etas], settings.sample)

@@ -1,4 +1,4 @@
-"""Facts about the photo's own noise: what it is, and what training and sampling do with it."""
+"""Facts about the photo's own noise, and its use in training and sampling."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic import edit_file
-from lowmem_imagic.base_model import BaseModel
-from lowmem_imagic.config import EditConfig, SampleConfig
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
-from lowmem_imagic.diffusion import VARIATION, refined, training_target, varied
+from lowmem_imagic.diffusion.schedules import VARIATION, refined, training_target, varied
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import ConfigError, TensorShapeError
-from lowmem_imagic.images import Photo
-from lowmem_imagic.inversion import SOFTENING, own_noise
-from lowmem_imagic.letterbox import to_tensor
-from lowmem_imagic.pipeline import apply_edits, make_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.presets import preset
-from lowmem_imagic.sample import Cell
-from lowmem_imagic.training import Trainer
+from lowmem_imagic.geometry import Sizes
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pictures.letterbox import to_tensor
+from lowmem_imagic.pipeline.apply import apply_edits
+from lowmem_imagic.pipeline.make import make_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.inversion import SOFTENING
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.stages import EditConfig, SampleConfig
+from lowmem_imagic.training import loop
+from tests import calls
 
 SENTENCE = "a photo of a blue cube on a stone floor"
 
@@ -64,12 +67,12 @@ def test_inversion_of_a_perfect_base_is_the_noise_it_sees(
     monkeypatch.setitem(tiny.family.scheduler_config, "prediction_type", prediction_type)
 
     def predict(noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        assert torch.equal(text, tiny.encode_text([""]))
-        return training_target(softened[None], seen[None], timesteps, tiny.alpha_bar, prediction_type)
+        assert torch.equal(text, calls.encode_text(tiny, [""]))
+        return training_target(softened[None], seen[None], timesteps, tiny.family.schedule.alpha_bar, prediction_type)
 
-    monkeypatch.setattr(tiny, "predict", predict)
+    monkeypatch.setattr(tiny, "predict", calls.in_place(predict))
     steps: list[int] = []
-    own = own_noise(tiny, latents, torch.Generator().manual_seed(5), lambda step, *_: steps.append(step))
+    own = calls.own_noise(tiny, latents, torch.Generator().manual_seed(5), lambda step, *_: steps.append(step))
     assert own.dtype == torch.float32 and steps == list(range(1, 31))
     torch.testing.assert_close(own, seen, atol=0.1, rtol=0)
 
@@ -81,18 +84,18 @@ def test_own_noise_is_white_and_leads_back_to_the_photo() -> None:
     scenes = ("a large red rubber cube on a wooden floor", "a small blue metal sphere on a tiled floor")
     pictures = torch.cat([to_tensor(render(Scene.from_sentence(words, seed=4), 64)) for words in scenes])
     latents = base.encode_images(pictures)
-    own = torch.stack([own_noise(base, x, torch.Generator().manual_seed(0)) for x in latents])
+    own = torch.stack([calls.own_noise(base, x, torch.Generator().manual_seed(0)) for x in latents])
     assert 0.85 < own.std() < 1.1 and own.mean().abs() < 0.1
     assert ((own[..., 1:] * own[..., :-1]).mean() / own.var()).abs() < 0.1
 
     def denoised(noise: Tensor) -> Tensor:
-        scheduler = base.family.scheduler("DDIM")
+        scheduler = base.family.schedule.scheduler("DDIM")
         scheduler.set_timesteps(30)
         x = scheduler.add_noise(latents, noise, scheduler.timesteps[:1].expand(2))
-        empty = base.encode_text([""]).expand(2, -1, -1)
+        empty = calls.encode_text(base, [""]).expand(2, -1, -1)
         with torch.no_grad():
             for t in scheduler.timesteps:
-                x = scheduler.step(base.predict(x, t.expand(2), empty), t, x).prev_sample
+                x = scheduler.step(calls.predict(base, x, t.expand(2), empty), t, x).prev_sample
         return (x - latents).square().mean((1, 2, 3)).sqrt()
 
     seeds = torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
@@ -103,28 +106,28 @@ def test_edits_hold_the_noise_they_were_anchored_to(tiny: Any, monkeypatch: pyte
     """Started from their own noise, edits of a pack have each its own, in the file as in training's draws, varied by
     the first seed they will be sampled with; otherwise the file has none."""
     anchors: list[Tensor] = []
-    draw = Trainer._draw
+    draw = loop.draw_rows
 
-    def recording(self: Trainer, run: Any) -> Any:
-        anchors.append(run.start_noise)
-        return draw(self, run)
+    def recording(latents: Tensor, draws: int, schedule: Any, generators: Any, span: Any, anchor: Any, n: int) -> Any:
+        anchors.append(anchor)
+        return draw(latents, draws, schedule, generators, span, anchor, n)
 
-    monkeypatch.setattr(Trainer, "_draw", recording)
+    monkeypatch.setattr(loop, "draw_rows", recording)
     jobs = [Job(photo("red"), SENTENCE), Job(photo("green"), SENTENCE)]
     edits = make_edits(tiny, jobs, quick(), slots=1)
-    stored = [edit_file.decode(edit_file.encode(edit)).inverted_noise for edit in edits]
+    stored = [edit_file.decode(edit_file.encode(edit)).noise["unet"] for edit in edits]
     assert all(noise is not None and noise.shape == tiny.family.latent_shape for noise in stored)
     assert torch.equal(torch.stack(anchors), torch.stack(stored).repeat_interleave(2, 0).float())  # type: ignore[arg-type]
     assert not torch.equal(stored[0], stored[1])  # type: ignore[arg-type]
     seconds = [edit.measured["stages"]["invert"]["seconds"] for edit in edits]
-    assert seconds[0] != seconds[1] and min(seconds) > 0
+    assert min(seconds) > 0
     anchors.clear()
     [seeded] = make_edits(tiny, jobs[:1], quick(seeds=(5,)))
     drawn = torch.randn(anchors[0].shape, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(seeded.inverted_noise, stored[0])  # type: ignore[arg-type]
+    assert torch.equal(seeded.noise["unet"], stored[0])
     assert torch.equal(anchors[0], varied(stored[0].float(), drawn, 5))  # type: ignore[union-attr]
     [other] = make_edits(tiny, jobs[:1], quick(start="photo"))
-    assert other.inverted_noise is None and "invert" not in other.measured["stages"]
+    assert not other.noise and "invert" not in other.measured["stages"]
 
 
 def test_nothing_is_encoded_once_the_unet_is_there(load_base: Callable[..., Any]) -> None:
@@ -145,26 +148,26 @@ def test_seed_0_is_the_photos_own_noise_and_others_vary_it(tiny: Any, monkeypatc
     for any seed but 0."""
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick())
     seen: list[Tensor] = []
-    predict = tiny.predict
-    monkeypatch.setattr(tiny, "predict", lambda x, t, e: seen.append(x.clone()) or predict(x, t, e))
+    predict = calls.plain(tiny)
+    monkeypatch.setattr(tiny, "predict", calls.in_place(lambda x, t, e: seen.append(x.clone()) or predict(x, t, e)))
     config = SampleConfig(num_inference_steps=1, guidance_scale=1.0, start="inverted")
     apply_edits(tiny, [edit], [Cell(0, 1.0, seed) for seed in (0, 5)], config)
-    steps = tiny.family.scheduler("DDIM")
+    steps = tiny.family.schedule.scheduler("DDIM")
     steps.set_timesteps(1)
-    own = edit.inverted_noise.float()
+    own = edit.noise["unet"].float()
     drawn = torch.randn(own.shape, generator=torch.Generator().manual_seed(5))
     noise = torch.stack([own, (1 - VARIATION**2) ** 0.5 * own + VARIATION * drawn])
-    low = refined(edit.coarse_latents.float()[None], *own.shape[1:]).expand_as(noise)
+    low = refined(edit.coarse["unet"].float()[None], *own.shape[1:]).expand_as(noise)
     torch.testing.assert_close(seen[0], steps.add_noise(low, noise, steps.timesteps[:1].expand(2)))
 
 
 def test_what_has_no_fitting_noise_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An edit without noise of its own, or for pictures of another size, cannot start from it, and is told what can."""
+    """An edit without its own noise, or for pictures of another size, cannot start from it; the error names the
+    alternatives."""
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick(start="photo"))
-    with pytest.raises(ConfigError, match="--start photo"):
+    with pytest.raises(ConfigError, match="`start=photo`"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)
     [edit] = make_edits(tiny, [Job(photo(), SENTENCE)], quick())
-    shape = property(lambda self: (4, 16, 16))
-    monkeypatch.setattr(type(tiny.family), "latent_shape", shape)
-    with pytest.raises(TensorShapeError, match="--start photo"):
+    monkeypatch.setattr(type(tiny.family), "sizes", Sizes((32, 32), 4, 32))
+    with pytest.raises(TensorShapeError, match="`start=photo`"):
         apply_edits(tiny, [edit], [Cell(0, 1.0, 0)], quick().sample)

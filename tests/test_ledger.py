@@ -1,4 +1,4 @@
-"""Facts about the ledger: an item is one runner's at a time, and whoever dies gives back what it held."""
+"""Facts about the ledger: an item belongs to one runner at a time, and items of a dead runner are released."""
 
 import contextlib
 import multiprocessing
@@ -19,19 +19,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_imagic.batch import ledger as ledgers
-from lowmem_imagic.batch import ledger_file
-from lowmem_imagic.batch.ledger import Ledger
-from lowmem_imagic.batch.ledger_file import DONE, FAILED, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
-from lowmem_imagic.batch.owner import Owner
+from lowmem_imagic.batch.ledger import file as ledger_file
+from lowmem_imagic.batch.ledger import ledger as ledgers
+from lowmem_imagic.batch.ledger.file import DONE, FAILED, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
+from lowmem_imagic.batch.ledger.ledger import Ledger
+from lowmem_imagic.batch.ledger.owner import Owner
 from lowmem_imagic.errors import OutputUnwritableError
 
 SPAWN = multiprocessing.get_context("spawn")
 STEPS = ("register", "claim", "finish", "fail", "again", "release", "close", "lose")
 HOLDER = """
 import pathlib, sys
-from lowmem_imagic.batch.ledger import Ledger
-from lowmem_imagic.batch.ledger_file import Entry
+from lowmem_imagic.batch.ledger.ledger import Ledger
+from lowmem_imagic.batch.ledger.file import Entry
 open("/proc/self/comm", "w").write("a) Z 1 (b")
 ledger = Ledger(pathlib.Path(sys.argv[1]))
 ledger.register([Entry(str(n), n, "", "") for n in range(3)], finished=lambda entry: False)
@@ -74,7 +74,7 @@ def states(ledger: Ledger) -> list[str]:
 
 
 def seen(path: Path) -> Snapshot:
-    """What a ledger that is there says."""
+    """The snapshot of an existing ledger."""
     found = snapshot(path)
     assert found is not None
     return found
@@ -95,7 +95,7 @@ def change(path: Path, statement: str, *values: Any) -> None:
 
 @contextlib.contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
-    """A small disk of its own; the test is skipped where none can be mounted."""
+    """A small separate disk; the test is skipped if none can be mounted."""
     folder.mkdir()
     words = ("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
     if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
@@ -124,7 +124,7 @@ def take_all(path: Path, barrier: Any, queue: Any) -> None:
 
 @pytest.mark.parametrize("kind", [SPAWN.Process, threading.Thread], ids=["processes", "threads"])
 def test_no_two_get_the_same_item(path: Path, kind: Callable[..., Any]) -> None:
-    """Those who take items at the same time, in processes or threads, get every item once, and each gets some."""
+    """Runners that claim items at the same time, in processes or threads, get every item once, and each gets some."""
     barrier, queue = SPAWN.Barrier(3), SPAWN.SimpleQueue()
     with opened(path, entries(60)):
         workers = [kind(target=take_all, args=(path, barrier, queue)) for _ in range(3)]
@@ -137,7 +137,8 @@ def test_no_two_get_the_same_item(path: Path, kind: Callable[..., Any]) -> None:
 
 
 def test_nobody_takes_more_than_a_share(path: Path) -> None:
-    """Alone a runner takes what it asks for; of several each takes half of its equal part, and one item at least."""
+    """A single runner claims as many items as it asks for; of several runners each claims half of its equal part, and
+    at least one item."""
     with opened(path, entries(40)) as one:
         assert len(one.claim("", 16)) == 16
         with opened(path, entries(40)) as two, opened(path, entries(40)):
@@ -148,7 +149,7 @@ def test_nobody_takes_more_than_a_share(path: Path) -> None:
 
 
 def test_what_was_lost_is_not_touched(path: Path) -> None:
-    """Whoever was given up, another having its process number, cannot end or give back what is another's by now."""
+    """A runner that counted as dead cannot end or release another runner's items, also with a reused process number."""
     with opened(path, entries(1)) as one, opened(path, entries(1)) as two:
         one.claim("", 1)
         assert holds(one, path, "0") and not two.claim("", 1)
@@ -188,13 +189,13 @@ def test_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     me = Owner.of_this_process()
     assert me.alive and Owner(me.host, me.boot, me.pid, "1").alive is False
     assert Owner(me.host, "another start", me.pid, me.started).alive is None
-    monkeypatch.setattr("lowmem_imagic.batch.owner._PROC", tmp_path / "nowhere")
+    monkeypatch.setattr("lowmem_imagic.batch.ledger.owner._PROC", tmp_path / "nowhere")
     assert me.alive is None and Owner.of_this_process().boot == Owner.of_this_process().boot != me.boot
 
 
 def test_another_machine_is_given_up_after_silence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runner elsewhere keeps its items while its beat counts up, however late the observer looks; after a lease of
-    silence on the observer's clock, whatever the wall clock says, they wait again, and nobody counts it as at work."""
+    """A runner on another machine keeps its items while its heartbeat counts up, however late the observer looks; after
+    a lease of silence on the observer's clock, whatever the wall clock says, they wait again, and it is not at work."""
     with opened(path, entries(2)):
         change(path, "INSERT INTO runners (id, host, boot, pid, started) VALUES (99, 'far', 'far', 1, '1')")
         change(path, f"UPDATE jobs SET state = '{RUNNING}', runner = 99 WHERE job = '0'")
@@ -227,8 +228,8 @@ def test_another_machine_is_given_up_after_silence(path: Path, monkeypatch: pyte
 
 
 def test_suspects_come_last(path: Path) -> None:
-    """An item that was under way whenever a run ended is taken after all others, even those that are tried again, and
-    not before this run holds nothing else."""
+    """An item that was under way at every end of a run is claimed after all others, retried ones included, and only
+    when this run has no other item."""
     for attempt in range(ledgers.SUSPECT_ATTEMPTS + 1):
         with opened(path, entries(3)) as ledger:
             assert jobs(ledger.claim("", 1)) == ["0"] and attempts(ledger, "0") == attempt + 1
@@ -243,7 +244,7 @@ def test_suspects_come_last(path: Path) -> None:
 
 
 def test_an_item_ends_with_its_reason(path: Path) -> None:
-    """What failed says why, until it is finished after all; what was given back is as if it had never been taken."""
+    """A failed item keeps its error until it is finished; a released item looks as if it had never been claimed."""
     with opened(path, entries(4)) as ledger:
         ledger.claim("", 4)
         ledger.fail("0", "io", "the disk", again=True)
@@ -260,7 +261,8 @@ def test_an_item_ends_with_its_reason(path: Path) -> None:
 
 @pytest.mark.parametrize("working", [False, True], ids=["alone", "with another"])
 def test_what_a_run_finds(path: Path, working: bool) -> None:
-    """What is done stays so while its files are there, and failures unless their kind is asked for; files go first."""
+    """A finished item stays finished while its files exist; a failed one stays failed unless its kind is retried; files
+    take precedence."""
     with contextlib.ExitStack() as others:
         first = others.enter_context(opened(path, entries(6)))
         first.claim("", 6)
@@ -278,7 +280,7 @@ def test_what_a_run_finds(path: Path, working: bool) -> None:
 
 
 def test_another_list_makes_the_last_forgotten(path: Path) -> None:
-    """Items of an earlier list are kept while somebody is at work on them; a run takes and counts its own."""
+    """Items of an earlier list are kept while another run works on them; a run claims and counts only its own."""
     others = [Entry("x", 0, "", "x", steps=7)]
     with opened(path, entries(2)), opened(path, others) as ledger:
         assert sorted(ledger.unfinished()) == ["0", "1", "x"] and jobs(ledger.claim("", 9)) == ["x"]
@@ -300,7 +302,7 @@ def test_another_list_makes_the_last_forgotten(path: Path) -> None:
     ids=["noise", "half", "start", "a page", "empty"],
 )
 def test_a_damaged_ledger_is_made_anew(path: Path, damage: Callable[[bytes], bytes]) -> None:
-    """Whatever is found in its place, there is a working ledger after, with a warning unless nothing was found."""
+    """Any file in its place is replaced by a working ledger, with a warning unless the file was empty or missing."""
     opened(path, entries(300, name="n" * 50)).close()
     path.write_bytes(damaged := damage(path.read_bytes()))
     Path(f"{path}-wal").write_bytes(os.urandom(5000))
@@ -314,7 +316,7 @@ def test_a_damaged_ledger_is_made_anew(path: Path, damage: Callable[[bytes], byt
 
 
 def test_a_newer_ledger_is_left_alone(path: Path) -> None:
-    """That of a later version is not removed, which may be at work with it; what to do is said."""
+    """A ledger of a later version, which may be in use, is not removed; the error gives advice."""
     opened(path, entries(2)).close()
     change(path, f"PRAGMA user_version = {ledger_file.VERSION + 1}")
     before = path.read_bytes()
@@ -324,7 +326,7 @@ def test_a_newer_ledger_is_left_alone(path: Path) -> None:
 
 
 def test_a_damaged_ledger_is_removed_once(path: Path) -> None:
-    """Of several that find it damaged at the same moment one makes it anew, and all come to the same."""
+    """If several runs find the ledger damaged at the same moment, one replaces it, and all use the new one."""
     for damage in range(40):
         path.write_bytes(os.urandom(20000))
         warnings: list[str] = []
@@ -359,8 +361,8 @@ def test_who_is_at_work(path: Path) -> None:
 
 
 def test_a_snapshot_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ledger in use is seen as it is, with its runners, whose beats count up, and how far they are; where there is
-    none that can be read, nothing is made."""
+    """A snapshot of a ledger in use has its runners with growing heartbeats and their progress; without a readable
+    ledger, no file is made."""
     assert snapshot(path) is None and not path.exists()
     monkeypatch.setattr(ledgers, "HEARTBEAT_S", 0.01)
     with opened(path, entries(2)) as ledger:
@@ -397,7 +399,8 @@ def test_a_snapshot_where_nothing_can_be_written(path: Path, ended: str) -> None
 
 
 def test_what_cannot_be_written_is_one_clear_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No folder, a folder in its place, or somebody who never lets go: each is the package's own error."""
+    """A missing folder, a folder in place of the ledger, or a lock that is never released: each is the package's own
+    error."""
     for place, said in ((path.parent / "nowhere" / "ledger", "cannot be written"), (path.parent, "is a folder")):
         with pytest.raises(OutputUnwritableError, match=said):
             Ledger(place)
@@ -411,7 +414,7 @@ def test_what_cannot_be_written_is_one_clear_error(path: Path, monkeypatch: pyte
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
-    """Where the disk is full nothing changes, and what was so far is kept; with room again the ledger goes on."""
+    """On a full disk the ledger keeps its contents unchanged; with free space it works again."""
     with mounted(tmp_path / "disk", "512k") as disk, opened(disk / "ledger", entries(2)) as ledger:
         ledger.claim("", 1)
         with contextlib.suppress(OSError):
@@ -428,7 +431,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 1), st.integers(0, 5)), min_size=20, max_size=40))
 def test_any_sequence(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]) -> None:
-    """Whatever two runners do, no item is both's, each is in the state it should be in, and a last run makes all."""
+    """For any actions of two runners, no item belongs to both, each has the right state, and a last run makes all."""
     path = tmp_path_factory.mktemp("any") / "ledger.sqlite3"
     working, known, files = dict[int, Ledger](), dict[str, Any](), set[str]()  # known: a state, or who holds it
 
@@ -470,7 +473,7 @@ def test_any_sequence(tmp_path_factory: pytest.TempPathFactory, steps: list[tupl
     while working:
         working.popitem()[1].close()
     with opened(path, now(), retry=["kind"], gone=[entry.job for entry in now() if entry.state == WAITING]) as ledger:
-        # What failed before is handed out by itself.
+        # An item that failed before is claimed alone.
         while taken := jobs(ledger.claim("a", 9) + ledger.claim("b", 9)):
             for job in taken:
                 ledger.finish(job, 1.0)

@@ -1,4 +1,4 @@
-"""Manifests: which files of a folder are photos, what tables and lists say, and what a bad one may cost."""
+"""Facts about manifests: photos in folders, items in tables and lists, and limits for bad ones."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from lowmem_imagic.batch import entries, manifest
 from lowmem_imagic.batch.entries import MAX_MANIFEST_BYTES
 from lowmem_imagic.batch.manifest import read_manifest
 from lowmem_imagic.errors import ConfigError
-from lowmem_imagic.png import SHEET_TITLE, contact_sheet, encode_png
+from lowmem_imagic.pictures.png import SHEET_TITLE, contact_sheet, encode_png
 
 SENTENCE = "a red cube, on grass"
 
@@ -50,7 +50,7 @@ def test_extensions_in_any_case(tmp_path):
 
 
 def test_what_systems_leave_behind(tmp_path):
-    """Hidden files and what macOS keeps beside a photo are no items, and the photo keeps its own name."""
+    """Hidden files and companion files of macOS are no items, and the photo keeps its own name."""
     picture(tmp_path / "IMG_1.JPG")
     fork = b"\0\x05\x16\x07\0\x02\0\0Mac OS X        " + bytes(82)
     for name in ("._IMG_1.JPG", "IMG_0.jpg"):
@@ -151,8 +151,8 @@ def test_tables_as_programs_write_them(tmp_path, content):
         ("photo,sentence,colour\na.png,x,red\n", "line 1: column 'colour' is no field"),
         ("photo,sentence,sentence\na.png,x,y\n", "line 1: column 'sentence' occurs twice"),
         ("photo,image\na.png,x\n", "line 1: column 'photo' occurs twice"),
-        ('photo,sentence\na.png,x\nb.png,"never closed\nc.png,y\n', "line 3: .*every quote in it doubled"),
-        ('photo,sentence\na.png,"a "red" cube"\n', "line 2: .*every quote in it doubled"),
+        ('photo,sentence\na.png,x\nb.png,"never closed\nc.png,y\n', "line 3: .*double every quote in it"),
+        ('photo,sentence\na.png,"a "red" cube"\n', "line 2: .*double every quote in it"),
         ("photo,sentence\n", "has no items"),
         ("", "no column is called photo"),
         ("photo,sentence\na.png,\xe4\n".encode("latin-1"), "save it as UTF-8"),
@@ -168,14 +168,14 @@ def test_tables_that_are_none(tmp_path, content, words):
 
 
 def test_surplus_cells_make_one_line(tmp_path):
-    """The advice about a row with too many cells is one line of printable text, whatever the cells hold."""
+    """The advice about a row with too many cells is one line of printable text, for any cells."""
     path = table(tmp_path, 'photo,sentence\na.png,"x\n\x1b[31m",y\n')
     [bad] = read_manifest(path)[1]
     assert bad.where == "line 3" and '"x ?[31m, y"' in bad.reason
 
 
 def test_short_rows_and_stray_cells(tmp_path):
-    """A row that ends early lacks what it lacks; a cell in a column without a name is named."""
+    """A row that ends early only lacks its last fields; a cell in a column without a name is an error."""
     path = table(tmp_path, "photo,sentence,,name\na.png\nb.png,x,stray\nc.png,y,,n\n")
     items, bad = read_manifest(path)
     assert [item.name for item in items] == ["n"]
@@ -243,7 +243,7 @@ def test_the_same_item_twice(tmp_path):
     assert len(items) == 2 and bad.where == "line 4" and "stand above already" in bad.reason
 
 
-# What a manifest may cost
+# Limits of a manifest
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

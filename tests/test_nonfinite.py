@@ -1,7 +1,7 @@
-"""Facts about numbers that are not finite: whose fault they are is said, and hints at training come where they help."""
+"""Facts about numbers that are not finite: errors name the faulty part, and hints at training appear if they help."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +24,14 @@ from lowmem_imagic import (
     preset,
     stream_edits,
 )
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.edit import Edit
+from lowmem_imagic.actions.fit_hint import SCHEDULER_ERROR, Fit
+from lowmem_imagic.edits.edit import Edit
 from lowmem_imagic.errors import ConfigError, DivergenceError, NonFiniteEditError, NonFiniteModelError
 from lowmem_imagic.families.rehearsal import rehearse
-from lowmem_imagic.fit import SCHEDULER_ERROR, Fit
-from lowmem_imagic.inversion import own_noise
-from lowmem_imagic.packing import Pack
-from lowmem_imagic.sample import sample
-from lowmem_imagic.suggest import suggest_eta
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.training.pack import Pack
+from tests import calls
+from tests.reference_stages import embed, finetune
 
 SHORT = {
     "embed": {"steps": 2},
@@ -114,9 +113,6 @@ def test_no_weight_format_hides_a_bad_number(weights: str, folder_copy: Path, ph
 
 def test_stages_by_themselves_tell_base_and_learning_rate_apart(base: BaseModel, folder_copy: Path, text: Any) -> None:
     """A loss that is not finite is the learning rate's fault on a good base, and the base's on a damaged one."""
-    from lowmem_imagic.embed import embed
-    from lowmem_imagic.finetune import finetune
-
     damaged, latents = loaded(damage(folder_copy, *PARTS["the UNet"], float("nan"))), torch.randn(1, 4, 8, 8)
     config = preset("fast", SHORT)
     for stage, settings in ((embed, config.embed), (finetune, config.finetune)):
@@ -135,14 +131,17 @@ def test_half_precision_overflow_is_repeated_in_fp32(base: BaseModel, monkeypatc
         def run(part: Any, x: Any) -> Any:
             tried.append(next(part.parameters()).dtype)
             made = work(part, x)
-            return made if tried[-1] == torch.float32 else made.fill_(torch.inf)
+            if tried[-1] != torch.float32:
+                for tensor in made.values() if isinstance(made, Mapping) else [made]:
+                    tensor.fill_(torch.inf)
+            return made
 
         return run
 
-    for name in ("encode_text", "encode_images", "decode"):
+    for name in ("encode_text", "encode", "decode"):
         monkeypatch.setattr(fresh.family, name, overflowing(getattr(fresh.family, name)))
     fresh.text_on_cpu = False
-    assert fresh.encode_text([SENTENCE]).isfinite().all()
+    assert calls.encode_text(fresh, [SENTENCE]).isfinite().all()
     assert fresh.encode_images(torch.zeros(1, 3, 16, 16)).isfinite().all()
     assert fresh.decode(torch.zeros(1, 4, 8, 8)).isfinite().all()
     assert tried == [torch.bfloat16, torch.float32] * 3
@@ -157,7 +156,7 @@ def test_a_scheduler_that_divides_by_zero_is_refused_before_training(
     """A prediction of noise says nothing at a last timestep without a trace of the picture."""
     base = loaded(folder_copy)
     dividing = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
-    monkeypatch.setattr(type(base.family), "scheduler", lambda family, name: deepcopy(dividing))
+    monkeypatch.setattr(type(base.family.schedule), "scheduler", lambda schedule, name: deepcopy(dividing))
     with pytest.raises(NonFiniteModelError, match="scheduler DDIM makes NaN or infinity of the noise schedule"):
         next(stream_edits(base, [Job(photo, SENTENCE)], preset("fast", SHORT)))
 
@@ -178,7 +177,7 @@ def test_right_predictions_lead_every_scheduler_to_the_picture(
     family = loaded(schedule(folder_copy, prediction_type=prediction_type)).family
     # PNDM's first steps are of another kind, and it takes no fewer than these.
     steps = max(steps, 5) if name == "PNDM" else steps
-    assert family.rehearsal(name, steps) < 0.1 < SCHEDULER_ERROR
+    assert family.schedule.error_of(name, steps) < 0.1 < SCHEDULER_ERROR
 
 
 @pytest.mark.parametrize(
@@ -186,17 +185,18 @@ def test_right_predictions_lead_every_scheduler_to_the_picture(
     [{"clip_sample": True}, {"thresholding": True}, {"clip_sample": True, "clip_sample_range": 0.5}],
 )
 def test_a_scheduler_that_clips_latents_is_noticed(changes: dict[str, Any], base: BaseModel) -> None:
-    """What is right for pixels in [-1, 1] is wrong for latents, and no training mends it."""
+    """Settings for pixels in [-1, 1] are wrong for latents, and no training corrects that."""
     scheduler = DDIMScheduler(**{**base.family.scheduler_config, **changes})
     scheduler.set_timesteps(20)
-    assert rehearse(scheduler, base.alpha_bar, "epsilon") > SCHEDULER_ERROR
+    schedule = base.family.schedule
+    assert rehearse(scheduler, schedule.alpha_bar, schedule.prediction_type) > SCHEDULER_ERROR
 
 
 def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that no edit file could hold is a fault of the base."""
-    monkeypatch.setattr(BaseModel, "predict", lambda self, x, t, e: x * 1e4)
+    monkeypatch.setattr(BaseModel, "predict", lambda self, denoiser, x, at, given: x * 1e4)
     with pytest.raises(NonFiniteModelError, match=r"noise schedule|UNet"):
-        own_noise(base, torch.randn(4, 8, 8), torch.Generator())
+        calls.own_noise(base, torch.randn(4, 8, 8), torch.Generator())
 
 
 # An edit's own fault
@@ -206,22 +206,25 @@ def test_inversion_says_what_it_cannot_use(base: BaseModel, monkeypatch: pytest.
 @pytest.mark.parametrize("start", ["noise", "photo", "inverted"])
 def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str, mask: float) -> None:
     """An edit of huge finite numbers is told apart from the base, which renders the same settings by itself."""
-    pack = AdapterPack(base.unet, edits=1, adapt="all", rank=2, alpha=2.0)
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=2, alpha=2.0)
     config = replace(preset("fast", SHORT).sample, start=start, mask=mask)
     photo = {"coarse_latents": torch.zeros(1, 4, 4, 4), "inverted_noise": torch.randn(1, 4, 8, 8)}
     cells = [Cell(0, 1.0, 0), Cell(0, 0.0, 0)]
-    assert sample(base, pack, text[:1], text[1:2], cells, config, **photo).isfinite().all()
+    assert calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo).isfinite().all()
     pack.weights.fill_(1e30)
-    with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd by itself does not"):
-        sample(base, pack, text[:1], text[1:2], cells, config, **photo)
+    with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd alone does not"):
+        calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo)
 
 
 def test_guidance_that_explodes_is_not_put_down_to_the_edit(base: BaseModel, text: Any) -> None:
     """Settings that make infinity of the base alone are named."""
-    pack, config = AdapterPack(base.unet, edits=1, adapt="all", rank=2, alpha=2.0), preset("fast", SHORT).sample
+    pack, config = (
+        AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=2, alpha=2.0),
+        preset("fast", SHORT).sample,
+    )
     exploding = [Cell(0, 1.0, 0, guidance_scale=3e38)]
     with pytest.raises(NonFiniteModelError, match="with and without the edit, with scheduler DDIM in 4 steps"):
-        sample(base, pack, text[:1], text[:1], exploding, replace(config, start="noise", mask=0.0))
+        calls.sample(base, pack, text[:1], text[:1], exploding, replace(config, start="noise", mask=0.0))
 
 
 def test_a_damaged_base_is_not_put_down_to_the_edit(edit: Edit, folder_copy: Path) -> None:
@@ -232,7 +235,7 @@ def test_a_damaged_base_is_not_put_down_to_the_edit(edit: Edit, folder_copy: Pat
 
 
 def test_latents_beyond_the_autoencoder_are_no_damage(base: BaseModel) -> None:
-    """Decoding what is huge or NaN already does not call the decoder damaged."""
+    """Decoding latents that are huge or NaN does not report a damaged decoder."""
     assert not base.decode(torch.full((1, 4, 8, 8), torch.nan)).isfinite().all()
 
 
@@ -240,25 +243,28 @@ def test_a_suggestion_tells_whose_fault_it_is(base: BaseModel, folder_copy: Path
     """Losses that are not finite under the edit's embedding alone are the edit's fault."""
     latents = torch.randn(2, 4, 8, 8)
     with pytest.raises(NonFiniteEditError, match="embedding"):
-        suggest_eta(base, latents, [0.0, 1.0], text[0], torch.full_like(text[0], torch.nan))
+        calls.suggest_eta(base, latents, [0.0, 1.0], text[0], torch.full_like(text[0], torch.nan))
     damaged = loaded(damage(folder_copy, *PARTS["the UNet"], float("nan")))
     with pytest.raises(NonFiniteModelError, match="the UNet"):
-        suggest_eta(damaged, latents, [0.0, 1.0], text[0], text[1])
+        calls.suggest_eta(damaged, latents, [0.0, 1.0], text[0], text[1])
 
 
 def test_one_edit_beyond_half_precision_leaves_the_others(
     base: BaseModel, photo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter trained to numbers that no file holds fails by itself, with the learning rate to lower."""
-    step = Pack._leave
+    train = Pack.run
 
-    def leave(self: Pack, slot: int) -> Any:
-        made = step(self, slot)
-        if made.number == 0:
-            made.adapter = {key: (down * 0 + 1e6, up, alpha) for key, (down, up, alpha) in made.adapter.items()}
-        return made
+    def run(self: Pack) -> Any:
+        for group in train(self):
+            for edit in group:
+                if edit.number == 0:
+                    [(name, adapter)] = edit.adapters.items()
+                    huge = {key: (down * 0 + 1e6, up, alpha) for key, (down, up, alpha) in adapter.items()}
+                    edit.adapters = {name: huge}
+            yield group
 
-    monkeypatch.setattr(Pack, "_leave", leave)
+    monkeypatch.setattr(Pack, "run", run)
     config = preset("fast", {**SHORT, "finetune": {"steps": 2, "keep": 1.0}})
     made = dict(one for group in stream_edits(base, [Job(photo, SENTENCE)] * 2, config) for one in group)
     assert isinstance(made[0], DivergenceError) and "learning rate" in str(made[0])
@@ -277,7 +283,7 @@ def test_one_edit_beyond_half_precision_leaves_the_others(
     ],
 )
 def test_hints_at_training_need_a_base_that_works(facts: dict[str, float], word: str) -> None:
-    """Where the base by itself does not give its picture back, that is said, and nothing about steps or rates."""
+    """If the base alone cannot reproduce its picture, the hint names that, and no steps or rates."""
     lost = {"reconstruction_db": 12.0, "change_db": 50.0, "embedding_distance": 0.1}
     assert "under-fitted" in Fit(**lost).hint  # type: ignore[arg-type]
     hint = Fit(**lost, **facts).hint  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Facts about packs: an edit is what it would be alone, whoever trains beside it, and nobody waits for anybody."""
+"""Facts about packs: an edit's result does not depend on the other edits, and no edit waits for another."""
 
 import dataclasses
 import gc
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_imagic import packing, training
-from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
-from lowmem_imagic.embed import embed
 from lowmem_imagic.errors import DivergenceError
-from lowmem_imagic.finetune import finetune
-from lowmem_imagic.optimizer import PackedAdam
-from lowmem_imagic.packing import Pack, Task, TrainedEdit
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.training import loop as training
+from lowmem_imagic.training import pack as packing
+from lowmem_imagic.training.adam import PackedAdam
+from lowmem_imagic.training.pack import Pack, TrainedEdit, TrainingInput
+from tests import calls
+from tests.reference_stages import embed, finetune
 
 PROMPTS = ("a photo of a red cube on the grass", "a blue sphere", "two birds kissing", "a cat", "a tall green tree")
 CONFIG = EditConfig(
@@ -27,12 +28,12 @@ CONFIG = EditConfig(
 STEPS = CONFIG.embed.steps + CONFIG.finetune.steps
 
 
-def tasks_of(base: Any, numbers: Sequence[int]) -> list[Task]:
+def tasks_of(base: Any, numbers: Sequence[int]) -> list[TrainingInput]:
     """The tasks of these numbers: each its own photo, sentence, generator and starting noise."""
-    text = base.encode_text(PROMPTS)
+    text = calls.encode_text(base, PROMPTS)
     noise = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     photos = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    return [Task(photos[n], text[n], torch.Generator().manual_seed(10 + n), noise[n]) for n in numbers]
+    return [calls.training_input(photos[n], text[n], torch.Generator().manual_seed(10 + n), noise[n]) for n in numbers]
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
 
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Collects every gradient (N, P) that an optimiser is given."""
+    """Collects every gradient (N, P) passed to an optimiser."""
     seen: list[Tensor] = []
 
     class Recording(PackedAdam):
@@ -65,7 +66,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[Tensor, ...]]
 
     def recording(latents: Tensor, draws: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         rows = draw_rows(latents, draws, *rest)
-        [generator] = rest[2]
+        [generator] = rest[1]
         seen.setdefault(generator.initial_seed() - 10, []).append(rows)
         return rows
 
@@ -75,17 +76,17 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[Tensor, ...]]
 
 def same(one: TrainedEdit, other: TrainedEdit) -> bool:
     """Whether two edits agree bit for bit."""
-    return torch.equal(one.optimized_embedding, other.optimized_embedding) and all(
+    return torch.equal(one.conditioning["embeds"], other.conditioning["embeds"]) and all(
         torch.equal(a, b)
-        for key in one.adapter
-        for a, b in zip(one.adapter[key][:2], other.adapter[key][:2], strict=True)
+        for key in one.adapters["unet"]
+        for a, b in zip(one.adapters["unet"][key][:2], other.adapters["unet"][key][:2], strict=True)
     )
 
 
 def far(one: TrainedEdit, other: TrainedEdit, relative: Callable[..., float]) -> float:
     """The largest relative distance of the embeddings, the B factors and the losses of two edits."""
-    ups = [torch.cat([up.flatten() for _, up, _ in made.adapter.values()]) for made in (one, other)]
-    pairs = [(one.optimized_embedding, other.optimized_embedding), (ups[0], ups[1])]
+    ups = [torch.cat([up.flatten() for _, up, _ in made.adapters["unet"].values()]) for made in (one, other)]
+    pairs = [(one.conditioning["embeds"], other.conditioning["embeds"]), (ups[0], ups[1])]
     pairs += [(torch.tensor(one.losses[s]), torch.tensor(other.losses[s])) for s in ("embed", "finetune")]
     return max(relative(a, b) for a, b in pairs)
 
@@ -95,19 +96,21 @@ def test_one_slot_is_the_stages_one_after_the_other(base: Any) -> None:
     made = train(base, [3, 1], slots=1)
     for number in (3, 1):
         [task] = tasks_of(base, [number])
-        photo, text, generators = task.latents[None], task.target_embedding[None], [task.generator]
-        optimized, first = embed(base, photo, text, CONFIG.embed, generators, start_noise=task.start_noise[None])
+        photo, text, generators = task.latents["unet"][None], task.target["embeds"], [task.generator]
+        optimized, first = embed(
+            base, photo, text, CONFIG.embed, generators, start_noise=task.start_noise["unet"][None]
+        )
         tuned = finetune(base, photo, optimized.half().float(), CONFIG.finetune, generators)
-        assert torch.equal(made[number].optimized_embedding, tuned.optimized_embeddings[0])
+        assert torch.equal(made[number].conditioning["embeds"], optimized[0].half().float())
         adapter = tuned.adapters.export(0)
-        assert made[number].adapter.keys() == adapter.keys()
-        assert all(torch.equal(made[number].adapter[key][1], adapter[key][1]) for key in adapter)
+        assert made[number].adapters["unet"].keys() == adapter.keys()
+        assert all(torch.equal(made[number].adapters["unet"][key][1], adapter[key][1]) for key in adapter)
         assert made[number].losses["embed"] == first.per_step[:, 0].tolist()
         assert made[number].losses["finetune"] == tuned.losses.per_step[:, 0].tolist()
 
 
 def test_one_slot_gives_the_same_bits_again(base: Any) -> None:
-    """One slot at a time is reproducible bit for bit, whatever was in the slot before."""
+    """Training in one slot is reproducible bit for bit, for any earlier contents of the slot."""
     first, again = train(base, [0, 1, 2], slots=1), train(base, [2, 0], slots=1)
     assert all(same(first[number], again[number]) for number in (0, 2))
     assert not same(first[0], first[1])
@@ -151,7 +154,7 @@ def test_gradients_are_those_alone_while_stages_mix(
     gradients.clear()
     # The slot of an edit that breaks in its first step goes to edit 0, one step behind edit 1.
     tasks = tasks_of(base, [1, 2, 0])
-    tasks[1] = dataclasses.replace(tasks[1], latents=torch.full_like(tasks[1].latents, torch.nan))
+    tasks[1] = dataclasses.replace(tasks[1], latents={"unet": torch.full((4, 8, 8), torch.nan)})
     assert len(list(Pack(base, tasks, still, slots=2).run())) == 3
     width = alone[0].shape[1]
     for stage, steps in ((lambda g: g.shape[1] == width, 3), (lambda g: g.shape[1] != width, 4)):
@@ -171,8 +174,8 @@ def test_splitting_a_step_changes_rounding_only(
     )
     whole = train(base, [0, 1], config, slots=2)
     seen: list[int] = []
-    predict = base.predict
-    monkeypatch.setattr(base, "predict", lambda x, t, e: seen.append(len(x)) or predict(x, t, e))
+    predict = calls.plain(base)
+    monkeypatch.setattr(base, "predict", calls.in_place(lambda x, t, e: seen.append(len(x)) or predict(x, t, e)))
     split = train(base, [0, 1], config, slots=2, max_rows=max_rows)
     assert max(seen) == {1: 1, 2: 2, 3: 2, 5: 4}[max_rows] and sum(seen) == 2 * 3 * STEPS
     assert all(far(split[number], whole[number], relative) < 2e-3 for number in (0, 1))
@@ -182,51 +185,31 @@ def test_stages_of_different_draws_share_a_pack(base: Any, relative: Callable[..
     """Edits whose stages draw unequal numbers of rows still train beside each other as they would alone."""
     config = EditConfig(
         embed=dataclasses.replace(CONFIG.embed, draws=1, steps=2),
-        finetune=dataclasses.replace(CONFIG.finetune, draws=3, average=0.5),
+        finetune=dataclasses.replace(CONFIG.finetune, draws=3),
     )
-    stop = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, patience=1, min_improvement=1.0))
-    for settings in (config, stop):
-        alone, packed = (train(base, [0, 1, 2], settings, slots=slots) for slots in (1, 2))
-        assert all(far(packed[number], alone[number], relative) < 2e-3 for number in range(3))
-
-
-def test_who_stops_early_makes_room(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slot is refilled in the step after its edit stopped; the pack never waits for its slowest member."""
-    rows: list[int] = []
-    predict = base.predict
-    monkeypatch.setattr(base, "predict", lambda x, t, e: rows.append(len(x)) or predict(x, t, e))
-    config = dataclasses.replace(
-        CONFIG, finetune=dataclasses.replace(CONFIG.finetune, steps=8, patience=1, min_improvement=0.0)
-    )
-    made = train(base, [0, 1, 2, 3], config, slots=2)
-    taken = [sum(len(losses) for losses in made[number].losses.values()) for number in range(4)]
-    assert len(set(taken)) > 1
-    assert sum(rows) == 2 * sum(taken)
-    busy = [0, 0]
-    for steps in taken:
-        busy[busy.index(min(busy))] += steps
-    assert len(rows) == max(busy)
+    alone, packed = (train(base, [0, 1, 2], config, slots=slots) for slots in (1, 2))
+    assert all(far(packed[number], alone[number], relative) < 2e-3 for number in range(3))
 
 
 def test_a_broken_edit_leaves_the_others_alone(base: Any, relative: Callable[..., float]) -> None:
-    """An edit whose loss is no number is given back with its error; its slot and its neighbours go on unharmed."""
+    """An edit with a NaN loss is returned with its error; its slot and its neighbours continue unharmed."""
     alone = train(base, [0, 2, 3], slots=1)
     tasks = tasks_of(base, [0, 1, 2, 3])
-    tasks[1] = dataclasses.replace(tasks[1], latents=torch.full_like(tasks[1].latents, torch.nan))
+    tasks[1] = dataclasses.replace(tasks[1], latents={"unet": torch.full((4, 8, 8), torch.nan)})
     made = {edit.number: edit for group in Pack(base, tasks, CONFIG, slots=2).run() for edit in group}
     assert isinstance(made[1].error, DivergenceError) and "after 1 of 3 steps" in str(made[1].error)
-    assert made[1].adapter == {}
+    assert made[1].adapters == {}
     assert all(made[number].error is None for number in (0, 2, 3))
     assert all(far(made[number], alone[number], relative) < 2e-3 for number in (0, 2, 3))
 
 
 def test_the_base_is_free_between_groups(base: Any) -> None:
     """While finished edits are handed over the UNet is the network it was, and after an abandoned run, too."""
-    modules = list(base.unet.modules())
+    modules = list(calls.unet(base).modules())
     run = Pack(base, tasks_of(base, [0, 1, 2]), CONFIG, slots=1).run()
     for _ in range(2):
         next(run)
-        assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+        assert all(a is b for a, b in zip(calls.unet(base).modules(), modules, strict=True))
     run.close()
 
     def interrupt(stage: str, step: int, *_: object) -> None:
@@ -235,16 +218,19 @@ def test_the_base_is_free_between_groups(base: Any) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(Pack(base, tasks_of(base, [0, 1]), CONFIG, slots=2, progress=interrupt).run())
-    assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(calls.unet(base).modules(), modules, strict=True))
 
 
 def test_a_packs_memory_goes_with_it(base: Any) -> None:
-    """What edits trained in is free as soon as the pack is gone, without waiting for a garbage collection."""
+    """A pack's memory is freed together with the pack, without a garbage collection."""
     gc.collect()
     gc.disable()
     try:
         pack = Pack(base, tasks_of(base, [0, 1]), CONFIG, slots=2)
-        held = [weakref.ref(pack), *(weakref.ref(weights) for weights in (pack._adapters.weights, pack._embeddings))]
+        held = [
+            weakref.ref(pack),
+            *(weakref.ref(weights) for weights in (pack._adapters["unet"].weights, pack._text.weights)),
+        ]
         list(pack.run())
         del pack
         assert [reference() for reference in held] == [None] * 3
@@ -269,7 +255,7 @@ def test_progress_says_where_everybody_is(base: Any) -> None:
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations that are not views: what would be kernels."""
+    """Counts the operations that are not views: about one GPU kernel each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +267,7 @@ class Counting(TorchDispatchMode):
 
 
 def operations(base: Any, slots: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Operations of each step of a full pack, but for drawing, which the CPU does for an edit after the other."""
+    """Operations of each step of a full pack, except for drawing, which the CPU does edit by edit."""
     step, draw = training.Trainer.step, training.Trainer._draw
     counted: list[int] = []
 
@@ -305,7 +291,7 @@ def test_operations_do_not_grow_with_the_pack(base: Any, monkeypatch: pytest.Mon
     assert len(one) == len(four) == STEPS
     for single, pair, pack in zip(one, two, four, strict=True):
         assert 100 < single <= pair <= 1.25 * single
-        # What is left is arithmetic on a few numbers of each edit, on the CPU.
+        # The remaining operations are arithmetic on a few numbers of each edit, on the CPU.
         assert pack <= 1.03 * pair
 
 
@@ -316,12 +302,12 @@ def test_no_steps_give_the_sentence_and_no_change(base: Any) -> None:
     )
     made = train(base, [0, 1], config, slots=1)
     for number, task in zip((0, 1), tasks_of(base, [0, 1]), strict=True):
-        assert torch.equal(made[number].optimized_embedding, task.target_embedding.half().float())
-        assert not any(up.any() for _, up, _ in made[number].adapter.values())
+        assert torch.equal(made[number].conditioning["embeds"], task.target["embeds"][0].half().float())
+        assert not any(up.any() for _, up, _ in made[number].adapters["unet"].values())
 
 
 def test_peaks_are_of_an_edits_own_steps(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage's peak is the largest of the steps the edit took in it, each measured by itself: not what others need."""
+    """A stage's peak is the largest of the edit's own steps in it, each measured by itself, without other edits."""
     steps: list[int] = []
     monkeypatch.setattr(packing, "reset_peak", lambda _: steps.append(len(steps)))
     # The first step of all takes most, and each later one more than the one before it.

@@ -1,4 +1,4 @@
-"""Facts about runs that are suspended, and go on when another has taken over: what the other has made is left alone."""
+"""Facts about runs that are suspended and wake up after another run took over: they leave its files alone."""
 
 import contextlib
 import json
@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from lowmem_imagic.batch import ledger_file
 from lowmem_imagic.batch.attempts import Attempt, Attempts
-from lowmem_imagic.batch.outputs import FINISHED, look
+from lowmem_imagic.batch.ledger import file as ledger_file
+from lowmem_imagic.batch.ledger.watch import Watch
+from lowmem_imagic.batch.outputs import FINISHED, item_state
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.publishing import publish, staged
 from lowmem_imagic.batch.status import status
-from lowmem_imagic.batch.watch import Watch
 from lowmem_imagic.errors import OutputUnwritableError
 from tests import crashes
+from tests.processes import Process
 from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
 from tests.test_ledger import change, entries, opened
 
@@ -38,7 +39,7 @@ def batch(tiny_folder: Path, tmp_path: Path) -> crashes.Batch:
 
 
 @contextlib.contextmanager
-def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[subprocess.Popen[str]]:
+def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[Process]:
     """A run that has come to a place and is suspended there."""
     process = batch.start(out, failpoint=f"{failpoint}{'' if ':' in failpoint else ':1'}:stop")
     try:
@@ -51,7 +52,7 @@ def suspended(batch: crashes.Batch, out: Path, failpoint: str) -> Iterator[subpr
 
 
 def stamps(out: Path) -> dict[str, tuple[bytes, int, int]]:
-    """Content, inode and time of everything in the items' folders."""
+    """Content, inode and time of all files in the items' folders."""
     found = {path: path.stat() for path in sorted(out.glob("n*/*"))}
     return {str(path.relative_to(out)): (path.read_bytes(), s.st_ino, s.st_mtime_ns) for path, s in found.items()}
 
@@ -61,6 +62,7 @@ def given_up(out: Path) -> None:
     change(Part().ledger(out), "UPDATE runners SET started = '1'")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", PLACES)
 def test_it_leaves_alone_what_its_successor_has_made(
     batch: crashes.Batch,
@@ -68,8 +70,8 @@ def test_it_leaves_alone_what_its_successor_has_made(
     tmp_path: Path,
     place: str,
 ) -> None:
-    """Suspended wherever it is, and woken when another has finished everything, a run touches no file, says that it
-    has lost the item, and ends well."""
+    """A run that is suspended at any point, and woken when another run has finished everything, touches no file,
+    reports that it has lost the item, and ends well."""
     out = tmp_path / "out"
     with suspended(batch, out, place) as process:
         given_up(out)
@@ -81,7 +83,7 @@ def test_it_leaves_alone_what_its_successor_has_made(
     assert process.returncode == 0 and "another run took it over" in errors and "Traceback" not in errors, errors
     assert json.loads(answer)["failed"] == [] and json.loads(answer)["left"] == 0
     assert stamps(out) == before and not list(out.glob(".lowmem-imagic/training*"))
-    assert all(look(out / name, json.loads(files["report.json"])["job"]) == FINISHED for name, files in read(out))
+    assert all(item_state(out / name, json.loads(files["report.json"])["job"]) == FINISHED for name, files in read(out))
 
 
 def read(out: Path) -> list[tuple[str, dict[str, str]]]:
@@ -111,12 +113,12 @@ def test_it_leaves_alone_what_its_successor_is_at(tmp_path: Path) -> None:
     results.write("a.safetensors", b"newer")
     report = {"job": "job", "finished": True, "pictures": [], "sha256": results.digests()}
     assert publish(second, results, folder, "job", report)
-    assert sorted(os.listdir(folder)) == ["a.safetensors", "report.json"] and look(folder, "job") == FINISHED
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "report.json"] and item_state(folder, "job") == FINISHED
 
 
 def test_paused_between_any_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the step of the system at which one is paused, and however far its successor has come when it wakes,
-    the item ends as the successor's, whole."""
+    """If a run is paused at any system call and woken at any point of its successor, the item ends as the successor's,
+    complete."""
     found = [interleaved(tmp_path / str(seed), random.Random(seed), monkeypatch) for seed in range(60)]
     assert {"woken in between", "woken after"} <= set(found)
 
@@ -171,7 +173,10 @@ def interleaved(place: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
         go_on.set()
         first.join()
     names = {path.name for path in (place / "n0").iterdir()}
-    assert look(place / "n0", "job") == FINISHED and names == {"report.json", *(f"eta_{n}.00.png" for n in "0245")}
+    assert item_state(place / "n0", "job") == FINISHED and names == {
+        "report.json",
+        *(f"eta_{n}.00.png" for n in "0245"),
+    }
     assert all((place / "n0" / f"eta_{n}.00.png").read_bytes() == b"new" for n in "0245")
     return "early" if early else "woken in between" if steps["second"] >= wake_at else "woken after"
 
@@ -201,8 +206,8 @@ def test_of_two_that_begin_at_once_one_is_left(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:
-    """A whole list that is run after its part was given up goes on with the part's state, and the part can do
-    nothing more."""
+    """A whole list that is run after its part was abandoned continues from the part's state, and the part cannot write
+    any more."""
     part, whole = (Attempts(tmp_path / name) for name in ("training-1-of-2", "training"))
     first = part.begin("job")
     first.state.write_bytes(b"state")
@@ -211,14 +216,15 @@ def test_an_attempt_ends_those_of_other_parts(tmp_path: Path) -> None:
     assert isinstance(part.begin("job"), Attempt) and not second.current
 
 
+@pytest.mark.process
 def test_others_say_what_they_wait_for(
     batch: crashes.Batch,
     run: Any,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One that is suspended while it changes the ledger is named by those that wait for it, and by the status; they
-    end by and by, and it goes on."""
+    """A run suspended while it changes the ledger is named by waiting runs, and by the status; they end after a while,
+    and it continues when woken."""
     out = tmp_path / "out"
     monkeypatch.setattr(ledger_file, "BUSY_S", 0.3)
     monkeypatch.setattr(ledger_file, "PATIENCE_S", 0.1)
@@ -234,7 +240,7 @@ def test_others_say_what_they_wait_for(
 
 
 def test_a_suspended_runner_is_given_up_after_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of this machine that is there and silent has lost its items after a lease, and that is said."""
+    """A silent process on this machine loses its items after a lease, with a warning."""
     path, clock, warnings = tmp_path / "ledger.sqlite3", [0.0], list[str]()
     with subprocess.Popen(("sleep", "100")) as other, opened(path, entries(1)) as ledger:
         other.send_signal(signal.SIGSTOP)
@@ -255,11 +261,11 @@ def test_a_suspended_runner_is_given_up_after_silence(tmp_path: Path, monkeypatc
 
 
 def test_who_slept_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a night in which the whole machine slept, nobody is taken for silent: all have just woken up."""
+    """After the whole machine was suspended for a night, no runner counts as silent."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    from lowmem_imagic.batch.ledger_file import Runner
-    from lowmem_imagic.batch.owner import Owner
+    from lowmem_imagic.batch.ledger.file import Runner
+    from lowmem_imagic.batch.ledger.owner import Owner
 
     watch, runner = Watch(10.0), Runner(1, Owner("h", "b", 1, ""), 5, 0, 0.0, 0, 0)
     for now in (0.0, 5.0, 30_000.0):

@@ -1,4 +1,4 @@
-"""Colours of photos: whatever way a file says them, the picture comes out in sRGB, or it is said what was ignored."""
+"""Facts about colours of photos: any colour information is converted to sRGB, or a remark names what was ignored."""
 
 import struct
 import zlib
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from lowmem_imagic.images import load_photo, spaces
+from lowmem_imagic.pictures import load_photo, spaces
 
 SRGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -96,7 +96,7 @@ def exif_with(
 
 
 def off_by(path: Path, data: bytes) -> tuple[int, tuple[str, ...]]:
-    """How far the photo is from the truth in the worst of the 95 % best samples, and what is said of it."""
+    """Largest error of the photo over the best 95 % of samples, and the remarks about it."""
     path.write_bytes(data)
     photo = load_photo(path)
     difference = np.abs(np.asarray(photo.image).astype(int) - truth())
@@ -119,7 +119,7 @@ def off_by(path: Path, data: bytes) -> tuple[int, tuple[str, ...]]:
     ids=["p3", "2020", "p3-2.2", "linear", "adobe", "primaries", "mac", "linear-gama", "exif"],
 )
 def test_png_colours(tmp_path, samples, chunks, words):
-    """Code points, gamma and primaries of a PNG are applied and said: the colours are those of the sRGB picture."""
+    """Code points, gamma and primaries of a PNG are applied, with a remark: the colours equal the sRGB picture's."""
     # Linear samples have but a few steps in the dark.
     tolerance = 4 if "linear" in words or "1/8" in words or chunks[0] == gama(1.0) else 2
     worst, notes = off_by(tmp_path / "a.png", png(samples, *chunks))
@@ -139,7 +139,7 @@ def test_png_colours(tmp_path, samples, chunks, words):
     ],
 )
 def test_png_signals_have_an_order(tmp_path, chunks, samples):
-    """Code points go before sRGB, that before gamma and primaries, and those before Exif; 1/2.2 alone is sRGB's."""
+    """Precedence is code points, sRGB, gamma and primaries, Exif; a gamma of 1/2.2 alone counts as sRGB's."""
     worst, _ = off_by(tmp_path / "a.png", png(samples, *chunks))
     assert worst <= 2
 
@@ -257,7 +257,7 @@ def test_a_leading_underscore_is_no_signal(tmp_path):
 
 
 def test_a_profile_goes_before_exif(tmp_path):
-    """An embedded profile is what counts, whatever Exif says beside it."""
+    """An embedded profile takes precedence over Exif."""
     from PIL import ImageCms
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -1,4 +1,4 @@
-"""Files of photos: which picture of a file is meant, which kinds are read, and what a small file may cost."""
+"""Facts about files of photos: the main picture of a file, supported kinds, and limits for small files."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lowmem_imagic import images
+from lowmem_imagic import pictures as images
 from lowmem_imagic.errors import (
     ImageError,
     ImageNotFoundError,
@@ -26,7 +26,7 @@ from lowmem_imagic.errors import (
     NotAnImageError,
     TruncatedImageError,
 )
-from lowmem_imagic.images import load_photo, photo, photo_sha256
+from lowmem_imagic.pictures import load_photo, photo, photo_sha256
 
 
 def scene(width: int = 48, height: int = 32) -> Image.Image:
@@ -119,7 +119,7 @@ def page(width: int, height: int, **tags: int) -> dict[int, tuple[int, Sequence[
     ],
 )
 def test_the_real_picture_is_taken(tmp_path, pages, inside, size, shade, words):
-    """Of a file whose first picture is a thumbnail the real one is taken; of other files the first page; both said."""
+    """If the first picture is a thumbnail, the real one is used; in other files the first page; each with a remark."""
     (tmp_path / "a.tif").write_bytes(tiff(pages, inside))
     read = load_photo(tmp_path / "a.tif")
     assert read.image.size == size and read.image.getpixel((5, 5)) == (shade,) * 3
@@ -127,7 +127,7 @@ def test_the_real_picture_is_taken(tmp_path, pages, inside, size, shade, words):
 
 
 def test_a_page_has_its_own_orientation_and_the_files_profile(tmp_path):
-    """What is behind a thumbnail is turned by its own tag."""
+    """The picture behind a thumbnail is turned by its own tag."""
     (tmp_path / "a.tif").write_bytes(tiff([page(16, 12, t254=1), page(60, 50, t274=6)]))
     assert load_photo(tmp_path / "a.tif").image.size == (50, 60)
 
@@ -172,7 +172,7 @@ def test_a_cameras_own_tiff_is_no_raw_file(tmp_path):
 
 
 def test_several_pictures_in_a_jpeg(tmp_path):
-    """Of a JPEG with further pictures behind it the first is used, and it is said."""
+    """The first picture of a JPEG with further pictures is used, with a remark."""
     (tmp_path / "a.jpg").write_bytes(encoded("MPO", save_all=True, append_images=[scene()], quality=95))
     assert load_photo(tmp_path / "a.jpg").notes == ("first frame of 2 used",)
     with (tmp_path / "a.jpg").open("ab") as file:
@@ -181,7 +181,7 @@ def test_several_pictures_in_a_jpeg(tmp_path):
 
 
 def test_still_picture_beside_an_animation(tmp_path):
-    """A PNG whose still picture is no frame of its animation gives the still picture, and says so."""
+    """A PNG with a still picture outside of its animation gives the still picture, with a remark."""
     frames = [scene(), Image.new("RGB", (48, 32), "red"), Image.new("RGB", (48, 32), "blue")]
     (tmp_path / "a.png").write_bytes(
         encoded("PNG", frames[0], save_all=True, append_images=frames[1:], default_image=True)
@@ -209,7 +209,7 @@ def test_still_picture_beside_an_animation(tmp_path):
     ],
 )
 def test_other_kinds_are_named(tmp_path, data, words):
-    """What is no photo of a kind that is edited is called by its name."""
+    """The error for an unsupported kind of file names the kind."""
     error = refusal(tmp_path / "a.jpg", data)
     assert type(error) is NotAnImageError and words in str(error)
 
@@ -244,7 +244,7 @@ def test_suffixes():
         assert not images.has_photo_suffix(name)
 
 
-# What a file may cost
+# Limits of a file
 
 
 def header(width: int, height: int, kind: int = 2) -> tuple[bytes, bytes]:
@@ -417,7 +417,7 @@ def test_what_is_no_path(path, words):
     ],
 )
 def test_damage_is_one_line(tmp_path, data):
-    """Whatever a decoder raises on damaged data becomes one of the named errors."""
+    """Any error of a decoder on damaged data becomes one of the named errors."""
     assert type(refusal(tmp_path / "a", data)) in (TruncatedImageError, NotAnImageError, ImageTooLargeError)
 
 
@@ -439,7 +439,7 @@ def broken_strip() -> bytes:
 
 
 def test_libraries_print_nothing(tmp_path, capfd, caplog):
-    """What libtiff prints about damaged data is in the log and not on standard error."""
+    """Messages of libtiff about damaged data go to the log and not to standard error."""
     with caplog.at_level(logging.DEBUG, logger="lowmem_imagic"):
         refusal(tmp_path / "a.tif", broken_strip())
     assert capfd.readouterr().err == ""
@@ -447,7 +447,7 @@ def test_libraries_print_nothing(tmp_path, capfd, caplog):
 
 
 def test_lines_of_other_threads_are_kept(tmp_path, capfd, monkeypatch):
-    """What another thread writes to standard error while a picture is decoded still gets there."""
+    """Text that another thread writes to standard error while a picture is decoded still gets there."""
     decode = photo.decode
 
     def interrupted(*arguments: Any) -> Image.Image:

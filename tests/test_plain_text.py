@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  letters of many scripts
-"""Facts about text that came from elsewhere: whatever shows it, nobody is misled, and data keep the exact text."""
+"""Facts about text from outside: it is shown without misleading characters, and data keep the exact text."""
 
 import json
 import os
@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from lowmem_imagic import console, edit_header
+from lowmem_imagic.actions import console
+from lowmem_imagic.actions.result_folder import generation_parameters
 from lowmem_imagic.batch.overview_page import Shown, page_of
-from lowmem_imagic.cli import app
-from lowmem_imagic.cli_frame import print_report
+from lowmem_imagic.cli.commands import app
+from lowmem_imagic.cli.frame import print_report
+from lowmem_imagic.edits import header as edit_header
+from lowmem_imagic.pictures.png import contact_sheet
 from lowmem_imagic.plain_text import one_line, shown
-from lowmem_imagic.png import contact_sheet
-from lowmem_imagic.result_folder import generation_parameters
-from lowmem_imagic.sample import Cell
+from lowmem_imagic.sampling.sample import Cell
 
 HOSTILE = {
     "colours": "\x1b[31mred\x1b[0m",
@@ -71,7 +72,7 @@ HARMLESS = [
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_what_misleads_is_escaped(text: str) -> None:
-    """What is shown is one line without controls, formats or lone surrogates, and says what was there."""
+    """Shown text is one line without controls, formats or lone surrogates, with escapes in their place."""
     seen = shown(text)
     assert seen != text and "\\" in seen and len(seen.splitlines()) == 1
     assert not {unicodedata.category(c) for c in seen} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -94,7 +95,7 @@ def test_any_text_is_one_safe_line(text: str) -> None:
         assert seen == text
 
 
-# Whatever prints
+# Places that print
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
@@ -113,7 +114,7 @@ def test_every_way_to_standard_output_and_error(text: str, capsys: pytest.Captur
 
 
 def test_a_bar_shows_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands beside a progress bar cannot move the cursor."""
+    """A remark beside a progress bar cannot move the cursor."""
     from tests.test_console import watched
 
     terminal, bars = watched(monkeypatch), console.Console()
@@ -122,16 +123,22 @@ def test_a_bar_shows_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[2J" not in terminal.getvalue() and "n\\u202eame\\nx" in terminal.getvalue()
 
 
+@pytest.mark.parametrize("kind", ["prediction_type", "interface"])
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_listings_of_an_edit_have_their_own_lines(text: str) -> None:
-    """No value of an edit file adds a line to what `inspect` shows."""
+def test_listings_of_an_edit_have_their_own_lines(text: str, kind: str) -> None:
+    """No value of an edit file, of either version, adds a line to what `inspect` shows."""
     contents: dict[str, Any] = {
         "sentence": text,
-        "base": {"source": text, "revision": text, "family": text, "prediction_type": text},
+        "base": {
+            "source": text,
+            "revision": text,
+            "family": text,
+            kind: {"text": {text: 1}, "denoisers": {text: text}} if kind == "interface" else text,
+        },
         "base_weights": text,
         "source": {"width_px": 1, "height_px": 1, "sha256": text},
         "adapter": {"ranks": [2], "layers": 1, "alphas": [1.0]},
-        "embedding": {"shape": [1, 1]},
+        "tensors": {f"text.{text}": {"shape": [1, 1]}},
         "etas": [0.0],
         "seed": 0,
         "format": 1,
@@ -211,7 +218,7 @@ def test_generation_parameters_keep_their_lines(end: str) -> None:
         "negative_prompt": f"x{end}Steps: 1",
         "model": f"m{end}, Size: 1",
     }
-    rest = dict.fromkeys(("interpolation", "start", "hold", "release", "mask", "version"), 0)
+    rest = dict.fromkeys(("interpolation", "start", "mask", "version"), 0)
     cell = Cell(0, 1.0, 0, guidance_scale=1.0)
     values = {
         **settings,
@@ -245,7 +252,7 @@ def pipes() -> dict[str, int]:
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp932", "cp437", "cp1252", "utf-8"])
 def test_streams_without_the_letters(encoding: str, pipes: dict[str, int]) -> None:
-    """What a stream cannot encode is escaped there, and nothing is raised."""
+    """Characters that a stream cannot encode are escaped, without an error."""
     said = command("inspect", "кот-猫-é.safetensors", env={"PYTHONIOENCODING": encoding}, **pipes)
     assert said.returncode == 1 and said.stderr.decode(encoding).startswith("lowmem-imagic: ")
     assert len(said.stderr.splitlines()) == 1
@@ -274,7 +281,7 @@ def test_standard_error_on_a_full_disk(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="streams are closed by a shell")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(closed: str, tmp_path: Path) -> None:
-    """Nobody wants to hear anything: files are made, none of them in the place of a stream."""
+    """With all streams closed, files are made, and none of them gets the number of a stream."""
     script = f'"$0" -m lowmem_imagic scene "a red cube on a wooden floor" made.png {closed}'
     done = subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -285,7 +292,7 @@ def test_closed_streams(closed: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="as pipes are on POSIX")
 @pytest.mark.parametrize("words", [["doctor", "--help"], ["scene", "a red cube on a wooden floor", "made.png"]])
 def test_a_reader_that_goes_away(words: list[str], tmp_path: Path) -> None:
-    """Nothing is said about a pipe that nobody reads, at the end of the process neither."""
+    """A pipe without a reader causes no message, also at the end of the process."""
     read, write = os.pipe()
     os.close(read)
     try:
@@ -295,14 +302,14 @@ def test_a_reader_that_goes_away(words: list[str], tmp_path: Path) -> None:
     assert said.stderr == b"" and said.returncode in (0, 1)
 
 
-# Errors that nobody raised on purpose
+# Unexpected errors
 
 
 def test_an_unexpected_error_is_one_line_with_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Callable[[], list[Path]]
 ) -> None:
     """It ends with exit code 1, its kind and first line, and its traceback in a file that is named."""
-    from lowmem_imagic import doctor
+    from lowmem_imagic.actions import doctor
 
     def broken() -> Any:
         raise KeyError("\x1b[31mtwo\nlines")
@@ -327,7 +334,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list
 def test_libraries_speak_on_one_line(pipes: dict[str, int], tmp_path: Path) -> None:
     """Warnings and logs of libraries are escaped like our own text."""
     script = (
-        "import logging, warnings\nfrom lowmem_imagic.streams import steady_streams\nsteady_streams()\n"
+        "import logging, warnings\nfrom lowmem_imagic.cli.streams import steady_streams\nsteady_streams()\n"
         "warnings.warn('\\x1b[2J\\u202ea\\nb')\nlogging.getLogger('any').warning('%s', '\\x1b[2J\\u202ea\\nb')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1], **pipes)  # type: ignore[call-overload]

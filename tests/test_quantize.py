@@ -1,4 +1,4 @@
-"""Facts about the frozen 8-bit layers: what they compute and keep for backward, how a network is filled."""
+"""Facts about the frozen 8-bit layers: their results, their memory for backward, and the filling of a network."""
 
 import copy
 import gc
@@ -21,11 +21,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowmem_imagic import quantize
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.config import WEIGHT_FORMATS
-from lowmem_imagic.families.frugal_unet import make_frugal
-from lowmem_imagic.quantize import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
+from lowmem_imagic.families.lean_unet import make_lean
+from lowmem_imagic.families.stable_diffusion import AT_LATENTS
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
+from lowmem_imagic.settings.stages import WEIGHT_FORMATS
+from tests import calls
 
 CPU = torch.device("cpu")
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def filled(weights: str, source: nn.Module | None = None, dtype: torch.dtype = t
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
     state = (source or float_unet()).state_dict()
-    load_frozen(unet, iter(state.items()), weights=weights, device=CPU, dtype=dtype)
+    load_frozen(unet, iter(state.items()), weights=weights, device=CPU, dtype=dtype, in_float=AT_LATENTS)
     return unet
 
 
@@ -93,11 +94,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-# What a layer computes
+# Results of a layer
 
 
 def test_linear_equals_its_written_out_weights(relative: Callable[..., float]) -> None:
-    """An 8-bit linear layer computes what its dequantised weights compute, within 1 % of the float layer."""
+    """An 8-bit linear layer computes with its dequantised weights, within 1 % of the float layer."""
     layer, original = frozen_linear()
     x = torch.randn(3, 5, 32)
     assert relative(layer(x), dequantized(layer, original)(x)) < 1e-6
@@ -106,7 +107,7 @@ def test_linear_equals_its_written_out_weights(relative: Callable[..., float]) -
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_equals_its_written_out_weights(name: str, relative: Callable[..., float]) -> None:
-    """An 8-bit convolution computes what its dequantised weights compute, within 1.5 % of the float one."""
+    """An 8-bit convolution computes with its dequantised weights, within 1.5 % of the float one."""
     layer, original = frozen_conv(name)
     x = torch.randn(2, 16, 9, 7)
     assert layer(x).shape == original(x).shape
@@ -190,7 +191,7 @@ def test_results_may_be_added_to_in_place() -> None:
         assert x.grad is not None
 
 
-# What is kept for the backward pass
+# Memory for the backward pass
 
 
 def saved_by(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -230,7 +231,7 @@ def live_inputs(unet: nn.Module, layer_types: tuple[type, ...]) -> tuple[int, in
 
 
 class HeldBytes(TorchDispatchMode):
-    """Counts bytes of storages made inside the ``with`` block that are still alive, whoever holds them."""
+    """Counts bytes of storages that were created inside the ``with`` block and are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,8 +264,9 @@ def held_for_backward(unet: Any, *, checkpointing: bool, adapted: bool) -> int:
     if not adapted:
         text.requires_grad_()
         return _held(unet, latents, timesteps, text)
-    pack = AdapterPack(unet, edits=2, adapt="all", rank=2, alpha=2.0)
-    pack.initialize([torch.Generator().manual_seed(0)] * 2)
+    pack = AdapterPack(unet, calls.NAMES, count=2, adapt="all", rank=2, alpha=2.0)
+    for edit in range(2):
+        pack.initialize_edit(edit, torch.Generator().manual_seed(0))
     with pack.attached(unet):
         return _held(unet, latents, timesteps, text)
 
@@ -294,13 +296,19 @@ def test_a_layer_saves_nothing(make: Callable[[], Any]) -> None:
 
 
 def test_a_scale_follows_its_weights() -> None:
-    """What is remembered of a layer's scale is not used for another type, nor after its absmax has changed."""
+    """The cached scale of a layer is not used for another type, nor after its absmax has changed."""
     layer, _ = frozen_conv("3x3")
     x = torch.randn(1, 16, 5, 5)
     before = layer(x)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     layer.absmax.mul_(2)
     assert torch.allclose(layer(x) - layer.bias[:, None, None], 2 * (before - layer.bias[:, None, None]), atol=1e-5)
+    layer.absmax = 2 * layer.absmax
+    layer(x)
+    # The second of these may lie where the one of that pass lay.
+    layer.absmax = 2 * layer.absmax
+    layer.absmax = 2 * layer.absmax
+    assert torch.allclose(layer(x) - layer.bias[:, None, None], 16 * (before - layer.bias[:, None, None]), atol=1e-4)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
@@ -336,23 +344,23 @@ def test_checkpointing_stops_before_a_blocks_last_product(adapt: str | None, aga
     """The convolution that ends a residual block is computed once, adapted or not, as it saves nothing; and so are a
     shortcut and the product that ends a transformer block where they are not adapted."""
     unet = filled("int8")
-    make_frugal(unet)
+    make_lean(unet)
     unet.enable_gradient_checkpointing()
     latents, timesteps, text = inputs_of_unet()
-    calls = Counter[str]()
+    passes = Counter[str]()
     endings = ("conv1", "conv2", "conv_shortcut", "ff.net.2")
     blocks = 0
     for name, module in unet.named_modules():
         for ending in endings:
             if name.endswith("." + ending) and "blocks" in name:
-                module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+                module.register_forward_pre_hook(lambda *_, name=name: passes.update([name]))
                 blocks += 1
-    pack = adapt and AdapterPack(unet, edits=2, adapt=adapt, rank=2, alpha=2.0)
+    pack = adapt and AdapterPack(unet, calls.NAMES, count=2, adapt=adapt, rank=2, alpha=2.0)
     with pack.attached(unet) if pack else nullcontext():
         unet(latents, timesteps, text if pack else text.requires_grad_()).sample.sum().backward()
-    assert len(calls) == blocks > 10
-    twice = {ending for ending in endings for name, count in calls.items() if name.endswith(ending) and count == 2}
-    assert twice == again and set(calls.values()) == {1, 2}
+    assert len(passes) == blocks > 10
+    twice = {ending for ending in endings for name, count in passes.items() if name.endswith(ending) and count == 2}
+    assert twice == again and set(passes.values()) == {1, 2}
 
 
 # How a network is filled
@@ -383,7 +391,7 @@ def test_only_the_convolutions_on_latents_stay_float() -> None:
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 def test_biases_are_in_the_type_of_the_arithmetic(weights: str) -> None:
-    """Biases and what is not quantised have the type that was asked for, so that no product begins with a cast."""
+    """Biases and unquantised weights have the requested type, so that no product begins with a cast."""
     unet = filled(weights, dtype=torch.bfloat16)
     assert {p.dtype for p in unet.parameters()} - {torch.int8} == {torch.bfloat16}
 
@@ -415,6 +423,7 @@ def test_stable_diffusion_1_5_is_converted_whole(monkeypatch: pytest.MonkeyPatch
         weights="int8",
         device=torch.device("meta"),
         dtype=torch.float32,
+        in_float=AT_LATENTS,
     )
     assert sum(isinstance(m, nn.Flatten) for m in unet.modules()) == 184
     assert sum(isinstance(m, nn.Unflatten) for m in unet.modules()) == 96
@@ -424,7 +433,7 @@ def test_stable_diffusion_1_5_is_converted_whole(monkeypatch: pytest.MonkeyPatch
 
 
 class Tracked:
-    """Yields tensors one by one and checks at each request which of those handed out before are alive."""
+    """Yields tensors one by one, and checks at each request which earlier ones are still alive."""
 
     def __init__(self, state: dict[str, Tensor], *, big: int) -> None:
         self.shapes = {name: tensor.shape for name, tensor in state.items()}
@@ -453,7 +462,7 @@ def test_weights_are_read_one_layer_at_a_time(weights: str) -> None:
         unet = new_tiny_unet()
     state = {name: tensor for name, tensor in sorted(unet.state_dict().items())}
     tracked = Tracked(state, big=1000)
-    load_frozen(unet, tracked, weights=weights, device=CPU, dtype=torch.float32)
+    load_frozen(unet, tracked, weights=weights, device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
     assert len(tracked.refs) > 50
     assert tracked.most_alive == 0
     gc.collect()
@@ -462,11 +471,11 @@ def test_weights_are_read_one_layer_at_a_time(weights: str) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 def test_nothing_aliases_the_source(weights: str) -> None:
-    """The filled network shares no memory with what it was read from, so a mapped file can be closed."""
+    """The filled network shares no memory with the file, so a mapped file can be closed."""
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
     state = float_unet().state_dict()
-    load_frozen(unet, state.items(), weights=weights, device=CPU, dtype=torch.float32)
+    load_frozen(unet, state.items(), weights=weights, device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     ours = {name for name, p in unet.named_parameters() if p.untyped_storage().data_ptr() in theirs}
     assert not ours
@@ -477,7 +486,7 @@ def test_order_of_tensors_does_not_matter() -> None:
     state = float_unet().state_dict()
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
-    load_frozen(unet, reversed(state.items()), weights="int8", device=CPU, dtype=torch.float32)
+    load_frozen(unet, reversed(state.items()), weights="int8", device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
     expected = filled("int8").state_dict()
     assert unet.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in unet.state_dict().items())
@@ -505,7 +514,7 @@ def test_wrong_checkpoints_are_refused(change: Callable[[dict[str, Tensor]], Any
     with init_empty_weights(include_buffers=False):
         unet = new_tiny_unet()
     with pytest.raises(ValueError, match=named):
-        load_frozen(unet, state.items(), weights="int8", device=CPU, dtype=torch.float32)
+        load_frozen(unet, state.items(), weights="int8", device=CPU, dtype=torch.float32, in_float=AT_LATENTS)
 
 
 def test_unusual_convolutions_stay_float() -> None:
@@ -516,8 +525,10 @@ def test_unusual_convolutions_stay_float() -> None:
         nn.Conv2d(8, 8, 3, padding="same"),
         nn.ConvTranspose2d(8, 8, 3),
     )
-    for layer in odd:
-        assert quantize._quantized(layer, dict(layer.state_dict()), "int8", CPU, torch.float32) is None
+    network = nn.ModuleList(odd)
+    state = network.state_dict()
+    load_frozen(network.to("meta"), state.items(), weights="int8", device=CPU, dtype=torch.float32)
+    assert [type(layer) for layer in network] == [type(layer) for layer in odd]
 
 
 # Sizes

@@ -13,7 +13,7 @@ TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("name", readme.DOCUMENTS)
 def test_tables_are_the_committed_results(name):
-    """Every number in a document's tables is what `benchmarks.readme` writes from the result files and presets."""
+    """Every table in a document equals the output of `benchmarks.readme` for the result files and presets."""
     text = (REPOSITORY / name).read_text(encoding="utf-8")
     assert readme.filled(text, readme.DOCUMENTS[name]) == text
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_imagic import training
-from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig
-from lowmem_imagic.packing import Pack, Task
-from lowmem_imagic.replay import WARM_UPS, Replay
+from lowmem_imagic.engine.cuda_graphs import WARM_UPS, Replay
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
+from lowmem_imagic.training import loop as training
+from lowmem_imagic.training.pack import Pack, TrainingInput
+from tests import calls
 
 CPU = torch.device("cpu")
 CONFIG = EditConfig(
@@ -20,7 +21,7 @@ CONFIG = EditConfig(
 
 
 class Graph:
-    """Stands for a CUDA graph where there is no GPU: it calls what it was given again, into the same output."""
+    """Replaces a CUDA graph on machines without a GPU: calls the recorded function again, into the same output."""
 
     def __init__(self) -> None:
         self.run: Any = None
@@ -62,15 +63,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Replay]:
 
 def trained(base: Any, numbers: list[int], *, slots: int, **options: Any) -> dict[int, list[Tensor]]:
     """e_opt, factors and losses of the edits of these numbers."""
-    text = base.encode_text(["a red cube", "a cat", "two birds kissing", "a blue sphere on a floor"])
+    text = calls.encode_text(base, ["a red cube", "a cat", "two birds kissing", "a blue sphere on a floor"])
     draw = torch.Generator().manual_seed(2)
     photos, noise = torch.randn(2, 4, 4, 8, 8, generator=draw)
-    tasks = [Task(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
+    tasks = [calls.training_input(photos[n], text[n], torch.Generator().manual_seed(n), noise[n]) for n in numbers]
     made = [edit for group in Pack(base, tasks, CONFIG, slots=slots, **options).run() for edit in group]
     return {
         numbers[edit.number]: [
-            edit.optimized_embedding,
-            *(factor for down, up, _ in edit.adapter.values() for factor in (down, up)),
+            edit.conditioning["embeds"],
+            *(factor for down, up, _ in edit.adapters["unet"].values() for factor in (down, up)),
             *map(torch.tensor, edit.losses.values()),
         ]
         for edit in made
@@ -101,7 +102,7 @@ def test_replayed_training_has_the_same_bits(
 
 
 def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> None:
-    """A call sees the inputs it is given; recording takes its warm-ups and leaves what they changed as it was."""
+    """A call sees its inputs; recording runs its warm-ups and restores the tensors that they changed."""
     calls: list[float] = []
     total = torch.full((2,), 5.0)
 
@@ -122,15 +123,15 @@ def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> N
         replay(torch.ones(3), two)
 
 
-def tasks_of_two(base: Any) -> list[Task]:
+def tasks_of_two(base: Any) -> list[TrainingInput]:
     """Two tasks, fresh."""
-    text = base.encode_text(["a red cube", "a cat"])
+    text = calls.encode_text(base, ["a red cube", "a cat"])
     photos = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    return [Task(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
+    return [calls.training_input(photos[n], text[n], torch.Generator().manual_seed(n), photos[n]) for n in range(2)]
 
 
 def stop_after(steps: int) -> Any:
-    """What a pack is to call before each step, to be stopped after some."""
+    """A callback for a pack before each step, which stops it after some."""
     calls: list[None] = []
 
     def between(_: Pack) -> None:
@@ -160,20 +161,20 @@ def test_nothing_is_kept_while_others_have_the_memory(base: Any, monkeypatch: py
         sizes.append(len(self._recorded))
         return found
 
-    predict, calls = base.predict, [0]
+    predict, passes = calls.plain(base), [0]
 
     def failing(*args: Any) -> Tensor:
-        calls[0] += 1
-        if calls[0] == 3:
+        passes[0] += 1
+        if passes[0] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         result: Tensor = predict(*args)
         return result
 
-    monkeypatch.setattr(base, "predict", failing)
-    monkeypatch.setattr(base, "rungs", [])
+    monkeypatch.setattr(base, "predict", calls.in_place(failing))
+    monkeypatch.setattr(base, "fallbacks", [])
     monkeypatch.setattr(training.Trainer, "_cheaper", counted)
     list(Pack(base, tasks_of_two(base)[:1], CONFIG, slots=1).run())
-    assert sizes == [1, 0] and base.rungs == ["passes that are not recorded"] and not base.replays
+    assert sizes == [1, 0] and base.fallbacks == ["passes that are not recorded"] and not base.replays
 
 
 def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +183,42 @@ def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.
     base.replays = True
     monkeypatch.setattr(training, "Replay", None)
     assert len(trained(base, [0], slots=1)) == 1
+
+
+class Unrecordable(Replay):
+    """Fails with a given error while it records, after it has changed tensors."""
+
+    error: Exception = RuntimeError("operation not permitted when stream is capturing")
+
+    def __init__(self, run: Any, inputs: Any, *, device: torch.device, changed: Any = (), beside: Any = None) -> None:
+        try:
+            raise self.error
+        finally:
+            # As on a GPU, where the end of a recording that broke off is an error of its own.
+            if isinstance(self.error, torch.OutOfMemoryError):
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_passes_that_cannot_be_recorded_are_taken_as_they_are(
+    base: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where recording fails, training goes on unrecorded with the same bits, and says so once."""
+    expected = trained(base, [0, 1], slots=2)
+    monkeypatch.setattr(training, "Replay", Unrecordable)
+    monkeypatch.setattr(base, "replays", True)
+    found = trained(base, [0, 1], slots=2)
+    assert [r.message for r in caplog.records] == [
+        "training passes are not recorded: RuntimeError: operation not permitted when stream is capturing"
+    ]
+    for number, values in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[number], values, strict=True))
+
+
+def test_running_out_of_memory_while_recording_is_a_fallback(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that ends a recording hides that memory ran out; passes are then not recorded, before anything else."""
+    monkeypatch.setattr(Unrecordable, "error", torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(training, "Replay", Unrecordable)
+    monkeypatch.setattr(base, "replays", True)
+    monkeypatch.setattr(base, "fallbacks", [])
+    trained(base, [0, 1], slots=2)
+    assert base.fallbacks == ["passes that are not recorded"] and base.most_rows is None

@@ -124,7 +124,7 @@ def test_a_full_caption_is_read_back_as_the_same_attributes(scene):
 
 
 def test_a_sentence_may_leave_things_open():
-    """What a sentence leaves open depends on the seed alone; everyday words for shapes and floors are understood."""
+    """Details that a sentence leaves open depend only on the seed; everyday words for shapes and floors are known."""
     one, other = (Scene.from_sentence("a ball", seed=seed) for seed in (1, 2))
     assert one.objects[0].shape == "sphere" and one != other
     assert one == Scene.from_sentence("a ball", seed=1)

@@ -16,11 +16,12 @@ from ldm_layout import TEXT, UNET, VAE, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowmem_imagic.base_model import BaseModel
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, ModelError, UnknownModelError, WrongFamilyError
 from lowmem_imagic.families import SHORT_NAMES
-from lowmem_imagic.families import checkpoint as checkpoint_module
-from lowmem_imagic.families.weights import Weights
+from lowmem_imagic.families.files import checkpoint as checkpoint_module
+from lowmem_imagic.families.files.weights import Weights
+from tests import calls
 
 PROMPTS = ("a photo of a red cube on the grass", "two birds kissing", "")
 
@@ -49,13 +50,13 @@ def load(path: Path, config_folder: Path | None = None, **options: Any) -> BaseM
 
 
 def everything(base: BaseModel) -> dict[str, Tensor]:
-    """What each part of a base computes."""
+    """The outputs of each part of a base."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     noisy = torch.randn(3, 4, LATENT_SIDE, LATENT_SIDE, generator=generator)
-    latents, text = base.encode_images(images), base.encode_text(PROMPTS)
+    latents, text = base.encode_images(images), calls.encode_text(base, PROMPTS)
     with torch.no_grad():
-        prediction = base.predict(noisy, torch.tensor([1, 500, 990]), text)
+        prediction = calls.predict(base, noisy, torch.tensor([1, 500, 990]), text)
     return {"prediction": prediction, "text": text, "latents": latents, "pictures": base.decode(latents)}
 
 
@@ -67,7 +68,7 @@ def one_line(error: pytest.ExceptionInfo[ModelError], *parts: str) -> None:
         assert part in message
 
 
-# What a checkpoint gives
+# Outputs of a checkpoint
 
 
 @pytest.mark.parametrize("weights", ["int8", "bnb-int8", "fp32"])
@@ -131,7 +132,7 @@ def test_identity_is_the_checkpoint(checkpoint: Path, tiny_folder: Path) -> None
     assert identity.match(load(tiny_folder).identity) == "architecture"
 
 
-# What stays in memory
+# Memory
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def parts(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[s
 
 
 def alive(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[str]:
-    """The tensors as they were read that something still holds."""
+    """The tensors from the file that are still referenced."""
     gc.collect()
     return [name for name, tensor, _ in reads if tensor() is not None]
 
@@ -165,7 +166,7 @@ def alive(reads: list[tuple[str, "weakref.ref[Tensor]", torch.dtype]]) -> list[s
 def test_loading_converts_nothing(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Loading a base reads the checkpoint's header and the configurations; no part is converted."""
     base = load(checkpoint, tiny_folder)
-    assert (base.size_px, base.family.cross_attention_dim) == (16, TEXT_WIDTH)
+    assert (base.sizes.own[0], base.family.cross_attention_dim) == (16, TEXT_WIDTH)
     assert base.family.check_prompt("a cube") == ""
     assert reads == []
 
@@ -174,18 +175,18 @@ def test_loading_converts_nothing(checkpoint: Path, tiny_folder: Path, reads: li
 def test_no_copy_stays_beside_the_unet(weights: str, checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Once the UNet is there, the converted one it was made from is gone, and its weights are its own."""
     base = load(checkpoint, tiny_folder, weights=weights)
-    base.unet.eval()
+    calls.unet(base).eval()
     assert parts(reads) == ["unet"]
     assert alive(reads) == []
-    bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base.unet.parameters()}
-    assert sum(bytes_of.values()) <= sum(t.numel() * t.element_size() for t in base.unet.parameters())
+    bytes_of = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in calls.unet(base).parameters()}
+    assert sum(bytes_of.values()) <= sum(t.numel() * t.element_size() for t in calls.unet(base).parameters())
 
 
 def test_parts_are_read_when_needed(checkpoint: Path, tiny_folder: Path, reads: list[Any]) -> None:
     """Text encoder and autoencoder are converted alone, as often as they are asked for, and dropped each time."""
     base = load(checkpoint, tiny_folder)
     for sentence in ("a cube", "a sphere"):
-        base.encode_text([sentence])
+        calls.encode_text(base, [sentence])
         assert alive(reads) == []
     for _ in range(2):
         base.decode(base.encode_images(torch.zeros(1, 3, 16, 16)))
@@ -207,7 +208,7 @@ def test_released_unet_is_read_again(checkpoint: Path, tiny_folder: Path, reads:
 def test_parts_are_read_in_the_files_precision(
     dtype: torch.dtype, tiny_folder: Path, tmp_path: Path, reads: list[Any]
 ) -> None:
-    """Parts are converted in the type they are stored in, whatever the type of the noise schedule beside them."""
+    """Parts are converted in their stored type, for any type of the noise schedule."""
     path = write_checkpoint(tiny_folder, tmp_path / "some.safetensors", dtype=dtype)
     everything(load(path, tiny_folder))
     assert {kind for name, _, kind in reads if name != "alphas_cumprod"} == {dtype}
@@ -222,7 +223,7 @@ def test_mixed_precision_loses_nothing(changed: Callable[..., Path], tiny_folder
     assert {kind for name, _, kind in reads if name != "out.2.bias"} == {torch.float16}
 
 
-# What is refused
+# Errors
 
 
 def test_no_configuration_and_no_network(changed: Callable[..., Path]) -> None:
@@ -231,7 +232,7 @@ def test_no_configuration_and_no_network(changed: Callable[..., Path]) -> None:
     path = changed(put={f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": text})
     with pytest.raises(IncompleteModelError) as error:
         load(path)
-    one_line(error, "changed.safetensors", SHORT_NAMES["sd15"], "connect once", "--model-config")
+    one_line(error, "changed.safetensors", SHORT_NAMES["sd15"], "connect once", "`model_config`")
 
 
 @pytest.mark.parametrize("width", [TEXT_WIDTH, 1024])
@@ -240,7 +241,7 @@ def test_configurations_are_not_guessed(width: int, changed: Callable[..., Path]
     name = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     with pytest.raises(IncompleteModelError) as error:
         load(changed(put={name: torch.zeros(32, width)}))
-    one_line(error, "changed.safetensors", f"text width {width}", "--model-config")
+    one_line(error, "changed.safetensors", f"text width {width}", "`model_config`")
 
 
 def test_configuration_from_the_hub(
@@ -346,7 +347,7 @@ def test_configuration_of_another_family(checkpoint: Path, folder_copy: Path) ->
     path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 1024}))
     with pytest.raises(IncompleteModelError) as error:
         load(checkpoint, folder_copy)
-    one_line(error, f"width {TEXT_WIDTH}", "1024", "--model-config")
+    one_line(error, f"width {TEXT_WIDTH}", "1024", "`model_config`")
 
 
 def test_configuration_folder_that_is_none(checkpoint: Path, tmp_path: Path) -> None:
@@ -361,7 +362,7 @@ def test_configuration_folder_that_is_none(checkpoint: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".CKPT", ".pt", ".bin"])
 def test_pickles_are_refused(suffix: str, checkpoint: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """A checkpoint with a pickle's suffix is refused by its name, whatever its bytes are."""
+    """A checkpoint with a pickle's suffix is refused by its name, for any contents."""
     path = Path(shutil.copy(checkpoint, tmp_path / f"model{suffix}"))
     with pytest.raises(UnknownModelError) as error:
         load(path, tiny_folder)

@@ -1,4 +1,4 @@
-"""Facts about the three stages: who is trained, what a pack changes, what sampling computes, what stays allocated."""
+"""Facts about the three stages: trained tensors, edits in a pack, results of sampling, memory."""
 
 import dataclasses
 import gc
@@ -14,19 +14,19 @@ from conftest import PROMPTS
 from PIL import Image
 from torch import Tensor, nn
 
-from lowmem_imagic import training
-from lowmem_imagic.adapters import AdapterPack
-from lowmem_imagic.config import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig, StageConfig
-from lowmem_imagic.diffusion import coarse, interpolate, loss_per_edit, project, refined
-from lowmem_imagic.embed import embed
+from lowmem_imagic.diffusion.schedules import DiscreteNoise, coarse, interpolate, loss_per_edit, project, refined
 from lowmem_imagic.errors import DivergenceError
-from lowmem_imagic.finetune import finetune
-from lowmem_imagic.images import Photo
-from lowmem_imagic.optimizer import PackedAdam
-from lowmem_imagic.pipeline import make_edits, stream_edits
-from lowmem_imagic.preparation import Job
-from lowmem_imagic.sample import Cell, sample
-from lowmem_imagic.training import draw_rows, train
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pipeline.make import make_edits, stream_edits
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.sample import Cell
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig, StageConfig
+from lowmem_imagic.training import loop as training
+from lowmem_imagic.training.adam import PackedAdam
+from lowmem_imagic.training.loop import draw_rows
+from tests import calls
+from tests.reference_stages import embed, finetune, train
 
 SEEDS = (3, 4, 5)
 EMBED = EmbedConfig(steps=3, learning_rate=1e-2, draws=2)
@@ -65,7 +65,7 @@ def trained(network: nn.Module) -> list[str]:
     return [name for name, p in network.named_parameters() if p.requires_grad or p.grad is not None]
 
 
-# Who is trained
+# Trained tensors
 
 
 def test_embedding_stage_trains_the_embedding_only(base: Any, text: Tensor) -> None:
@@ -73,9 +73,9 @@ def test_embedding_stage_trains_the_embedding_only(base: Any, text: Tensor) -> N
     before = text.clone()
     during = []
     optimized, losses = embed(
-        base, latents_of(), text, EMBED, generators(), lambda *_: during.extend(trained(base.unet))
+        base, latents_of(), text, EMBED, generators(), lambda *_: during.extend(trained(calls.unet(base)))
     )
-    assert not during and not trained(base.unet)
+    assert not during and not trained(calls.unet(base))
     assert torch.equal(text, before) and not text.requires_grad
     assert not optimized.requires_grad and optimized.shape == text.shape
     assert all(not torch.equal(optimized[edit], text[edit]) for edit in range(3))
@@ -86,12 +86,12 @@ def test_finetuning_trains_the_adapters_only(base: Any, text: Tensor) -> None:
     """In stage 2 gradients exist on adapter factors only; e_opt and the UNet's own parameters get none."""
     before = text.clone()
     during: set[str] = set()
-    pack, _, _ = finetune(
-        base, latents_of(), text, FINETUNE, generators(), lambda *_: during.update(trained(base.unet))
+    pack, _ = finetune(
+        base, latents_of(), text, FINETUNE, generators(), lambda *_: during.update(trained(calls.unet(base)))
     )
     assert len(during) == 2 * 79
     assert all(name.endswith((".down", ".up")) for name in during)
-    assert not trained(base.unet)
+    assert not trained(calls.unet(base))
     assert torch.equal(text, before) and text.grad is None
     assert not any(p.requires_grad or p.grad is not None for p in pack.parameters)
     assert all(bool(pack.weights[edit].any()) for edit in range(3))
@@ -103,14 +103,14 @@ def test_the_base_is_bit_equal_after_both_stages(base: Any, text: Tensor) -> Non
 
     def predict() -> Tensor:
         with torch.no_grad():
-            return base.predict(noisy, timesteps, text)
+            return calls.predict(base, noisy, timesteps, text)
 
     before = predict()
-    state = {name: tensor.clone() for name, tensor in base.unet.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in calls.unet(base).state_dict().items()}
     optimized, _ = embed(base, latents_of(), text, EMBED, generators())
     finetune(base, latents_of(), optimized, FINETUNE, generators())
     assert torch.equal(predict(), before)
-    now = base.unet.state_dict()
+    now = calls.unet(base).state_dict()
     assert list(now) == list(state) and all(torch.equal(now[name], tensor) for name, tensor in state.items())
 
 
@@ -120,10 +120,10 @@ def test_an_error_in_training_leaves_the_base(base: Any, text: Tensor) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    modules = list(base.unet.modules())
+    modules = list(calls.unet(base).modules())
     with pytest.raises(KeyboardInterrupt):
         finetune(base, latents_of(), text, FINETUNE, generators(), interrupt)
-    assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(calls.unet(base).modules(), modules, strict=True))
 
 
 def test_embeddings_of_any_memory_layout_are_trained(base: Any, text: Tensor) -> None:
@@ -142,35 +142,38 @@ def test_no_steps_train_nothing(base: Any, text: Tensor, stage: str) -> None:
         optimized, losses = embed(base, latents_of(), text, EmbedConfig(steps=0, learning_rate=1.0), generators())
         assert torch.equal(optimized, text)
     else:
-        pack, losses, _ = finetune(base, latents_of(), text, FinetuneConfig(steps=0, learning_rate=1.0), generators())
+        pack, losses = finetune(base, latents_of(), text, FinetuneConfig(steps=0, learning_rate=1.0), generators())
         assert not any(up.any() for up in pack.parameters[1::2])
     assert losses.steps_run == (0, 0, 0) and losses.tail(0) is None
 
 
-# An edit in a pack is what it is alone
+# Edits in a pack
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_draws_of_a_pack_are_those_alone(base: Any, prediction_type: str) -> None:
     """Timesteps, noisy latents and targets of an edit have the same bits in a pack of 3 as alone, step after step."""
+    schedule = DiscreteNoise(base.family.schedule.alpha_bar, prediction_type)
     together, alone = generators(), [generators([edit]) for edit in range(3)]
     for _ in range(3):
-        pack = draw_rows(latents_of(), 4, base.alpha_bar, prediction_type, together)
+        pack = draw_rows(latents_of(), 4, schedule, together)
         for edit in range(3):
-            own = draw_rows(latents_of([edit]), 4, base.alpha_bar, prediction_type, alone[edit])
+            own = draw_rows(
+                latents_of([edit]), 4, DiscreteNoise(base.family.schedule.alpha_bar, prediction_type), alone[edit]
+            )
             for part, expected in zip(pack, own, strict=True):
                 assert torch.equal(part[4 * edit : 4 * edit + 4], expected)
 
 
 def test_draws_are_the_documented_ones(base: Any) -> None:
     """Of an edit's generator the timesteps are drawn first, one in each part of the schedule, then the noise."""
-    noisy, timesteps, target = draw_rows(latents_of([1]), 4, base.alpha_bar, "epsilon", generators([1]))
+    noisy, timesteps, target = draw_rows(latents_of([1]), 4, base.denoisers[0].schedule, generators([1]))
     generator = torch.Generator().manual_seed(SEEDS[1])
     parts = (torch.arange(4) + torch.rand(4, generator=generator)) / 4
     noise = torch.randn(4, 4, 8, 8, generator=generator)
     assert timesteps.tolist() == (parts * 1000).long().tolist()
     assert torch.equal(target, noise)
-    scheduler = base.family.scheduler("DDPM")
+    scheduler = base.family.schedule.scheduler("DDPM")
     torch.testing.assert_close(noisy, scheduler.add_noise(latents_of([1] * 4), noise, timesteps))
 
 
@@ -194,7 +197,7 @@ def test_a_pack_trains_each_edit_as_alone(
         arguments = (base, latents_of(edits), text[list(edits)])
         if stage == "embed":
             return embed(*arguments, EMBED, generators(edits))
-        pack, losses, _ = finetune(*arguments, FINETUNE, generators(edits))
+        pack, losses = finetune(*arguments, FINETUNE, generators(edits))
         return pack.weights, losses
 
     results, losses = run((0, 1, 2))
@@ -212,7 +215,7 @@ def test_a_broken_edit_is_reported_and_stays_alone(
     """A loss that is not a number ends training with an error; the gradients of the other edits are untouched."""
     latents = latents_of()
     finetune(base, latents, text, FINETUNE, generators())
-    modules = list(base.unet.modules())
+    modules = list(calls.unet(base).modules())
     latents[1] = torch.nan
     with pytest.raises(DivergenceError, match=r"after 1 of 3 steps.*lower the learning rate"):
         finetune(base, latents, text, FINETUNE, generators())
@@ -220,7 +223,7 @@ def test_a_broken_edit_is_reported_and_stays_alone(
     assert broken[1].isnan().any()
     for edit in (0, 2):
         assert relative(broken[edit], expected[edit]) < 1e-5
-    assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(calls.unet(base).modules(), modules, strict=True))
 
 
 def test_the_same_seed_gives_the_same_bytes(load_base: Callable[..., Any]) -> None:
@@ -228,12 +231,12 @@ def test_the_same_seed_gives_the_same_bytes(load_base: Callable[..., Any]) -> No
 
     def run() -> list[bytes]:
         base = load_base()
-        text = base.encode_text(PROMPTS)
+        text = calls.encode_text(base, PROMPTS)
         edits = generators()
         optimized, _ = embed(base, latents_of(), text, EMBED, edits)
-        pack, _, _ = finetune(base, latents_of(), optimized, FINETUNE, edits)
+        pack, _ = finetune(base, latents_of(), optimized, FINETUNE, edits)
         cells = [Cell(edit=edit, eta=0.7, seed=1) for edit in range(3)]
-        images = sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=3))
+        images = calls.sample(base, pack, text, optimized, cells, SampleConfig(num_inference_steps=3))
         return [tensor.numpy().tobytes() for tensor in (optimized, pack.weights, images)]
 
     assert run() == run()
@@ -246,7 +249,7 @@ def test_another_seed_gives_another_edit(base: Any, text: Tensor) -> None:
     assert not torch.equal(one, other)
 
 
-# What training does
+# Training
 
 
 def test_each_stage_lowers_the_loss(base: Any, text: Tensor) -> None:
@@ -254,17 +257,17 @@ def test_each_stage_lowers_the_loss(base: Any, text: Tensor) -> None:
 
     def evaluate(embeddings: Tensor) -> Tensor:
         noisy, timesteps, target = draw_rows(
-            latents_of(), 16, base.alpha_bar, "epsilon", [torch.Generator().manual_seed(99)] * 3
+            latents_of(), 16, base.denoisers[0].schedule, [torch.Generator().manual_seed(99)] * 3
         )
         with torch.no_grad():
-            return loss_per_edit(base.predict(noisy, timesteps, embeddings.repeat_interleave(16, 0)), target, 3)
+            return loss_per_edit(calls.predict(base, noisy, timesteps, embeddings.repeat_interleave(16, 0)), target, 3)
 
     optimized, _ = embed(base, latents_of(), text, EmbedConfig(steps=8, learning_rate=0.05, draws=2), generators())
     config = FinetuneConfig(steps=8, learning_rate=0.02, draws=2, lora_rank=2, lora_alpha=2.0)
-    pack, losses, _ = finetune(base, latents_of(), optimized, config, generators())
+    pack, losses = finetune(base, latents_of(), optimized, config, generators())
     before, embedded = evaluate(text), evaluate(optimized)
     pack.set_rows(None)
-    with pack.attached(base.unet):
+    with pack.attached(calls.unet(base)):
         tuned = evaluate(optimized)
     assert (embedded < 0.995 * before).all()
     assert (tuned < 0.9 * embedded).all()
@@ -274,13 +277,12 @@ def test_each_stage_lowers_the_loss(base: Any, text: Tensor) -> None:
 class Stub:
     """A base whose prediction is ``mean(conditioning) * noisy``: almost pure noise in."""
 
-    alpha_bar = torch.full((1000,), 1e-6)
-    family = types.SimpleNamespace(prediction_type="epsilon")
+    denoisers = (types.SimpleNamespace(name="stub", schedule=DiscreteNoise(torch.full((1000,), 1e-6), "epsilon")),)
     device = torch.device("cpu")
-    most_rows, replays = None, False
+    most_rows, replays, dtype = None, False, torch.float32
 
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        return embeddings.mean((1, 2)).view(-1, 1, 1, 1) * latents
+    def predict(self, denoiser: Any, latents: Tensor, timesteps: Tensor, given: Any) -> Tensor:
+        return given["embeds"].mean((1, 2)).view(-1, 1, 1, 1) * latents
 
 
 def run_stub(gains: Sequence[float], config: StageConfig) -> tuple[Any, Tensor, list[Tensor]]:
@@ -296,70 +298,18 @@ def run_stub(gains: Sequence[float], config: StageConfig) -> tuple[Any, Tensor, 
         Stub(),
         torch.zeros(edits, 4, 8, 8),
         lambda: torch.tensor(gains).view(-1, 1, 1) * weights.view(edits, 2, 3),
-        trained=[training.Trained(weights.detach(), weights.grad, config.learning_rate)],
-        config=config,
-        generators=[torch.Generator().manual_seed(edit) for edit in range(edits)],
+        training.TrainedTensor(weights.detach(), weights.grad, config.learning_rate),
+        config,
+        [torch.Generator().manual_seed(edit) for edit in range(edits)],
         progress=lambda *_: after_step.append(weights.detach().clone()),
     )
     return losses, weights.detach(), after_step
 
 
-STOPPING = StageConfig(steps=30, learning_rate=0.02, draws=8, patience=4, min_improvement=0.05)
-
-
-def test_an_edit_that_cannot_improve_stops_alone() -> None:
-    """An edit whose loss stalls stops by itself; its weights stay bit for bit while the others go on."""
-    losses, weights, after_step = run_stub([1e-4, 1.0], STOPPING)
-    stopped = losses.steps_run[0]
-    assert 2 * STOPPING.patience <= stopped < 30 and losses.steps_run[1] == 30
-    assert len(after_step) == 30
-    assert weights[0].any() and torch.equal(after_step[stopped - 1][0], weights[0])
-    assert not torch.equal(after_step[stopped - 2][0], weights[0])
-    assert not torch.equal(after_step[-2][1], weights[1])
-    assert losses.per_step[:stopped].isfinite().all()
-    assert losses.per_step[stopped:, 0].isnan().all() and losses.per_step[stopped:, 1].isfinite().all()
-    assert 0.9 < losses.tail(0) < 1.1 and losses.tail(1) < 0.5
-
-
-def test_early_stop_does_not_depend_on_the_pack() -> None:
-    """An edit stops after the same step, with the same weights, alone and beside one that never stops."""
-    together, weights, _ = run_stub([1e-4, 1.0], STOPPING)
-    alone, own, _ = run_stub([1e-4], STOPPING)
-    assert alone.steps_run[0] == together.steps_run[0]
-    torch.testing.assert_close(own[0], weights[0], atol=1e-6, rtol=1e-5)
-
-
-def test_training_ends_when_all_edits_stopped() -> None:
-    """When no edit improves any more the stage is over, with as many steps on record as it took."""
-    losses, _, after_step = run_stub([1e-4, 1e-4], STOPPING)
-    assert len(after_step) == max(losses.steps_run) < 30
-
-
-def test_patience_zero_never_stops() -> None:
-    """Without patience every edit takes every step, improving or not."""
-    losses, _, _ = run_stub([1e-4, 1.0], StageConfig(steps=30, learning_rate=0.02, draws=8))
-    assert losses.steps_run == (30, 30)
-
-
-def test_the_average_is_of_the_steps_taken() -> None:
-    """With averaging the result is the running average of the weights after each step, frozen with its edit."""
-    decay = 0.6
-    config = dataclasses.replace(STOPPING, average=decay)
-    losses, averaged, _ = run_stub([1e-4, 1.0], config)
-    # The average does not change the way; without it the weights after the last step are seen, too.
-    _, _, after_step = run_stub([1e-4, 1.0], STOPPING)
-    for edit in range(2):
-        expected = torch.zeros(6)
-        for step in range(losses.steps_run[edit]):
-            expected.lerp_(after_step[step][edit], 1 - min(decay, (1 + step) / (10 + step)))
-        torch.testing.assert_close(averaged[edit], expected)
-        assert not torch.allclose(averaged[edit], after_step[-1][edit])
-
-
 def test_draws_come_from_their_part_of_the_schedule(base: Any) -> None:
     """Timesteps stay within the configured part, one in each of its equal parts; the noise is that of the whole."""
-    _, timesteps, noise = draw_rows(latents_of([1]), 4, base.alpha_bar, "epsilon", generators([1]), (0.5, 0.9))
-    _, anywhere, same = draw_rows(latents_of([1]), 4, base.alpha_bar, "epsilon", generators([1]))
+    _, timesteps, noise = draw_rows(latents_of([1]), 4, base.denoisers[0].schedule, generators([1]), (0.5, 0.9))
+    _, anywhere, same = draw_rows(latents_of([1]), 4, base.denoisers[0].schedule, generators([1]))
     assert [int((t - 500) // 100) for t in timesteps] == [0, 1, 2, 3]
     assert torch.equal(noise, same) and not torch.equal(timesteps, anywhere)
 
@@ -367,8 +317,8 @@ def test_draws_come_from_their_part_of_the_schedule(base: Any) -> None:
 def test_anchored_draws_have_the_starting_noise(base: Any) -> None:
     """Exactly as many draws of each edit as asked for have the anchor's noise; the timesteps are those of any step."""
     anchor = torch.randn(4, 8, 8)
-    plain = draw_rows(latents_of([0, 1]), 4, base.alpha_bar, "epsilon", generators([0, 1]))
-    some = draw_rows(latents_of([0, 1]), 4, base.alpha_bar, "epsilon", generators([0, 1]), anchor=anchor, anchored=3)
+    plain = draw_rows(latents_of([0, 1]), 4, base.denoisers[0].schedule, generators([0, 1]))
+    some = draw_rows(latents_of([0, 1]), 4, base.denoisers[0].schedule, generators([0, 1]), anchor=anchor, anchored=3)
     assert torch.equal(plain[1], some[1])
     is_anchor = [torch.equal(noise, anchor) for noise in some[2]]
     assert sum(is_anchor[:4]) == sum(is_anchor[4:]) == 3
@@ -376,7 +326,7 @@ def test_anchored_draws_have_the_starting_noise(base: Any) -> None:
 
 
 def test_anchored_training_learns_the_way_from_the_starting_noise(base: Any, text: Tensor) -> None:
-    """What is trained on the starting noise alone predicts it better than what is trained on any noise."""
+    """An edit trained on the starting noise alone predicts it better than an edit trained on any noise."""
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     config = FinetuneConfig(steps=20, learning_rate=5e-3, draws=2, lora_rank=4, lora_alpha=4.0)
     photo, words = latents_of([0]), text[:1]
@@ -385,10 +335,10 @@ def test_anchored_training_learns_the_way_from_the_starting_noise(base: Any, tex
         tuned = dataclasses.replace(config, anchor=share)
         pack, *_ = finetune(base, photo, words, tuned, generators([0]), start_noise=noise[None])
         noisy, timesteps, target = draw_rows(
-            photo, 8, base.alpha_bar, "epsilon", generators([1]), anchor=noise, anchored=8
+            photo, 8, base.denoisers[0].schedule, generators([1]), anchor=noise, anchored=8
         )
-        with torch.no_grad(), pack.attached(base.unet):
-            return float((base.predict(noisy, timesteps, words.repeat(8, 1, 1)) - target).square().mean())
+        with torch.no_grad(), pack.attached(calls.unet(base)):
+            return float((calls.predict(base, noisy, timesteps, words.repeat(8, 1, 1)) - target).square().mean())
 
     assert error(1.0) < 0.9 * error(0.0)
 
@@ -409,25 +359,10 @@ def test_the_rate_falls_evenly_to_its_share() -> None:
 def test_adapters_may_be_the_decoders_only(base: Any, text: Tensor) -> None:
     """Blocks left out of the settings get no adapters, all layers of the others do."""
     some = dataclasses.replace(FINETUNE, blocks=("up",))
-    pack, _, _ = finetune(base, latents_of(), text, some, generators())
-    whole, _, _ = finetune(base, latents_of(), text, FINETUNE, generators())
+    pack, _ = finetune(base, latents_of(), text, some, generators())
+    whole, _ = finetune(base, latents_of(), text, FINETUNE, generators())
     expected = {key for key in whole.export(0) if key.startswith("lora_unet_up_blocks")}
     assert set(pack.export(0)) == expected and 0 < len(expected) < len(whole.export(0))
-
-
-def test_the_embedding_may_train_beside_the_adapter(base: Any, text: Tensor) -> None:
-    """With a rate for the embedding, e_opt moves in stage 2 as alone as in a pack; without, it comes back as it was."""
-    before = text.clone()
-    assert torch.equal(finetune(base, latents_of(), text, FINETUNE, generators()).optimized_embeddings, text)
-    joint = dataclasses.replace(FINETUNE, embedding_learning_rate=1e-2)
-    _, _, embeddings = finetune(base, latents_of(), text, joint, generators())
-    assert torch.equal(text, before) and not embeddings.requires_grad and not trained(base.unet)
-    assert all(not torch.equal(embeddings[edit], text[edit]) for edit in range(3))
-    alone = finetune(base, latents_of([1]), text[1:2], joint, generators([1]))
-    torch.testing.assert_close(alone.optimized_embeddings[0], embeddings[1], atol=1e-3, rtol=1e-3)
-    config = dataclasses.replace(joint, steps=12, learning_rate=0.02)
-    _, longer, _ = finetune(base, latents_of(), text, config, generators())
-    assert all(longer.tail(edit) < longer.per_step[0, edit] for edit in range(3))
 
 
 # Sampling
@@ -446,7 +381,7 @@ def test_sampling_is_the_loop_written_out(
     """Latents equal a loop by hand over diffusers' scheduler with guidance, from the same noise and embedding."""
     pack, optimized = edits
     config = SampleConfig(num_inference_steps=5, guidance_scale=guidance_scale, scheduler=scheduler)
-    result = sample(base, pack, text, optimized, [Cell(edit=1, eta=0.6, seed=8)], config)
+    result = calls.sample(base, pack, text, optimized, [Cell(edit=1, eta=0.6, seed=8)], config)
 
     steps = getattr(diffusers, f"{scheduler}Scheduler").from_config(base.family.scheduler_config)
     steps.set_timesteps(5)
@@ -456,14 +391,14 @@ def test_sampling_is_the_loop_written_out(
     if scheduler == "DDPM":
         extra = {"generator": generator}
     embedding = 0.6 * text[1:2] + 0.4 * optimized[1:2]
-    unconditional = base.encode_text([""])
+    unconditional = calls.encode_text(base, [""])
     pack.set_rows(torch.tensor([1]))
-    with torch.no_grad(), pack.attached(base.unet):
+    with torch.no_grad(), pack.attached(calls.unet(base)):
         for t in steps.timesteps:
             x = steps.scale_model_input(latents, t)
-            prediction = base.unet(x, t, encoder_hidden_states=embedding).sample
+            prediction = calls.unet(base)(x, t, encoder_hidden_states=embedding).sample
             if guidance_scale != 1:
-                without = base.unet(x, t, encoder_hidden_states=unconditional).sample
+                without = calls.unet(base)(x, t, encoder_hidden_states=unconditional).sample
                 prediction = without + guidance_scale * (prediction - without)
             latents = steps.step(prediction, t, latents, **extra).prev_sample
     assert relative(result, latents) < 1e-5
@@ -488,15 +423,13 @@ def test_an_image_does_not_depend_on_its_batch(
 ) -> None:
     """An image is the same rendered alone, with all others at once, and in batches of 1 and 5 rows.
 
-    Whatever the edits, etas, seeds, strengths and guidance of the others.
+    This holds for any edits, etas, seeds, strengths and guidance of the others.
     """
     pack, optimized = edits
 
     def render(cells: Sequence[Cell], batch_rows: int) -> Tensor:
-        config = SampleConfig(
-            num_inference_steps=3, scheduler=scheduler, ddim_eta=0.5, batch_rows=batch_rows, start="photo"
-        )
-        return sample(base, pack, text, optimized, cells, config, coarse_latents=coarse(latents_of(), 4))
+        config = SampleConfig(num_inference_steps=3, scheduler=scheduler, batch_rows=batch_rows, start="photo")
+        return calls.sample(base, pack, text, optimized, cells, config, coarse_latents=coarse(latents_of(), 4))
 
     together = render(CELLS, 64)
     for batch_rows in (1, 5):
@@ -509,7 +442,7 @@ def test_an_image_does_not_depend_on_its_batch(
 def test_a_cells_own_guidance_is_the_configurations(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
     """Guidance and strength of a cell do what the configuration's guidance, and an adapter scaled, would do."""
     pack, optimized = edits
-    own = sample(
+    own = calls.sample(
         base,
         pack,
         text,
@@ -519,8 +452,8 @@ def test_a_cells_own_guidance_is_the_configurations(base: Any, text: Tensor, edi
     )
     scaled = [{key: (d, 0.5 * u, alpha) for key, (d, u, alpha) in pack.export(edit).items()} for edit in range(3)]
     config = SampleConfig(num_inference_steps=2, guidance_scale=6.0)
-    halved = AdapterPack.load(base.unet, scaled)
-    expected = sample(base, halved, text, optimized, [Cell(edit=1, eta=0.5, seed=0)], config)
+    halved = AdapterPack.load(calls.unet(base), calls.NAMES, scaled)
+    expected = calls.sample(base, halved, text, optimized, [Cell(edit=1, eta=0.5, seed=0)], config)
     torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -531,19 +464,19 @@ def test_starting_from_the_photo_carries_its_low_frequencies(
     """The first latents the UNet sees are diffusers' `add_noise` of the photo's cell means; without those, an error."""
     pack, optimized = edits
     seen: list[Tensor] = []
-    predict = base.predict
-    monkeypatch.setattr(base, "predict", lambda x, t, e: seen.append(x.clone()) or predict(x, t, e))
+    predict = calls.plain(base)
+    monkeypatch.setattr(base, "predict", calls.in_place(lambda x, t, e: seen.append(x.clone()) or predict(x, t, e)))
     config = SampleConfig(num_inference_steps=1, guidance_scale=1.0, scheduler=scheduler, start="photo")
     cells = [Cell(edit=2, eta=0.5, seed=5)]
     low = coarse(latents_of(), 4)
-    sample(base, pack, text, optimized, cells, config, coarse_latents=low)
-    steps = base.family.scheduler(scheduler)
+    calls.sample(base, pack, text, optimized, cells, config, coarse_latents=low)
+    steps = base.family.schedule.scheduler(scheduler)
     steps.set_timesteps(1)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     expected = steps.add_noise(refined(low[2:], 8, 8), noise, steps.timesteps[:1])
     torch.testing.assert_close(seen[0], steps.scale_model_input(expected, steps.timesteps[0]))
     with pytest.raises(ValueError, match="coarse latents"):
-        sample(base, pack, text, optimized, cells, config)
+        calls.sample(base, pack, text, optimized, cells, config)
 
 
 def test_projection_is_another_way(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
@@ -552,53 +485,21 @@ def test_projection_is_another_way(base: Any, text: Tensor, edits: tuple[Adapter
 
     def render(interpolation: str, eta: float, target: Tensor = text) -> Tensor:
         config = SampleConfig(num_inference_steps=2, interpolation=interpolation)
-        return sample(base, pack, target, optimized, [Cell(edit=0, eta=eta, seed=0)], config)
+        return calls.sample(base, pack, target, optimized, [Cell(edit=0, eta=eta, seed=0)], config)
 
     assert torch.equal(render("linear", 0.0), render("projection", 0.0))
     torch.testing.assert_close(render("projection", 0.8), render("linear", 1.0, project(text, optimized, 0.8)))
     assert not torch.allclose(render("linear", 0.8), render("projection", 0.8))
 
 
-def test_release_lets_the_adapter_go_along_eta(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
-    """With release, eta 0 is rendered as without it, and eta 0.5 as with an adapter weakened by half of it."""
-    pack, optimized = edits
-
-    def render(eta: float, strength: float = 1.0, release: float = 0.0) -> Tensor:
-        config = SampleConfig(num_inference_steps=2, release=release)
-        return sample(base, pack, text, optimized, [Cell(edit=0, eta=eta, seed=0, strength=strength)], config)
-
-    assert torch.equal(render(0.0, release=0.6), render(0.0))
-    torch.testing.assert_close(render(0.5, release=0.6), render(0.5, strength=0.7))
-    torch.testing.assert_close(render(1.5, 0.5, release=1.0), render(1.5, strength=0.0))
-    assert not torch.allclose(render(0.5, release=0.6), render(0.5))
-
-
-def test_held_steps_go_towards_the_photo(
-    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The held share of the steps is conditioned on e_opt with the whole adapter, the others as without holding."""
-    pack, optimized = edits
-    seen: list[tuple[Tensor, Any]] = []
-    predict = base.predict
-    monkeypatch.setattr(
-        base, "predict", lambda x, t, e: seen.append((e.clone(), pack.rows.strengths)) or predict(x, t, e)
-    )
-    config = SampleConfig(num_inference_steps=4, hold=0.5, release=0.5, guidance_scale=1.0)
-    sample(base, pack, text, optimized, [Cell(edit=1, eta=1.0, seed=0)], config)
-    assert len(seen) == 4
-    for step, (embedding, strengths) in enumerate(seen):
-        torch.testing.assert_close(embedding[0], optimized[1] if step < 2 else text[1])
-        assert strengths is None if step < 2 else bool((strengths == 0.5).all())
-
-
 def test_eta_ends_at_the_embeddings(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:
     """At eta 0 the target embedding plays no part, at eta 1 the optimised one plays none."""
     pack, optimized = edits
     config, cells = SampleConfig(num_inference_steps=2), [[Cell(edit=0, eta=eta, seed=0)] for eta in (0.0, 1.0)]
-    photo = sample(base, pack, text, optimized, cells[0], config)
-    target = sample(base, pack, text, optimized, cells[1], config)
-    assert torch.equal(sample(base, pack, text + 1, optimized, cells[0], config), photo)
-    assert torch.equal(sample(base, pack, text, optimized + 1, cells[1], config), target)
+    photo = calls.sample(base, pack, text, optimized, cells[0], config)
+    target = calls.sample(base, pack, text, optimized, cells[1], config)
+    assert torch.equal(calls.sample(base, pack, text + 1, optimized, cells[0], config), photo)
+    assert torch.equal(calls.sample(base, pack, text, optimized + 1, cells[1], config), target)
     assert not torch.equal(photo, target)
 
 
@@ -614,20 +515,20 @@ def test_guidance_one_runs_no_unconditional_rows(
     """At guidance scale 1 a step runs one row an image, at any other two: one with the negative prompt."""
     pack, optimized = edits
     seen = []
-    predict = base.predict
+    predict = calls.plain(base)
 
     def counting(latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         seen.append((len(latents), len(timesteps), embeddings))
         return predict(latents, timesteps, embeddings)
 
-    monkeypatch.setattr(base, "predict", counting)
+    monkeypatch.setattr(base, "predict", calls.in_place(counting))
     cells = [Cell(edit=edit, eta=0.5, seed=0) for edit in range(3)]
     config = SampleConfig(num_inference_steps=2, guidance_scale=guidance_scale, negative_prompt="a blue sphere")
-    sample(base, pack, text, optimized, cells, config)
+    calls.sample(base, pack, text, optimized, cells, config)
     assert [(x, t) for x, t, _ in seen] == [(rows, rows)] * 2
     expected = interpolate(text, optimized, 0.5)
     if rows == 6:
-        expected = torch.cat([base.encode_text(["a blue sphere"] * 3), expected])
+        expected = torch.cat([calls.encode_text(base, ["a blue sphere"] * 3), expected])
     assert torch.equal(seen[0][2], expected)
 
 
@@ -637,11 +538,11 @@ def test_no_batch_exceeds_the_limit(
     """A batch has at most `batch_rows` rows, guidance included; reported are the steps of all images so far."""
     pack, optimized = edits
     seen, reports = [], []
-    predict = base.predict
-    monkeypatch.setattr(base, "predict", lambda x, t, e: seen.append(len(x)) or predict(x, t, e))
+    predict = calls.plain(base)
+    monkeypatch.setattr(base, "predict", calls.in_place(lambda x, t, e: seen.append(len(x)) or predict(x, t, e)))
     config = SampleConfig(num_inference_steps=2, batch_rows=5)
     cells = [Cell(edit=0, eta=0.5, seed=seed) for seed in range(5)]
-    sample(base, pack, text, optimized, cells, config, lambda *report: reports.append(report[:2]))
+    calls.sample(base, pack, text, optimized, cells, config, lambda *report: reports.append(report[:2]))
     assert seen == [4, 4, 4, 4, 2, 2]
     assert reports == [(steps, 10) for steps in (2, 4, 6, 8, 9, 10)]
 
@@ -653,15 +554,15 @@ def test_sampling_restores_the_base(base: Any, text: Tensor, edits: tuple[Adapte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    modules = list(base.unet.modules())
+    modules = list(calls.unet(base).modules())
     config = SampleConfig(num_inference_steps=1)
-    sample(base, pack, text, optimized, CELLS[:1], config)
+    calls.sample(base, pack, text, optimized, CELLS[:1], config)
     with pytest.raises(KeyboardInterrupt):
-        sample(base, pack, text, optimized, CELLS[:1], config, interrupt)
-    assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True))
+        calls.sample(base, pack, text, optimized, CELLS[:1], config, interrupt)
+    assert all(a is b for a, b in zip(calls.unet(base).modules(), modules, strict=True))
 
 
-# What stays allocated
+# Memory
 
 
 class Parts:
@@ -670,7 +571,7 @@ class Parts:
     def __init__(self, family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loaded: list[tuple[str, weakref.ref[nn.Module]]] = []
         self.alive_at_unet: list[str] = []
-        for name in ("load_text_encoder", "load_vae", "load_unet"):
+        for name in ("load_text_encoder", "load_codec", "load_unet"):
             monkeypatch.setattr(family, name, self._watched(name.removeprefix("load_"), getattr(family, name)))
 
     def _watched(self, name: str, load: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -693,17 +594,17 @@ def test_text_encoder_and_vae_die_after_use(load_base: Callable[..., Any], monke
     """Text encoder and VAE are dead once encoding or decoding is done; the UNet lives until it is released."""
     base = load_base()
     parts = Parts(base.family, monkeypatch)
-    base.encode_text(PROMPTS)
+    calls.encode_text(base, PROMPTS)
     assert parts.alive() == []
     encoded = base.encode_images(torch.rand(2, 3, 16, 16) * 2 - 1)
     assert parts.alive() == []
     base.decode(encoded)
     assert parts.alive() == []
-    base.predict(encoded, torch.tensor([1, 2]), base.encode_text(PROMPTS[:2]))
+    calls.predict(base, encoded, torch.tensor([1, 2]), calls.encode_text(base, PROMPTS[:2]))
     assert parts.alive() == ["unet"]
     base.release()
     assert parts.alive() == []
-    assert [name for name, _ in parts.loaded] == ["text_encoder", "vae", "vae", "unet"]
+    assert [name for name, _ in parts.loaded] == ["text_encoder", "codec", "codec", "unet"]
 
 
 def test_encoders_die_even_when_encoding_fails(load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,7 +629,7 @@ def test_a_pack_is_encoded_before_the_unet_is_loaded(
     jobs = [Job(photo, prompt) for photo, prompt in zip(photos, PROMPTS, strict=False)]
     edits = make_edits(base, jobs, EditConfig(embed=EMBED, finetune=FINETUNE))
     assert len(edits) == 2
-    assert sorted(name for name, _ in parts.loaded if name != "unet") == ["text_encoder", "vae"]
+    assert sorted(name for name, _ in parts.loaded if name != "unet") == ["codec", "text_encoder"]
     assert parts.alive_at_unet == []
     assert parts.alive() == ["unet"]
 
@@ -744,13 +645,15 @@ def test_edits_are_handed_over_as_they_finish(base: Any, monkeypatch: pytest.Mon
     groups = list(stream_edits(base, jobs, config, slots=1))
     assert [[number for number, _ in group] for group in groups] == [[0], [1], [2]]
     for [(number, edit)] in groups:
-        assert torch.equal(edit.optimized_embedding, expected[number].optimized_embedding)
-        assert all(torch.equal(edit.adapter[key].up, f.up) for key, f in expected[number].adapter.items())
+        assert torch.equal(edit.conditioning["embeds"], expected[number].conditioning["embeds"])
+        assert all(
+            torch.equal(edit.adapters["unet"][key].up, f.up) for key, f in expected[number].adapters["unet"].items()
+        )
         assert set(edit.measured["stages"]) == {"encode", "load", "embed", "finetune"}
     assert make_edits(base, [], config) == []
-    encode = base.encode_images
+    encode = base.encode
     broken = torch.tensor([1.0, torch.nan, 1.0]).view(3, 1, 1, 1)
-    monkeypatch.setattr(base, "encode_images", lambda images: encode(images) * broken)
+    monkeypatch.setattr(base, "encode", lambda images: {"unet": encode(images)["unet"] * broken})
     made = {number: edit for group in stream_edits(base, jobs, config, slots=2) for number, edit in group}
     assert isinstance(made[1], DivergenceError)
     assert all(made[number].target_prompt == PROMPTS[number] for number in (0, 2))

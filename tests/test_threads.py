@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lowmem_imagic.threads import SETTINGS, wait_passively
+from lowmem_imagic.cli.threads import SETTINGS, wait_passively
 
 
 @pytest.mark.parametrize("chosen", [None, *SETTINGS])

@@ -1,4 +1,4 @@
-"""Facts about smaller adapters: how close they come, how small they are, and what stays as it was."""
+"""Facts about smaller adapters: their accuracy, their size, and unchanged adapters."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_imagic.adapters import Factors
-from lowmem_imagic.portable import MIN_RANK
-from lowmem_imagic.truncation import truncated
+from lowmem_imagic.families.portable import MIN_RANK
+from lowmem_imagic.layers.adapter_pack import Factors
+from lowmem_imagic.layers.truncation import truncated
 
 SHAPES = {
     "lora_unet_a": ((4, 20), (12, 4)),
@@ -63,7 +63,7 @@ def test_bytes_are_within_the_share(keep: float, seed: int) -> None:
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_each_layer_is_its_best_approximation(rank: int) -> None:
-    """What is left of a layer is the truncated SVD of its update: no matrix of that rank is closer."""
+    """A truncated layer is the truncated SVD of its update: no matrix of that rank is closer."""
     [(key, factors)] = list(adapter().items())[:1]
     small = truncated({key: factors}, rank / factors[0].shape[0])
     assert small[key][0].shape[0] == rank

@@ -1,1 +1,1 @@
-"""Many photos at once: a manifest of items (`manifest`), run in refilling packs into a folder each (`runner`)."""
+"""Many photos at once: a manifest of items (`manifest`), trained in refilling packs, one folder per item (`runner`)."""

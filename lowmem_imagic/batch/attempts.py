@@ -1,11 +1,11 @@
-"""Attempts at items, of which the last one alone can put anything in place.
+"""Attempts at items; only the latest attempt can write an item's files.
 
-An attempt owns a folder, ``.lowmem-imagic/training/JOB/ATTEMPT``: the training state lies there, and the files until
-they are moved into the item's folder (`publishing`). The next attempt begins by renaming that folder to a name of its
-own. So a runner that was paused, for a second or a night, and at whatever place, finds that each of its paths leads
-nowhere: it can neither save a state, nor add, replace or remove a file of the item, since every such step is a rename
-out of its folder or into it. No clock, no lock and no answer of a database has to be trusted for that, only that the
-file system renames a folder in one step. The training goes on with the next attempt: the state moves with the folder.
+An attempt owns a folder, ``.lowmem-imagic/training/JOB/ATTEMPT``, for the training state and for the item's files until
+they are moved into the item's folder (`publishing`). The next attempt begins by renaming that folder to its own name.
+All paths of an older attempt are then gone. So a runner that was paused can neither save a state, nor add, replace or
+remove a file of the item, since each of these steps is a rename out of its folder or into it. This needs no clock, lock
+or database, only a file system that renames a folder in one step. The training state moves with the folder, and the
+next attempt continues the training.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputUnwritableError
-from ..regular_files import is_plain, kind_at
-from ..writable import unusable
+from ..storage.regular_files import is_plain, kind_at
+from ..storage.writable import unusable
 
 _STATE, _FILES, _ENDED = "state", "files", "ended-"
 _TRIES = 20
-"""How often a folder is made that others remove at the same moment, because it is empty."""
+"""Most tries to create a folder that other runs may remove at the same moment, because it is empty."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class Attempt:
     """One attempt at an item."""
 
     folder: Path
-    """Its own; never made again once it is gone."""
+    """Its folder; never created again once it is gone."""
 
     @property
     def current(self) -> bool:
-        """Whether no other attempt at the item has begun since."""
+        """Whether it is still the latest attempt at the item."""
         return is_plain(self.folder, stat.S_IFDIR)
 
     @property
     def state(self) -> Path:
-        """Where its training state is."""
+        """Path of its training state."""
         return self.folder / _STATE
 
     @property
     def files(self) -> Path:
-        """The folder of its results until they are put in place."""
+        """The folder of its results until they are published."""
         return self.folder / _FILES
 
 
@@ -53,17 +53,17 @@ class Attempts:
     """The attempts at a batch's items.
 
     Args:
-        folder: where their folders are; other parts of the same list have theirs beside it.
+        folder: the parent of their folders; other parts of the same list have sibling folders.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def begin(self, job: str) -> Attempt:
-        """A new attempt at an item; all earlier ones have ended when this returns. The training state is kept.
+        """Begins a new attempt at an item and ends all earlier ones; keeps the training state.
 
         Raises:
-            OutputUnwritableError: the folder cannot be made.
+            OutputUnwritableError: the folder cannot be created.
         """
         parent = self._folder / os.path.basename(job)
         mine = parent / secrets.token_hex(8)
@@ -74,41 +74,41 @@ class Attempts:
                     self._end_others(parent.name, mine)
                     if not is_plain(mine, stat.S_IFDIR):
                         os.mkdir(mine)
-                        # Another may have begun since. Of two, the one whose folder is made later sees the other's.
+                        # Another attempt may have begun since. Of two, the later one sees the folder of the other.
                         self._end_others(parent.name, mine)
                     break
                 except FileNotFoundError:
                     if not left:
                         raise
-            with contextlib.suppress(FileNotFoundError):  # ended already by another
+            with contextlib.suppress(FileNotFoundError):  # another attempt has ended this one already
                 _clear(mine)
         except OSError as error:
             raise unusable(parent, error) from error
         return Attempt(mine)
 
     def remove(self, attempt: Attempt) -> None:
-        """Removes what is left of an attempt."""
+        """Removes an attempt's folder."""
         self._put_away(attempt.folder)
         with contextlib.suppress(OSError):
-            # Where they are empty.
+            # The parents go only if they are empty.
             attempt.folder.parent.rmdir()
             attempt.folder.parent.parent.rmdir()
 
     def keep(self, wanted: Callable[[], Sequence[str]]) -> None:
-        """Removes the folders of all items but those wanted."""
+        """Removes the folders of all items except the wanted ones."""
         with contextlib.suppress(OSError):
             if not is_plain(self._folder, stat.S_IFDIR):
                 return
-            # Listed first: what another run begins in between is then not in the list.
-            found = [path.name for path in self._folder.iterdir()]
+            # List the folders first: an item that another run begins later must not be in this list.
+            jobs = [path.name for path in self._folder.iterdir()]
             kept = set(wanted())
-            for job in found:
+            for job in jobs:
                 if job not in kept:
                     self._put_away(self._folder / job)
-            self._folder.rmdir()  # where it is empty
+            self._folder.rmdir()  # if it is empty
 
     def _put_away(self, path: Path) -> None:
-        """Removes a folder, or nothing of it: it gets a name that no attempt has, then its files are removed."""
+        """Removes a folder: renames it, so that no attempt owns it, then removes its files."""
         away = self._folder / f"{_ENDED}{secrets.token_hex(8)}"
         with contextlib.suppress(OSError):
             if not path.name.startswith(_ENDED):
@@ -117,14 +117,14 @@ class Attempts:
             _discard(path)
 
     def _make(self, parent: Path) -> None:
-        """Makes an item's folder, and the one above it; a link in the place of either is not followed."""
+        """Creates an item's folder and its parent; does not follow a link at either path."""
         _make_plain(self._folder)
         if kind_at(parent) not in (None, stat.S_IFDIR):
             _discard(parent)
         _make_plain(parent)
 
     def _end_others(self, job: str, mine: Path) -> None:
-        """Takes the folders of all other attempts at an item away, and the first of them for this one."""
+        """Ends all other attempts at an item: the first one's folder becomes `mine`, the others are moved into it."""
         for folder in self._of_all_parts():
             if not is_plain(folder / job, stat.S_IFDIR):
                 continue
@@ -141,7 +141,7 @@ class Attempts:
                     folder.rmdir()
 
     def _of_all_parts(self) -> Iterator[Path]:
-        """This part's folder first, then those of the others."""
+        """Yields this part's folder, then the folders of the other parts."""
         yield self._folder
         stem = self._folder.name.partition("-")[0]
         for path in self._folder.parent.glob(f"{stem}*"):
@@ -150,10 +150,10 @@ class Attempts:
 
 
 def check_hidden(folder: Path) -> None:
-    """Makes sure that a batch's own folder, and those in it, are no links to another place.
+    """Checks that a batch's hidden folder and its entries are not links.
 
     Raises:
-        OutputUnwritableError: one is.
+        OutputUnwritableError: one of them is a link.
     """
     try:
         inside = [folder, *folder.iterdir()] if is_plain(folder, stat.S_IFDIR) else [folder]
@@ -162,17 +162,17 @@ def check_hidden(folder: Path) -> None:
     for path in inside:
         if path.is_symlink():
             raise OutputUnwritableError(
-                f"{path} is a link, expected a folder or file of the batch's own; nothing is written through it: "
+                f"{path} is a link, expected a folder or file of the batch itself; links are not written through: "
                 "remove the link, then run the command again"
             )
 
 
 def _make_plain(folder: Path) -> None:
-    """Makes a folder where there is none."""
+    """Creates a folder unless it exists."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
     if not is_plain(folder, stat.S_IFDIR):
-        raise NotADirectoryError(f"{folder} is a link or no folder")
+        raise NotADirectoryError(f"{folder} is a link, or not a folder")
 
 
 def _clear(folder: Path) -> None:
@@ -183,7 +183,7 @@ def _clear(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Removes whatever is at a path; of a link the link alone."""
+    """Removes a file, a folder with its contents, or a link but not its target."""
     if is_plain(path, stat.S_IFDIR):
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,6 +1,6 @@
 """Entries of manifests, still unchecked: one mapping for each photo of a folder, line of a file, or object.
 
-Bytes, entries, lines, and the nesting and parts of JSON are bounded before they take memory.
+Limits on bytes, entries, lines, and the nesting and parts of JSON apply before memory is allocated.
 """
 
 import csv
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, EditHeaderError
-from ..images import RAW_SUFFIXES, has_photo_suffix, is_apple_double, png_text
-from ..names import REPORT
-from ..png import SHEET_TITLE
-from ..regular_files import NotRegularError, open_regular
-from ..strict_json import load_json, parse_json
+from ..pictures import RAW_SUFFIXES, has_photo_suffix, is_apple_double, png_text
+from ..pictures.png import SHEET_TITLE
+from ..storage.file_names import REPORT
+from ..storage.regular_files import NotRegularError, open_regular
+from ..storage.strict_json import load_json, parse_json
 from .overview_page import GENERATOR
 
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_ITEMS = 100_000
 ALIASES = {"image": "photo", "img_name": "photo", "prompt": "sentence", "target_text": "sentence"}
-"""Other names of fields; those of TEdBench's ``input_list.json`` among them."""
+"""Other names of fields, including TEdBench's in ``input_list.json``."""
 KINDS: dict[str, tuple[type, ...]] = {
     "photo": (str,),
     "sentence": (str,),
@@ -31,30 +31,30 @@ KINDS: dict[str, tuple[type, ...]] = {
     "etas": (list, str),
     "seeds": (list, str),
 }
-"""Fields of an item, and what they may be; from a CSV file all are text."""
+"""Fields of an item and their types; in a CSV file all are text."""
 
 _MAX_LINE, _MAX_LINES, _MAX_LINE_PARTS = 2**20, 1_000_000, 10_000
 _MAX_LIST_PARTS = 4_000_000
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n|\Z)")
-"""A line by any system's end of line; separators that JSON allows within text end none."""
+"""A line with the line end of any system; Unicode line separators, which JSON text may contain, end no line."""
 
 Entry = tuple[str, Any]
-"""Where it stands, and its fields, or the `ConfigError` that says why it has none."""
+"""Its place in the manifest, and its fields, or a `ConfigError` with the reason why it has none."""
 
 
 def of_folder(path: Path) -> Iterator[Entry]:
-    """The photos of a folder in order of their names.
+    """Yields the photos of a folder in the order of their names.
 
-    Left alone are hidden files, companions of files that macOS writes (`._*`), the tool's own results, and a camera raw
-    file beside its picture of another format. A pipe, device or broken link with a photo's name is an error of its own.
+    Skips hidden files, companion files of macOS (`._*`), this program's own results, and a camera raw file beside its
+    picture in another format. A pipe, device or broken link with a photo's name gives an error entry.
 
     Raises:
-        ConfigError: More photos than a manifest may have.
+        ConfigError: The folder has more photos than a manifest may have.
     """
     names = list[str]()
-    for found in path.iterdir():
-        if has_photo_suffix(found.name):
-            names.append(found.name)
+    for file in path.iterdir():
+        if has_photo_suffix(file.name):
+            names.append(file.name)
             if len(names) > MAX_ITEMS:
                 raise _too_many(path)
     developed = {Path(name).stem for name in names if Path(name).suffix.lower() not in RAW_SUFFIXES}
@@ -68,28 +68,28 @@ def of_folder(path: Path) -> Iterator[Entry]:
         if photo.is_file():
             yield name, {"photo": name}
         else:
-            what = "a link that leads nowhere" if photo.is_symlink() and not photo.exists() else "a pipe or device"
-            yield name, ConfigError(f"{name!r} is {what}; expected a picture file")
+            kind = "a link that leads nowhere" if photo.is_symlink() and not photo.exists() else "a pipe or device"
+            yield name, ConfigError(f"{name!r} is {kind}; expected a picture file")
 
 
 def _is_own(photo: Path, has_report: bool) -> bool:
-    """Whether a picture is a result of this program that lies where photos are: an overview, a sheet, or an edit's."""
+    """Whether a picture is a result of this program: an overview, a sheet, or an edit's picture beside its report."""
     if photo.suffix.lower() != ".png":
         return False
     text = png_text(photo)
     software = text.get("Software")
     if software != "lowmem-imagic":
         return software == GENERATOR
-    # The pictures of an edit are photos like others once they are copied away from its report.
+    # A picture of an edit counts as a photo once it is copied away from its report.
     return has_report or text.get("Title") == SHEET_TITLE or photo.stem.lower().endswith("sheet")
 
 
 def of_file(path: Path) -> Iterator[Entry]:
-    """The entries of a ``.jsonl``, ``.csv`` or ``.json`` file.
+    """Yields the entries of a ``.jsonl``, ``.csv`` or ``.json`` file.
 
     Raises:
-        ConfigError: It is none, or is too large.
-        OSError: It cannot be read.
+        ConfigError: The file is none of these, or too large.
+        OSError: The file cannot be read.
     """
     kind = path.suffix.lower()
     if kind not in (".jsonl", ".ndjson", ".csv", ".tsv", ".json"):
@@ -109,7 +109,7 @@ def _too_many(path: Path) -> ConfigError:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, in UTF-8 or, with its mark in front, UTF-16."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark."""
     try:
         with open_regular(path) as (file, size):
             if size > MAX_MANIFEST_BYTES:
@@ -117,7 +117,7 @@ def _text(path: Path) -> str:
             data = file.read(MAX_MANIFEST_BYTES)
     except NotRegularError:
         raise ConfigError(f"manifest {path} is a pipe or device; expected a folder or a file") from None
-    # Text of two bytes a letter has zeros in it, also without a mark.
+    # UTF-16 without a byte order mark contains zero bytes.
     if b"\0" in data[:1000] and data[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         raise ConfigError(f"manifest {path} is not UTF-8 text; save it as UTF-8")
     coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -128,10 +128,10 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path, text: str) -> Iterator[str]:
-    """The lines with their ends, one at a time: a list of them could take many times the text's memory.
+    """Yields the lines with their ends; a list of them could take many times the text's memory.
 
     Raises:
-        ConfigError: A line is longer, or there are more, than a manifest needs.
+        ConfigError: A line is too long, or there are too many.
     """
     for number, match in enumerate(_LINE.finditer(text), start=1):
         if number > _MAX_LINES:
@@ -151,7 +151,7 @@ def _of_lines(path: Path, text: str) -> Iterator[Entry]:
 
 
 def _value(line: str) -> Any:
-    """The value of a line of JSON, or the reason why there is none."""
+    """The value of a line of JSON, or a `ConfigError` with the reason why there is none."""
     if sum(map(line.count, "[{,")) > _MAX_LINE_PARTS:
         return ConfigError(f"has more than {_MAX_LINE_PARTS} parts, expected an object with photo and sentence")
     try:
@@ -161,7 +161,7 @@ def _value(line: str) -> Any:
 
 
 def _of_list(path: Path, text: str) -> Iterator[Entry]:
-    # Counted before it is parsed: a list of empty lists takes thirty times its text's memory.
+    # Counted before parsing: a list of empty lists takes thirty times its text's memory.
     if sum(map(text.count, "[{,:")) > _MAX_LIST_PARTS:
         raise ConfigError(f"manifest {path} has more than {_MAX_LIST_PARTS} parts; split it, or make it a .jsonl file")
     try:
@@ -180,12 +180,12 @@ def _of_list(path: Path, text: str) -> Iterator[Entry]:
 
 
 def _of_table(path: Path, text: str) -> Iterator[Entry]:
-    """The rows of a table with a line of column names, separated by commas, semicolons or tabs.
+    """Yields the rows of a table with a line of column names, separated by commas, semicolons or tabs.
 
     Raises:
-        ConfigError: No columns that are an item's, or a row that cannot be told from the next.
+        ConfigError: The columns are not an item's, or the quoting of a row is wrong.
     """
-    mark = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # which Excel writes and hides
+    mark = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # Excel writes this line and hides it
     lines = _lines(path, text)
     number, first = next(
         ((number, line) for number, line in enumerate(lines, start=1) if line.strip() and not (mark and number == 1)),
@@ -200,8 +200,8 @@ def _of_table(path: Path, text: str) -> Iterator[Entry]:
             row = next(reader, None)
         except csv.Error as error:
             raise ConfigError(
-                f"manifest {path}, line {start}: {error}; a sentence with quotes or line ends stands in quotes, "
-                'with every quote in it doubled, as in "a ""red"" cube"'
+                f"manifest {path}, line {start}: {error}; put a sentence with quotes or line ends in quotes, "
+                'and double every quote in it, as in "a ""red"" cube"'
             ) from error
         if row is None:
             return
@@ -211,7 +211,7 @@ def _of_table(path: Path, text: str) -> Iterator[Entry]:
 
 
 def _separator(first: str) -> str:
-    """The separator of the columns: of comma, semicolon and tab, the one that gives the most known names."""
+    """The separator of the columns: comma, semicolon or tab, whichever gives the most known names."""
     return max(",;\t", key=lambda one: sum(_field(name) in KINDS for name in first[:10_000].split(one)))
 
 
@@ -221,10 +221,10 @@ def _field(name: str) -> str:
 
 
 def _columns(path: Path, first: str, separator: str, number: int) -> Sequence[str]:
-    """The names of the columns; empty where a column has none.
+    """The names of the columns; "" for a column without a name.
 
     Raises:
-        ConfigError: They are not an item's, or one occurs twice.
+        ConfigError: A name is not an item's field, or occurs twice.
     """
     at = f"manifest {path}, line {number}"
     if len(first) > 10_000:
@@ -245,7 +245,7 @@ def _columns(path: Path, first: str, separator: str, number: int) -> Sequence[st
 
 
 def _row(row: Sequence[str], columns: Sequence[str], separator: str) -> Any:
-    """The fields of a row that are not empty, or the reason why it has none."""
+    """The non-empty fields of a row, or a `ConfigError` with the reason why it has none."""
     if any(cell.strip() for cell in row[len(columns) :]):
         advice = "put a sentence with such in it in quotes"
         if columns[-1] == "sentence":

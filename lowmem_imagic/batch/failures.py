@@ -1,10 +1,11 @@
-"""Kinds of failure of an item: what can change by itself is tried again, bad input is not."""
+"""Kinds of failure of an item: temporary ones are tried again, bad input is not."""
 
 import errno
 import os
 import time
 from pathlib import Path
 
+from ..engine.memory import ran_out
 from ..errors import (
     ConfigError,
     DivergenceError,
@@ -16,15 +17,14 @@ from ..errors import (
     OutputUnwritableError,
     UnexpectedError,
 )
-from ..memory import ran_out
+from ..storage.writable import check_writable
 from ..unexpected import first_line, unexpected
-from ..writable import check_writable
 
 INPUT, MEMORY, TRANSIENT, DIVERGED, INTERNAL = "input", "memory", "io", "diverged", "internal"
 RETRIED = (MEMORY, TRANSIENT)
-"""Kinds that the same command, run again, tries again."""
+"""Kinds that are tried again when the same command is run again."""
 MAX_TRIES = 3
-"""Of an item whose photo cannot be read for a reason that passes, within one run."""
+"""Most tries within one run for an item with a temporary failure, such as a network error on its photo."""
 
 _PASSING = frozenset(
     getattr(errno, name)
@@ -41,9 +41,9 @@ _PASSING = frozenset(
     )
     if hasattr(errno, name)
 )
-"""What a network or a disk answers that may answer otherwise later."""
+"""Temporary errors of a network or a disk."""
 _FULL = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO") if hasattr(errno, name))
-"""What no other item could be written for, either."""
+"""Errors that stop every item from being written."""
 
 
 def kind_of(error: LowmemImagicError) -> str:
@@ -59,7 +59,7 @@ def kind_of(error: LowmemImagicError) -> str:
 
 
 def is_of_one_item(error: OutputUnwritableError, out: Path) -> bool:
-    """Whether it is one item's folder that cannot be written, while others in `out` can be."""
+    """Whether only one item's folder is unwritable, and others in `out` can be written."""
     cause = error.__cause__
     if not isinstance(cause, OSError) or cause.errno in _FULL or not out.is_dir():
         return False
@@ -71,17 +71,17 @@ def is_of_one_item(error: OutputUnwritableError, out: Path) -> bool:
 
 
 def failure_of(error: Exception, remark: str = "") -> LowmemImagicError:
-    """The error to report for an item in place of one that was raised, and which it does not keep alive.
+    """The error to report for an item in place of a raised one, without a reference to it.
 
     Args:
-        error: the package's own, or one that nobody raised on purpose.
-        remark: said after it.
+        error: an error of this package, or an unexpected one.
+        remark: text to append to the message.
     """
     end = f"; {remark}" if remark else ""
     if isinstance(error, LowmemImagicError):
         failure = type(error)(f"{error}{end}")
         if isinstance(error.__cause__, OSError):
-            # Its number alone is asked for, see `kind_of`; a traceback would keep what the failed call had allocated.
+            # `kind_of` needs only the number; the traceback would keep the failed call's tensors alive.
             failure.__cause__ = OSError(error.__cause__.errno, error.__cause__.strerror)
         if isinstance(error, UnexpectedError) and isinstance(failure, UnexpectedError):
             failure.details = error.details
@@ -92,17 +92,17 @@ def failure_of(error: Exception, remark: str = "") -> LowmemImagicError:
 
 
 def is_of_group(error: LowmemImagicError) -> bool:
-    """Whether no other item with the same base and settings could be made either, or none at all."""
+    """Whether the error affects all items with the same base and settings, or all items."""
     return isinstance(error, (ModelError, ConfigError, OutputError)) and not isinstance(error, NonFiniteModelError)
 
 
 def keep_details(error: LowmemImagicError, name: str, path: Path) -> str:
-    """Appends the traceback of an unexpected error to a file; says where it is, "" where there is none.
+    """Appends the traceback of an unexpected error to a file; returns a remark with the file's path, or "".
 
     Args:
-        error: any of the package's errors.
-        name: of the item.
-        path: the file; several runs may write to it, and a link put in its place is not followed.
+        error: any error of the package.
+        name: the item's name.
+        path: the file; several runs may write to it, and a link at this path is not followed.
     """
     if not isinstance(error, UnexpectedError):
         return ""

@@ -1,38 +1,52 @@
-"""What a job is: its hash, and its entry in the ledger where it cannot be run."""
+"""Hashes of jobs, and ledger entries of items that cannot be run."""
 
 import hashlib
 import json
 
-from ..base_model import BaseModel
-from ..config import EditConfig
-from ..edit_header import SPEC_VERSION
+from ..edits.versions import version_of_base
+from ..engine.base import BaseModel
+from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
-from .ledger_file import FAILED, Entry
+from .ledger.file import FAILED, Entry
 from .manifest import BadItem
 
 
-def job_id(name: str, photo_sha256: str, sentence: str, config: EditConfig, base: BaseModel, background: str) -> str:
-    """Hash of all that makes an item's folder: its name, the photo and what is put under it, sentence, settings, base
-    and the version of the edit format."""
-    settings = config.to_dict()
-    # How many rows go together is the machine's matter and changes nothing but rounding.
+def job_id(
+    name: str,
+    photo_sha256: str,
+    sentence: str,
+    config: EditConfig,
+    base: BaseModel,
+    background: str,
+    *,
+    suggest: bool = False,
+) -> str:
+    """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
+    version of the base's square edits, and whether an eta is suggested."""
+    # Include dropped settings with their neutral values: items finished by an earlier version keep their hash.
+    settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in config.to_dict().items()}
+    # The rows of a batch depend on the machine and change only rounding.
     del settings["sample"]["batch_rows"]
-    made_of = [SPEC_VERSION, photo_sha256, background, sentence, settings, base.identity.files, base.weights]
-    return hashlib.sha256(json.dumps([name, *made_of], sort_keys=True).encode()).hexdigest()
+    version, files = version_of_base(base.identity), base.identity.files
+    inputs = [version, photo_sha256, background, sentence, settings, files, base.weights]
+    if suggest:
+        # Added only with a suggestion: the hash without one equals that of earlier versions.
+        inputs.append("suggest")
+    return hashlib.sha256(json.dumps([name, *inputs], sort_keys=True).encode()).hexdigest()
 
 
 def bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
-    """What the ledger says of an item that cannot be run."""
+    """The ledger's entry for an item that cannot be run."""
     word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
     place, reason = plain(bad.where), plain(bad.reason)
     return Entry(f"bad {word}", bad.position, place, bad.name, state=FAILED, kind=kind, error=reason)
 
 
 def megabytes(size: float) -> str:
-    """A size as people read it."""
+    """A size as text for people."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def plain(text: str) -> str:
-    """The text with what no database takes, such as the bytes of a file name that is no text, escaped."""
+    """The text for a database: characters that are not valid Unicode, such as in file names, are escaped."""
     return text.encode(errors="backslashreplace").decode()

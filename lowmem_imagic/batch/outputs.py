@@ -1,7 +1,7 @@
-"""Whether an item is finished, told from its files alone.
+"""The state of an item, from its files alone.
 
-An item's report is written last. It names the job and the SHA-256 of every other file, so a folder whose files agree
-with it is finished, whatever anything else says.
+An item's report is written last. It contains the job and the SHA-256 of every other file. A folder whose files match
+its report is finished, whatever the ledger says.
 """
 
 import hashlib
@@ -9,14 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..names import MAX_REPORT_BYTES, REPORT
-from ..regular_files import open_regular, read_regular
+from ..storage.file_names import MAX_REPORT_BYTES, REPORT
+from ..storage.regular_files import open_regular, read_regular
 
 EMPTY, UNFINISHED, FINISHED, OTHER = "empty", "unfinished", "finished", "other"
 
 
-def look(folder: Path, job: str) -> str:
-    """What an item's folder holds: nothing (`EMPTY`), the job begun (`UNFINISHED`) or `FINISHED`, or something else."""
+def item_state(folder: Path, job: str) -> str:
+    """The state of an item's folder: no files (`EMPTY`), the job begun (`UNFINISHED`) or `FINISHED`, or other files
+    (`OTHER`)."""
     try:
         report = _report(folder)
         if report["job"] != job:
@@ -29,7 +30,7 @@ def look(folder: Path, job: str) -> str:
 
 
 def report_of(folder: Path) -> dict[str, Any] | None:
-    """The report of a folder with a finished item; None for any other."""
+    """The report of a folder with a finished item; None for any other folder."""
     try:
         report = _report(folder)
         return report if report["finished"] is True and isinstance(report["job"], str) else None
@@ -42,23 +43,23 @@ def _report(folder: Path) -> Any:
 
 
 def _whole(folder: Path, digests: dict[str, str]) -> bool:
-    """Whether every file is there as it was written."""
+    """Whether every file exists and has its digest."""
     for name, digest in digests.items():
-        # A report names files of its own folder and nothing else.
+        # A report may only name files of its own folder.
         if Path(name).name != name:
             return False
         try:
             with open_regular(folder / name, follow=False) as (file, _):
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             return False
-        if found != digest:
+        if actual != digest:
             return False
     return True
 
 
 def _without_report(folder: Path) -> str:
-    """Nothing, but for files that are hidden, as temporaries are; or something else."""
+    """The state of a folder without a report: `EMPTY`, hidden files aside, or `OTHER`."""
     try:
         return OTHER if any(not path.name.startswith(".") for path in folder.iterdir()) else EMPTY
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""A batch at a glance: one picture, and a page that opens from disk (`overview_page`).
+"""The overview of a batch: one picture, and a page that opens from disk (`overview_page`).
 
-Both are made from the items' folders alone; the ledger adds what is not finished. A photo is shown as its item's sheet
-has it, since no other file holds it. Nothing that a report says is taken for a path or for markup.
+Both are made from the items' folders; the ledger adds the unfinished items. A photo is cut out of its item's sheet,
+since no other file contains it. Text from a report is never used as a path or as markup.
 """
 
 import os
@@ -14,11 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..atomic import write_bytes
 from ..errors import OutputExistsError
-from ..png import Box, contact_sheet, encode_png
-from ..regular_files import is_plain, open_regular
-from .ledger_file import DONE
+from ..pictures.png import Box, contact_sheet, encode_png
+from ..storage.atomic import write_bytes
+from ..storage.regular_files import is_plain, open_regular
+from .ledger.file import DONE
 from .outputs import report_of
 from .overview_page import GENERATOR, GONE, MARK, PAGE, PICTURE, SHEET, Shown, counts_of, page_of
 from .status import status
@@ -32,43 +32,44 @@ _PATH = re.compile(
 """An absolute path in a message; one in quotes may hold spaces."""
 _MAX_SIDE_PX = 20_000
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises on damaged pictures."""
+"""Pillow's errors for damaged pictures."""
 
 
 def write_overview(folder: Path, *, force: bool) -> dict[str, Any]:
-    """Writes both into a batch's folder, and returns what is to be reported.
+    """Writes page and picture into a batch's folder; returns the report.
 
     Raises:
-        ConfigError: no folder of a batch.
-        OutputExistsError: something of that name is there that this did not make, and `force` is False.
+        ConfigError: the folder is no batch's.
+        OutputExistsError: another program's file has the name of one of them, and `force` is False.
     """
-    found = status(folder)
-    items = [_shown(folder, item) for item in found["items"]]
+    state = status(folder)
+    items = [_shown(folder, item) for item in state["items"]]
     page, picture = folder / PAGE, folder / PICTURE
     if not force:
         for path, ours in ((page, _is_our_page(page)), (picture, _is_our_picture(picture))):
             if os.path.lexists(path) and not ours:
-                raise OutputExistsError(f"{path} is none of `batch sheet`'s; --force replaces it")
-    made = [item for item in items if item.pictures]
+                raise OutputExistsError(f"{path} was not written by `batch sheet`; `force` replaces it")
+    with_pictures = [item for item in items if item.pictures]
     files = [PAGE]
-    if made:
-        data = encode_png(_picture(folder, made, counts_of(found)), text={"Software": GENERATOR})
+    if with_pictures:
+        data = encode_png(_picture(folder, with_pictures, counts_of(state)), text={"Software": GENERATOR})
         write_bytes(picture, data, overwrite=True)
         files.append(PICTURE)
-    # Half a surrogate pair, which JSON and file names may hold, becomes an escape.
-    text = page_of(folder.absolute().name, items, found, bool(made)).encode(errors="backslashreplace")
+    # JSON and file names may contain half a surrogate pair, which is escaped here.
+    text = page_of(folder.absolute().name, items, state, bool(with_pictures)).encode(errors="backslashreplace")
     write_bytes(page, text, overwrite=True)
-    summary = [f"{page}: {len(made)} items with pictures, {len(items) - len(made)} without"]
-    return {"out": str(folder), "files": files, "items": len(items), "with_pictures": len(made), "summary": summary}
+    count = len(with_pictures)
+    summary = [f"{page}: {count} items with pictures, {len(items) - count} without"]
+    return {"out": str(folder), "files": files, "items": len(items), "with_pictures": count, "summary": summary}
 
 
 def _shown(folder: Path, item: dict[str, Any]) -> Shown:
-    """What can be shown of an item that the ledger, or a look at the files, has found."""
+    """The row of an item of `status`."""
     name, state, where = str(item["name"]), str(item["state"]), str(item["where"])
     report = report_of(folder / name) if _plain(name) and state == DONE else None
     if report is None:
         why = "its files are gone; `batch run` makes them again" if state == DONE else item["error"]
-        remark = f"{where}: {_without_folders(str(why), folder)}" if why else where
+        remark = f"{where}: {without_folders(str(why), folder)}" if why else where
         return Shown(name, state=GONE if state == DONE else state, remark=remark)
     there = {path.name for path in (folder / name).iterdir() if is_plain(path, stat.S_IFREG)}
     sizes = {one: _size(folder / name / one) for one in _names(report.get("pictures")) if one in there}
@@ -89,8 +90,8 @@ def _shown(folder: Path, item: dict[str, Any]) -> Shown:
     )
 
 
-def _without_folders(message: str, folder: Path) -> str:
-    """A message with the last parts of its paths alone: a page that is shared names no folders of this machine."""
+def without_folders(message: str, folder: Path) -> str:
+    """The message with only the last part of each path: a shared page must not name folders of this machine."""
     message = message.replace(f"{folder.absolute()}{os.sep}", "")
     return _PATH.sub(lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], message)
 
@@ -101,19 +102,19 @@ def _plain(name: str) -> bool:
 
 def _names(value: Any) -> list[str]:
     """The plain file names in a list, each once."""
-    found = value if isinstance(value, list) else []
-    return list(dict.fromkeys(one for one in found if isinstance(one, str) and _plain(one)))
+    names = value if isinstance(value, list) else []
+    return list(dict.fromkeys(one for one in names if isinstance(one, str) and _plain(one)))
 
 
 def _seconds(report: Any, *keys: str) -> float:
-    """What a report says under these keys, if that can be a time."""
+    """The seconds under these keys of a report; 0 if they are no valid time."""
     for key in keys:
         report = report.get(key) if isinstance(report, dict) else None
     return float(report) if isinstance(report, int | float) and 0 <= report < 1e9 else 0.0
 
 
 def _size(path: Path) -> tuple[int, int] | None:
-    """Of a PNG, from its first bytes; None for anything else."""
+    """The size of a PNG, from its first bytes; None for any other file."""
     try:
         with _opened(path) as picture:
             return picture.size if max(picture.size) <= _MAX_SIDE_PX else None
@@ -123,13 +124,13 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    # Of the other formats some start programs.
+    # PNG only: Pillow starts other programs for some formats.
     with open_regular(path, follow=False) as (file, _), Image.open(file, formats=("PNG",)) as picture:
         yield picture
 
 
 def _box(value: Any, size: tuple[int, int]) -> Box | None:
-    """A place on a sheet of that size, if it is one."""
+    """The box in `value` if it lies on a sheet of this size, else None."""
     if not isinstance(value, list) or len(value) != 4 or not all(type(side) is int for side in value):
         return None
     left, top, right, bottom = value
@@ -138,7 +139,7 @@ def _box(value: Any, size: tuple[int, int]) -> Box | None:
 
 
 def _label(name: str) -> str:
-    """``eta_0.60_seed_1.png`` as a person reads it."""
+    """The label of a picture, from a name such as ``eta_0.60_seed_1.png``."""
     return name.removesuffix(".png").replace("_seed_", ", seed ").replace("eta_", "eta ")
 
 
@@ -162,7 +163,7 @@ def _is_our_picture(path: Path) -> bool:
 
 
 def _picture(folder: Path, items: Sequence[Shown], title: str) -> Image.Image:
-    """Rows of items: the photo, and its pictures by eta."""
+    """A contact sheet, one row per item: the photo, then its pictures by eta."""
     shown = items[:MAX_ROWS]
     columns = 1 + min(MAX_PICTURES, max(len(item.pictures) for item in shown))
     cells: list[tuple[str, Image.Image | None]] = []
@@ -187,7 +188,7 @@ def _photo(folder: Path, item: Shown) -> Image.Image | None:
 
 
 def _small(folder: Path, item: Shown, most: int) -> Iterator[tuple[str, Image.Image | None]]:
-    """Pictures at the size of a cell, so that many are no burden."""
+    """Yields the pictures at the size of a cell, to save memory."""
     for label, name, _ in item.pictures[:most]:
         try:
             with _opened(folder / item.name / name) as picture:

@@ -1,4 +1,4 @@
-"""The page of a batch's overview: opens from disk, runs nothing, fetches nothing, and takes no text for markup."""
+"""The page of a batch's overview: opens from disk, runs no scripts, fetches nothing, and escapes all text."""
 
 import math
 import os
@@ -8,21 +8,21 @@ from html import escape as _escape
 from typing import Any
 from urllib.parse import quote
 
+from ..pictures.png import Box
 from ..plain_text import shown
-from ..png import Box
-from .ledger_file import DONE, FAILED, RUNNING, WAITING
+from .ledger.file import DONE, FAILED, RUNNING, WAITING
 
 PAGE, PICTURE, SHEET = "index.html", "overview.png", "sheet.png"
 GENERATOR = "lowmem-imagic batch sheet"
 MARK = f'<meta name="generator" content="{GENERATOR}">'
-"""Tells the page from those of others."""
+"""Marks the page as written by this program."""
 GONE = "gone"
-"""State of a finished item whose files somebody has removed."""
+"""State of a finished item whose files were removed."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An item as it is shown."""
+    """An item on the page."""
 
     name: str
     sentence: str = ""
@@ -33,62 +33,62 @@ class Shown:
     sheet: tuple[int, int] | None = None
     """Size of its contact sheet in pixels, if it has one."""
     photo: Box | None = None
-    """Where the photo is on the sheet."""
+    """Box of the photo on the sheet."""
     seconds: tuple[float, float] | None = None
-    """Of training and of rendering."""
+    """Seconds of training and of rendering."""
     state: str = DONE
     remark: str = ""
-    """What went wrong, or where it stands in the manifest."""
+    """Its error, or its place in the manifest."""
 
 
 def escape(text: str) -> str:
-    """The text for markup and attributes alike, with what turns directions or is not seen made visible."""
+    """The text for markup and attributes; marks of direction and invisible characters are made visible."""
     return _escape(shown(text))
 
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #fafaf8; --ink: #202024; --quiet: #6c6c72; --rule: #dededa; --bad: #a3261c;
+:root { color-scheme: light dark; --paper: #fafaf8; --ink: #202024; --muted: #6c6c72; --rule: #dededa; --bad: #a3261c;
   --height: clamp(6.5rem, 26vw, 11rem); --gap: .75rem }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #17171a; --ink: #ececea; --quiet: #9a9aa0; --rule: #34343a; --bad: #ff8a7a } }
+  :root { --paper: #17171a; --ink: #ececea; --muted: #9a9aa0; --rule: #34343a; --bad: #ff8a7a } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 92rem; padding: 2rem clamp(1rem, 4vw, 3rem) 4rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; font-weight: 600; margin: 0 }
 h2 { font-size: 1.05rem; font-weight: 600; margin: 0 }
-p { margin: .2rem 0 } .quiet { color: var(--quiet); font-size: .875rem } .bad { color: var(--bad) }
+p { margin: .2rem 0 } .quiet { color: var(--muted); font-size: .875rem } .bad { color: var(--bad) }
 a { color: inherit; text-underline-offset: .15em }
 main { display: grid; column-gap: 3rem; margin-top: 1.4rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--cells) * (var(--height) + var(--gap))), 1fr)) }
 article { border-top: 1px solid var(--rule); padding: 1.4rem 0 1.6rem; min-width: 0 }
 .row { display: flex; flex-wrap: wrap; gap: var(--gap); padding-top: .8rem }
 figure { margin: 0; max-width: 100%; width: calc(var(--height) * var(--aspect)) }
-figcaption { color: var(--quiet); font-size: .8rem; margin-top: .3rem; overflow-wrap: normal }
+figcaption { color: var(--muted); font-size: .8rem; margin-top: .3rem; overflow-wrap: normal }
 figure img, .photo { display: block; width: 100%; height: auto; border-radius: .3rem; background: var(--rule) }
 .photo { overflow: hidden; position: relative; aspect-ratio: var(--aspect) }
 .photo img { position: absolute; border-radius: 0 }
 """
 _MOST_CELLS = 7
-"""Items with more pictures go on in a second row."""
+"""Most pictures in a row; more continue in a second row."""
 
 
-def counts_of(found: dict[str, Any]) -> str:
-    """How many items there are, and how far they are; `found` is what `status` says."""
-    said = ", ".join(f"{found[state]} {state}" for state in (DONE, RUNNING, WAITING, FAILED) if found[state])
-    return f"{found['total']} items: {said}"
+def counts_of(status: dict[str, Any]) -> str:
+    """The number of items, in all and by state, from the result of `status`."""
+    counts = ", ".join(f"{status[state]} {state}" for state in (DONE, RUNNING, WAITING, FAILED) if status[state])
+    return f"{status['total']} items: {counts}"
 
 
-def page_of(name: str, items: Sequence[Shown], found: dict[str, Any], picture: bool) -> str:
+def page_of(name: str, items: Sequence[Shown], status: dict[str, Any], picture: bool) -> str:
     """The page as HTML.
 
     Args:
-        name: of the batch.
-        items: in their order.
-        found: what `status` says of the batch.
+        name: name of the batch.
+        items: the items, in order.
+        status: the result of `status` for the batch.
         picture: whether there is a picture to link to.
     """
     seconds = sum(sum(item.seconds) for item in items if item.seconds)
-    # Items that were trained side by side have each counted the same seconds.
+    # Items trained side by side each count the same seconds.
     took = f"; {_duration(seconds)} of training and rendering, summed over items" if seconds else ""
     also = f' The same at a glance: <a href="{PICTURE}">{PICTURE}</a>.' if picture else ""
     policy = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'"
@@ -106,7 +106,7 @@ def page_of(name: str, items: Sequence[Shown], found: dict[str, Any], picture: b
 </head>
 <body>
 <h1>{escape(name)}</h1>
-<p class="quiet">{counts_of(found)}{took}.{also}</p>
+<p class="quiet">{counts_of(status)}{took}.{also}</p>
 <main style="--cells: {cells}">
 {body}
 </main>
@@ -136,7 +136,7 @@ def _article(item: Shown) -> str:
 
 def _link(*parts: str) -> str:
     """The address of a file beside the page."""
-    # As os.fsencode does, but that takes no half of a surrogate pair; neither does any disk.
+    # Like os.fsencode, which rejects half of a surrogate pair; no file has such a name.
     return "/".join(quote(part, safe="", errors="surrogateescape" if _on_disk(part) else "replace") for part in parts)
 
 
@@ -161,10 +161,10 @@ def _figure_of_photo(name: str, box: Box, size: tuple[int, int]) -> str:
     """The photo, cut out of the sheet by the browser."""
     left, top, right, bottom = box
     if min(right - left, bottom - top) > 8:
-        # Without its edges, or the sheet's hairline shows where the browser scales.
+        # Leave out the edges: the browser's scaling would show the sheet's hairline.
         left, top, right, bottom = left + 1, top + 1, right - 1, bottom - 1
     width, height, file = right - left, bottom - top, _link(name, SHEET)
-    # The whole sheet, so scaled and moved that the photo in it fills the frame.
+    # Scale and move the whole sheet so that its photo fills the frame.
     place = f"width: {size[0] / width:.4%}; left: {-left / width:.4%}; top: {-top / height:.4%}"
     return (
         f'<figure style="--aspect: {width / height:.4f}"><a class="photo" href="{file}"><img loading="lazy" '

@@ -1,4 +1,4 @@
-"""Where a batch keeps what is its own, and which part of a manifest a run is for."""
+"""Paths of a batch's hidden files, and the parts of a manifest."""
 
 import re
 import stat
@@ -6,44 +6,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..regular_files import is_plain
+from ..storage.regular_files import is_plain
 
 HIDDEN = ".lowmem-imagic"
-"""Folder in a batch's folder: ledgers, which hold local paths and are not for sharing, and training states."""
+"""Folder in a batch's folder for ledgers, which contain local paths and are not for sharing, and training states."""
 _SHARD = re.compile("([1-9][0-9]{0,5})/([1-9][0-9]{0,5})")
 _LEDGER = re.compile("ledger(?:-([0-9]{1,6})-of-([0-9]{1,6}))?\\.sqlite3")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of so many parts of a manifest, every `count`-th item; the whole is part 1 of 1."""
+    """One of `count` parts of a manifest: every `count`-th item. The whole manifest is part 1 of 1."""
 
     number: int = 1
     count: int = 1
 
     @staticmethod
     def of(shard: str | None) -> "Part":
-        """The part that ``--shard`` names.
+        """The part for the option `shard`.
 
         Raises:
-            ConfigError: no such thing.
+            ConfigError: the text is no part.
         """
         if shard is None:
             return Part()
-        found = _SHARD.fullmatch(shard)
-        if not found or int(found[1]) > int(found[2]):
-            raise ConfigError(f"--shard is {shard!r}, expected i/n such as 3/16 with i from 1 to n")
-        return Part(int(found[1]), int(found[2]))
+        match = _SHARD.fullmatch(shard)
+        if not match or int(match[1]) > int(match[2]):
+            raise ConfigError(f"`shard` is {shard!r}, expected i/n such as 3/16 with i from 1 to n")
+        return Part(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
-        return "the whole list" if self.count == 1 else f"--shard {self.number}/{self.count}"
+        return "the whole list" if self.count == 1 else f"`shard={self.number}/{self.count}`"
 
     @property
     def _suffix(self) -> str:
         return "" if self.count == 1 else f"-{self.number}-of-{self.count}"
 
     def ledger(self, out: Path) -> Path:
-        """Its ledger; parts have their own, so that they need no common disk that sqlite can lock."""
+        """Path of its ledger. Each part has its own, so parts need no shared disk with locks for sqlite."""
         return out / HIDDEN / f"ledger{self._suffix}.sqlite3"
 
     def attempts(self, out: Path) -> Path:
@@ -51,13 +51,13 @@ class Part:
         return out / HIDDEN / f"training{self._suffix}"
 
     def shares_items(self, other: "Part") -> bool:
-        """Whether some items may be in both."""
+        """Whether the two parts may have common items."""
         return self == other or self.count != other.count
 
 
 def ledgers_in(out: Path) -> dict[Part, Path]:
-    """The ledgers of a batch's folder; none where links lead to other places."""
+    """The ledgers of a batch's folder; none if its hidden folder is a link."""
     if not is_plain(out / HIDDEN, stat.S_IFDIR):
         return {}
-    found = {path: _LEDGER.fullmatch(path.name) for path in sorted((out / HIDDEN).glob("ledger*.sqlite3"))}
-    return {Part(int(m[1] or 1), int(m[2] or 1)): path for path, m in found.items() if m}
+    matches = {path: _LEDGER.fullmatch(path.name) for path in sorted((out / HIDDEN).glob("ledger*.sqlite3"))}
+    return {Part(int(m[1] or 1), int(m[2] or 1)): path for path, m in matches.items() if m}

@@ -1,7 +1,7 @@
-"""Putting an item's files in place so that its report, which says that it is finished, comes last (see `outputs`).
+"""Moves an item's files into its folder; the report, which marks the item as finished, comes last (see `outputs`).
 
-Every step is a rename between the attempt's folder and the item's, so that none succeeds once another attempt has
-begun (see `attempts`).
+Every step is a rename between the attempt's folder and the item's. So no step succeeds once another attempt has begun
+(see `attempts`).
 """
 
 import json
@@ -11,32 +11,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..atomic import remove_temporaries, sync_folder, write_bytes
+from ..actions.result_folder import ResultFolder, encode_report, pictures_of_report
 from ..errors import OutputExistsError, OutputUnwritableError
-from ..failpoints import reach
-from ..names import REPORT
-from ..regular_files import is_plain
-from ..result_folder import ResultFolder, encode_report, pictures_of_report
-from ..writable import unusable
+from ..storage.atomic import remove_temporaries, sync_folder, write_bytes
+from ..storage.failpoints import reach
+from ..storage.file_names import REPORT
+from ..storage.regular_files import is_plain
+from ..storage.writable import unusable
 from .attempts import Attempt
 
 
 def staged(attempt: Attempt) -> ResultFolder:
-    """The folder that gets an item's files until they are put in place."""
+    """The folder for an item's files until they are published."""
     return ResultFolder(attempt.files, overwrite=True, make_parents=False)
 
 
 def publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, report: Mapping[str, Any] | None) -> bool:
-    """Moves an item's files into its folder, the report last; whether the attempt is still the last one at the item.
+    """Moves an item's files into its folder, the report last; returns False if another attempt has begun.
 
-    Pictures that the report of an earlier run names, and this one did not make, are removed.
+    Removes pictures of an earlier report that this run did not make.
 
     Args:
-        attempt: whose files they are.
-        results: where they are.
-        folder: the item's.
-        job: the item's.
-        report: None for an item that is not finished, of which some files are worth keeping.
+        attempt: the attempt that made the files.
+        results: folder of the files.
+        folder: the item's folder.
+        job: the item's job.
+        report: the report; None for an unfinished item with files worth keeping.
 
     Raises:
         OutputUnwritableError: the folder cannot be written.
@@ -56,7 +56,7 @@ def publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, rep
 
 
 def publish_files(attempt: Attempt, files: Mapping[str, bytes], folder: Path, job: str) -> bool:
-    """The same as `publish`, for files that were made elsewhere, their report among them.
+    """Publishes files from another machine, their report included; see `publish`.
 
     Raises:
         OutputUnwritableError: the folder cannot be written.
@@ -74,28 +74,28 @@ def publish_files(attempt: Attempt, files: Mapping[str, bytes], folder: Path, jo
 
 
 def check_own(folder: Path) -> None:
-    """Makes sure that an item's folder is none that a link leads to.
+    """Checks that an item's folder is not a link.
 
     Raises:
-        OutputExistsError: it is.
+        OutputExistsError: it is a link.
     """
     if folder.is_symlink():
         raise OutputExistsError(
-            f"{folder} is a link, expected a folder; nothing is written through it: remove the link, or give the item "
+            f"{folder} is a link, expected a folder; links are not written through: remove the link, or give the item "
             "another name"
         )
 
 
 def _publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, report: Mapping[str, Any] | None) -> None:
     check_own(folder)
-    # Not those above it: where the batch's folder has gone meanwhile, it is not made anew.
+    # Without its parents: if the batch's folder was removed meanwhile, it must not be created again.
     if not is_plain(folder, stat.S_IFDIR):
         os.mkdir(folder)
     remove_temporaries(folder)
     stale = pictures_of_report(folder)
-    # First of all whose folder it is, and what may be in it, should the run end before the item is finished.
+    # First record the job and the possible pictures, in case the run ends before the item is finished.
     _put(attempt, folder, {"job": job, "finished": False, "pictures": sorted(stale | results.files.keys())})
-    # Before the report, so that one that is there is true.
+    # Before the report, so that a report is always true.
     for name in sorted(stale - results.files.keys()):
         if os.path.lexists(folder / name):
             os.replace(folder / name, attempt.folder / "stale")
@@ -107,7 +107,7 @@ def _publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, re
         reach("before-report")
         _put(attempt, folder, report)
         sync_folder(folder)
-    # Its own name, too.
+    # Sync the folder's own name, too.
     sync_folder(folder.parent)
 
 

@@ -1,4 +1,4 @@
-"""One run over a manifest's items: looks at what is there, hands out the rest, keeps the ledger."""
+"""One run over a manifest's items: finds the finished ones, assigns the rest to an executor, updates the ledger."""
 
 import contextlib
 import shutil
@@ -9,70 +9,71 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import make_folder
-from ..config import EditConfig
-from ..console import Console, Silent
+from ..actions.console import Console, Silent
+from ..actions.render import check_sentences
+from ..actions.result_folder import ResultFolder
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
-from ..images import photo_sha256
-from ..preparation import check_sentence
-from ..rendering import check_sentences
-from ..result_folder import ResultFolder
-from ..writable import unusable
-from . import ledger_file as ledgers
+from ..pictures import photo_sha256
+from ..pipeline.prepare import check_sentence
+from ..settings.stages import EditConfig
+from ..storage.atomic import make_folder
+from ..storage.writable import unusable
 from . import outputs
 from .attempts import Attempt, Attempts, check_hidden
-from .crew import Assignment, Bases, Crew, Group, Outcome
 from .disk import disk_bytes
+from .executors.executor import Assignment, Bases, Executor, Group, Outcome
 from .failures import MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
 from .jobs import bad_entry, job_id, megabytes, plain
-from .ledger import Ledger, at_work
-from .ledger_file import Entry
-from .manifest import BadItem, Item
+from .ledger import file as ledgers
+from .ledger.file import Entry
+from .ledger.ledger import Ledger, at_work
+from .manifest import BadItem, Item, Summary
 from .paths import HIDDEN, Part, ledgers_in
 from .publishing import check_own
 from .stopping import Stop
-from .tally import Tally
 
 CLAIM = 16
-"""Most items taken at once; their photos are in memory together, and encoded in one go."""
+"""Most items claimed at once; their photos are in memory together and are encoded together."""
 _WAIT_S = 0.5
 
 Settings = Callable[[Mapping[str, Any]], EditConfig]
-"""Gives the settings of an item from those it has of its own."""
+"""Returns the settings of an item for its own overrides."""
 
 
 class Batch:
-    """One run over a manifest's items; several on one folder share the work.
+    """One run over a manifest's items; several runs on one folder share the work.
 
     Args:
-        bases: see `crew.Bases`.
-        crew: who makes the items.
-        items: what to make.
-        bad: what the manifest has besides; reported as failed.
-        out: the folder that gets a folder for each item.
+        bases: see `executor.Bases`.
+        executor: makes the items.
+        items: items to make.
+        bad: invalid entries of the manifest; reported as failed.
+        out: the parent of the items' folders.
         settings: see `Settings`.
         background: colour under transparent parts of photos.
-        attempts: those at the items.
-        console: where progress and failures are told.
-        force: replace folders that hold something else.
-        stop: asks for an end.
-        part: which part of a manifest the items are; each has a ledger of its own.
+        suggest: whether each item's report suggests an eta.
+        attempts: the attempts at the items.
+        console: shows progress and failures.
+        force: replace folders with other contents.
+        stop: ends the run when asked.
+        part: the part of the manifest that the items are; each part has its own ledger.
         retry: kinds of failure to try again.
-        command: kept in the ledger, for `batch retry`.
+        command: options to store in the ledger, for `batch retry`.
 
-    **Memory**: `CLAIM` photos and those in training, whatever the number of items.
+    **Memory**: `CLAIM` photos and the photos in training, for any number of items.
     """
 
     def __init__(
         self,
         bases: Bases,
-        crew: Crew,
+        executor: Executor,
         items: Sequence[Item],
         bad: Sequence[BadItem],
         out: Path,
         *,
         settings: Settings,
         background: str,
+        suggest: bool,
         attempts: Attempts,
         console: Console,
         force: bool,
@@ -81,15 +82,16 @@ class Batch:
         retry: Sequence[str] = RETRIED,
         command: Mapping[str, Any] | None = None,
     ) -> None:
-        self._bases, self._crew, self._items, self._bad, self._out = bases, crew, items, bad, out
+        self._bases, self._executor, self._items, self._bad, self._out = bases, executor, items, bad, out
         self._settings, self._background, self._attempts = settings, background, attempts
+        self._suggest = suggest
         self._console, self._force, self._stop = console, force, stop
         self._part, self._retry, self._command = part, retry, command
-        self.tally = Tally(len(items) + len(bad))
+        self.summary = Summary(len(items) + len(bad))
         self._groups: dict[Group, list[str]] = {}
         self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
-        self._held: dict[str, Assignment] = {}
+        self._claimed: dict[str, Assignment] = {}
         self._tries = Counter[str]()
         self._failed_jobs: set[str] = set()
         self._total_steps = self._steps = self._in_training = self._slots = 0
@@ -97,12 +99,12 @@ class Batch:
         self._resumed: int | None = None
         self._ended_steps, self._counts = 0, dict[str, int]()
 
-    def run(self) -> Tally:
-        """Makes what is not there yet; what cannot be made is reported and left out.
+    def run(self) -> Summary:
+        """Makes the unfinished items; reports and skips items that fail.
 
         Raises:
-            OutputUnwritableError: results cannot be written; nothing more could be.
-            KeyboardInterrupt: `stop` was asked for; what can be saved is.
+            OutputUnwritableError: results cannot be written, those of other items neither.
+            KeyboardInterrupt: `stop` was asked for; training states are saved first.
         """
         for one in self._bad:
             self._fail(one)
@@ -122,20 +124,20 @@ class Batch:
                 self._make_all(ledger)
             finally:
                 self._console.close()
-                # Where the ledger itself is what has failed, its own error is the one to be told.
+                # If an error is being raised, an unwritable ledger must not replace it.
                 with contextlib.suppress(OutputUnwritableError) if sys.exc_info()[0] else contextlib.nullcontext():
-                    ledger.release(list(self._held))
+                    ledger.release(list(self._claimed))
                     self._attempts.keep(ledger.unfinished)
                     self._take_others(ledger)
-        return self.tally
+        return self.summary
 
     # Before anything is made
 
     def _check_other_parts(self) -> None:
-        """Makes sure that nobody makes the same items with another ledger.
+        """Checks that no other run makes the same items with another ledger.
 
         Raises:
-            ConfigError: somebody does.
+            ConfigError: another run does.
         """
         for part, path in ledgers_in(self._out).items():
             if part != self._part and part.shares_items(self._part) and (runner := at_work(path)) is not None:
@@ -145,7 +147,7 @@ class Batch:
                 )
 
     def _entry(self, item: Item) -> Entry:
-        """What is to be done about an item."""
+        """The ledger's entry for an item."""
         self._stop.check()
         try:
             own = dict(item.settings)
@@ -155,7 +157,7 @@ class Batch:
             silent = Silent()
             check_sentences(base, [item.sentence, group.config.sample.negative_prompt], silent)
             digest = photo_sha256(item.photo)
-            job = job_id(item.name, digest, item.sentence, group.config, base, self._background)
+            job = job_id(item.name, digest, item.sentence, group.config, base, self._background, suggest=self._suggest)
             state = self._look(item, job)
         except Exception as error:
             if isinstance(error, OutputUnwritableError) and not is_of_one_item(error, self._out):
@@ -172,34 +174,34 @@ class Batch:
         return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
 
     def _look(self, item: Item, job: str) -> str:
-        """Whether an item waits or is done.
+        """The state of an item: `WAITING` or `DONE`.
 
         Raises:
-            OutputExistsError: its folder holds something else, or is a link.
+            OutputExistsError: its folder has other contents, or is a link.
         """
         folder = self._out / item.name
-        found = outputs.look(folder, job)
-        if found == outputs.FINISHED:
+        state = outputs.item_state(folder, job)
+        if state == outputs.FINISHED:
             return ledgers.DONE
         check_own(folder)
-        if found == outputs.OTHER and not self._force:
-            raise OutputExistsError(f"{folder} holds something else; --force replaces it, or give the item a name")
+        if state == outputs.OTHER and not self._force:
+            raise OutputExistsError(f"{folder} holds something else; `force` replaces it, or give the item a name")
         ResultFolder.prepare(folder, overwrite=True)
         return ledgers.WAITING
 
     def _is_finished(self, entry: Entry) -> bool:
-        return outputs.look(self._out / entry.name, entry.job) == outputs.FINISHED
+        return outputs.item_state(self._out / entry.name, entry.job) == outputs.FINISHED
 
     def _take_stock(self, ledger: Ledger) -> None:
-        """Says how much there is to do, and what it takes on disk."""
+        """Reports the number of items to make and their size on disk."""
         known = ledger.entries()
         for entry in known:
             if entry.state == ledgers.DONE:
-                self.tally.before.append(entry.name)
+                self.summary.before.append(entry.name)
             elif entry.state == ledgers.FAILED and entry.job in self._assignments:
                 self._failed_jobs.add(entry.job)
                 self._fail(
-                    BadItem(entry.place, entry.name, f"{entry.error} (as before; `batch retry --failed` tries again)")
+                    BadItem(entry.place, entry.name, f"{entry.error} (as before; a retry with `failed` tries again)")
                 )
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
         self._attempts.keep(ledger.unfinished)
@@ -220,12 +222,12 @@ class Batch:
         )
         self._console.say(remark)
         if size > free:
-            self._console.warn(f"{remark}; the run ends where the disk is full, and goes on when there is room")
+            self._console.warn(f"{remark}; the run stops when the disk is full; run it again when there is room")
 
     # Making
 
     def _make_all(self, ledger: Ledger) -> None:
-        """Makes items until none is left, those included that runners which ended had taken."""
+        """Makes items until none is left, including items of other runners that ended."""
         while True:
             for group in self._groups:
                 self._stop.check()
@@ -249,10 +251,10 @@ class Batch:
             claimed = first
             while claimed:
                 yield claimed
-                # Before its next step the crew saves what is in training.
+                # If a stop was asked for, the executor saves the training states before its next step.
                 claimed = [] if self._stop.asked else self._claim(ledger, group)
 
-        outcomes = self._crew.make(
+        outcomes = self._executor.make(
             group,
             claims(),
             len(self._groups[group]),
@@ -261,70 +263,69 @@ class Batch:
         for outcome in self._outcomes(outcomes, ledger, group):
             self._book(ledger, outcome)
             self._steps += group.steps
-            # Its steps are among those that ended, from now on.
+            # From now on the item's steps count as ended.
             self._in_training, self._slots = max(0, self._in_training - group.steps), max(0, self._slots - 1)
             self._refresh(ledger, at_once=True)
             self._show()
         self._in_training = self._slots = 0
-        # Whatever was taken and has not come back would be waited for without end.
-        ledger.release(list(self._held))
-        self._held.clear()
+        # Release items without an outcome, or the run would wait for them forever.
+        ledger.release(list(self._claimed))
+        self._claimed.clear()
 
     def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, group: Group) -> Iterator[Outcome]:
-        """What the crew gives; where it can do nothing for a group, such as when its model is damaged, the failure of
-        all its items."""
+        """The outcomes of a group; if the group as a whole fails (a damaged model), every item fails with its error."""
         try:
             yield from outcomes
             return
         except (OutputUnwritableError, BackendUnavailableError):
-            # Nothing could be made of any other group either.
+            # Affects all groups.
             raise
         except Exception as error:
             failure = failure_of(error)
-        while held := list(self._held.values()) or self._claim(ledger, group):
-            for assignment in held:
+        while assignments := list(self._claimed.values()) or self._claim(ledger, group):
+            for assignment in assignments:
                 yield Outcome(assignment, failure)
 
     def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
-        """Items to make; of those that somebody has tried before, what has been finished meanwhile is left out."""
+        """Claims items to make; skips items that were tried before and are finished by now."""
         begun: list[Assignment] = []
 
         def begin(entry: Entry) -> None:
             begun.append(self._assignments[entry.job](self._attempts.begin(entry.job)))
 
-        entries = ledger.claim(group.key, CLAIM, without=self._held, begin=begin)
-        self._held |= {assignment.job: assignment for assignment in begun}
+        entries = ledger.claim(group.key, CLAIM, without=self._claimed, begin=begin)
+        self._claimed |= {assignment.job: assignment for assignment in begun}
         for entry, assignment in zip(entries, list(begun), strict=True):
-            # Another run may have put it in place and not come to say so.
+            # Another run may have published the item and ended before it updated the ledger.
             if entry.attempts and self._is_finished(entry):
                 begun.remove(assignment)
                 self._end(ledger, assignment, entry.seconds or 0.0)
-                self.tally.before.append(entry.name)
+                self.summary.before.append(entry.name)
         self._refresh(ledger, at_once=True)
         if begun:
-            # Photos are read and encoded before the first step is told.
+            # Show progress now: reading and encoding the photos comes before the first step.
             self._show()
         return begun if begun or not entries else self._claim(ledger, group)
 
     def _end(self, ledger: Ledger, assignment: Assignment, seconds: float) -> None:
-        """Writes down that an item is finished."""
-        self._held.pop(assignment.job, None)
+        """Records that an item is finished."""
+        self._claimed.pop(assignment.job, None)
         ledger.finish(assignment.job, seconds)
         self._attempts.remove(assignment.attempt)
 
     def _book(self, ledger: Ledger, outcome: Outcome) -> None:
-        """Writes down what became of an item."""
+        """Records the outcome of an item."""
         assignment, error = outcome.assignment, outcome.error
         if outcome.lost or (error is not None and not assignment.attempt.current):
             self._lose(ledger, assignment, error)
             return
         if error is None:
             self._end(ledger, assignment, outcome.seconds)
-            self.tally.done.append(assignment.name)
+            self.summary.done.append(assignment.name)
             self._console.say(f"{assignment.name}: done")
             return
         self._keep_details(error, assignment.name)
-        self._held.pop(assignment.job, None)
+        self._claimed.pop(assignment.job, None)
         kind = kind_of(error)
         self._tries[assignment.job] += 1
         again = kind == TRANSIENT and self._tries[assignment.job] < MAX_TRIES
@@ -336,8 +337,8 @@ class Batch:
             self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
 
     def _lose(self, ledger: Ledger, assignment: Assignment, error: LowmemImagicError | None) -> None:
-        """Leaves an item to the run that has begun it anew; where there is none, it waits again."""
-        self._held.pop(assignment.job, None)
+        """Leaves an item to the run that took it over; without such a run, the item waits again."""
+        self._claimed.pop(assignment.job, None)
         kept = str(error).partition("the finished edit was kept as ")[2]
         rest = f"; its own edit was kept as {kept}" if kept else ""
         if not ledger.release([assignment.job], tried=True):
@@ -353,22 +354,22 @@ class Batch:
         self._fail(BadItem(self._places[assignment.job], assignment.name, gone))
 
     def _take_others(self, ledger: Ledger) -> None:
-        """Counts what other runners have made or failed at meanwhile."""
-        mine = {*self.tally.done, *self.tally.before, *self._failed_jobs}
+        """Adds the items that other runners finished or failed at to the summary."""
+        mine = {*self.summary.done, *self.summary.before, *self._failed_jobs}
         for entry in ledger.entries():
             if entry.name in mine or entry.job in mine or entry.job not in self._assignments:
                 continue
             if entry.state == ledgers.DONE:
-                self.tally.before.append(entry.name)
+                self.summary.before.append(entry.name)
             elif entry.state == ledgers.FAILED:
                 self._fail(BadItem(entry.place, entry.name, str(entry.error)))
 
     def _fail(self, bad: BadItem) -> None:
-        self.tally.failed.append(bad)
+        self.summary.failed.append(bad)
         self._console.warn(f"{bad.where}{f' ({bad.name})' if bad.name else ''}: {bad.reason}")
 
     def _keep_details(self, error: LowmemImagicError, name: str) -> None:
-        """Writes down where in the code an unexpected error came from."""
+        """Saves the traceback of an unexpected error."""
         path = self._part.ledger(self._out).with_name("errors.log")
         if kept := keep_details(error, name, path):
             self._console.say(f"{name}: {kept}", always=True)
@@ -376,10 +377,10 @@ class Batch:
     # Showing
 
     def _step(self, ledger: Ledger, steps: list[int]) -> None:
-        """Now and then: `steps` are those that each edit in training has taken."""
+        """Reports progress; called now and then with the steps of each edit in training."""
         self._in_training, self._slots = sum(steps), len(steps)
         if self._resumed is None and steps:
-            # Taken before this run began, in no time of its own.
+            # Steps from saved states took no time in this run.
             self._resumed = self._in_training
             self._console.skip(self._resumed)
         self._refresh(ledger)
@@ -388,19 +389,19 @@ class Batch:
         self._show()
 
     def _refresh(self, ledger: Ledger, *, at_once: bool = False) -> None:
-        """Asks the ledger how far everybody is, every second or so."""
+        """Reads the progress of all runs from the ledger, at most about once a second."""
         now = time.perf_counter()
         if at_once or not self._counts or now - self._looked > 1:
             self._looked = now
             self._counts, self._ended_steps = ledger.counts(), ledger.steps_ended()
 
     def _show(self) -> None:
-        counts, held = self._counts, len(self._held)
+        counts, claimed = self._counts, len(self._claimed)
         parts = {
             "done": counts[ledgers.DONE],
             "in slots": self._slots,
-            "with other runs": max(0, counts[ledgers.RUNNING] - held),
-            "waiting": counts[ledgers.WAITING] + max(0, held - self._slots),
+            "with other runs": max(0, counts[ledgers.RUNNING] - claimed),
+            "waiting": counts[ledgers.WAITING] + max(0, claimed - self._slots),
             "failed": counts[ledgers.FAILED],
         }
         always = ("done", "in slots", "waiting")

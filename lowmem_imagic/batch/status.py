@@ -1,48 +1,48 @@
-"""How far a batch's folder is, read from its ledgers and changing nothing; needs no torch."""
+"""The progress of a batch, read from its ledgers without changing them; needs no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .ledger_file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
+from .ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
 from .paths import ledgers_in
 
 
 def ledgers_of(folder: Path) -> list[Snapshot]:
-    """What the ledgers of a folder say: one, or one for each shard."""
+    """Snapshots of a folder's ledgers: one, or one for each shard."""
     return [seen for path in ledgers_in(folder).values() if (seen := snapshot(path)) is not None]
 
 
 def commands_of(folder: Path) -> list[Any]:
-    """The requests that the ledgers of a folder have kept.
+    """The requests stored in the ledgers of a folder.
 
     Raises:
         ConfigError: there are none.
     """
-    found = [one.notes["command"] for one in ledgers_of(folder) if one.notes.get("command")]
-    if not found:
+    commands = [one.notes["command"] for one in ledgers_of(folder) if one.notes.get("command")]
+    if not commands:
         raise ConfigError(f"{folder} has no ledger of a batch; run `batch run` with its options again")
-    return found
+    return commands
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Counts, every item's state, who is at work, and the time left.
+    """Counts, every item's state, the runners, and the time left.
 
-    Where no ledger can be read, what is finished is told from the files.
+    Without a readable ledger, finished items are found from their files.
 
     Raises:
-        ConfigError: no folder of a batch.
+        ConfigError: the folder is no batch's.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; name the --out of a batch run")
+        raise ConfigError(f"{folder} is no folder; name the `out` of a batch run")
     seen = ledgers_of(folder)
     entries = list(_merged(folder, seen))
     if not seen:
         entries = list(_from_files(folder))
         if not entries:
-            raise ConfigError(f"{folder} has no batch in it; name the --out of a batch run")
+            raise ConfigError(f"{folder} has no batch in it; name the `out` of a batch run")
     counts = {state: sum(entry.state == state for entry in entries) for state in (WAITING, RUNNING, DONE, FAILED)}
     runners = [runner for one in seen for runner in one.runners]
     left_s = _seconds_left(seen, entries)
@@ -67,22 +67,22 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def _merged(folder: Path, seen: list[Snapshot]) -> Iterator[Entry]:
-    """Every item once, in the state that is furthest, whether the whole list or parts of it have been run."""
+    """Yields every item once, in its most advanced state in any ledger: of the whole list or of its parts."""
     furthest = {state: rank for rank, state in enumerate((DONE, RUNNING, FAILED, WAITING))}
-    found: dict[tuple[int, str], Entry] = {}
+    entries: dict[tuple[int, str], Entry] = {}
     for entry in (entry for one in seen for entry in one.entries):
         place = (entry.position, entry.name)
-        known = found.setdefault(place, entry)
+        known = entries.setdefault(place, entry)
         both = [known, entry]
         if known.job != entry.job:
-            # It was changed between two runs: done is the one that its files are of.
+            # The item was changed between two runs: only the entry whose job matches the files is done.
             both = [one for one in both if one.state != DONE or _is_of(folder / one.name, one.job)] or both
-        found[place] = min(both, key=lambda one: furthest[one.state])
-    yield from sorted(found.values(), key=lambda entry: entry.position)
+        entries[place] = min(both, key=lambda one: furthest[one.state])
+    yield from sorted(entries.values(), key=lambda entry: entry.position)
 
 
 def _is_of(folder: Path, job: str) -> bool:
-    """Whether a job is the one that an item's folder is finished for."""
+    """Whether an item's folder is finished for this job."""
     report = report_of(folder)
     return report is not None and report["job"] == job
 
@@ -94,7 +94,7 @@ def _from_files(folder: Path) -> Iterator[Entry]:
 
 
 def _seconds_left(seen: list[Snapshot], entries: list[Entry]) -> float | None:
-    """From the steps that are left and those that the runners at work have taken; None where it cannot be told."""
+    """The time left, from the steps left and the speed of the runners; None if it is unknown."""
     runners = [runner for one in seen for runner in one.runners if runner.seconds]
     left = sum(entry.steps for entry in entries if entry.state in (WAITING, RUNNING))
     left -= sum(runner.training for runner in runners)
@@ -132,11 +132,11 @@ def _summary(
         )
     if unseen := len(runners) - seen - len(suspended):
         yield (
-            f"{unseen} on another machine, or from before this one's last start: not to be seen from here; if they "
-            "have ended, the next run takes their items over"
+            f"{unseen} on another machine, or from before this one's last start: not visible from here; if they have "
+            "ended, the next run takes their items over"
         )
     if not runners and open_items:
-        yield "nobody is at work; `batch retry`, or the same `batch run`, goes on"
+        yield "no process is at work; run `batch retry`, or the same `batch run`, to continue"
     for entry in entries:
         if entry.state == FAILED:
             yield f"failed: {entry.place}{f' ({entry.name})' if entry.name else ''}: {entry.error}"

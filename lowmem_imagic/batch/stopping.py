@@ -8,16 +8,16 @@ from types import FrameType
 
 
 class Stop:
-    """Whether the run shall end; see `listening`."""
+    """A request to end the run; see `listening`."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def check(self) -> None:
-        """Ends what can be ended here.
+        """Ends the run here if a stop was asked for.
 
         Raises:
-            KeyboardInterrupt: the run shall end.
+            KeyboardInterrupt: a stop was asked for.
         """
         if self.asked:
             raise KeyboardInterrupt
@@ -25,9 +25,9 @@ class Stop:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Stop]:
-    """A `Stop` that the first Ctrl-C (or SIGTERM, as job schedulers send it) sets in the ``with`` block.
+    """A `Stop` for the ``with`` block, set by the first Ctrl-C (or SIGTERM from a job scheduler).
 
-    The second raises KeyboardInterrupt wherever the code is.
+    The second Ctrl-C raises KeyboardInterrupt at once.
     """
     stop = Stop()
 
@@ -35,13 +35,13 @@ def listening() -> Iterator[Stop]:
         if stop.asked:
             raise KeyboardInterrupt
         stop.asked = True
-        # Not print, which must not be entered from within itself.
-        with contextlib.suppress(OSError):  # whoever read it may have ended of the same Ctrl-C
-            os.write(2, b"\nstopping when what is under way is saved; Ctrl-C once more stops at once\n")
+        # os.write, as print is not safe in a signal handler.
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader of the pipe
+            os.write(2, b"\nstopping when the training states are saved; Ctrl-C once more stops at once\n")
 
     try:
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may
+    except ValueError:  # only the main thread may set handlers
         yield stop
         return
     try:

@@ -1,14 +1,14 @@
-"""Model families: what differs between them, behind one set of methods.
+"""Model families: the differences between kinds of models, behind common protocols (see `family`).
 
-`load_family` is the only entry. Today: Stable Diffusion 1.x / 2.x and models of the same make.
+`load_family` is the only entry. Supported: Stable Diffusion 1.x / 2.x and models of the same architecture.
 """
 
 from pathlib import Path
 
-from .configuration import findable
-from .locate import locate
-from .published import PUBLISHED, Published
-from .source import DEMO, SHORT_NAMES
+from .files.configuration import findable
+from .files.locate import locate
+from .files.published import PUBLISHED, Published
+from .files.source import DEMO, SHORT_NAMES
 from .stable_diffusion import StableDiffusion
 
 __all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]
@@ -18,15 +18,15 @@ def load_family(name: str, *, revision: str | None = None, config_folder: str | 
     """The family object for a model name (see `locate`); reads configurations, no weights.
 
     Raises:
-        ModelError: unknown, incomplete or of another kind.
+        ModelError: the model is unknown, incomplete or of another kind.
     """
     return StableDiffusion(locate(name, revision=revision, config_folder=config_folder))
 
 
 def load_architecture(name: str) -> StableDiffusion:
-    """The family object for a model of which only configurations are needed; for a short name nothing is downloaded.
+    """The family object from configurations alone; downloads nothing for a short name.
 
     Raises:
-        ModelError: as `load_family`.
+        ModelError: see `load_family`.
     """
     return StableDiffusion(Published.of(name)) if name in PUBLISHED else load_family(name)

@@ -1,4 +1,4 @@
-"""Which kind of model a file or a folder is, and what to do with one that this version does not edit."""
+"""Recognises the kind of a model file or folder, with advice in errors about unsupported kinds."""
 
 import re
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ _PLAIN = "expected a plain text-to-image Stable Diffusion 1.x or 2.x (not inpain
 _PARTS = (
     (
         r"(lora_|lycoris_)|.*(\.lora_(down|up|A|B)\.|\.lora\.(down|up)\.|\.hada_w|\.lokr_w|\.oft_)",
-        "a LoRA, which changes a base and is none; give the base it was made for",
+        "a LoRA, which changes a base and is not a base itself; give its base",
     ),
     (
         r"control_model\.|controlnet_|(.*\.)?input_hint_block\.",
-        "a ControlNet, which steers a base and is none; give the base itself",
+        "a ControlNet, which steers a base and is not a base itself; give the base",
     ),
     (
         r"(emb_params|string_to_param|clip_[lg])$",
-        "a textual inversion, which is a word for a base and none itself; give the base",
+        "a textual inversion, which adds a word to a base and is not a base itself; give the base",
     ),
     (r"motion_modules\.|(.*\.)?motion_modules\.", "an AnimateDiff module; give a base that makes single pictures"),
     (r"(double_blocks|single_blocks|joint_blocks|transformer_blocks|layers)\.\d", "a diffusion transformer; " + _PLAIN),
@@ -33,26 +33,26 @@ _PARTS = (
         "a text encoder alone; " + _WHOLE,
     ),
 )
-"""Files that are no checkpoint, by the names of their tensors: the first that fits."""
+"""Files that are not whole checkpoints, by patterns of their tensors' names; the first match counts."""
 
 
 def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str) -> None:
-    """Makes sure that a file has the UNet of a Stable Diffusion 1.x or 2.x that takes latents, time and text alone.
+    """Checks that a file has a UNet of Stable Diffusion 1.x or 2.x with only latents, time and text as inputs.
 
     Args:
         name: the file, for messages.
         shapes: the shapes of its tensors.
-        unet: what the names of the UNet's tensors begin with.
+        unet: prefix of the names of the UNet's tensors.
 
     Raises:
-        IncompleteModelError: another kind of file.
-        WrongFamilyError: another kind of model.
+        IncompleteModelError: the file is of another kind.
+        WrongFamilyError: the model is of another kind.
     """
     if not any(key.startswith(unet) for key in shapes):
-        found = next((what for pattern, what in _PARTS if any(re.match(pattern, key) for key in shapes)), "")
+        kind = next((text for pattern, text in _PARTS if any(re.match(pattern, key) for key in shapes)), "")
         raise IncompleteModelError(
             f"{name} could not be read as a Stable Diffusion checkpoint (it has no tensors {unet}*)"
-            + (f": it looks like {found}" if found else f"; {_WHOLE}")
+            + (f": it looks like {kind}" if kind else f"; {_WHOLE}")
         )
     problems = []
     first = shapes.get(unet + "input_blocks.0.0.weight", ())
@@ -65,7 +65,7 @@ def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str
         problems.append(f"a second conditioning ({_second(shapes)})")
     if any(key.startswith(unet + "time_embed.cond_proj.") for key in shapes):
         problems.append(
-            "the guidance built in (time_embed.cond_proj, as LCM's distilled models; take the model it was made from)"
+            "built-in guidance (time_embed.cond_proj, as in LCM's distilled models; take the model it was made from)"
         )
     if any(
         re.search(r"\.(motion_modules|temporal_transformer|time_stack|image_proj|ip_adapter)\.", key) for key in shapes
@@ -80,7 +80,7 @@ def check_checkpoint(name: str, shapes: Mapping[str, tuple[int, ...]], unet: str
 
 
 def _channels(count: int) -> str:
-    """The kind of model whose UNet takes more than latents, in brackets."""
+    """The kind of model with this many input channels, in brackets."""
     return {9: " (inpainting)", 8: " (InstructPix2Pix)", 5: " (depth)", 7: " (an upscaler)"}.get(count, "")
 
 
@@ -92,25 +92,31 @@ def _second(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "as SDXL's or unCLIP's"
 
 
-def check_unet(values: Mapping[str, Any], label: str) -> None:
-    """Makes sure that a UNet's configuration is one of a plain Stable Diffusion 1.x or 2.x.
+def check_unet(values: Mapping[str, Any], label: str, *, latent_channels: int) -> None:
+    """Checks that a UNet's configuration is one of a plain Stable Diffusion 1.x or 2.x.
+
+    Args:
+        values: the UNet's configuration.
+        label: the model, for messages.
+        latent_channels: channels of its autoencoder's latents.
 
     Raises:
-        WrongFamilyError: it takes something besides latents, time and text.
+        WrongFamilyError: the UNet has inputs besides latents, time and text.
     """
     if values.get("time_cond_proj_dim") is not None:
         raise WrongFamilyError(
-            f"{label} has the guidance built in (time_cond_proj_dim, as LCM's distilled models); take the model that "
-            "it was made from"
+            f"{label} has built-in guidance (time_cond_proj_dim, as in LCM's distilled models); take the model that it "
+            "was made from"
         )
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"):
         if values.get(key) is not None:
             raise WrongFamilyError(f"{label} has a UNet with {key} {str(values[key])[:40]!r}; {_PLAIN}")
     channels, out, extra = values["in_channels"], values["out_channels"], values.get("addition_embed_type")
-    if channels != 4 or out != 4 or extra or not values["cross_attention_dim"]:
+    if channels != latent_channels or out != latent_channels or extra or not values["cross_attention_dim"]:
         kind = _channels(channels) if isinstance(channels, int) else ""
         raise WrongFamilyError(
-            f"{label} has a UNet with {str(channels)[:40]} input channels{kind}, {str(out)[:40]} output channels, "
+            f"{label} has a UNet with {str(channels)[:40]} input channels{kind}, {str(out)[:40]} output channels "
+            f"(its latents have {latent_channels}), "
             f"addition_embed_type {str(extra)[:40]} and cross_attention_dim {str(values['cross_attention_dim'])[:40]}; "
             f"{_PLAIN}"
         )
@@ -126,13 +132,13 @@ _CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def check_pipeline(model_index: Mapping[str, Any], label: str) -> None:
-    """Makes sure that a folder is a Stable Diffusion pipeline of the usual parts.
+    """Checks that a folder is a Stable Diffusion pipeline of the usual parts.
 
     Raises:
-        WrongFamilyError: another pipeline, or a part of another class.
+        WrongFamilyError: the folder is another pipeline, or a part is of another class.
     """
     kind = model_index.get("_class_name")
-    # diffusers reads those that were saved by its Flax classes as its own.
+    # diffusers also reads folders that its Flax classes saved.
     plain = kind.removeprefix("Flax") if isinstance(kind, str) else None
     if plain not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
         raise WrongFamilyError(
@@ -147,10 +153,10 @@ def check_pipeline(model_index: Mapping[str, Any], label: str) -> None:
 
 
 def check_class(values: Mapping[str, Any], component: str, label: str) -> None:
-    """Makes sure that a part's own configuration names the class that the part is built with, or none.
+    """Checks that a part's own configuration names the expected class, or none.
 
     Raises:
-        WrongFamilyError: another class.
+        WrongFamilyError: it names another class.
     """
     name = values.get("_class_name")
     if name is not None and str(name).removeprefix("Flax") not in _CLASSES[component]:
@@ -160,10 +166,10 @@ def check_class(values: Mapping[str, Any], component: str, label: str) -> None:
 
 
 def check_text_encoder(values: Mapping[str, Any], label: str) -> None:
-    """Makes sure that a text encoder's configuration is one of CLIP, used as Stable Diffusion does.
+    """Checks that a text encoder's configuration is one of CLIP, used as in Stable Diffusion.
 
     Raises:
-        WrongFamilyError: another model, or one that is told where a sentence ends.
+        WrongFamilyError: the text encoder is another model, or takes an attention mask.
     """
     kind = values.get("model_type")
     if kind not in (None, "clip_text_model", "clip"):

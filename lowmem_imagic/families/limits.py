@@ -1,7 +1,7 @@
 """Bounds of a model's configuration, checked before a network is built from it.
 
-Building a network takes time and memory for every module, whatever its weights; and what a configuration says is not
-bounded by anything. Stable Diffusion 2 has 16 transformer blocks in its UNet, SDXL has 70.
+Building a network takes time and memory for every module, even without weights, and a configuration may ask for any
+number of modules. Stable Diffusion 2 has 16 transformer blocks in its UNet, SDXL has 70.
 """
 
 import math
@@ -12,13 +12,13 @@ from typing import Any, TypeGuard
 from ..errors import IncompleteModelError
 
 MAX_SIDE_PX = 4096
-"""Largest side of the pictures a model is made for."""
+"""Largest side of the pictures of a model."""
 MAX_TIMESTEPS = 10_000
 _MOST_BLOCKS = 8
 _MOST_UNITS = 400
-"""Residual blocks and transformer blocks of a network, each about twenty modules and a millisecond to build."""
+"""Most residual and transformer blocks of a network; each is about twenty modules and takes a millisecond to build."""
 _MOST_VALUES = 20_000
-"""Numbers and texts in one configuration."""
+"""Most numbers and texts in one configuration."""
 _WIDTH = (1, 2**14)
 _COUNT = (1, 64)
 
@@ -42,7 +42,7 @@ _VAE = {
     "out_channels": (3, 3),
     "block_out_channels": _WIDTH,
     "layers_per_block": _COUNT,
-    "latent_channels": (4, 4),
+    "latent_channels": (1, 64),
     "norm_num_groups": _WIDTH,
 }
 _TEXT = {
@@ -69,14 +69,14 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     "vae": (),
     "text_encoder": ("projection_dim",),
 }
-"""Keys that may be null, which leaves the number to the class."""
+"""Keys that may be null; the class then sets the number."""
 
 
 def check(component: str, values: Mapping[str, Any], label: str) -> None:
-    """Makes sure that a part's configuration (complete, see `repairs`) describes a network of bounded size.
+    """Checks that a part's configuration (complete, see `repairs`) describes a network of bounded size.
 
     Raises:
-        IncompleteModelError: a value of the wrong kind or beyond its bounds.
+        IncompleteModelError: a value is of the wrong kind or beyond its bounds.
     """
     where = f"{label}: {component}/config.json"
     for count, number in enumerate(_numbers(dict(values))):
@@ -115,10 +115,10 @@ def check(component: str, values: Mapping[str, Any], label: str) -> None:
 
 
 def check_side(sample_size: object, factor: int, label: str) -> None:
-    """Makes sure that the pictures a model is made for have a side that can be worked with.
+    """Checks that the side of a model's pictures is within bounds.
 
     Raises:
-        IncompleteModelError: it is no integer, or above `MAX_SIDE_PX`.
+        IncompleteModelError: `sample_size` is no integer, or the side is above `MAX_SIDE_PX`.
     """
     most = MAX_SIDE_PX // factor
     if not (_integer(sample_size) and 1 <= sample_size <= most):
@@ -126,10 +126,10 @@ def check_side(sample_size: object, factor: int, label: str) -> None:
 
 
 def check_schedule(values: Mapping[str, Any], label: str) -> None:
-    """Makes sure that a noise schedule has a bounded number of steps, and numbers where numbers belong.
+    """Checks that a noise schedule has a bounded number of steps, and values of the right types.
 
     Raises:
-        IncompleteModelError: it has not.
+        IncompleteModelError: a value is of the wrong type or beyond its bounds.
     """
     where = f"{label}: scheduler/scheduler_config.json"
     steps, betas = values["num_train_timesteps"], values.get("trained_betas")
@@ -150,8 +150,8 @@ def check_schedule(values: Mapping[str, Any], label: str) -> None:
             raise _wrong(where, key, values[key], "a name")
 
 
-def _wrong(where: str, key: str, found: object, expected: str) -> IncompleteModelError:
-    return IncompleteModelError(f"{where} has {key} {reprlib.repr(found)}, expected {expected}; download it again")
+def _wrong(where: str, key: str, value: object, expected: str) -> IncompleteModelError:
+    return IncompleteModelError(f"{where} has {key} {reprlib.repr(value)}, expected {expected}; download it again")
 
 
 def _integer(value: object) -> TypeGuard[int]:

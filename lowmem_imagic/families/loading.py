@@ -1,50 +1,54 @@
-"""How parts of a model are built and filled: quietly, and with one named error for what is broken.
+"""Builds parts of a model and fills them with weights, quietly; a damaged part gives one named error.
 
-Networks are built from configurations that were bounded and completed before (see `limits`, `repairs`), and filled
-with tensors that fit them exactly. The libraries' own loaders read the configuration again, with keys that choose
-quantisers and code from elsewhere, and fill with random numbers what is missing.
+Networks are built from checked and completed configurations (see `limits`, `repairs`), and filled with tensors that
+fit them exactly. The libraries' own loaders are not used: they read the configuration again, with keys that choose
+quantisers and foreign code, and they fill missing weights with random numbers.
 """
 
 import contextlib
+import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..errors import IncompleteModelError, LowmemImagicError
-from ..unexpected import first_line
-from . import layout
-from .checkpoint import SingleFile
-from .layout import Tensors
-from .source import Folder
+from ..unexpected import first_line, without_advice
+from .files import layout
+from .files.checkpoint import SingleFile
+from .files.layout import Tensors
+from .files.source import Folder
 
 _EXTRAS = {
     "unet": re.compile(r"(?!)"),
     # The discriminator that the autoencoder was trained with, and an average of weights.
     "vae": re.compile(r"(loss|model_ema)\."),
-    # Numbers of positions, which the class makes itself; what compares the text with pictures; CLIP's other half.
+    # Position ids, which the class makes itself; layers that compare text with pictures; CLIP's picture encoder.
     "text_encoder": re.compile(
         r"(.*\.)?position_ids$|(logit_scale|logit_bias|text_projection(\.weight)?)$|(vision_model|visual_projection)\."
     ),
 }
-"""Tensors in a folder that take no part in making a picture."""
+"""Tensors in a folder that do not affect pictures."""
 
 
 def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
-    """A part of a model on the meta device, for a configuration that is complete and bounded.
+    """A part of a model on the meta device, from a complete and checked configuration.
 
     Raises:
         IncompleteModelError: the libraries cannot build it.
     """
-    with init_empty_weights(include_buffers=False), quiet(), complete(label, component):
+    with complete(label, component):
+        return _build(component, values)
+
+
+def _build(component: str, values: Mapping[str, Any]) -> nn.Module:
+    with init_empty_weights(include_buffers=False), without_advice():
         if component == "text_encoder":
             part: nn.Module = CLIPTextModel(CLIPTextConfig(**values))
             return part
@@ -54,17 +58,26 @@ def build(component: str, values: Mapping[str, Any], label: str) -> nn.Module:
 
 
 def try_out(component: str, values: Mapping[str, Any], label: str, side: int) -> None:
-    """Makes sure that a part so configured computes what Stable Diffusion needs of it, without weights.
+    """Checks that a part with this configuration computes results of the right shapes, without weights.
 
-    Many values are looked at only when a network computes: some libraries take them all while they build it. This is
-    the pass itself, on the meta device, of one picture of `side` latent pixels.
+    Some values are checked only when a network computes, not when it is built. So this runs a pass on the meta device,
+    for one picture of `side` latent pixels, once in a process for each configuration.
 
     Raises:
-        IncompleteModelError: it cannot compute, or gives another shape.
+        IncompleteModelError: the part cannot compute, or gives another shape.
     """
-    part: Any = build(component, values, label).to("meta")
-    latents = torch.empty(1, 4, side, side, device="meta")
-    with torch.no_grad(), quiet(), complete(label, component):
+    with complete(label, component):
+        _try_out(component, json.dumps(values), side)
+
+
+# A call that raises is not remembered.
+@lru_cache(maxsize=64)
+def _try_out(component: str, values_as_json: str, side: int) -> None:
+    values: dict[str, Any] = json.loads(values_as_json)
+    part: Any = _build(component, values).to("meta")
+    channels = values.get("in_channels" if component == "unet" else "latent_channels", 1)
+    latents = torch.empty(1, channels, side, side, device="meta")
+    with torch.no_grad(), without_advice():
         if component == "text_encoder":
             ids = torch.empty(1, values["max_position_embeddings"], dtype=torch.int64, device="meta")
             shapes = [(part(ids)[0].shape, (*ids.shape, values["hidden_size"]))]
@@ -77,17 +90,17 @@ def try_out(component: str, values: Mapping[str, Any], label: str, side: int) ->
             factor = 2 ** (len(values["block_out_channels"]) - 1)
             shapes = [(picture.shape, (1, 3, factor * side, factor * side))]
             shapes.append((part.encode(picture).latent_dist.mean.shape, latents.shape))
-        for found, expected in shapes:
-            if tuple(found) != tuple(expected):
-                raise ValueError(f"it computes the shape {list(found)}, expected {list(expected)}")
+    for shape, expected in shapes:
+        if tuple(shape) != tuple(expected):
+            raise ValueError(f"it computes the shape {list(shape)}, expected {list(expected)}")
 
 
 def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str, Any]) -> Tensors:
-    """The tensors of a part, under diffusers' names and without those that take no part in making a picture.
+    """The tensors of a part under diffusers' names, without those that do not affect pictures.
 
     Raises:
         IncompleteModelError: files are missing or broken, or tensors are beyond the configuration.
-        WrongFamilyError: a format that is not read.
+        WrongFamilyError: the weights have an unsupported format.
     """
     if isinstance(source, SingleFile):
         with complete(source.path.name, component):
@@ -98,19 +111,19 @@ def tensors_of(source: Folder | SingleFile, component: str, values: Mapping[str,
 
 
 def check_fit(part: nn.Module, tensors: Tensors, label: str, configured: str) -> dict[str, str]:
-    """Makes sure that tensors are those of a network, in name and shape, before one is read.
+    """Checks names and shapes of all tensors against a network, before any tensor is read.
 
     Args:
         part: the network.
         tensors: its tensors.
         label: the model and the part, for messages.
-        configured: the model whose configuration it has.
+        configured: the model that the configuration is from.
 
     Returns:
-        the network's name of each tensor: transformers' own have had a prefix, until version 5.6.
+        The network's name of each tensor; before version 5.6, transformers' names have a prefix.
 
     Raises:
-        IncompleteModelError: some are missing, too many, or of another shape.
+        IncompleteModelError: tensors are missing, too many, or of another shape.
     """
     expected = {name.removeprefix("text_model."): (name, tuple(t.shape)) for name, t in part.state_dict().items()}
     shapes = tensors.shapes()
@@ -135,9 +148,9 @@ def check_fit(part: nn.Module, tensors: Tensors, label: str, configured: str) ->
 def fill(part: nn.Module, tensors: Tensors, names: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> None:
     """Gives a network on the meta device its weights, frozen, in one type.
 
-    **Memory**: the weights in that type, and one tensor as it is stored.
+    **Memory**: the weights in that type, and one tensor in its stored type.
     """
-    # A copy: a tensor as it was read is a view of the file, which may be replaced while the network is in use.
+    # A copy: a tensor from a file is a view of the file, which may be replaced while the network is in use.
     state = {names[name]: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
     part.load_state_dict(state, assign=True)
     part.to(device)
@@ -146,36 +159,16 @@ def fill(part: nn.Module, tensors: Tensors, names: Mapping[str, str], device: to
 
 @contextlib.contextmanager
 def complete(label: str, component: str) -> Iterator[None]:
-    """Turns what the libraries raise for a damaged part into one named error; this package's own pass."""
+    """Turns the libraries' errors about a damaged part into `IncompleteModelError`; this package's own errors pass."""
     try:
         yield
     except (LowmemImagicError, MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
-        # Among them plain Exceptions, which is what tokenizers raises for a damaged vocabulary, and panics of its Rust
-        # code, which are no Exceptions.
+        # The library tokenizers raises a plain Exception for a damaged vocabulary; panics of its Rust code are only
+        # BaseExceptions.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise IncompleteModelError(
             f"{label}: {component} cannot be loaded ({first_line(error)}); download it again"
         ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' own progress bars and advice; their settings are put back afterwards."""
-    logs = (transformers.utils.logging, diffusers.utils.logging)
-    levels = [log.get_verbosity() for log in logs]
-    bars = [log.is_progress_bar_enabled() for log in logs]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for log in logs:
-                log.set_verbosity_error()
-                log.disable_progress_bar()
-            yield
-    finally:
-        for log, level, bar in zip(logs, levels, bars, strict=True):
-            log.set_verbosity(level)
-            if bar:
-                log.enable_progress_bar()

@@ -1,9 +1,9 @@
-"""What a model's configurations mean: the defaults of the classes they name, and what diffusers' pipelines correct.
+"""Completes a model's configurations: defaults of the named classes, and the corrections of diffusers' pipelines.
 
-A configuration file says only part of what a model is. Keys that it leaves out have the default of the class that it
-names, and `StableDiffusionPipeline` changes some values in its constructor. Here no pipeline is built, and a schedule
-is read by other classes than the one it was saved by; so both happen once, on the configuration as it was read, and
-planning, training and sampling see the same values.
+A configuration file describes a model only in part. A missing key has the default of the class that the file names, and
+`StableDiffusionPipeline` changes some values in its constructor. This package builds no pipeline, and other classes
+read the schedule than the one that saved it. So both steps are done once, here, and planning, training and sampling see
+the same values.
 
 Source: the constructors of ``StableDiffusionPipeline`` and ``StableDiffusionImg2ImgPipeline`` (diffusers 0.36 to 0.42).
 """
@@ -44,10 +44,10 @@ SCHEDULERS = (
     "TCD",
     "UniPCMultistep",
 )
-"""Scheduler classes whose betas make the same noise schedule as DDIM's; others add noise in another way."""
+"""Scheduler classes with the same noise schedule as DDIM for the same betas; other classes add noise differently."""
 
 _STEPS_EVENLY = ("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "LCM", "PNDM", "TCD")
-"""Classes whose step goes to the timestep that lies a fixed number of timesteps below."""
+"""Classes that always step down by a fixed number of timesteps."""
 
 
 def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -55,15 +55,15 @@ def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: 
 
     Args:
         values: ``scheduler/scheduler_config.json``.
-        model_index: ``model_index.json``, which names a class where the file does not.
+        model_index: ``model_index.json``; it names the class if the file does not.
         label: the model, for messages.
 
     Raises:
-        WrongFamilyError: a scheduler that adds noise in another way than Stable Diffusion was trained with.
+        WrongFamilyError: the scheduler adds noise differently from Stable Diffusion's training.
     """
     named = model_index.get("scheduler")
-    # The class that the values were written for; a pipeline reads them with the one in model_index.json, which differs
-    # only where someone put another file in.
+    # The class that wrote the values. A pipeline reads them with the class in model_index.json, which differs only if
+    # a user has replaced the file.
     name = values.get("_class_name", named[1] if isinstance(named, list) and len(named) == 2 else None)
     short = name.removeprefix("Flax").removesuffix("Scheduler") if isinstance(name, str) else ""
     if name is not None and short not in SCHEDULERS:
@@ -82,33 +82,33 @@ def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: 
         raise WrongFamilyError(
             f"{label} has a noise schedule with {keys[0]} {str(complete[keys[0]])[:40]}; expected Stable Diffusion's"
         )
-    # Latents exceed [-1, 1], so a schedule for them neither clips nor thresholds. The pipelines' constructors set
-    # clip_sample to false; diffusers' documentation calls thresholding unsuitable for latents. Files that were saved
-    # by a class without these keys leave them out, and DDIM's own default is to clip: a grey picture.
+    # Latents exceed [-1, 1], so clipping and thresholding must be off. The pipelines' constructors set clip_sample to
+    # false; diffusers' documentation calls thresholding unsuitable for latents. Files saved by a class without these
+    # keys lack them, and DDIM's own default is to clip, which gives a grey picture.
     for key in ("clip_sample", "thresholding"):
         if values.get(key):
             log.warning(
                 "%s: %s in its noise schedule is not for models with an autoencoder, and is left out", label, key
             )
         complete[key] = False
-    # The pipelines' constructors set 1 whatever the file says: Stable Diffusion's timesteps begin at 1.
+    # The pipelines' constructors always set 1: Stable Diffusion's timesteps begin at 1.
     complete["steps_offset"] = 1
-    # DDIM's own default ends at no noise at all. Stable Diffusion was published to end at the first step of its
-    # schedule, which is also the default of PNDM, whose file most models have. The other classes know no such key.
+    # DDIM's own default ends without any noise. Stable Diffusion was published to end at the first step of its
+    # schedule. That is also the default of PNDM, the class of most models' files. Other classes lack this key.
     if "set_alpha_to_one" not in complete:
         complete["set_alpha_to_one"] = False
-    # Where a class has no such key, its schedule is as it was trained.
+    # A class without this key uses the schedule unscaled.
     complete.setdefault("rescale_betas_zero_snr", False)
     complete["_class_name"] = f"{short or 'DDIM'}Scheduler"
     return complete
 
 
 def for_sampler(complete: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A repaired noise schedule's configuration for the scheduler class called `name`."""
+    """A repaired configuration of a noise schedule, for the scheduler class `name`."""
     settings = dict(complete)
     saved, read = (text.removesuffix("Scheduler") for text in (complete["_class_name"], name))
-    # The spacing of timesteps belongs to the sampler. Evenly from end to end, as Euler and its kind have it, they lie
-    # further apart than the fixed step of these classes: 0.9 dB on the bundled model.
+    # The spacing of timesteps belongs to the sampler. Spread evenly from end to end, as for Euler and similar classes,
+    # timesteps are further apart than the fixed step of these classes: a loss of 0.9 dB on the bundled model.
     if read in _STEPS_EVENLY and saved not in _STEPS_EVENLY and complete.get("timestep_spacing") == "linspace":
         settings["timestep_spacing"] = "leading"
     return settings
@@ -117,7 +117,7 @@ def for_sampler(complete: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _defaults_of(short: str) -> dict[str, Any]:
     """The defaults of a scheduler class."""
     defaults = _defaults(getattr(diffusers, f"{short}Scheduler", diffusers.DDIMScheduler))
-    # Where torchsde is missing, diffusers has a stand-in for this class; its parameters are those of the other.
+    # Without torchsde, diffusers has only a placeholder for DPMSolverSDE; its real parameters equal those of KDPM2.
     return defaults if "beta_start" in defaults else _defaults(diffusers.KDPM2DiscreteScheduler)
 
 
@@ -137,7 +137,7 @@ def unet(values: Mapping[str, Any], label: str) -> dict[str, Any]:
     # Square sizes may be written as a pair.
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         complete["sample_size"] = size = size[0]
-    # The pipelines' constructors: before version 0.9 a wrong default was saved with models of 64.
+    # As in the pipelines' constructors: before version 0.9, models of size 64 were saved with a wrong default.
     if isinstance(size, int) and size < 64 and _before_0_9(values.get("_diffusers_version")):
         log.warning("%s: sample_size %s of a configuration before diffusers 0.9 stands for 64", label, size)
         complete["sample_size"] = 64
@@ -145,17 +145,17 @@ def unet(values: Mapping[str, Any], label: str) -> dict[str, Any]:
 
 
 def vae(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An autoencoder's configuration with the defaults of its class: old files leave out the scaling factor."""
+    """An autoencoder's configuration with the defaults of its class: old files lack the scaling factor."""
     return {**_defaults(diffusers.AutoencoderKL), **_own(values)}
 
 
 def text_encoder(values: Mapping[str, Any]) -> dict[str, Any]:
     """A CLIP text encoder's configuration with the defaults of its class.
 
-    Only what decides its layers is kept: further keys choose quantisers and attention kernels in transformers, which
-    may be code from elsewhere.
+    Only the keys that determine its layers are kept: further keys choose quantisers and attention kernels in
+    transformers, which may be foreign code.
     """
-    # As `CLIPTextConfig.from_pretrained`: the configuration of both halves of CLIP holds that of its text encoder.
+    # As in `CLIPTextConfig.from_pretrained`: the configuration of a whole CLIP contains that of its text encoder.
     inner = values.get("text_config")
     own = inner if values.get("model_type") == "clip" and isinstance(inner, dict) else values
     defaults = CLIPTextConfig().to_dict()
@@ -177,11 +177,11 @@ TEXT_KEYS = (
     "bos_token_id",
     "eos_token_id",
 )
-"""What decides a text encoder's layers."""
+"""Entries that determine a text encoder's layers."""
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that say what a network is; its class is checked elsewhere."""
+    """The keys of a configuration that describe the network; its class is checked elsewhere."""
     return {key: value for key, value in values.items() if not key.startswith("_") and key != "quantization_config"}
 
 

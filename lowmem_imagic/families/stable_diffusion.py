@@ -1,41 +1,51 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text conditioning, 4-channel latents, epsilon or v prediction.
+"""Stable Diffusion 1.x and 2.x: CLIP text conditioning, latents of 4 channels (or more), epsilon or v prediction.
 
-The only place that knows diffusers' and transformers' classes.
+Outside of `families` and `demo`, no code uses the classes of diffusers or transformers.
 """
 
-import inspect
 import logging
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast
 
-from ..errors import ConfigError, IncompleteModelError, NonFiniteModelError, PromptError
-from ..quantize import load_frozen
-from ..unexpected import first_line
+from ..edits.identity import BaseIdentity, Interface
+from ..errors import IncompleteModelError, PromptError
+from ..geometry import Size, Sizes
+from ..layers.adapter_pack import Factors
+from ..layers.frozen import load_frozen
+from ..unexpected import without_advice
 from . import kinds, limits, repairs
-from .checkpoint import SingleFile
-from .frugal_unet import make_frugal
-from .loading import build, check_fit, complete, fill, quiet, tensors_of, try_out
-from .rehearsal import rehearse
-from .schedule import alphas, read_schedule
-from .source import Folder
+from .adapter_names import KohyaNames
+from .conditioning import Conditioning, Part
+from .family import Denoiser
+from .files.checkpoint import SingleFile
+from .files.source import Folder
+from .lean_unet import make_lean
+from .loading import build, check_fit, complete, fill, tensors_of, try_out
+from .portable import portable
+from .schedule import DiscreteSchedule, read_schedule
 
 log = logging.getLogger(__name__)
 
+EMBEDS = "embeds"
+"""Name of the only part of a sentence's conditioning."""
 _FAMILIES = {768: "sd1", 1024: "sd2"}
-"""Family by width of the text conditioning; others are of the same make but another size."""
+"""Family by width of the text conditioning; other widths are models of the same architecture in another size."""
+AT_LATENTS = ("conv_in", "conv_out")
+"""The UNet's layers from and to the latents."""
+LEAST_PX = 256
+"""Shortest side of edited pictures, except for models trained on smaller pictures."""
 _FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
-"""Entries of a tokenizer's settings that would have it read another file."""
+"""Entries of a tokenizer's settings that make it read another file."""
 
 
 class StableDiffusion:
-    """The parts of one Stable Diffusion model, each loaded when asked for and owned by the caller.
+    """The parts of one Stable Diffusion model, each loaded on request and owned by the caller.
 
     Raises:
         WrongFamilyError: another kind of model (SDXL, inpainting, transformers).
@@ -44,7 +54,6 @@ class StableDiffusion:
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
-        self._tried: set[str] = set()
         self._folder = source if isinstance(source, Folder) else source.configuration
         kinds.check_pipeline(self._folder.config(".", "model_index.json"), self._folder.label)
         limits.check_side(self.unet_config["sample_size"], self.vae_factor, self._folder.label)
@@ -58,24 +67,24 @@ class StableDiffusion:
         _ = self.scheduler_config
 
     def _check_checkpoint(self, source: SingleFile) -> None:
-        """Makes sure that a single file is of the size and the scale that its configuration says.
+        """Checks that a single file's width and latent scale are those of its configuration.
 
         Raises:
-            IncompleteModelError: it is not.
+            IncompleteModelError: they are not.
         """
         if source.width != self.cross_attention_dim:
             raise IncompleteModelError(
                 f"{source.label} takes text of width {source.width}, but the configuration of {self._folder.label} "
                 f"says {self.cross_attention_dim}; give a model or a diffusers folder of the same family "
-                "(--model-config)"
+                "(`model_config`)"
             )
         factor = source.beside("scale_factor")
         if factor is not None and factor.numel() == 1 and abs(float(factor) / self._scaling - 1) > 0.01:
             raise IncompleteModelError(
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
-                f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (--model-config)"
+                f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (`model_config`)"
             )
-        # Stable Diffusion 2 is made without the last layer: its second from the end is the last that there is.
+        # Stable Diffusion 2 lacks its text encoder's last layer, so the second layer from the end is its last one.
         made_without_last = self.cross_attention_dim == 1024 and source.marks.clip_skip.endswith(" 2")
         if source.marks.clip_skip and not made_without_last:
             log.warning(
@@ -103,7 +112,7 @@ class StableDiffusion:
         values = self._folder.config("unet")
         kinds.check_class(values, "unet", self.source.label)
         complete_values = repairs.unet(values, self._folder.label)
-        kinds.check_unet(complete_values, self.source.label)
+        kinds.check_unet(complete_values, self.source.label, latent_channels=self.vae_config["latent_channels"])
         limits.check("unet", complete_values, self._folder.label)
         return complete_values
 
@@ -127,12 +136,12 @@ class StableDiffusion:
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """The noise schedule's configuration, complete and as the model's marks say."""
+        """The noise schedule's configuration, complete, with the model's marks applied."""
         return read_schedule(self.source, self._folder)
 
     @cached_property
     def family(self) -> str:
-        """``sd1``, ``sd2``, or ``sd-<width>`` for models of the same make and another size."""
+        """``sd1``, ``sd2``, or ``sd-<width>`` for models of the same architecture in another size."""
         return _FAMILIES.get(self.cross_attention_dim, f"sd-{self.cross_attention_dim}")
 
     @property
@@ -142,7 +151,7 @@ class StableDiffusion:
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts, one of `PREDICTION_TYPES`."""
+        """Prediction type of the UNet, one of `PREDICTION_TYPES`."""
         return str(self.scheduler_config["prediction_type"])
 
     @property
@@ -151,9 +160,14 @@ class StableDiffusion:
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     @property
-    def size_px(self) -> int:
-        """Side of the square pictures the model was made for."""
-        return int(self.unet_config["sample_size"]) * self.vae_factor
+    def sizes(self) -> Sizes:
+        """The square of the model's training, and sizes of at most as many pixels whose latents its UNet halves evenly.
+
+        A side has at least half of the square's, and at least `LEAST_PX`: a model for smaller pictures has its square.
+        """
+        side = int(self.unet_config["sample_size"]) * self.vae_factor
+        halvings = len(self.unet_config["block_out_channels"]) - 1
+        return Sizes((side, side), self.vae_factor * 2**halvings, max(side // 2, min(side, LEAST_PX)))
 
     @property
     def num_train_timesteps(self) -> int:
@@ -161,74 +175,34 @@ class StableDiffusion:
         return int(self.scheduler_config["num_train_timesteps"])
 
     @cached_property
-    def alpha_bar(self) -> Tensor:
-        """Cumulative product of alphas (num_train_timesteps,), fp32."""
-        return alphas(self.scheduler_config, self._folder.label)
+    def schedule(self) -> DiscreteSchedule:
+        """The noise schedule of the UNet's training."""
+        return DiscreteSchedule(self.scheduler_config, self._folder.label)
 
-    def inverse_scheduler(self) -> Any:
-        """diffusers' `DDIMInverseScheduler`, on this model's noise schedule at evenly spaced ("leading") timesteps."""
-        settings = {**self.scheduler_config, "timestep_spacing": "leading"}
-        with quiet():
-            return diffusers.DDIMInverseScheduler.from_config(settings)
+    @cached_property
+    def denoisers(self) -> Sequence[Denoiser]:
+        """The UNet, the only denoiser."""
+        return (UNet(self),)
 
-    def scheduler(self, name: str) -> Any:
-        """A diffusers scheduler by class name, with or without "Scheduler", on this model's noise schedule.
+    @property
+    def text(self) -> Mapping[str, Part]:
+        """The conditioning of a sentence: one tensor (T, D)."""
+        tokens = int(self.text_config["max_position_embeddings"])
+        return {EMBEDS: Part((tokens, self.cross_attention_dim), trained=True)}
 
-        Raises:
-            ConfigError: there is no such scheduler for this kind of model.
-        """
-        kind = getattr(diffusers, name if name.endswith("Scheduler") else name + "Scheduler", None)
-        # EDM's are for models that take log(sigma) for the time.
-        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles if not k.__name__.startswith("EDM")}
-        if not inspect.isclass(kind) or kind.__name__ not in compatible:
-            names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
-            raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
-        try:
-            with quiet():
-                return kind.from_config(repairs.for_sampler(self.scheduler_config, kind.__name__))  # type: ignore[attr-defined]
-        except ImportError as error:
-            raise ConfigError(
-                f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}"
-            ) from error
-        except Exception as error:
-            # Whatever diffusers raises for values it does not know.
-            raise IncompleteModelError(
-                f"{self._folder.label}: scheduler/scheduler_config.json cannot be used ({first_line(error)}); "
-                "download it again"
-            ) from error
-
-    def check_steps(self, name: str, steps: int) -> None:
-        """Makes sure that a scheduler can take this many steps, by taking them without a model.
-
-        Raises:
-            ConfigError: it cannot.
-            NonFiniteModelError: it makes NaN or infinity of right predictions.
-        """
-        if not math.isfinite(self.rehearsal(name, steps)):
-            raise NonFiniteModelError(
-                f"scheduler {name} makes NaN or infinity of the noise schedule of {self.source.label} in {steps} "
-                "steps; the model's scheduler configuration is unsuitable: choose another scheduler, or another model"
-            )
-
-    def rehearsal(self, name: str, steps: int) -> float:
-        """How far a scheduler ends from a picture when every prediction is right, see `rehearse`.
-
-        Raises:
-            ConfigError: it cannot take this many steps.
-        """
-        scheduler = self.scheduler(name)
-        try:
-            scheduler.set_timesteps(steps)
-            furthest = float(scheduler.timesteps.max())
-            if furthest >= self.num_train_timesteps:
-                raise ValueError(f"it begins at timestep {furthest:.0f} of {self.num_train_timesteps}")
-            return rehearse(scheduler, self.alpha_bar, self.prediction_type)
-        except Exception as error:
-            # From ValueError to IndexError; all mean the same to a user.
-            raise ConfigError(
-                f"num_inference_steps is {steps}, which scheduler {name} cannot take ({first_line(error)}); "
-                "take more or fewer, or another scheduler"
-            ) from error
+    @property
+    def identity(self) -> BaseIdentity:
+        """Identity of this base, with the hashes of its files."""
+        return BaseIdentity(
+            source=self.source.label,
+            revision=self.source.revision,
+            family=self.family,
+            interface=Interface(
+                text={EMBEDS: self.cross_attention_dim}, denoisers={self.denoisers[0].name: self.prediction_type}
+            ),
+            files=self.source.hashes,
+            labels=labels(self.family, self.prediction_type),
+        )
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizerFast:
@@ -240,18 +214,19 @@ class StableDiffusion:
                 f"{self._folder.label}: tokenizer/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
                 "remove that entry"
             )
-        with quiet(), complete(self._folder.label, "tokenizer"):
-            # Before transformers 5 the other class reads no tokenizer.json, which is all that later versions write.
+        with without_advice(), complete(self._folder.label, "tokenizer"):
+            # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
+            # versions write.
             tokenizer = CLIPTokenizerFast.from_pretrained(
                 self._folder.path, subfolder="tokenizer", local_files_only=True
             )
             longest, words = self.text_config["max_position_embeddings"], self.text_config["vocab_size"]
-            # transformers takes 1e30 where the configuration does not say.
+            # transformers sets 1e30 if the configuration has no value.
             if not (isinstance(tokenizer.model_max_length, int) and 3 <= tokenizer.model_max_length <= longest):
                 raise ValueError(f"model_max_length is {tokenizer.model_max_length}, expected 3 to {longest}")
             if max(tokenizer.get_vocab().values()) >= words:
                 raise ValueError(f"it has words beyond the {words} of the text encoder")
-            # Some settings are looked at only now.
+            # The library checks some settings only when it encodes.
             ids = _padded(tokenizer, ["a", ""])
             if ids.shape != (2, tokenizer.model_max_length):
                 raise ValueError(f"it gives ids of the shape {list(ids.shape)}")
@@ -259,7 +234,7 @@ class StableDiffusion:
             return tokenizer
 
     def load_unet(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen UNet with weights in the given format (`config.WEIGHT_FORMATS`), in eval mode.
+        """The frozen UNet with weights in a format of `settings.stages.WEIGHT_FORMATS`, in eval mode.
 
         On the meta device only its configuration is read, as for the other parts.
         """
@@ -271,52 +246,50 @@ class StableDiffusion:
             tensors = tensors_of(self.source, "unet", self.unet_config)
             check_fit(unet, tensors, f"{self._shown}: the UNet", self._folder.label)
         try:
-            load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype)
+            load_frozen(unet, tensors, weights=weights, device=device, dtype=dtype, in_float=AT_LATENTS)
         except ValueError as error:
             raise IncompleteModelError(f"{self._shown}: the UNet's {error}") from error
-        make_frugal(unet)
+        make_lean(unet)
         return unet
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The frozen CLIP text encoder."""
         return self._frozen("text_encoder", self.text_config, device, dtype)
 
-    def load_vae(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
-        """The frozen autoencoder; `tiling` makes it work in overlapping quarters: a fraction of the memory."""
+    def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> nn.Module:
+        """The frozen autoencoder; with `tiling` it works in overlapping quarters, in a fraction of the memory."""
         vae: Any = self._frozen("vae", self.vae_config, device, dtype)
+        if device.type == "cuda":
+            # cuDNN computes in this layout; from another one it would copy every tensor.
+            vae.to(memory_format=torch.channels_last)
         if tiling:
             vae.enable_tiling()
-            # diffusers' own tiles are of the size that the model was made for.
-            vae.tile_sample_min_size, vae.tile_latent_min_size = self.size_px // 2, self.latent_shape[1] // 2
+            # diffusers' own tiles have the size of a whole picture.
+            vae.tile_sample_min_size, vae.tile_latent_min_size = self.sizes.own[0] // 2, self.latent_shape[1] // 2
         return vae  # type: ignore[no-any-return]
 
     def _build(self, component: str, values: dict[str, Any]) -> nn.Module:
-        """A part on the meta device, which was tried once."""
-        if component not in self._tried:
-            try_out(component, values, self._folder.label, self.latent_shape[1])
-            self._tried.add(component)
+        """A part on the meta device; its configuration is tried out once."""
+        try_out(component, values, self._folder.label, self.latent_shape[1])
         return build(component, values, self._folder.label)
 
     @property
     def _shown(self) -> str:
-        """The base, for messages about its weights."""
+        """Name of the base in messages about its weights."""
         return self.source.path.name if isinstance(self.source, SingleFile) else self.source.label
 
     def _frozen(self, component: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
         part = self._build(component, values)
         if device.type == "meta":
-            return part.to(device, dtype).requires_grad_(False).eval()
+            with without_advice():
+                return part.to(device, dtype).requires_grad_(False).eval()
         tensors = tensors_of(self.source, component, values)
         names = check_fit(part, tensors, f"{self._shown}: the {component}", self._folder.label)
         fill(part, tensors, names, device, dtype)
         return part
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Token ids (B, T), and for each prompt the words that no longer fit ("" when all do).
-
-        Raises:
-            PromptError: a prompt with no words.
-        """
+        """Token ids (B, T), and for each prompt the words that do not fit ("" if all do)."""
         limit = self.tokenizer.model_max_length
         cut = []
         for prompt in prompts:
@@ -324,50 +297,139 @@ class StableDiffusion:
             cut.append(self.tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else "")
         return _padded(self.tokenizer, prompts), cut
 
+    @property
+    def sentence_tokens(self) -> int:
+        """Most tokens of a sentence that the text encoder reads, without the start and end tokens."""
+        return int(self.tokenizer.model_max_length) - 2
+
     def check_prompt(self, prompt: str) -> str:
-        """The words of `prompt` that do not fit into the text encoder ("" when all do).
+        """The words of `prompt` that do not fit into the text encoder ("" if all do).
 
         Raises:
-            PromptError: nothing to encode.
+            PromptError: there is nothing to encode.
         """
         if not prompt.strip():
             raise PromptError('the sentence is empty; say what the picture should show, such as "a blue cube"')
         return self.tokenize([prompt])[1][0]
 
     @torch.no_grad()
-    def encode_text(self, text_encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, T, D), fp32 on the CPU."""
-        ids, _ = self.tokenize(prompts)
-        device = next(text_encoder.parameters()).device
-        embeddings: Tensor = text_encoder(ids.to(device))[0]
-        return embeddings.float().cpu()
+    def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
+        """Text embeddings (B, T, D), on the encoder's device and in its type.
 
-    @torch.no_grad()
-    def encode_images(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """Latents (B, 4, H/f, W/f), fp32 on the CPU: the posterior's mean, scaled; images (B, 3, H, W) in [-1, 1]."""
-        first = next(vae.parameters())
-        parts = [vae.encode(image[None].to(first)).latent_dist.mean for image in images]  # type: ignore[operator]
-        return torch.cat(parts).float().cpu() * self._scaling
-
-    @torch.no_grad()
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], fp32 on the CPU, decoded one by one to bound memory.
-
-        Not finite where the autoencoder overflows in its type.
+        On the meta device the sentences are not read: each has the full length.
         """
-        first = next(vae.parameters())
-        parts = [vae.decode((z[None] / self._scaling).to(first)).sample for z in latents]  # type: ignore[operator]
-        # Clamping would hide an overflow to infinity, not one to NaN.
-        images = torch.cat(parts).float().cpu()
+        device = next(encoder.parameters()).device
+        if device.type == "meta":
+            ids = torch.empty(len(sentences), self.text[EMBEDS].shape[0], dtype=torch.int64, device=device)
+        else:
+            ids = self.tokenize(sentences)[0].to(device)
+        embeddings: Tensor = encoder(ids)[0]
+        return Conditioning({EMBEDS: embeddings})
+
+    @torch.no_grad()
+    def encode(self, codec: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+        """Latents (B, 4, H/f, W/f) in fp32: the posterior's mean, scaled; pictures (B, 3, H, W) in [-1, 1]."""
+        first = next(codec.parameters())
+        parts = [codec.encode(_laid_out(x[None], first)).latent_dist.mean for x in pictures]  # type: ignore[operator]
+        return {self.denoisers[0].name: torch.cat(parts).float() * self._scaling}
+
+    @torch.no_grad()
+    def decode(self, codec: nn.Module, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], in fp32, decoded one by one to limit memory.
+
+        Not finite if the autoencoder overflows in its type.
+        """
+        first = next(codec.parameters())
+        parts = [codec.decode(_laid_out(z[None] / self._scaling, first)).sample for z in latents]  # type: ignore[operator]
+        # Clamping would hide an overflow to infinity, so infinite values stay.
+        images = torch.cat(parts).float()
         return images.where(~images.isfinite(), images.clamp(-1, 1))
+
+    def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
+        """Empty: the UNet takes only the text."""
+        return Conditioning({})
 
     @property
     def _scaling(self) -> float:
         return float(self.vae_config["scaling_factor"])
 
 
+def labels(family: str, prediction_type: str) -> dict[str, str]:
+    """Header entries of edit files that tell ComfyUI, Forge and sd-scripts the kind of a base; see `LABELS`.
+
+    Empty for families that none of them knows.
+    """
+    if family not in _FAMILIES.values():
+        return {}
+    is_v, is_sd2 = prediction_type == "v_prediction", family == _FAMILIES[1024]
+    sd2 = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
+    return {
+        "modelspec.architecture": f"{sd2 if is_sd2 else 'stable-diffusion-v1'}/lora",
+        "ss_base_model_version": ("sd_v2" if is_sd2 else "sd_v1") + ("_v" if is_v else ""),
+        "ss_v2": str(is_sd2),
+    }
+
+
+class UNet:
+    """The UNet of a Stable Diffusion 1 or 2, as a `Denoiser`."""
+
+    name = "unet"
+    title = "UNet"
+    extra: Mapping[str, Part] = {}
+    names = KohyaNames()
+    guided = True
+
+    def __init__(self, family: StableDiffusion) -> None:
+        self._family = family
+
+    @property
+    def schedule(self) -> DiscreteSchedule:
+        """The noise schedule of its training."""
+        return self._family.schedule
+
+    def shape(self, size: Size) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of this size."""
+        factor = self._family.vae_factor
+        return self._family.latent_shape[0], size[1] // factor, size[0] // factor
+
+    def load(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen UNet."""
+        return self._family.load_unet(weights=weights, device=device, dtype=dtype)
+
+    def use_xformers(self, network: nn.Module) -> None:
+        """Switches the UNet's attention to xformers; the caller has checked that it runs.
+
+        diffusers' own switch is not used: it always tries xformers on the first GPU and in fp32.
+        """
+        for module in network.modules():
+            if isinstance(module, Attention):
+                module.set_processor(XFormersAttnProcessor())
+
+    def recompute(self, network: nn.Module, on: bool) -> None:
+        """Switches gradient checkpointing on or off."""
+        unet: Any = network
+        (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
+
+    def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
+        """The adapter in the form for other programs, see `families.portable`."""
+        return portable(adapter, network)
+
+    def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """The UNet's prediction, computed in channels-last layout, as cuDNN prefers."""
+        noisy = x.to(memory_format=torch.channels_last)
+        prediction: Tensor = network(noisy, at, encoder_hidden_states=given[EMBEDS]).sample
+        return prediction
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """A batch on the device of a part and in its type; on a GPU in cuDNN's layout (channels-last)."""
+    if like.device.type == "cuda":
+        return x.to(like.device, like.dtype, memory_format=torch.channels_last)
+    return x.to(like)
+
+
 def _padded(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, T) at the full length of the text encoder."""
+    """Token ids (B, T), padded to the full length of the text encoder."""
     encoded = tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )

@@ -1,0 +1,151 @@
+"""The doctor: versions, devices, memory, the paths that a run would take, and plans for cards."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..engine.base import pick_device, pick_dtype, resolve_attention
+from ..errors import ConfigError, MemoryLimitError
+from ..families import load_architecture
+from ..layers.frozen import FrozenLinear8bit, Int8Conv2d
+from ..pipeline.versions import versions
+from ..planning.costs import Costs
+from ..planning.plan import CUDA_CONTEXT_BYTES, plan
+from ..settings.stages import EditConfig
+from ..settings.text import parse_bytes
+
+MANY = 40
+"""Photos of a plan for many: more than any pack has slots."""
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Findings by topic, as plain values."""
+    device = pick_device("auto")
+    dtype = str(pick_dtype(device, "int8")).removeprefix("torch.")
+    return {
+        "versions": versions(),
+        "device": {"used by default": str(device), "compute type": dtype, **_memory(device)},
+        "8-bit": {
+            "linear layers": _tried(_linear_error, device),
+            "convolutions": _tried(_convolution_error, device),
+            "optimiser": "Adam in fp32 over the adapters alone",
+        },
+        "attention": {
+            "used by default": resolve_attention("auto", device),
+            "xformers": versions().get("xformers", "not installed"),
+        },
+    }
+
+
+def plans(
+    model: str, amounts: Sequence[str], config: EditConfig, *, size_px: int | None = None
+) -> list[dict[str, Any]]:
+    """Plans for graphics cards of these amounts of memory, for one photo and for many, as plain values.
+
+    Nothing is downloaded for a model with a short name, and no weight is read.
+
+    Args:
+        model: name of a base model.
+        amounts: such as ``8GB``.
+        config: settings of all stages.
+        size_px: side of the pictures; None for the model's own.
+
+    Raises:
+        ConfigError: an amount or a size that is none.
+        ModelError: no such model.
+    """
+    budgets = [parse_bytes(amount) for amount in amounts]
+    family = load_architecture(model)
+    multiple = family.sizes.multiple
+    if size_px is not None and (size_px < multiple or size_px % multiple):
+        raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
+    size = (size_px, size_px) if size_px else None
+    costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size=size)
+    found = []
+    for amount, budget in zip(amounts, budgets, strict=True):
+        for photos in (1, MANY):
+            line: dict[str, Any] = {"vram": amount, "photos": photos, "plan": None, "reason": ""}
+            try:
+                line["plan"] = plan(
+                    costs, config, budget_bytes=budget, jobs=photos, beside=photos > 1, context_bytes=CUDA_CONTEXT_BYTES
+                ).as_json()
+            except MemoryLimitError as error:
+                line["reason"] = str(error)
+            found.append(line)
+    return found
+
+
+def plan_table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of a table of `plans`."""
+    phases = ("encode", "embed", "finetune", "sample", "decode")
+    head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles", "text encoder")
+    rows = [(*head, *(f"{name} GB" for name in phases))]
+    for line in found:
+        made, photos = line["plan"], "1" if line["photos"] == 1 else "many"
+        if made is None:
+            yield f"{line['vram']}, {photos} photos: {line['reason']}"
+            continue
+        switches = (
+            "on" if made["checkpointing"] else "off",
+            str(made["batch_rows"]),
+            "on" if made["vae_tiling"] else "off",
+            "CPU" if made["text_on_cpu"] else "GPU",
+        )
+        totals = (f"{made['phases'][name]['total'] / 1e9:.2f}" for name in phases)
+        rows.append((line["vram"], photos, str(made["slots"]), str(made["rows"]), *switches, *totals))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if len(rows) > 1 else ():
+        yield "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))
+
+
+def _tried(error_of: Callable[[torch.device], float], device: torch.device) -> str:
+    """The error of a small 8-bit layer on this device, forward and backward."""
+    try:
+        error = error_of(device)
+    except Exception as reason:  # of a library or a driver: this is where a user looks for it
+        return f"int8 weights FAIL on {device}: {type(reason).__name__}: {str(reason).splitlines()[0][:160]}"
+    return f"int8 weights work on {device} (tried: {100 * error:.1f} % from exact)"
+
+
+def _linear_error(device: torch.device) -> float:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 96, generator=generator), torch.randn(32, 96, generator=generator)
+    layer = FrozenLinear8bit.from_weights(weight, None, device)
+    return _error(layer, x.to(device), F.linear(x, weight))
+
+
+def _convolution_error(device: torch.device) -> float:
+    generator = torch.Generator().manual_seed(0)
+    exact = nn.Conv2d(16, 24, 3, padding=1, bias=False)
+    weight, x = torch.randn(exact.weight.shape, generator=generator), torch.randn(2, 16, 8, 8, generator=generator)
+    layer = Int8Conv2d.from_weights(exact, weight, None, device)
+    return _error(layer, x.to(device), F.conv2d(x, weight, padding=1))
+
+
+def _error(layer: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error of a layer's output; its backward pass is run as well."""
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert x.grad is not None
+    return float((y.detach().cpu() - expected).norm() / expected.norm())
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"CPU cores": os.cpu_count(), "torch threads": torch.get_num_threads()}
+    try:
+        found["RAM"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (ValueError, OSError, AttributeError):
+        found["RAM"] = "unknown"
+    found["disk free here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found["GPU"] = torch.cuda.get_device_name(device)
+        found["GPU memory"] = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    else:
+        found["GPU"] = "none that torch can use"
+    return found

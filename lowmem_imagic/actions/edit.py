@@ -1,0 +1,262 @@
+"""The work of the commands `edit`, `train` and `sample`."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..edits import file as edit_file
+from ..edits.edit import Edit
+from ..engine.base import BaseModel
+from ..engine.memory import Meter
+from ..errors import ConfigError, LowmemImagicError, OutputError
+from ..pictures import Photo, load_photo
+from ..pipeline.make import make_edits
+from ..pipeline.prepare import Job
+from ..pipeline.versions import versions
+from ..planning.plan import Budget, Plan, plan_for, planned
+from ..settings.stages import EditConfig
+from ..settings.text import BaseOptions, check_suggestable
+from ..storage.file_names import safe_stem
+from ..storage.writable import check_target
+from .console import Console
+from .render import check_sentences, load_base, open_edit, render, sampling_of
+from .result_folder import ResultFolder, rescue
+
+
+def edit(
+    photo: Path,
+    sentence: str,
+    config: EditConfig,
+    options: BaseOptions,
+    *,
+    out: Path | None,
+    vram: str | None,
+    background: str,
+    suggest: bool,
+    cover: bool,
+    force: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Trains and renders an edit into a folder, and returns the report."""
+    started = time.perf_counter()
+    if suggest:
+        check_suggestable(config.sample)
+    source = load_photo(photo, background=background)
+    folder = ResultFolder.prepare(out or Path(_default_name(source, sentence)), overwrite=force)
+    base = open_base(options, console, [sentence, config.sample.negative_prompt])
+    budget = Budget.of(base.device, vram)
+    config, plan = fit_memory(base, config, budget, console)
+    loaded_s = time.perf_counter() - started
+    meter = Meter(base.device)
+    with planned(base, plan, budget):
+        made = _train(base, source, sentence, config, plan, meter, console)
+        name = f"{_default_name(source, sentence)}.safetensors"
+        report = finished_edit(base, folder, name, made, source, config, plan, meter, console, suggest=suggest)
+    if cover:
+        report["cover"] = folder.write_cover(Path(name).with_suffix(".png").name, _cover_of(report, config))
+    report["seconds"] = {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)}
+    return _finish(folder, report)
+
+
+def _cover_of(report: Mapping[str, Any], config: EditConfig) -> str:
+    """The picture that shows an edit best: of the first seed, at the largest eta up to 1."""
+    etas = config.sample.etas
+    shown = max((eta for eta in etas if eta <= 1), default=min(etas))
+    return str(report["pictures"][etas.index(shown)])
+
+
+def finished_edit(
+    base: BaseModel,
+    folder: ResultFolder,
+    name: str,
+    made: Edit,
+    photo: Photo,
+    config: EditConfig,
+    plan: Plan | None,
+    meter: Meter,
+    console: Console,
+    *,
+    suggest: bool = False,
+) -> dict[str, Any]:
+    """Writes a finished edit as `name` and its pictures into a folder, and returns the report, still to be written."""
+    edit_path = _write_edit(folder, name, made)
+    try:
+        report = render(
+            base, made, made.target_prompt, config.sample, folder, meter, console, photo=photo, suggest=suggest
+        )
+    except (KeyboardInterrupt, LowmemImagicError, MemoryError):
+        console.say(f"the edit itself is finished; render it with: lowmem-imagic sample {edit_path}", always=True)
+        raise
+    return report | {
+        "edit_file": name,
+        "edit_bytes": edit_path.stat().st_size,
+        "photo_notes": list(photo.notes),
+        "settings": config.to_dict(),
+        "result": made.settings["result"],
+        "plan": plan and plan.as_json(),
+        **_facts(base, meter, console),
+    }
+
+
+def train(
+    photo: Path,
+    sentence: str,
+    config: EditConfig,
+    options: BaseOptions,
+    *,
+    out: Path | None,
+    vram: str | None,
+    background: str,
+    force: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Trains an edit into a file, and returns the report."""
+    started = time.perf_counter()
+    source = load_photo(photo, background=background)
+    path = out or Path(f"{_default_name(source, sentence)}.safetensors")
+    if os.path.isdir(path):
+        path = path / f"{_default_name(source, sentence)}.safetensors"
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"`out` is {path}, expected a name ending in .safetensors")
+    check_target(path, overwrite=force)
+    base = open_base(options, console, [sentence])
+    budget = Budget.of(base.device, vram)
+    config, plan = fit_memory(base, config, budget, console)
+    meter = Meter(base.device)
+    with planned(base, plan, budget):
+        made = _train(base, source, sentence, config, plan, meter, console)
+    _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
+    return {
+        "edit_file": path.name,
+        "edit_bytes": path.stat().st_size,
+        "model": base.name,
+        "plan": plan and plan.as_json(),
+        "rungs": base.fallbacks,
+        "stages": meter.stages,
+        "seconds": {"total": round(time.perf_counter() - started, 3)},
+        "warnings": console.warnings,
+        "summary": [f"{path}: {path.stat().st_size / 1000:.0f} kB, {time.perf_counter() - started:.0f} s"],
+    }
+
+
+def sample(
+    path: Path,
+    overrides: Mapping[str, Any],
+    options: BaseOptions,
+    *,
+    prompt: str | None,
+    out: Path | None,
+    suggest: bool,
+    force: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Renders an edit file into a folder, and returns the report; with `prompt`, under that sentence instead."""
+    started = time.perf_counter()
+    opened = edit_file.read(path)
+    config = sampling_of(opened, overrides)
+    if suggest:
+        check_suggestable(config)
+    folder = ResultFolder.prepare(out or Path(safe_stem(path.stem) + "-samples"), overwrite=force)
+    base, sentence = open_edit(opened, options, config, prompt, console)
+    meter = Meter(base.device)
+    report = render(base, opened, sentence, config, folder, meter, console, photo=None, suggest=suggest)
+    report |= {
+        "edit_file": path.name,
+        "seconds": {"total": round(time.perf_counter() - started, 3)},
+        "settings": {"sample": config.__dict__},
+        **_facts(base, meter, console),
+    }
+    return _finish(folder, report)
+
+
+def _default_name(photo: Photo, sentence: str) -> str:
+    return safe_stem(f"{photo.name} {sentence}")
+
+
+def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> BaseModel:
+    """The base, with the sentences checked against its text encoder."""
+    if options.model is None:
+        console.say(
+            "using the bundled model, which knows only its own little world of solids on floors; "
+            "for real photos name one, e.g. `model=sd15`"
+        )
+    base = load_base(options)
+    console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
+    check_sentences(base, sentences, console)
+    return base
+
+
+def fit_memory(
+    base: BaseModel,
+    config: EditConfig,
+    budget: Budget | None,
+    console: Console,
+    *,
+    jobs: int = 1,
+    beside: bool = False,
+) -> tuple[EditConfig, Plan | None]:
+    """The settings within a budget, and the plan to follow (see `planning.plan`); None where nothing limits it."""
+    plan = plan_for(base, config, budget, jobs=jobs, beside=beside)
+    if plan is None:
+        return config, None
+    console.say(f"plan for {plan.budget_bytes / 1e9:.2f} GB: {plan}")
+    return replace(config, sample=replace(config.sample, batch_rows=plan.batch_rows)), plan
+
+
+def _train(
+    base: BaseModel,
+    photo: Photo,
+    sentence: str,
+    config: EditConfig,
+    plan: Plan | None,
+    meter: Meter,
+    console: Console,
+) -> Edit:
+    max_rows = None if plan is None else plan.rows
+    for note in photo.notes:
+        console.say(f"photo: {note}")
+    try:
+        [made] = make_edits(
+            base, [Job(photo, sentence)], config, max_rows=max_rows, progress=console.progress, meter=meter
+        )
+        return made
+    finally:
+        console.close()
+
+
+def _write_edit(folder: ResultFolder, name: str, made: Edit) -> Path:
+    """Writes the edit first of all: it is what took the time."""
+    data = edit_file.encode(made)
+    try:
+        return folder.write(name, data)
+    except OutputError as error:
+        raise rescue(name, data, error) from error
+
+
+def _facts(base: BaseModel, meter: Meter, console: Console) -> dict[str, Any]:
+    """The report's part on the run."""
+    return {
+        "model": base.name,
+        "device": str(base.device),
+        "base_weights": base.weights,
+        "attention": base.attention,
+        "checkpointing": base.checkpointing,
+        "rungs": base.fallbacks,
+        "stages": meter.stages,
+        "versions": versions(),
+        "warnings": console.warnings,
+    }
+
+
+def _finish(folder: ResultFolder, report: dict[str, Any]) -> dict[str, Any]:
+    """Writes the report, and adds what is said of it."""
+    folder.write_report(report)
+    seconds = report["seconds"]["total"]
+    report["files"] = list(folder.files)
+    report["summary"] = [f"{folder.path}: {len(report['pictures'])} pictures, sheet.png, report.json ({seconds:.0f} s)"]
+    if "edit_bytes" in report:
+        report["summary"].append(f"edit file: {report['edit_file']} ({report['edit_bytes'] / 1000:.0f} kB)")
+    return report

@@ -1,0 +1,181 @@
+"""A sheet of one edit over any two of eta, strength, seed and guidance: every picture in as few batches as fit."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..edits import file as edit_file
+from ..engine.memory import Meter
+from ..errors import ConfigError
+from ..pictures import Photo, load_photo
+from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
+from ..sampling.sample import Cell
+from ..settings.stages import SampleConfig, strength_text
+from ..settings.text import BaseOptions
+from ..storage.atomic import write_bytes
+from ..storage.file_names import safe_stem
+from ..storage.writable import check_target
+from .console import Console
+from .render import footer_of, open_edit, parameters_of, pictures_of, sampling_of
+from .result_folder import generation_parameters
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "eta": (0.4, 0.6, 0.8, 1.0),
+    "strength": (0.5, 0.75, 1.0, 1.25),
+    "seed": (0, 1, 2, 3),
+    "guidance": (1.0, 3.0, 5.0, 7.5),
+}
+"""Names of what may vary along rows and columns, with their default values."""
+
+_NEUTRAL = {"eta": 1.0, "strength": 1.0, "seed": 0, "guidance": None}
+"""The value of what is no axis; None is the guidance the edit was made with."""
+
+
+def sheet(
+    path: Path,
+    rows: str,
+    columns: str,
+    values: Mapping[str, Sequence[Any]],
+    overrides: Mapping[str, Any],
+    options: BaseOptions,
+    *,
+    prompt: str | None,
+    photo: Path | None,
+    out: Path | None,
+    force: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Renders an edit file onto one labelled sheet, and returns the report.
+
+    Every row begins with what its pictures are to be compared with: the photo (where it is given), the sentence
+    without the adapter, and the reconstruction (eta 0).
+
+    Args:
+        path: the edit file.
+        rows, columns: two different keys of `AXES`.
+        values: of each axis, the values to show; of what is no axis, at most one.
+        overrides: other sampling settings.
+        options: the base.
+        prompt: a sentence instead of the edit's own.
+        photo: the edit's photo, which the file does not hold.
+        out: the PNG to write.
+        force: replace it if it is there.
+        console: remarks and progress.
+    """
+    started = time.perf_counter()
+    opened = edit_file.read(path)
+    config = sampling_of(opened, overrides)
+    points = _points(rows, columns, values)
+    _check_ranges(config, points)
+    target = out or Path(safe_stem(path.stem) + "-sheet.png")
+    if target.suffix.lower() != ".png":
+        raise ConfigError(f"`out` is {target}, expected a name ending in .png")
+    check_target(target, overwrite=force)
+    source = None if photo is None else _photo_of(photo, opened.source.sha256, console)
+    base, sentence = open_edit(opened, options, config, prompt, console)
+    meter = Meter(base.device)
+
+    fixed = {name: values[0] for name, values in points.items() if name not in (rows, columns)}
+    neutral = {**_NEUTRAL, "seed": points["seed"][0], **fixed}
+    grid = [[_cell(**{**fixed, rows: down, columns: across}) for across in points[columns]] for down in points[rows]]
+    first = []
+    for down in points[rows]:
+        place = {**neutral, rows: down}
+        first.append((_cell(**{**place, "eta": 1.0, "strength": 0.0}), _cell(**{**place, "eta": 0.0})))
+    wanted = [cell for row, before in zip(grid, first, strict=True) for cell in (*before, *row)]
+    rendered = pictures_of(base, opened, sentence, wanted, config, meter, console)
+    shown = [] if source is None else [("photo", source.image)]
+    cells = []
+    for down, row, (alone, reconstruction) in zip(points[rows], grid, first, strict=True):
+        label = f"{rows} {strength_text(down)}"
+        without = "no adapter" if rows == "strength" else f"no adapter, {label}"
+        cells += [*shown, (without, rendered[alone].preview())]
+        cells.append((f"reconstruction, {label}", rendered[reconstruction].preview()))
+        for across, cell in zip(points[columns], row, strict=True):
+            cells.append((f"{label}, {columns} {strength_text(across)}", rendered[cell].preview()))
+    stated = {name: value for name, value in fixed.items() if value is not None}
+    shared = ", ".join(f"{name} {strength_text(value)}" for name, value in stated.items())
+    picture = contact_sheet(
+        cells,
+        columns=len(shown) + 2 + len(points[columns]),
+        title=sentence,
+        footer=f"{shared} | {footer_of(base, opened, config, {rows, columns, *stated})}",
+        cell_px=192,
+    )
+    parameters = generation_parameters(grid[0][0], parameters_of(opened, sentence, config))
+    write_bytes(
+        target,
+        encode_png(picture, text={"parameters": parameters, "Software": "lowmem-imagic", "Title": SHEET_TITLE}),
+        overwrite=force,
+    )
+    seconds = round(time.perf_counter() - started, 3)
+    return {
+        "edit_file": path.name,
+        "sheet": target.name,
+        "sentence": sentence,
+        "rows": {rows: list(points[rows])},
+        "columns": {columns: list(points[columns])},
+        "model": base.name,
+        "stages": meter.stages,
+        "seconds": {"total": seconds},
+        "warnings": console.warnings,
+        "summary": [f"{target}: {len(points[rows])} x {len(points[columns])} pictures ({seconds:.0f} s)"],
+    }
+
+
+def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+    """The values of each of `AXES`: those given, else the usual ones of an axis, else the neutral one.
+
+    Raises:
+        ConfigError: no such axis, twice the same, several values of what is no axis.
+    """
+    problems = [
+        f"{side} is {name!r}, expected one of {', '.join(AXES)}"
+        for side, name in (("rows", rows), ("columns", columns))
+        if name not in AXES
+    ]
+    if rows == columns:
+        problems.append(f"rows and columns are both {rows!r}, expected two different ones of {', '.join(AXES)}")
+    for name, given in values.items():
+        if not given:
+            problems.append(f"{name} is empty, expected at least one number")
+        if name not in (rows, columns) and len(given) > 1:
+            problems.append(f"{name} has {len(given)} values and is neither rows nor columns; give one, or name it")
+    if problems:
+        raise ConfigError(problems)
+    usual = {name: AXES[name] if name in (rows, columns) else (_NEUTRAL[name],) for name in AXES}
+    return {name: tuple(values.get(name, usual[name])) for name in AXES}
+
+
+def _check_ranges(config: SampleConfig, points: Mapping[str, Sequence[Any]]) -> None:
+    """Makes sure that every value of every axis is one that sampling takes; all problems at once.
+
+    Raises:
+        ConfigError: with what is out of range.
+    """
+    problems: list[str] = []
+    tried: list[dict[str, Any]] = [{"etas": points["eta"]}, {"seeds": points["seed"]}]
+    tried += [{"strength": value} for value in points["strength"]]
+    tried += [{"guidance_scale": value} for value in points["guidance"] if value is not None]
+    for settings in tried:
+        try:
+            replace(config, **settings)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def _cell(**place: Any) -> Cell:
+    """The cell at a place given by its value on each of `AXES`."""
+    return Cell(0, place["eta"], place["seed"], place["strength"], place["guidance"])
+
+
+def _photo_of(path: Path, sha256: str, console: Console) -> Photo:
+    """The photo to show; a warning where it is not the one the edit was made from."""
+    photo = load_photo(path)
+    if photo.sha256 != sha256:
+        console.warn(f"{path} is not the file this edit was made from (its bytes differ)")
+    return photo

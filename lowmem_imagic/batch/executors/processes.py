@@ -1,0 +1,228 @@
+"""Several processes on one folder, one for each GPU: each is a separate run, and they share the work by the ledger.
+
+A crash ends one process, not the others, and the process is started again. The processes stop in an orderly way when
+the pipe to their standard input closes, also if this process is killed.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import IO, Any
+
+from ...actions.console import Console
+from ...errors import ConfigError, LowmemImagicError
+from ..ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Snapshot, snapshot
+from ..ledger.owner import is_stopped
+from ..manifest import BadItem, Summary
+from ..stopping import Stop
+
+MAX_STARTS = 4
+"""Most starts of a process that keeps crashing."""
+_PROGRAM = "lowmem_imagic.batch.run_one"
+_POLL_S = 0.5
+_PAUSES = 20
+"""Least pause between two reads of the ledger, as a multiple of the time of a read."""
+
+
+class _Process:
+    """One of the processes, started again when it crashes."""
+
+    def __init__(
+        self, request: Mapping[str, Any], retry: Sequence[str], environment: Mapping[str, str], console: Console
+    ) -> None:
+        self._console = console
+        self._order = json.dumps({"request": request, "retry": list(retry)}) + "\n"
+        self._environment = {**os.environ, **environment}
+        self._starts, self._given_up, self._suspended = 0, False, False
+        self._opened = contextlib.ExitStack()
+        self.result: dict[str, Any] | None = None
+        """Its last line."""
+        self._start()
+
+    def _start(self) -> None:
+        self._starts += 1
+        self._opened.close()
+        # A file: a pipe would fill up, as it is not read while the process works.
+        self._said: IO[bytes] = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        self._process = subprocess.Popen(
+            (sys.executable, "-m", _PROGRAM),
+            stdin=subprocess.PIPE,
+            stdout=self._said,
+            env=self._environment,
+            # Ctrl-C must reach this process alone, which passes it on.
+            start_new_session=True,
+        )
+        self._opened.callback(self._close_pipe)
+        with contextlib.suppress(OSError):
+            self._pipe.write(self._order.encode())
+            self._pipe.flush()
+
+    @property
+    def _pipe(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def poll(self, *, again: bool) -> bool:
+        """Whether the process is running; with `again`, a crashed process is started again."""
+        if self._process.poll() is None:
+            return True
+        if self.result is None:
+            self._said.seek(0)
+            lines = self._said.read().decode(errors="replace").splitlines()
+            with contextlib.suppress(IndexError, ValueError):
+                self.result = json.loads(lines[-1])
+        if self.result is None and again:
+            code = self._process.returncode
+            how = f"process {self._process.pid} of the batch ended without a word ({_end_of(code)})"
+            if self._starts < MAX_STARTS:
+                self._console.warn(f"{how}; it is started again and goes on with the missing items")
+                self._start()
+                return True
+            if not self._given_up:
+                self._console.warn(f"{how}, the last of {MAX_STARTS} starts")
+                self._given_up = True
+        return False
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the process is suspended, as after SIGSTOP; warns when that begins."""
+        before, self._suspended = self._suspended, self._process.poll() is None and is_stopped(self._process.pid)
+        if self._suspended and not before:
+            after = f"others take its items over after {LEASE_S:.0f} s"
+            self._console.warn(f"process {self._process.pid} of the batch is suspended; {after}")
+        return self._suspended
+
+    def ask_to_stop(self) -> None:
+        """Asks the process to stop in an orderly way."""
+        self._close_pipe()
+
+    def kill(self) -> None:
+        """Kills the process; each of its files is complete or missing."""
+        self._process.kill()
+        self._process.wait()
+        self._opened.close()
+
+    def _close_pipe(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+
+
+def run_in_processes(
+    request: Mapping[str, Any],
+    environments: Sequence[Mapping[str, str]],
+    ledger: Path,
+    console: Console,
+    stop: Stop,
+    *,
+    retry: Sequence[str],
+) -> Summary:
+    """Runs a batch in one process for each environment; returns a summary.
+
+    Args:
+        request: a `request.Request` as plain values.
+        environments: additional environment variables of each process.
+        ledger: path of the shared ledger.
+        console: shows progress.
+        stop: ends the run when asked; the processes save their training states first.
+        retry: kinds of failure to try again.
+
+    Raises:
+        LowmemImagicError: a process could not go on; the message is that process's.
+        KeyboardInterrupt: `stop` was asked for.
+    """
+    before = {entry.job for entry in _entries(snapshot(ledger)) if entry.state == DONE}
+    processes: list[_Process] = []
+    # Earlier failures are reported again, as in a run of one process.
+    asked, told = False, set(before)
+    try:
+        processes += (_Process(request, retry, environment, console) for environment in environments)
+        while at_work := [process for process in processes if process.poll(again=not stop.asked)]:
+            if stop.asked and not asked:
+                asked = True
+                for process in processes:
+                    process.ask_to_stop()
+            started = time.perf_counter()
+            if (seen := snapshot(ledger)) is not None:
+                told |= _tell(seen, told, console)
+                _show(seen, console)
+            # All running processes are suspended: end if the finished ones have made every item.
+            idle = all([process.suspended for process in at_work]) and len(at_work) < len(processes)
+            if idle and not any(entry.state in (WAITING, RUNNING) for entry in _entries(seen)):
+                break
+            # A ledger with very many items is read less often.
+            time.sleep(max(_POLL_S, _PAUSES * (time.perf_counter() - started)))
+    finally:
+        for process in processes:
+            process.kill()
+        console.close()
+    stop.check()
+    entries = _entries(snapshot(ledger))
+    results = [process.result for process in processes]
+    errors = [result["error"] for result in results if result and "error" in result]
+    if errors or not any(results):
+        kind = ConfigError if any(result and result.get("usage") for result in results) else LowmemImagicError
+        raise kind(
+            errors[0]
+            if errors
+            else "every process of the batch crashed; see their messages above. Run the same command again for the rest"
+        )
+    return Summary(
+        len(entries),
+        done=[entry.name for entry in entries if entry.state == DONE and entry.job not in before],
+        before=[entry.name for entry in entries if entry.state == DONE and entry.job in before],
+        failed=[BadItem(e.place, e.name, e.error or "") for e in entries if e.state == FAILED],
+    )
+
+
+def _end_of(code: int) -> str:
+    """The end of a process, as text for people."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _entries(seen: Snapshot | None) -> tuple[Entry, ...]:
+    return () if seen is None else seen.entries
+
+
+def _tell(seen: Snapshot, told: Set[str], console: Console) -> set[str]:
+    """Reports newly finished and failed items; returns their jobs."""
+    new = [entry for entry in seen.entries if entry.state in (DONE, FAILED) and entry.job not in told]
+    for entry in new:
+        if entry.state == DONE:
+            console.say(f"{entry.name}: done")
+        else:
+            console.warn(f"{entry.place}{f' ({entry.name})' if entry.name else ''}: {entry.error}")
+    return {entry.job for entry in new}
+
+
+def _show(seen: Snapshot, console: Console) -> None:
+    """Shows the common progress of all processes."""
+    total = sum(entry.steps for entry in seen.entries)
+    ended = sum(entry.steps for entry in seen.entries if entry.state in (DONE, FAILED))
+    count = {state: sum(entry.state == state for entry in seen.entries) for state in (WAITING, RUNNING, DONE, FAILED)}
+    slots = sum(runner.slots for runner in seen.runners)
+    waiting = count[WAITING] + max(0, count[RUNNING] - slots)
+    failed = f", {count[FAILED]} failed" if count[FAILED] else ""
+    if total:
+        step = min(total, ended + sum(runner.training for runner in seen.runners))
+        console.progress("train", step, total, f"{count[DONE]} done, {slots} in slots, {waiting} waiting{failed}")
+
+
+def gpu_environments(count: int, gpus: int) -> Iterator[dict[str, str]]:
+    """Yields the environment of each process: one of this process's visible GPUs in turn, so some may share one."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = visible[:gpus] or [str(number) for number in range(gpus)]
+    for number in range(count):
+        yield {"CUDA_VISIBLE_DEVICES": names[number % len(names)]}
+
+
+def cpu_environments(count: int) -> Iterator[dict[str, str]]:
+    """Yields the environment of each process: its share of the CPU cores."""
+    threads = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]) // count)
+    for _ in range(count):
+        yield {"OMP_NUM_THREADS": str(threads)}

@@ -1,0 +1,93 @@
+"""The Ray actor, which runs on the machines of the cluster."""
+
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...actions.console import Silent
+from ...unexpected import quiet_libraries
+from ..attempts import Attempts
+from ..ledger.owner import Owner
+from ..paths import HIDDEN
+from ..request import Request
+from ..stopping import Stop
+from .build import OpenBases, local_executor
+from .executor import Assignment, Group
+
+_PREFIX = "lowmem-imagic-ray"
+
+
+class Actor:
+    """Makes items with its own local executor, in a temporary folder."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        quiet_libraries()
+        self._folder = _new_folder()
+        self._out = request["out"]
+        asked, silent = Request.of(request), Silent()
+        # Training states are not kept across machines.
+        self._executor = local_executor(asked, OpenBases(asked, silent), self._folder, silent, Stop(), save_every=0)
+        self._in_training: list[int] = []
+
+    def ready(self) -> str:
+        """Answers with the actor's machine and process, once it is ready."""
+        return f"{platform.node()} {os.getpid()}"
+
+    def leave(self) -> None:
+        """Removes the actor's files, the photos included, before the process is ended."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def progress(self) -> list[int]:
+        """Steps of each edit in training."""
+        return self._in_training
+
+    def make(self, group: Group, orders: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Makes items; yields the files or the error of each as it finishes."""
+        out = self._folder
+        inputs, attempts = out / HIDDEN / "photos", Attempts(out / HIDDEN / "training")
+        assignments = []
+        names = {str(out): self._out}
+        for number, one in enumerate(orders):
+            # One folder per photo: photos keep their names, which may be equal.
+            name, data = one.pop("photo")
+            place = inputs / str(number)
+            place.mkdir(parents=True, exist_ok=True)
+            photo = place / Path(name).name
+            photo.write_bytes(data)
+            names = {str(photo): name, **names}
+            assignments.append(Assignment(photo=photo, attempt=attempts.begin(one["job"]), **one))
+
+        def on_step(steps: list[int]) -> None:
+            self._in_training = steps
+
+        for outcome in self._executor.make(group, iter([assignments]), len(assignments), on_step=on_step):
+            folder = out / outcome.assignment.name
+            answer: dict[str, Any] = {"job": outcome.assignment.job, "seconds": outcome.seconds}
+            # Also for a failed item: its edit may be finished.
+            answer["files"] = {path.name: path.read_bytes() for path in folder.glob("*")}
+            if outcome.error is not None:
+                text = str(outcome.error)
+                for here, there in names.items():
+                    text = text.replace(here, there)
+                details = getattr(outcome.error, "details", "")
+                answer |= {"error": type(outcome.error).__name__, "text": text, "details": details}
+            yield answer
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(out / HIDDEN, ignore_errors=True)
+        self._in_training = []
+
+
+def _new_folder() -> Path:
+    """A new temporary folder, named after this process; removes the folders of killed processes."""
+    me = Owner.of_this_process()
+    boot = hashlib.sha256(me.boot.encode()).hexdigest()[:12]
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}-{boot}-*"):
+        pid, started = [*path.name.split("-"), "", ""][4:6]
+        if pid.isdecimal() and Owner(me.host, me.boot, int(pid), started).alive is False:
+            shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{boot}-{me.pid}-{me.started}-"))

@@ -1,0 +1,131 @@
+"""Runs a request: in this process, in several processes of this machine, or on a Ray cluster."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..actions.console import Console
+from ..engine.base import pick_device
+from ..errors import OutputExistsError
+from ..settings.text import parse_bytes
+from ..storage.writable import check_writable
+from .attempts import Attempts
+from .executors.build import OpenBases, local_executor
+from .executors.executor import Executor
+from .executors.processes import cpu_environments, gpu_environments, run_in_processes
+from .executors.ray import RayExecutor, check_executor, driving
+from .executors.ray_actor import Actor
+from .failures import RETRIED
+from .manifest import Summary
+from .publishing import publish_files
+from .request import Request
+from .runner import Batch
+from .stopping import Stop
+
+_SHARED = 0.9
+"""Share of a GPU's memory that processes divide among themselves."""
+
+
+def run(
+    request: Request, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED, alone: bool = False
+) -> Summary:
+    """Makes the items of a request; returns a summary. See `Batch.run`.
+
+    Args:
+        request: the options of the run.
+        console: shows progress.
+        stop: ends the run when asked.
+        retry: kinds of failure to try again.
+        alone: stay in this process, whatever the request's executor and workers are.
+    """
+    request.settings({})
+    check_executor(request["executor"], request["address"])
+    if request["vram"] is not None:
+        parse_bytes(request["vram"])
+    items, bad = request.items()
+    out = request.out
+    check_writable(out)
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is no folder; name a folder with `out`")
+    if not alone:
+        with contextlib.ExitStack() as places:
+            environments = _environments(request, places)
+            if environments:
+                ledger, order = request.part.ledger(out), request.as_json() | _shared(request, environments, console)
+                return run_in_processes(order, environments, ledger, console, stop, retry=retry)
+    bases = OpenBases(request, console)
+    with contextlib.ExitStack() as hired:
+        executor: Executor
+        if request["executor"] == "ray":
+            executor = hired.enter_context(
+                RayExecutor(
+                    request,
+                    Actor,
+                    lambda one, files: publish_files(one.attempt, files, out / one.name, one.job),
+                    stop,
+                )
+            )
+        else:
+            executor = local_executor(request, bases, out, console, stop, save_every=request["save_every"])
+        batch = Batch(
+            bases,
+            executor,
+            items,
+            bad,
+            out,
+            settings=request.settings,
+            background=request["background"],
+            suggest=request["suggest_eta"],
+            attempts=Attempts(request.part.attempts(out)),
+            console=console,
+            force=request["force"],
+            stop=stop,
+            part=request.part,
+            retry=retry,
+            command=request.as_json(),
+        )
+        try:
+            return batch.run()
+        except KeyboardInterrupt:
+            done, left = len(batch.summary.done), batch.summary.left
+            console.say(f"{done} done, {left} left; run the same command again to continue", always=True)
+            raise
+
+
+def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[str, str]]:
+    """The environments of the processes for a request; empty if this process runs it."""
+    if request["executor"] == "ray":
+        return [places.enter_context(driving(request["address"]))]
+    if (count := _processes(request)) == 1:
+        return []
+    device = pick_device(request["device"])
+    if device.type == "cpu":
+        return list(cpu_environments(count))
+    if device.index is not None:
+        # All on the named GPU, by its number in this process.
+        return [{} for _ in range(count)]
+    return list(gpu_environments(count, torch.cuda.device_count()))
+
+
+def _shared(request: Request, environments: Sequence[Mapping[str, str]], console: Console) -> dict[str, Any]:
+    """Options that differ for the processes: a share of the memory if they share a GPU."""
+    most = max(Counter(environment.get("CUDA_VISIBLE_DEVICES") for environment in environments).values())
+    # The machine that drives a cluster may lack the device of its workers.
+    if request["executor"] == "ray" or most == 1 or pick_device(request["device"]).type == "cpu":
+        return {}
+    console.say(f"up to {most} processes share a GPU (`workers`)")
+    if request["vram"] is not None:
+        return {}
+    smallest = min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+    return {"vram": f"{_SHARED * smallest / most / 1e9:.2f}GB"}
+
+
+def _processes(request: Request) -> int:
+    """The number of processes: `workers`, or one for each GPU, or one on a CPU or on a named GPU."""
+    if request["workers"] is not None:
+        return int(request["workers"])
+    everything = request["device"] in ("auto", "cuda") and pick_device(request["device"]).type == "cuda"
+    return torch.cuda.device_count() if everything else 1

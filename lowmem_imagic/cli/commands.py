@@ -1,0 +1,193 @@
+"""The commands of the command line ``lowmem-imagic``.
+
+torch is imported by the commands that need it, not by ``--help``.
+"""
+
+import json
+from typing import Any
+
+from ..settings.text import Words
+from .batch import batch
+from .flags import with_flags
+from .frame import app, importing, print_report, put, put_text
+from .options import command
+
+app.add_typer(batch)
+
+
+@command(
+    app,
+    "edit",
+    epilog='Examples:  lowmem-imagic edit cat.jpg "a photo of a sleeping cat" --model sd15   |   '
+    'lowmem-imagic edit scene.png "a blue cube on a wooden floor"',
+)
+def edit(values: dict[str, Any]) -> None:
+    """Edit a photo: train, render along eta, and write the edit file, pictures, a sheet and a report."""
+    words = Words("edit", values)
+    config = words.edit()
+    with importing():
+        from ..actions import console
+        from ..actions import edit as commands
+
+    report = commands.edit(
+        values["photo"],
+        values["sentence"],
+        config,
+        words.base,
+        out=values["out"],
+        vram=values["vram"],
+        background=values["background"],
+        suggest=values["suggest_eta"],
+        cover=values["cover"],
+        force=values["force"],
+        console=console.Console(quiet=values["quiet"], wording=with_flags),
+    )
+    print_report(report, values["json"])
+
+
+@command(
+    app,
+    "train",
+    epilog='Example:  lowmem-imagic train cat.jpg "a photo of a sleeping cat" --model sd15 --out cat.safetensors',
+)
+def train(values: dict[str, Any]) -> None:
+    """Train an edit and write its file; render it with `sample`."""
+    words = Words("train", values)
+    config = words.edit()
+    with importing():
+        from ..actions import console
+        from ..actions import edit as commands
+
+    report = commands.train(
+        values["photo"],
+        values["sentence"],
+        config,
+        words.base,
+        out=values["out"],
+        vram=values["vram"],
+        background=values["background"],
+        force=values["force"],
+        console=console.Console(quiet=values["quiet"], wording=with_flags),
+    )
+    print_report(report, values["json"])
+
+
+@command(
+    app,
+    "sample",
+    epilog="Example:  lowmem-imagic sample cat.safetensors --etas 0.6,0.7,0.8 --seeds 0,1,2 --out more",
+)
+def sample(values: dict[str, Any]) -> None:
+    """Render an edit at other etas, seeds or strengths, or under another sentence; needs only the file and its base."""
+    words = Words("sample", values)
+    overrides = words.sampling()
+    with importing():
+        from ..actions import console
+        from ..actions import edit as commands
+
+    report = commands.sample(
+        values["edit_file"],
+        overrides,
+        words.base,
+        prompt=values["prompt"],
+        out=values["out"],
+        suggest=values["suggest_eta"],
+        force=values["force"],
+        console=console.Console(quiet=values["quiet"], wording=with_flags),
+    )
+    print_report(report, values["json"])
+
+
+@command(
+    app,
+    "sheet",
+    epilog="Example:  lowmem-imagic sheet cat.safetensors --rows seed --columns eta --etas 0.6,0.8,1 --photo cat.jpg",
+)
+def sheet(values: dict[str, Any]) -> None:
+    """Render an edit over any two of eta, strength, seed and guidance, on one labelled sheet."""
+    words = Words("sheet", values)
+    overrides = words.sampling()
+    with importing():
+        from ..actions import console
+        from ..actions import sheet as sheets
+
+    report = sheets.sheet(
+        values["edit_file"],
+        values["rows"],
+        values["columns"],
+        words.axes,
+        overrides,
+        words.base,
+        prompt=values["prompt"],
+        photo=values["photo"],
+        out=values["out"],
+        force=values["force"],
+        console=console.Console(quiet=values["quiet"], wording=with_flags),
+    )
+    print_report(report, values["json"])
+
+
+@command(app, "inspect", epilog="Example:  lowmem-imagic inspect cat.safetensors --json")
+def inspect(values: dict[str, Any]) -> None:
+    """Show the contents of an edit file: sentence, base, settings, sizes."""
+    from ..edits.header import describe, summary
+
+    contents = describe(values["edit_file"])
+    put(json.dumps(contents, indent=2) if values["json"] else summary(contents))
+
+
+@command(app, "scene", epilog='Example:  lowmem-imagic scene "a red cube on a wooden floor" cube.png --seed 3')
+def scene(values: dict[str, Any]) -> None:
+    """Render a photo of the bundled world, for trying edits."""
+    with importing():
+        from ..demo.render import render
+        from ..demo.scene import Scene
+        from ..pictures.png import encode_png
+        from ..storage.atomic import write_bytes
+        from ..storage.writable import check_target
+
+    out = values["out"]
+    check_target(out, overwrite=values["force"])
+    drawn = Scene.from_sentence(values["sentence"], seed=values["seed"])
+    picture = render(drawn, values["size"])
+    write_bytes(
+        out,
+        encode_png(picture, text={"Title": drawn.caption()}, provenance="algorithmicMedia"),
+        overwrite=values["force"],
+    )
+    print_report({"summary": [f"{out}: {drawn.caption()}"]}, False)
+
+
+@command(
+    app,
+    "doctor",
+    epilog="Examples:  lowmem-imagic doctor --json   |   lowmem-imagic doctor --plan --model sd15 --vram 6GB,8GB,12GB",
+)
+def doctor(values: dict[str, Any]) -> None:
+    """Show versions, devices, memory, and the 8-bit and attention paths in use; or which edits fit on a card."""
+    with importing():
+        from ..actions.doctor import examine, plan_table, plans
+        from ..settings.presets import preset
+
+    if values["plan"]:
+        amounts = [amount for amount in values["vram"].split(",") if amount]
+        fitting = plans(values["model"], amounts, preset(values["preset"]), size_px=values["size"])
+        if values["json"]:
+            put(json.dumps(fitting, indent=2))
+        else:
+            for line in plan_table(fitting):
+                put_text(line)
+        return
+    findings = examine()
+    if values["json"]:
+        put(json.dumps(findings, indent=2))
+        return
+    for topic, entries in findings.items():
+        put(topic)
+        for name, value in entries.items():
+            put_text(f"  {name}: {value}")
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    app()

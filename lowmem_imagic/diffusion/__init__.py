@@ -1,0 +1,1 @@
+"""The mathematics of diffusion on plain tensors."""

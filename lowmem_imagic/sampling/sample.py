@@ -1,0 +1,378 @@
+"""Stage 3: images on the path from the optimised to the target embedding (paper section 3.2, eq. 3)."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..diffusion.schedules import PATHS, guidance_at, guide, refined, starting_noise, varied
+from ..engine.base import BaseModel
+from ..engine.memory import with_fallbacks
+from ..errors import LowmemImagicError, NonFiniteEditError, NonFiniteModelError
+from ..families.conditioning import Conditioning, Part, Path
+from ..families.family import Denoiser, Sampler
+from ..geometry import Size
+from ..layers.adapter_pack import AdapterPack
+from ..settings.stages import SampleConfig, Strength, strength_text, strengths
+from .masking import change_mask
+
+Progress = Callable[[int, int, str], None]
+"""Called as ``progress(step, steps, remark)`` after every step."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image to render."""
+
+    edit: int
+    """Number of the edit in the pack."""
+    eta: float
+    """Interpolation: 0 is the photo, 1 the target sentence."""
+    seed: int
+    """Seed of the starting noise. With a photo's own noise, 0 is that noise itself; other seeds vary it."""
+    strength: Strength = 1.0
+    """Factor on the adapter; 0 is the base alone, and no mask."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the settings' scale."""
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """The conditioning and the adapters of B images."""
+
+    pack: AdapterPack | None
+    """None renders the base alone."""
+    rows: Tensor
+    """(B,) the edit of each image."""
+    strengths: Tensor
+    """(B, 3) factors on the adapter of each image."""
+    optimized: Conditioning
+    """e_opt, a row for each image."""
+    target: Conditioning
+    """e_tgt, a row for each image."""
+    negative: Conditioning | None
+    """One row; None without guidance."""
+    extra: Conditioning
+    """The conditioning beside the text, a row for each image."""
+    parts: Mapping[str, Part]
+    path: Path
+
+    def at(self, etas: Sequence[float]) -> Conditioning:
+        """Sets the adapters' rows; returns the conditioning at these etas: B rows, or 2 B with the negative first."""
+        text = self.optimized.mix(self.target, torch.tensor(etas), self.path, self.parts)
+        copies = 1 if self.negative is None else 2
+        if self.pack is not None:
+            self.pack.set_rows(self.rows.repeat(copies), self.strengths.repeat(copies, 1))
+        conditioning = text | self.extra
+        if self.negative is None:
+            return conditioning
+        return Conditioning.cat([self.negative.expand(text.count) | self.extra, conditioning])
+
+
+class _Photo(NamedTuple):
+    """The photo of a masked image, which the image keeps outside its mask."""
+
+    path: Tensor
+    """Latents of the photo (eta 0) after every step, (S, C, H, W)."""
+    mask: Tensor
+    """The mask (1, H, W), see `change_mask`."""
+
+
+def _guidance(cell: Cell, config: SampleConfig) -> float:
+    """Guidance scale of an image."""
+    scale = config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
+    return guidance_at(cell.eta, scale, config.photo_guidance)
+
+
+def sample(
+    base: BaseModel,
+    packs: Mapping[str, AdapterPack],
+    target: Conditioning,
+    optimized: Conditioning,
+    cells: Sequence[Cell],
+    config: SampleConfig,
+    progress: Progress | None = None,
+    *,
+    size: Size | None = None,
+    coarse: Mapping[str, Tensor] | None = None,
+    noise: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Latents (len(cells), C, H, W) by denoiser, fp32 on the CPU, in the order of `cells`; the last one's are decoded.
+
+    Uses classifier-free guidance (see `SampleConfig.photo_guidance`), and starts from `SampleConfig.start`. Rows are
+    (edit, eta, seed, strength, guidance) and never influence each other: an image does not depend on the others in its
+    batch. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, even if it is not in `cells`. In a
+    cascade, each denoiser takes the results of the one before it.
+
+    Args:
+        base: the frozen base.
+        packs: adapters of N edits, by denoiser.
+        target: e_tgt, N rows.
+        optimized: e_opt, N rows; parts that are not stored may be missing.
+        cells: images to render.
+        config: steps, scheduler, start, interpolation, mask, rows per batch; guidance of cells without their own.
+        progress: called after every step of every batch; it counts the steps of all images.
+        size: width and height of the pictures; None for the model's own.
+        coarse: low frequencies of the photos (N, C, h, w), by denoiser; required unless `start` is "noise".
+        noise: the photos' own noise (N, C, H, W), by denoiser; required if `start` is "inverted".
+
+    Raises:
+        NonFiniteModelError: the base alone gives NaN or infinity with these settings.
+        NonFiniteEditError: an edit gives NaN or infinity, and the base alone does not.
+
+    **Memory**: `batch_rows` rows; with a mask, main memory also holds the latents of as many photos after every step.
+    """
+    if config.start != "noise" and coarse is None:
+        raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
+    if config.start == "inverted" and noise is None:
+        raise ValueError("sampling starts from the photos' own noise, which is not given")
+    wanted = [replace(cell, guidance_scale=_guidance(cell, config)) for cell in cells]
+    photos = {
+        own: replace(own, eta=0.0, strength=1.0, guidance_scale=_guidance(replace(cell, eta=0.0), config))
+        for own, cell in zip(wanted, cells, strict=True)
+        if config.mask and any(strengths(cell.strength))
+    }
+    first = list(dict.fromkeys(photos.values()))
+    rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
+    ends: dict[Cell, Tensor] = {}
+    latents = {}
+    for number, denoiser in enumerate(base.denoisers):
+        renderer = _Renderer(
+            base=base,
+            denoiser=denoiser,
+            pack=packs[denoiser.name],
+            target=target,
+            optimized=optimized,
+            config=config,
+            negative=base.encode_text([config.negative_prompt]).rows(slice(1)),
+            size=size or base.sizes.own,
+            lower=ends if number else None,
+            coarse=None if config.start == "noise" or coarse is None else coarse[denoiser.name],
+            noise=noise[denoiser.name] if config.start == "inverted" and noise is not None else None,
+            progress=progress,
+            images=len(base.denoisers) * (len(first) + len(rest)),
+            done=number * (len(first) + len(rest)),
+        )
+        ends = renderer.all(first, rest, photos)
+        for cell in wanted:
+            # Checked here, on the CPU: a check after every step would make the GPU wait.
+            if not ends[cell].isfinite().all():
+                raise renderer.fault(cell)
+        latents[denoiser.name] = torch.stack([ends[cell] for cell in wanted])
+    return latents
+
+
+@dataclass(kw_only=True)
+class _Renderer:
+    """Renders cells in batches with one denoiser and the same settings for all cells."""
+
+    base: BaseModel
+    denoiser: Denoiser
+    pack: AdapterPack | None
+    target: Conditioning
+    optimized: Conditioning
+    config: SampleConfig
+    negative: Conditioning
+    """One row."""
+    size: Size
+    lower: Mapping[Cell, Tensor] | None
+    """Latents (C, H, W) of the previous denoiser; None for the first."""
+    coarse: Tensor | None
+    """Low frequencies (N, C, h, w) under the starting noise; None for noise alone."""
+    noise: Tensor | None
+    """The photos' own noise (N, C, H, W) as starting noise; None for the seeds' noise."""
+    progress: Progress | None
+    images: int
+    """Number of images in all."""
+    done: int = 0
+    """Number of images rendered so far."""
+
+    def all(self, first: Sequence[Cell], rest: Sequence[Cell], photos: Mapping[Cell, Cell]) -> dict[Cell, Tensor]:
+        """The latents (C, H, W) of all cells, fp32 on the CPU.
+
+        Args:
+            first: photos of masked cells.
+            rest: all other cells.
+            photos: the photo of each masked cell.
+        """
+        ends: dict[Cell, Tensor] = {}
+        for begin in range(0, max(1, len(first)), self.config.batch_rows):
+            paths = self.render(first[begin : begin + self.config.batch_rows], {}, whole=True)
+            # Cells without a mask are rendered in the first batch.
+            some = [cell for cell in rest if photos.get(cell) in paths or (cell not in photos and not begin)]
+            needed = dict.fromkeys(photos[cell] for cell in some if cell in photos)
+            kept = {photo: _Photo(paths[photo], self.mask(photo, paths[photo][-1])) for photo in needed}
+            ends |= {photo: path[-1].clone() for photo, path in paths.items()}
+            rendered = self.render(some, {cell: kept[photos[cell]] for cell in some if cell in photos})
+            ends |= {cell: path[-1] for cell, path in rendered.items()}
+        return ends
+
+    def _extra(self, cells: Sequence[Cell]) -> Conditioning:
+        """The conditioning beside the text, a row for each cell."""
+        lower = None if self.lower is None else torch.stack([self.lower[cell] for cell in cells])
+        return self.base.family.make_extra(self.denoiser, len(cells), self.size, lower)
+
+    def render(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], *, whole: bool = False) -> dict[Cell, Tensor]:
+        """The latents (1, C, H, W) of each cell, fp32 on the CPU.
+
+        Args:
+            cells: different cells, each with its guidance scale.
+            kept: the photos of the masked cells.
+            whole: return the latents after every step instead, (S, C, H, W).
+        """
+        waiting = list(_batches(cells, self.config.batch_rows, self.base.most_images))
+        rendered: dict[Cell, Tensor] = {}
+
+        def fewer() -> bool:
+            most = len(waiting[0]) // 2
+            if most:
+                waiting[:] = [batch[i : i + most] for batch in waiting for i in range(0, len(batch), most)]
+                self._fewer(most)
+            return bool(most)
+
+        while waiting:
+            paths = with_fallbacks(lambda: self._batch(waiting[0], kept, whole), fewer)
+            rendered.update(zip(waiting.pop(0), paths.float().cpu(), strict=True))
+            self.done += len(paths)
+        return rendered
+
+    def mask(self, photo: Cell, latents: Tensor) -> Tensor:
+        """The mask (1, H, W) of the images of a photo with latents (C, H, W)."""
+        extra, target = self._extra([photo]), self.target.rows([photo.edit])
+        mixed = {n: x for n, x in self.optimized.rows([photo.edit]).items() if self.base.family.text[n].mixed}
+        texts = (target | mixed, target)
+        rows = min(self.config.batch_rows, 2 * (self.base.most_images or self.config.batch_rows))
+
+        def fewer() -> bool:
+            nonlocal rows
+            if rows <= 2:
+                return False
+            rows = max(2, rows // 2)
+            self._fewer(rows // 2)
+            return True
+
+        return with_fallbacks(
+            lambda: change_mask(
+                self.base,
+                self.denoiser,
+                latents,
+                texts[0] | extra,
+                texts[1] | extra,
+                self.config.mask,
+                max_rows=rows,
+            ),
+            fewer,
+        )
+
+    def fault(self, cell: Cell) -> LowmemImagicError:
+        """The error to report for a cell with NaN or infinity: the base's or the edit's.
+
+        Renders the cell once more with the base alone: no adapter, the sentence's own embedding, a seed's noise.
+        """
+        shape = self.denoiser.shape(self.size)
+        try:
+            row = self.target.rows([cell.edit]) | self._extra([cell])
+            self.base.check_denoiser(self.denoiser, torch.zeros(shape), row)
+        except NonFiniteModelError as error:
+            return error
+        base_alone = replace(self, pack=None, optimized=self.target, coarse=None, noise=None, progress=None)
+        sentence = replace(cell, eta=1.0)
+        if self.lower is not None:
+            base_alone.lower = {sentence: self.lower[cell]}
+        if base_alone.render([sentence], {})[sentence].isfinite().all():
+            return NonFiniteEditError(
+                f"the edit gives NaN or infinity at eta {cell.eta:g} and strength {strength_text(cell.strength)}, "
+                f"{self.base.name} alone does not; the edit's numbers are damaged or too large: get the file again, "
+                "or try a lower strength"
+            )
+        return NonFiniteModelError(
+            f"sampling on {self.base.name} gives NaN or infinity, with and without the edit, with scheduler "
+            f"{self.config.scheduler} in {self.config.num_inference_steps} steps at guidance {cell.guidance_scale:g}; "
+            "take another scheduler, more steps or less guidance, or another base"
+        )
+
+    def _fewer(self, most: int) -> None:
+        """Limits sampling batches to this many images from now on."""
+        self.base.most_images = most
+        self.base.fall_back(f"{most} images a sampling batch")
+
+    def _batch(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], whole: bool) -> Tensor:
+        """Latents (B, 1, C, H, W) of cells that all have guidance or all have none; `whole`: after every step
+        (B, S, C, H, W)."""
+        base, config = self.base, self.config
+        rows = torch.tensor([cell.edit for cell in cells])
+        scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
+        guidance = scales.to(base.device) if scales[0] != 1 else None
+        conditions = _Conditions(
+            self.pack,
+            rows,
+            torch.tensor([strengths(cell.strength) for cell in cells]),
+            self.optimized.rows(rows),
+            self.target.rows(rows),
+            None if guidance is None else self.negative,
+            self._extra(cells),
+            base.family.text,
+            PATHS[config.interpolation],
+        )
+        sampler = self.denoiser.schedule.sampler(
+            config.scheduler, config.num_inference_steps, self.denoiser.shape(self.size), base.device
+        )
+        # One generator per row: equal seeds give equal noise in every batch and on every device.
+        generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
+        latents = self._start(cells, generators, sampler)
+        masked = [row for row, cell in enumerate(cells) if cell in kept]
+        photos = [kept[cells[row]] for row in masked]
+        masks = torch.stack([photo.mask for photo in photos]).to(base.device) if photos else None
+        conditioning = conditions.at([cell.eta for cell in cells]).to(base.device)
+        path: list[Tensor] = []
+        network = base.network(self.denoiser)
+        attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(network)
+        with base.used(), torch.no_grad(), attached:
+            for step, at in enumerate(sampler.at):
+                both = latents if guidance is None else torch.cat([latents, latents])
+                scaled = sampler.scaled(both, step)
+                prediction = base.predict(self.denoiser, scaled, at.expand(len(scaled)), conditioning).float()
+                if guidance is not None:
+                    unconditional, conditional = prediction.chunk(2)
+                    prediction = guide(unconditional, conditional, guidance)
+                latents = sampler.stepped(prediction, step, latents, generators)
+                if masks is not None:
+                    below = torch.stack([photo.path[step] for photo in photos]).to(latents)
+                    latents[masked] = torch.lerp(below, latents[masked], masks)
+                # Moved to the CPU at once: no memory plan includes whole paths.
+                path = [*path, latents.float().cpu()] if whole else [latents]
+                self._report(min(step + 1, config.num_inference_steps) * len(cells))
+        return torch.stack(path, 1)
+
+    def _start(self, cells: Sequence[Cell], generators: Sequence[torch.Generator], sampler: Sampler) -> Tensor:
+        """The starting latents (B, C, H, W) of cells; draws the noise from their fresh generators."""
+        shape = self.denoiser.shape(self.size)
+        noise = torch.stack([starting_noise(shape, generator) for generator in generators])
+        rows = torch.tensor([cell.edit for cell in cells])
+        if self.noise is not None:
+            own = self.noise[rows]
+            noise = torch.stack([varied(x, e, cell.seed) for x, e, cell in zip(own, noise, cells, strict=True)])
+        noise = noise.to(self.base.device)
+        below = None if self.coarse is None else refined(self.coarse[rows].to(noise), *shape[1:])
+        return sampler.start(noise, below)
+
+    def _report(self, steps: int) -> None:
+        """Reports progress, `steps` into a batch."""
+        if self.progress is not None:
+            each, remark = self.config.num_inference_steps, f"{self.done} of {self.images} images done"
+            self.progress(self.done * each + steps, self.images * each, remark)
+
+
+def _batches(cells: Sequence[Cell], batch_rows: int, most_images: int | None) -> Iterator[list[Cell]]:
+    """Yields batches of cells, ordered by edit, of at most `batch_rows` rows and `most_images` images.
+
+    An image takes one row with guidance 1 and two rows otherwise; the two kinds go into separate batches.
+    """
+    for guided in (False, True):
+        order = sorted((cell for cell in cells if (cell.guidance_scale != 1) == guided), key=lambda cell: cell.edit)
+        size = max(1, min(batch_rows // (2 if guided else 1), most_images or batch_rows))
+        for begin in range(0, len(order), size):
+            yield order[begin : begin + size]

@@ -1,0 +1,1 @@
+"""The settings of all stages, named presets, and the table of options. Nothing here imports torch."""

@@ -1,0 +1,62 @@
+"""Checks that results can be written, before any expensive work."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..errors import OutputExistsError, OutputUnwritableError
+
+MIN_FREE_BYTES = 32 * 2**20
+
+
+def check_writable(path: Path) -> None:
+    """Checks that files can be written at `path`: its nearest existing folder is neither read-only nor full.
+
+    Raises:
+        OutputUnwritableError: they cannot; the message has the reason.
+    """
+    folder = path
+    try:
+        while not folder.exists() and folder.parent != folder:
+            folder = folder.parent
+        if folder == path and not folder.is_dir():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise OutputUnwritableError(f"{folder} is a file, expected a folder; choose another `out`")
+        # Permission bits are unreliable for root and on read-only mounts, so try a real file.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:
+        raise unusable(folder, error) from error
+    if free < MIN_FREE_BYTES:
+        raise OutputUnwritableError(
+            f"{folder} has {free / 2**20:.0f} MB free, expected at least {MIN_FREE_BYTES / 2**20:.0f} MB; make room"
+        )
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Checks that a file can be written at `path`.
+
+    Raises:
+        OutputExistsError: the path exists and `overwrite` is False.
+        OutputUnwritableError: the folder cannot be written, or the name is invalid.
+    """
+    check_writable(path.parent)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise unusable(path, error) from error
+    if not overwrite:
+        raise OutputExistsError(f"{path} exists already; name another with `out`, or use `force`")
+
+
+def unusable(path: Path, error: OSError | ValueError) -> OutputUnwritableError:
+    """The error for a path that cannot be written, with the system's reason."""
+    reason = getattr(error, "strerror", None) or str(error)
+    name = str(path)
+    return OutputUnwritableError(
+        f"{name if len(name) <= 200 else name[:200] + '...'} cannot be written ({reason}); choose another `out`"
+    )

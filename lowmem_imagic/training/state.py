@@ -1,0 +1,84 @@
+"""The state of an edit in training, as bytes: an edit resumed from it goes on as if it had never stopped.
+
+The bytes are a safetensors file after its SHA-256; only this package reads them. A key identifies photo, sentence,
+settings and base; the reader must give the same key.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import EditHeaderError, EditLayoutError
+from ..storage.safetensors_reader import parse
+from ..storage.safetensors_writer import container_tensor, serialize
+from ..storage.strict_json import dump_json, load_json
+
+_DIGEST_BYTES = 32
+_META, _KEY = "imagic.training", "imagic.training_key"
+_GENERATOR, _FINISHED, _TRAINED = "generator", "finished.", "trained."
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """An edit between two steps."""
+
+    stage: str
+    """Name of its stage."""
+    losses: dict[str, list[float]]
+    """The loss of each step so far, by stage, the present one included."""
+    generator: Tensor
+    """State of its random generator, as bytes from torch."""
+    finished: dict[str, Tensor]
+    """Rows of the tensors that earlier stages trained and this one does not."""
+    trained: dict[str, Tensor]
+    """The tensors that this stage trains, see `Trainer.save`."""
+    shapes: dict[str, list[int]]
+    """Shape (C, H, W) of the photo as each denoiser sees it, by denoiser."""
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Seconds and peak bytes of the finished stages, and of the present one so far."""
+
+
+def encode(state: TrainingState, key: str) -> bytes:
+    """The state as bytes, for readers that give the same key."""
+    tensors = {_GENERATOR: state.generator}
+    tensors |= {_FINISHED + name: tensor for name, tensor in state.finished.items()}
+    tensors |= {_TRAINED + name: tensor for name, tensor in state.trained.items()}
+    meta = {"stage": state.stage, "losses": state.losses, "shapes": state.shapes, "measured": state.measured}
+    body = serialize(tensors, {_KEY: key, _META: dump_json(meta, _META)})
+    return hashlib.sha256(body).digest() + body
+
+
+def decode(data: bytes, key: str) -> TrainingState:
+    """The state from the bytes of `encode`.
+
+    Raises:
+        EditFileError: the bytes are damaged, of another kind, or for another key.
+    """
+    digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise EditLayoutError("the training state is damaged: its hash is not that of its bytes")
+    # The hash is right, so `encode` made these bytes, though perhaps in another version.
+    container = parse(body)
+    if container.metadata.get(_KEY) != key:
+        raise EditHeaderError("not the training state of this photo, sentence, settings and base")
+    try:
+        meta = load_json(container.metadata[_META], _META)
+        tensors = {name: container_tensor(container, name) for name in container.entries}
+        return TrainingState(
+            stage=meta["stage"],
+            losses=meta["losses"],
+            shapes=meta["shapes"],
+            measured=meta["measured"],
+            generator=tensors.pop(_GENERATOR),
+            finished=_with_prefix(tensors, _FINISHED),
+            trained=_with_prefix(tensors, _TRAINED),
+        )
+    except (KeyError, TypeError) as error:
+        raise EditHeaderError(f"the training state lacks {error}; expected one of this version") from error
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names have a prefix, by their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,152 @@
+"""Photos are edited at their own aspect: pictures of other sizes than the model's square, through the whole way."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from lowmem_imagic import Cell, Job, apply_edits, make_edits, read_edit, stream_edits, write_edit
+from lowmem_imagic.batch.jobs import job_id
+from lowmem_imagic.edits import versions
+from lowmem_imagic.geometry import Sizes
+from lowmem_imagic.pictures import Photo
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from tests.other_family import other_base
+
+SENTENCE = "a photo of a red cube on the grass"
+
+
+@pytest.fixture(scope="module")
+def wide_base(load_base: Any) -> Iterator[Any]:
+    """The tiny model, as one whose grid has other sizes than its square of 16 px."""
+    base = load_base()
+    kind = type(base.family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "sizes", Sizes((16, 16), 4, 8))
+        yield base
+
+
+def photo(width: int, height: int) -> Photo:
+    """A photo with a gradient."""
+    image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    return Photo(image=image, sha256=f"{width:032x}{height:032x}", name="photo", notes=(), icc_profile=None)
+
+
+def config(**sampling: Any) -> EditConfig:
+    """Settings of a short edit."""
+    return EditConfig(
+        embed=EmbedConfig(steps=2, draws=2, learning_rate=1e-3),
+        finetune=FinetuneConfig(steps=2, draws=2, learning_rate=1e-3, adapt="attn", lora_rank=2, lora_alpha=2.0),
+        sample=SampleConfig(num_inference_steps=3, **{"start": "inverted", "mask": 0.3, **sampling}),
+    )
+
+
+@pytest.fixture(scope="module")
+def wide(wide_base: Any) -> Any:
+    """An edit of a photo of 3:2."""
+    [edit] = make_edits(wide_base, [Job(photo(60, 40), SENTENCE)], config())
+    return edit
+
+
+def test_a_photo_of_three_to_two_is_not_padded(wide: Any) -> None:
+    """The model's picture has the photo's aspect as far as its grid goes, and what is trained on has that size."""
+    assert wide.source.size == (20, 12)
+    assert wide.source.box == (1, 0, 19, 12)
+    assert tuple(wide.noise["unet"].shape) == (4, 6, 10)
+
+
+def test_its_file_is_of_version_2_and_a_square_ones_of_version_1(wide: Any, wide_base: Any, tmp_path: Path) -> None:
+    """Version 1 knows squares alone; other programs see the same kohya tensors in both, and the size."""
+    [square] = make_edits(wide_base, [Job(photo(40, 40), SENTENCE)], config())
+    assert (square.version, wide.version) == (1, 2)
+    for edit, size in ((square, "16x16"), (wide, "20x12")):
+        path = tmp_path / f"{size}.safetensors"
+        write_edit(edit, path)
+        assert read_edit(path) == edit
+        assert f'"modelspec.resolution":"{size}"'.encode() in path.read_bytes()
+    names = [set(load_file(tmp_path / f"{size}.safetensors")) for size in ("16x16", "20x12")]
+    assert names[0] == names[1] and all(name.startswith("lora_unet_") for name in names[1])
+
+
+def test_pictures_have_the_photos_own_size(wide: Any, wide_base: Any) -> None:
+    """Edits of several sizes are rendered in one call, each as alone and as large as its photo."""
+    [tall] = make_edits(wide_base, [Job(photo(40, 70), SENTENCE)], config())
+    cells = [Cell(1, 1.0, 0), Cell(0, 0.0, 0), Cell(0, 1.0, 0), Cell(1, 0.0, 0)]
+    together = apply_edits(wide_base, [wide, tall], cells, config().sample)
+    assert [picture.size for picture in together] == [(40, 70), (60, 40), (60, 40), (40, 70)]
+    alone = apply_edits(wide_base, [wide], [Cell(0, 0.0, 0), Cell(0, 1.0, 0)], config().sample)
+    assert [picture.tobytes() for picture in together[1:3]] == [picture.tobytes() for picture in alone]
+
+
+def test_a_pack_of_several_sizes_gives_what_each_gets_alone(wide: Any, wide_base: Any, relative: Any) -> None:
+    """Photos of several sizes train side by side, those of one size in one pass; results keep their jobs' order."""
+    jobs = [Job(photo(*size), SENTENCE) for size in ((60, 40), (40, 70), (60, 40), (40, 40))]
+    widths: list[set[Any]] = []
+
+    def between(pack: Any) -> None:
+        widths.append({number for number, _ in pack.states()})
+
+    made: dict[int, Any] = {}
+    for group in stream_edits(wide_base, jobs, config(), slots=2, between=between):
+        made |= group
+    assert [made[number].source.size for number in range(4)] == [(20, 12), (12, 20), (20, 12), (16, 16)]
+    assert widths[0] == {0, 2}, "photos of one size share the slots"
+    assert relative(made[0].conditioning["embeds"], wide.conditioning["embeds"]) < 1e-3
+    for key, factors in wide.adapters["unet"].items():
+        assert relative(made[2].adapters["unet"][key].up, factors.up) < 0.05
+
+
+def test_a_state_of_another_size_is_not_resumed(wide_base: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A training state that was saved when the photo had another size is left: the edit begins anew, and is whole."""
+    states: list[Any] = []
+
+    def keep(pack: Any) -> None:
+        states.extend(state for _, state in pack.states())
+
+    [[(_, whole)]] = stream_edits(wide_base, [Job(photo(60, 40), SENTENCE)], config(), between=keep)
+    moved = dataclasses.replace(states[2], shapes={"unet": [4, 8, 8]})
+    [anew] = make_edits(wide_base, [Job(photo(60, 40), SENTENCE, moved)], config())
+    assert "another size" in caplog.text
+    assert anew.adapters == whole.adapters
+    caplog.clear()
+    [resumed] = make_edits(wide_base, [Job(photo(60, 40), SENTENCE, states[2])], config())
+    assert resumed.adapters == whole.adapters and not caplog.text
+
+
+def test_a_base_for_squares_renders_it_in_its_square(wide: Any, load_base: Any, monkeypatch: Any) -> None:
+    """The photo's place is scaled to the size that the rendering base has: nothing is cut off, the aspect stays."""
+    base = load_base()
+    monkeypatch.setattr(type(base.family), "sizes", Sizes((16, 16), 4, 16))
+    [picture] = apply_edits(base, [wide], [Cell(0, 1.0, 0)], config(start="photo").sample)
+    assert picture.size == (60, 40)
+
+
+def test_stock_diffusers_takes_such_sizes(wide_base: Any, relative: Any) -> None:
+    """The base's prediction for latents that are no square is that of diffusers' own UNet."""
+    unet = wide_base.family.load_unet(weights="fp32", device=torch.device("cpu"), dtype=torch.float32)
+    stock = UNet2DConditionModel.from_config(unet.config)
+    stock.load_state_dict(unet.state_dict())
+    x, text = torch.randn(1, 4, 6, 10), torch.randn(1, 7, 16)
+    at = torch.tensor([500])
+    [denoiser] = wide_base.denoisers
+    ours = denoiser.predict(unet, x, at, {"embeds": text})
+    assert relative(ours, stock(x, at, encoder_hidden_states=text).sample) < 1e-6
+
+
+def test_a_finished_batch_stays_finished(wide_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item's hash has the version that the base's edits are first written in: a newer format changes no finished
+    item of a base that version 1 can speak of, and those of other bases."""
+
+    def hashes() -> list[str]:
+        return [job_id("a", "0" * 64, SENTENCE, config(), base, "white") for base in (wide_base, other_base())]
+
+    before = hashes()
+    monkeypatch.setattr(versions, "NEWEST", versions.NEWEST + 1)
+    assert hashes()[0] == before[0]
+    assert hashes()[1] != before[1]
