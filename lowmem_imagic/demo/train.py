@@ -1,22 +1,24 @@
 """Trains the bundled model from nothing but the renderer: ``python -m lowmem_imagic.demo.train --out DIR``.
 
-Two trainings share the time of ``--minutes``: the autoencoder's, on scenes and on procedural pictures, so that it
-holds any picture; and that of UNet and text encoder, on scenes and captions, a tenth of them empty. The result is a
-diffusers ``StableDiffusionPipeline`` folder in fp16.
+Three parts, of which the first takes no training:
 
-``--preset gpu`` takes minutes of one large card: pictures are drawn on it beside training, and nothing but numbers
-of scenes and captions comes from the CPU. ``--preset cpu`` is for a job of many hours: run the same command again
-after a stop, and it goes on from the checkpoints in ``--work`` with the time that is left.
+1. The encoder, a linear code (`lowmem_imagic.demo.codec`).
+2. The decoder, on scenes and on procedural pictures, so that the autoencoder holds any picture.
+3. UNet and text encoder, on scenes and captions, a tenth of these empty.
 
-``--start-from DIR`` takes autoencoder and tokenizer of a finished folder as they are, so that latents stay what they
-are, and trains its UNet and text encoder further. Give another ``--seed`` for other scenes.
+The result is a diffusers ``StableDiffusionPipeline`` folder in fp16, written at every checkpoint from the averaged
+weights.
 
-Every minute, and at the end, ``--out`` is written from the averaged weights.
+``--preset gpu`` takes minutes of one large card: pictures are drawn on it beside training, and nothing but numbers of
+scenes and captions comes from the CPU. ``--preset cpu`` is for a job of many hours: run the same command again after
+a stop, and it goes on from the checkpoints in ``--work`` with the time that is left. As 2 and 3 are independent, each
+can have a process of its own (``--only``), and they write the same folder.
+
+``--start-from DIR`` takes the tokenizer of a folder, and of its weights those whose names and shapes agree.
 """
 
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import logging
@@ -40,7 +42,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizerFast
 
-from . import architecture, fused_norm
+from . import architecture, codec, fused_norm
 from .pictures import (
     CHUNK,
     ProceduralPictures,
@@ -53,7 +55,7 @@ from .pictures import (
 )
 from .procedural import procedural_batch
 from .strangers import STRANGE
-from .trainer import Trainer
+from .trainer import Trainer, averaged
 
 log = logging.getLogger("lowmem_imagic.demo.train")
 
@@ -64,12 +66,14 @@ MIN_SNR, MAX_WEIGHT = 5.0, 10.0
 """Bounds of the weight of a timestep, see `loss_weights`."""
 SEED = 8
 """Of the bundled model's scenes; 1 is the judge's, 2, 5 and 6 are held out for benchmarks."""
+CODE_SEED = 1008
+"""Of the pictures that the encoder is computed from; the same for every model, so that latents are comparable."""
 WRITING_SECONDS = 8
 """Kept for writing the folder."""
-KL_WEIGHT = 2e-3
-"""Of a latent's divergence from noise, beside the error of a pixel."""
-CROP_PX, WHOLE_FROM = 64, 0.8
-"""The autoencoder sees crops, which make for more steps, until this share of its time; then fewer whole pictures."""
+CROP_PX = 64
+"""The decoder sees crops, which make for more steps."""
+LATENT_NOISE = 0.01
+"""Deviation of the noise on latents that the decoder is trained with, as a sampler's latents are not exact."""
 SHARD = "15MB"
 """Largest file of a finished folder."""
 
@@ -79,17 +83,24 @@ class Preset:
     """What fits a machine."""
 
     minutes: float
-    autoencoder_share: float
+    decoder_share: float
     """Of the time."""
     scenes: int
+    """Scenes in all."""
+    uses: float
+    """Training samples of a scene, before there are as many as `scenes`."""
+    kept_pictures: int
+    """Scenes whose pictures are kept for the decoder."""
+    code_pictures: int
+    """Pictures of each kind that the encoder is computed from."""
     procedural: int
     """Procedural pictures in stock."""
     together: int
     """Pictures drawn at a time."""
-    vae_batch: int
+    decoder_batch: int
+    decoder_rate: float
     unet_batch: int
-    learning_rate: float
-    """Of UNet and text encoder."""
+    unet_rate: float
     supersampling: int
     bfloat16: bool
     processes: int
@@ -102,13 +113,17 @@ class Preset:
 PRESETS = {
     "gpu": Preset(
         minutes=8,
-        autoencoder_share=0.4,
+        decoder_share=0.3,
         scenes=64 * 1024,
+        uses=8,
+        kept_pictures=16 * 1024,
+        code_pictures=1024,
         procedural=8192,
         together=128,
-        vae_batch=144,
+        decoder_batch=256,
+        decoder_rate=0.02,
         unet_batch=1024,
-        learning_rate=1.5e-3,
+        unet_rate=0.02,
         supersampling=2,
         bfloat16=True,
         processes=6,
@@ -117,15 +132,19 @@ PRESETS = {
     ),
     "cpu": Preset(
         minutes=1440,
-        autoencoder_share=0.4,
-        scenes=24 * 1024,
+        decoder_share=0.2,
+        scenes=64 * 1024,
+        uses=16,
+        kept_pictures=4096,
+        code_pictures=1024,
         procedural=2048,
         together=8,
-        vae_batch=28,
-        unet_batch=32,
-        learning_rate=7e-4,
+        decoder_batch=32,
+        decoder_rate=0.01,
+        unet_batch=64,
+        unet_rate=0.01,
         supersampling=2,
-        bfloat16=False,
+        bfloat16=True,
         processes=1,
         save_every=300,
         measured=32,
@@ -133,13 +152,17 @@ PRESETS = {
     # Checks that everything runs, in seconds; the model is of no use.
     "tiny": Preset(
         minutes=0.2,
-        autoencoder_share=0.4,
-        scenes=16,
+        decoder_share=0.4,
+        scenes=CHUNK,
+        uses=4,
+        kept_pictures=16,
+        code_pictures=8,
         procedural=8,
         together=4,
-        vae_batch=6,
+        decoder_batch=6,
+        decoder_rate=0.01,
         unet_batch=4,
-        learning_rate=1e-3,
+        unet_rate=0.01,
         supersampling=1,
         bfloat16=False,
         processes=1,
@@ -181,29 +204,65 @@ def _reconstruction_loss(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Scenes:
-    """Training scenes on the device: rendered little by little, with their captions as tokens."""
+    """Training scenes on the device, as latents and tokens of their captions; the first ones as pictures, too.
 
-    def __init__(self, tokenizer: Path, preset: Preset, *, seed: int, device: torch.device) -> None:
-        self.preset, self.device, self.count = preset, device, 0
-        size, total = architecture.SIZE_PX, preset.scenes
-        self.total = total
-        self.pictures = torch.empty(total, size, size, 3, dtype=torch.uint8, device=device)
-        self.tokens = torch.empty(total, CAPTIONS, architecture.TOKENS, dtype=torch.int32, device=device)
+    They are rendered little by little, a chunk at a time, and each chunk is kept in a file.
+    """
+
+    def __init__(
+        self, work: Path, tokenizer: Path, code: codec.LinearCode, preset: Preset, *, seed: int, device: torch.device
+    ) -> None:
+        self.folder = work / f"scenes-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.preset, self.code, self.device, self.count = preset, code, device, 0
+        size, side = architecture.SIZE_PX, architecture.SIZE_PX // architecture.DOWNSAMPLING
+        self.total = preset.scenes
+        shape = (self.total, architecture.LATENT_CHANNELS, side, side)
+        self.latents = torch.empty(shape, dtype=torch.float16, device=device)
+        self.tokens = torch.empty(self.total, CAPTIONS, architecture.TOKENS, dtype=torch.int32, device=device)
+        self.pictures = torch.empty(preset.kept_pictures, size, size, 3, dtype=torch.uint8, device=device)
+        there = 0
+        while self._file(there).exists():
+            self._take(load_file(self._file(there)))
+            there += 1
         self._chunks: Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]] = prepared(
-            functools.partial(_prepare, tokenizer), seed, total, processes=preset.processes
+            functools.partial(_prepare, tokenizer), seed, self.total, processes=preset.processes, start=self.count
         )
 
+    def _file(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:05d}.safetensors"
+
+    def _take(self, chunk: dict[str, Tensor]) -> None:
+        rows = min(CHUNK, self.total - self.count)
+        place = slice(self.count, self.count + rows)
+        self.latents[place] = chunk["latents"][:rows].to(self.device)
+        self.tokens[place] = chunk["tokens"][:rows].to(self.device)
+        kept = self.pictures[place]
+        kept.copy_(chunk["pictures"][: len(kept)])
+        self.count += rows
+
     def grow(self, count: int) -> None:
-        """Renders until there are at least this many."""
+        """Renders until there are at least so many."""
         while self.count < min(count, self.total):
             rows, tokens = next(self._chunks)
-            rows, tokens = rows[: self.total - self.count], tokens[: self.total - self.count]
-            place = slice(self.count, self.count + len(rows))
-            self.pictures[place] = render_batch(
+            path = self._file(self.count // CHUNK)
+            if path.exists():
+                # Another process, which trains the other part, was here first.
+                self._take(load_file(path))
+                continue
+            pictures = render_batch(
                 rows, architecture.SIZE_PX, supersampling=self.preset.supersampling, device=self.device
             )
-            self.tokens[place] = torch.from_numpy(tokens).to(self.device)
-            self.count += len(rows)
+            kept = max(0, min(CHUNK, len(self.pictures) - self.count))
+            chunk = {
+                "latents": torch.cat([self.code.encode(to_tensor(p, self.device)) for p in pictures.split(64)]).half(),
+                "tokens": torch.from_numpy(tokens),
+                "pictures": pictures[:kept],
+            }
+            self._take(chunk)
+            partial = path.with_suffix(f".partial-{os.getpid()}")
+            save_file({name: part.cpu().contiguous() for name, part in chunk.items()}, partial)
+            os.replace(partial, path)
 
 
 @functools.cache
@@ -227,63 +286,130 @@ def _tokens(tokenizer: Any, captions: list[str]) -> Tensor:
     return tokens
 
 
-def train_vae(
-    scenes: Scenes, work: Path, preset: Preset, *, seconds: float, seed: int, device: torch.device
-) -> AutoencoderKL:
-    """The autoencoder trained on the scenes and on procedural pictures; its latents are standardised, see `settle`."""
+def linear_code(work: Path, preset: Preset, device: torch.device) -> codec.LinearCode:
+    """The encoder, from scenes and procedural pictures; computed once and kept in `work`."""
+    path = work / "code.safetensors"
+    if not path.exists():
+        rows = packed([training_scene_at(CODE_SEED, index) for index in range(preset.code_pictures)])
+        scenes = to_tensor(render_batch(rows, architecture.SIZE_PX, supersampling=2, device=device), device)
+        generator = torch.Generator(device).manual_seed(CODE_SEED)
+        stock = ProceduralPictures(
+            preset.code_pictures, architecture.SIZE_PX, generator, together=min(preset.together, preset.code_pictures)
+        ).stock
+        strange = to_tensor(stock, device)
+        # Every colour alike.
+        strange = torch.cat([strange, -strange.roll(1, 1), strange.roll(2, 1)]).cpu()
+        code = codec.fit(torch.cat([scenes.cpu(), strange]), architecture.LATENT_CHANNELS, scaled_to=scenes.cpu())
+        partial = path.with_suffix(".partial")
+        save_file({"weight": code.weight, "bias": code.bias, "parity": code.parity}, partial)
+        os.replace(partial, path)
+    return codec.LinearCode(**load_file(path))
+
+
+def train_decoder(
+    vae: AutoencoderKL,
+    scenes: Scenes,
+    work: Path,
+    preset: Preset,
+    *,
+    seconds: float,
+    seed: int,
+    device: torch.device,
+    publish: Callable[[], None],
+) -> None:
+    """Trains the decoder on the scenes and on procedural pictures; `publish` is called after every checkpoint."""
     started = time.monotonic()
-    torch.manual_seed(seed)
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
-    vae = on_device(architecture.new_vae(), device, dtype)
+    scenes.grow(preset.kept_pictures)
     generator = torch.Generator(device).manual_seed(seed)
-    half = preset.vae_batch // 2
     unfamiliar = ProceduralPictures(preset.procedural, architecture.SIZE_PX, generator, together=preset.together)
-    log.info("%d procedural pictures, %.1f s", preset.procedural, _waited(unfamiliar.stock) - started)
-    scenes.grow(min(4096, scenes.total // 4))
-    log.info("%d scenes, %.1f s", scenes.count, _waited(scenes.pictures) - started)
+    log.info("%d procedural pictures, %.0f s", len(unfamiliar.stock), time.monotonic() - started)
+    decoder, post = on_device(vae.decoder, device, dtype), on_device(vae.post_quant_conv, device, dtype)
     trainer = Trainer(
-        {"vae": vae},
-        path=work / "vae.safetensors",
-        seconds=max(1.0, seconds - (time.monotonic() - started)),
-        learning_rate=1.5e-3,
+        {"decoder": decoder, "post_quant_conv": post},
+        path=work / "decoder.safetensors",
+        seconds=seconds - (time.monotonic() - started),
+        learning_rate=preset.decoder_rate,
+        adam_rate=1.5e-3,
         save_every=preset.save_every,
         averaging=0.998,
     )
+    trainer.after_save = publish
     generator.manual_seed(seed + 1 + trainer.step)
     rng = random.Random(seed + trainer.step)
-    whole = preset.vae_batch * CROP_PX**2 // architecture.SIZE_PX**2
-    report = _Report("autoencoder", preset.vae_batch, trainer)
+    half = preset.decoder_batch // 2
+    report = _Report("decoder", preset.decoder_batch, trainer)
     for _ in trainer:
-        scenes.grow(int(scenes.total * min(1.0, 1.1 * trainer.spent / trainer.seconds)))
-        chosen = torch.randint(scenes.count, (half,), generator=generator, device=device)
+        chosen = torch.randint(len(scenes.pictures), (half,), generator=generator, device=device)
         drawn = torch.stack([scenes.pictures[chosen], unfamiliar.batch(half, renewed=0.25)], 1).flatten(0, 1)
-        drawn = _cropped(drawn, rng) if trainer.spent < WHOLE_FROM * trainer.seconds else drawn[:whole]
-        x = to_tensor(drawn, device).contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(x.to(dtype)).latent_dist
-        mean, spread = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator, device=device)
-        y = vae.decode((mean + (0.5 * spread).exp() * noise).to(dtype)).sample.float()
+        y0, x0 = (rng.randrange(architecture.SIZE_PX - CROP_PX + 1) for _ in range(2))
+        x = to_tensor(drawn[:, y0 : y0 + CROP_PX, x0 : x0 + CROP_PX], device)
+        latents = scenes.code.encode(x)
+        latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator, device=device)
+        y = decoder(post(latents.to(dtype).contiguous(memory_format=torch.channels_last))).float()
         error, mse = _reconstruction_loss(y, x)
-        kl = 0.5 * (mean.square() + spread.exp() - 1 - spread).mean()
-        trainer.update(error + KL_WEIGHT * kl)
+        trainer.update(error)
         report.add(error.detach(), mse[0::2].mean().detach(), mse[1::2].mean().detach())
-    scenes.grow(scenes.total)
-    finished = architecture.new_vae().to(device, memory_format=torch.channels_last).eval()
-    finished.load_state_dict({name.removeprefix("vae."): average for name, average in trainer.average.items()})
-    settle(finished, scenes.pictures[: 4 * CHUNK], device)
-    return finished
 
 
-def _cropped(pictures: Tensor, rng: random.Random) -> Tensor:
-    """A square of the pictures (B, H, W, 3), the same of each."""
-    y, x = (rng.randrange(architecture.SIZE_PX - CROP_PX + 1) for _ in range(2))
-    return pictures[:, y : y + CROP_PX, x : x + CROP_PX]
+def train_unet(
+    pipeline: StableDiffusionPipeline,
+    scenes: Scenes,
+    work: Path,
+    preset: Preset,
+    *,
+    seconds: float,
+    seed: int,
+    device: torch.device,
+    publish: Callable[[], None],
+) -> None:
+    """Trains the pipeline's UNet and text encoder together; `publish` is called after every checkpoint."""
+    started = time.monotonic()
+    dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
+    scheduler = pipeline.scheduler
+    text_encoder = pipeline.text_encoder.to(device, dtype).train()
+    unet = on_device(pipeline.unet, device, dtype)
+    attention = contextlib.nullcontext() if device.type == "cuda" else Fp32Attention()
+    weights, kept = loss_weights(scheduler).to(device), scheduler.alphas_cumprod.to(device)
+    scenes.grow(min(2 * CHUNK, scenes.total))
+    trainer = Trainer(
+        {"unet": unet, "text_encoder": text_encoder},
+        path=work / "unet.safetensors",
+        seconds=seconds - (time.monotonic() - started),
+        learning_rate=preset.unet_rate,
+        adam_rate=7e-4,
+        save_every=preset.save_every,
+        averaging=0.9995,
+    )
+    trainer.after_save = publish
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
+    empty = _tokens(pipeline.tokenizer, [""]).to(device, torch.int32)
+    batch, steps = preset.unet_batch, len(kept)
+    report = _Report("unet", batch, trainer)
+    for step in trainer:
+        scenes.grow(int((step + 1) * batch / preset.uses))
 
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device=device)
 
-def _waited(tensor: Tensor) -> float:
-    """The time at which a tensor is there: devices work on while the program goes on."""
-    tensor[:1].sum().item()
-    return time.monotonic()
+        chosen = torch.randint(scenes.count, (batch,), generator=generator, device=device)
+        mirror = torch.randint(2, (batch, 1, 1, 1), generator=generator, device=device)
+        caption = torch.randint(CAPTIONS, (batch,), generator=generator, device=device)
+        tokens = torch.where(uniform(batch, 1) < EMPTY_CAPTION_SHARE, empty, scenes.tokens[chosen, caption]).long()
+        x = scenes.latents[chosen].float()
+        x = torch.where(mirror == 1, scenes.code.mirrored(x), x)
+        noise = torch.randn(x.shape, generator=generator, device=device)
+        # Stratified timesteps: one from each of `batch` equal parts of the schedule.
+        timesteps = ((torch.arange(batch, device=device) + uniform(batch)) / batch * steps).long().clamp_max(steps - 1)
+        signal = kept[timesteps][:, None, None, None]
+        noisy = (signal.sqrt() * x + (1 - signal).sqrt() * noise).to(dtype)
+        with attention:
+            text = text_encoder(tokens)[0]
+            noise_pred = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, text).sample
+        errors = (noise_pred.float() - noise).square().mean((1, 2, 3))
+        loss = (weights[timesteps] * errors).mean()
+        trainer.update(loss)
+        report.add(loss.detach())
 
 
 def on_device(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -326,108 +452,36 @@ class _Report:
         self.losses, self._at = [], now
 
 
-@torch.no_grad()
-def settle(vae: AutoencoderKL, pictures: Tensor, device: torch.device) -> None:
-    """Makes each latent channel's mean 0 and variance 1 over the pictures, by the autoencoder's innermost layers."""
-    latents = encoded(vae, pictures, device).float()
-    mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    channels = len(mean)
-    inward, outward = vae.quant_conv, vae.post_quant_conv
-    inward.weight[:channels] /= spread[:, None, None, None]
-    inward.bias[:channels] = (inward.bias[:channels] - mean) / spread
-    inward.bias[channels:] -= 2 * spread.log()
-    outward.bias += (outward.weight[:, :, 0, 0] * mean).sum(1)
-    outward.weight *= spread[None, :, None, None]
-    vae.register_to_config(scaling_factor=1.0)
-
-
-@torch.no_grad()
-def encoded(vae: AutoencoderKL, pictures: Tensor, device: torch.device, *, mirrored: bool = False) -> Tensor:
-    """Posterior means (B, C, H, W) of pictures (B, H, W, 3) uint8, or of their mirror images, in the VAE's type."""
-    dtype = next(vae.parameters()).dtype
-    parts = []
-    for part in pictures.split(256):
-        x = to_tensor(part.flip(2) if mirrored else part, device)
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        parts.append(vae.encode(x).latent_dist.mean.contiguous())
-    return torch.cat(parts)
-
-
-def new_pipeline(vae: AutoencoderKL, tokenizer: Path, *, seed: int) -> StableDiffusionPipeline:
-    """The pipeline around a trained VAE, UNet and text encoder untrained."""
+def new_pipeline(code: codec.LinearCode, tokenizer: Path, start: Path | None, *, seed: int) -> StableDiffusionPipeline:
+    """The whole model with its encoder; all else is untrained, or taken from `start` where names and shapes agree."""
     torch.manual_seed(seed + 1)
     words = _tokenizer_at(tokenizer)
+    vae, unet, text_encoder = architecture.new_vae(), architecture.new_unet(), architecture.new_text_encoder(words)
+    if start is not None:
+        for part, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder)):
+            own = module.state_dict()
+            theirs = {
+                name.removeprefix("text_model."): tensor
+                for path in (start / part).glob("*.safetensors")
+                for name, tensor in load_file(path).items()
+            }
+            fitting = {name: t.float() for name, t in theirs.items() if name in own and t.shape == own[name].shape}
+            if part == "vae" and len(fitting) < len(own):
+                # Pieces of another autoencoder's decoder are worth nothing.
+                continue
+            module.load_state_dict(fitting, strict=False)
+            log.info("%s: %d of %d tensors from %s", part, len(fitting), len(own), start.name)
+    codec.write_linear_encoder(vae, code)
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=architecture.new_text_encoder(words),
+        text_encoder=text_encoder,
         tokenizer=words,
-        unet=architecture.new_unet(),
+        unet=unet,
         scheduler=architecture.new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def train_unet(
-    pipeline: StableDiffusionPipeline,
-    scenes: Scenes,
-    work: Path,
-    preset: Preset,
-    *,
-    seconds: float,
-    seed: int,
-    device: torch.device,
-    publish: Callable[[Trainer], None],
-) -> Trainer:
-    """Trains the pipeline's UNet and text encoder together; `publish` is called after every checkpoint."""
-    vae, scheduler = pipeline.vae.to(device), pipeline.scheduler
-    dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
-    started = time.monotonic()
-    encoder = copy.deepcopy(vae).to(dtype)
-    latents = torch.stack([encoded(encoder, scenes.pictures, device, mirrored=m) for m in (False, True)])
-    latents *= vae.config.scaling_factor
-    del scenes.pictures, encoder
-    log.info("%d scenes encoded, %.0f s", scenes.total, time.monotonic() - started)
-    text_encoder = pipeline.text_encoder.to(device, dtype).train()
-    unet = on_device(pipeline.unet, device, dtype)
-    attention = contextlib.nullcontext() if device.type == "cuda" else Fp32Attention()
-    weights, kept = loss_weights(scheduler).to(device), scheduler.alphas_cumprod.to(device)
-    trainer = Trainer(
-        {"unet": unet, "text_encoder": text_encoder},
-        path=work / "unet.safetensors",
-        seconds=seconds - (time.monotonic() - started),
-        learning_rate=preset.learning_rate,
-        save_every=preset.save_every,
-    )
-    trainer.after_save = publish
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
-    empty = _tokens(pipeline.tokenizer, [""]).to(device, torch.int32)
-    batch, steps = preset.unet_batch, len(kept)
-    report = _Report("unet", batch, trainer)
-    for _ in trainer:
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, device=device)
-
-        chosen = torch.randint(scenes.total, (batch,), generator=generator, device=device)
-        mirror = torch.randint(2, (batch,), generator=generator, device=device)
-        caption = torch.randint(CAPTIONS, (batch,), generator=generator, device=device)
-        tokens = torch.where(uniform(batch, 1) < EMPTY_CAPTION_SHARE, empty, scenes.tokens[chosen, caption]).long()
-        x = latents[mirror, chosen].float()
-        noise = torch.randn(x.shape, generator=generator, device=device)
-        # Stratified timesteps: one from each of `batch` equal parts of the schedule.
-        timesteps = ((torch.arange(batch, device=device) + uniform(batch)) / batch * steps).long().clamp_max(steps - 1)
-        signal = kept[timesteps][:, None, None, None]
-        noisy = (signal.sqrt() * x + (1 - signal).sqrt() * noise).to(dtype)
-        with attention:
-            text = text_encoder(tokens)[0]
-            noise_pred = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, text).sample
-        errors = (noise_pred.float() - noise).square().mean((1, 2, 3))
-        loss = (weights[timesteps] * errors).mean()
-        trainer.update(loss)
-        report.add(loss.detach())
-    return trainer
 
 
 def learnt_tokenizer(folder: Path, seed: int) -> None:
@@ -467,33 +521,27 @@ def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def save_average(pipeline: StableDiffusionPipeline, trainer: Trainer | None, tokenizer: Path, out: Path) -> None:
-    """Writes the pipeline as it would be if training ended now; the pipeline goes on as it is."""
-    copies = {"vae": architecture.new_vae(), "unet": architecture.new_unet()}
-    copies["text_encoder"] = architecture.new_text_encoder(_tokenizer_at(tokenizer))
-    for name, module in copies.items():
-        module.load_state_dict(getattr(pipeline, name).state_dict())
-        own = dict(module.named_parameters())
-        if trainer is not None:
-            with torch.no_grad():
-                for key, average in trainer.average.items():
-                    prefix, _, parameter = key.partition(".")
-                    if prefix == name:
-                        own[parameter].copy_(average)
-    copies["vae"].register_to_config(scaling_factor=pipeline.vae.config.scaling_factor)
-    partial = out.with_name(out.name + ".partial")
+def publish(code: codec.LinearCode, tokenizer: Path, start: Path | None, work: Path, out: Path, *, seed: int) -> None:
+    """Writes the folder `out` from the averaged weights of all checkpoints that there are."""
+    pipeline = new_pipeline(code, tokenizer, start, seed=seed)
+    modules = {
+        "unet.unet": pipeline.unet,
+        "unet.text_encoder": pipeline.text_encoder,
+        "decoder.decoder": pipeline.vae.decoder,
+        "decoder.post_quant_conv": pipeline.vae.post_quant_conv,
+    }
+    for place, module in modules.items():
+        file, _, prefix = place.partition(".")
+        path = work / f"{file}.safetensors"
+        if not path.exists():
+            continue
+        weights = averaged(path)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(weights[f"{prefix}.{name}"].view(parameter.shape))
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    save(
-        StableDiffusionPipeline(
-            **copies,
-            tokenizer=_tokenizer_at(tokenizer),
-            scheduler=pipeline.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ),
-        partial,
-    )
+    save(pipeline, partial)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
 
@@ -506,8 +554,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for checkpoints [OUT.work]")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="sizes for a machine [cpu]")
     parser.add_argument("--minutes", type=float, help="time in all [8 on gpu, 1440 on cpu]")
+    parser.add_argument("--only", choices=("decoder", "unet"), help="train one part, with all of the time")
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of scenes, weights and draws [{SEED}]")
-    parser.add_argument("--start-from", type=Path, metavar="DIR", help="a finished folder, to be trained further")
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="take weights of this folder where they fit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
@@ -516,59 +565,28 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
-    minutes = args.minutes or preset.minutes
-    train(preset, args.out, work, minutes=minutes, seed=args.seed, device=device, start=args.start_from, since=started)
+    seconds = 60 * (args.minutes or preset.minutes)
+    share = {None: preset.decoder_share, "decoder": 1.0, "unet": 0.0}[args.only]
+    start, seed = args.start_from, args.seed
 
-
-def train(
-    preset: Preset,
-    out: Path,
-    work: Path,
-    *,
-    minutes: float,
-    seed: int,
-    device: torch.device,
-    start: Path | None,
-    since: float,
-) -> None:
-    """Both trainings, and the finished folder; see the command line."""
     tokenizer = work / "tokenizer"
     if start is not None and not tokenizer.exists():
         shutil.copytree(start / "tokenizer", tokenizer)
     learnt_tokenizer(tokenizer, seed)
-    scenes = Scenes(tokenizer, preset, seed=seed, device=device)
-    seconds = 60 * minutes
-    trained = work / "trained_vae.safetensors"
-    if start is not None:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            start, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-        scenes.grow(scenes.total)
-    else:
-        if trained.exists():
-            vae = architecture.new_vae().to(device, memory_format=torch.channels_last)
-            vae.load_state_dict(load_file(trained))
-            vae.register_to_config(scaling_factor=1.0)
-            scenes.grow(scenes.total)
-        else:
-            share = seconds * preset.autoencoder_share - (time.monotonic() - since)
-            vae = train_vae(scenes, work, preset, seconds=share, seed=seed, device=device)
-            save_file({name: t.contiguous() for name, t in vae.state_dict().items()}, trained)
-        pipeline = new_pipeline(vae.eval(), tokenizer, seed=seed)
-    log.info("autoencoder: %s", kept_by(pipeline.vae.to(device), preset.measured, device))
-    trainer_seconds = seconds * (1 - (preset.autoencoder_share if start is None else 0)) - WRITING_SECONDS
-    trainer = train_unet(
-        pipeline,
-        scenes,
-        work,
-        preset,
-        seconds=min(trainer_seconds, seconds - WRITING_SECONDS - (time.monotonic() - since)),
-        seed=seed,
-        device=device,
-        publish=lambda trainer: save_average(pipeline, trainer, tokenizer, out),
-    )
-    save_average(pipeline, trainer, tokenizer, out)
-    log.info("wrote %s, %.0f s in all", out, time.monotonic() - since)
+    code = linear_code(work, preset, device)
+    scenes = Scenes(work, tokenizer, code, preset, seed=seed, device=device)
+    pipeline = new_pipeline(code, tokenizer, start, seed=seed)
+    write = functools.partial(publish, code, tokenizer, start, work, args.out, seed=seed)
+    common: dict[str, Any] = {"seed": seed, "device": device, "publish": write}
+    if share > 0:
+        left = share * seconds - (time.monotonic() - started)
+        train_decoder(pipeline.vae, scenes, work, preset, seconds=left, **common)
+    if share < 1:
+        left = (1 - share) * seconds - WRITING_SECONDS if share else seconds
+        train_unet(pipeline, scenes, work, preset, seconds=left, **common)
+    log.info("wrote %s, %.0f s in all", args.out, time.monotonic() - started)
+    finished = AutoencoderKL.from_pretrained(args.out, subfolder="vae", local_files_only=True)
+    log.info("autoencoder: %s", kept_by(finished.to(device), preset.measured, device))
 
 
 @torch.no_grad()
