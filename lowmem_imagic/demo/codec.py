@@ -64,6 +64,7 @@ def fit(pictures: Tensor, channels: int, *, scaled_to: Tensor) -> LinearCode:
     blocks = blocks.reshape(3, -1, BLOCK, BLOCK).double()
     # The two differences of colour share their components, or these would be mixtures of the two by chance.
     light, color = blocks[0], torch.cat([blocks[1], blocks[2]])
+    ramp = torch.linspace(1, 0, BLOCK**2, dtype=torch.float64) ** 2
     candidates: list[tuple[float, Tensor, int]] = []
     for part, rows in ((light, (0,)), (color, (1, 2))):
         for parity in (1, -1):
@@ -71,7 +72,7 @@ def fit(pictures: Tensor, channels: int, *, scaled_to: Tensor) -> LinearCode:
             values, vectors = torch.linalg.eigh(half.T @ half / len(half))
             for value, vector in zip(values.tolist(), vectors.T, strict=True):
                 # Signs are the solver's choice.
-                component = (vector * vector[vector.abs().argmax()].sign()).float().view(BLOCK, BLOCK)
+                component = (vector * (vector @ ramp).sign()).float().view(BLOCK, BLOCK)
                 candidates += [(value, torch.einsum("c,hw->chw", planes[row], component), parity) for row in rows]
     candidates = sorted(candidates, key=lambda candidate: -candidate[0])[:channels]
     basis = torch.stack([component for _, component, _ in candidates])
@@ -130,7 +131,7 @@ def write_linear_encoder(vae: AutoencoderKL, code: LinearCode) -> None:
             conv.bias[:channels] = code.bias
     last = encoder.down_blocks[3].resnets[0].conv_shortcut
     per_group = norm.num_channels // norm.num_groups
-    constant = 32.0
+    constant = 128.0
     out = encoder.conv_out
     norm.weight.zero_()
     for group in range(norm.num_groups):
