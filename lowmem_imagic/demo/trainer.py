@@ -13,7 +13,7 @@ from torch import Tensor
 
 DECAY = 0.3
 """Share of the time, the last one, in which the rate falls to zero."""
-_WARM_UP = 200
+_WARM_UP = 100
 
 
 class Trainer:
