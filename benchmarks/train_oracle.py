@@ -9,7 +9,6 @@ import argparse
 import math
 import os
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
-from lowmem_imagic.demo.architecture import SIZE_PX
 from lowmem_imagic.demo.batch_render import render_batch
 from lowmem_imagic.demo.pictures import CHUNK, packed, prepared, scene_at, to_tensor
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
@@ -43,6 +41,8 @@ from .oracle import (
 
 SCENE_SEED = 1
 """Seed of the oracle's scenes; no model is trained on it."""
+SIZE_PX = 64
+"""Side of its pictures: everything with a name is seen at this size, whatever the size of the judged picture."""
 DETAILED_SHARE = 0.4
 """Scenes with details without a name."""
 _UNSEEN = -100
@@ -65,7 +65,7 @@ def prepare(seed: int, chunk: int) -> tuple[list[Scene], np.ndarray]:
 
 
 def train_oracle(
-    pictures: Tensor, scenes: Sequence[Scene], *, seconds: float, batch: int = 64, seed: int = 0
+    pictures: Tensor, scenes: Sequence[Scene], *, steps: int, batch: int = 64, seed: int = 0
 ) -> Oracle:
     """An oracle trained on renders (B, H, W, 3) uint8 of the scenes, where they are; its weights rounded to fp16.
 
@@ -77,32 +77,28 @@ def train_oracle(
     views = _Views(*(part.to(device) for part in _Views.of(scenes)))
     network = new_network(size_px).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
-    started, steps = time.monotonic(), 0
     order = torch.empty(0, dtype=torch.long, device=device)
-    with tqdm(total=round(seconds), desc="training the oracle", mininterval=5, unit="s") as bar:
-        while (spent := time.monotonic() - started) < seconds:
-            if len(order) < batch:
-                order = torch.randperm(len(views.picture), generator=generator, device=device)
-            rows, order = order[:batch], order[batch:]
-            share = spent / seconds
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * min(1.0, 10 * share) * 0.5 * (1 + math.cos(math.pi * share))
-            images = to_tensor(pictures[views.picture[rows]], device)
-            images, numbers = _shown(images, views.side[rows]), views.numbers[rows]
-            mirrored = torch.rand(len(rows), generator=generator, device=device) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            signs = torch.where(mirrored[:, None] & (torch.arange(3, device=device) == 0), -1, 1)
-            images = _degraded(images, generator).contiguous(memory_format=torch.channels_last)
-            loss = _loss(network(images), views.words[rows], numbers * signs)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            steps += 1
-            if steps % 100 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", step=steps, refresh=False)
-                bar.update(round(spent) - bar.n)
+    for step in (bar := trange(steps, desc="training the oracle", mininterval=5)):
+        if len(order) < batch:
+            order = torch.randperm(len(views.picture), generator=generator, device=device)
+        rows, order = order[:batch], order[batch:]
+        share = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, 10 * share) * 0.5 * (1 + math.cos(math.pi * share))
+        images = to_tensor(pictures[views.picture[rows]], device)
+        images, numbers = _shown(images, views.side[rows]), views.numbers[rows]
+        mirrored = torch.rand(len(rows), generator=generator, device=device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        signs = torch.where(mirrored[:, None] & (torch.arange(3, device=device) == 0), -1, 1)
+        images = _degraded(images, generator).contiguous(memory_format=torch.channels_last)
+        loss = _loss(network(images), views.words[rows], numbers * signs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     network.load_state_dict({name: t.float() for name, t in weights(network).items()}, strict=False)
-    return Oracle(network.cpu().to(memory_format=torch.contiguous_format), {"steps": steps}, size_px=size_px)
+    return Oracle(network.cpu().to(memory_format=torch.contiguous_format), {}, size_px=size_px)
 
 
 def measure(oracle: Oracle, pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, Any]:
@@ -236,10 +232,10 @@ def main() -> int:
     """Command line: renders, trains, measures on held-out renders, saves; returns 1 if `TARGET` is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--size", type=int, default=SIZE_PX, help=f"side of the pictures [{SIZE_PX}]")
+    parser.add_argument("--size", type=int, default=SIZE_PX, help=f"side of its pictures [{SIZE_PX}]")
     parser.add_argument("--scenes", type=int, default=24576, help="scenes in all [24576]")
     parser.add_argument("--held-out", type=int, default=2000, help="scenes kept for measuring [2000]")
-    parser.add_argument("--minutes", type=float, default=20, help="time of the training alone [20]")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of training [6000]")
     parser.add_argument("--batch", type=int, default=64, help="views per step [64]")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and draws [0]")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that draw scenes")
@@ -247,7 +243,7 @@ def main() -> int:
     args = parser.parse_args()
     scenes, pictures = drawn(args.scenes, args.size, device=torch.device(args.device), processes=args.processes)
     known = len(scenes) - args.held_out
-    oracle = train_oracle(pictures[:known], scenes[:known], seconds=60 * args.minutes, batch=args.batch, seed=args.seed)
+    oracle = train_oracle(pictures[:known], scenes[:known], steps=args.steps, batch=args.batch, seed=args.seed)
     held_out = {}
     for plain in (True, False):
         rows = [n for n in range(known, len(scenes)) if scenes[n].plain is plain and _named(scenes[n])]
@@ -260,7 +256,7 @@ def main() -> int:
             "size_px": args.size,
             "training_scenes": known,
             "held_out_scenes": args.held_out,
-            "minutes": args.minutes,
+            "steps": args.steps,
             "batch": args.batch,
             "seed": args.seed,
         },
