@@ -1,12 +1,18 @@
 """Judges whether an edited picture follows its sentence and otherwise keeps the photo.
 
-*success*: the judge (`benchmarks.oracle`) sees every requested attribute. *kept*: it sees every other attribute, the
-position and the size unchanged. *background*: PSNR against the photo outside the edit (`SceneEdit.kept_mask`). A
-picture is *good* if success, kept and a background of `BACKGROUND_DB` hold together.
+*success*: the judge (`benchmarks.oracle`) sees every requested attribute. *kept*: it sees every other attribute with a
+name, the position and the size unchanged; a paint, which has no name, is compared by its mean colour. *background*:
+PSNR against the photo outside the edit (`SceneEdit.kept_mask`). *identity*: the object of a stranger shows its own
+pattern where the ground truth shows it (`benchmarks.identity`). An object without details has nothing of its own beyond
+what *kept* asks, so identity is not asked of known photos. A picture is *good* if success, kept, a background of
+`BACKGROUND_DB` and identity hold together.
+
+PSNR inside the object, against the ground truth, is reported without a bound: it mixes pattern, colour, light and
+outline, each of which has a condition of its own, and a shift by a pixel costs it more than a lost letter.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,11 +24,16 @@ from skimage.metrics import structural_similarity
 from lowmem_imagic.demo.pictures import to_tensor
 from lowmem_imagic.demo.scene import LYING_SHAPES
 
+from .identity import reader
 from .oracle import WORDS, Attributes, Oracle
-from .scene_edits import SceneEdit
+from .scene_edits import GROUPS, HALVES, KINDS, SceneEdit, rows_of
 
 BACKGROUND_DB = 22.0
 """Least PSNR of the background."""
+OVERLAP = 0.6
+"""Least overlap of a stranger's pattern."""
+PAINT_LEVELS = 32.0
+"""Largest distance, levels of 255, of a paint's mean colour from the ground truth's."""
 PLACE = {"x": 0.25, "z": 0.35}
 """Largest distance, in scene units, of an object's reading from its place: about four mean errors of the judge."""
 RADIUS_SHARE = 0.2
@@ -39,15 +50,29 @@ class Verdict:
     kept: bool
     background_db: float
     """PSNR against the photo outside the edit."""
+    overlap: float | None
+    """Intersection over union of the pattern's pixels with the ground truth's; None for known photos."""
+    object_db: float
+    """PSNR against the ground-truth render, inside the photo's own object there."""
     truth_db: float
     """PSNR against the ground-truth render, everywhere."""
     truth_ssim: float
     """SSIM against the ground-truth render (Wang et al. 2004)."""
 
     @property
+    def background(self) -> bool:
+        """Whether the background is kept."""
+        return self.background_db >= BACKGROUND_DB
+
+    @property
+    def identity(self) -> bool:
+        """Whether the pattern is kept, where there is one."""
+        return self.overlap is None or self.overlap >= OVERLAP
+
+    @property
     def good(self) -> bool:
-        """Whether success, kept and background all hold."""
-        return self.success and self.kept and self.background_db >= BACKGROUND_DB
+        """Whether success, kept, background and identity all hold."""
+        return self.success and self.kept and self.background and self.identity
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
@@ -70,17 +95,24 @@ def judge(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.I
     """
     readings = _readings(oracle, items, pictures)
     verdicts = []
-    for item, picture, found in zip(items, pictures, readings, strict=True):
+    for item, picture, reading in zip(items, pictures, readings, strict=True):
         side = picture.width
         edited = np.asarray(picture)
         photo, truth = np.asarray(item.photo_picture(side)), np.asarray(item.truth_picture(side))
-        mask = item.kept_mask(side)
-        success, kept = compare(item, found)
+        mask, inside = item.kept_mask(side), item.object_mask(side)
+        success, kept = compare(item, reading)
+        solid, overlap = item.edited.objects[0], None
+        if solid.pattern:
+            pattern = reader(item.edited, side)
+            overlap = pattern.overlap(edited)
+            kept &= solid.paint is None or pattern.base_error(edited) <= PAINT_LEVELS
         verdicts.append(
             Verdict(
                 success=success,
                 kept=kept,
                 background_db=psnr_db(edited[mask], photo[mask]),
+                overlap=overlap,
+                object_db=psnr_db(edited[inside], truth[inside]),
                 truth_db=psnr_db(edited, truth),
                 truth_ssim=float(structural_similarity(edited, truth, channel_axis=-1, data_range=255)),
             )
@@ -89,12 +121,16 @@ def judge(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.I
 
 
 def compare(item: SceneEdit, found: Sequence[Attributes]) -> tuple[bool, bool]:
-    """(success, kept) of readings of the edited picture's objects, from left to right."""
+    """(success, kept) of readings of the edited picture's objects, from left to right, as far as words go."""
     truth = [Attributes.of(item.edited, index) for index in range(len(item.edited.objects))]
     first = found[0]
     agrees = {name: getattr(first, name) == getattr(truth[0], name) for name in WORDS}
     if truth[0].shape not in LYING_SHAPES:
         del agrees["pose"]
+    if item.edited.objects[0].paint:
+        del agrees["color"]
+    if item.edited.ground:
+        del agrees["floor"]
     in_place = all(abs(getattr(first, axis) - getattr(truth[0], axis)) <= limit for axis, limit in PLACE.items())
     in_place &= abs(first.radius - truth[0].radius) <= RADIUS_SHARE * truth[0].radius
     success = all(agrees.get(name, True) for name in item.asked)
@@ -127,35 +163,75 @@ def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
     return min(99.0, 10 * math.log10(255**2 / error)) if error else 99.0
 
 
-def bootstrap(values: Sequence[float], *, median: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Mean (or median) of a value of each item, with its 95 % percentile bootstrap interval."""
-    measured = np.array(values, float)
-    middle = np.median if median else np.mean
-    draws = np.random.default_rng(seed).integers(len(measured), size=(RESAMPLES, len(measured)))
-    low, high = np.percentile(middle(measured[draws], axis=1), [2.5, 97.5])
+def photo_overlap(item: SceneEdit, picture: Image.Image) -> float | None:
+    """The overlap of a picture at eta 0 with the photo's own pattern; None for a known photo."""
+    pattern = item.photo.objects[0].pattern
+    return reader(item.photo, picture.width).overlap(np.asarray(picture)) if pattern else None
+
+
+def macro(
+    items: Sequence[SceneEdit], values: Sequence[float], *, median: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Mean (or median) of a value within each kind, averaged over the kinds that occur, so that all kinds count alike.
+
+    With its 95 % percentile bootstrap interval; items are drawn again within their kind.
+    """
+    measured, middle, rng = np.array(values, float), np.median if median else np.mean, np.random.default_rng(seed)
+    parts = [measured[rows] for kind in KINDS if (rows := rows_of(items, kinds=[kind]))]
+    again = [middle(part[rng.integers(len(part), size=(RESAMPLES, len(part)))], axis=1) for part in parts]
+    low, high = np.percentile(np.mean(again, axis=0), [2.5, 97.5])
     return {
-        "value": round(float(middle(measured)), 4),
+        "value": round(float(np.mean([middle(part) for part in parts])), 4),
         "interval_95": [round(float(low), 4), round(float(high), 4)],
         "of": len(measured),
     }
 
 
-def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, Any]:
-    """Mean difference of a value to another method's value on the same items, with its bootstrap interval.
+_SHARES: dict[str, Callable[[Verdict], float]] = {
+    "good": lambda v: v.good,
+    "success": lambda v: v.success,
+    "kept": lambda v: v.kept,
+    "background": lambda v: v.background,
+    "identity": lambda v: v.identity,
+}
+_LEVELS: dict[str, Callable[[Verdict], float]] = {
+    "background_db": lambda v: v.background_db,
+    "object_db": lambda v: v.object_db,
+    "truth_db": lambda v: v.truth_db,
+    "truth_ssim": lambda v: v.truth_ssim,
+}
 
-    Paired, so that the difficulty of items does not widen the interval. Items that only one method has are left out.
-    """
-    return bootstrap([value - theirs[name] for name, value in ours.items() if name in theirs])
 
-
-def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Shares and medians over items, with their intervals."""
+def summary(items: Sequence[SceneEdit], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Shares, medians and the mean overlap (None without patterns), averaged over kinds, with their intervals."""
+    patterned = [n for n, verdict in enumerate(verdicts) if verdict.overlap is not None]
+    overlaps = [float(verdict.overlap or 0) for n, verdict in enumerate(verdicts) if n in patterned]
     return {
-        "good": bootstrap([v.good for v in verdicts]),
-        "success": bootstrap([v.success for v in verdicts]),
-        "kept": bootstrap([v.kept for v in verdicts]),
-        "background": bootstrap([v.background_db >= BACKGROUND_DB for v in verdicts]),
-        "background_db": bootstrap([v.background_db for v in verdicts], median=True),
-        "truth_db": bootstrap([v.truth_db for v in verdicts], median=True),
-        "truth_ssim": bootstrap([v.truth_ssim for v in verdicts], median=True),
+        **{name: macro(items, [of(v) for v in verdicts]) for name, of in _SHARES.items()},
+        **{name: macro(items, [of(v) for v in verdicts], median=True) for name, of in _LEVELS.items()},
+        "overlap": macro([items[n] for n in patterned], overlaps) if patterned else None,
     }
+
+
+def by_half(items: Sequence[SceneEdit], verdicts: Sequence[Verdict], *, kinds: bool = True) -> dict[str, Any]:
+    """`summary` of each half: of all kinds, of rigid and non-rigid kinds, and with `kinds` of each kind."""
+    chosen = {"all": KINDS, **GROUPS} | ({kind: (kind,) for kind in KINDS} if kinds else {})
+    result: dict[str, Any] = {}
+    for half in HALVES:
+        for name, members in chosen.items():
+            if rows := rows_of(items, half=half, kinds=members):
+                part = summary([items[n] for n in rows], [verdicts[n] for n in rows])
+                result.setdefault(half, {})[name] = part
+    return result
+
+
+def difference(
+    items: Sequence[SceneEdit], ours: Mapping[str, float], theirs: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """Mean difference of a value, by item's name, to another method's on the same items, averaged over kinds.
+
+    Paired, so that the difficulty of items does not widen the interval. Items that only one method has are left out;
+    None if no item is left.
+    """
+    both = [item for item in items if item.name in ours and item.name in theirs]
+    return macro(both, [ours[item.name] - theirs[item.name] for item in both]) if both else None

@@ -64,9 +64,7 @@ def prepare(seed: int, chunk: int) -> tuple[list[Scene], np.ndarray]:
     return scenes, packed(scenes)
 
 
-def train_oracle(
-    pictures: Tensor, scenes: Sequence[Scene], *, steps: int, batch: int = 64, seed: int = 0
-) -> Oracle:
+def train_oracle(pictures: Tensor, scenes: Sequence[Scene], *, steps: int, batch: int = 64, seed: int = 0) -> Oracle:
     """An oracle trained on renders (B, H, W, 3) uint8 of the scenes, where they are; its weights rounded to fp16.
 
     Each picture of two objects gives two views, each with most of the other object covered.
