@@ -76,7 +76,7 @@ def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict
 def patterns(items: Sequence[SceneEdit], size_px: int) -> dict[str, Any]:
     """Overlaps that the reader of patterns finds in ground truths without their pattern, and with another one."""
     strange = [items[n] for n in rows_of(items, half=STRANGERS)]
-    scenes = [item.edited for item in strange]
+    scenes, kinds = [item.edited for item in strange], [item.kind for item in strange]
     others = []
     for item in strange:
         solid, *added = item.edited.objects
@@ -91,8 +91,8 @@ def patterns(items: Sequence[SceneEdit], size_px: int) -> dict[str, Any]:
     result = {}
     for name, rendered in pictures.items():
         overlaps = [reader(scene, size_px).overlap(part) for scene, part in zip(scenes, rendered, strict=True)]
-        enough = macro(strange, [overlap >= OVERLAP for overlap in overlaps])
-        result[name] = {"overlap": macro(strange, overlaps), "identity": enough}
+        enough = macro(kinds, [overlap >= OVERLAP for overlap in overlaps])
+        result[name] = {"overlap": macro(kinds, overlaps), "identity": enough}
     return result
 
 

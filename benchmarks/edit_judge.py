@@ -169,15 +169,19 @@ def photo_overlap(item: SceneEdit, picture: Image.Image) -> float | None:
     return reader(item.photo, picture.width).overlap(np.asarray(picture)) if pattern else None
 
 
-def macro(
-    items: Sequence[SceneEdit], values: Sequence[float], *, median: bool = False, seed: int = 0
-) -> dict[str, Any]:
+def macro(kinds: Sequence[str], values: Sequence[float], *, median: bool = False, seed: int = 0) -> dict[str, Any]:
     """Mean (or median) of a value within each kind, averaged over the kinds that occur, so that all kinds count alike.
 
     With its 95 % percentile bootstrap interval; items are drawn again within their kind.
+
+    Args:
+        kinds: the kind of each item.
+        values: the value of each item.
+        median: take medians within kinds.
+        seed: of the draws.
     """
     measured, middle, rng = np.array(values, float), np.median if median else np.mean, np.random.default_rng(seed)
-    parts = [measured[rows] for kind in KINDS if (rows := rows_of(items, kinds=[kind]))]
+    parts = [measured[np.array(kinds) == kind] for kind in KINDS if kind in kinds]
     again = [middle(part[rng.integers(len(part), size=(RESAMPLES, len(part)))], axis=1) for part in parts]
     low, high = np.percentile(np.mean(again, axis=0), [2.5, 97.5])
     return {
@@ -204,12 +208,13 @@ _LEVELS: dict[str, Callable[[Verdict], float]] = {
 
 def summary(items: Sequence[SceneEdit], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Shares, medians and the mean overlap (None without patterns), averaged over kinds, with their intervals."""
-    patterned = [n for n, verdict in enumerate(verdicts) if verdict.overlap is not None]
-    overlaps = [float(verdict.overlap or 0) for n, verdict in enumerate(verdicts) if n in patterned]
+    kinds = [item.kind for item in items]
+    overlaps = [verdict.overlap for verdict in verdicts if verdict.overlap is not None]
     return {
-        **{name: macro(items, [of(v) for v in verdicts]) for name, of in _SHARES.items()},
-        **{name: macro(items, [of(v) for v in verdicts], median=True) for name, of in _LEVELS.items()},
-        "overlap": macro([items[n] for n in patterned], overlaps) if patterned else None,
+        **{name: macro(kinds, [of(v) for v in verdicts]) for name, of in _SHARES.items()},
+        **{name: macro(kinds, [of(v) for v in verdicts], median=True) for name, of in _LEVELS.items()},
+        # Of a half: either all of its items have patterns or none.
+        "overlap": macro(kinds, overlaps) if len(overlaps) == len(items) else None,
     }
 
 
@@ -226,12 +231,16 @@ def by_half(items: Sequence[SceneEdit], verdicts: Sequence[Verdict], *, kinds: b
 
 
 def difference(
-    items: Sequence[SceneEdit], ours: Mapping[str, float], theirs: Mapping[str, float]
+    kinds: Mapping[str, str], ours: Mapping[str, float], theirs: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """Mean difference of a value, by item's name, to another method's on the same items, averaged over kinds.
+    """Mean difference of a value to another method's on the same items, averaged over kinds; None without such items.
 
-    Paired, so that the difficulty of items does not widen the interval. Items that only one method has are left out;
-    None if no item is left.
+    Paired, so that the difficulty of items does not widen the interval.
+
+    Args:
+        kinds: the kind of each item, by its name.
+        ours: the values of one method, by the items' names.
+        theirs: those of the other.
     """
-    both = [item for item in items if item.name in ours and item.name in theirs]
-    return macro(both, [ours[item.name] - theirs[item.name] for item in both]) if both else None
+    both = [name for name in kinds if name in ours and name in theirs]
+    return macro([kinds[name] for name in both], [ours[name] - theirs[name] for name in both]) if both else None

@@ -162,11 +162,11 @@ def report(results: Sequence[Judged], eta: float) -> dict[str, Any]:
 
 def _photo(results: Sequence[Judged]) -> dict[str, Any]:
     """The photo at eta 0: PSNR to its round trip, and the overlap of its pattern, None without one."""
-    items = [result.item for result in results]
+    kinds = [result.item.kind for result in results]
     overlaps = [result.photo_overlap for result in results if result.photo_overlap is not None]
     return {
-        "reconstruction_db": macro(items, [result.reconstruction_db for result in results], median=True),
-        "overlap": macro(items, overlaps) if overlaps else None,
+        "reconstruction_db": macro(kinds, [result.reconstruction_db for result in results], median=True),
+        "overlap": macro(kinds, overlaps) if overlaps else None,
     }
 
 

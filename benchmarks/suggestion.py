@@ -65,7 +65,7 @@ def report(
 
     def shares(rows: Sequence[int]) -> dict[str, Any]:
         def share(etas: Sequence[float]) -> dict[str, Any]:
-            return macro([items[n] for n in rows], [verdicts[etas[n]][n].good for n in rows])
+            return macro([items[n].kind for n in rows], [verdicts[etas[n]][n].good for n in rows])
 
         return {
             "fixed": share([fixed] * len(items)),
