@@ -56,6 +56,12 @@ class PatternReader:
         count = max(1, self.object_pixels)
         return float(self.truth.sum()) / count, len(self.truth) / count
 
+    @property
+    def contrast(self) -> float:
+        """Median distance of the two colours of a pixel, levels of 255."""
+        apart = np.sqrt(np.square(self.within - self.without).mean(1))
+        return float(np.median(apart)) if len(apart) else 0.0
+
     def overlap(self, picture: Pixels) -> float:
         """Intersection over union of the pattern's pixels in the scene's own render and in a picture (H, W, 3)."""
         labels = self._nearer(self._aligned(picture))

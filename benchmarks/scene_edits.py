@@ -45,9 +45,9 @@ KNOWN, STRANGERS = "known", "strangers"
 HALVES = (KNOWN, STRANGERS)
 SAME_LEVELS = 10
 """Largest difference, of 255, at which a pixel counts as equal in two renders."""
-PATTERN_SHARES, READABLE_SHARE = (0.08, 0.75), 0.6
-"""Shares of a stranger's object that show its pattern, and least share of pixels whose two colours can be told apart;
-of photo and ground truth alike."""
+PATTERN_SHARES, READABLE_SHARE, CONTRAST = (0.08, 0.6), 0.6, 40.0
+"""Shares of a stranger's object that show its pattern, least share of pixels whose two colours can be told apart, and
+least distance of the two colours; of photo and ground truth alike. A white object with pale spots is no stranger."""
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
@@ -237,7 +237,7 @@ def _readable(pattern: PatternReader) -> bool:
     """Whether enough of the pattern, and not all of the object, can be seen."""
     least, most = PATTERN_SHARES
     shown, readable = pattern.shares
-    return least <= shown <= most and readable >= READABLE_SHARE
+    return least <= shown <= most and readable >= READABLE_SHARE and pattern.contrast >= CONTRAST
 
 
 def rows_of(items: Sequence[SceneEdit], *, half: str | None = None, kinds: Sequence[str] = KINDS) -> list[int]:
