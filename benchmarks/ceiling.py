@@ -3,10 +3,11 @@
     python -m benchmarks.ceiling --work DIR
 
 The ground truth is judged as rendered, which shows the judge's errors, and through the base's autoencoder, which all
-pictures of the base come from. So is the reader of patterns: on ground truths without their pattern, and with another
-one, drawn anew from the same vocabulary, its overlap is that of a picture without identity. The edits of `balanced` are
-rendered again: with the ground truth's own mask, under a sentence that also names the unchanged attributes (size and
-material), and with both. They show the remaining errors of an editor with the right mask and a complete description.
+pictures of the base come from. The reader of patterns has to tell ground truths without their pattern, or with another
+one drawn anew, from coarse, dark, and slightly displaced ones, which still have their identity. The edits of `balanced`
+are rendered again: with the ground truth's own mask, under a sentence that also names the unchanged attributes (size
+and material), and with both. They show the remaining errors of an editor with the right mask and a complete
+description.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic.demo.batch_render import render_batch
+from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.strangers import STRANGE
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.engine.base import BaseModel
@@ -74,26 +75,42 @@ def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict
 
 
 def patterns(items: Sequence[SceneEdit], size_px: int) -> dict[str, Any]:
-    """Overlaps that the reader of patterns finds in ground truths without their pattern, and with another one."""
+    """Overlaps that the reader of patterns finds in ground truths of strangers that were changed, by the change."""
+    overlaps: dict[str, list[float]] = {}
     strange = [items[n] for n in rows_of(items, half=STRANGERS)]
-    scenes, kinds = [item.edited for item in strange], [item.kind for item in strange]
-    others = []
     for item in strange:
-        solid, *added = item.edited.objects
-        pattern = STRANGE.pattern(random.Random(f"{item.name}/other"), rotation=solid.rotation)
-        assert solid.pattern and pattern
-        pattern = replace(pattern, color=solid.pattern.color)
-        others.append(replace(item.edited, objects=(replace(solid, pattern=pattern), *added)))
-    pictures = {
-        "removed": render_batch(scenes, size_px, plain=True).numpy(),
-        "another": render_batch(others, size_px).numpy(),
+        for change, picture in altered(item, size_px).items():
+            overlaps.setdefault(change, []).append(reader(item.edited, size_px).overlap(np.asarray(picture)))
+    kinds = [item.kind for item in strange]
+    return {
+        change: {"overlap": macro(kinds, values), "identity": macro(kinds, [value >= OVERLAP for value in values])}
+        for change, values in overlaps.items()
     }
-    result = {}
-    for name, rendered in pictures.items():
-        overlaps = [reader(scene, size_px).overlap(part) for scene, part in zip(scenes, rendered, strict=True)]
-        enough = macro(kinds, [overlap >= OVERLAP for overlap in overlaps])
-        result[name] = {"overlap": macro(kinds, overlaps), "identity": enough}
-    return result
+
+
+def altered(item: SceneEdit, size_px: int) -> dict[str, Image.Image]:
+    """The ground truth of a stranger with changes that keep its identity, and with ones that do not.
+
+    "displaced" is by less than *kept* allows; "another" has the same second colour in another pattern.
+    """
+    solid, *added = item.edited.objects
+    assert solid.pattern is not None
+    rng = random.Random(f"{item.name}/altered")
+    other = STRANGE.pattern(rng, rotation=solid.rotation)
+    assert other is not None
+
+    def drawn(**changes: Any) -> Image.Image:
+        return render(replace(item.edited, objects=(replace(solid, **changes), *added)), size_px)
+
+    truth = item.truth_picture(size_px)
+    coarse = truth.resize((size_px // 2, size_px // 2), Image.Resampling.BOX)
+    return {
+        "coarse": coarse.resize(truth.size, Image.Resampling.BILINEAR),
+        "dark": truth.point(lambda level: 0.85 * level),
+        "displaced": drawn(x=solid.x + 0.1, z=solid.z - 0.15, jitter=1.05 * solid.jitter),
+        "another": drawn(pattern=replace(other, color=solid.pattern.color)),
+        "removed": drawn(pattern=None),
+    }
 
 
 def truth_mask(base: BaseModel, item: SceneEdit) -> Tensor:

@@ -34,6 +34,14 @@ CEILINGS = {
     "`balanced`, told where": "told_where",
 }
 """Parts of the result of `benchmarks.ceiling`, by name in the table."""
+READINGS = {
+    "at half its resolution": "coarse",
+    "15 % darker": "dark",
+    "with the object displaced by less than *kept* allows": "displaced",
+    "replaced by another one": "another",
+    "removed": "removed",
+}
+"""Parts of its measurement of the reader of patterns."""
 _PARTS = ("all", *GROUPS)
 """Parts of a half: all kinds, rigid ones, non-rigid ones."""
 
@@ -169,7 +177,7 @@ def ceiling() -> list[str]:
         rows.append(_row(name, *(cell(measured.get(items, {}).get(what, {}).get(half)) for items, half in columns)))
     balanced = [results(items).get("balanced", {}).get("at_eta", {}).get(half) for items, half in columns]
     rows.append(_row("`balanced`, as it is", *map(cell, balanced)))
-    for name, what in (("its pattern removed", "removed"), ("another pattern in its place", "another")):
+    for name, what in READINGS.items():
         parts = [measured.get(items, {}).get("patterns", {}).get(what) for items, _ in columns]
         cells = [
             f"identity {_percent(part['identity'])}; overlap {part['overlap']['value']:.2f}"
@@ -177,7 +185,7 @@ def ceiling() -> list[str]:
             else ""
             for part, (_, half) in zip(parts, columns, strict=True)
         ]
-        rows.append(_row(f"the ground truth, {name}", *cells))
+        rows.append(_row(f"the pattern of the ground truth, {name}", *cells))
     return rows
 
 

@@ -2,9 +2,7 @@
 
 import json
 import math
-import random
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -118,7 +116,11 @@ def test_items_are_fixed() -> None:
         "a photo of a green metal cube on a wooden floor",
         "a photo of a green metal cube on a wooden floor",
     ]
-    assert [item.photo.objects[0].pattern.kind for item in VALIDATION.items()[1:6:2]] == ["checks", "stripes", "stripes"]
+    assert [item.photo.objects[0].pattern.kind for item in VALIDATION.items()[1:6:2]] == [
+        "checks",
+        "stripes",
+        "stripes",
+    ]
 
 
 def test_only_what_is_asked_changes() -> None:
@@ -201,45 +203,14 @@ def test_ground_truth_is_good_and_the_photo_is_not(
     assert overlaps == [None if item.half == KNOWN else 1.0 for item in items]
 
 
-def strange_scenes(items: Sequence[SceneEdit]) -> list[Any]:
-    """The ground truths of strangers."""
-    return [item.edited for item in items if item.half == STRANGERS]
-
-
-def overlap(scene: Any, picture: Image.Image | np.ndarray) -> float:
-    """Overlap of the scene's pattern in a picture."""
-    return reader(scene, 96).overlap(np.asarray(picture))
-
-
-def test_a_pattern_that_is_gone_or_another_one_is_no_identity(items: list[SceneEdit]) -> None:
-    """The reader's own accuracy: without its pattern an object overlaps by hardly anything, with another one by a third
-    or less on average, and in nine of ten pictures by less than the limit."""
-    rng, without, another = random.Random(0), [], []
-    for scene in strange_scenes(items):
-        solid, *added = scene.objects
-        plain = replace(scene, objects=(replace(solid, pattern=None), *added))
-        other = replace(STRANGE.pattern(rng, rotation=solid.rotation), color=solid.pattern.color)
-        without.append(overlap(scene, render(plain, 96)))
-        another.append(overlap(scene, render(replace(scene, objects=(replace(solid, pattern=other), *added)), 96)))
-    assert np.mean(without) < 0.1 and max(without) < edit_judge.OVERLAP
-    assert np.mean(another) < 0.4 and np.mean(np.array(another) < edit_judge.OVERLAP) >= 0.9
-
-
-def test_identity_forgives_what_kept_forgives(items: list[SceneEdit]) -> None:
-    """An object a little off its place and size, darker, brighter, or blurred, still overlaps enough in most pictures;
-    without seeking its place, it would lose its identity by what counts as kept."""
-    shares: dict[str, list[float]] = {}
-    for scene in strange_scenes(items):
-        solid, *added = scene.objects
-        moved = replace(solid, x=solid.x + 0.1, z=solid.z - 0.15, jitter=1.05 * solid.jitter)
-        own = np.asarray(render(scene, 96))
-        shares.setdefault("moved", []).append(overlap(scene, render(replace(scene, objects=(moved, *added)), 96)))
-        shares.setdefault("darker", []).append(overlap(scene, (own * 0.85).astype(np.uint8)))
-        shares.setdefault("brighter", []).append(overlap(scene, np.minimum(own * 1.15, 255).astype(np.uint8)))
-        small = Image.fromarray(own).resize((48, 48), Image.Resampling.BOX)
-        shares.setdefault("blurred", []).append(overlap(scene, small.resize((96, 96), Image.Resampling.BILINEAR)))
-    for name, least in {"moved": 0.7, "darker": 0.9, "brighter": 0.9, "blurred": 0.9}.items():
-        assert np.mean(np.array(shares[name]) >= edit_judge.OVERLAP) >= least, name
+def test_patterns_are_told_apart(items: list[SceneEdit]) -> None:
+    """The reader of patterns: coarse, dark, and slightly displaced objects have their identity, those without their
+    pattern or with another one do not."""
+    measured = ceiling.patterns(items, 96)
+    shares = {change: part["identity"]["value"] for change, part in measured.items()}
+    assert shares["coarse"] >= 0.9 and shares["dark"] >= 0.95 and shares["displaced"] >= 0.7
+    assert shares["removed"] == 0 and shares["another"] <= 0.1
+    assert measured["removed"]["overlap"]["value"] < 0.1 and measured["another"]["overlap"]["value"] < 0.4
 
 
 def test_a_paint_is_kept_by_its_colour() -> None:
@@ -451,8 +422,7 @@ def test_a_pack_gives_each_item_its_own_pictures(base: BaseModel) -> None:
 
 
 def test_the_ceiling_is_the_ground_truths(base: BaseModel, oracle: Oracle) -> None:
-    """The ground truth counts as done and kept wherever the judge reads it right; its round trip is the base's own;
-    the reader of patterns is measured without a pattern and with another one."""
+    """The ground truth counts as done and kept wherever the judge reads it right; its round trip is the base's own."""
     items = VALIDATION.items()[:4]
     found = ceiling.ceiling(base, oracle, items)
     for part in found.values():
@@ -464,8 +434,6 @@ def test_the_ceiling_is_the_ground_truths(base: BaseModel, oracle: Oracle) -> No
     photos = [item.photo_picture(PX) for item in items]
     judged = ceiling.judged(oracle, items, photos)
     assert all(judged[half]["all"]["success"]["value"] == 0.0 for half in HALVES)
-    patterns = ceiling.patterns(items, PX)
-    assert patterns["removed"]["overlap"]["value"] < 0.2 and patterns["removed"]["identity"]["of"] == 2
 
 
 def test_told_where_an_edit_keeps_to_the_mask_it_is_given(
