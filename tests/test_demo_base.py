@@ -45,7 +45,7 @@ def test_overlaps_are_one_for_the_scene_and_nothing_for_grey() -> None:
 def test_every_attribute_of_a_caption_has_its_goal() -> None:
     """A perfect reading reaches every goal; with one object each attribute has its own, with two the pair has one."""
     rng = random.Random(0)
-    scenes = [scene for scene in map(lambda index: scene_at(2, index), range(60))]
+    scenes = [scene_at(2, index) for index in range(60)]
     for count in (1, 2):
         prompts = [samples.Prompt.of(scene, rng) for scene in scenes if len(scene.objects) == count]
         truth = [[Attributes.of(p.scene, index) for index in range(count)] for p in prompts]
