@@ -20,6 +20,7 @@ from benchmarks import (
     edit_methods,
     edit_quality,
     full_finetuning,
+    quality_plots,
     quality_tables,
     suggestion,
     training_free,
@@ -367,6 +368,21 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert quality_tables.differences()[2].startswith("| `full-1e-4` | -50.0 points")
     assert quality_tables.kinds("test", KNOWN)[2] == "| color | 100 % | 100 % |"
     assert quality_tables.curve()[2] == "| `full-1e-4` | known | 100 % | 100 % |"
+
+
+def test_plots_show_both_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are drawn from results of either set, equal results to equal files, and left alone without results."""
+    monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality_plots, "DOCS", tmp_path)
+    quality_plots.main()
+    assert not list(tmp_path.glob("*.png"))
+    for items in ("validation", "test"):
+        (tmp_path / f"{edit_quality.result_name(items, 'balanced')}.json").write_text(json.dumps(fake_result(0.5, 360)))
+    quality_plots.main()
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert set(first) == {"quality_curves.png", "quality_sizes.png"}
+    quality_plots.main()
+    assert first == {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
 
 
 @pytest.fixture(scope="module")
