@@ -51,7 +51,7 @@ class Verdict:
     background_db: float
     """PSNR against the photo outside the edit."""
     overlap: float | None
-    """Intersection over union of the pattern's pixels with the ground truth's; None for known photos."""
+    """Overlap of the pattern with the ground truth's; None for known photos."""
     object_db: float
     """PSNR against the ground-truth render, inside the photo's own object there."""
     truth_db: float

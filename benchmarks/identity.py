@@ -2,7 +2,9 @@
 
 Two renders of the scene, one without the pattern and one with its colour all over the object, give the two colours that
 a pixel of the object can have, with all its light, shadow and reflections. A pixel shows the pattern if it is nearer to
-the second colour. The map of these pixels is compared with the map of the scene's own render.
+the second colour. The map of these pixels is compared with the map of the scene's own render, by intersection over
+union of the pattern's pixels, or of the object's other pixels if that is less: an object all in the pattern's colour
+has no pattern.
 
 An object may be a little off its place and size and still count as kept, and a little darker. So the picture is first
 moved, resized and brightened by about as much, to where its object differs least from the scene's.
@@ -63,9 +65,10 @@ class PatternReader:
         return float(np.median(apart)) if len(apart) else 0.0
 
     def overlap(self, picture: Pixels) -> float:
-        """Intersection over union of the pattern's pixels in the scene's own render and in a picture (H, W, 3)."""
+        """Overlap of the pattern in a picture (H, W, 3) with that in the scene's own render, from 0 to 1."""
         labels = self._nearer(self._aligned(picture))
-        return float((labels & self.truth).sum() / max(1, (labels | self.truth).sum()))
+        pairs = ((labels, self.truth), (~labels, ~self.truth))
+        return min(float((seen & own).sum() / max(1, (seen | own).sum())) for seen, own in pairs)
 
     def base_error(self, picture: Pixels) -> float:
         """Distance of the mean colour beside the pattern to the scene's own, levels of 255."""
@@ -112,12 +115,12 @@ def readers(scenes: Sequence[Scene], size_px: int, *, supersampling: int = 3) ->
     )
     inside = object_masks(scenes, size_px) == 1
     apart = inside & (np.sqrt(np.square(within - without).mean(-1)) > TOLD_APART)
-    found = []
+    result = []
     for number, (told, solid_pixels) in enumerate(zip(apart, inside.sum((1, 2)), strict=True)):
         rows, columns = np.nonzero(told)
         colors = (pictures[number][rows, columns] for pictures in (without, within, own))
-        found.append(PatternReader(rows, columns, *colors, int(solid_pixels)))
-    return found
+        result.append(PatternReader(rows, columns, *colors, int(solid_pixels)))
+    return result
 
 
 def _places(size_px: int) -> Iterator[tuple[float, int, int]]:

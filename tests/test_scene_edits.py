@@ -204,6 +204,15 @@ def test_ground_truth_is_good_and_the_photo_is_not(
     assert overlaps == [None if item.half == KNOWN else 1.0 for item in items]
 
 
+def test_an_object_all_in_the_patterns_colour_has_no_pattern() -> None:
+    """A picture of one colour overlaps with no pattern, whichever colour it has, however much the pattern covers."""
+    for item in VALIDATION.items()[1:16:2]:
+        pattern = reader(item.edited, PX)
+        for color in (pattern.within.mean(0), pattern.without.mean(0)):
+            flat = np.broadcast_to(color.astype(np.uint8), (PX, PX, 3))
+            assert pattern.overlap(flat) < 0.3, item.name
+
+
 def test_patterns_are_told_apart(items: list[SceneEdit]) -> None:
     """The reader of patterns: coarse, dark, and slightly displaced objects have their identity, those without their
     pattern or with another one do not."""
