@@ -116,6 +116,10 @@ class Oracle:
             raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}; train the oracle again")
         return Oracle(network, report, hashlib.sha256(path.read_bytes()).hexdigest(), size_px=size_px)
 
+    def state(self) -> dict[str, Any]:
+        """The network's weights, to train it further."""
+        return self._network.state_dict()
+
     def save(self, path: Path) -> None:
         """Writes weights (fp16) and report; equal oracles give equal bytes."""
         write_bytes(path, serialize(weights(self._network), {"report": json.dumps(self.report)}), overwrite=True)

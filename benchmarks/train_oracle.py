@@ -43,6 +43,8 @@ SCENE_SEED = 1
 """Seed of the oracle's scenes; no model is trained on it."""
 SIZE_PX = 64
 """Side of its pictures: everything with a name is seen at this size, whatever the size of the judged picture."""
+RATE, RATE_AGAIN = 3e-3, 1e-3
+"""Highest learning rates of a new judge, and of one that is trained further."""
 DETAILED_SHARE = 0.4
 """Scenes with details without a name."""
 _UNSEEN = -100
@@ -64,17 +66,30 @@ def prepare(seed: int, chunk: int) -> tuple[list[Scene], np.ndarray]:
     return scenes, packed(scenes)
 
 
-def train_oracle(pictures: Tensor, scenes: Sequence[Scene], *, steps: int, batch: int = 64, seed: int = 0) -> Oracle:
+def train_oracle(
+    pictures: Tensor,
+    scenes: Sequence[Scene],
+    *,
+    steps: int,
+    batch: int = 64,
+    seed: int = 0,
+    start: Oracle | None = None,
+) -> Oracle:
     """An oracle trained on renders (B, H, W, 3) uint8 of the scenes, where they are; its weights rounded to fp16.
 
-    Each picture of two objects gives two views, each with most of the other object covered.
+    Each picture of two objects gives two views, each with most of the other object covered. With `start`, a judge for
+    pictures of this size, that one is trained further.
     """
     torch.manual_seed(seed)
     device, size_px = pictures.device, pictures.shape[1]
     generator = torch.Generator(device).manual_seed(seed)
     views = _Views(*(part.to(device) for part in _Views.of(scenes)))
-    network = new_network(size_px).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
+    network, rate = new_network(size_px), RATE
+    if start is not None:
+        network.load_state_dict(start.state())
+        rate = RATE_AGAIN
+    network = network.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
     order = torch.empty(0, dtype=torch.long, device=device)
     for step in (bar := trange(steps, desc="training the oracle", mininterval=5)):
         if len(order) < batch:
@@ -82,7 +97,7 @@ def train_oracle(pictures: Tensor, scenes: Sequence[Scene], *, steps: int, batch
         rows, order = order[:batch], order[batch:]
         share = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, 10 * share) * 0.5 * (1 + math.cos(math.pi * share))
+            group["lr"] = rate * min(1.0, 10 * share) * 0.5 * (1 + math.cos(math.pi * share))
         images = to_tensor(pictures[views.picture[rows]], device)
         images, numbers = _shown(images, views.side[rows]), views.numbers[rows]
         mirrored = torch.rand(len(rows), generator=generator, device=device) < 0.5
@@ -238,10 +253,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and draws [0]")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that draw scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start-from", type=Path, metavar="FILE", help="train this judge further")
     args = parser.parse_args()
+    start = Oracle.load(args.start_from) if args.start_from else None
     scenes, pictures = drawn(args.scenes, args.size, device=torch.device(args.device), processes=args.processes)
     known = len(scenes) - args.held_out
-    oracle = train_oracle(pictures[:known], scenes[:known], steps=args.steps, batch=args.batch, seed=args.seed)
+    oracle = train_oracle(
+        pictures[:known], scenes[:known], steps=args.steps, batch=args.batch, seed=args.seed, start=start
+    )
     held_out = {}
     for plain in (True, False):
         rows = [n for n in range(known, len(scenes)) if scenes[n].plain is plain and _named(scenes[n])]
@@ -257,6 +276,7 @@ def main() -> int:
             "steps": args.steps,
             "batch": args.batch,
             "seed": args.seed,
+            "before": start.report["settings"] if start else None,
         },
     )
     oracle.save(args.out)

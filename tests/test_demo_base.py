@@ -57,13 +57,17 @@ def test_every_attribute_of_a_caption_has_its_goal() -> None:
 
 
 def test_the_judge_can_be_trained_again() -> None:
-    """The judge's training depends on its seed alone, and reads pictures of any size at its own."""
+    """The judge's training depends on its seed alone, and can be continued; it reads pictures of any size."""
     scenes = [train_oracle.judged_scene_at(1, index) for index in range(6)]
     assert any(not scene.plain for scene in [train_oracle.judged_scene_at(1, index) for index in range(12)])
     pictures = render_batch(scenes, 32, supersampling=1)
     oracles = [train_oracle.train_oracle(pictures, scenes, steps=2, batch=4) for _ in range(2)]
     readings = [oracle.read(torch.zeros(1, 3, 48, 48)) for oracle in oracles]
     assert readings[0] == readings[1] and oracles[0].size_px == 32
+    before = {name: tensor.clone() for name, tensor in oracles[0].state().items()}
+    further = train_oracle.train_oracle(pictures, scenes, steps=1, batch=4, start=oracles[0])
+    # The first step has a rate of zero: nothing but the statistics of its batch is new.
+    assert torch.equal(further.state()["8.weight"], before["8.weight"])
 
 
 def test_the_committed_judge_knows_patterns() -> None:
