@@ -2,11 +2,14 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from lowmem_imagic.cli.commands import app
 from lowmem_imagic.demo.batch_render import object_masks, pack, render_batch
 from lowmem_imagic.demo.pictures import ProceduralPictures, prepared, scene_at, training_scene_at
 from lowmem_imagic.demo.procedural import procedural_batch
@@ -15,6 +18,7 @@ from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.demo.strangers import (
     FAMILIAR,
     GROUNDS,
+    PAINTS,
     PATTERNS,
     PROPS,
     SCREENS,
@@ -23,6 +27,7 @@ from lowmem_imagic.demo.strangers import (
     Pattern,
     Vocabulary,
 )
+from lowmem_imagic.errors import PromptError
 
 SIDE = 48
 ALWAYS = {"pattern": 1.0, "paint": 1.0, "ground": 1.0, "screen": 1.0, "prop": 1.0}
@@ -58,7 +63,7 @@ def test_the_vocabularies_share_nothing() -> None:
         assert not set(getattr(FAMILIAR, name)) & set(getattr(STRANGE, name)), name
     for mine in FAMILIAR.paints:
         # Even when varied by the 12 % that they are drawn with.
-        assert min(np.abs(np.subtract(mine, other)).max() for other in STRANGE.paints) > 0.1
+        assert min(np.abs(np.subtract(PAINTS[mine], PAINTS[other])).max() for other in STRANGE.paints) > 0.1
 
 
 def _kinds(scene: Scene) -> set[str]:
@@ -197,3 +202,39 @@ def test_scenes_are_prepared_in_order() -> None:
     expected = [(4, chunk) for chunk in range(3)]
     assert list(prepared(_number, 4, 700, processes=1)) == expected
     assert list(prepared(_number, 4, 700, processes=2)) == expected
+
+
+def test_a_sentence_can_ask_for_details() -> None:
+    """Patterns after their object, paints, grounds and backdrops of a sentence are drawn; captions do not say them."""
+    scene = Scene.from_sentence(
+        "a red cube with cyan stripes and a pink cone with a letter H on sand in front of a wall", seed=1
+    )
+    cube, cone = scene.objects
+    assert cube.color == "red" and cube.paint is None
+    assert cube.pattern is not None and (cube.pattern.kind, cube.pattern.color) == ("stripes", PAINTS["cyan"])
+    assert cone.paint == PAINTS["pink"]
+    assert cone.pattern is not None and (cone.pattern.kind, cone.pattern.letter) == ("letter", "H")
+    assert scene.ground is not None and scene.ground.kind == "sand"
+    assert scene.screen is not None and scene.screen.kind == "wall"
+    assert scene.unnamed == ["stripes", "pink", "letter", "sand", "wall"]
+    assert not set(scene.unnamed) & set(scene.caption().split())
+    with pytest.raises(PromptError, match="no letter Q"):
+        Scene.from_sentence("a cube with a letter Q")
+
+
+def test_details_of_a_sentence_leave_the_rest_of_the_scene_alone() -> None:
+    """The same sentence with and without details gives the same scene but for them, and without them a plain one."""
+    plain = Scene.from_sentence("a red cube on a wooden floor", seed=3)
+    striped = Scene.from_sentence("a red cube with green stripes on a wooden floor", seed=3)
+    assert plain.plain and not striped.plain
+    assert replace(striped, objects=plain.objects) == plain
+    assert replace(striped.objects[0], pattern=None) == plain.objects[0]
+
+
+def test_the_scene_command_says_what_the_model_has_no_word_for(tmp_path: Path) -> None:
+    """`scene` names the details of the picture that no sentence of the bundled model can name."""
+    run = CliRunner().invoke(app, ["scene", "a red cube with stripes", str(tmp_path / "x.png"), "--seed", "3"])
+    assert run.exit_code == 0
+    assert "no word for stripes" in " ".join(run.output.split())
+    run = CliRunner().invoke(app, ["scene", "a red cube", str(tmp_path / "y.png"), "--seed", "3"])
+    assert "no word" not in run.output
