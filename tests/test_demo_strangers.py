@@ -2,11 +2,14 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from lowmem_imagic.cli.commands import app
 from lowmem_imagic.demo.batch_render import object_masks, pack, render_batch
 from lowmem_imagic.demo.pictures import ProceduralPictures, prepared, scene_at, training_scene_at
 from lowmem_imagic.demo.procedural import procedural_batch
@@ -15,14 +18,16 @@ from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.demo.strangers import (
     FAMILIAR,
     GROUNDS,
+    PAINTS,
     PATTERNS,
     PROPS,
     SCREENS,
     STRANGE,
-    Ground,
     Pattern,
     Vocabulary,
 )
+from lowmem_imagic.errors import PromptError
+from tests import reference_renderer
 
 SIDE = 48
 ALWAYS = {"pattern": 1.0, "paint": 1.0, "ground": 1.0, "screen": 1.0, "prop": 1.0}
@@ -33,14 +38,18 @@ def drawn(scene: Scene) -> np.ndarray:
     return np.asarray(render(scene, SIDE, supersampling=2)).astype(int)
 
 
-def test_batches_are_what_the_renderer_draws() -> None:
-    """Scenes whose every detail has a name come out of the batch renderer as of the other, to rounding."""
+def test_pictures_are_those_of_the_reference() -> None:
+    """Scenes whose every detail has a name come out of the renderer as of the reference, to rounding."""
     scenes = [scene_at(3, index) for index in range(12)]
     batch = render_batch(scenes, SIDE, supersampling=2).numpy().astype(int)
-    apart = np.abs(batch - np.stack([drawn(scene) for scene in scenes]))
+    apart = np.abs(
+        batch - np.stack([reference_renderer.render(scene, SIDE, supersampling=2).astype(int) for scene in scenes])
+    )
     # A ray that grazes an edge may fall on either side of it.
     assert (apart > 2).mean() < 0.003
-    assert np.array_equal(object_masks(scenes, SIDE), np.stack([object_mask(scene, SIDE) for scene in scenes]))
+    assert np.array_equal(
+        object_masks(scenes, SIDE), np.stack([reference_renderer.object_mask(scene, SIDE) for scene in scenes])
+    )
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:
@@ -58,7 +67,7 @@ def test_the_vocabularies_share_nothing() -> None:
         assert not set(getattr(FAMILIAR, name)) & set(getattr(STRANGE, name)), name
     for mine in FAMILIAR.paints:
         # Even when varied by the 12 % that they are drawn with.
-        assert min(np.abs(np.subtract(mine, other)).max() for other in STRANGE.paints) > 0.1
+        assert min(np.abs(np.subtract(PAINTS[mine], PAINTS[other])).max() for other in STRANGE.paints) > 0.1
 
 
 def _kinds(scene: Scene) -> set[str]:
@@ -153,18 +162,6 @@ def test_props_are_no_objects() -> None:
     assert object_mask(scene, SIDE).max() == 1
 
 
-def test_pictures_of_named_scenes_are_as_they_were() -> None:
-    """A scene without details goes through the same renderer as before there were any."""
-    scene = Scene.from_sentence("a red cube on a wooden floor", seed=3)
-    assert scene.plain and not replace(scene, ground=Ground(kind="sand", color=(1, 1, 1), second=(0, 0, 0))).plain
-    pixels = np.asarray(render(scene, 64)).astype(int)
-    assert pixels.sum() == PIXEL_SUM
-
-
-PIXEL_SUM = 1391853
-"""Of the picture in the last test, as the first version of the renderer drew it."""
-
-
 def test_procedural_pictures_are_of_all_sorts() -> None:
     """The generator's seed decides; pictures differ from each other, and span dark and bright, grey and coloured."""
     pictures = procedural_batch(48, 32, torch.Generator().manual_seed(0))
@@ -197,3 +194,39 @@ def test_scenes_are_prepared_in_order() -> None:
     expected = [(4, chunk) for chunk in range(3)]
     assert list(prepared(_number, 4, 700, processes=1)) == expected
     assert list(prepared(_number, 4, 700, processes=2)) == expected
+
+
+def test_a_sentence_can_ask_for_details() -> None:
+    """Patterns after their object, paints, grounds and backdrops of a sentence are drawn; captions do not say them."""
+    scene = Scene.from_sentence(
+        "a red cube with cyan stripes and a pink cone with a letter H on sand in front of a wall", seed=1
+    )
+    cube, cone = scene.objects
+    assert cube.color == "red" and cube.paint is None
+    assert cube.pattern is not None and (cube.pattern.kind, cube.pattern.color) == ("stripes", PAINTS["cyan"])
+    assert cone.paint == PAINTS["pink"]
+    assert cone.pattern is not None and (cone.pattern.kind, cone.pattern.letter) == ("letter", "H")
+    assert scene.ground is not None and scene.ground.kind == "sand"
+    assert scene.screen is not None and scene.screen.kind == "wall"
+    assert scene.unnamed == ["stripes", "pink", "letter", "sand", "wall"]
+    assert not set(scene.unnamed) & set(scene.caption().split())
+    with pytest.raises(PromptError, match="no letter Q"):
+        Scene.from_sentence("a cube with a letter Q")
+
+
+def test_details_of_a_sentence_leave_the_rest_of_the_scene_alone() -> None:
+    """The same sentence with and without details gives the same scene but for them, and without them a plain one."""
+    plain = Scene.from_sentence("a red cube on a wooden floor", seed=3)
+    striped = Scene.from_sentence("a red cube with green stripes on a wooden floor", seed=3)
+    assert plain.plain and not striped.plain
+    assert replace(striped, objects=plain.objects) == plain
+    assert replace(striped.objects[0], pattern=None) == plain.objects[0]
+
+
+def test_the_scene_command_says_what_the_model_has_no_word_for(tmp_path: Path) -> None:
+    """`scene` names the details of the picture that no sentence of the bundled model can name."""
+    run = CliRunner().invoke(app, ["scene", "a red cube with stripes", str(tmp_path / "x.png"), "--seed", "3"])
+    assert run.exit_code == 0
+    assert "no word for stripes" in " ".join(run.output.split())
+    run = CliRunner().invoke(app, ["scene", "a red cube", str(tmp_path / "y.png"), "--seed", "3"])
+    assert "no word" not in run.output

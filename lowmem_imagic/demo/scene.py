@@ -11,7 +11,19 @@ import re
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, PromptError
-from .strangers import Color, Ground, Pattern, Prop, Screen, Vocabulary
+from .strangers import (
+    GROUNDS,
+    LETTERS,
+    PAINTS,
+    PATTERNS,
+    SCREENS,
+    Color,
+    Ground,
+    Pattern,
+    Prop,
+    Screen,
+    Vocabulary,
+)
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.80, 0.10, 0.09),
@@ -171,8 +183,19 @@ class Scene:
     @property
     def plain(self) -> bool:
         """Whether every detail of the scene has a name."""
-        strange = any(solid.paint or solid.pattern for solid in self.objects)
-        return not (strange or self.ground or self.screen or self.props)
+        return not self.unnamed
+
+    @property
+    def unnamed(self) -> list[str]:
+        """Words for the details of the scene that captions have no word for."""
+        paints = {color: word for word, color in PAINTS.items()}
+        words = []
+        for solid in self.objects:
+            words += [paints.get(solid.paint, "a colour")] if solid.paint else []
+            words += [solid.pattern.kind] if solid.pattern else []
+        words += [self.ground.kind] if self.ground else []
+        words += [self.screen.kind] if self.screen else []
+        return [*dict.fromkeys([*words, *(prop.kind for prop in self.props)])]
 
     def with_details(
         self,
@@ -267,8 +290,11 @@ class Scene:
     def from_sentence(sentence: str, *, seed: int = 0) -> "Scene":
         """The scene a sentence describes; what it leaves open is drawn with `seed`.
 
+        Beside the words of captions it may name details: a colour of `PAINTS`, a pattern after its object ("with cyan
+        stripes", "with a letter H"), a floor of `GROUNDS` and a backdrop of `SCREENS`.
+
         Raises:
-            PromptError: no known shape in the sentence, or more than two.
+            PromptError: no known shape in the sentence, or more than two; or a letter that cannot be painted.
         """
         words = re.findall(r"[a-z]+", sentence.lower())
         words = [_SHAPE_WORDS.get(_FLOOR_WORDS.get(word, word), _FLOOR_WORDS.get(word, word)) for word in words]
@@ -281,12 +307,15 @@ class Scene:
         rng = random.Random(seed)
         scene = Scene.draw(rng, objects=count)
         floor = next((word for word in words if word in FLOORS), scene.floor)
+        details = random.Random(f"{seed}/details")
         solids, said = [], {}  # type: ignore[var-annotated]
         vocabulary = {"color": COLORS, "material": MATERIALS, "size": SIZES, "pose": POSES}
-        for word in words:
+        for place, word in enumerate(words):
             for attribute, values in vocabulary.items():
                 if word in values:
                     said[attribute] = word
+            if word in PAINTS:
+                said["paint"] = PAINTS[word]
             if word in SHAPES:
                 drawn = scene.objects[len(solids)]
                 pose = said.get("pose", "standing")
@@ -294,4 +323,35 @@ class Scene:
                     pose = "standing"
                 solids.append(replace(drawn, **{"material": "rubber", **said, "shape": word, "pose": pose}))
                 said = {}
-        return replace(scene, objects=tuple(solids), floor=floor)
+            if word in PATTERNS and solids:
+                own, color = solids[-1], said.get("paint") or COLORS.get(said.get("color", ""))
+                following = words[place + 1].upper() if word == "letter" and words[place + 1 :] else ""
+                solids[-1] = replace(own, pattern=_pattern(details, own, word, color, following))
+                said = {}
+        screen = next((word for word in words if word in SCREENS), None)
+        ground = next((word for word in words if word in GROUNDS), None)
+        return replace(
+            scene,
+            objects=tuple(solids),
+            floor=floor,
+            ground=_ANY.ground(details, ground) if ground else None,
+            screen=_ANY.screen(details, screen) if screen else None,
+        )
+
+
+_ANY = Vocabulary(
+    patterns=PATTERNS, paints=tuple(PAINTS), letters=tuple(LETTERS), grounds=GROUNDS, screens=SCREENS, props=()
+)
+
+
+def _pattern(rng: random.Random, solid: SceneObject, kind: str, color: Color | None, letter: str) -> Pattern:
+    """The pattern of that kind that a sentence asks for on the solid."""
+    if len(letter) == 1 and letter not in LETTERS:
+        raise PromptError(f"no letter {letter} can be painted on an object, only {', '.join(LETTERS)}")
+    pattern = _ANY.pattern(rng, rotation=solid.rotation, kind=kind)
+    assert pattern is not None
+    if color is None:
+        # A colour that the object has already would not show.
+        own = solid.base_color
+        color = max(PAINTS.values(), key=lambda paint: sum((a - b) ** 2 for a, b in zip(paint, own, strict=True)))
+    return replace(pattern, color=color, letter=letter if letter in LETTERS else pattern.letter)

@@ -25,6 +25,22 @@ GROUNDS = ("carpet", "sand", "water", "gravel")
 SCREENS = ("hills", "curtain", "wall", "fence")
 PROPS = ("pebble", "post", "brick", "peg")
 
+PAINTS: dict[str, Color] = {
+    "olive": (0.38, 0.40, 0.06),
+    "grey": (0.38, 0.38, 0.38),
+    "navy": (0.03, 0.06, 0.25),
+    "salmon": (0.90, 0.42, 0.30),
+    "lime": (0.55, 0.80, 0.15),
+    "beige": (0.75, 0.60, 0.42),
+    "teal": (0.05, 0.32, 0.32),
+    "cyan": (0.05, 0.75, 0.80),
+    "pink": (0.92, 0.30, 0.58),
+    "brown": (0.26, 0.13, 0.05),
+    "lilac": (0.62, 0.50, 0.90),
+    "pistachio": (0.85, 0.90, 0.60),
+}
+"""Linear-light colours by the name that a sentence for the renderer may call them; no caption does."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
@@ -88,8 +104,8 @@ class Vocabulary:
     """Kinds of details that occur together."""
 
     patterns: tuple[str, ...]
-    paints: tuple[Color, ...]
-    """Colours without a name, linear light; each is drawn with a little variation."""
+    paints: tuple[str, ...]
+    """Of `PAINTS`; each is drawn with a little variation."""
     letters: tuple[str, ...]
     grounds: tuple[str, ...]
     screens: tuple[str, ...]
@@ -97,14 +113,14 @@ class Vocabulary:
 
     def paint(self, rng: random.Random) -> Color:
         """A colour near one of the paints."""
-        red, green, blue = (min(0.97, max(0.01, c * rng.uniform(0.88, 1.12))) for c in rng.choice(self.paints))
+        red, green, blue = (min(0.97, max(0.01, c * rng.uniform(0.88, 1.12))) for c in PAINTS[rng.choice(self.paints)])
         return red, green, blue
 
-    def pattern(self, rng: random.Random, *, rotation: float) -> Pattern | None:
-        """A pattern for an object turned by `rotation`: a letter faces the camera."""
+    def pattern(self, rng: random.Random, *, rotation: float, kind: str | None = None) -> Pattern | None:
+        """A pattern, of any kind or a chosen one, for an object turned by `rotation`: a letter faces the camera."""
         if not self.patterns:
             return None
-        kind = rng.choice(self.patterns)
+        kind = kind or rng.choice(self.patterns)
         facing = rng.uniform(-0.5, 0.5)
         return Pattern(
             kind=kind,
@@ -116,15 +132,18 @@ class Vocabulary:
             letter=rng.choice(self.letters),
         )
 
-    def ground(self, rng: random.Random) -> Ground:
+    def ground(self, rng: random.Random, kind: str | None = None) -> Ground:
         """A floor of two of the paints."""
         return Ground(
-            kind=rng.choice(self.grounds), color=self.paint(rng), second=self.paint(rng), scale=rng.uniform(0.7, 1.4)
+            kind=kind or rng.choice(self.grounds),
+            color=self.paint(rng),
+            second=self.paint(rng),
+            scale=rng.uniform(0.7, 1.4),
         )
 
-    def screen(self, rng: random.Random) -> Screen:
+    def screen(self, rng: random.Random, kind: str | None = None) -> Screen:
         """A backdrop of two of the paints; hills are far, everything else is near."""
-        kind = rng.choice(self.screens)
+        kind = kind or rng.choice(self.screens)
         depth = rng.uniform(6.0, 9.0) if kind == "hills" else rng.uniform(2.2, 4.0)
         return Screen(kind=kind, color=self.paint(rng), second=self.paint(rng), depth=depth, phase=rng.random())
 
@@ -143,15 +162,7 @@ class Vocabulary:
 
 FAMILIAR = Vocabulary(
     patterns=("rings", "dots", "halves", "marble"),
-    paints=(
-        (0.38, 0.40, 0.06),
-        (0.38, 0.38, 0.38),
-        (0.03, 0.06, 0.25),
-        (0.90, 0.42, 0.30),
-        (0.55, 0.80, 0.15),
-        (0.75, 0.60, 0.42),
-        (0.05, 0.32, 0.32),
-    ),
+    paints=("olive", "grey", "navy", "salmon", "lime", "beige", "teal"),
     letters=("A", "T", "K"),
     grounds=("carpet", "sand"),
     screens=("hills", "curtain"),
@@ -161,7 +172,7 @@ FAMILIAR = Vocabulary(
 
 STRANGE = Vocabulary(
     patterns=("stripes", "checks", "letter", "rust"),
-    paints=((0.05, 0.75, 0.80), (0.92, 0.30, 0.58), (0.26, 0.13, 0.05), (0.62, 0.50, 0.90), (0.85, 0.90, 0.60)),
+    paints=("cyan", "pink", "brown", "lilac", "pistachio"),
     letters=("E", "H", "X"),
     grounds=("water", "gravel"),
     screens=("wall", "fence"),

@@ -70,8 +70,9 @@ CODE_SEED = 1008
 """Of the pictures that the encoder is computed from; the same for every model, so that latents are comparable."""
 WRITING_SECONDS = 8
 """Kept for writing the folder."""
-CROP_PX = 64
-"""The decoder sees crops, which make for more steps."""
+CROP_PX, WHOLE_FROM = 64, 0.8
+"""The decoder sees crops, which make for more steps, until this share of its time; then fewer whole pictures, or what
+it learnt of a crop's borders would show inside them."""
 LATENT_NOISE = 0.01
 """Deviation of the noise on latents that the decoder is trained with, as a sampler's latents are not exact."""
 SHARD = "15MB"
@@ -134,7 +135,7 @@ PRESETS = {
         minutes=1440,
         decoder_share=0.2,
         scenes=64 * 1024,
-        uses=16,
+        uses=32,
         kept_pictures=2048,
         code_pictures=512,
         procedural=2048,
@@ -342,8 +343,12 @@ def train_decoder(
     for _ in trainer:
         chosen = torch.randint(len(scenes.pictures), (half,), generator=generator, device=device)
         drawn = torch.stack([scenes.pictures[chosen], unfamiliar.batch(half, renewed=0.25)], 1).flatten(0, 1)
-        y0, x0 = (rng.randrange(architecture.SIZE_PX - CROP_PX + 1) for _ in range(2))
-        x = to_tensor(drawn[:, y0 : y0 + CROP_PX, x0 : x0 + CROP_PX], device)
+        if trainer.spent < WHOLE_FROM * trainer.seconds:
+            y0, x0 = (rng.randrange(architecture.SIZE_PX - CROP_PX + 1) for _ in range(2))
+            drawn = drawn[:, y0 : y0 + CROP_PX, x0 : x0 + CROP_PX]
+        else:
+            drawn = drawn[: max(2, len(drawn) * CROP_PX**2 // architecture.SIZE_PX**2)]
+        x = to_tensor(drawn, device)
         latents = scenes.code.encode(x)
         latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator, device=device)
         y = decoder(post(latents.to(dtype).contiguous(memory_format=torch.channels_last))).float()
