@@ -86,9 +86,10 @@ class PatternReader:
             np.clip(np.rint((place - place.mean()) * scale + place.mean() + shift), 0, len(picture) - 1).astype(int)
             for place, shift in ((self.rows, down), (self.columns, right))
         )
-        seen = picture[rows, columns].astype(np.float32)
+        seen: NDArray[np.float32] = picture[rows, columns].astype(np.float32)
         gain = (seen * self.own).sum() / max(1.0, np.square(seen).sum())
-        return seen * np.float32(np.clip(gain, *GAIN))
+        seen *= np.float32(np.clip(gain, *GAIN))
+        return seen
 
     def _nearer(self, seen: NDArray[np.float32]) -> NDArray[np.bool_]:
         """(M,) where colours are nearer to the pattern's than to the object's."""
@@ -118,8 +119,8 @@ def readers(scenes: Sequence[Scene], size_px: int, *, supersampling: int = 3) ->
     result = []
     for number, (told, solid_pixels) in enumerate(zip(apart, inside.sum((1, 2)), strict=True)):
         rows, columns = np.nonzero(told)
-        colors = (pictures[number][rows, columns] for pictures in (without, within, own))
-        result.append(PatternReader(rows, columns, *colors, int(solid_pixels)))
+        first, second, shown = (pictures[number][rows, columns] for pictures in (without, within, own))
+        result.append(PatternReader(rows, columns, first, second, shown, int(solid_pixels)))
     return result
 
 

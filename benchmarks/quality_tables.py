@@ -1,7 +1,7 @@
 """Rows of the tables on edit quality, from the committed results of `benchmarks.edit_quality`."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
@@ -198,14 +198,19 @@ def suggestion() -> list[str]:
     rows = _head("eta", *(f"{items}, {half}" for items, half in columns))
     prices = next(list(result[KNOWN]["suggested"]) for result in measured.values() if result)
 
-    def row(name: str, of: Callable[[Mapping[str, Any]], Any]) -> None:
-        parts = [measured[items].get(half) for items, half in columns]
-        rows.append(_row(name, *("" if part is None else _share(of(part)) for part in parts)))
-
-    row("one for all", lambda part: part["fixed"])
-    for price in prices:
-        row(f"suggested, price {price}", lambda part, price=price: part["suggested"][price])
-    row("the best of each", lambda part: part["best_of_each"])
+    etas = {
+        "one for all": ("fixed",),
+        **{f"suggested, price {price}": ("suggested", price) for price in prices},
+        "the best of each": ("best_of_each",),
+    }
+    for name, keys in etas.items():
+        cells = []
+        for items, half in columns:
+            value: Any = measured[items].get(half)
+            for key in keys if value else ():
+                value = value[key]
+            cells.append(_share(value) if value else "")
+        rows.append(_row(name, *cells))
     return rows
 
 

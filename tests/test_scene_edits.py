@@ -594,7 +594,7 @@ def test_a_partial_run_chooses_no_eta(tmp_path: Path, monkeypatch: pytest.Monkey
     assert edit_quality.chosen_eta("balanced") == 0.8
 
 
-def test_suggestions_are_compared_like_with_like() -> None:
+def test_suggestions_are_compared_like_with_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Good items are counted at the fixed eta, at each item's best, and at the eta each price suggests; never at 0."""
     items = [item_of("color"), item_of("shape"), item_of("add", STRANGERS)]
     bad = replace(VERDICT, success=False)
@@ -610,3 +610,9 @@ def test_suggestions_are_compared_like_with_like() -> None:
     assert known["fixed"]["value"] == 0.5 and known["best_of_each"]["value"] == 1.0
     assert known["suggested"]["0.5"]["value"] == 1.0 and known["suggested"]["1"]["value"] <= 1.0
     assert result[STRANGERS]["best_of_each"]["value"] == 0.0 and len(result["items"]) == 3
+    monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
+    assert quality_tables.suggestion() == quality_tables.NOTHING
+    (tmp_path / "suggestion_validation.json").write_text(json.dumps(result))
+    rows = quality_tables.suggestion()
+    assert rows[2].startswith("| one for all | 50 % (") and rows[2].endswith("| 0 % (0-0) |  |  |")
+    assert rows[-1].startswith("| the best of each | 100 % (100-100) | 0 % (0-0) |")
