@@ -1,8 +1,8 @@
 """Trains the judge (`benchmarks.oracle`): ``python -m benchmarks.train_oracle --out benchmarks/oracle.safetensors``.
 
 Renders are degraded in training (smoothing, noise, blotches, brightness) because pictures to judge come from an
-autoencoder. Two fifths of the scenes have details without a name, of both vocabularies: the judge must read what has
-a name whatever else there is.
+autoencoder. Half of the scenes have details without a name, above all strange patterns: the judge must read what has a
+name whatever else there is.
 """
 
 import argparse
@@ -45,8 +45,8 @@ SIZE_PX = 64
 """Side of its pictures: everything with a name is seen at this size, whatever the size of the judged picture."""
 RATE, RATE_AGAIN = 3e-3, 1e-3
 """Highest learning rates of a new judge, and of one that is trained further."""
-DETAILED_SHARE = 0.4
-"""Scenes with details without a name."""
+DETAILED_SHARE, STRANGE_SHARE = 0.5, 0.75
+"""Scenes with details without a name, and those of them with the strangers' vocabulary."""
 _UNSEEN = -100
 """Label of what cannot be seen, or has no name; cross-entropy's own default for "leave out"."""
 
@@ -56,8 +56,8 @@ def judged_scene_at(seed: int, index: int) -> Scene:
     scene, rng = scene_at(seed, index), random.Random(f"{seed}/{index}/details")
     if rng.random() > DETAILED_SHARE:
         return scene
-    vocabulary = rng.choice((FAMILIAR, STRANGE))
-    return scene.with_details(rng, vocabulary, pattern=0.6, paint=0.2, ground=0.15, screen=0.25, prop=0.25)
+    vocabulary = STRANGE if rng.random() < STRANGE_SHARE else FAMILIAR
+    return scene.with_details(rng, vocabulary, pattern=0.9, paint=0.2, ground=0.15, screen=0.25, prop=0.25)
 
 
 def prepare(seed: int, chunk: int) -> tuple[list[Scene], np.ndarray]:
@@ -246,9 +246,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--size", type=int, default=SIZE_PX, help=f"side of its pictures [{SIZE_PX}]")
-    parser.add_argument("--scenes", type=int, default=18432, help="scenes in all [18432]")
+    parser.add_argument("--scenes", type=int, default=32768, help="scenes in all [32768]")
     parser.add_argument("--held-out", type=int, default=2000, help="scenes kept for measuring [2000]")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of training [4000]")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of training [6000]")
     parser.add_argument("--batch", type=int, default=64, help="views per step [64]")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and draws [0]")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that draw scenes")
