@@ -61,10 +61,10 @@ def methods(items: str, half: str, names: Iterable[str] | None = None) -> list[s
     measured = results(items)
     if not measured:
         return NOTHING
-    identity = ("identity", "overlap") if half == STRANGERS else ()
+    overlap = ("overlap",) if half == STRANGERS else ()
     at_0 = ("overlap at eta 0",) if half == STRANGERS else ()
     rows = _head(
-        *("method", "eta", "good (95 %)", "rigid", "non-rigid", "success", "kept", "background", *identity),
+        *("method", "eta", "good (95 %)", "rigid", "non-rigid", "success", "kept", "background", "identity", *overlap),
         *("inside the object", "at eta 0", *at_0, "passes", "seconds", "edit file"),
     )
     for name in measured if names is None else [name for name in names if name in measured]:
@@ -74,7 +74,7 @@ def methods(items: str, half: str, names: Iterable[str] | None = None) -> list[s
         seconds = cost["train_s"] + len(result["curve"]) * cost["sample_s_per_picture"]
         cells = [f"`{name}`", f"{result['eta']:g}", *(_share(parts[part]["good"]) for part in _PARTS)]
         cells += [_percent(at[word]) for word in ("success", "kept")] + [_db(at["background_db"])]
-        cells += [_percent(at["identity"]), f"{at['overlap']['value']:.2f}"] if identity else []
+        cells += [_percent(at["identity"])] + ([f"{at['overlap']['value']:.2f}"] if overlap else [])
         cells += [_db(at["object_db"]), _db(photo["reconstruction_db"])]
         cells += [f"{photo['overlap']['value']:.2f}"] if at_0 else []
         size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"

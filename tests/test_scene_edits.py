@@ -227,6 +227,17 @@ def test_patterns_are_told_apart(items: list[SceneEdit]) -> None:
     assert measured["removed"]["overlap"]["value"] < 0.1 and measured["another"]["overlap"]["value"] < 0.4
 
 
+def test_a_known_object_a_little_off_has_its_identity(items: list[SceneEdit]) -> None:
+    """A known object that is displaced by less than `kept` allows is within the limit of PSNR inside."""
+    for item in items:
+        if item.half == KNOWN:
+            solid, *added = item.edited.objects
+            moved = replace(solid, x=solid.x + 0.1, z=solid.z - 0.15, jitter=1.05 * solid.jitter)
+            picture = np.asarray(render(replace(item.edited, objects=(moved, *added)), 96))
+            inside, truth = item.object_mask(96), np.asarray(item.truth_picture(96))
+            assert edit_judge.psnr_db(picture[inside], truth[inside]) > edit_judge.OBJECT_DB, item.name
+
+
 def test_a_paint_is_kept_by_its_colour() -> None:
     """The paint of an object, which the judge has no word for, counts as kept in its own colour alone."""
     item = next(i for i in VALIDATION.items() if i.edited.objects[0].paint and i.kind == "size")
@@ -291,8 +302,9 @@ VERDICT = edit_judge.Verdict(
 
 
 def test_good_needs_all_four() -> None:
-    """A picture without any of success, kept, background and identity is not good; known photos need no identity."""
-    assert VERDICT.good and replace(VERDICT, overlap=0.6).good
+    """A picture without any of success, kept, background and identity is not good; strangers may differ inside."""
+    assert VERDICT.good and replace(VERDICT, overlap=0.6, object_db=10).good
+    assert not replace(VERDICT, object_db=15.9).good
     for fault in ({"success": False}, {"kept": False}, {"background_db": 21.9}, {"overlap": 0.59}):
         assert not replace(VERDICT, **fault).good
     assert edit_judge.Verdict.from_json(replace(VERDICT, overlap=0.25).as_json()) == replace(VERDICT, overlap=0.25)
