@@ -28,7 +28,7 @@ from lowmem_imagic.batch.run import run
 from lowmem_imagic.batch.stopping import Stop
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.engine.memory import Meter
-from lowmem_imagic.pictures import load_photo, photo_sha256
+from lowmem_imagic.pictures import load_photo, photo_file
 from lowmem_imagic.pipeline.make import make_edits
 from lowmem_imagic.pipeline.prepare import Job
 from lowmem_imagic.settings.presets import preset
@@ -112,7 +112,9 @@ def ray_workers(folder: Path, items: int) -> dict[str, Any]:
             def assignments(part: list[dict[str, Any]], round_: str) -> list[Assignment]:
                 attempts = Attempts(folder / "training")
                 return [
-                    Assignment(job, line["name"], photo, photo_sha256(photo), line["sentence"], attempts.begin(job))
+                    Assignment(
+                        job, line["name"], photo, photo_file(photo).sha256, line["sentence"], attempts.begin(job)
+                    )
                     for line in part
                     for photo, job in [(folder / line["photo"], f"{round_} {line['name']}")]
                 ]

@@ -106,6 +106,7 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         **{name: ours(preset("balanced", values), edits=folder) for name, values in variants.items()},
         "in-full": ours(balanced, edits=folder, in_full=True),
         "retarget": ours(balanced, edits=folder, retarget_from=RETARGET_FROM),
+        "once": ours(balanced, edits=folder, asked_later=True),
         "sdedit": sdedit(plain),
         "ddim-inversion": ddim_inversion(plain),
         "sentence-alone": sentence_alone(plain),

@@ -25,10 +25,12 @@ from lowmem_imagic.families.portable import scaled_alike
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures import Photo
+from lowmem_imagic.pictures.letterbox import to_tensor
 from lowmem_imagic.pictures.png import encode_png
 from lowmem_imagic.pipeline.apply import apply_edits
 from lowmem_imagic.pipeline.make import make_edits
 from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling.description import describe
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.stages import EditConfig
 from lowmem_imagic.storage.atomic import write_bytes
@@ -83,7 +85,12 @@ class Method:
 
 
 def ours(
-    config: EditConfig, *, edits: Path | None = None, retarget_from: str | None = None, in_full: bool = False
+    config: EditConfig,
+    *,
+    edits: Path | None = None,
+    retarget_from: str | None = None,
+    in_full: bool = False,
+    asked_later: bool = False,
 ) -> Method:
     """This package, one item at a time; see `packed` for several.
 
@@ -92,6 +99,7 @@ def ours(
         edits: folder of edit files: existing edits are not trained again, so that sampling variants share edits.
         retarget_from: sentence to train for; pictures are rendered under the item's sentence.
         in_full: whether it takes full sentences.
+        asked_later: whether it trains for no sentence: the base describes the photo, and the edit is asked afterwards.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
@@ -100,8 +108,11 @@ def ours(
         train_s = sample_s = 0.0
         for photo, sentence in zip(photos, sentences, strict=True):
             # Read back, because later runs render the file.
-            data, seconds = trained(base, Job(as_photo(photo), retarget_from or sentence), config, edits)
-            train_s += seconds
+            started = time.perf_counter()
+            start = described(base, photo) if asked_later else retarget_from or sentence
+            described_s = time.perf_counter() - started
+            data, seconds = trained(base, Job(as_photo(photo), start), config, edits)
+            train_s += described_s + seconds
             sizes.append(len(data))
             started = time.perf_counter()
             cells = [Cell(0, eta, SEED, config.sample.strength) for eta in etas]
@@ -112,8 +123,16 @@ def ours(
         passes = config.embed.passes + config.finetune.passes
         return Outcome(pictures, passes, train_s / len(photos), sample_s / (len(photos) * len(etas)), tuple(sizes))
 
-    settings = {"edit": config.to_dict(), "retarget_from": retarget_from}
-    return Method({**settings, "in_full": True} if in_full else settings, run, in_full=in_full)
+    settings: dict[str, Any] = {"edit": config.to_dict(), "retarget_from": retarget_from}
+    settings |= {"in_full": True} if in_full else {}
+    settings |= {"asked_later": True} if asked_later else {}
+    return Method(settings, run, in_full=in_full)
+
+
+def described(base: BaseModel, photo: Image.Image) -> str:
+    """The base's own description of a photo of its size."""
+    latents = base.encode_images(to_tensor(photo))[0]
+    return describe(base, latents, base.family.make_extra(base.denoisers[0], 1, base.sizes.own, None))
 
 
 def packed(config: EditConfig, *, slots: int, together: int) -> Method:

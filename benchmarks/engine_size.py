@@ -99,7 +99,7 @@ def of_sd15(name: str, path: Path) -> dict[str, Any]:
         conditioning={"embeds": torch.randn(TOKENS, 768, generator=generator)},
         coarse={"unet": torch.randn(4, COARSE_SIDE, COARSE_SIDE, generator=generator)},
         noise={"unet": torch.randn(4, 64, 64, generator=generator)} if config.sample.start == "inverted" else {},
-        target_prompt=sentence,
+        sentences=(sentence,),
         base=BaseIdentity(
             source="stable-diffusion-v1-5/stable-diffusion-v1-5",
             revision=hashlib.sha1(b"revision").hexdigest(),

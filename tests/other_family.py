@@ -213,6 +213,7 @@ class OtherFamily:
     family = "other"
     source = Source()
     text = TEXT
+    vocabulary = None
     sizes = Sizes((SIDE, SIDE), 4, SIDE)
     sentence_tokens = TOKENS
 

@@ -453,11 +453,11 @@ def test_progress_is_one_for_all(
 ) -> None:
     """The display counts steps of all items to their end, and says how many are done, in slots and waiting; it begins
     before the first photo is inverted, and never goes back."""
-    from lowmem_imagic.actions.console import Console
+    from lowmem_imagic.actions.console import Console, Silent
 
     monkeypatch.setattr(worker, "CPU_SLOTS", slots)
     seen: list[tuple[str, int, int, str]] = []
-    monkeypatch.setattr(Console, "progress", lambda self, *report: self._quiet or seen.append(report))
+    monkeypatch.setattr(Console, "progress", lambda self, *report: isinstance(self, Silent) or seen.append(report))
     words = [photos, "--prompt", SENTENCE, "--out", tmp_path / "out", "--model", tiny_folder, "--device", "cpu"]
     result = CliRunner().invoke(app, ["batch", "run", *map(str, words), *QUICK[:-1]])
     assert result.exit_code == 3, result.output

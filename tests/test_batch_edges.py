@@ -4,13 +4,17 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
 from lowmem_imagic.batch.attempts import Attempts
 from lowmem_imagic.batch.executors import local as worker
@@ -18,6 +22,7 @@ from lowmem_imagic.batch.ledger.file import Entry
 from lowmem_imagic.batch.ledger.ledger import LEASE_S, Ledger
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.status import status
+from lowmem_imagic.cli.commands import app
 from lowmem_imagic.errors import OutputUnwritableError
 from tests.test_batch import SENTENCE, photo
 from tests.test_batch_faults import (  # noqa: F401  `run` is a fixture
@@ -47,6 +52,23 @@ def test_fewer_side_by_side_is_recorded(run: Any, tmp_path: Path, monkeypatch: p
     run(listed(tmp_path, 2), "--out", tmp_path / "out")
     for report in (tmp_path / "out").glob("*/report.json"):
         assert json.loads(report.read_text())["rungs"] == ["1 edits side by side"]
+
+
+def test_disk_space_is_that_of_the_photos(tiny_folder: Path, tmp_path: Path) -> None:
+    """A batch says the most that its results take: pictures have the size of their photos, not of the model."""
+    sizes = []
+    for name in ("small", "large"):
+        manifest, out = listed(tmp_path / name, 2), tmp_path / name / "out"
+        if name == "large":
+            noise = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), np.uint8)
+            Image.fromarray(noise).save(manifest.parent / "p1.png")
+        words = ["batch", "run", manifest, "--out", out, "--model", tiny_folder, *ONE_PICTURE]
+        result = CliRunner().invoke(app, [word for word in map(str, words) if word != "--quiet"])
+        assert result.exit_code == 0, result.output
+        sizes += re.findall(r"2 items to make: up to (\d+) MB on disk", result.stderr)
+        assert sum(file.stat().st_size for file in out.glob("n*/*")) < int(sizes[-1]) * 1e6
+    # The only picture of a photo of 1500 x 2000 px.
+    assert 8 <= int(sizes[1]) - int(sizes[0]) <= 10
 
 
 def test_retry_runs_every_part(run: Any, tmp_path: Path) -> None:  # noqa: F811

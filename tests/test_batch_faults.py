@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lowmem_imagic.batch import outputs
@@ -21,10 +22,9 @@ from lowmem_imagic.batch.failures import MAX_TRIES
 from lowmem_imagic.batch.status import status
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.edits import file as edit_file
-from lowmem_imagic.errors import MemoryLimitError
 from lowmem_imagic.pipeline import make as pipeline
 from lowmem_imagic.storage import writable
-from lowmem_imagic.training import pack as packing
+from lowmem_imagic.training.loop import Trainer
 from tests import calls, crashes
 from tests.test_batch import QUICK, SENTENCE, photo
 from tests.test_ledger import mounted
@@ -277,25 +277,24 @@ def test_a_disk_that_fills_up(run: Callable[..., Said], tmp_path: Path, monkeypa
 
 def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Lets no more than so many edits train side by side; returns the sizes of packs that tried."""
-    step, tried = packing.Pack._step, list[int]()
+    step, sizes = Trainer.step, list[int]()
 
-    def failing(self: packing.Pack) -> Any:
-        slots = len(self._free) + len(self._edits)
-        if not tried or tried[-1] != slots:
-            tried.append(slots)
-        if slots > most:
-            raise MemoryLimitError("out of memory in stage embed")
+    def limited_step(self: Trainer) -> Any:
+        if not sizes or sizes[-1] != len(self.runs):
+            sizes.append(len(self.runs))
+        if len(self.runs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self)
 
-    monkeypatch.setattr(packing.Pack, "_step", failing)
-    return tried
+    monkeypatch.setattr(Trainer, "step", limited_step)
+    return sizes
 
 
 def test_fewer_side_by_side(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pack that does not fit continues with half as many edits until it fits, and every item is made once."""
-    tried = limited(monkeypatch, 1)
+    sizes = limited(monkeypatch, 1)
     said = run(listed(tmp_path, 4), "--out", tmp_path / "out")
-    assert said.code == 0 and sorted(said.report["done"]) == ["n0", "n1", "n2", "n3"] and tried == [4, 2, 1]
+    assert said.code == 0 and sorted(said.report["done"]) == ["n0", "n1", "n2", "n3"] and sizes == [4, 2, 1]
     assert {item["attempts"] for item in items(tmp_path / "out").values()} == {1}
 
 

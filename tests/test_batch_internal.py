@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lowmem_imagic.actions import edit as commands
 from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.engine import base as base_model
 from lowmem_imagic.pipeline import make as pipeline
 from lowmem_imagic.pipeline import prepare as preparation
-from lowmem_imagic.training import pack as packing
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.settings.stages import FinetuneConfig
+from lowmem_imagic.training.loop import Trainer
+from lowmem_imagic.training.run import Run
 from tests.test_batch_faults import ONE_PICTURE, Said, call, items, limit, listed, run  # noqa: F401
 from tests.test_nonfinite import PARTS, damage, schedule
 
@@ -105,26 +109,26 @@ def test_errors_while_photos_are_read(
 
 def test_errors_while_a_pack_trains(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pack that breaks off is tried again edit by edit: those at fault fail, the others are made."""
-    errors, enter, bad = [ERRORS[0], ERRORS[2], ERRORS[11]], packing.Pack._enter, list[tuple[Any, Exception]]()
-    encode = preparation.Prepared._encode
+    errors = {"p1": ERRORS[0], "p2": ERRORS[2], "p3": ERRORS[11]}
+    encoded, begin = preparation.EncodedPhoto, Trainer.begin
+    faults: list[tuple[Tensor, Exception]] = []
 
-    def encoded(self: Any, jobs: Any) -> None:
-        before = len(self._waiting)
-        encode(self, jobs)
-        for task in list(self._waiting)[before:]:
-            bad.extend((task.latents, error) for n, error in enumerate(errors, 1) if task.job.photo.name == f"p{n}")
+    def encoding(number: int, job: Job, box: Any, latents: dict[str, Tensor], *start: Any) -> Any:
+        if job.photo.name in errors:
+            faults.append((latents["unet"], errors[job.photo.name]))
+        return encoded(number, job, box, latents, *start)
 
-    def entering(self: Any, slot: int, stage: Any, losses: Any) -> bool:
-        for latents, error in bad:
-            if stage.name == "finetune" and self._edits[slot].task.latents is latents:
+    def beginning(self: Trainer, slot: int, run: Run, rates: Any = None) -> None:
+        for latents, error in faults:
+            if isinstance(run.config, FinetuneConfig) and run.latents is latents:
                 raise error
-        return enter(self, slot, stage, losses)
+        begin(self, slot, run, rates)
 
-    monkeypatch.setattr(preparation.Prepared, "_encode", encoded)
-    monkeypatch.setattr(packing.Pack, "_enter", entering)
+    monkeypatch.setattr(preparation, "EncodedPhoto", encoding)
+    monkeypatch.setattr(Trainer, "begin", beginning)
     reasons, kinds = errors_of_items(run, tmp_path, len(errors), "--slots", 3)
     assert set(kinds.values()) == {"internal"}
-    assert all(type(error).__name__ in reasons[f"n{number}"] for number, error in enumerate(errors, 1))
+    assert all(type(error).__name__ in reasons[f"n{number}"] for number, error in enumerate(errors.values(), 1))
 
 
 def test_errors_while_results_are_made(
@@ -181,8 +185,8 @@ def test_an_error_while_the_list_is_looked_at(
 
     manifest, out = listed(tmp_path, 3), tmp_path / "out"
     with monkeypatch.context() as patch:
-        fail_for(patch, runner, "photo_sha256", MemoryError(), of_item("p0.png"))
-        fail_for(patch, runner, "photo_sha256", ERRORS[10], of_item("p1.png"))
+        fail_for(patch, runner, "photo_file", MemoryError(), of_item("p0.png"))
+        fail_for(patch, runner, "photo_file", ERRORS[10], of_item("p1.png"))
         said = run(manifest, "--out", out)
     assert said.code == 3 and said.report["done"] == ["n2"]
     assert {item["kind"] for item in items(out).values()} == {"internal", "memory", None}

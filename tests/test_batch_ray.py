@@ -35,15 +35,23 @@ class Cluster:
 
     address: str
     orders: IO[str]
+    folder: Path
+    """A folder for each node's temporary files."""
+
+    @property
+    def folders_of_actors(self) -> list[Path]:
+        """The folders of actors, with photos, on all nodes."""
+        return list(self.folder.glob("*/lowmem-imagic-ray-*"))
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head that runs nothing, and two nodes of one core."""
-    words = (sys.executable, "-m", "tests.ray_driver", "cluster")
+    folder = tmp_path_factory.mktemp("nodes")
+    words = (sys.executable, "-m", "tests.ray_driver", "cluster", str(folder))
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        yield Cluster(process.stdout.readline().strip(), process.stdin)
+        yield Cluster(process.stdout.readline().strip(), process.stdin, folder)
         process.stdin.close()
         process.wait(60)
 
@@ -87,17 +95,25 @@ def test_a_batch_on_ray_is_the_batch_it_is_here(
     assert again["done"] == [] and len(again["done_before"]) == ITEMS - 1
 
 
-def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: bool = False, remove: bool = False) -> None:
-    """Makes items, with harm done to the cluster after the first; every item comes out once, the broken photo with its
-    error, the others with their files."""
+def driven(
+    program: str, cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: str = "", workers: int = 2
+) -> Process:
+    """A program of `tests.ray_driver` on the cluster; `kill` names the process that is killed after the first item."""
     request = {"manifest": str(manifest), "out": "", "preset": "fast", "seed": 0, "model": str(tiny_folder), "slots": 1}
     request |= {"device": "cpu", "base_weights": "int8", "attention": "auto", "background": "white"}
     request |= {"checkpointing": False, "small": False, "force": False, "save_every": 0, "steps_sample": 2}
-    request |= {"steps_embed": 2, "steps_finetune": 2, "executor": "ray", "address": cluster.address, "workers": 2}
-    order = {"request": request, "folder": str(manifest.parent), "sentence": SENTENCE, "items": ITEMS, "kill": kill}
-    order["first"] = str(manifest.parent / "first")
-    process = Process("tests.ray_driver", "items", json.dumps(order))
-    while remove and not Path(order["first"]).exists() and process.poll() is None:
+    request |= {"steps_embed": 2, "steps_finetune": 2, "executor": "ray", "address": cluster.address}
+    order = {"request": request | {"workers": workers}, "folder": str(manifest.parent), "sentence": SENTENCE}
+    order |= {"items": ITEMS, "kill": kill, "first": str(manifest.parent / "first")}
+    return Process("tests.ray_driver", program, json.dumps(order))
+
+
+def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: str = "", remove: bool = False) -> None:
+    """Makes items, with harm done to the cluster after the first; every item comes out once, the broken photo with its
+    error, the others with their files."""
+    process = driven("items", cluster, manifest, tiny_folder, kill=kill)
+    first = manifest.parent / "first"
+    while remove and not first.exists() and process.poll() is None:
         time.sleep(0.05)
     if remove:
         print("remove", file=cluster.orders, flush=True)
@@ -111,8 +127,27 @@ def check(cluster: Cluster, manifest: Path, tiny_folder: Path, *, kill: bool = F
 
 
 def test_an_actor_that_is_killed_is_started_again(cluster: Cluster, manifest: Path, tiny_folder: Path) -> None:
-    """If an actor's process is killed with SIGKILL during a run, its items are made nevertheless."""
-    check(cluster, manifest, tiny_folder, kill=True)
+    """If an actor's process is killed with SIGKILL during a run, its items are made nevertheless, and no photos stay on
+    its machine."""
+    check(cluster, manifest, tiny_folder, kill="actor")
+    assert int((manifest.parent / "killed").read_text()) > 0 and not cluster.folders_of_actors
+
+
+def test_photos_of_a_killed_run_are_removed_by_the_next(cluster: Cluster, manifest: Path, tiny_folder: Path) -> None:
+    """If the process that drives a run is killed, an actor's folder with photos stays; the next run removes it, also
+    without actors."""
+    killed = driven("items", cluster, manifest, tiny_folder, kill="driver", workers=1)
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    [folder] = cluster.folders_of_actors
+    pid = folder.name.split("-")[4]
+    while Path("/proc", pid).exists():
+        # Ray ends the actors of a driver that is gone.
+        time.sleep(0.05)
+    assert list(folder.rglob("p*.png"))
+    visit = driven("visit", cluster, manifest, tiny_folder)
+    assert visit.communicate(timeout=300) and visit.returncode == 0
+    assert not cluster.folders_of_actors
 
 
 def test_a_node_that_is_lost_is_done_without(cluster: Cluster, manifest: Path, tiny_folder: Path) -> None:

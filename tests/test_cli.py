@@ -291,6 +291,21 @@ def test_sheet_shows_two_axes(run, finished, photo, monkeypatch):
     _fails(run("sheet", finished, *words, "--out", "s.png"), 1, "s.png exists already")
 
 
+def test_a_sheet_over_other_axes_shows_the_edits_own_eta(run, finished):
+    """A sheet on which eta is no axis has the eta that the edit names as its default."""
+    edit = edit_file.read(finished)
+    edit_file.write(replace(edit, eta_default=0.7), "other.safetensors")
+    words = ["--rows", "strength", "--columns", "seed", "--strengths", 1, "--seeds", 3, "--steps-sample", 1]
+    for name, etas, eta in (
+        (finished, (), "1"),
+        ("other.safetensors", (), "0.7"),
+        (finished, ("--etas", "0.5"), "0.5"),
+    ):
+        result = run("sheet", name, *words, *etas, "--out", f"{eta}.png")
+        assert result.exit_code == 0, result.output
+        assert f"Imagic eta: {eta}," in _picture(f"{eta}.png").text["parameters"].replace(".0,", ",")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

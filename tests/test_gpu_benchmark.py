@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import gpu, random_unet
 from lowmem_imagic.planning.plan import Budget
@@ -54,9 +55,18 @@ def test_recorded_steps_are_compared_with_others(base: Any, monkeypatch: pytest.
     assert found["apart"] == found["recorded_apart"] == 0
     few, more = (gpu.paced(base, CONFIG, 2, steps).came_to for steps in (4, 5))
     assert len(more) == len(few) + 2 and gpu.apart(more[10:], few[8:]) > 1e-3
-    replayed = training.Replay.__call__
-    # A recording that does not see its inputs is found out.
-    monkeypatch.setattr(training.Replay, "__call__", lambda self, *_: replayed(self, *self._inputs))
+
+    class Stale(training.Replay):
+        """A recording that does not see its inputs."""
+
+        def __init__(self, run: Any, inputs: Any, **options: Any) -> None:
+            super().__init__(run, inputs, **options)
+            self.first = list(inputs)
+
+        def __call__(self, *_: Tensor) -> Tensor:
+            return super().__call__(*self.first)
+
+    monkeypatch.setattr(training, "Replay", Stale)
     assert gpu.compared(base, CONFIG, slots=2)["recorded_apart"] > 1e-3
 
 

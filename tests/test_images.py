@@ -52,7 +52,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def png_bytes(width: int, height: int, depth: int, kind: int, rows: bytes, *, key: bytes = b"") -> bytes:
-    """A PNG made by hand, for what Pillow cannot write: colour type `kind`, tRNS chunk `key`."""
+    """A PNG that Pillow cannot write: of colour type `kind`, with the tRNS chunk `key`."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -100,7 +100,7 @@ def swapped_rgb_profile() -> bytes:
 
 
 def dark_cmyk_profile() -> bytes:
-    """A profile by which cyan ink is mid grey and all other ink white (Lab table, ICC mft1)."""
+    """A profile that maps cyan ink to mid grey and all other ink to white (Lab table, ICC mft1)."""
     matrix = struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
     linear = bytes(range(256))
     lattice = b"".join(bytes([128 if cyan else 255, 128, 128]) * 8 for cyan in (0, 1))
@@ -108,7 +108,7 @@ def dark_cmyk_profile() -> bytes:
     return icc_profile(b"CMYK", {b"A2B0": table}, connection=b"Lab ")
 
 
-# ---------------------------------------------------------------------------------------------- what is read
+# --------------------------------------------------------------------------------------------------- reading
 
 
 def test_rgb_is_untouched(tmp_path):
@@ -125,7 +125,7 @@ def test_rgb_is_untouched(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["bmp", "ppm", "tif", "webp", "jp2", "avif", "gif", "jpg"])
 def test_formats(tmp_path, suffix):
-    """Every format the error messages promise is decoded."""
+    """Every format that the error messages name is decoded."""
     Image.init()
     path = tmp_path / f"a.{suffix}"
     if suffix in ("webp", "avif") and not features.check(suffix):
@@ -138,7 +138,7 @@ def test_formats(tmp_path, suffix):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr"])
 def test_plain_modes(tmp_path, mode):
-    """One-bit, grey, palette and YCbCr pictures become what Pillow shows for them, without remarks."""
+    """One-bit, grey, palette and YCbCr pictures become the picture that Pillow shows, without remarks."""
     source = scene().convert(mode)
     path = tmp_path / ("a.tif" if mode == "YCbCr" else "a.png")
     source.save(path)
@@ -151,7 +151,7 @@ def test_plain_modes(tmp_path, mode):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 def test_orientation(tmp_path, orientation, suffix):
     """A picture stored in any of the eight EXIF orientations comes out upright, and says so when turned."""
-    stored_by = {  # what a camera does to the upright scene before it writes that orientation
+    stored_by = {  # the turn of the upright scene in the camera, by orientation
         1: lambda p: p,
         2: lambda p: p[:, ::-1],
         3: lambda p: p[::-1, ::-1],
@@ -335,7 +335,7 @@ def test_cmyk_without_profile(tmp_path):
 
 
 def test_cmyk_through_its_profile(tmp_path):
-    """A CMYK picture with a profile gets the colours the profile says, not those of the plain formula."""
+    """A CMYK picture with a profile gets the colours of its profile, not those of the plain formula."""
     source = Image.new("CMYK", (2, 1), (255, 0, 0, 0))
     source.putpixel((1, 0), (0, 255, 255, 255))
     source.save(tmp_path / "a.tif", icc_profile=dark_cmyk_profile())
@@ -363,7 +363,7 @@ def test_foreign_profile_under_alpha(tmp_path):
 
 
 def test_srgb_profile_is_kept(tmp_path):
-    """An sRGB profile changes no pixel and is handed on, because it still describes the picture."""
+    """An sRGB profile changes no pixel and is passed on, because it still describes the picture."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     scene().save(tmp_path / "a.png", icc_profile=profile)
     photo = load_photo(tmp_path / "a.png")
@@ -389,7 +389,7 @@ def test_grey_profile(tmp_path):
     ids=["garbage", "cmyk", "empty"],
 )
 def test_unusable_profile_is_ignored(tmp_path, profile, remark):
-    """A damaged, mismatched or empty profile changes no pixel, is not handed on, and is remarked on."""
+    """A damaged, mismatched or empty profile changes no pixel, is not passed on, and leads to a remark."""
     scene().save(tmp_path / "a.png", icc_profile=profile)
     photo = load_photo(tmp_path / "a.png")
     assert (pixels(photo.image) == pixels(scene())).all()
@@ -397,7 +397,7 @@ def test_unusable_profile_is_ignored(tmp_path, profile, remark):
 
 
 def test_lab(tmp_path):
-    """CIELAB pictures, which Pillow itself refuses to convert, come out as the colours they name."""
+    """CIELAB pictures, which Pillow itself refuses to convert, are converted to the right colours."""
     lab = Image.merge("LAB", [Image.new("L", (2, 2), value) for value in (137, 128, 128)])
     lab.save(tmp_path / "a.tif")
     photo = load_photo(tmp_path / "a.tif")
@@ -409,7 +409,7 @@ def test_lab(tmp_path):
 
 
 def refused(path: str | os.PathLike[str], error: type[Exception], *words: str, **options) -> None:
-    """Checks that the file is refused with that error, in one line that holds the words and what to do."""
+    """Checks that the file is refused with that error, in one line with these words and advice."""
     with pytest.raises(error) as caught:
         load_photo(path, **options)
     message = str(caught.value)
@@ -419,7 +419,7 @@ def refused(path: str | os.PathLike[str], error: type[Exception], *words: str, *
 
 
 def test_missing(tmp_path):
-    """A path with nothing behind it is ImageNotFoundError; so are names no file can have."""
+    """A missing file is ImageNotFoundError; so are impossible file names."""
     refused(tmp_path / "none.png", ImageNotFoundError, "there is no file", "check the path")
     refused(tmp_path / "a\0b.png", ImageNotFoundError)
     refused(tmp_path / ("x" * 5000), ImageNotFoundError)
@@ -450,7 +450,7 @@ def test_device():
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no way to count open files here")
 def test_refusals_close_the_file(tmp_path):
-    """Neither a read nor a refusal leaves a file open, or a batch over a messy folder would run out."""
+    """Neither a read nor a refusal leaves a file open; a batch would run out of open files."""
     scene().save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"text")
     before = len(os.listdir("/proc/self/fd"))
@@ -486,7 +486,7 @@ def test_unreadable(tmp_path):
     ],
 )
 def test_not_an_image(tmp_path, content, words):
-    """Bytes that are no supported picture are NotAnImageError, named for what they look like."""
+    """Bytes that are no supported picture are NotAnImageError, and the message names their kind."""
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     refused(path, NotAnImageError, words, "PNG or JPEG")
@@ -519,7 +519,7 @@ def test_truncated(tmp_path, kind, share):
     flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=6),
 )
 def test_damaged_bytes_give_a_picture_or_a_named_error(tmp_path_factory, kind, cut, flips):
-    """However a file is cut and altered, the outcome is a picture or one of the named errors."""
+    """A file cut and altered at random is a picture or one of the named errors."""
     buffer = BytesIO()
     scene(24, 16).save(buffer, kind)
     data = bytearray(buffer.getvalue())
@@ -694,7 +694,7 @@ def test_padding_continues_the_picture():
 
 
 def test_padding_does_not_bleed_back():
-    """What lies in the padding cannot reach the photo on the way back."""
+    """The padding does not change the photo on the way back."""
     box = Letterbox.fit(100, 40, (64, 64))
     square = Image.new("RGB", (64, 64), "red")
     square.paste("blue", box.box)
@@ -783,7 +783,7 @@ def test_tensor_refusals():
 
 
 def test_psnr():
-    """Equal pictures give infinity, one level of difference 48.13 dB, and pictures and tensors mix."""
+    """Equal pictures give infinity, one level of difference 48.13 dB, and a picture can be compared with a tensor."""
     grey, next_grey = Image.new("RGB", (8, 8), (100,) * 3), Image.new("RGB", (8, 8), (101,) * 3)
     assert psnr(grey, grey) == math.inf
     assert psnr(grey, next_grey) == pytest.approx(20 * math.log10(255), abs=1e-4)
@@ -925,7 +925,7 @@ def test_sheet_grows_by_its_text():
 
 
 def test_sheet_takes_any_mode_and_leaves_the_cells_alone():
-    """Grey and RGBA pictures are accepted, and the pictures handed in are not drawn on."""
+    """Grey and RGBA pictures are accepted, and stay unchanged."""
     source = scene().convert("L")
     before = source.tobytes()
     ImageDraw.Draw(contact_sheet([("a", source), ("b", scene().convert("RGBA"))])).rectangle((0, 0, 999, 999))

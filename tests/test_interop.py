@@ -55,7 +55,7 @@ def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
         adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
         conditioning={"embeds": torch.randn(tokens, width, generator=generator)},
         coarse={"unet": torch.randn(4, 4, 4, generator=generator)},
-        target_prompt="a blue sphere",
+        sentences=("a blue sphere",),
         base=base.identity,
         settings={},
         seed=0,

@@ -51,9 +51,16 @@ def entries(count: int, name: str = "") -> list[Entry]:
     return [Entry(str(number), number, f"line {number}", name) for number in range(count)]
 
 
-def opened(path: Path, items: Sequence[Entry], *, retry: Sequence[str] = (), gone: Sequence[str] = ()) -> Ledger:
+def opened(
+    path: Path,
+    items: Sequence[Entry],
+    *,
+    retry: Sequence[str] = (),
+    gone: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
+) -> Ledger:
     """A ledger that has these items registered; the files of those in `gone` are no longer there."""
-    ledger = Ledger(path)
+    ledger = Ledger(path, warn=warn)
     ledger.register(items, finished=lambda entry: entry.job not in gone, retry=retry)
     return ledger
 

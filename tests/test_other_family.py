@@ -1,4 +1,4 @@
-"""The seam between model families: one that is unlike Stable Diffusion goes the whole way (`tests.other_family`)."""
+"""Facts about the seam between model families: a family unlike Stable Diffusion works (`tests.other_family`)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from lowmem_imagic import read_edit, write_edit
 from lowmem_imagic.actions.console import Console
 from lowmem_imagic.actions.render import render
 from lowmem_imagic.actions.result_folder import ResultFolder
+from lowmem_imagic.edits.edit import LoraFactors
 from lowmem_imagic.edits.header import describe, summary
 from lowmem_imagic.engine.memory import Meter
 from lowmem_imagic.errors import BaseMismatchError, MemoryLimitError, NonFiniteEditError
@@ -58,8 +59,8 @@ def base() -> Any:
 @pytest.fixture(scope="module")
 def edit(base: Any) -> Any:
     """An edit of one photo."""
-    [made] = make_edits(base, [Job(photo(), SENTENCE)], config())
-    return made
+    [trained] = make_edits(base, [Job(photo(), SENTENCE)], config())
+    return trained
 
 
 def test_an_edit_holds_every_network_and_every_tensor_of_text(base: Any, edit: Any) -> None:
@@ -81,7 +82,7 @@ def test_an_edit_holds_every_network_and_every_tensor_of_text(base: Any, edit: A
 
 
 def test_it_is_written_read_and_shown(edit: Any, tmp_path: Path) -> None:
-    """Its file is of version 2: peft's keys, and what belongs to no layer in a few tensors beside them."""
+    """Its file is of version 2, with peft's keys and a few tensors beside the layers."""
     path = tmp_path / "edit.safetensors"
     write_edit(edit, path)
     assert read_edit(path) == edit
@@ -96,7 +97,7 @@ def test_it_is_written_read_and_shown(edit: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_renders_as_the_edit_does(base: Any, edit: Any, tmp_path: Path) -> None:
-    """Pictures of the file are those of the edit, bit for bit, and differ along eta and with the adapters."""
+    """Pictures from the file equal those from the edit bit for bit, and differ along eta and with the adapters."""
     path = tmp_path / "edit.safetensors"
     write_edit(edit, path)
     cells = [Cell(0, 0.0, 0), Cell(0, 1.0, 0), Cell(0, 1.0, 0, strength=0.0)]
@@ -110,7 +111,7 @@ def test_a_file_renders_as_the_edit_does(base: Any, edit: Any, tmp_path: Path) -
 
 
 def test_e_opt_is_rounded_as_its_file_stores_it(base: Any) -> None:
-    """Stage 1 ends with each tensor in the values of its own type: stage 2 trains on what sampling reads."""
+    """Stage 1 rounds each tensor to its stored type, so stage 2 trains on the values that sampling reads."""
     drawn = {name: torch.randn(*TEXT[name].shape) for name in ("tokens", "pooled")}
     text = {name: tensor.clone() for name, tensor in drawn.items()}
     pack = AdapterPack(base.network(base.denoisers[0]), base.denoisers[0].names, count=1, adapt="attn", rank=1, alpha=1)
@@ -120,7 +121,7 @@ def test_e_opt_is_rounded_as_its_file_stores_it(base: Any) -> None:
 
 
 def test_a_pack_gives_what_each_edit_gets_alone(base: Any, edit: Any) -> None:
-    """Edits side by side are those alone, to rounding."""
+    """An edit trained beside another equals the edit trained alone, to rounding."""
     [first, second] = make_edits(base, [Job(photo(), SENTENCE), Job(photo(30), "a red cat")], config(), slots=2)
     assert second.conditioning["tokens"].shape == first.conditioning["tokens"].shape
     for name, adapter in edit.adapters.items():
@@ -132,7 +133,7 @@ def test_a_pack_gives_what_each_edit_gets_alone(base: Any, edit: Any) -> None:
 
 
 def test_training_goes_on_where_it_was_saved(base: Any, edit: Any) -> None:
-    """Stopped at any step, in any stage, and resumed, an edit has the same bits."""
+    """An edit that is stopped in any stage and resumed has the same bits."""
     states = []
 
     def keep(pack: Any) -> None:
@@ -148,7 +149,7 @@ def test_training_goes_on_where_it_was_saved(base: Any, edit: Any) -> None:
 
 
 def test_peft_reads_the_adapters(base: Any, edit: Any, tmp_path: Path, relative: Any) -> None:
-    """peft, given the file's tensors of a network under their own names, computes what the pack computes."""
+    """peft with the file's tensors of a network computes the same as the pack."""
     path = tmp_path / "edit.safetensors"
     write_edit(edit, path)
     plain = other_base(weights="fp32")
@@ -160,26 +161,33 @@ def test_peft_reads_the_adapters(base: Any, edit: Any, tmp_path: Path, relative:
         targets = sorted({name.rsplit(".", 2)[0] for name in tensors})
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
         assert not set_peft_model_state_dict(network, tensors).unexpected_keys
-        x, given = torch.randn(1, *denoiser.shape((SIDE, SIDE))), plain.encode_text([SENTENCE])
-        given = given | {name: torch.randn(1, *part.shape) for name, part in denoiser.extra.items()}
-        theirs = denoiser.predict(network, x, torch.tensor([0.5]), given)
-        factors = {k: (f.down.float(), f.up.float(), f.alpha) for k, f in edit.adapters[denoiser.name].items()}
-        pack = AdapterPack.load(plain.network(denoiser), denoiser.names, [factors])
+        x, text = torch.randn(1, *denoiser.shape((SIDE, SIDE))), plain.encode_text([SENTENCE])
+        conditioning = text | {name: torch.randn(1, *part.shape) for name, part in denoiser.extra.items()}
+        theirs = denoiser.predict(network, x, torch.tensor([0.5]), conditioning)
+        pack = AdapterPack.load(plain.network(denoiser), denoiser.names, [edit.adapters[denoiser.name]])
         with pack.attached(plain.network(denoiser)):
-            ours = plain.predict(denoiser, x, torch.tensor([0.5]), given)
+            ours = plain.predict(denoiser, x, torch.tensor([0.5]), conditioning)
         assert relative(ours, theirs) < 1e-5
-        assert relative(ours, plain.predict(denoiser, x, torch.tensor([0.5]), given)) > 1e-3
+        assert relative(ours, plain.predict(denoiser, x, torch.tensor([0.5]), conditioning)) > 1e-3
 
 
 @pytest.mark.parametrize("start", ["photo", "noise"])
 def test_its_pictures_are_rendered_with_a_sheet_and_a_suggestion(
     base: Any, edit: Any, tmp_path: Path, start: str
 ) -> None:
-    """The command's own rendering works on it: sheet, suggested eta, mask, retargeting, the hint at its fit."""
+    """The rendering of the commands works on it: sheet, suggested eta, mask, retargeting, hint at its fit."""
     settings = replace(config(start=start).sample, etas=(0.0, 0.5, 1.0), guidance_scale=2.0, negative_prompt="grey")
     folder = ResultFolder.prepare(tmp_path / "out", overwrite=False)
     report = render(
-        base, edit, "a red cat", settings, folder, Meter(base.device), Console(quiet=True), photo=photo(), suggest=True
+        base,
+        edit,
+        ["a red cat"],
+        settings,
+        folder,
+        Meter(base.device),
+        Console(quiet=True),
+        photo=photo(),
+        suggest=True,
     )
     assert len(report["pictures"]) == 3 and report["suggestion"]["eta"] in settings.etas
     assert report["fit"]["embedding_distance"] > 0
@@ -187,15 +195,15 @@ def test_its_pictures_are_rendered_with_a_sheet_and_a_suggestion(
 
 
 def test_plans_are_counted_from_its_own_passes(base: Any) -> None:
-    """A plan has the bytes of all its parts, is followed, and says what is least where nothing fits."""
+    """A plan counts the bytes of all its parts and can be followed; a budget below the least is an error."""
     costs = Costs(OtherFamily(), config(), weights="int8", dtype=torch.float32, part_dtype=torch.float32)
     numbers = sum(
         part.shape[0] * (part.shape[1] if len(part.shape) > 1 else 1) for n, part in TEXT.items() if part.trained
     )
     assert costs.adapters(2) == 2 * 16 * (costs.adapter_weights + numbers)
-    made = plan(costs, config(), budget_bytes=10**9, jobs=3)
-    assert made.slots == 3 and not made.checkpointing
-    assert {"load", "encode", "invert", "embed", "finetune", "sample", "decode"} == made.phases.keys()
+    large = plan(costs, config(), budget_bytes=10**9, jobs=3)
+    assert large.slots == 3 and not large.checkpointing
+    assert {"load", "encode", "invert", "embed", "finetune", "sample", "decode"} == large.phases.keys()
     with pytest.raises(MemoryLimitError):
         plan(costs, config(), budget_bytes=10**4)
     budget = Budget(10**9)
@@ -205,16 +213,18 @@ def test_plans_are_counted_from_its_own_passes(base: Any) -> None:
 
 
 def test_it_is_no_other_base(base: Any, edit: Any, load_base: Any) -> None:
-    """An edit of one family is refused on another, with both interfaces named; its own base takes it silently."""
+    """An edit of one family is refused on another, with both interfaces named; on its own base there is no warning."""
     assert check_base(edit, base) == ""
     with pytest.raises(BaseMismatchError, match="flow, width 12, 12"):
         check_base(edit, load_base())
 
 
 def test_damaged_numbers_are_told_from_a_damaged_base(base: Any, edit: Any) -> None:
-    """An adapter of the second network that overflows is the edit's fault."""
-    large = {key: replace(f, up=torch.full_like(f.up, 1000.0)) for key, f in edit.adapters["large"].items()}
-    huge = {key: replace(f, down=torch.full_like(f.down, 1000.0)) for key, f in large.items()}
+    """An overflow in the adapter of the second network is reported as the edit's fault."""
+    large = {
+        key: LoraFactors(f.down, torch.full_like(f.up, 1000.0), f.alpha) for key, f in edit.adapters["large"].items()
+    }
+    huge = {key: LoraFactors(torch.full_like(f.down, 1000.0), f.up, f.alpha) for key, f in large.items()}
     damaged = replace(edit, adapters={**edit.adapters, "large": huge})
     with pytest.raises(NonFiniteEditError):
         apply_edits(base, [damaged], [Cell(0, 1.0, 0)], replace(config().sample, num_inference_steps=40))

@@ -242,7 +242,7 @@ def test_others_say_what_they_wait_for(
 def test_a_suspended_runner_is_given_up_after_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A silent process on this machine loses its items after a lease, with a warning."""
     path, clock, warnings = tmp_path / "ledger.sqlite3", [0.0], list[str]()
-    with subprocess.Popen(("sleep", "100")) as other, opened(path, entries(1)) as ledger:
+    with subprocess.Popen(("sleep", "100")) as other, opened(path, entries(1), warn=warnings.append) as ledger:
         other.send_signal(signal.SIGSTOP)
         os.waitpid(other.pid, os.WUNTRACED)
         started = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -250,7 +250,6 @@ def test_a_suspended_runner_is_given_up_after_silence(tmp_path: Path, monkeypatc
         change(path, f"INSERT INTO runners (id, {fields}) SELECT 99, {of_other} FROM runners")
         change(path, "UPDATE jobs SET state = 'running', runner = 99")
         monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-        ledger._warn = warnings.append
         for seconds in range(64):
             clock[0] = float(seconds)
             ledger.take_over()

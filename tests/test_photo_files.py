@@ -26,7 +26,7 @@ from lowmem_imagic.errors import (
     NotAnImageError,
     TruncatedImageError,
 )
-from lowmem_imagic.pictures import load_photo, photo, photo_sha256
+from lowmem_imagic.pictures import load_photo, photo, photo_file
 
 
 def scene(width: int = 48, height: int = 32) -> Image.Image:
@@ -353,9 +353,24 @@ def test_sparse_files(tmp_path, start):
     with path.open("wb") as file:
         file.write(start)
         file.truncate(images.MAX_FILE_BYTES)
-    for read in (load_photo, photo_sha256):
+    for read in (load_photo, photo_file):
         with pytest.raises((ImageTooLargeError, NotAnImageError)):
             read(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "AVIF", "HEIF"])
+def test_the_size_of_a_photo_is_known_before_it_is_decoded(tmp_path, kind):
+    """A photo's number of pixels is read from the header of every format; of a damaged file it is unknown."""
+    try:
+        data = encoded(kind)
+    except (KeyError, OSError):
+        pytest.skip(f"Pillow cannot write {kind} here")
+    path = tmp_path / "a"
+    path.write_bytes(data)
+    width, height = load_photo(path).image.size
+    assert photo_file(path).pixels == width * height
+    path.write_bytes(data[:20])
+    assert photo_file(path).pixels in (0, width * height)
 
 
 def test_large_files_are_what_they_are(tmp_path):
@@ -367,7 +382,7 @@ def test_large_files_are_what_they_are(tmp_path):
         os.truncate(path, 40 * 2**20)
 
     write(tiff([page(16, 12, t254=1)], [page(64, 48, t262=32803)]))
-    assert len(photo_sha256(path)) == 64
+    assert len(photo_file(path).sha256) == 64
     with pytest.raises(NotAnImageError, match="camera raw"):
         load_photo(path)
     write(tiff([page(16, 12, t254=1)], [page(2000, 1500)]))
@@ -381,7 +396,7 @@ def test_only_files_are_opened(tmp_path):
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     for name in ("pipe.jpg", "zero.jpg", "loop.jpg"):
-        for read in (load_photo, photo_sha256):
+        for read in (load_photo, photo_file):
             with pytest.raises(ImageNotFoundError):
                 read(tmp_path / name)
 

@@ -126,9 +126,10 @@ def test_a_bar_shows_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["prediction_type", "interface"])
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_listings_of_an_edit_have_their_own_lines(text: str, kind: str) -> None:
-    """No value of an edit file, of either version, adds a line to what `inspect` shows."""
+    """No value of an edit file, of any version, adds a line to what `inspect` shows."""
     contents: dict[str, Any] = {
-        "sentence": text,
+        "sentences": [text],
+        "start_sentence": text,
         "base": {
             "source": text,
             "revision": text,
@@ -146,6 +147,8 @@ def test_listings_of_an_edit_have_their_own_lines(text: str, kind: str) -> None:
         "settings": {"embed": {"steps": text}, "finetune": {"adapt": text}},
     }
     assert len(edit_header.summary(contents).splitlines()) == 10
+    several = {**contents, "sentences": [text, f"{text}!"]}
+    assert len(edit_header.summary(several).splitlines()) == 11
 
 
 @pytest.mark.parametrize("words", [["--o\x1b[2Jdd"], ["ed\nit"], ["edit", "a", "b", "--see\u202ed", "1"]])

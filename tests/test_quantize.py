@@ -18,8 +18,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.families.stable_diffusion import AT_LATENTS
@@ -27,6 +25,7 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d, load_frozen, weight_bytes
 from lowmem_imagic.settings.stages import WEIGHT_FORMATS
 from tests import calls
+from tests.held_bytes import HeldBytes
 
 CPU = torch.device("cpu")
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -230,32 +229,6 @@ def live_inputs(unet: nn.Module, layer_types: tuple[type, ...]) -> tuple[int, in
     return sum(not ref.expired() for ref in seen), len(seen)
 
 
-class HeldBytes(TorchDispatchMode):
-    """Counts bytes of storages that were created inside the ``with`` block and are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            StorageWeakRef(t.untyped_storage()).cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                ref = StorageWeakRef(storage)
-                # A view of a weight is not made here.
-                if ref.cdata not in given:
-                    self._made[ref.cdata] = (ref, storage.nbytes())
-        return result
-
-    def total(self) -> int:
-        gc.collect()
-        return sum(size for ref, size in self._made.values() if not ref.expired())
-
-
 def held_for_backward(unet: Any, *, checkpointing: bool, adapted: bool) -> int:
     """Bytes one forward pass leaves allocated until its backward pass."""
     if checkpointing:
@@ -279,6 +252,7 @@ def _held(unet: Any, *inputs: Tensor) -> int:
     with counter:
         result = unet(*inputs).sample
     assert result.requires_grad
+    gc.collect()
     return counter.total()
 
 
@@ -292,6 +266,7 @@ def test_a_layer_saves_nothing(make: Callable[[], Any]) -> None:
     counter = HeldBytes()
     with counter:
         y = layer(x)
+    gc.collect()
     assert counter.total() == y.nbytes
 
 

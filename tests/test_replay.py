@@ -1,12 +1,16 @@
 """Facts about replayed passes: they are the passes they replay, and recording them leaves nothing behind."""
 
 import contextlib
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lowmem_imagic.engine import cuda_graphs
 from lowmem_imagic.engine.cuda_graphs import WARM_UPS, Replay
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig
 from lowmem_imagic.training import loop as training
@@ -20,45 +24,69 @@ CONFIG = EditConfig(
 )
 
 
-class Graph:
-    """Replaces a CUDA graph on machines without a GPU: calls the recorded function again, into the same output."""
+class Graph(TorchDispatchMode):
+    """A CUDA graph on a machine without a GPU: records operations with their tensors, and runs them again."""
 
     def __init__(self) -> None:
-        self.run: Any = None
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
 
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
     def replay(self) -> None:
-        self.run()
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            for recorded, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(value, Tensor) and value is not recorded:
+                    recorded.detach().copy_(value)
 
     def pool(self) -> "Graph":
         return self
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Replay]:
-    """A `Replay` that records on the CPU, as it would on a GPU."""
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets passes be recorded on the CPU, as on a GPU."""
 
     class Stream:
         def wait_stream(self, _: "Stream") -> None:
             pass
 
     for name, value in {
+        "device": lambda _: contextlib.nullcontext(),
         "Stream": Stream,
         "current_stream": Stream,
         "CUDAGraph": Graph,
         "stream": lambda _: contextlib.nullcontext(),
-        "graph": lambda *_, **__: contextlib.nullcontext(),
+        "graph": lambda graph, **_: graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
 
-    class Recording(Replay):
-        def __init__(
-            self, run: Any, inputs: Any, *, device: torch.device, changed: Any = (), beside: Any = None
-        ) -> None:
-            super().__init__(run, inputs, device=device, changed=changed)
-            self._record(changed, beside)
-            self._graph.run = lambda: self._output.copy_(run(*self._inputs))  # type: ignore[union-attr]
 
-    return Recording
+@pytest.fixture
+def replays(base: Any, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Replay]]:
+    """Lets the base replay passes; collects the `Replay`s made."""
+    references: list[weakref.ref[Replay]] = []
+
+    class Counted(Replay):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            references.append(weakref.ref(self))
+
+    monkeypatch.setattr(training, "Replay", Counted)
+    monkeypatch.setattr(base, "replays", True)
+    return references
+
+
+def alive(references: list[weakref.ref[Replay]]) -> int:
+    """The number of `Replay`s that still keep memory."""
+    return sum(reference() is not None for reference in references)
 
 
 def trained(base: Any, numbers: list[int], *, slots: int, **options: Any) -> dict[int, list[Tensor]]:
@@ -81,27 +109,22 @@ def trained(base: Any, numbers: list[int], *, slots: int, **options: Any) -> dic
 @pytest.mark.parametrize("options", [{"slots": 1}, {"slots": 2}, {"slots": 3, "max_rows": 4}])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_replayed_training_has_the_same_bits(
-    options: dict[str, int], recorded: bool, base: Any, recorder: type[Replay], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, int], recorded: bool, base: Any, request: pytest.FixtureRequest
 ) -> None:
     """Alone, in refilled packs and in split passes an edit is the same with passes replayed, recorded or not."""
     expected = trained(base, [0, 1, 2, 3], **options)
-    used: list[Replay] = []
-
-    class Counted(recorder if recorded else Replay):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            used.append(self)
-
-    monkeypatch.setattr(training, "Replay", Counted)
-    monkeypatch.setattr(base, "replays", True)
-    found = trained(base, [0, 1, 2, 3], **options)
+    if recorded:
+        request.getfixturevalue("recording")
+    used = request.getfixturevalue("replays")
+    replayed = trained(base, [0, 1, 2, 3], **options)
     # Fewer than there are passes: they are used again.
     assert 2 <= len(used) < 4 * (CONFIG.embed.steps + CONFIG.finetune.steps) / options["slots"]
     for number, values in expected.items():
-        assert all(torch.equal(a, b) for a, b in zip(found[number], values, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(replayed[number], values, strict=True))
 
 
-def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> None:
+@pytest.mark.usefixtures("recording")
+def test_what_is_recorded_is_called_with_new_inputs() -> None:
     """A call sees its inputs; recording runs its warm-ups and restores the tensors that they changed."""
     calls: list[float] = []
     total = torch.full((2,), 5.0)
@@ -112,7 +135,7 @@ def test_what_is_recorded_is_called_with_new_inputs(recorder: type[Replay]) -> N
         return x * y
 
     one, two = torch.ones(2), torch.full((2,), 2.0)
-    replay = recorder(run, [one, two], device=CPU, changed=[total])
+    replay = Replay(run, [one, two], device=CPU, changed=[total])
     assert len(calls) == WARM_UPS + 1 and torch.equal(total, torch.full((2,), 5.0))
     assert torch.equal(replay(two, two), torch.full((2,), 4.0))
     assert torch.equal(replay(one, two), two)
@@ -142,39 +165,32 @@ def stop_after(steps: int) -> Any:
     return between
 
 
-def test_nothing_is_kept_while_others_have_the_memory(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_kept_while_others_have_the_memory(
+    base: Any, replays: list[weakref.ref[Replay]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Recordings are gone when finished edits are handed over, when a run is stopped, and when memory ran out."""
-    monkeypatch.setattr(base, "replays", True)
     pack = Pack(base, tasks_of_two(base), CONFIG, slots=1)
     for _ in pack.run():
-        assert not pack._trainer._recorded
+        assert replays and not alive(replays)
     stopped = Pack(base, tasks_of_two(base), CONFIG, slots=1, between=stop_after(2))
     with pytest.raises(KeyboardInterrupt):
         list(stopped.run())
-    assert not stopped._trainer._recorded
-    sizes: list[int] = []
-    cheaper = training.Trainer._cheaper
-
-    def counted(self: training.Trainer) -> bool:
-        sizes.append(len(self._recorded))
-        found = cheaper(self)
-        sizes.append(len(self._recorded))
-        return found
-
-    predict, passes = calls.plain(base), [0]
+    assert not alive(replays)
+    predict = calls.plain(base)
+    counts: list[int] = []
 
     def failing(*args: Any) -> Tensor:
-        passes[0] += 1
-        if passes[0] == 3:
+        counts.append(alive(replays))
+        if len(counts) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         result: Tensor = predict(*args)
         return result
 
     monkeypatch.setattr(base, "predict", calls.in_place(failing))
     monkeypatch.setattr(base, "fallbacks", [])
-    monkeypatch.setattr(training.Trainer, "_cheaper", counted)
     list(Pack(base, tasks_of_two(base)[:1], CONFIG, slots=1).run())
-    assert sizes == [1, 0] and base.fallbacks == ["passes that are not recorded"] and not base.replays
+    assert counts[1:4] == [1, 1, 0] and not any(counts[4:])
+    assert base.fallbacks == ["passes that are not recorded"] and not base.replays
 
 
 def test_recomputed_passes_are_not_recorded(load_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,18 +32,18 @@ class Console:
         self.warnings: list[str] = []
 
     def say(self, text: str, *, always: bool = False) -> None:
-        """A remark; `always` shows it even when quiet."""
+        """Shows a remark; with `always`, even when quiet."""
         if always or not self._quiet:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """A warning: shown even when quiet, and kept for the report."""
+        """Shows a warning, even when quiet, and keeps it for the report."""
         if text:
             self.warnings.append(text)
             self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
-        """A line above the bar, if there is one."""
+        """Prints a line above the bar, if there is one."""
         text = shown(self._wording(text))
         if self._bar is None:
             print(text, file=sys.stderr)
@@ -51,14 +51,14 @@ class Console:
             self._bar.write(text, file=sys.stderr)
 
     def progress(self, stage: str, step: int, steps: int, remark: str) -> None:
-        """A step of a stage is done."""
+        """Shows the progress of a stage."""
         if self._quiet:
             return
         remark = shown(remark)
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage
-            # Earlier steps took none of this bar's time.
+            # Steps before the bar began took none of its time.
             self._bar = tqdm(
                 total=steps, initial=step, desc=STAGES.get(stage, stage), unit="step", disable=None, leave=True
             )
@@ -70,10 +70,12 @@ class Console:
             self.close()
 
     def skip(self, steps: int) -> None:
-        """So many more steps turned out to be done before the current bar began."""
-        if self._bar is not None:
+        """Marks so many more steps as done before the current bar began."""
+        if self._bar is not None and not self._bar.disable:
             self._bar.n += steps
             self._bar.initial = self._bar.n
+            # tqdm takes its rate from the steps since it last printed.
+            self._bar.last_print_n += steps
 
     def close(self) -> None:
         """Ends the current bar."""
@@ -83,7 +85,7 @@ class Console:
 
 
 class Silent(Console):
-    """Collects warnings, `warnings` first, for a report, and shows nothing."""
+    """Shows nothing; collects warnings for a report, after those in `warnings`."""
 
     def __init__(self, warnings: Sequence[str] = ()) -> None:
         super().__init__(quiet=True)

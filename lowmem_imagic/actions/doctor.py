@@ -1,4 +1,4 @@
-"""The doctor: versions, devices, memory, the paths that a run would take, and plans for cards."""
+"""The doctor: versions, devices, memory, the kernels that a run would use, and plans for graphics cards."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from ..settings.stages import EditConfig
 from ..settings.text import parse_bytes
 
 MANY = 40
-"""Photos of a plan for many: more than any pack has slots."""
+"""Number of photos in a plan for many, above the slots of any pack."""
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -56,8 +56,8 @@ def plans(
         size_px: side of the pictures; None for the model's own.
 
     Raises:
-        ConfigError: an amount or a size that is none.
-        ModelError: no such model.
+        ConfigError: an amount or the size is not valid.
+        ModelError: there is no such model.
     """
     budgets = [parse_bytes(amount) for amount in amounts]
     family = load_architecture(model)
@@ -66,7 +66,7 @@ def plans(
         raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
     size = (size_px, size_px) if size_px else None
     costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size=size)
-    found = []
+    lines = []
     for amount, budget in zip(amounts, budgets, strict=True):
         for photos in (1, MANY):
             line: dict[str, Any] = {"vram": amount, "photos": photos, "plan": None, "reason": ""}
@@ -76,38 +76,38 @@ def plans(
                 ).as_json()
             except MemoryLimitError as error:
                 line["reason"] = str(error)
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
-def plan_table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The lines of a table of `plans`."""
     phases = ("encode", "embed", "finetune", "sample", "decode")
     head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles", "text encoder")
     rows = [(*head, *(f"{name} GB" for name in phases))]
-    for line in found:
-        made, photos = line["plan"], "1" if line["photos"] == 1 else "many"
-        if made is None:
+    for line in lines:
+        fitting, photos = line["plan"], "1" if line["photos"] == 1 else "many"
+        if fitting is None:
             yield f"{line['vram']}, {photos} photos: {line['reason']}"
             continue
         switches = (
-            "on" if made["checkpointing"] else "off",
-            str(made["batch_rows"]),
-            "on" if made["vae_tiling"] else "off",
-            "CPU" if made["text_on_cpu"] else "GPU",
+            "on" if fitting["checkpointing"] else "off",
+            str(fitting["batch_rows"]),
+            "on" if fitting["vae_tiling"] else "off",
+            "CPU" if fitting["text_on_cpu"] else "GPU",
         )
-        totals = (f"{made['phases'][name]['total'] / 1e9:.2f}" for name in phases)
-        rows.append((line["vram"], photos, str(made["slots"]), str(made["rows"]), *switches, *totals))
+        totals = (f"{fitting['phases'][name]['total'] / 1e9:.2f}" for name in phases)
+        rows.append((line["vram"], photos, str(fitting["slots"]), str(fitting["rows"]), *switches, *totals))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else ():
         yield "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))
 
 
 def _tried(error_of: Callable[[torch.device], float], device: torch.device) -> str:
-    """The error of a small 8-bit layer on this device, forward and backward."""
+    """Whether a small 8-bit layer works on this device, forward and backward, and its error."""
     try:
         error = error_of(device)
-    except Exception as reason:  # of a library or a driver: this is where a user looks for it
+    except Exception as reason:  # any error of a library or a driver, which users look up here
         return f"int8 weights FAIL on {device}: {type(reason).__name__}: {str(reason).splitlines()[0][:160]}"
     return f"int8 weights work on {device} (tried: {100 * error:.1f} % from exact)"
 
@@ -136,16 +136,16 @@ def _error(layer: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _memory(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"CPU cores": os.cpu_count(), "torch threads": torch.get_num_threads()}
+    memory: dict[str, Any] = {"CPU cores": os.cpu_count(), "torch threads": torch.get_num_threads()}
     try:
-        found["RAM"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+        memory["RAM"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     except (ValueError, OSError, AttributeError):
-        found["RAM"] = "unknown"
-    found["disk free here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
+        memory["RAM"] = "unknown"
+    memory["disk free here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        found["GPU"] = torch.cuda.get_device_name(device)
-        found["GPU memory"] = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        memory["GPU"] = torch.cuda.get_device_name(device)
+        memory["GPU memory"] = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
     else:
-        found["GPU"] = "none that torch can use"
-    return found
+        memory["GPU"] = "none that torch can use"
+    return memory

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..pipeline.prepare import Job
 from ..pipeline.versions import versions
 from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig
-from ..settings.text import BaseOptions, check_suggestable
+from ..settings.text import BaseOptions, check_pictures, check_suggestable
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
@@ -28,7 +28,7 @@ from .result_folder import ResultFolder, rescue
 
 def edit(
     photo: Path,
-    sentence: str,
+    sentences: Sequence[str],
     config: EditConfig,
     options: BaseOptions,
     *,
@@ -40,21 +40,22 @@ def edit(
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """Trains and renders an edit into a folder, and returns the report."""
+    """Trains an edit once, renders it under each sentence into a folder, and returns the report."""
     started = time.perf_counter()
+    check_pictures(config.sample, len(sentences))
     if suggest:
         check_suggestable(config.sample)
     source = load_photo(photo, background=background)
-    folder = ResultFolder.prepare(out or Path(_default_name(source, sentence)), overwrite=force)
-    base = open_base(options, console, [sentence, config.sample.negative_prompt])
+    folder = ResultFolder.prepare(out or Path(_default_name(source, sentences)), overwrite=force)
+    base = open_base(options, console, sentences, config.sample.negative_prompt)
     budget = Budget.of(base.device, vram)
     config, plan = fit_memory(base, config, budget, console)
     loaded_s = time.perf_counter() - started
     meter = Meter(base.device)
     with planned(base, plan, budget):
-        made = _train(base, source, sentence, config, plan, meter, console)
-        name = f"{_default_name(source, sentence)}.safetensors"
-        report = finished_edit(base, folder, name, made, source, config, plan, meter, console, suggest=suggest)
+        trained = _train(base, source, sentences, config, plan, meter, console)
+        name = f"{_default_name(source, sentences)}.safetensors"
+        report = finished_edit(base, folder, name, trained, source, config, plan, meter, console, suggest=suggest)
     if cover:
         report["cover"] = folder.write_cover(Path(name).with_suffix(".png").name, _cover_of(report, config))
     report["seconds"] = {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)}
@@ -62,17 +63,17 @@ def edit(
 
 
 def _cover_of(report: Mapping[str, Any], config: EditConfig) -> str:
-    """The picture that shows an edit best: of the first seed, at the largest eta up to 1."""
+    """The picture for the cover: of the first sentence and seed, at the largest eta up to 1."""
     etas = config.sample.etas
-    shown = max((eta for eta in etas if eta <= 1), default=min(etas))
-    return str(report["pictures"][etas.index(shown)])
+    best = max((eta for eta in etas if eta <= 1), default=min(etas))
+    return str(report["sentences"][0]["pictures"][etas.index(best)])
 
 
 def finished_edit(
     base: BaseModel,
     folder: ResultFolder,
     name: str,
-    made: Edit,
+    trained: Edit,
     photo: Photo,
     config: EditConfig,
     plan: Plan | None,
@@ -82,10 +83,10 @@ def finished_edit(
     suggest: bool = False,
 ) -> dict[str, Any]:
     """Writes a finished edit as `name` and its pictures into a folder, and returns the report, still to be written."""
-    edit_path = _write_edit(folder, name, made)
+    edit_path = _write_edit(folder, name, trained)
     try:
         report = render(
-            base, made, made.target_prompt, config.sample, folder, meter, console, photo=photo, suggest=suggest
+            base, trained, trained.sentences, config.sample, folder, meter, console, photo=photo, suggest=suggest
         )
     except (KeyboardInterrupt, LowmemImagicError, MemoryError):
         console.say(f"the edit itself is finished; render it with: lowmem-imagic sample {edit_path}", always=True)
@@ -95,7 +96,7 @@ def finished_edit(
         "edit_bytes": edit_path.stat().st_size,
         "photo_notes": list(photo.notes),
         "settings": config.to_dict(),
-        "result": made.settings["result"],
+        "result": trained.settings["result"],
         "plan": plan and plan.as_json(),
         **_facts(base, meter, console),
     }
@@ -103,7 +104,7 @@ def finished_edit(
 
 def train(
     photo: Path,
-    sentence: str,
+    sentences: Sequence[str],
     config: EditConfig,
     options: BaseOptions,
     *,
@@ -113,25 +114,29 @@ def train(
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """Trains an edit into a file, and returns the report."""
+    """Trains an edit into a file, for any number of sentences or none, and returns the report."""
     started = time.perf_counter()
     source = load_photo(photo, background=background)
-    path = out or Path(f"{_default_name(source, sentence)}.safetensors")
+    path = out or Path(f"{_default_name(source, sentences)}.safetensors")
     if os.path.isdir(path):
-        path = path / f"{_default_name(source, sentence)}.safetensors"
+        path = path / f"{_default_name(source, sentences)}.safetensors"
     if path.suffix != ".safetensors":
         raise ConfigError(f"`out` is {path}, expected a name ending in .safetensors")
     check_target(path, overwrite=force)
-    base = open_base(options, console, [sentence])
+    base = open_base(options, console, sentences)
     budget = Budget.of(base.device, vram)
     config, plan = fit_memory(base, config, budget, console)
     meter = Meter(base.device)
     with planned(base, plan, budget):
-        made = _train(base, source, sentence, config, plan, meter, console)
-    _write_edit(ResultFolder(path.parent, overwrite=force), path.name, made)
+        trained = _train(base, source, sentences, config, plan, meter, console)
+    _write_edit(ResultFolder(path.parent, overwrite=force), path.name, trained)
+    if not sentences:
+        console.say(f'ask it any sentences with: lowmem-imagic sample {path} `prompt` "..." `prompt` "..."')
     return {
         "edit_file": path.name,
         "edit_bytes": path.stat().st_size,
+        "sentences": list(trained.sentences),
+        "start_sentence": trained.start_sentence,
         "model": base.name,
         "plan": plan and plan.as_json(),
         "rungs": base.fallbacks,
@@ -147,22 +152,22 @@ def sample(
     overrides: Mapping[str, Any],
     options: BaseOptions,
     *,
-    prompt: str | None,
+    prompts: Sequence[str],
     out: Path | None,
     suggest: bool,
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
-    """Renders an edit file into a folder, and returns the report; with `prompt`, under that sentence instead."""
+    """Renders an edit file into a folder, under its own sentences or `prompts`, and returns the report."""
     started = time.perf_counter()
     opened = edit_file.read(path)
     config = sampling_of(opened, overrides)
     if suggest:
         check_suggestable(config)
     folder = ResultFolder.prepare(out or Path(safe_stem(path.stem) + "-samples"), overwrite=force)
-    base, sentence = open_edit(opened, options, config, prompt, console)
+    base, sentences = open_edit(opened, options, config, prompts, console)
     meter = Meter(base.device)
-    report = render(base, opened, sentence, config, folder, meter, console, photo=None, suggest=suggest)
+    report = render(base, opened, sentences, config, folder, meter, console, photo=None, suggest=suggest)
     report |= {
         "edit_file": path.name,
         "seconds": {"total": round(time.perf_counter() - started, 3)},
@@ -172,12 +177,14 @@ def sample(
     return _finish(folder, report)
 
 
-def _default_name(photo: Photo, sentence: str) -> str:
-    return safe_stem(f"{photo.name} {sentence}")
+def _default_name(photo: Photo, sentences: Sequence[str]) -> str:
+    """The name of an edit: its photo with its sentence, or with the number of several."""
+    words = " ".join(sentences) if len(sentences) < 2 else f"{len(sentences)} sentences"
+    return safe_stem(f"{photo.name} {words}")
 
 
-def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> BaseModel:
-    """The base, with the sentences checked against its text encoder."""
+def open_base(options: BaseOptions, console: Console, sentences: Sequence[str], negative: str = "") -> BaseModel:
+    """The base, after a check of the sentences by its text encoder."""
     if options.model is None:
         console.say(
             "using the bundled model, which knows only its own little world of solids on floors; "
@@ -185,7 +192,7 @@ def open_base(options: BaseOptions, console: Console, sentences: list[str]) -> B
         )
     base = load_base(options)
     console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
-    check_sentences(base, sentences, console)
+    check_sentences(base, sentences, negative, console)
     return base
 
 
@@ -198,7 +205,7 @@ def fit_memory(
     jobs: int = 1,
     beside: bool = False,
 ) -> tuple[EditConfig, Plan | None]:
-    """The settings within a budget, and the plan to follow (see `planning.plan`); None where nothing limits it."""
+    """The settings within a budget, and the plan to follow (see `planning.plan`); None if no budget applies."""
     plan = plan_for(base, config, budget, jobs=jobs, beside=beside)
     if plan is None:
         return config, None
@@ -209,7 +216,7 @@ def fit_memory(
 def _train(
     base: BaseModel,
     photo: Photo,
-    sentence: str,
+    sentences: Sequence[str],
     config: EditConfig,
     plan: Plan | None,
     meter: Meter,
@@ -219,17 +226,19 @@ def _train(
     for note in photo.notes:
         console.say(f"photo: {note}")
     try:
-        [made] = make_edits(
-            base, [Job(photo, sentence)], config, max_rows=max_rows, progress=console.progress, meter=meter
+        [trained] = make_edits(
+            base, [Job(photo, sentences)], config, max_rows=max_rows, progress=console.progress, meter=meter
         )
-        return made
     finally:
         console.close()
+    if len(sentences) != 1:
+        console.say(f"trained from {trained.start_sentence!r}")
+    return trained
 
 
-def _write_edit(folder: ResultFolder, name: str, made: Edit) -> Path:
-    """Writes the edit first of all: it is what took the time."""
-    data = edit_file.encode(made)
+def _write_edit(folder: ResultFolder, name: str, trained: Edit) -> Path:
+    """Writes the edit; on failure keeps it elsewhere, as it took the most time."""
+    data = edit_file.encode(trained)
     try:
         return folder.write(name, data)
     except OutputError as error:
@@ -237,7 +246,7 @@ def _write_edit(folder: ResultFolder, name: str, made: Edit) -> Path:
 
 
 def _facts(base: BaseModel, meter: Meter, console: Console) -> dict[str, Any]:
-    """The report's part on the run."""
+    """The report's entries about the run."""
     return {
         "model": base.name,
         "device": str(base.device),
@@ -252,7 +261,7 @@ def _facts(base: BaseModel, meter: Meter, console: Console) -> dict[str, Any]:
 
 
 def _finish(folder: ResultFolder, report: dict[str, Any]) -> dict[str, Any]:
-    """Writes the report, and adds what is said of it."""
+    """Writes the report, and adds the files and the summary for the caller."""
     folder.write_report(report)
     seconds = report["seconds"]["total"]
     report["files"] = list(folder.files)

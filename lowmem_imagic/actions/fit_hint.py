@@ -1,11 +1,11 @@
-"""Whether an edit looks under- or over-fitted, in plain words with the setting to change.
+"""Hints whether an edit is under- or over-fitted, with the setting to change.
 
-An under-fitted edit does not give the photo back at eta 0; an over-fitted one gives it back whatever the sentence
-says (the failure reported of adapters in place of full fine-tuning). Both show in the pictures themselves.
+An under-fitted edit does not reproduce the photo at eta 0. An over-fitted edit reproduces it for any sentence, which is
+reported of adapters in place of full fine-tuning. The rendered pictures show both.
 
-Neither is said where the base by itself would not give its own picture back: no setting of the training mends that. It
-is told by three measurements that cost no pass through the UNet: what the scheduler makes of right predictions
-(`families.rehearsal`), the photo through the autoencoder, and the loss that stage 1 ended with.
+If the base itself cannot reproduce a picture, the hint says that instead: no setting of the training helps then. Three
+measurements tell, without a pass through the UNet: the scheduler's result for exact predictions (`families.rehearsal`),
+the photo's round trip through the autoencoder, and the final loss of stage 1.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 UNDERFIT_DB = 20.0
-"""A reconstruction (eta 0) further from the photo's round trip through the autoencoder than this has lost the photo."""
+"""Least PSNR between the picture at eta 0 and the photo's round trip; below it, the edit has lost the photo."""
 OVERFIT_DB = 38.0
-"""Pictures at eta 0 and at the largest eta closer to each other than this are the same picture. A mask leaves the rest
-of a picture alone: of the bundled world's renders a matt and a shiny object are up to 37 dB apart."""
+"""Most PSNR between the pictures at eta 0 and at the largest eta; above it, they are the same picture.
+
+A mask keeps the rest of a picture: renders of the bundled world with a matt and with a shiny object reach 37 dB."""
 
 SCHEDULER_ERROR = 0.2
-"""A scheduler that ends further from a picture than this when every prediction is right (`Fit.scheduler_error`) does
-not belong to its base. Those of diffusers that do end at 0.075 or less; one that clips latents at 0.37."""
+"""Largest `Fit.scheduler_error` of a scheduler that fits its base.
+
+Fitting schedulers of diffusers have 0.075 or less; one that clips latents has 0.37."""
 ROUND_TRIP_DB = 15.0
-"""A photo that the autoencoder alone gives back at less than this cannot be recognised."""
+"""Least PSNR of the photo's round trip through the autoencoder; below it, the photo cannot be recognised."""
 UNTRAINED_LOSS = 1.0
-"""Denoising loss of a network that predicts nothing at all."""
+"""Denoising loss of a network that always predicts zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +37,21 @@ class Fit:
     """Signs in the pictures of an edit of how well it was trained."""
 
     reconstruction_db: float | None
-    """PSNR of the picture at eta 0 to the photo's round trip; None where eta 0 was not rendered."""
+    """PSNR of the picture at eta 0 to the photo's round trip; None if eta 0 was not rendered."""
     change_db: float | None
-    """PSNR between the pictures at eta 0 and at the largest eta of 1 or more; None where they were not rendered."""
+    """PSNR between the pictures at eta 0 and at the largest eta of 1 or more; None if they were not rendered."""
     embedding_distance: float
-    """``|e_opt - e_tgt| / |e_tgt|``: how far stage 1 went."""
+    """``|e_opt - e_tgt| / |e_tgt|``: the change by stage 1."""
     scheduler_error: float = 0.0
-    """How far from a picture the scheduler ends when every prediction is right, as a share of the picture's size."""
+    """Distance of the scheduler's result from the picture if all predictions are exact, as a share of its norm."""
     round_trip_db: float | None = None
     """PSNR of the photo's round trip through the autoencoder to the photo."""
     embed_loss: float | None = None
-    """Loss that stage 1 ended with, which trains nothing of the model; None where it took no steps."""
+    """Final loss of stage 1, which trains no weights of the model; None if it took no steps."""
 
     @property
     def fault_of_base(self) -> str:
-        """Why the base by itself does not give its own picture back, "" where it does."""
+        """The reason why the base itself cannot reproduce a picture; "" if it can."""
         if self.scheduler_error > SCHEDULER_ERROR:
             return (
                 f"the scheduler does not fit this base: even with right predictions it ends {self.scheduler_error:.0%} "
@@ -71,7 +73,7 @@ class Fit:
 
     @property
     def hint(self) -> str:
-        """A hint at the setting to change, "" where nothing looks wrong."""
+        """A hint with the setting to change; "" if nothing looks wrong."""
         if fault := self.fault_of_base:
             return fault
         if self.reconstruction_db is not None and self.reconstruction_db < UNDERFIT_DB:
@@ -94,6 +96,6 @@ class Fit:
 
 
 def embedding_distance(optimized: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """``|e_opt - e_tgt| / |e_tgt|`` of the tensors that embeddings consist of, all of them together."""
+    """``|e_opt - e_tgt| / |e_tgt|`` over all tensors of the embeddings."""
     e_opt, e_tgt = (torch.cat([part.float().flatten() for part in parts]) for parts in (optimized, target))
     return float((e_opt - e_tgt).norm() / e_tgt.norm())

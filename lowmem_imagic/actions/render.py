@@ -1,4 +1,4 @@
-"""Pictures of finished edits: opening an edit and its base, rendering cells into a folder or onto a sheet."""
+"""Renders finished edits: opens an edit and its base, and renders cells into a folder or onto a sheet."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
@@ -10,26 +10,30 @@ from PIL import Image
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
-from ..errors import ConfigError, EditHeaderError, ModelError
+from ..errors import ConfigError, EditHeaderError, ModelError, PromptError
 from ..families import DEMO, SHORT_NAMES
 from ..geometry import Letterbox
 from ..pictures import Photo
 from ..pictures.letterbox import from_canvas, into_canvas, psnr, to_images, to_tensor
 from ..pictures.png import SHEET_CELL_PX
-from ..pipeline.apply import Latents, check_base, decode_canvases, letterbox, render_latents
+from ..pipeline.apply import NO_SENTENCE, Latents, check_base, decode_canvases, letterbox, render_latents
 from ..pipeline.prepare import check_sentence
+from ..pipeline.prepare import check_sentences as check_together
 from ..pipeline.versions import versions
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
 from ..settings.stages import DROPPED, SampleConfig, strength_text
-from ..settings.text import BaseOptions
+from ..settings.text import BaseOptions, check_pictures
 from .console import Console
 from .fit_hint import Fit, embedding_distance
 from .result_folder import ResultFolder
 
+MOST_WORDS = 8
+"""Most unknown words that a warning names."""
+
 
 def load_base(options: BaseOptions) -> BaseModel:
-    """The base model that the options name, the bundled one if they name none."""
+    """The base model of the options; by default the bundled one."""
     return BaseModel.load(
         DEMO if options.model is None else options.model,
         revision=options.revision,
@@ -43,12 +47,12 @@ def load_base(options: BaseOptions) -> BaseModel:
 
 
 def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
-    """The sampling settings an edit was made with, as far as this version knows them, with `overrides` on top.
+    """The recorded sampling settings of an edit that this version knows, changed by `overrides`.
 
-    Strength and batch size are choices of the moment, not of the edit.
+    Strength and batch size are not taken from the record: they do not belong to the edit.
 
     Raises:
-        EditHeaderError: the recorded settings are none.
+        EditHeaderError: the recorded settings are not valid.
         ConfigError: the overrides are out of range.
     """
     recorded = edit.settings.get("sample")
@@ -65,15 +69,19 @@ def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
 
 
 def open_edit(
-    edit: Edit, options: BaseOptions, config: SampleConfig, prompt: str | None, console: Console
-) -> tuple[BaseModel, str]:
-    """The base to render an edit on, and the sentence to render it under: `prompt`, or the edit's own.
+    edit: Edit, options: BaseOptions, config: SampleConfig, prompts: Sequence[str], console: Console
+) -> tuple[BaseModel, tuple[str, ...]]:
+    """The base and the sentences to render an edit with: `prompts`, or the edit's own.
 
     Raises:
-        ModelError: the base is not named and not one of those that may be taken from a file.
-        BaseMismatchError: another architecture than the edit's.
-        PromptError: an empty prompt.
+        ModelError: the options name no base, and the file's is not a known name.
+        BaseMismatchError: the base has another architecture than the edit's.
+        PromptError: a prompt is empty, or there is none for an edit without a sentence.
     """
+    sentences = tuple(prompts) or edit.sentences
+    check_pictures(config, len(sentences))
+    if not sentences and any(config.etas):
+        raise PromptError(NO_SENTENCE)
     chosen = options
     if options.model is None:
         if edit.base.source != DEMO and edit.base.source not in SHORT_NAMES.values():
@@ -88,49 +96,57 @@ def open_edit(
     base.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
     console.warn(_without(edit))
-    check_sentences(base, [edit.target_prompt if prompt is None else prompt, config.negative_prompt], console)
-    if prompt is not None:
-        console.say(f"trained for {edit.target_prompt!r}, rendered under {prompt!r}")
-    return base, edit.target_prompt if prompt is None else prompt
+    check_sentences(base, sentences, config.negative_prompt, console)
+    if prompts:
+        trained = "for" if edit.sentences == (edit.start_sentence,) else "from"
+        console.say(f"trained {trained} {edit.start_sentence!r}, rendered under {', '.join(map(repr, prompts))}")
+    return base, sentences
 
 
 def _without(edit: Edit) -> str:
-    """A warning of settings that changed an edit's pictures and are no longer there; "" where it has none."""
+    """A warning about recorded settings that this version no longer has; "" if there are none."""
     recorded = edit.settings.get("sample")
     values = recorded if isinstance(recorded, dict) else {}
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    gone = [
+    dropped = ", ".join(
         f"{name} {numbers[name]:g}"
         for name, neutral in DROPPED["sample"].items()
         if numbers.get(name, neutral) != neutral
-    ]
-    if not gone:
-        return ""
-    return (
-        f"this edit was made to be rendered with {', '.join(gone)}, which this version lacks; its pictures will differ"
     )
+    if not dropped:
+        return ""
+    return f"this edit was made to be rendered with {dropped}, which this version lacks; its pictures will differ"
 
 
-def check_sentences(base: BaseModel, sentences: Sequence[str], console: Console) -> None:
-    """Warns of what the text encoder cuts off; all but the first sentence may be empty.
+def check_sentences(base: BaseModel, sentences: Sequence[str], negative: str, console: Console) -> None:
+    """Warns about words that the text encoder cuts off, and about words that the base does not know.
 
     Raises:
-        PromptError: the first is empty, or one has characters that are no text.
+        PromptError: a sentence is empty, stands there twice, or has unprintable characters.
     """
-    for sentence in sentences:
-        check_sentence(sentence)
-    for number, sentence in enumerate(sentences):
-        if number and not sentence:
-            continue  # an empty negative sentence is the usual one
+    check_together(sentences)
+    check_sentence(negative)
+    for sentence in [*sentences, *filter(None, [negative])]:
         cut = base.family.check_prompt(sentence)
         if cut:
             console.warn(f"the text encoder reads {base.family.sentence_tokens} tokens; cut from the sentence: {cut!r}")
+    console.warn(_unknown_words(base, sentences))
+
+
+def _unknown_words(base: BaseModel, sentences: Sequence[str]) -> str:
+    """A warning of words that the base does not know, with those that it does; "" where it knows all."""
+    vocabulary = base.family.vocabulary
+    unknown = [] if vocabulary is None else vocabulary.unknown(" ".join(sentences))
+    if not unknown:
+        return ""
+    words = ", ".join(map(repr, unknown[:MOST_WORDS])) + (", ..." if len(unknown) > MOST_WORDS else "")
+    return f"{base.name} does not know {words}: it will not draw that; it can change {vocabulary}"
 
 
 def render(
     base: BaseModel,
     edit: Edit,
-    sentence: str,
+    sentences: Sequence[str],
     config: SampleConfig,
     folder: ResultFolder,
     meter: Meter,
@@ -139,41 +155,77 @@ def render(
     photo: Photo | None,
     suggest: bool = False,
 ) -> dict[str, Any]:
-    """Renders all cells and the sheet into the folder, and returns the report's part on them.
+    """Renders all cells and the sheet into the folder, and returns their part of the report.
 
-    With `suggest` the sheet marks and the report explains the suggested eta (see `lowmem_imagic.sampling.suggestion`).
+    Each sentence has its row of pictures; at eta 0 there is one picture for all, of the photo. Without a sentence,
+    that picture is all there is. With `suggest` the sheet marks and the report explains the suggested etas (see
+    `lowmem_imagic.sampling.suggestion`).
     """
-    cells = [Cell(0, eta, seed, config.strength) for seed in config.seeds for eta in config.etas]
-    alone = Cell(0, 1.0, config.seeds[0], strength=0.0)
-    rendered = pictures_of(base, edit, sentence, [*cells, alone], config, meter, console)
-    names = folder.write_pictures(
-        cells, (rendered[cell].picture() for cell in cells), parameters_of(edit, sentence, config)
-    )
+    asked: list[str | None] = [*sentences] or [None]
+    # A weaker adapter leaves something to the mask, which is the sentence's.
+    shared = config.strength == 1 or not config.mask
+    cells = {
+        sentence: [
+            Cell(0, eta, seed, config.strength, sentence=sentence if eta or not shared else None)
+            for seed in config.seeds
+            for eta in config.etas
+        ]
+        for sentence in asked
+    }
+    every = list(dict.fromkeys(cell for row in cells.values() for cell in row))
+    alone = {sentence: Cell(0, 1.0, config.seeds[0], strength=0.0, sentence=sentence) for sentence in sentences}
+    rendered = pictures_of(base, edit, asked[0], [*every, *alone.values()], config, meter, console)
+    parameters = parameters_of(edit, sentences, config)
+    names = folder.write_pictures(every, (rendered[cell].picture() for cell in every), parameters)
+    name_of = dict(zip(every, names, strict=True))
 
-    sheet: list[tuple[str, Image.Image]] = []
-    report: dict[str, Any] = {"sentence": sentence, "pictures": names}
-    by_eta = {cell.eta: rendered[cell] for cell in cells if cell.seed == config.seeds[0]}
-    suggested = None
-    if suggest:
-        suggested = _suggestion(base, edit, sentence, by_eta, config.batch_rows, meter)
-        report["suggestion"] = suggested.as_json()
+    told: list[dict[str, Any]] = []
+    suggested: dict[str | None, float] = {}
+    by_eta = {
+        sentence: {cell.eta: rendered[cell] for cell in row if cell.seed == config.seeds[0]}
+        for sentence, row in cells.items()
+    }
+    for sentence in sentences:
+        told.append({"sentence": sentence, "pictures": [name_of[cell] for cell in cells[sentence]]})
+        if suggest:
+            suggestion = _suggestion(base, edit, sentence, by_eta[sentence], config.batch_rows, meter)
+            suggested[sentence] = suggestion.eta
+            told[-1]["suggestion"] = suggestion.as_json()
+    # An edit with one sentence has the same at the top.
+    report: dict[str, Any] = {"sentence": None, **(told[0] if len(told) == 1 else {})}
+    report |= {"pictures": names, "sentences": told, "start_sentence": edit.start_sentence}
+
+    first: list[tuple[str, Image.Image]] = []
     if photo is not None:
         round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit, base), meter)
-        sheet += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
-        fit = _fit(base, edit, config, by_eta, round_trip, round_trip_db)
+        first += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
+        fit = _fit(base, edit, config, list(by_eta.values()), round_trip, round_trip_db)
         console.warn(fit.hint)
         report["fit"] = fit.as_json()
-    sheet.append(("sentence alone (no training)", rendered[alone].preview()))
     many_seeds = len(config.seeds) > 1
-    for cell in cells:
+
+    def labelled(cell: Cell, sentence: str | None) -> tuple[str, Image.Image]:
         label = f"eta {cell.eta:g}" + (" (reconstruction)" if cell.eta == 0 else "")
-        label += " (suggested)" if suggested is not None and cell.eta == suggested.eta else ""
-        sheet.append((label + (f", seed {cell.seed}" if many_seeds else ""), rendered[cell].preview()))
+        label += " (suggested)" if suggested.get(sentence) == cell.eta else ""
+        return label + (f", seed {cell.seed}" if many_seeds else ""), rendered[cell].preview()
+
+    rows = [
+        [("sentence alone (no training)", rendered[alone[sentence]].preview())] if sentence in alone else []
+        for sentence in asked
+    ]
+    for row, (of, own) in zip(rows, cells.items(), strict=True):
+        row += [labelled(cell, of) for cell in own if len(asked) == 1 or cell.sentence]
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
-    columns = None if many_seeds else min(len(sheet), 8)
-    boxes = folder.write_sheet(sheet, columns=columns, title=sentence, footer=footer)
+    if len(asked) == 1:
+        sheet = first + rows[0]
+        columns = None if many_seeds else min(len(sheet), 8)
+        title = sentences[0] if sentences else edit.start_sentence
+        boxes = folder.write_sheet(sheet, columns=columns, title=title, footer=footer)
+    else:
+        first += [labelled(cell, None) for cell in every if not cell.sentence]
+        boxes = folder.write_rows([("", first)] * bool(first) + list(zip(sentences, rows, strict=True)), footer=footer)
     if photo is not None:
-        # The only place in the folder that shows it.
+        # The only place in the folder that shows the photo.
         report["sheet_photo_box"] = list(boxes[0])
     return report
 
@@ -181,7 +233,7 @@ def render(
 def _suggestion(
     base: BaseModel, edit: Edit, sentence: str, by_eta: Mapping[float, "Rendered"], max_rows: int, meter: Meter
 ) -> Suggestion:
-    """The suggested eta among those rendered with one seed."""
+    """The suggested eta among the pictures of one seed."""
     with measured_stage(meter, "suggest", "no suggestion (`suggest_eta`)"):
         first, target = base.denoisers[0], base.encode_text([sentence])
         optimized = {name: part.float()[None] for name, part in edit.conditioning.items()}
@@ -200,17 +252,20 @@ def _fit(
     base: BaseModel,
     edit: Edit,
     config: SampleConfig,
-    by_eta: Mapping[float, "Rendered"],
+    rows: Sequence[Mapping[float, "Rendered"]],
     round_trip: Image.Image,
     round_trip_db: float,
 ) -> Fit:
-    """How well the edit is fitted, from its pictures with one seed."""
-    result = edit.settings.get("result")
-    reconstruction, furthest = by_eta[0.0].picture() if 0.0 in by_eta else None, max(by_eta)
-    change = None if reconstruction is None or furthest < 1 else psnr(by_eta[furthest].picture(), reconstruction)
+    """Measures how well the edit is fitted, by its pictures of one seed: by eta, for each sentence."""
+    result, furthest = edit.settings.get("result"), max(config.etas)
+    reconstruction = rows[0][0.0].picture() if 0.0 in config.etas else None
+    changes = []
+    if reconstruction is not None and furthest >= 1:
+        changes = [psnr(by_eta[furthest].picture(), reconstruction) for by_eta in rows]
     return Fit(
         reconstruction_db=None if reconstruction is None else psnr(reconstruction, round_trip),
-        change_db=change,
+        # An edit that one of its sentences changes is not over-fitted.
+        change_db=min(changes, default=None),
         embedding_distance=_embedding_distance(edit, base),
         scheduler_error=base.sampler_error(config.scheduler, config.num_inference_steps),
         round_trip_db=round_trip_db,
@@ -219,48 +274,47 @@ def _fit(
 
 
 def _embedding_distance(edit: Edit, base: BaseModel) -> float:
-    """How far e_opt is from e_tgt, as a share of e_tgt's size."""
+    """The distance between e_opt and the start sentence's embedding, relative to the norm of the latter."""
     trained = [name for name, part in base.family.text.items() if part.trained and part.stored is not None]
-    target = base.encode_text([edit.target_prompt])
+    target = base.encode_text([edit.start_sentence])
     return embedding_distance([edit.conditioning[name] for name in trained], [target[name][0] for name in trained])
 
 
 class Rendered(NamedTuple):
     """A cell's result.
 
-    **Memory**: that of the model's picture; a photo's own size may be a hundred times that.
+    **Memory**: the model's picture; one at the photo's own size may take a hundred times as much.
     """
 
     latents: Latents
     canvas: Image.Image
-    """As the model makes it."""
+    """The model's picture."""
     box: Letterbox
     """The photo's place in it."""
 
     def picture(self) -> Image.Image:
-        """The picture at the photo's own size and aspect, made anew."""
+        """The picture at the photo's own size and aspect, a new one in each call."""
         return from_canvas(self.canvas, self.box)
 
     def preview(self) -> Image.Image:
-        """The picture no larger than a sheet shows it."""
+        """The picture in a sheet's size."""
         return from_canvas(self.canvas, self.box, most_px=SHEET_CELL_PX)
 
 
 def pictures_of(
     base: BaseModel,
     edit: Edit,
-    sentence: str,
+    sentence: str | None,
     cells: Sequence[Cell],
     config: SampleConfig,
     meter: Meter,
     console: Console,
 ) -> dict[Cell, Rendered]:
-    """The picture in each cell; equal cells are rendered once."""
+    """The picture of each cell, under `sentence` if it names none; equal cells are rendered once."""
+    prompts = None if sentence is None else [sentence]
     unique = list(dict.fromkeys(cells))
     try:
-        latents = render_latents(
-            base, [edit], unique, config, prompts=[sentence], progress=console.progress, meter=meter
-        )
+        latents = render_latents(base, [edit], unique, config, prompts=prompts, progress=console.progress, meter=meter)
         canvases = decode_canvases(base, latents, meter=meter)
     finally:
         console.close()
@@ -268,16 +322,17 @@ def pictures_of(
     return {cell: Rendered(z, canvas, box) for cell, z, canvas in zip(unique, latents, canvases, strict=True)}
 
 
-def parameters_of(edit: Edit, sentence: str, config: SampleConfig) -> dict[str, Any]:
-    """The settings that a picture's metadata records."""
+def parameters_of(edit: Edit, sentences: Sequence[str], config: SampleConfig) -> dict[str, Any]:
+    """The settings that a picture's metadata records; the sentence is that of pictures without their own."""
     version = versions().get("lowmem_imagic", "unknown")
+    sentence = sentences[0] if len(sentences) == 1 else edit.start_sentence
     return {**config.__dict__, "prompt": sentence, "model": edit.base.source, "version": version}
 
 
-def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[str] = ()) -> str:
-    """The settings under a sheet that all its pictures share, `but` strength or guidance where it is said elsewhere."""
-    guidance = "" if "guidance" in but else f"guidance {_guidance_text(config)} | "
-    strength = "" if "strength" in but else f", strength {strength_text(config.strength)}"
+def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Container[str] = ()) -> str:
+    """The footer of a sheet: the settings that all its pictures share, except those in `labelled`."""
+    guidance = "" if "guidance" in labelled else f"guidance {_guidance_text(config)} | "
+    strength = "" if "strength" in labelled else f", strength {strength_text(config.strength)}"
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
         f"{guidance}{config.interpolation}, mask {config.mask:g} | "
@@ -287,13 +342,13 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, but: Container[
 
 
 def _guidance_text(config: SampleConfig) -> str:
-    """The guidance as a sheet's footer says it."""
+    """The guidance in a sheet's footer."""
     photo = "" if config.photo_guidance is None else f"{config.photo_guidance:g} at eta 0, "
     return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 
 
 def _round_trip(base: BaseModel, photo: Photo, box: Letterbox, meter: Meter) -> tuple[Image.Image, float]:
-    """The photo through the autoencoder, which is the best any reconstruction can be, and its PSNR at that size."""
+    """The photo's round trip through the autoencoder, the best possible reconstruction, and its PSNR at that size."""
     canvas = into_canvas(photo.image, box)
     with measured_stage(meter, "round trip", "`device=cpu`"):
         decoded = to_images(base.decode(base.encode_images(to_tensor(canvas))))[0]

@@ -1,7 +1,7 @@
 """The results of a run on disk: pictures with their parameters, the contact sheet, the report.
 
-Nothing is replaced unless asked, which is checked before any work is done; every file appears whole or
-not at all.
+Existing files are replaced only on request, which is checked before any work is done. Every file appears whole or not
+at all.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from ..plain_text import one_line
 from ..sampling.sample import Cell
 from ..settings.stages import strength_text
 from ..storage.atomic import make_folder, write_bytes
-from ..storage.file_names import MAX_REPORT_BYTES, REPORT
+from ..storage.file_names import MAX_REPORT_BYTES, REPORT, safe_stem
 from ..storage.regular_files import read_regular
 from ..storage.writable import check_writable, unusable
 
 _TEXTS = ("parameters", "Software")
-"""The remarks in a picture about itself."""
+"""The text entries of a picture."""
 COVER_PX = 512
 """Longest side of a cover."""
-_PICTURE = re.compile(r"eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
+_PICTURE = re.compile(r"([0-9]{1,2}-[a-z0-9-]{1,60}_)?eta_-?[0-9]+\.[0-9]+(_seed_[0-9]+)?\.png")
 _COVER = re.compile(r"[a-z0-9-]{1,60}\.png")
 
 
@@ -44,17 +44,17 @@ class ResultFolder:
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256, in hex, of the files written so far, by name."""
     stale: frozenset[str] = frozenset()
-    """Pictures of an earlier run in this folder, which this one replaces."""
+    """Pictures of an earlier run in this folder, which this run replaces."""
     make_parents: bool = True
-    """Whether folders above it are made; otherwise a missing one is an error."""
+    """Whether missing parent folders are created; otherwise they are an error."""
 
     @staticmethod
     def prepare(path: Path, *, overwrite: bool) -> "ResultFolder":
-        """The folder, made if need be and known to be writable, before anything expensive is done.
+        """The folder, checked to be writable before any expensive work.
 
         Raises:
             OutputExistsError: it exists, is not empty and `overwrite` is False.
-            OutputUnwritableError: it cannot be made or written, or the disk is full.
+            OutputUnwritableError: it cannot be created or written, or the disk is full.
         """
         check_writable(path)
         try:
@@ -67,7 +67,7 @@ class ResultFolder:
         return ResultFolder(path, overwrite, stale=pictures_of_report(path))
 
     def write(self, name: str, data: bytes) -> Path:
-        """Writes one file into the folder, making it first, and returns its path."""
+        """Writes one file into the folder, which is created if needed, and returns the file's path."""
         try:
             make_folder(self.path, parents=self.make_parents)
         except OSError as error:
@@ -82,9 +82,9 @@ class ResultFolder:
         return {name: digest for name, digest in sorted(self.files.items()) if name != REPORT}
 
     def write_report(self, value: Mapping[str, Any]) -> Path:
-        """Writes the report, and removes the pictures that an earlier run's report named and this run did not make."""
+        """Writes the report; removes pictures of an earlier run's report that this run did not write."""
         try:
-            # First, so that a report that is there is true.
+            # First, so that the report never names a missing file.
             for name in self.stale - self.files.keys():
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
@@ -96,7 +96,7 @@ class ResultFolder:
     ) -> list[str]:
         """Writes one PNG per cell with its generation parameters, and returns their names.
 
-        **Memory**: one of `pictures`, which may be made as they are asked for.
+        **Memory**: one picture, if `pictures` creates them on demand.
         """
         names = picture_names(cells)
         for cell, picture, name in zip(cells, pictures, names, strict=True):
@@ -105,7 +105,7 @@ class ResultFolder:
         return names
 
     def write_cover(self, name: str, picture: str) -> str:
-        """Writes a small copy of one of the folder's pictures as `name`, and returns that."""
+        """Writes a small copy of one of the folder's pictures as `name`, and returns the name."""
         try:
             with Image.open(self.path / picture) as image:
                 text = {key: image.info[key] for key in _TEXTS if key in image.info}
@@ -116,44 +116,72 @@ class ResultFolder:
         return name
 
     def write_sheet(
-        self, cells: Sequence[tuple[str, Image.Image]], *, columns: int | None, title: str, footer: str
+        self,
+        cells: Sequence[tuple[str, Image.Image | None]],
+        *,
+        columns: int | None,
+        title: str,
+        footer: str,
+        row_titles: Sequence[str] = (),
     ) -> list[Box]:
-        """Writes the labelled contact sheet, and returns where on it each picture is."""
+        """Writes the labelled contact sheet, and returns the place of each picture on it."""
         boxes: list[Box] = []
-        sheet = contact_sheet(cells, columns=columns, title=title, footer=footer, boxes=boxes)
+        sheet = contact_sheet(cells, columns=columns, title=title, footer=footer, row_titles=row_titles, boxes=boxes)
         self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic", "Title": SHEET_TITLE}))
         return boxes
 
+    def write_rows(self, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *, footer: str) -> list[Box]:
+        """Writes a contact sheet of rows of pictures, each under its title; see `write_sheet`."""
+        columns = max(len(row) for _, row in rows)
+        cells = [cell for _, row in rows for cell in (*row, *_blank(columns - len(row)))]
+        titles = [title for title, _ in rows]
+        return self.write_sheet(cells, columns=columns, title="", footer=footer, row_titles=titles)
+
+
+def _blank(count: int) -> list[tuple[str, None]]:
+    """Empty cells."""
+    return [("", None)] * count
+
 
 def encode_report(value: Mapping[str, Any]) -> bytes:
-    """A report as the file has it."""
-    # A file name that is no text, which Linux allows, becomes JSON's escapes.
+    """The bytes of a report's file."""
+    # File names in Linux may be no valid Unicode; these become escapes.
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def picture_names(cells: Sequence[Cell]) -> list[str]:
-    """A file name for each cell: its eta, with digits enough to tell all apart, and its seed if there are several."""
+    """A file name for each cell: its eta, with enough digits to differ from the others, and its seed if they differ.
+
+    Among several sentences, the number and words of the cell's sentence come first.
+    """
     many_seeds = len({cell.seed for cell in cells}) > 1
     etas = {cell.eta for cell in cells}
     digits = next(d for d in range(2, 400) if len({f"{eta:.{d}f}" for eta in etas}) == len(etas))
     seeds = [f"_seed_{cell.seed}" if many_seeds else "" for cell in cells]
-    return [f"eta_{cell.eta:.{digits}f}{seed}.png" for cell, seed in zip(cells, seeds, strict=True)]
+    sentences = list(dict.fromkeys(cell.sentence for cell in cells if cell.sentence is not None))
+    told = {sentence: f"{number}-{safe_stem(sentence)}_" for number, sentence in enumerate(sentences, start=1)}
+    if len(sentences) < 2:
+        told = {}
+    return [
+        f"{told.get(cell.sentence or '', '')}eta_{cell.eta:.{digits}f}{seed}.png"
+        for cell, seed in zip(cells, seeds, strict=True)
+    ]
 
 
 def pictures_of_report(folder: Path) -> frozenset[str]:
-    """Names of the pictures that the report in a folder says it wrote; nothing that is not such a name."""
+    """Names of the pictures in a folder's report; other strings are left out."""
     try:
         report = json.loads(read_regular(folder / REPORT, MAX_REPORT_BYTES).decode())
         names, cover = report["pictures"], report.get("cover")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return frozenset()
-    found = {name for name in (names if isinstance(names, list) else []) if isinstance(name, str)}
+    pictures = {name for name in (names if isinstance(names, list) else []) if isinstance(name, str)}
     covers = {cover} if isinstance(cover, str) and _COVER.fullmatch(cover) else set[str]()
-    return frozenset({name for name in found if _PICTURE.fullmatch(name)} | covers)
+    return frozenset({name for name in pictures if _PICTURE.fullmatch(name)} | covers)
 
 
 def rescue(name: str, data: bytes, error: OutputError) -> OutputError:
-    """The error to raise when a finished edit cannot be written: it is kept in the temporary folder if possible."""
+    """The error for a finished edit that cannot be written; keeps the edit in the temporary folder if possible."""
     try:
         handle, path = tempfile.mkstemp(prefix="rescued-", suffix="-" + name)
         with os.fdopen(handle, "wb") as file:
@@ -164,9 +192,9 @@ def rescue(name: str, data: bytes, error: OutputError) -> OutputError:
 
 
 def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
-    """The text other programs show as "generation parameters" (A1111's layout)."""
-    # Programs tell the parts by their lines: a sentence with line ends must not forge one.
-    lines = [one_line(str(parameters["prompt"]))]
+    """The text that other programs show as "generation parameters", in A1111's layout."""
+    # Programs split the text into lines, so a sentence must not contain line ends.
+    lines = [one_line(str(cell.sentence or parameters["prompt"]))]
     if parameters.get("negative_prompt"):
         lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")
     scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale
@@ -188,5 +216,5 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A value as A1111 writes it: in quotes where its commas, colons or line ends would make others of it."""
+    """A value in A1111's form: in quotes if it contains commas, colons or line ends."""
     return json.dumps(value) if re.search(r"[,:\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", value) else value

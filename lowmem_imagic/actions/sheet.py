@@ -1,4 +1,4 @@
-"""A sheet of one edit over any two of eta, strength, seed and guidance: every picture in as few batches as fit."""
+"""A sheet of one edit over any two of eta, strength, seed and guidance, rendered in as few batches as fit."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..edits import file as edit_file
+from ..edits.edit import Edit
 from ..engine.memory import Meter
-from ..errors import ConfigError
+from ..errors import ConfigError, PromptError
 from ..pictures import Photo, load_photo
 from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..sampling.sample import Cell
@@ -27,10 +28,10 @@ AXES: dict[str, tuple[Any, ...]] = {
     "seed": (0, 1, 2, 3),
     "guidance": (1.0, 3.0, 5.0, 7.5),
 }
-"""Names of what may vary along rows and columns, with their default values."""
+"""The possible axes of a sheet, with their default values."""
 
-_NEUTRAL = {"eta": 1.0, "strength": 1.0, "seed": 0, "guidance": None}
-"""The value of what is no axis; None is the guidance the edit was made with."""
+_NEUTRAL = {"strength": 1.0, "seed": 0, "guidance": None}
+"""Values of settings that are no axis; eta has the edit's default. None is the edit's own guidance."""
 
 
 def sheet(
@@ -49,32 +50,32 @@ def sheet(
 ) -> dict[str, Any]:
     """Renders an edit file onto one labelled sheet, and returns the report.
 
-    Every row begins with what its pictures are to be compared with: the photo (where it is given), the sentence
-    without the adapter, and the reconstruction (eta 0).
+    Every row begins with pictures to compare with: the photo (if `photo` is given), the sentence without the adapter,
+    and the reconstruction (eta 0).
 
     Args:
         path: the edit file.
         rows, columns: two different keys of `AXES`.
-        values: of each axis, the values to show; of what is no axis, at most one.
+        values: values of each axis; at most one for a setting that is no axis.
         overrides: other sampling settings.
         options: the base.
         prompt: a sentence instead of the edit's own.
-        photo: the edit's photo, which the file does not hold.
+        photo: the edit's photo, which the file does not contain.
         out: the PNG to write.
-        force: replace it if it is there.
+        force: replace an existing file.
         console: remarks and progress.
     """
     started = time.perf_counter()
     opened = edit_file.read(path)
     config = sampling_of(opened, overrides)
-    points = _points(rows, columns, values)
+    points = _points(rows, columns, values, opened.eta_default)
     _check_ranges(config, points)
     target = out or Path(safe_stem(path.stem) + "-sheet.png")
     if target.suffix.lower() != ".png":
         raise ConfigError(f"`out` is {target}, expected a name ending in .png")
     check_target(target, overwrite=force)
     source = None if photo is None else _photo_of(photo, opened.source.sha256, console)
-    base, sentence = open_edit(opened, options, config, prompt, console)
+    base, [sentence] = open_edit(opened, options, config, _one_of(opened, prompt), console)
     meter = Meter(base.device)
 
     fixed = {name: values[0] for name, values in points.items() if name not in (rows, columns)}
@@ -104,7 +105,7 @@ def sheet(
         footer=f"{shared} | {footer_of(base, opened, config, {rows, columns, *stated})}",
         cell_px=192,
     )
-    parameters = generation_parameters(grid[0][0], parameters_of(opened, sentence, config))
+    parameters = generation_parameters(grid[0][0], parameters_of(opened, [sentence], config))
     write_bytes(
         target,
         encode_png(picture, text={"parameters": parameters, "Software": "lowmem-imagic", "Title": SHEET_TITLE}),
@@ -125,11 +126,32 @@ def sheet(
     }
 
 
-def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
-    """The values of each of `AXES`: those given, else the usual ones of an axis, else the neutral one.
+def _one_of(edit: Edit, prompt: str | None) -> list[str]:
+    """The sentence of a sheet: `prompt`, or none to take the edit's own.
 
     Raises:
-        ConfigError: no such axis, twice the same, several values of what is no axis.
+        PromptError: the edit has several sentences, or none.
+    """
+    if prompt is not None:
+        return [prompt]
+    if not edit.sentences:
+        raise PromptError("this edit was trained without a sentence; ask one with `prompt`")
+    if len(edit.sentences) > 1:
+        known = ", ".join(map(repr, edit.sentences))
+        raise PromptError(f"this edit has {len(edit.sentences)} sentences ({known}); choose one with `prompt`")
+    return []
+
+
+def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]], eta: float) -> dict[str, tuple[Any, ...]]:
+    """The values of each of `AXES`: from `values`, else the default values of an axis, else the neutral value.
+
+    Args:
+        rows, columns: the axes.
+        values: see `sheet`.
+        eta: the eta if it is no axis.
+
+    Raises:
+        ConfigError: an axis is unknown or named twice, or a setting that is no axis has several values.
     """
     problems = [
         f"{side} is {name!r}, expected one of {', '.join(AXES)}"
@@ -138,22 +160,23 @@ def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]]) -> dic
     ]
     if rows == columns:
         problems.append(f"rows and columns are both {rows!r}, expected two different ones of {', '.join(AXES)}")
-    for name, given in values.items():
-        if not given:
+    for name, numbers in values.items():
+        if not numbers:
             problems.append(f"{name} is empty, expected at least one number")
-        if name not in (rows, columns) and len(given) > 1:
-            problems.append(f"{name} has {len(given)} values and is neither rows nor columns; give one, or name it")
+        if name not in (rows, columns) and len(numbers) > 1:
+            problems.append(f"{name} has {len(numbers)} values and is neither rows nor columns; give one, or name it")
     if problems:
         raise ConfigError(problems)
-    usual = {name: AXES[name] if name in (rows, columns) else (_NEUTRAL[name],) for name in AXES}
+    neutral = {"eta": eta, **_NEUTRAL}
+    usual = {name: AXES[name] if name in (rows, columns) else (neutral[name],) for name in AXES}
     return {name: tuple(values.get(name, usual[name])) for name in AXES}
 
 
 def _check_ranges(config: SampleConfig, points: Mapping[str, Sequence[Any]]) -> None:
-    """Makes sure that every value of every axis is one that sampling takes; all problems at once.
+    """Checks that sampling accepts every value of every axis.
 
     Raises:
-        ConfigError: with what is out of range.
+        ConfigError: some are out of range; names all of them.
     """
     problems: list[str] = []
     tried: list[dict[str, Any]] = [{"etas": points["eta"]}, {"seeds": points["seed"]}]
@@ -169,12 +192,12 @@ def _check_ranges(config: SampleConfig, points: Mapping[str, Sequence[Any]]) -> 
 
 
 def _cell(**place: Any) -> Cell:
-    """The cell at a place given by its value on each of `AXES`."""
+    """The cell with these values on each of `AXES`."""
     return Cell(0, place["eta"], place["seed"], place["strength"], place["guidance"])
 
 
 def _photo_of(path: Path, sha256: str, console: Console) -> Photo:
-    """The photo to show; a warning where it is not the one the edit was made from."""
+    """The photo to show; warns if it is not the edit's own."""
     photo = load_photo(path)
     if photo.sha256 != sha256:
         console.warn(f"{path} is not the file this edit was made from (its bytes differ)")

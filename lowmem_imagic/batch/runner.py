@@ -13,8 +13,7 @@ from ..actions.console import Console, Silent
 from ..actions.render import check_sentences
 from ..actions.result_folder import ResultFolder
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
-from ..pictures import photo_sha256
-from ..pipeline.prepare import check_sentence
+from ..pictures import photo_file
 from ..settings.stages import EditConfig
 from ..storage.atomic import make_folder
 from ..storage.writable import unusable
@@ -91,6 +90,7 @@ class Batch:
         self._groups: dict[Group, list[str]] = {}
         self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
+        self._pixels: dict[str, int] = {}
         self._claimed: dict[str, Assignment] = {}
         self._tries = Counter[str]()
         self._failed_jobs: set[str] = set()
@@ -153,11 +153,12 @@ class Batch:
             own = dict(item.settings)
             group = Group(own.pop("model", None), self._settings(own))
             base = self._bases(group.model)
-            check_sentence(item.sentence)
             silent = Silent()
-            check_sentences(base, [item.sentence, group.config.sample.negative_prompt], silent)
-            digest = photo_sha256(item.photo)
-            job = job_id(item.name, digest, item.sentence, group.config, base, self._background, suggest=self._suggest)
+            check_sentences(base, [item.sentence], group.config.sample.negative_prompt, silent)
+            file = photo_file(item.photo)
+            job = job_id(
+                item.name, file.sha256, item.sentence, group.config, base, self._background, suggest=self._suggest
+            )
             state = self._look(item, job)
         except Exception as error:
             if isinstance(error, OutputUnwritableError) and not is_of_one_item(error, self._out):
@@ -167,10 +168,10 @@ class Batch:
             self._keep_details(failure, item.name)
             self._fail(bad)
             return bad_entry(bad, kind_of(failure))
-        fixed = (job, item.name, item.photo, digest, item.sentence)
+        fixed = (job, item.name, item.photo, file.sha256, item.sentence)
         self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings))
         self._groups.setdefault(group, []).append(job)
-        self._places[job] = item.where
+        self._places[job], self._pixels[job] = item.where, file.pixels
         return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
 
     def _look(self, item: Item, job: str) -> str:
@@ -211,7 +212,7 @@ class Batch:
             return
         wanted = {entry.job for entry in waiting}
         sizes = [
-            disk_bytes(self._bases(group.model), group.config, len(wanted.intersection(jobs)))
+            disk_bytes(self._bases(group.model), group.config, [self._pixels[job] for job in wanted.intersection(jobs)])
             for group, jobs in self._groups.items()
         ]
         free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)

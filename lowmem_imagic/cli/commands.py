@@ -19,10 +19,10 @@ app.add_typer(batch)
     app,
     "edit",
     epilog='Examples:  lowmem-imagic edit cat.jpg "a photo of a sleeping cat" --model sd15   |   '
-    'lowmem-imagic edit scene.png "a blue cube on a wooden floor"',
+    'lowmem-imagic edit scene.png "a blue cube on a wooden floor" "a red cube on a grass floor"',
 )
 def edit(values: dict[str, Any]) -> None:
-    """Edit a photo: train, render along eta, and write the edit file, pictures, a sheet and a report."""
+    """Edit a photo: train once, render each sentence along eta; write the edit file, pictures, a sheet and a report."""
     words = Words("edit", values)
     config = words.edit()
     with importing():
@@ -31,7 +31,7 @@ def edit(values: dict[str, Any]) -> None:
 
     report = commands.edit(
         values["photo"],
-        values["sentence"],
+        values["sentence"] or (),
         config,
         words.base,
         out=values["out"],
@@ -48,10 +48,11 @@ def edit(values: dict[str, Any]) -> None:
 @command(
     app,
     "train",
-    epilog='Example:  lowmem-imagic train cat.jpg "a photo of a sleeping cat" --model sd15 --out cat.safetensors',
+    epilog="Examples:  lowmem-imagic train cat.jpg --model sd15   |   "
+    'lowmem-imagic train cat.jpg "a photo of a sleeping cat" --model sd15 --out cat.safetensors',
 )
 def train(values: dict[str, Any]) -> None:
-    """Train an edit and write its file; render it with `sample`."""
+    """Train an edit and write its file; render it with `sample`, under any sentences."""
     words = Words("train", values)
     config = words.edit()
     with importing():
@@ -60,7 +61,7 @@ def train(values: dict[str, Any]) -> None:
 
     report = commands.train(
         values["photo"],
-        values["sentence"],
+        values["sentence"] or (),
         config,
         words.base,
         out=values["out"],
@@ -75,10 +76,11 @@ def train(values: dict[str, Any]) -> None:
 @command(
     app,
     "sample",
-    epilog="Example:  lowmem-imagic sample cat.safetensors --etas 0.6,0.7,0.8 --seeds 0,1,2 --out more",
+    epilog="Examples:  lowmem-imagic sample cat.safetensors --etas 0.6,0.7,0.8 --seeds 0,1,2 --out more   |   "
+    'lowmem-imagic sample cat.safetensors --prompt "a photo of a sleeping cat" --prompt "a photo of a wet cat"',
 )
 def sample(values: dict[str, Any]) -> None:
-    """Render an edit at other etas, seeds or strengths, or under another sentence; needs only the file and its base."""
+    """Render an edit at other etas, seeds or strengths, or under other sentences; needs only the file and its base."""
     words = Words("sample", values)
     overrides = words.sampling()
     with importing():
@@ -89,7 +91,7 @@ def sample(values: dict[str, Any]) -> None:
         values["edit_file"],
         overrides,
         words.base,
-        prompt=values["prompt"],
+        prompts=values["prompt"] or (),
         out=values["out"],
         suggest=values["suggest_eta"],
         force=values["force"],

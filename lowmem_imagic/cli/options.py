@@ -36,7 +36,6 @@ def command(group: typer.Typer, name: str, *, epilog: str) -> Callable[[Callable
 
 def _parameter(option: Option) -> inspect.Parameter:
     """An option as a parameter for Typer."""
-    kind = _TYPES.get(option.kind, str)
     info = (
         typer.Argument(help=option.help, metavar=option.metavar)
         if option.positional
@@ -44,7 +43,7 @@ def _parameter(option: Option) -> inspect.Parameter:
             option.flag,
             *([option.short] if option.short else []),
             help=option.help,
-            metavar=option.metavar,
+            metavar=option.metavar or ("<str>" if option.many else None),
             min=option.least,
             max=option.most,
             rich_help_panel=option.panel,
@@ -54,8 +53,15 @@ def _parameter(option: Option) -> inspect.Parameter:
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if option.default is REQUIRED else option.default,
-        annotation=Annotated[kind | None if option.default is None else kind, info],
+        annotation=Annotated[_annotation(option), info],
     )
+
+
+def _annotation(option: Option) -> Any:
+    """The type of an option's value for Typer."""
+    kind: Any = _TYPES.get(option.kind, str)
+    kind = list[kind] if option.many else kind
+    return kind | None if option.default is None else kind
 
 
 class _PanelledCommand(TyperCommand):

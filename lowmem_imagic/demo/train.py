@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTokenizerFast
 
-from . import architecture, codec, fused_norm
+from . import architecture, codec, fused_norm, vocabulary
 from .pictures import (
     CHUNK,
     ProceduralPictures,
@@ -519,6 +519,7 @@ def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
     text_encoder = out / "text_encoder" / "model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(text_encoder).items()}
     save_file(tensors, text_encoder, metadata={"format": "pt"})
+    vocabulary.write(out)
     # transformers 4 reads the vocabulary from these two files, transformers 5 from tokenizer.json.
     pipeline.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
     for path in out.rglob("*"):

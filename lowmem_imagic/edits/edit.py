@@ -1,13 +1,13 @@
 """The `Edit`: one photo's adapters and optimised conditioning, as a value.
 
-The checks sit in the constructors, so an edit that exists can be written to a file, and one that was read
-is as good as a new one. Messages name a value as the file does (see `edits.file`).
+The constructors check every value, so any `Edit` can be written to a file. Messages name a value as the file does (see
+`edits.file`).
 """
 
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from . import checks
 from .identity import BaseIdentity, SourcePicture
 from .layouts import KOHYA, PEFT, Layout, layout_of
 from .meta import META_KEYS, check_alpha, check_factor_shapes, check_title, checked_meta
-from .versions import NEWEST, SIDES, place, version_of_base
+from .versions import MAPPED, NEWEST, SIDES, place, version_of_base
 
 MAX_LAYERS = 4096
 """Most adapted layers of a denoiser."""
@@ -35,14 +35,14 @@ MAX_EMBEDDING_BYTES = 8 * 2**20
 MAX_COARSE_SIDE = 16
 """Most cells each way of the photo's low frequencies: more would show the photo."""
 MAX_CHANNELS = 256
-"""Most channels of what a denoiser works on."""
+"""Most channels of a denoiser's input."""
 MAX_TEXT_SIDES = 3
 """Most sides of a tensor of text."""
 MAX_THUMBNAIL_BYTES = 20_000
 """Largest thumbnail; programs that list LoRA files keep every header in memory."""
 
 MAX_FACTOR = 1024
-"""Largest number in a factor; trained ones stay below 1, and below 100 times that where alpha is moved into them."""
+"""Largest number in a factor; trained factors stay below 1, or below 100 if they include alpha."""
 
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 MAX_NOISE_SIDE = 256
@@ -51,9 +51,11 @@ _TENSORS = ("conditioning", "coarse", "noise")
 _BINARY = ("adapters", *_TENSORS, "thumbnail")
 
 
-@dataclass(frozen=True, eq=False)
-class LoraFactors:
-    """The low-rank update of one layer: ``alpha / r * up @ down`` is added to its weight."""
+class LoraFactors(NamedTuple):
+    """The low-rank update of one layer: ``alpha / r * up @ down`` is added to its weight.
+
+    A named form of the tuples that adapters are trained as, and are loaded from (`layers.adapter_pack.Factors`).
+    """
 
     down: Tensor
     """``(r, in)`` or, for a convolution, ``(r, in, kh, kw)``."""
@@ -67,6 +69,10 @@ class LoraFactors:
             return NotImplemented
         same = self.alpha == other.alpha and _same_bits(self.down, other.down)
         return same and _same_bits(self.up, other.up)
+
+    def __ne__(self, other: object) -> bool:
+        # A tuple's own would compare the tensors' values.
+        return not self == other
 
     @property
     def rank(self) -> int:
@@ -89,16 +95,18 @@ class Edit:
     """
 
     adapters: Mapping[str, Mapping[str, LoraFactors]] = field(repr=False)
-    """By denoiser: key of each layer without the factor's ending (see `edits.layouts`), to its factors."""
+    """Factors by denoiser, and by the layer's key without the factor's ending (see `edits.layouts`)."""
     conditioning: Mapping[str, Tensor] = field(repr=False)
-    """e_opt, without its batch axis: each stored tensor of a sentence's conditioning, by name, as stage 1 left it."""
+    """e_opt: the stored tensors of the conditioning after stage 1, by name, without the batch axis."""
     coarse: Mapping[str, Tensor] = field(repr=False)
-    """By denoiser, the photo as it sees it averaged over a few large cells, ``(C, h, w)``: its overall brightness and
-    colours, which sampling may start from (`settings.stages.SampleConfig.start`)."""
+    """The photo's low frequencies ``(C, h, w)`` by denoiser: averages of a few large cells, so brightness and colours,
+    from which sampling may start (`settings.stages.SampleConfig.start`)."""
     noise: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    """By denoiser, the photo's own noise, ``(C, H, W)``; empty unless training was anchored to it."""
-    target_prompt: str
-    """The sentence the photo is edited towards."""
+    """The photo's own noise ``(C, H, W)`` by denoiser; empty unless training was anchored to it."""
+    sentences: tuple[str, ...]
+    """The sentences the photo is edited towards: one, several, or none if they are asked later."""
+    start_sentence: str = ""
+    """The sentence whose embedding stage 1 started from; "" takes the only one of `sentences`."""
     base: BaseIdentity
     """The base model the edit was made for."""
     settings: Mapping[str, Any]
@@ -108,7 +116,7 @@ class Edit:
     etas: tuple[float, ...]
     """Interpolation factors that were tried: 0 is the photo, 1 the target sentence."""
     eta_default: float
-    """The factor to render with unless told otherwise."""
+    """The factor to render with by default."""
     source: SourcePicture
     """The photo, by hash and geometry."""
     base_weights: str
@@ -138,8 +146,12 @@ class Edit:
         conditioning = _named(self.conditioning, interface.text, "conditioning")
         coarse = _named(self.coarse, interface.denoisers, "coarse latents")
         noise = _named(self.noise, interface.denoisers, "noise") if self.noise else {}
-        version = _version(self.base, self.source, layout_of_keys(adapters), conditioning, coarse, noise)
-        checked = checked_meta({name: getattr(self, name) for name in META_KEYS}) | {
+        if not self.start_sentence and isinstance(self.sentences, list | tuple) and len(self.sentences) == 1:
+            object.__setattr__(self, "start_sentence", self.sentences[0])
+        checked = checked_meta({name: getattr(self, name) for name in META_KEYS})
+        one = checked["sentences"] == (checked["start_sentence"],)
+        version = _version(self.base, self.source, one, layout_of_keys(adapters), conditioning, coarse, noise)
+        checked |= {
             "adapters": {name: _check_adapter(adapters[name], name, interface.denoisers) for name in sorted(adapters)},
             "conditioning": {
                 name: _check_text(conditioning[name], interface.text[name], f"text.{name}", version)
@@ -182,30 +194,43 @@ class Edit:
     @property
     def version(self) -> int:
         """Returns the version of the format that the file is written in: the first one that can say everything."""
-        return _version(self.base, self.source, self.layout, self.conditioning, self.coarse, self.noise)
+        one = self.sentences == (self.start_sentence,)
+        return _version(self.base, self.source, one, self.layout, self.conditioning, self.coarse, self.noise)
+
+    @property
+    def target_prompt(self) -> str | None:
+        """Returns the sentence of an edit with one, the first of several, None without any."""
+        return self.sentences[0] if self.sentences else None
 
 
-def _version(base: BaseIdentity, source: SourcePicture, layout: Layout, *stored: Mapping[str, object]) -> int:
-    """Returns the first version of the format that can hold an edit with these tensors beside the adapters."""
+def _version(
+    base: BaseIdentity, source: SourcePicture, one: bool, layout: Layout, *stored: Mapping[str, object]
+) -> int:
+    """Returns the first version of the format that can hold an edit with these tensors beside the adapters.
+
+    `one` says whether it has one sentence, which its training started from.
+    """
+    if not one:
+        return NEWEST
     square = source.size[0] == source.size[1]
     tensors = (tensor for tensors in stored for tensor in tensors.values())
     half = not any(isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16 for tensor in tensors)
-    return version_of_base(base) if square and half and layout is KOHYA else NEWEST
+    return version_of_base(base) if square and half and layout is KOHYA else MAPPED
 
 
 def layout_of_keys(adapters: Mapping[str, Mapping[str, Any]]) -> Layout:
-    """Returns the layout that the keys of adapters' layers are of, `KOHYA` where they are of none."""
+    """Returns the layout of the layers' keys; `KOHYA` if they fit neither."""
     keys = (key for adapter in adapters.values() if isinstance(adapter, Mapping) for key in adapter)
     return layout_of(f"{key}.{PEFT.parts[0]}" for key in keys)
 
 
-def _named(value: object, names: Mapping[str, object], what: str) -> dict[str, Any]:
+def _named(value: object, names: Mapping[str, object], kind: str) -> dict[str, Any]:
     """Returns a mapping that has exactly the named members."""
-    members = dict(checks.mapping(value, what))
+    members = dict(checks.mapping(value, kind))
     if missing := sorted(names.keys() - members.keys()):
-        raise MissingTensorError(f"the {what} of {reprlib.repr(missing[0])} is missing")
+        raise MissingTensorError(f"the {kind} of {reprlib.repr(missing[0])} is missing")
     if unknown := sorted(map(str, members.keys() - names.keys())):
-        raise UnknownTensorError(f"the {what} of {reprlib.repr(unknown[0])} is of no part of the base")
+        raise UnknownTensorError(f"the {kind} of {reprlib.repr(unknown[0])} fits no part of the base")
     return members
 
 
@@ -239,14 +264,14 @@ def _check_adapter(adapter: object, denoiser: str, denoisers: Mapping[str, str])
 
 
 def _check_factor_values(factor: Tensor, name: str) -> None:
-    """Guarantees numbers that a training may give, so that products of them are finite."""
+    """Guarantees numbers in the range of training, whose products are finite."""
     low, high = (float(extreme) for extreme in factor.aminmax())
     if max(-low, high) > MAX_FACTOR:
         raise TensorValueError(f"tensor {name}: found values from {low:g} to {high:g}, expected at most {MAX_FACTOR}")
 
 
 def _check_alpha(alpha: object, name: str) -> float:
-    """Returns alpha rounded to fp32, known to be above 0 and at most `MAX_ALPHA`."""
+    """Returns alpha rounded to fp32, above 0 and at most `MAX_ALPHA`."""
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise checks.wrong(f"tensor {name}", alpha, "a number")
     rounded = float(torch.tensor(float(alpha), dtype=torch.float32))
@@ -255,7 +280,7 @@ def _check_alpha(alpha: object, name: str) -> float:
 
 
 def _check_text(tensor: object, width: int, member: str, version: int) -> Tensor:
-    """Returns a copy of a tensor of the conditioning, known to have the width that the base has."""
+    """Returns a copy of a tensor of the conditioning, of the base's width."""
     name = place(member, version)
     checked = _stored_copy(tensor, name)
     shape = tuple(checked.shape)
@@ -268,7 +293,7 @@ def _check_text(tensor: object, width: int, member: str, version: int) -> Tensor
 
 
 def _check_coarse(latents: object, name: str) -> Tensor:
-    """Returns a copy of the low frequencies, known to be few."""
+    """Returns a copy of the low frequencies, of at most `MAX_COARSE_SIDE` cells a side."""
     checked = _stored_copy(latents, name)
     shape, most = tuple(checked.shape), MAX_COARSE_SIDE
     if len(shape) != 3 or not 1 <= shape[0] <= MAX_CHANNELS or not all(1 <= side <= most for side in shape[1:]):
@@ -277,7 +302,7 @@ def _check_coarse(latents: object, name: str) -> Tensor:
 
 
 def _check_noise(noise: object, coarse: Tensor, name: str) -> Tensor:
-    """Returns a copy of the photo's own noise, known to have as many channels as its low frequencies."""
+    """Returns a copy of the photo's own noise, with as many channels as its low frequencies."""
     checked = _stored_copy(noise, name)
     shape, most = tuple(checked.shape), MAX_NOISE_SIDE
     if len(shape) != 3 or shape[0] != coarse.shape[0] or not all(1 <= side <= most for side in shape[1:]):
@@ -286,7 +311,7 @@ def _check_noise(noise: object, coarse: Tensor, name: str) -> Tensor:
 
 
 def picture_kind(picture: object) -> str:
-    """Returns ``jpeg`` or ``pictures.png``, by the picture's first bytes."""
+    """Returns ``jpeg`` or ``png``, by the picture's first bytes."""
     if isinstance(picture, bytes) and len(picture) <= MAX_THUMBNAIL_BYTES:
         for kind, magic in _MAGIC.items():
             if picture.startswith(magic):
@@ -295,7 +320,7 @@ def picture_kind(picture: object) -> str:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors are stored alike; by value, -0 and 0 would be."""
+    """Returns whether two tensors have the same bits; their values would not tell -0 from 0."""
     bits = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
@@ -306,16 +331,16 @@ def _same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> boo
 
 
 def _stored_copy(tensor: object, name: str) -> Tensor:
-    """Returns a contiguous copy on the CPU, in bf16 where it is that and otherwise in fp16; its values are finite."""
-    is_brain = isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16
-    return _half(tensor, name, torch.bfloat16 if is_brain else torch.float16)
+    """Returns a contiguous copy on the CPU with finite values: in bf16 if the tensor is in bf16, otherwise in fp16."""
+    is_bf16 = isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16
+    return _half(tensor, name, torch.bfloat16 if is_bf16 else torch.float16)
 
 
 def _half(tensor: object, name: str, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Returns a contiguous copy on the CPU in a type of 16 bits; its values are finite."""
+    """Returns a contiguous copy on the CPU with finite values, in a type of 16 bits."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TensorDtypeError(f"tensor {name}: found {found}, expected floating point")
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TensorDtypeError(f"tensor {name}: found {kind}, expected floating point")
     copied = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     if not bool(torch.isfinite(copied).all()):
         raise NonFiniteTensorError(f"tensor {name}: found NaN, infinity or values beyond fp16, expected finite ones")

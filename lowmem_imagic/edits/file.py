@@ -4,11 +4,11 @@ A file is an ordinary LoRA to other programs: its tensors have the names of one 
 The rest is in the header:
 
 =========================  ====================================================================================
-``imagic.spec``            version of the format, ``1`` or ``2`` (see `edits.versions`); a reader refuses a higher one
-``imagic.meta``            JSON: sentence, settings, seed, etas, source picture, base weights, versions, measurements
+``imagic.spec``            version of the format, ``1`` to ``3`` (see `edits.versions`); a reader refuses a higher one
+``imagic.meta``            JSON: sentences, settings, seed, etas, source picture, base weights, versions, measurements
 ``imagic.base``            JSON: the base model the edit was made for
-``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); rest for others
-``ss_*``                   what other programs show and filter by; the kind of base (`LABELS`) is read back
+``modelspec.*``            title, date, licence, thumbnail, SHA-256 of the tensor data (verified); entries for others
+``ss_*``                   entries that other programs show and filter by; the kind of base (`LABELS`) is read back
 =========================  ====================================================================================
 
 The tensors beside the adapters are, in version 1, header entries of their own:
@@ -19,7 +19,7 @@ The tensors beside the adapters are, in version 1, header entries of their own:
 ``imagic.inverted_noise``  the same for the photo's own noise, ``[C, H, W]``, where training was anchored to it
 =========================  ====================================================================================
 
-and in version 2 the members ``text.<part>``, ``coarse.<denoiser>`` and ``noise.<denoiser>`` of ``imagic.tensors``:
+and from version 2 on the members ``text.<part>``, ``coarse.<denoiser>`` and ``noise.<denoiser>`` of ``imagic.tensors``:
 each as above (``F16`` or ``BF16``) in kohya's layout, and ``{"tensor": "lora_imagic.<member>"}`` in peft's.
 
 Every field has one home in the header; copies for other programs are ignored by the reader.
@@ -44,12 +44,10 @@ from .edit import MAX_THUMBNAIL_BYTES, Edit, LoraFactors, picture_kind
 from .header import HASH_KEY, Header, StoredTensor, check_hash, naming_its_writer, read_bytes, read_header
 from .layouts import EXTRA
 from .meta import META_KEYS
-from .versions import ENTRIES, base_entry, source_entry
+from .versions import ENTRIES, SENTENCE_MEMBERS, base_entry, sentences_entry, source_entry
 
-_PLACES = {
-    1: ("imagic.e_opt", "imagic.inverted_noise", "imagic.coarse_latents"),
-    2: ("text.* of imagic.tensors", "noise.*", "coarse.*"),
-}
+_OWN_ENTRIES = ("imagic.e_opt", "imagic.inverted_noise", "imagic.coarse_latents")
+_MEMBERS = ("text.* of imagic.tensors", "noise.*", "coarse.*")
 _USAGE_HINT = (
     "Imagic edit: needs more than its LoRA. The photo comes back (eta 0) with the LoRA, the embedding {} in "
     "place of the sentence's, {} plus {} as the start, and guidance 1; the edit "
@@ -86,10 +84,10 @@ def _stored(edit: Edit) -> dict[str, Tensor]:
 
 
 def decode(data: bytes) -> Edit:
-    """Returns the edit held by a whole file, or refuses it with an error that names what is wrong.
+    """Returns the edit in a file's bytes.
 
     Raises:
-        EditFileError: One subclass per way to be wrong; nothing else is raised for any bytes.
+        EditFileError: The bytes are no valid edit; each kind of fault has its subclass, and no other error is raised.
     """
     container = parse(data)
     with naming_its_writer(container):
@@ -97,7 +95,7 @@ def decode(data: bytes) -> Edit:
 
 
 def _decoded(container: Container) -> Edit:
-    """Returns the edit that a parsed file holds."""
+    """Returns the edit in a parsed file."""
     header = read_header(container)
     stored = {name: _tensor(container, tensor) for name, tensor in header.stored.items()}
     groups: dict[str, dict[str, Tensor]] = {"text": {}, "coarse": {}, "noise": {}}
@@ -119,7 +117,7 @@ def _decoded(container: Container) -> Edit:
         thumbnail=_thumbnail_bytes(container.metadata.get("modelspec.thumbnail")),
         **header.meta,
     )
-    # Last, so that a file that is wrong in a nameable way is refused by that name.
+    # Last: the other errors are more specific.
     check_hash(container)
     return edit
 
@@ -145,7 +143,7 @@ def read(path: str | os.PathLike[str]) -> Edit:
     Raises:
         EditNotFoundError: No such file, not a regular file (a pipe is refused, not waited for), not readable.
         EditTooLargeError: Above the cap, by its size, before anything is read.
-        EditFileError: Anything else that is wrong with the content.
+        EditFileError: Any other fault of the contents.
     """
     data = read_bytes(path)
     try:
@@ -160,7 +158,9 @@ def _header(edit: Edit) -> dict[str, str]:
     prediction = min(base.interface.denoisers.values())
     adapted = [factors for adapter in edit.adapters.values() for factors in adapter.values()]
     ranks, alphas = ({getattr(factors, name) for factors in adapted} for name in ("rank", "alpha"))
-    meta = {name: getattr(edit, name) for name in META_KEYS} | {"source": source_entry(edit.source, version)}
+    meta = {name: getattr(edit, name) for name in META_KEYS - SENTENCE_MEMBERS[3]}
+    meta |= sentences_entry(edit.sentences, edit.start_sentence, version)
+    meta |= {"source": source_entry(edit.source, version)}
     header = {
         "format": "pt",
         "imagic.spec": str(version),
@@ -168,17 +168,16 @@ def _header(edit: Edit) -> dict[str, str]:
         "imagic.meta": dump_json(meta, "imagic.meta"),
         **_tensor_entries(edit),
         **base.labels,
-        "modelspec.description": f"Imagic edit of one photo: {edit.target_prompt}",
+        "modelspec.description": ": ".join(filter(None, ("Imagic edit of one photo", "; ".join(edit.sentences)))),
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.tags": "imagic,edit",
         "modelspec.title": edit.title,
-        "modelspec.trigger_phrase": edit.target_prompt,
-        "modelspec.usage_hint": _USAGE_HINT.format(*_PLACES[version]),
+        "modelspec.usage_hint": _USAGE_HINT.format(*(_OWN_ENTRIES if version == 1 else _MEMBERS)),
+        # "Dynamic" is sd-scripts' word for layers that differ.
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
-        # "Dynamic" is sd-scripts' word where layers differ.
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_module": "networks.lora",
         "ss_output_name": safe_stem(edit.title),
@@ -186,6 +185,8 @@ def _header(edit: Edit) -> dict[str, str]:
         "ss_sd_model_name": base.source,
         "ss_seed": str(edit.seed),
     }
+    if edit.sentences:
+        header["modelspec.trigger_phrase"] = edit.sentences[0]
     if edit.created is not None:
         header["modelspec.date"] = edit.created
     if edit.license is not None:
@@ -193,7 +194,7 @@ def _header(edit: Edit) -> dict[str, str]:
     if edit.thumbnail is not None:
         kind, picture = picture_kind(edit.thumbnail), base64.b64encode(edit.thumbnail).decode()
         header["modelspec.thumbnail"] = f"data:image/{kind};base64,{picture}"
-        # The same for A1111's and ComfyUI's galleries, which do not read the other.
+        # For the galleries of A1111 and ComfyUI, which do not read modelspec.thumbnail.
         header["ssmd_cover_images"] = dump_json([picture], "ssmd_cover_images")
     return header
 
@@ -209,13 +210,13 @@ def _tensor_entries(edit: Edit) -> dict[str, str]:
 
 
 def _values(tensor: Tensor) -> dict[str, Any]:
-    """Returns a tensor as JSON holds it; see `_tensor`."""
+    """Returns a tensor as JSON values; `_tensor` reads them."""
     data = base64.b64encode(tensor_bytes(tensor)).decode()
     return {"dtype": "BF16" if tensor.dtype == torch.bfloat16 else "F16", "shape": list(tensor.shape), "data": data}
 
 
 def _factors(header: Header, layer: str) -> LoraFactors:
-    """Returns the stored factors of a layer; without an alpha of its own it is the rank."""
+    """Returns the stored factors of a layer; alpha is the rank if the file has none."""
     down, up, *alpha = (container_tensor(header.container, f"{layer}.{part}") for part in header.layout.parts)
     return LoraFactors(down, up, float(alpha[0]) if alpha else float(down.shape[0]))
 
@@ -239,13 +240,13 @@ def _thumbnail_bytes(uri: str | None) -> bytes | None:
     """Returns the picture in a data URI."""
     if uri is None:
         return None
-    kind, found, data = uri.partition(";base64,")
-    if not found or kind not in ("data:image/jpeg", "data:image/png") or len(data) > 2 * MAX_THUMBNAIL_BYTES:
+    kind, separator, data = uri.partition(";base64,")
+    if not separator or kind not in ("data:image/jpeg", "data:image/png") or len(data) > 2 * MAX_THUMBNAIL_BYTES:
         raise EditHeaderError("modelspec.thumbnail: expected a small data URI of a JPEG or PNG")
     try:
         picture = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise EditHeaderError(f"modelspec.thumbnail: not base64 ({error})") from error
     if kind != f"data:image/{picture_kind(picture)}":
-        raise EditHeaderError(f"modelspec.thumbnail: the picture is not what {kind} says")
+        raise EditHeaderError(f"modelspec.thumbnail: the picture is not of the kind {kind}")
     return picture

@@ -34,10 +34,12 @@ from .versions import (
     ENTRIES,
     NEWEST,
     NOISE,
+    SENTENCE_MEMBERS,
     SIDES,
     SOURCE_MEMBERS,
     base_of,
     place,
+    sentences_of,
     source_of,
     stored_names,
 )
@@ -58,28 +60,28 @@ class StoredTensor:
     """A tensor beside the adapters, as a file holds it."""
 
     place: str
-    """Where it is, for messages."""
+    """Its place in the file, for messages."""
     dtype: str
     """Name in the safetensors format."""
     shape: tuple[int, ...]
     data: str | None = None
-    """Its values in base64, where the header holds them."""
+    """Its values in base64, if they are in the header."""
     tensor: str = ""
-    """The file's tensor otherwise."""
+    """Otherwise the name of the file's tensor."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """The contents of an edit file's header, its own structure checked."""
+    """The contents of an edit file's header, checked."""
 
     container: Container
-    """The parsed file; no tensor has been made yet."""
+    """The parsed file; its tensors are not read yet."""
     layout: Layout
-    """How tensors are named."""
+    """The names of the tensors."""
     layers: dict[str, list[str]]
     """By denoiser, the keys of the adapted layers, sorted."""
     stored: dict[str, StoredTensor]
-    """Everything else, as ``text.<part>``, ``coarse.<denoiser>`` and, where there is any, ``noise.<denoiser>``."""
+    """The tensors beside the adapters: ``text.<part>``, ``coarse.<denoiser>`` and, if any, ``noise.<denoiser>``."""
     base: BaseIdentity
     source: SourcePicture
     meta: dict[str, Any]
@@ -91,7 +93,7 @@ class Header:
 
 @contextlib.contextmanager
 def naming_its_writer(container: Container) -> Iterator[None]:
-    """Adds to errors on an edit file that another program has written it, where its header shows that."""
+    """Adds to errors that another program has rewritten the edit file, if its header shows that."""
     try:
         yield
     except (EditChangedError, NotAnEditFileError, UnsupportedEditVersionError):
@@ -103,10 +105,10 @@ def naming_its_writer(container: Container) -> Iterator[None]:
 
 
 def read_header(container: Container) -> Header:
-    """Returns the header of a parsed file, or refuses it with an error that names what is wrong.
+    """Returns the header of a parsed file.
 
     Raises:
-        EditFileError: One subclass per way to be wrong; nothing else is raised for any bytes.
+        EditFileError: The header is not valid; each kind of fault has its subclass, and no other error is raised.
     """
     version = check_version(container)
     metadata = container.metadata
@@ -119,7 +121,8 @@ def read_header(container: Container) -> Header:
     base = base_of(fields_of(metadata, "imagic.base", BASE_MEMBERS[version]), version, metadata)
     by_denoiser = _by_denoiser(layers, layout, base)
     stored = _first_stored(metadata) if version == 1 else _stored(container, layout, base)
-    meta = fields_of(metadata, "imagic.meta", META_KEYS | {"source"})
+    names = META_KEYS - SENTENCE_MEMBERS[NEWEST] | SENTENCE_MEMBERS[version] | {"source"}
+    meta = fields_of(metadata, "imagic.meta", names)
     source = checks.exactly(meta.pop("source"), "imagic.meta source", SOURCE_MEMBERS[version])
     title = entry_of(metadata, "modelspec.title")
     created, license_name = metadata.get("modelspec.date"), metadata.get("modelspec.license")
@@ -131,7 +134,7 @@ def read_header(container: Container) -> Header:
         stored=stored,
         base=base,
         source=source_of(source, version),
-        meta=checked_meta(meta),
+        meta=checked_meta(meta | sentences_of(meta, version)),
         title=title,
         created=created,
         license=license_name,
@@ -144,13 +147,13 @@ def _by_denoiser(layers: list[str], layout: Layout, base: BaseIdentity) -> dict[
     for layer in layers:
         denoiser = layout.denoiser_of(layer, by_denoiser)
         if denoiser is None:
-            raise UnknownTensorError(f"layer {reprlib.repr(layer)}: of none of the base's denoisers")
+            raise UnknownTensorError(f"layer {reprlib.repr(layer)}: belongs to none of the base's denoisers")
         by_denoiser[denoiser].append(layer)
     return by_denoiser
 
 
 def _first_stored(metadata: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """Returns the tensors beside the adapter of a file of version 1, each in a header string of its own."""
+    """Returns the tensors beside the adapter in a file of version 1, each from its own header string."""
     return {
         name: _in_header(fields_of(metadata, key, _VALUES), key, SIDES[name])
         for name, key in ENTRIES.items()
@@ -159,9 +162,9 @@ def _first_stored(metadata: Mapping[str, str]) -> dict[str, StoredTensor]:
 
 
 def _stored(container: Container, layout: Layout, base: BaseIdentity) -> dict[str, StoredTensor]:
-    """Returns the tensors beside the adapters: in the header's ``imagic.tensors``, or in tensors that it names.
+    """Returns the tensors beside the adapters: from the header's ``imagic.tensors``, or from tensors that it names.
 
-    All of `stored_names` are there, the noise of all denoisers or of none.
+    They are exactly the `stored_names`, with the noise of all denoisers or of none.
     """
     key = "imagic.tensors"
     members = load_json(entry_of(container.metadata, key), key)
@@ -194,7 +197,7 @@ _VALUES = {"dtype", "shape", "data"}
 
 
 def _in_header(values: Mapping[str, Any], where: str, sides: tuple[str, ...] | None) -> StoredTensor:
-    """Returns a tensor whose values the header holds, with one dimension for each of `sides`, or with any."""
+    """Returns a tensor of the header, with one dimension for each of `sides`; None allows any."""
     shape = tuple(shape_of(values["shape"], where, sides))
     dtype = _stored_type(values["dtype"], where, _STORED_FLOATS[:1] if sides else _STORED_FLOATS)
     return StoredTensor(where, dtype, shape, checks.text(values["data"], f"{where} data", MAX_DATA))
@@ -208,20 +211,20 @@ def _stored_type(dtype: object, where: str, allowed: tuple[str, ...] = _STORED_F
 
 
 def check_hash(container: Container) -> None:
-    """Guarantees that the tensor data are those the file was written with.
+    """Checks the hash of the tensor data.
 
     Raises:
-        EditChangedError: They are not; the message says whether another program wrote them.
+        EditChangedError: The data have changed; the message says whether another program wrote them.
     """
     if entry_of(container.metadata, HASH_KEY) == "0x" + container.sha256():
         return
-    found = f"{HASH_KEY}: does not match the tensor data"
+    fault = f"{HASH_KEY}: does not match the tensor data"
     if not container.in_canonical_order or any(key.startswith(_FOREIGN) for key in container.metadata):
         raise EditChangedError(
-            f"{found}; another program has written this file anew, as tools that resize, merge or convert a LoRA do; "
-            "its adapter is no longer that of the edit, so use the original file (as a LoRA elsewhere, this one works)"
+            f"{fault}; another program has written this file anew, as tools that resize, merge or convert a LoRA do; "
+            "its adapter may differ from the edit's, so use the original file (this one still works as a plain LoRA)"
         )
-    raise EditChangedError(f"{found}; the file is damaged, fetch it again")
+    raise EditChangedError(f"{fault}; the file is damaged, fetch it again")
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -244,10 +247,10 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def _read_head(file: BinaryIO, path: str | os.PathLike[str], size: int) -> bytes:
-    """Returns the file's bytes before its tensors, checked to be an edit's: a gigabyte of anything else is not read.
+    """Returns the bytes before the tensors, checked: so a gigabyte that is no edit is not read.
 
     Raises:
-        EditFileError: They are not; messages begin with the path.
+        EditFileError: The file is no edit; messages begin with the path.
     """
     try:
         head = file.read(PREFIX_BYTES + 2)
@@ -262,7 +265,7 @@ def _read_head(file: BinaryIO, path: str | os.PathLike[str], size: int) -> bytes
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns what an edit file says, see `contents`.
+    """Returns the contents of an edit file as plain values, see `contents`.
 
     Raises:
         EditFileError: See :func:`read_bytes` and :func:`read_header`; messages begin with the path.
@@ -275,7 +278,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def contents(data: bytes) -> dict[str, Any]:
-    """Returns what a whole file says, as plain values; names, values and hash are checked, no tensor is made.
+    """Returns the contents of a file's bytes as plain values; checks names, values and hash, and creates no tensors.
 
     Raises:
         EditFileError: See :func:`read_header`.
@@ -289,8 +292,10 @@ def contents(data: bytes) -> dict[str, Any]:
     text = [tensor for name, tensor in header.stored.items() if name.startswith("text.")]
     factors = [entry for name, entry in entries.items() if header.layout.split(name)]
     return {
-        "sentence": header.meta["target_prompt"],
-        # In the words of the file's own version.
+        "sentence": sentences[0] if len(sentences := list(header.meta["sentences"])) == 1 else None,
+        "sentences": sentences,
+        "start_sentence": header.meta["start_sentence"],
+        # With the names of the file's own version.
         "base": load_json(container.metadata["imagic.base"], "imagic.base"),
         "base_weights": header.meta["base_weights"],
         "adapter": {
@@ -317,11 +322,13 @@ def contents(data: bytes) -> dict[str, Any]:
 
 
 def summary(contents: Mapping[str, Any]) -> str:
-    """Returns the lines that show :func:`describe`'s result to a person: no value can forge a line (see `shown`)."""
+    """Returns :func:`describe`'s result as lines for people; values are escaped, so none can forge a line."""
     base, source, adapter = contents["base"], contents["source"], contents["adapter"]
     revision = f" at {base['revision']}" if base["revision"] else ""
+    sentences, start = contents["sentences"], contents["start_sentence"]
     lines = {
-        "sentence": contents["sentence"],
+        "sentence" if len(sentences) < 2 else "sentences": "; ".join(sentences) or "none, to be asked later",
+        **({} if sentences == [start] else {"start": start}),
         "photo": f"{source['width_px']} x {source['height_px']} px, sha256 {source['sha256'][:12]}...",
         "base": f"{base['source']}{revision} ({base['family']}, {_prediction(base)}), "
         f"{contents['base_weights']} while training",
@@ -345,14 +352,14 @@ def summary(contents: Mapping[str, Any]) -> str:
 
 
 def _prediction(base: Mapping[str, Any]) -> str:
-    """Returns what a base's denoisers predict."""
+    """Returns the predictions of a base's denoisers."""
     if "interface" not in base:
         return str(base["prediction_type"])
     return ", ".join(sorted(set(base["interface"]["denoisers"].values())))
 
 
 def _scaled(adapter: Mapping[str, Any]) -> str:
-    """Returns a remark on adapters that other programs misread, "" for those that they do not."""
+    """Returns a remark if other programs misread the adapter, otherwise ""."""
     if len(adapter["alphas"]) <= 1:
         return ""
     return " (alphas differ by layer: diffusers 0.33 to 0.42 scales some of them wrongly, this program does not)"
@@ -370,11 +377,11 @@ def _alpha(container: Container, layer: str) -> float:
 
 
 def check_version(container: Container) -> int:
-    """Returns the version of the format that an edit file is written in, known to be one that is read here."""
+    """Returns the format's version of an edit file, from 1 to `NEWEST`."""
     metadata = container.metadata
     if not any(key.startswith("imagic.") for key in metadata):
-        what = "a LoRA" if any("lora" in name for name in container.entries) else "a safetensors file"
-        raise NotAnEditFileError(f"this is {what} but not an edit: its header has no imagic.* entries")
+        kind = "a LoRA" if any("lora" in name for name in container.entries) else "a safetensors file"
+        raise NotAnEditFileError(f"this is {kind} but not an edit: its header has no imagic.* entries")
     spec = entry_of(metadata, "imagic.spec")
     checks.require(re.fullmatch("[1-9][0-9]{0,5}", spec), "imagic.spec", spec, "a version number")
     if int(spec) > NEWEST:
@@ -385,9 +392,9 @@ def check_version(container: Container) -> int:
 
 
 def layer_names(container: Container, layout: Layout) -> list[str]:
-    """Returns the layers of the adapters, each known to have its tensors in allowed types and shapes.
+    """Returns the layers of the adapters, after a check of their tensors' names, types and shapes.
 
-    No tensor is of no layer, but for those that a layout has beside the adapters.
+    Tensors that belong to no layer are allowed only in a layout that has them.
     """
     layers, extra = set(), 0
     for name, entry in container.entries.items():
@@ -414,7 +421,7 @@ def layer_names(container: Container, layout: Layout) -> list[str]:
 
 
 def entry_of(metadata: Mapping[str, str], key: str) -> str:
-    """Returns a header string that must be there."""
+    """Returns a header string; its absence is an error."""
     if key not in metadata:
         raise EditHeaderError(f"{key}: missing from the header")
     return metadata[key]

@@ -18,18 +18,18 @@ TOKEN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 PART = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
 """The name of a denoiser or of a tensor of text."""
 LABELS = ("modelspec.architecture", "ss_base_model_version", "ss_v2")
-"""Header entries of an edit file by which other programs know the kind of its base."""
+"""Header entries of an edit file that tell other programs the kind of its base."""
 MAX_LABEL = 100
-"""Characters of one."""
+"""Longest label, in characters."""
 MAX_STORED = 12
-"""Most tensors beside the adapters; programs that read LoRA files take no more (`docs/edit_file.md`)."""
+"""Most tensors beside the adapters; programs that read LoRA files accept no more (`docs/edit_file.md`)."""
 # A hub id or a bare name: at most one slash, no part that a path could begin with, no drive or scheme.
 _SOURCE = re.compile(r"[^/\\:~.\s-][^/\\:]*(/[^/\\:~.\s-][^/\\:]*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interface:
-    """The places where an edit enters a base: edits fit all bases of one family with the same ones."""
+    """The tensors and networks of a base that an edit uses; it fits every base of the family that has the same."""
 
     text: Mapping[str, int]
     """Name of each stored tensor of a sentence's conditioning to its width, the last side."""
@@ -50,7 +50,7 @@ class Interface:
         for name, prediction in denoisers.items():
             checks.matches(name, PART, f"{key} denoisers", "names of lower-case letters")
             checks.matches(prediction, TOKEN, f"{key} denoisers.{name}", "a short lower-case token")
-        # By name, as JSON gives them back; the order of sampling is the base's to know.
+        # Sorted by name, as in the file; the base knows the order of sampling.
         object.__setattr__(self, "text", dict(sorted(text.items())))
         object.__setattr__(self, "denoisers", dict(sorted(denoisers.items())))
 
@@ -61,7 +61,7 @@ class Interface:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """Which base model an edit belongs to, precisely enough to recognise it elsewhere."""
+    """The base model of an edit, precisely enough to recognise it on another machine."""
 
     source: str
     """Hub id, ``demo``, or the own name of a local folder; never a path."""
@@ -70,11 +70,11 @@ class BaseIdentity:
     family: str
     """Short token of the model family, as ``sd1``."""
     interface: Interface
-    """Where edits enter it."""
+    """The tensors and networks that edits use."""
     files: Mapping[str, str]
     """Component (``unet``, ``text_encoder``, ``vae``, ``tokenizer``) to the SHA-256 of its file, hex."""
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Header entries by which other programs know models of this kind, see `LABELS`; by default named by the family."""
+    """Header entries that tell other programs the kind of model, see `LABELS`; by default from the family's name."""
 
     def __post_init__(self) -> None:
         key = "imagic.base"
@@ -104,9 +104,8 @@ class BaseIdentity:
     def match(self, other: "BaseIdentity") -> Literal["exact", "revision", "architecture", "none"]:
         """Returns how closely two bases agree.
 
-        ``exact``: the same files, configured alike. ``revision``: the same source and known revision, though not
-        the same files (another variant or precision). ``architecture``: adapters fit, results differ. ``none``:
-        unusable.
+        ``exact``: the same files and configuration. ``revision``: the same source and known revision, but other
+        files (another variant or precision). ``architecture``: adapters fit, results differ. ``none``: unusable.
         """
         # First, because one checkpoint file can be configured to predict noise or velocity.
         if (self.family, self.interface) != (other.family, other.interface):
@@ -120,7 +119,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePicture:
-    """The record of the edited photo: enough to recognise it and to paste back, never the picture."""
+    """The edited photo by hash and geometry: enough to recognise it and to paste back, without its pixels."""
 
     sha256: str
     """SHA-256 of the picture file, hex."""
@@ -153,7 +152,7 @@ class SourcePicture:
 
     @staticmethod
     def of(sha256: str, letterbox: Letterbox) -> "SourcePicture":
-        """The record of a photo that lies so in the model's picture."""
+        """The record of a photo with this hash and letterbox."""
         return SourcePicture(
             sha256=sha256,
             width_px=letterbox.width_px,

@@ -1,4 +1,4 @@
-"""The two ways in which an edit file names an adapter's tensors, each the one that other programs read.
+"""The two ways to name an adapter's tensors in an edit file; other programs read both.
 
 =========  =======================================  =======================================================
 layout     tensors of a layer                       everything else of the edit
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 EXTRA = "lora_imagic."
-"""Beginning of the names of tensors that are of no layer; other programs skip names with ``lora`` that they lack."""
+"""Prefix of the tensors that belong to no layer; other programs skip unknown names that contain ``lora``."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Layout:
     """One way to name an adapter's tensors."""
 
     layer: re.Pattern[str]
-    """Key of a layer."""
+    """Form of a layer's key."""
     form: str
-    """The same for a message."""
+    """The form in messages."""
     parts: tuple[str, ...]
-    """Endings of a layer's tensors: down, up and, where it is stored, alpha."""
+    """Endings of a layer's tensors: down, up and, if it is stored, alpha."""
     in_header: bool
-    """Whether the tensors of no layer are in the header."""
+    """Whether the tensors that belong to no layer are in the header."""
 
     def split(self, tensor: str) -> tuple[str, str] | None:
-        """Returns the layer's key and the ending of a tensor's name; None for one that is of no layer."""
+        """Returns the layer's key and the ending of a tensor's name; None if it belongs to no layer."""
         for part in self.parts:
             layer = tensor.removesuffix(f".{part}")
             if layer != tensor and self.layer.fullmatch(layer):
@@ -40,9 +40,9 @@ class Layout:
         return None
 
     def denoiser_of(self, layer: str, denoisers: Iterable[str]) -> str | None:
-        """Returns the denoiser that a layer is of, None where it is of none of them.
+        """Returns the denoiser of a layer; None if it belongs to none of them.
 
-        kohya's keys do not tell one denoiser from another: they are for models with one.
+        kohya's keys do not name the denoiser: they are for models with a single one.
         """
         if self is KOHYA:
             names = list(denoisers)
@@ -66,5 +66,5 @@ PEFT = Layout(
 
 
 def layout_of(tensors: Iterable[str]) -> Layout:
-    """Returns the layout of a file with tensors of these names; `KOHYA` where they are of neither."""
+    """Returns the layout of a file with tensors of these names; `KOHYA` if they fit neither."""
     return PEFT if any(PEFT.split(name) for name in tensors) else KOHYA

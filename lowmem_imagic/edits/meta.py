@@ -1,4 +1,4 @@
-"""The plain values of an edit, checked alike when an edit is made, when its file is read and when it is shown.
+"""Checks of an edit's plain values, for its constructor and for the reader of its file alike.
 
 No torch: `edits.header.describe` answers without it.
 """
@@ -14,7 +14,9 @@ from . import checks
 from .identity import TOKEN
 
 MAX_PROMPT_CHARS = 4096
-"""Longest target sentence."""
+"""Longest sentence."""
+MAX_SENTENCES = 64
+"""Most sentences of an edit."""
 META_KEYS = frozenset(
     (
         "base_weights",
@@ -22,12 +24,13 @@ META_KEYS = frozenset(
         "etas",
         "measured",
         "seed",
+        "sentences",
         "settings",
-        "target_prompt",
+        "start_sentence",
         "versions",
     )
 )
-"""Members of ``imagic.meta``, beside ``source``."""
+"""Values of ``imagic.meta``, beside ``source``; versions 1 and 2 have one sentence in place of the two."""
 
 
 def checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +39,13 @@ def checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         EditHeaderError: A value of the wrong type or out of range; named as in the file.
     """
-    checks.text(meta["target_prompt"], "imagic.meta target_prompt", MAX_PROMPT_CHARS, lines=True)
+    sentences = meta["sentences"]
+    is_list = isinstance(sentences, list | tuple) and len(sentences) <= MAX_SENTENCES
+    checks.require(is_list, "imagic.meta sentences", sentences, f"a list of at most {MAX_SENTENCES} sentences")
+    for sentence in sentences:
+        checks.text(sentence, "imagic.meta sentences", MAX_PROMPT_CHARS, lines=True)
+    checks.require(len(set(sentences)) == len(sentences), "imagic.meta sentences", sentences, "each sentence once")
+    start = checks.text(meta["start_sentence"], "imagic.meta start_sentence", MAX_PROMPT_CHARS, lines=True)
     checks.matches(meta["base_weights"], TOKEN, "imagic.meta base_weights", "a short lower-case token")
     versions = dict(checks.mapping(meta["versions"], "imagic.meta versions"))
     for name, version in versions.items():
@@ -46,7 +55,8 @@ def checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     is_list = isinstance(etas, list | tuple) and len(etas) <= MAX_VALUES
     checks.require(is_list, "imagic.meta etas", etas, f"a list of at most {MAX_VALUES} numbers")
     return {
-        "target_prompt": meta["target_prompt"],
+        "sentences": tuple(sentences),
+        "start_sentence": start,
         "base_weights": meta["base_weights"],
         "versions": versions,
         "etas": tuple(checks.number(eta, "imagic.meta etas") for eta in etas),
@@ -73,7 +83,7 @@ def check_factor_shapes(layer: str, down: tuple[int, ...], up: tuple[int, ...]) 
 
 
 def check_alpha(alpha: float, name: str) -> None:
-    """Guarantees a scale that a training may have.
+    """Guarantees an alpha in the range of training.
 
     Raises:
         NonFiniteTensorError: NaN or infinity.
@@ -88,10 +98,10 @@ def check_alpha(alpha: float, name: str) -> None:
 
 
 def check_title(title: object, license_name: object, created: object) -> None:
-    """Makes sure of what ``modelspec.*`` says of the edit; the last two may be None.
+    """Checks title, licence and date of ``modelspec.*``; the last two may be None.
 
     Raises:
-        EditHeaderError: no text, too long, no date.
+        EditHeaderError: not text, too long, or not a date.
     """
     checks.text(title, "modelspec.title", 200)
     if license_name is not None:
@@ -101,5 +111,5 @@ def check_title(title: object, license_name: object, created: object) -> None:
 
 
 def _plain(value: object, key: str) -> Any:
-    """Returns a plain copy of a mapping at the second level of the header's JSON."""
+    """Returns a plain copy of a mapping, which is on the second level of the header's JSON."""
     return plain_json(checks.mapping(value, key), key, 2)

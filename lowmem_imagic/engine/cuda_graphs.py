@@ -10,6 +10,11 @@ WARM_UPS = 3
 """Calls before recording, in which libraries choose their kernels and allocate scratch memory."""
 
 
+def can_record(device: torch.device) -> bool:
+    """Whether passes on this device can be recorded."""
+    return device.type == "cuda"
+
+
 class Replay:
     """A function of tensors, recorded once on a GPU for fixed shapes, then replayed.
 
@@ -41,7 +46,7 @@ class Replay:
         self._run = run
         self._inputs = [example.to(device, copy=True) for example in inputs]
         self._graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
+        if can_record(device):
             with torch.cuda.device(device):
                 self._record(changed, beside)
 

@@ -10,6 +10,7 @@ from ..edits.identity import BaseIdentity
 from ..geometry import Size, Sizes
 from ..layers.adapter_pack import Factors, LayerNames
 from .conditioning import Conditioning, Part
+from .vocabulary import Vocabulary
 
 Shape = tuple[int, ...]
 """(C, H, W) of a denoiser's input."""
@@ -158,6 +159,10 @@ class Family(Protocol):
     @property
     def sizes(self) -> Sizes:
         """The sizes of the pictures that the model edits."""
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words that it knows if they are few; None for a base that knows whole languages."""
 
     @property
     def identity(self) -> BaseIdentity:

@@ -29,6 +29,7 @@ from .lean_unet import make_lean
 from .loading import build, check_fit, complete, fill, tensors_of, try_out
 from .portable import portable
 from .schedule import DiscreteSchedule, read_schedule
+from .vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,12 @@ class StableDiffusion:
         """The conditioning of a sentence: one tensor (T, D)."""
         tokens = int(self.text_config["max_position_embeddings"])
         return {EMBEDS: Part((tokens, self.cross_attention_dim), trained=True)}
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words in the model folder's file of them; None for a folder without one, and for single files."""
+        words = self.source.words() if isinstance(self.source, Folder) else None
+        return None if words is None else Vocabulary.of(words)
 
     @property
     def identity(self) -> BaseIdentity:

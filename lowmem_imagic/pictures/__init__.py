@@ -2,7 +2,7 @@
 
 from .formats import PHOTO_SUFFIXES, RAW_SUFFIXES, has_photo_suffix
 from .own_pictures import is_apple_double, png_text
-from .photo import Photo, load_photo, photo_sha256
+from .photo import Photo, PhotoFile, load_photo, photo_file
 from .reading import MAX_FILE_BYTES, MAX_PACKED_BYTES
 
 __all__ = [
@@ -11,9 +11,10 @@ __all__ = [
     "PHOTO_SUFFIXES",
     "RAW_SUFFIXES",
     "Photo",
+    "PhotoFile",
     "has_photo_suffix",
     "is_apple_double",
     "load_photo",
-    "photo_sha256",
+    "photo_file",
     "png_text",
 ]

@@ -71,11 +71,9 @@ def examine_heif(data: bytes, max_pixels: int) -> Contents:
     if place is not None:
         meta = _meta(data, *place)
         is_av1 = is_av1 or b"av01" in meta.kinds.values()
-        for kind, start, end in meta.properties:
-            if kind == b"ispe" and end - start >= 12:
-                width, height = struct.unpack_from(">II", data, start + 4)
-                if width * height > max_pixels:
-                    raise TooCostly(f"{width} x {height} pixels ({width * height / 1e6:.1f} million)")
+        for width, height in _sizes(data, meta):
+            if width * height > max_pixels:
+                raise TooCostly(f"{width} x {height} pixels ({width * height / 1e6:.1f} million)")
         signals = _colours(data, meta.of(meta.primary)) or _colours(data, meta.of(meta.tile))
         if b"tmap" in meta.kinds.values() or any(
             kind == b"auxC" and b"gainmap" in data[start:end].lower() for kind, start, end in meta.properties
@@ -92,6 +90,21 @@ def examine_heif(data: bytes, max_pixels: int) -> Contents:
         stated = _of_av1(data, max_pixels)
         signals = signals or ([stated] if stated is not None else [])
     return Contents(data=lean, signals=signals, notes=notes)
+
+
+def largest_pixels(data: bytes) -> int:
+    """The number of pixels of the largest picture in an AVIF or HEIC file; 0 if none is described."""
+    if (place := find(data, b"meta")) is None:
+        return 0
+    return max((width * height for width, height in _sizes(data, _meta(data, *place))), default=0)
+
+
+def _sizes(data: bytes, meta: _Meta) -> Iterator[tuple[int, int]]:
+    """Width and height of every picture, tiles included."""
+    for kind, start, end in meta.properties:
+        if kind == b"ispe" and end - start >= 12:
+            width, height = struct.unpack_from(">II", data, start + 4)
+            yield width, height
 
 
 def _meta(data: bytes, start: int, end: int) -> _Meta:

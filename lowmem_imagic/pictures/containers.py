@@ -222,6 +222,11 @@ def examine_webp(data: bytes, max_pixels: int) -> Contents:
         elif kind == b"VP8X" and length >= 10:
             width = 1 + int.from_bytes(data[at + 12 : at + 15], "little")
             height = 1 + int.from_bytes(data[at + 15 : at + 18], "little")
+        elif kind == b"VP8L" and not width:
+            sides = int.from_bytes(data[at + 9 : at + 13], "little")
+            width, height = 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
+        elif kind == b"VP8 " and not width:
+            width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, at + 14))
         frames += kind == b"ANMF"
         at += 8 + length + length % 2
     signals: list[Signal] = [Icc(chunks[b"ICCP"])] if chunks.get(b"ICCP") else []

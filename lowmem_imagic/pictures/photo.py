@@ -1,7 +1,7 @@
-"""Any picture file to an upright 8-bit sRGB picture.
+"""Reads any picture file as an upright 8-bit sRGB picture.
 
-Reading is the part that meets files nobody checked, so every refusal is one of four named errors, a file's demands are
-known before anything is decoded, and all errors of decoders end at one boundary, which is `_refusals`.
+Files are not trusted: size and cost are checked before anything is decoded, and `_refusals` turns every error of a
+decoder into one of four named errors.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """A decoded picture and what had to be done to it.
+    """A decoded picture, with remarks on its conversion.
 
     Attributes:
         image: RGB, 8 bit, sRGB, upright, at the photo's own size, without any metadata.
         sha256: Hex digest of the file's bytes.
         name: Stem of the file name; never a path.
-        notes: Plain-words remarks on what was done, in the order it was done.
-        icc_profile: The embedded profile where it still describes `image` (an sRGB one), otherwise None.
+        notes: Remarks on the steps of the conversion, in their order.
+        icc_profile: The embedded profile if it still describes `image` (an sRGB profile), otherwise None.
     """
 
     image: Image.Image
@@ -55,8 +55,18 @@ class Photo:
     icc_profile: bytes | None
 
 
+@dataclass(frozen=True)
+class PhotoFile:
+    """A photo's file."""
+
+    sha256: str
+    """Hex digest of its bytes, as `Photo.sha256`."""
+    pixels: int
+    """Width times height as in its header; 0 if unknown."""
+
+
 def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_pixels: int = MAX_PHOTO_PIXELS) -> Photo:
-    """The picture in a file as upright 8-bit sRGB, whatever its colour mode, depth or format.
+    """The picture in a file as upright 8-bit sRGB, from any colour mode, depth or supported format.
 
     The file is read once: the digest and the pixels come from the same bytes.
 
@@ -71,12 +81,12 @@ def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_p
         NotAnImageError: Not a picture of a supported kind.
         TruncatedImageError: The picture ends early or its data are damaged.
         ImageTooLargeError: More than `max_pixels` pixels, `MAX_PHOTO_SIDE_PX` on a side or `MAX_FILE_BYTES` bytes,
-            or built to cost more than a photo does.
+            or a higher cost of decoding than a photo has.
 
     **Memory**: measured peaks beside the file's bytes, in bytes per pixel: 8 for JPEG, PNG and BMP, 14 with opacity or
     16 bits, 8 for TIFF, 11 for AVIF, 17 for WebP and 20 for JPEG 2000, so at most 2 GB; the photo itself has 4. The
-    file's bytes count twice where metadata are cut out of them. A file that has next to no bytes for its pixels is
-    refused above 12 million of them, so that small files cost at most 300 MB.
+    file's bytes count twice if metadata are cut out of them. A file with very few bytes for its pixels is refused above
+    12 million pixels, so that small files cost at most 300 MB.
     """
     try:
         backdrop = ImageColor.getrgb(background)[:3]
@@ -91,7 +101,7 @@ def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_p
             raise NotThisKind(RAW if is_raw(data[:64]) else describe(data[:4096]))
         size = len(data)
         contents = examine(data, kind, max_pixels=max_pixels)
-        del data  # the contents have the parts that are needed
+        del data  # the contents keep the parts that the decoder needs
         with quiet(captured=kind.name in PRINTING):
             image = decode(contents, kind, size, max_pixels, MAX_PHOTO_SIDE_PX)
             contents.data = b""
@@ -105,21 +115,21 @@ def load_photo(path: str | os.PathLike[str], *, background: str = "white", max_p
     )
 
 
-def photo_sha256(path: str | os.PathLike[str]) -> str:
-    """`Photo.sha256` of a file, which is read and not decoded.
+def photo_file(path: str | os.PathLike[str]) -> PhotoFile:
+    """Hash and size of a photo's file, which is read and not decoded.
 
     Raises:
         ImageNotFoundError: Missing, unreadable, or not a regular file.
         ImageTooLargeError: More bytes than such a picture may have.
         NotAnImageError: A large file that is no picture.
     """
-    return reading.digest(path, repr(os.fspath(path)))
+    return PhotoFile(*reading.digest(path, repr(os.fspath(path))))
 
 
 def _finished(
     image: Image.Image, kind: Format, contents: Contents, backdrop: tuple[int, ...], background: str
 ) -> tuple[Image.Image, bytes | None]:
-    """The decoded picture as the photo has it, and its profile if that still fits; remarks go to the contents."""
+    """The photo's picture, and its colour profile if that still fits; adds remarks to the contents."""
     notes = contents.notes
     if contents.orientation in _UPRIGHT:
         notes.append("turned upright by its EXIF orientation")
@@ -132,7 +142,7 @@ def _finished(
         notes.append(f"transparent parts placed on {background}")
     if contents.orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[contents.orientation])
-    if type(rgb) is not Image.Image:  # a decoder's own class, which keeps its file
+    if type(rgb) is not Image.Image:  # a decoder's own class, which keeps its file open
         rgb = rgb.copy()
     rgb.info = {}  # EXIF, GPS and text chunks of the source must not reach any output
     return rgb, kept_profile
@@ -140,13 +150,13 @@ def _finished(
 
 @contextmanager
 def _refusals(shown: str, head: bytes, size: int, kind: Format | None) -> Iterator[None]:
-    """Makes one of the named errors of any exception inside but MemoryError.
+    """Turns every exception inside except MemoryError into one of the named errors.
 
-    On damaged data decoders raise nearly any built-in exception, at any time until the picture is finished.
+    On damaged data decoders raise nearly any built-in exception, until the picture is finished.
     """
     expected = f"expected a {KINDS} picture, convert it to PNG or JPEG"
     name = kind.name if kind is not None else "picture"
-    # Two letters make a BMP or PPM, so prose may have been taken for one.
+    # Two letters make a BMP or PPM, so a text may begin like one.
     prose = is_text(head) and name in ("BMP", "PPM")
     try:
         yield

@@ -116,6 +116,7 @@ def contact_sheet(
     title: str = "",
     footer: str = "",
     cell_px: int = SHEET_CELL_PX,
+    row_titles: Sequence[str] = (),
     boxes: list[Box] | None = None,
 ) -> Image.Image:
     """The pictures side by side, each with its label, under a title and over a small grey footer.
@@ -130,6 +131,7 @@ def contact_sheet(
         title: Text on top.
         footer: Text at the bottom, such as settings.
         cell_px: Side of a cell.
+        row_titles: Text over each row; "" and missing ones take no room.
         boxes: A list to which the box of every picture is added.
 
     Raises:
@@ -148,11 +150,14 @@ def contact_sheet(
     pictures = [None if picture is None else _scaled(picture, cell_px) for _, picture in cells]
     labels = [_wrap(shown(label), label_font, cell_px, 3) for label, _ in cells]
     starts = range(0, len(cells), columns)
+    row_lines = [_wrap(shown(text), title_font, width - 2 * margin, 2) for text in row_titles[: len(starts)]]
+    row_lines += [[]] * (len(starts) - len(row_lines))
     picture_heights = [max(p.height if p else 0 for p in pictures[s : s + columns]) for s in starts]
     label_heights = [max(len(lines) for lines in labels[s : s + columns]) * _pitch(label_font) for s in starts]
 
     height = 2 * margin + sum(picture_heights) + sum(label_heights) + (len(starts) - 1) * gap
     height += len(starts) * (gap // 2)
+    height += sum(len(lines) * _pitch(title_font) + gap // 2 for lines in row_lines if lines)
     height += len(title_lines) * _pitch(title_font) + gap if title_lines else 0
     height += len(footer_lines) * _pitch(footer_font) + gap if footer_lines else 0
     sheet = Image.new("RGB", (width, height), _PAPER)
@@ -161,7 +166,10 @@ def contact_sheet(
     y = margin
     if title_lines:
         y = _write(draw, title_lines, title_font, _INK, margin, y) + gap
-    for start, picture_height, label_height in zip(starts, picture_heights, label_heights, strict=True):
+    rows = zip(starts, row_lines, picture_heights, label_heights, strict=True)
+    for start, lines, picture_height, label_height in rows:
+        if lines:
+            y = _write(draw, lines, title_font, _INK, margin, y) + gap // 2
         for column, index in enumerate(range(start, min(start + columns, len(cells)))):
             picture, cell_left = pictures[index], margin + column * (cell_px + gap)
             if picture is not None:

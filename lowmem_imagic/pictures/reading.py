@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from io import BufferedReader
 
 from ..errors import ImageNotFoundError, ImageTooLargeError, NotAnImageError
+from ..settings.stages import MAX_PHOTO_PIXELS
 from ..storage.regular_files import NotRegularError, open_regular
 from .anatomy import UNREADABLE, examine
+from .boxes import largest_pixels
 from .contents import NotThisKind, TooCostly
 from .formats import KINDS, Format, describe, format_of
 from .tiff import pixels_of
@@ -33,10 +35,17 @@ def read(path: str | os.PathLike[str], shown: str) -> bytes:
         return file.read(size)
 
 
-def digest(path: str | os.PathLike[str], shown: str) -> str:
-    """Hex SHA-256 of a picture file, read in parts; raises the errors of `read`."""
-    with _opened(path, shown) as (file, _):
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest(path: str | os.PathLike[str], shown: str) -> tuple[str, int]:
+    """Hex SHA-256 of a picture file, and the number of pixels that its header names, 0 if unknown.
+
+    The file is read in parts; raises the errors of `read`.
+    """
+    with _opened(path, shown) as (file, size):
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        kind = format_of(file.read(64))
+        file.seek(0)
+        return sha256, 0 if kind is None else _pixels(file, size, kind, _SMALL_BYTES, MAX_PHOTO_PIXELS)
 
 
 @contextmanager
@@ -81,19 +90,22 @@ def _check_size(file: BufferedReader, size: int, shown: str) -> None:
         head = file.read(4096)
         raise NotAnImageError(f"{shown} is {describe(head)}; expected a {KINDS} picture, convert it to PNG or JPEG")
     most = MAX_FILE_BYTES if kind is None or kind.is_plain else MAX_PACKED_BYTES
-    if size <= most and kind is not None and (pixels := _pixels(file, size, kind)):
+    if size <= most and kind is not None and (pixels := _pixels(file, size, kind, _HEAD_BYTES, 1)):
         most = min(most, _SMALL_BYTES + 16 * pixels)
     if size > most:
         raise ImageTooLargeError(f"{shown} has {size} bytes, the cap for it is {most}; save a smaller copy")
     file.seek(0)
 
 
-def _pixels(file: BufferedReader, size: int, kind: Format) -> int:
-    """The number of pixels of a large file's pictures, from its first bytes; 0 if unknown."""
+def _pixels(file: BufferedReader, size: int, kind: Format, head_bytes: int, max_pixels: int) -> int:
+    """The number of pixels of a file's pictures, from its first bytes; 0 if unknown or above the limit of a format."""
     try:
         if kind.name == "TIFF":
             return pixels_of(_Slices(file, size))
-        contents = examine(file.read(_HEAD_BYTES), kind, max_pixels=1)
+        head = file.read(head_bytes)
+        contents = examine(head, kind, max_pixels=max_pixels)
+        if kind.name in ("AVIF", "HEIF"):
+            return largest_pixels(head)
     except (NotThisKind, TooCostly, *UNREADABLE):
         return 0
     return contents.width * contents.height

@@ -1,4 +1,4 @@
-"""Edits to pictures: stage 3 for finished edits, whatever the sizes of their photos."""
+"""Renders finished edits (stage 3); their photos may have different sizes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from ..diffusion.schedules import coarse
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
-from ..errors import BaseMismatchError, ConfigError, NonFiniteEditError, TensorShapeError
+from ..errors import BaseMismatchError, ConfigError, NonFiniteEditError, PromptError, TensorShapeError
 from ..families.conditioning import Conditioning
 from ..families.family import Denoiser
 from ..geometry import Letterbox, Size
@@ -22,8 +22,9 @@ from ..settings.stages import SampleConfig
 from ..training.pack import StageProgress
 from .prepare import COARSE_SIDE, named
 
+NO_SENTENCE = "this edit was trained without a sentence; ask one with `prompt`, or render its photo alone with `etas=0`"
 Latents = Mapping[str, Tensor]
-"""Of one picture, (C, H, W) by denoiser, in the order of sampling."""
+"""Latents (C, H, W) of one picture by denoiser, in the order of sampling."""
 
 
 def apply_edits(
@@ -41,17 +42,18 @@ def apply_edits(
     Args:
         base: the base the edits were made for (see `check_base`).
         edits: finished edits.
-        cells: which edit, eta, seed and strength to render.
-        config: steps, guidance, scheduler; its own etas and seeds are not read.
-        prompts: a new sentence for each edit, instead of the one it was made for.
+        cells: which edit, eta, seed, strength and sentence to render.
+        config: steps, guidance, scheduler; etas and seeds are those of the cells.
+        prompts: a new sentence for each edit, instead of its own, for cells that name none.
         progress: called after every step.
         meter: collects seconds and peak bytes.
 
     Raises:
+        PromptError: no sentence for a cell above eta 0.
         TensorShapeError: an adapter or embedding does not fit the base.
-        NonFiniteModelError: the base gives NaN or infinity by itself.
-        NonFiniteEditError: an edit makes it do so.
-        MemoryLimitError: does not fit.
+        NonFiniteModelError: the base gives NaN or infinity without the edit.
+        NonFiniteEditError: the base gives NaN or infinity with the edit.
+        MemoryLimitError: a stage does not fit.
     """
     with base.restored():
         latents = render_latents(base, edits, cells, config, prompts=prompts, progress=progress, meter=meter)
@@ -76,9 +78,9 @@ def decode_canvases(base: BaseModel, latents: Sequence[Latents], *, meter: Meter
     """The model's own pictures of rendered cells.
 
     Raises:
-        NonFiniteEditError: the latents are more than the autoencoder can take.
+        NonFiniteEditError: the autoencoder gives NaN or infinity for these latents.
     """
-    last = [list(of.values())[-1] for of in latents]
+    last = [list(picture.values())[-1] for picture in latents]
     canvases: dict[int, Image.Image] = {}
     with measured_stage(meter or Meter(base.device), "decode", "`device=cpu`"):
         for numbers in _alike(tuple(x.shape) for x in last):
@@ -102,11 +104,14 @@ def render_latents(
     progress: StageProgress | None = None,
     meter: Meter | None = None,
 ) -> list[Latents]:
-    """The latents of `cells`, rendered together where their photos have one size; see `apply_edits`."""
+    """The latents of `cells`; those whose photos have one size are rendered together. See `apply_edits`."""
     meter = meter or Meter(base.device)
+    asked = [_sentence(cell, edits[cell.edit], None if prompts is None else prompts[cell.edit]) for cell in cells]
+    sentences = list(dict.fromkeys(one for one in asked if one is not None))
     with measured_stage(meter, "encode sentence", "`device=cpu`"):
-        target = base.encode_text(prompts if prompts is not None else [edit.target_prompt for edit in edits])
-    optimized = _optimized(edits, target)
+        start = base.encode_text([edit.start_sentence for edit in edits])
+        target = base.encode_text(sentences) if sentences else start
+    optimized = _optimized(edits, start)
     sizes = [letterbox(edit, base).size for edit in edits]
     latents: dict[int, Latents] = {}
     with measured_stage(meter, "sample", "fewer rows a batch (`batch_rows`)"):
@@ -117,11 +122,12 @@ def render_latents(
             rendered = sample(
                 base,
                 {denoiser.name: _adapters(base, denoiser, some) for denoiser in base.denoisers},
-                target.rows(members),
+                target,
                 optimized.rows(members),
                 own,
                 config,
                 named(progress, "sample"),
+                rows=[None if one is None else sentences.index(one) for one in (asked[n] for n in cell_numbers)],
                 size=size,
                 coarse={denoiser.name: _coarse(base, denoiser, some) for denoiser in base.denoisers},
                 noise={d.name: _noise(base, d, some, size) for d in base.denoisers}
@@ -133,16 +139,28 @@ def render_latents(
     return [latents[number] for number in range(len(cells))]
 
 
+def _sentence(cell: Cell, edit: Edit, prompt: str | None) -> str | None:
+    """The sentence to render a cell under; None for the photo of an edit without any.
+
+    Raises:
+        PromptError: the edit has none, and the cell is not its photo.
+    """
+    sentence = cell.sentence if cell.sentence is not None else prompt if prompt is not None else edit.target_prompt
+    if sentence is None and cell.eta:
+        raise PromptError(NO_SENTENCE)
+    return sentence
+
+
 def _alike(kinds: Iterable[object]) -> list[list[int]]:
-    """The numbers of those of one kind, kind by kind."""
+    """The positions of equal values, value by value."""
     groups: dict[object, list[int]] = {}
     for number, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(number)
     return list(groups.values())
 
 
-def _optimized(edits: Sequence[Edit], target: Conditioning) -> Conditioning:
-    """e_opt of some edits, a row each.
+def _optimized(edits: Sequence[Edit], start: Conditioning) -> Conditioning:
+    """e_opt of some edits, a row each, with what is not stored from their start sentences.
 
     Raises:
         TensorShapeError: the base's text encoder gives another shape.
@@ -151,14 +169,14 @@ def _optimized(edits: Sequence[Edit], target: Conditioning) -> Conditioning:
     for name in edits[0].conditioning:
         rows = [edit.conditioning[name].float() for edit in edits]
         for row in rows:
-            expected = target[name].shape[1:] if name in target else ()
+            expected = start[name].shape[1:] if name in start else ()
             if row.shape != expected:
                 raise TensorShapeError(
                     f"the edit's embedding has shape {tuple(row.shape)}, the base's text encoder gives "
                     f"{tuple(expected)}; use the base the edit was made for"
                 )
         parts[name] = torch.stack(rows)
-    return Conditioning(parts)
+    return start | parts
 
 
 def _adapters(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> AdapterPack:
@@ -167,10 +185,7 @@ def _adapters(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> Ada
     Raises:
         TensorShapeError: they do not fit.
     """
-    adapters = [
-        {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapters[denoiser.name].items()}
-        for edit in edits
-    ]
+    adapters = [edit.adapters[denoiser.name] for edit in edits]
     try:
         return AdapterPack.load(base.network(denoiser), denoiser.names, adapters, device=base.device)
     except ValueError as error:
@@ -178,10 +193,10 @@ def _adapters(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> Ada
 
 
 def _coarse(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> Tensor:
-    """The photos' low frequencies (N, C, COARSE_SIDE, COARSE_SIDE), whatever their cells in the files.
+    """The photos' low frequencies, averaged to (N, C, COARSE_SIDE, COARSE_SIDE).
 
     Raises:
-        TensorShapeError: of another base's latents.
+        TensorShapeError: they are of another base's latents.
     """
     channels, rows = denoiser.shape(base.sizes.own)[0], []
     for edit in edits:
@@ -200,13 +215,13 @@ def _noise(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit], size: Siz
 
     Raises:
         ConfigError: an edit has none.
-        TensorShapeError: of pictures of another size.
+        TensorShapeError: it is of pictures of another size.
     """
     shape, rows = denoiser.shape(size), []
     for edit in edits:
         if not edit.noise:
             raise ConfigError(
-                "start is inverted, and this edit was not made with it: it holds no noise of its photo's own; "
+                "start is inverted, but this edit was made without it and has no noise of its photo; "
                 "start from the photo's colours (`start=photo`)"
             )
         own = edit.noise[denoiser.name]
@@ -220,10 +235,10 @@ def _noise(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit], size: Siz
 
 
 def check_base(edit: Edit, base: BaseModel) -> str:
-    """A warning to show before `edit` is used on `base`, "" when they belong together exactly.
+    """A warning about the use of `edit` on `base`; "" if it was made for exactly this base.
 
     Raises:
-        BaseMismatchError: another architecture; nothing sensible could come out.
+        BaseMismatchError: the base has another architecture, on which the edit cannot work.
     """
     match edit.base.match(base.identity):
         case "exact":

@@ -1,4 +1,4 @@
-"""Photos and sentences to edits: the order of the stages for a pack."""
+"""Makes edits from photos and sentences: the order of the stages for a pack."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -38,14 +38,14 @@ def make_edits(
         DivergenceError: a stage's loss is no longer finite.
         NonFiniteModelError: a part of the base gives NaN or infinity.
     """
-    made: dict[int, Edit] = {}
+    edits: dict[int, Edit] = {}
     with base.restored():
         for group in stream_edits(base, jobs, config, slots=slots, max_rows=max_rows, progress=progress, meter=meter):
             for number, edit in group:
                 if isinstance(edit, LowmemImagicError):
                     raise edit
-                made[number] = edit
-    return [made[number] for number in range(len(jobs))]
+                edits[number] = edit
+    return [edits[number] for number in range(len(jobs))]
 
 
 def stream_edits(
@@ -60,38 +60,39 @@ def stream_edits(
     preparing: StageProgress | None = None,
     between: Callable[[Pack], None] | None = None,
 ) -> Iterator[list[tuple[int, Edit | LowmemImagicError]]]:
-    """The edits of any number of jobs, or their failures, as they finish: groups of (number of the job, edit).
+    """Yields the edits of any number of jobs, or their errors, as they finish: groups of (number of the job, edit).
 
-    Jobs train side by side over one frozen base, and a finished edit's slot goes to the next one; in between, the base
-    is free to render what is there. Every edit is what it would have been alone, to rounding; one slot is
-    reproducible bit for bit on a CPU.
+    Jobs train side by side over one frozen base, and a finished edit's slot goes to the next job. Between two groups
+    the base is free, for example to render the finished edits. An edit does not depend on the others, to rounding; with
+    one slot a CPU gives the same bits every time.
 
     Args:
         base: the frozen base.
-        jobs: photos and sentences; or an iterator of groups of them, of which the next is asked for when slots are
-            free and the one before is used up, and encoded together.
+        jobs: photos and sentences, or an iterator of groups of them. The next group is asked for when a slot is free
+            and the group before is used up; a group is encoded together.
         config: settings of all three stages (the third is recorded in the edits).
-        slots: how many edits train at once; None for all of them, or one of an iterator's.
-        max_rows: most rows of a pass, None for no limit; both are a `planning.Plan`'s to choose.
-        progress: called after every step: of every stage for one job, of the whole for several ("train").
+        slots: most edits in training at once; None is all jobs of a sequence, and 1 for an iterator.
+        max_rows: most rows of a pass, None for no limit; a `planning.Plan` chooses it and the slots.
+        progress: called after every step: by stage for one job, else for all jobs together ("train").
         meter: collects seconds and peak bytes of each stage.
-        preparing: for several jobs, called after every step before one's training ("invert"); what it raises ends the
+        preparing: for several jobs, called after every step before a job's training ("invert"); an exception from it
+            ends the run.
+        between: called with the pack before every step; it may save the pack's `states`. An exception from it ends the
             run.
-        between: called before every step with the pack, whose `states` may be kept; what it raises ends the run.
 
     Raises:
         ConfigError: the base has none of the layers that `config` adapts.
-        PromptError: a sentence with nothing to encode, or one no edit file can hold.
+        PromptError: a sentence has nothing to encode, or cannot be in an edit file.
         NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.
         MemoryLimitError: a stage does not fit.
 
-    **Memory**: text encoder and VAE are gone before the UNet trains; see `training.pack.Pack`. Of a job nothing is kept
-    once its edit is handed over.
+    **Memory**: text encoder and VAE are freed before the UNet trains; see `training.pack.Pack`. Nothing of a job is
+    kept after its edit is yielded.
     """
     count = len(jobs) if isinstance(jobs, Sequence) else None
     groups = iter([jobs]) if isinstance(jobs, Sequence) else jobs
     meter = meter or Meter(base.device)
-    # Whatever would make the finished edit unwritable is found before any time is spent on it.
+    # Before any training: errors that would make the finished edit unwritable.
     identity = base.identity
     base.check_steps(config.sample.scheduler, config.sample.num_inference_steps)
     _check_layers(base, config.finetune)
@@ -112,27 +113,27 @@ def stream_edits(
     )
     for group in pack.run():
         finished: list[tuple[int, Edit | LowmemImagicError]] = []
-        for made in group:
-            meter.stages |= made.measured
-            photo = prepared.encoded.pop(made.number)
-            if made.error is not None:
-                finished.append((made.number, made.error))
+        for trained in group:
+            meter.stages |= trained.measured
+            photo = prepared.encoded.pop(trained.number)
+            if trained.error is not None:
+                finished.append((trained.number, trained.error))
                 continue
             try:
                 edit: Edit | LowmemImagicError = _edit(
-                    base, config, identity, photo, made, base.fallbacks[fallbacks_before:]
+                    base, config, identity, photo, trained, base.fallbacks[fallbacks_before:]
                 )
             except (NonFiniteTensorError, TensorValueError) as error:
-                # Of one edit, whose loss was finite to the end; the others go on.
+                # Only this edit failed, although its loss was finite to the end; the others go on.
                 edit = DivergenceError(
-                    f"training led to numbers that no edit file holds ({error}); lower the learning rate"
+                    f"training gave numbers that no edit file can contain ({error}); lower the learning rate"
                 )
-            finished.append((made.number, edit))
+            finished.append((trained.number, edit))
         yield finished
 
 
 def _check_layers(base: BaseModel, config: FinetuneConfig) -> None:
-    """Makes sure that the base has the layers to adapt, before any weights are read.
+    """Checks that the base has the layers to adapt, before any weights are read.
 
     Raises:
         ConfigError: it has none, or they cannot be adapted.
@@ -149,26 +150,27 @@ def _edit(
     config: EditConfig,
     identity: BaseIdentity,
     photo: EncodedPhoto,
-    made: TrainedEdit,
+    trained: TrainedEdit,
     fallbacks: Sequence[str],
 ) -> Edit:
     """A trained edit as a value.
 
     Raises:
-        NonFiniteTensorError, TensorValueError: training gave numbers that no file holds.
+        NonFiniteTensorError, TensorValueError: training gave numbers that no file can contain.
     """
     types = {name: part.stored for name, part in base.family.text.items() if part.stored is not None}
     return Edit(
         adapters={
-            denoiser.name: _stored(made.adapters[denoiser.name], config.finetune.keep, base, denoiser)
+            denoiser.name: _stored(trained.adapters[denoiser.name], config.finetune.keep, base, denoiser)
             for denoiser in base.denoisers
         },
-        conditioning={name: made.conditioning[name].to(dtype) for name, dtype in types.items()},
+        conditioning={name: trained.conditioning[name].to(dtype) for name, dtype in types.items()},
         coarse={name: coarse(latents[None], COARSE_SIDE)[0].half() for name, latents in photo.latents.items()},
         noise=photo.own_noise,
-        target_prompt=photo.job.prompt,
+        sentences=photo.job.sentences,
+        start_sentence=photo.start_sentence,
         base=identity,
-        settings=_settings(config, made),
+        settings=_settings(config, trained),
         seed=config.seed,
         etas=config.sample.etas,
         eta_default=1.0,
@@ -178,25 +180,25 @@ def _edit(
         measured={
             "device": _device_name(base.device),
             "dtype": str(base.dtype),
-            "stages": {**photo.measured, **made.measured},
+            "stages": {**photo.measured, **trained.measured},
             "rungs": list(fallbacks),
         },
-        title=" ".join(photo.job.prompt.split())[:200],
+        title=" ".join("; ".join(photo.job.sentences or (photo.start_sentence,)).split())[:200],
     )
 
 
 def _stored(adapter: Mapping[str, Factors], keep: float, base: BaseModel, denoiser: Denoiser) -> dict[str, LoraFactors]:
-    """A trained adapter as its file holds it."""
+    """A trained adapter in the form of its file, still in fp32."""
     stored = denoiser.portable(truncated(adapter, keep), base.network(denoiser))
-    return {key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in stored.items()}
+    return {key: LoraFactors(*factors) for key, factors in stored.items()}
 
 
-def _settings(config: EditConfig, made: TrainedEdit) -> dict[str, Any]:
-    """The settings of all stages, with what happened to this edit under "result"."""
+def _settings(config: EditConfig, trained: TrainedEdit) -> dict[str, Any]:
+    """The settings of all stages; "result" has the steps and losses of this edit."""
     values = config.to_dict()
     del values["seed"]
     values["result"] = {}
-    for stage, losses in made.losses.items():
+    for stage, losses in trained.losses.items():
         values["result"] |= {f"{stage}_steps": len(losses), f"{stage}_loss": tail(losses)}
     return values
 

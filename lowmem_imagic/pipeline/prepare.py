@@ -1,4 +1,8 @@
-"""Photos and sentences on their way into training: encoded, and each with the noise its edit is anchored to."""
+"""Prepares photos and sentences for training: encodes them, and finds the noise that each edit is anchored to.
+
+Stage 1 starts from an edit's sentence if it has one. Several sentences, or none, leave open what the photo shows: then
+it starts from the base's own description of the photo (`sampling.description`).
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from ..diffusion.schedules import starting_noise, varied
 from ..edits.identity import SourcePicture
-from ..edits.meta import MAX_PROMPT_CHARS
+from ..edits.meta import MAX_PROMPT_CHARS, MAX_SENTENCES
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
 from ..errors import PromptError
@@ -19,12 +23,13 @@ from ..families.family import Denoiser
 from ..geometry import Letterbox
 from ..pictures import Photo
 from ..pictures.letterbox import into_canvas, to_tensor
+from ..sampling.description import NEUTRAL, describe
 from ..sampling.inversion import own_noise
 from ..settings.stages import EditConfig
 from ..training.pack import StageProgress, TrainingInput
 from ..training.state import TrainingState
 
-STAGES = ("encode", "load", "invert")
+STAGES = ("encode", "load", "describe", "invert")
 """Stages measured before an edit trains."""
 COARSE_SIDE = 4
 """Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
@@ -35,9 +40,15 @@ class Job:
     """One edit to make."""
 
     photo: Photo
-    prompt: str
+    prompt: str | Sequence[str] = ()
+    """Its sentence, several of them, or none, to be asked later."""
     state: TrainingState | None = None
-    """Where its training goes on, if it was begun before."""
+    """The saved training to continue; None begins anew."""
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Its sentences."""
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
 
 @dataclass
@@ -45,16 +56,18 @@ class EncodedPhoto:
     """The parts of an edit that do not come from training."""
 
     number: int
-    """Of its job."""
+    """The job's number."""
     job: Job
     letterbox: Letterbox
     """Where the photo lies in the model's picture."""
     latents: Mapping[str, Tensor]
     """(C, H, W), by denoiser."""
-    target: Conditioning
-    """One row."""
+    start_sentence: str
+    """The sentence that stage 1 starts from; "" until the photo is described."""
+    start: Conditioning | None
+    """Its conditioning, one row."""
     own_noise: dict[str, Tensor] = field(default_factory=dict)
-    """(C, H, W) in fp16, by denoiser; empty where edits start from their seeds' noise."""
+    """(C, H, W) in fp16, by denoiser; empty if edits start from their seeds' noise."""
     measured: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
     """Seconds and peak bytes of the stages before training."""
 
@@ -65,11 +78,11 @@ class EncodedPhoto:
 
 
 class Prepared(Iterator[TrainingInput]):
-    """The training inputs of jobs, which are asked for and encoded group by group, and inverted one by one.
+    """The training inputs of jobs: asks for and encodes one group of jobs at a time, and inverts one photo at a time.
 
-    Of a group, photos of one size come one after the other: they share passes.
+    Photos of one size in a group follow each other, so that they share passes.
 
-    **Memory**: the UNet is loaded once the first group is encoded, and stays.
+    **Memory**: the UNet is loaded after the first group is encoded, and stays loaded.
     """
 
     def __init__(
@@ -93,24 +106,33 @@ class Prepared(Iterator[TrainingInput]):
         photo = self._waiting.popleft()
         generator = torch.Generator().manual_seed(self._config.seed)
         extra = self._extra(photo)
+        if not photo.start_sentence:
+            with measured_stage(self._meter, "describe", "`device=cpu`"):
+                first = self._base.denoisers[0].name
+                photo.start_sentence = describe(self._base, photo.latents[first], extra[first])
+        start = photo.start
+        if start is None:
+            start = self._base.encode_text([photo.start_sentence])
         noise = {
             denoiser.name: self._start_noise(photo, denoiser, generator, extra[denoiser.name])
             for denoiser in self._base.denoisers
         }
         photo.measured = {name: self._meter.stages[name] for name in STAGES if name in self._meter.stages}
         self.encoded[photo.number] = photo
-        return TrainingInput(photo.latents, photo.target, generator, noise, extra, photo.job.state, photo.number)
+        return TrainingInput(photo.latents, start, generator, noise, extra, photo.job.state, photo.number)
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         if not jobs:
             return
         for job in jobs:
-            check_sentence(job.prompt)
-            self._base.family.check_prompt(job.prompt)
+            check_sentences(job.sentences)
+            for sentence in job.sentences:
+                self._base.family.check_prompt(sentence)
+        starts = [self._start(job) for job in jobs]
         with measured_stage(self._meter, "encode", "`device=cpu`"):
             # The negative prompt is for sampling and the empty one for inversion: the text encoder is loaded once.
-            sentences = [*(job.prompt for job in jobs), self._config.sample.negative_prompt, ""]
-            target = self._base.encode_text(sentences)
+            asked = [sentence for job in jobs for sentence in job.sentences]
+            text = self._base.encode_text([*starts, *asked, self._config.sample.negative_prompt, ""])
             boxes = [self._letterbox(job.photo) for job in jobs]
             for size in dict.fromkeys(box.size for box in boxes):
                 numbers = [number for number, box in enumerate(boxes) if box.size == size]
@@ -118,20 +140,28 @@ class Prepared(Iterator[TrainingInput]):
                 latents = self._base.encode(torch.cat([to_tensor(canvas) for canvas in canvases]))
                 for row, number in enumerate(numbers):
                     own = {name: x[row] for name, x in latents.items()}
-                    photo = EncodedPhoto(self._count + number, jobs[number], boxes[number], own, target.rows([number]))
-                    self._waiting.append(photo)
+                    start = text.rows([number]) if starts[number] else None
+                    self._waiting.append(
+                        EncodedPhoto(self._count + number, jobs[number], boxes[number], own, starts[number], start)
+                    )
         if not self._count:
             with measured_stage(self._meter, "load", "`base_weights=int8`, or `device=cpu`"):
                 for denoiser in self._base.denoisers:
                     self._base.network(denoiser)
         self._count += len(jobs)
 
+    def _start(self, job: Job) -> str:
+        """The sentence that stage 1 starts from; "" if the photo must be described first."""
+        if len(job.sentences) == 1:
+            return job.sentences[0]
+        return NEUTRAL if self._base.family.vocabulary is None else ""
+
     def _letterbox(self, photo: Photo) -> Letterbox:
         """Where a photo lies in the model's picture."""
         return Letterbox.fit(*photo.image.size, self._base.sizes.nearest(*photo.image.size))
 
     def _extra(self, photo: EncodedPhoto) -> dict[str, Conditioning]:
-        """One row of what each denoiser takes beside the text: of a cascade, the photo as the one before sees it."""
+        """The conditioning beside the text, one row, by denoiser; in a cascade with the previous denoiser's latents."""
         extra, lower = dict[str, Conditioning](), None
         for denoiser in self._base.denoisers:
             extra[denoiser.name] = self._base.family.make_extra(denoiser, 1, photo.letterbox.size, lower)
@@ -150,21 +180,35 @@ class Prepared(Iterator[TrainingInput]):
             progress = named(self._progress, "invert")
             own = own_noise(self._base, denoiser, latents, generator, progress, extra=extra).half()
         photo.own_noise[denoiser.name] = own
-        # As the file holds it: training is anchored to the noise that sampling starts from.
+        # Rounded as in the file: sampling starts from exactly the noise that training is anchored to.
         return varied(own.float(), drawn, seed)
 
 
 def check_sentence(sentence: str) -> None:
-    """Makes sure that an edit file can hold the sentence.
+    """Checks that an edit file can contain the sentence.
 
     Raises:
-        PromptError: too long, or with characters that cannot be shown.
+        PromptError: the sentence is too long, or has unprintable characters.
     """
     if len(sentence) > MAX_PROMPT_CHARS:
         raise PromptError(f"the sentence has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
     hidden = [letter for letter in sentence if category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
     if hidden:
         raise PromptError(f"the sentence has the unprintable character {hidden[0]!a}; expected plain text")
+
+
+def check_sentences(sentences: Sequence[str]) -> None:
+    """Makes sure that an edit file can hold the sentences together.
+
+    Raises:
+        PromptError: too many, one of them twice, or see `check_sentence`.
+    """
+    if len(sentences) > MAX_SENTENCES:
+        raise PromptError(f"found {len(sentences)} sentences, expected at most {MAX_SENTENCES}")
+    for number, sentence in enumerate(sentences):
+        check_sentence(sentence)
+        if sentence in sentences[:number]:
+            raise PromptError(f"the sentence {sentence!r} is there twice, expected each once")
 
 
 def named(progress: StageProgress | None, stage: str) -> Callable[[int, int, str], None] | None:

@@ -37,6 +37,8 @@ class Cell:
     """Factor on the adapter; 0 is the base alone, and no mask."""
     guidance_scale: float | None = None
     """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the settings' scale."""
+    sentence: str | None = None
+    """The sentence to render it under; None takes the edit's own, the first of several."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def sample(
     config: SampleConfig,
     progress: Progress | None = None,
     *,
+    rows: Sequence[int | None] | None = None,
     size: Size | None = None,
     coarse: Mapping[str, Tensor] | None = None,
     noise: Mapping[str, Tensor] | None = None,
@@ -110,11 +113,13 @@ def sample(
     Args:
         base: the frozen base.
         packs: adapters of N edits, by denoiser.
-        target: e_tgt, N rows.
-        optimized: e_opt, N rows; parts that are not stored may be missing.
+        target: e_tgt, a row for each sentence.
+        optimized: e_opt, N rows, with the start sentence's in the parts that are not stored.
         cells: images to render.
         config: steps, scheduler, start, interpolation, mask, rows per batch; guidance of cells without their own.
         progress: called after every step of every batch; it counts the steps of all images.
+        rows: the row of `target` for each cell, the same for the same edit and sentence; None for a cell at eta 0
+            whose edit has no sentence. By default a cell takes the row with its edit's number.
         size: width and height of the pictures; None for the model's own.
         coarse: low frequencies of the photos (N, C, h, w), by denoiser; required unless `start` is "noise".
         noise: the photos' own noise (N, C, H, W), by denoiser; required if `start` is "inverted".
@@ -129,12 +134,19 @@ def sample(
         raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
     if config.start == "inverted" and noise is None:
         raise ValueError("sampling starts from the photos' own noise, which is not given")
-    wanted = [replace(cell, guidance_scale=_guidance(cell, config)) for cell in cells]
-    photos = {
-        own: replace(own, eta=0.0, strength=1.0, guidance_scale=_guidance(replace(cell, eta=0.0), config))
-        for own, cell in zip(wanted, cells, strict=True)
-        if config.mask and any(strengths(cell.strength))
-    }
+    places = [cell.edit for cell in cells] if rows is None else rows
+    row_of = {(cell.edit, cell.sentence): row for cell, row in zip(cells, places, strict=True) if row is not None}
+    wanted, photos = list[Cell](), dict[Cell, Cell]()
+    for cell in cells:
+        own = replace(cell, guidance_scale=_guidance(cell, config))
+        # At eta 0 no sentence is seen: all sentences of an edit share its photo.
+        photo_guidance = _guidance(replace(cell, eta=0.0), config)
+        photo = replace(own, eta=0.0, strength=1.0, guidance_scale=photo_guidance, sentence=None)
+        if replace(own, sentence=None) == photo:
+            own = photo
+        wanted.append(own)
+        if config.mask and any(strengths(cell.strength)) and (own == photo or (cell.edit, cell.sentence) in row_of):
+            photos[own] = photo
     first = list(dict.fromkeys(photos.values()))
     rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
     ends: dict[Cell, Tensor] = {}
@@ -145,6 +157,7 @@ def sample(
             denoiser=denoiser,
             pack=packs[denoiser.name],
             target=target,
+            row_of=row_of,
             optimized=optimized,
             config=config,
             negative=base.encode_text([config.negative_prompt]).rows(slice(1)),
@@ -173,7 +186,11 @@ class _Renderer:
     denoiser: Denoiser
     pack: AdapterPack | None
     target: Conditioning
+    """e_tgt, a row for each sentence."""
+    row_of: Mapping[tuple[int, str | None], int]
+    """The row of `target` by edit and sentence."""
     optimized: Conditioning
+    """e_opt, a row for each edit."""
     config: SampleConfig
     negative: Conditioning
     """One row."""
@@ -203,12 +220,26 @@ class _Renderer:
             paths = self.render(first[begin : begin + self.config.batch_rows], {}, whole=True)
             # Cells without a mask are rendered in the first batch.
             some = [cell for cell in rest if photos.get(cell) in paths or (cell not in photos and not begin)]
-            needed = dict.fromkeys(photos[cell] for cell in some if cell in photos)
-            kept = {photo: _Photo(paths[photo], self.mask(photo, paths[photo][-1])) for photo in needed}
+            masks: dict[tuple[Cell, str | None], Tensor] = {}
+            kept: dict[Cell, _Photo] = {}
+            for cell in (cell for cell in some if cell in photos):
+                photo = photos[cell]
+                key = photo, cell.sentence
+                if key not in masks:
+                    masks[key] = self.mask(replace(photo, sentence=cell.sentence), paths[photo][-1])
+                kept[cell] = _Photo(paths[photo], masks[key])
             ends |= {photo: path[-1].clone() for photo, path in paths.items()}
-            rendered = self.render(some, {cell: kept[photos[cell]] for cell in some if cell in photos})
+            rendered = self.render(some, kept)
             ends |= {cell: path[-1] for cell, path in rendered.items()}
         return ends
+
+    def _targets(self, cells: Sequence[Cell]) -> Conditioning:
+        """The conditioning that cells go towards, a row for each: e_opt for the photo."""
+        every = Conditioning.cat([self.optimized, self.target])
+        count = self.optimized.count
+        # A cell at eta 0 may have no sentence.
+        rows = [self.row_of.get((cell.edit, cell.sentence)) if cell.eta else None for cell in cells]
+        return every.rows([cell.edit if row is None else count + row for cell, row in zip(cells, rows, strict=True)])
 
     def _extra(self, cells: Sequence[Cell]) -> Conditioning:
         """The conditioning beside the text, a row for each cell."""
@@ -240,8 +271,9 @@ class _Renderer:
         return rendered
 
     def mask(self, photo: Cell, latents: Tensor) -> Tensor:
-        """The mask (1, H, W) of the images of a photo with latents (C, H, W)."""
-        extra, target = self._extra([photo]), self.target.rows([photo.edit])
+        """The mask (1, H, W) of the images under a sentence of a photo with latents (C, H, W)."""
+        extra = self._extra([replace(photo, sentence=None)])
+        target = self.target.rows([self.row_of[photo.edit, photo.sentence]])
         mixed = {n: x for n, x in self.optimized.rows([photo.edit]).items() if self.base.family.text[n].mixed}
         texts = (target | mixed, target)
         rows = min(self.config.batch_rows, 2 * (self.base.most_images or self.config.batch_rows))
@@ -273,13 +305,15 @@ class _Renderer:
         Renders the cell once more with the base alone: no adapter, the sentence's own embedding, a seed's noise.
         """
         shape = self.denoiser.shape(self.size)
+        row = self.row_of.get((cell.edit, cell.sentence))
+        text = self.negative if row is None else self.target.rows([row])
         try:
-            row = self.target.rows([cell.edit]) | self._extra([cell])
-            self.base.check_denoiser(self.denoiser, torch.zeros(shape), row)
+            self.base.check_denoiser(self.denoiser, torch.zeros(shape), text | self._extra([cell]))
         except NonFiniteModelError as error:
             return error
-        base_alone = replace(self, pack=None, optimized=self.target, coarse=None, noise=None, progress=None)
-        sentence = replace(cell, eta=1.0)
+        base_alone = replace(self, pack=None, target=text, optimized=text, coarse=None, noise=None, progress=None)
+        sentence = replace(cell, edit=0, eta=1.0, sentence=None)
+        base_alone.row_of = {(0, None): 0}
         if self.lower is not None:
             base_alone.lower = {sentence: self.lower[cell]}
         if base_alone.render([sentence], {})[sentence].isfinite().all():
@@ -304,14 +338,15 @@ class _Renderer:
         (B, S, C, H, W)."""
         base, config = self.base, self.config
         rows = torch.tensor([cell.edit for cell in cells])
+        optimized = self.optimized.rows(rows)
         scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
         guidance = scales.to(base.device) if scales[0] != 1 else None
         conditions = _Conditions(
             self.pack,
             rows,
             torch.tensor([strengths(cell.strength) for cell in cells]),
-            self.optimized.rows(rows),
-            self.target.rows(rows),
+            optimized,
+            self._targets(cells),
             None if guidance is None else self.negative,
             self._extra(cells),
             base.family.text,

@@ -14,19 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diffusion.schedules import loss_per_edit
 from ..engine.base import BaseModel
-from ..engine.memory import with_fallbacks
 from ..errors import NonFiniteEditError
 from ..families.conditioning import Conditioning
-from ..families.family import Denoiser
+from .losses import BATCH, Draws, in_fewer_rows
 
 PRICE = 0.5
 """Weight of the distance to the photo, against following the sentence."""
 SPAN = (0.2, 0.8)
 """Part of the noise schedule for the losses; near its ends the text hardly matters."""
-BATCH = 32
-"""Most rows at once."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +82,13 @@ def suggest_eta(
     """
     if len(etas) < 2:
         raise ValueError(f"a suggestion needs pictures at two etas or more, found {len(etas)}")
-    generator = torch.Generator().manual_seed(seed)
     denoiser = base.denoisers[0]
-    at = denoiser.schedule.positions(draws, generator, SPAN)
-    noise = torch.randn((draws, *latents.shape[1:]), generator=generator)
-    rows = min(BATCH, max_rows)
+    drawn = Draws(denoiser, tuple(latents.shape[1:]), draws, SPAN, seed)
 
-    def run() -> list[Tensor]:
-        return [_losses(base, denoiser, latents, at, noise, text, rows) for text in (optimized, target)]
+    def run(rows: int) -> list[Tensor]:
+        return [drawn.losses(base, latents, text.expand(len(latents)), rows) for text in (optimized, target)]
 
-    def fewer() -> bool:
-        nonlocal rows
-        if rows == 1:
-            return False
-        rows //= 2
-        base.fall_back(f"{rows} rows at once to suggest an eta")
-        return True
-
-    with base.used():
-        losses = with_fallbacks(run, fewer)
+    losses = in_fewer_rows(base, run, min(BATCH, max_rows), "suggest an eta")
     if not torch.stack(losses).isfinite().all():
         base.check_denoiser(denoiser, latents[0], target)
         raise NonFiniteEditError("the edit's embedding makes the base give NaN or infinity; get the file again")
@@ -120,21 +104,6 @@ def worth(follows: Sequence[float], distance: Sequence[float], price: float = PR
     """The worth of each picture: `follows` less `price` times `distance`, as shares of their ranges."""
     pairs = zip(_shares(follows), _shares(distance), strict=True)
     return [followed - price * left for followed, left in pairs]
-
-
-def _losses(
-    base: BaseModel, denoiser: Denoiser, latents: Tensor, at: Tensor, noise: Tensor, text: Conditioning, most_rows: int
-) -> Tensor:
-    """Mean denoising loss (K,) of each picture's latents over the draws, under one row of conditioning."""
-    pictures, draws = len(latents), len(at)
-    x, epsilon = latents.repeat_interleave(draws, 0), noise.repeat(pictures, 1, 1, 1)
-    positions = at.repeat(pictures)
-    noisy, target = (make(x, epsilon, positions) for make in (denoiser.schedule.noised, denoiser.schedule.target))
-    predicted = [
-        base.predict(denoiser, rows, part, text.expand(len(rows))).float().cpu()
-        for rows, part in zip(noisy.split(most_rows), positions.split(most_rows), strict=True)
-    ]
-    return loss_per_edit(torch.cat(predicted), target, pictures)
 
 
 def _shares(values: Sequence[float]) -> list[float]:

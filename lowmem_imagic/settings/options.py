@@ -63,6 +63,8 @@ class Option:
     """A second flag of one letter."""
     positional: bool = False
     """Whether the command line takes it as a positional argument."""
+    many: bool = False
+    """Whether it may be given several times; its value is then a list."""
 
     @property
     def flag(self) -> str:
@@ -94,8 +96,10 @@ _VRAM_HELP = (
     "[default: the GPU's free memory]"
 )
 _MANIFEST_HELP = "a folder of photos, or a .jsonl, .csv or .json list of photo, sentence, ..."
-_SENTENCE_HELP = "description of the edited picture, unchanged parts included"
+_SENTENCES_HELP = "description of the edited picture, unchanged parts included; several train once, with a row each"
+_LATER_HELP = "description of the edited picture; none or several train an edit to be asked any sentence later"
 _PROMPT_HELP = "another sentence than the one the edit was trained for; nothing is trained"
+_PROMPTS_HELP = f"{_PROMPT_HELP}; several times for a row each"
 _FAILED_HELP = "also items that failed for a lasting reason, such as a bad photo"
 _ADAPT_HELP = (
     f"layers to adapt: {', '.join(ADAPT_TARGETS)}, or a value of peft's target_modules: endings of names "
@@ -122,7 +126,8 @@ _COVER_HELP = "also write the edited picture beside the edit file under its name
 OPTIONS: tuple[Option, ...] = (
     # The files and sentences that a command works on.
     Option("photo", _EDIT + _TRAIN, Kind.PATH, FIRST, "the picture to edit", REQUIRED, positional=True),
-    Option("sentence", _EDIT + _TRAIN, Kind.TEXT, FIRST, _SENTENCE_HELP, REQUIRED, positional=True),
+    Option("sentence", _EDIT, Kind.TEXT, FIRST, _SENTENCES_HELP, REQUIRED, positional=True, many=True),
+    Option("sentence", _TRAIN, Kind.TEXT, FIRST, _LATER_HELP, positional=True, many=True),
     Option("edit_file", (*_OPENING, "inspect"), Kind.PATH, FIRST, "an edit file", REQUIRED, metavar="EDIT",
            positional=True),
     Option("manifest", _BATCH, Kind.PATH, FIRST, _MANIFEST_HELP, REQUIRED, positional=True),
@@ -140,7 +145,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("out", _SHEET, Kind.PATH, FIRST, "PNG to write [default: named after the edit]"),
     Option("out", _BATCH, Kind.PATH, FIRST, "folder that gets a folder for each item", REQUIRED),
     Option("prompt", _BATCH, Kind.TEXT, FIRST, "sentence for items that have none of their own; a folder needs it"),
-    Option("prompt", _SAMPLE, Kind.TEXT, FIRST, _PROMPT_HELP),
+    Option("prompt", _SAMPLE, Kind.TEXT, FIRST, _PROMPTS_HELP, many=True),
     Option("preset", (*_TRAINING, "doctor"), Kind.TEXT, FIRST, f"settings to start from: {', '.join(PRESETS)}",
            "balanced"),
     Option("rows", _SHEET, Kind.TEXT, FIRST, "setting that varies by row: eta, strength, seed or guidance", "seed"),

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from .options import Kind, options_of
 from .presets import SMALL_KEEP, preset
-from .stages import BLOCKS, EditConfig, SampleConfig, Strength, base_problems
+from .stages import BLOCKS, MAX_PICTURES, EditConfig, SampleConfig, Strength, base_problems
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -188,3 +188,17 @@ def check_suggestable(config: SampleConfig) -> None:
     """
     if (count := len(set(config.etas))) < 2:
         raise ConfigError(f"`suggest_eta` chooses among `etas`, found {count}; give two or more, 0 among them")
+
+
+def check_pictures(config: SampleConfig, sentences: int) -> None:
+    """Checks that several sentences do not make more pictures than one may.
+
+    Raises:
+        ConfigError: they do.
+    """
+    count = sentences * len(config.etas) * len(config.seeds)
+    if count > MAX_PICTURES:
+        raise ConfigError(
+            f"{sentences} sentences with {len(config.etas)} `etas` and {len(config.seeds)} `seeds` make {count} "
+            f"pictures, expected at most {MAX_PICTURES}"
+        )

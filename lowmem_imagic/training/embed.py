@@ -5,7 +5,8 @@ Minimises the denoising loss (paper eq. 2)
     ``L(x, e, theta) = E_{t, epsilon} || epsilon - f_theta(x_t, t, e) ||^2``
 
 over the embedding ``e`` alone; the network ``theta`` is frozen. The embedding starts at e_tgt, the target sentence's,
-and ends as e_opt. Few steps keep it close to e_tgt, so that the path between the two remains meaningful.
+and ends as e_opt. Few steps keep it close to e_tgt, so that the path between the two remains meaningful. An edit with
+several sentences, or none, starts at the embedding of a sentence that describes the photo (`sampling.description`).
 """
 
 from ..families.family import Denoiser
@@ -27,7 +28,7 @@ def stage(config: EditConfig, denoiser: Denoiser) -> Stage:
 
 
 def from_sentence(slot: Slot) -> None:
-    """Starts from e_tgt."""
+    """Starts from the start sentence."""
     for name, part in slot.text.items():
         part.copy_(slot.target[name][0])
 

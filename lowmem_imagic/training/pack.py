@@ -52,7 +52,7 @@ class TrainingInput:
     latents: Mapping[str, Tensor]
     """The photo (C, H, W) as each denoiser sees it, by the denoiser's name; fp32 on the CPU."""
     target: Conditioning
-    """e_tgt, one row."""
+    """The start sentence's conditioning, one row; e_tgt for an edit with one sentence."""
     generator: torch.Generator
     """Source of all random draws, on the CPU."""
     start_noise: Mapping[str, Tensor]

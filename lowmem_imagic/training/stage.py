@@ -26,7 +26,7 @@ class Slot:
     number: int
     """Number of the row in `adapters`."""
     target: Conditioning
-    """e_tgt, one row."""
+    """The start sentence's conditioning, one row; e_tgt for an edit with one sentence."""
     generator: torch.Generator
     """Source of the edit's random draws, on the CPU."""
 

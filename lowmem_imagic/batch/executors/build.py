@@ -28,8 +28,7 @@ class OpenBases:
             if model is not None:
                 # The request's revision and configuration are those of its own model.
                 options = replace(options, model=name, revision=None, config_folder=None)
-            sentences = ["a photo", self._request["negative"] or ""]
-            self._opened[name] = open_base(options, self._console, sentences)
+            self._opened[name] = open_base(options, self._console, ["a photo"], self._request["negative"] or "")
         return self._opened[name]
 
 

@@ -3,6 +3,9 @@
 The ledger stays with the driving process: actors receive photos and return files, so the machines need no shared
 folder. Ray restarts a lost actor, and its unfinished items are assigned again; making an item twice does no harm. The
 training of a lost actor is lost too, as training states are not kept across machines.
+
+An actor removes its photos and results when the run ends. If its process was killed, a task on its machine removes
+them: as soon as the driving process learns of the loss, and on all machines at the beginning and at the end of a run.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ... import errors
@@ -29,9 +32,11 @@ from ...errors import (
 )
 from ...unexpected import first_line
 from ..failures import is_of_one_item
+from ..ledger.owner import Owner
 from ..request import Request
 from ..stopping import Stop
 from .executor import Assignment, Claims, Group, OnStep, Outcome
+from .ray_folders import remove_abandoned
 
 MAX_LOSSES = 3
 """Losses of an item's actor after which the item counts as the cause."""
@@ -40,6 +45,7 @@ CHUNK = 16
 _POLL_S = 1.0
 _CONNECT_S = 10.0
 _LEAVE_S = 5.0
+_CLEAN_S = 10.0
 _MOST_BYTES = 107 - 64 - 20
 """Longest path of a temporary folder with which the paths of Ray's sockets stay within the system's limit."""
 _PATIENT = {
@@ -74,6 +80,7 @@ class RayExecutor:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
             import ray
+            import ray.util.scheduling_strategies
         except ImportError as error:
             raise BackendUnavailableError(
                 "`executor=ray` was asked for, but Ray is not installed; install the extra: pip install '.[ray]'"
@@ -94,6 +101,9 @@ class RayExecutor:
             signal.signal(signal.SIGTERM, on_sigterm)
         self._actor, self._handles = actor, list[_ActorHandle]()
         self._lost = Counter[str]()
+        self._cleaning: list[Any] = []
+        # Folders of an earlier run whose driving process was killed.
+        self._clean()
 
     def close(self) -> None:
         """Ends the actors, and disconnects from the cluster."""
@@ -103,6 +113,10 @@ class RayExecutor:
             self._ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
         for handle in self._handles:
             handle.dismiss()
+        # For actors that could not leave, or that were still at work while they left.
+        self._clean([handle.process for handle in self._handles if handle.process is not None])
+        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # no machine left
+            self._ray.wait(self._cleaning, num_returns=len(self._cleaning), timeout=_CLEAN_S)
         self._ray.shutdown()
 
     def __enter__(self) -> "RayExecutor":
@@ -111,21 +125,32 @@ class RayExecutor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _clean(self, ending: Collection[Owner] = ()) -> None:
+        """Lets each machine remove the folders of actors that have ended, see `ray_folders.remove_abandoned`."""
+        task = self._ray.remote(num_cpus=0, max_retries=0)(remove_abandoned)
+        on = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        machines = [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]
+        self._cleaning += [
+            task.options(scheduling_strategy=on(machine, soft=False)).remote(list(ending)) for machine in machines
+        ]
+
     def _actors(self) -> list[Any]:
         """The actors: `workers`, or one for each GPU, or one for each machine of a cluster without GPUs."""
         resources = self._ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if self._request["device"] != "cpu" else 0
-        machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
-        count = self._request["workers"] or gpus or machines
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        count = self._request["workers"] or gpus or len(machines)
         needs: dict[str, float] = {"num_gpus": 1} if gpus else {}
-        needs["num_cpus"] = max(1, int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count)))
+        share = int(resources.get("CPU", 1)) // (count if not gpus else max(gpus, count))
+        # An actor that needs more than any machine has would never start.
+        needs["num_cpus"] = max(1, min(share, max((int(machine.get("CPU", 0)) for machine in machines), default=1)))
         # Two threads: one makes items, one reports progress.
         kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(self._actor)
         return [kind.remote(self._request.as_json()) for _ in range(count)]
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
         """See `Executor`; the first call starts the actors."""
-        self._handles = self._handles or [_ActorHandle(self._ray, one) for one in self._actors()]
+        self._handles = self._handles or [_ActorHandle(self._ray, one, self._clean) for one in self._actors()]
         waiting, assigned, more = deque[Assignment](), 0, True
         while True:
             for handle in self._handles:
@@ -190,12 +215,19 @@ class RayExecutor:
 
 
 class _ActorHandle:
-    """An actor, seen from the driving process."""
+    """An actor, seen from the driving process.
 
-    def __init__(self, ray: Any, actor: Any) -> None:
-        self._ray, self._actor = ray, actor
+    Args:
+        ray: the library.
+        actor: the actor.
+        on_loss: called with the actor's process when it is lost.
+    """
+
+    def __init__(self, ray: Any, actor: Any, on_loss: Callable[[Collection[Owner]], None]) -> None:
+        self._ray, self._actor, self._on_loss = ray, actor, on_loss
         self._greeting: Any = actor.ready.remote()
-        self._greeted = False
+        self.process: Owner | None = None
+        """The actor's last known process."""
         self._stream: Any = None
         self._asked: Any = None
         self._dropped: list[Assignment] = []
@@ -247,8 +279,7 @@ class _ActorHandle:
         """Yields the newly finished items."""
         try:
             if self._greeting is not None and self._ready(self._greeting):
-                self._ray.get(self._greeting)
-                self._greeting, self._greeted = None, True
+                self.process, self._greeting = self._ray.get(self._greeting), None
             self._ask()
             while self._stream is not None and self._ready(self._stream):
                 try:
@@ -261,17 +292,19 @@ class _ActorHandle:
                     yield assignment, result
         except self._ray.exceptions.RayTaskError as error:
             self.failure = first_line(error.cause)
-            if not self._greeted:
+            if self.process is None:
                 raise BackendUnavailableError(f"a worker of the cluster failed: {self.failure}") from None
             # The task failed, the actor still exists.
             self._stream, self.in_training, self._asked = None, [], None
             self._drop()
         except self._ray.exceptions.RayError as error:
-            if not self._greeted and isinstance(error, self._ray.exceptions.ActorDiedError):
+            if self.process is None and isinstance(error, self._ray.exceptions.ActorDiedError):
                 # The actor could not be created, as without the model or the package; Ray does not try again.
                 lines = str(error).strip().splitlines() or ["no reason given"]
                 raise BackendUnavailableError(f"a worker of the cluster cannot start: {lines[-1].strip()}") from None
             self.failure = ""
+            if self.process is not None:
+                self._on_loss([self.process])
             # Ray restarts the actor, here or on another machine; it gets no items until it answers.
             self._stream, self.in_training, self._asked = None, [], None
             self._drop()
@@ -285,7 +318,7 @@ class _ActorHandle:
     def leave(self) -> list[Any]:
         """Tells the actor to remove its files."""
         with contextlib.suppress(self._ray.exceptions.RayError):
-            return [self._actor.leave.remote()] if self._greeted else []
+            return [self._actor.leave.remote()] if self.process is not None else []
         return []
 
     def dismiss(self) -> None:

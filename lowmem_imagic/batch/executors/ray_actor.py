@@ -1,10 +1,6 @@
 """The Ray actor, which runs on the machines of the cluster."""
 
-import hashlib
-import os
-import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,7 @@ from ..request import Request
 from ..stopping import Stop
 from .build import OpenBases, local_executor
 from .executor import Assignment, Group
-
-_PREFIX = "lowmem-imagic-ray"
+from .ray_folders import new_folder
 
 
 class Actor:
@@ -27,16 +22,16 @@ class Actor:
 
     def __init__(self, request: dict[str, Any]) -> None:
         quiet_libraries()
-        self._folder = _new_folder()
+        self._folder = new_folder()
         self._out = request["out"]
         asked, silent = Request.of(request), Silent()
         # Training states are not kept across machines.
         self._executor = local_executor(asked, OpenBases(asked, silent), self._folder, silent, Stop(), save_every=0)
         self._in_training: list[int] = []
 
-    def ready(self) -> str:
-        """Answers with the actor's machine and process, once it is ready."""
-        return f"{platform.node()} {os.getpid()}"
+    def ready(self) -> Owner:
+        """Answers with the actor's process, once it is ready."""
+        return Owner.of_this_process()
 
     def leave(self) -> None:
         """Removes the actor's files, the photos included, before the process is ended."""
@@ -80,14 +75,3 @@ class Actor:
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(out / HIDDEN, ignore_errors=True)
         self._in_training = []
-
-
-def _new_folder() -> Path:
-    """A new temporary folder, named after this process; removes the folders of killed processes."""
-    me = Owner.of_this_process()
-    boot = hashlib.sha256(me.boot.encode()).hexdigest()[:12]
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}-{boot}-*"):
-        pid, started = [*path.name.split("-"), "", ""][4:6]
-        if pid.isdecimal() and Owner(me.host, me.boot, int(pid), started).alive is False:
-            shutil.rmtree(path, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{boot}-{me.pid}-{me.started}-"))

@@ -25,6 +25,8 @@ COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHTS_STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _OF_TOKENIZERS = (".json", ".txt", ".jinja", ".model")
+WORDS = "vocabulary.json"
+"""The file in a model's folder with the words of a base that knows few."""
 MAX_SHARDS = 100
 """Most weight files of one part."""
 
@@ -133,6 +135,16 @@ class Folder:
             f"{self.label} has neither tokenizer/tokenizer.json nor tokenizer/vocab.json with merges.txt; "
             "download it again"
         )
+
+    def words(self) -> dict[str, Any] | None:
+        """The file with the words of a base that knows few (see `families.vocabulary`); None if there is none.
+
+        Raises:
+            IncompleteModelError: it is unreadable.
+        """
+        if not (self.path / WORDS).exists():
+            return None
+        return read_json(self.path / WORDS, self._name(".", WORDS))
 
     @cached_property
     def hashes(self) -> dict[str, str]:

@@ -1,0 +1,85 @@
+"""A photo's description in the base's own words: where stage 1 starts if no single sentence tells it.
+
+A base with a vocabulary (`families.vocabulary`) is asked word by word: of each kind of words the one under which the
+base denoises the photo best, kind after kind. No other network is involved. Any other base starts from `NEUTRAL`.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..engine.base import BaseModel
+from ..families.conditioning import Conditioning
+from ..families.vocabulary import Vocabulary
+from .losses import BATCH, Draws, in_fewer_rows
+
+NEUTRAL = "a photo"
+"""The sentence that fits every photo."""
+DRAWS = 8
+"""(position, noise) draws, the same for every sentence. 7 of 8 photos of the bundled world are described without a
+mistake (docs/quality.md), in 7 seconds of one core."""
+MOST_TOGETHER = 64
+"""Most sentences to choose the first words from."""
+SPAN = (0.2, 0.9)
+"""Part of the noise schedule for the losses; near its ends the text hardly matters."""
+
+Losses = Callable[[Sequence[str]], list[float]]
+"""The base's loss on a photo under each of some sentences."""
+
+
+def describe(base: BaseModel, latents: Tensor, extra: Conditioning, *, seed: int = 0) -> str:
+    """The sentence that describes a photo to the base.
+
+    Args:
+        base: the base, without adapters.
+        latents: the photo (C, H, W) as the first denoiser sees it.
+        extra: that denoiser's conditioning beside the text, one row.
+        seed: seed of the draws.
+
+    Raises:
+        NonFiniteModelError: the base gives NaN or infinity.
+
+    **Memory**: `BATCH` rows, and the text encoder beside the denoisers.
+    """
+    vocabulary = base.family.vocabulary
+    if vocabulary is None:
+        return NEUTRAL
+    draws = Draws(base.denoisers[0], tuple(latents.shape), DRAWS, SPAN, seed)
+
+    def losses(sentences: Sequence[str]) -> list[float]:
+        text = base.encode_text(sentences) | extra.expand(len(sentences))
+        pictures = latents.expand(len(sentences), *latents.shape)
+        values = in_fewer_rows(base, lambda rows: draws.losses(base, pictures, text, rows), BATCH, "describe the photo")
+        if not values.isfinite().all():
+            base.check_denoiser(draws.denoiser, latents, text.rows([0]))
+        return [float(value) for value in values]
+
+    return best_words(vocabulary, losses)
+
+
+def best_words(vocabulary: Vocabulary, losses: Losses) -> str:
+    """The sentence with a word of every kind, those of the least loss.
+
+    The first kinds are chosen together, because the sentences of the base's training have them all; the further ones
+    each by itself beside them.
+    """
+    firsts: list[dict[str, str]] = [{}]
+    further = dict(vocabulary.groups)
+    for name, words in vocabulary.groups.items():
+        if firsts != [{}] and len(firsts) * len(words) > MOST_TOGETHER:
+            break
+        firsts = [{**one, name: word} for one in firsts for word in words]
+        del further[name]
+    chosen = _least(firsts, losses([vocabulary.sentence(one) for one in firsts]))
+    added = [{name: word} for name, words in further.items() for word in words]
+    lost = losses([vocabulary.sentence(chosen | one) for one in added]) if added else []
+    best: dict[str, str] = {}
+    for name in further:
+        numbers = [number for number, one in enumerate(added) if name in one]
+        best |= _least([added[number] for number in numbers], [lost[number] for number in numbers])
+    return vocabulary.sentence(chosen | best)
+
+
+def _least(choices: Sequence[dict[str, str]], losses: Sequence[float]) -> dict[str, str]:
+    """The choice with the least loss."""
+    return min(zip(choices, losses, strict=True), key=lambda pair: pair[1])[0]
