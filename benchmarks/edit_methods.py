@@ -108,11 +108,13 @@ def ours(
         train_s = sample_s = 0.0
         for photo, sentence in zip(photos, sentences, strict=True):
             # Read back, because later runs render the file.
-            started = time.perf_counter()
-            start = described(base, photo) if asked_later else retarget_from or sentence
-            described_s = time.perf_counter() - started
+            start = retarget_from or sentence
+            if asked_later:
+                started = time.perf_counter()
+                start = described(base, photo)
+                train_s += time.perf_counter() - started
             data, seconds = trained(base, Job(as_photo(photo), start), config, edits)
-            train_s += described_s + seconds
+            train_s += seconds
             sizes.append(len(data))
             started = time.perf_counter()
             cells = [Cell(0, eta, SEED, config.sample.strength) for eta in etas]

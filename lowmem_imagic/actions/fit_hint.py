@@ -41,7 +41,7 @@ class Fit:
     change_db: float | None
     """PSNR between the pictures at eta 0 and at the largest eta of 1 or more; None if they were not rendered."""
     embedding_distance: float
-    """``|e_opt - e_tgt| / |e_tgt|``: the change by stage 1."""
+    """``|e_opt - e_start| / |e_start|``, from the start sentence's embedding: the change by stage 1."""
     scheduler_error: float = 0.0
     """Distance of the scheduler's result from the picture if all predictions are exact, as a share of its norm."""
     round_trip_db: float | None = None
@@ -95,7 +95,7 @@ class Fit:
         return {**values, "hint": self.hint}
 
 
-def embedding_distance(optimized: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """``|e_opt - e_tgt| / |e_tgt|`` over all tensors of the embeddings."""
-    e_opt, e_tgt = (torch.cat([part.float().flatten() for part in parts]) for parts in (optimized, target))
-    return float((e_opt - e_tgt).norm() / e_tgt.norm())
+def embedding_distance(optimized: Sequence[Tensor], start: Sequence[Tensor]) -> float:
+    """``|e_opt - e_start| / |e_start|`` over all tensors of the embeddings."""
+    e_opt, e_start = (torch.cat([part.float().flatten() for part in parts]) for parts in (optimized, start))
+    return float((e_opt - e_start).norm() / e_start.norm())

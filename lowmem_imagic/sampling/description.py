@@ -16,8 +16,7 @@ from .losses import BATCH, Draws, in_fewer_rows
 NEUTRAL = "a photo"
 """The sentence that fits every photo."""
 DRAWS = 8
-"""(position, noise) draws, the same for every sentence. 7 of 8 photos of the bundled world are described without a
-mistake (docs/quality.md), in 7 seconds of one core."""
+"""(position, noise) draws, the same for every sentence."""
 MOST_TOGETHER = 64
 """Most sentences to choose the first words from."""
 SPAN = (0.2, 0.9)
