@@ -51,7 +51,7 @@ from tests import calls
 
 pytestmark = pytest.mark.benchmark
 
-PX = 64
+PX = 128
 LEAST_STRANGERS = 0.5
 """Least share of strangers whose ground truth the judge calls good; it reads patterned objects less well than plain."""
 SMALL = preset(
