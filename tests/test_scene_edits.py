@@ -52,7 +52,7 @@ from tests import calls
 pytestmark = pytest.mark.benchmark
 
 PX = 128
-LEAST_STRANGERS = 0.5
+LEAST_STRANGERS = 0.7
 """Least share of strangers whose ground truth the judge calls good; it reads patterned objects less well than plain."""
 SMALL = preset(
     "fast",
