@@ -79,23 +79,6 @@ _SAMPLING: dict[str, Mapping[str, Any]] = {
     "guidance-8": {"guidance_scale": 8.0},
 }
 
-FORMER = {
-    "joint": "embedding-only",
-    "average": "decoder-only",
-    "decay": "average",
-    "hold-10": "guidance-even",
-    "release-30": "hold-10",
-}
-"""Former methods with dropped settings, whose results are kept, each with the preceding method in the tables."""
-
-
-def names() -> list[str]:
-    """The names of all compared methods, former ones included, in the order of the tables."""
-    order = list(compared())
-    for name, before in FORMER.items():
-        order.insert(order.index(before) + 1, name)
-    return order
-
 
 def compared(folder: Path | None = None) -> dict[str, Method]:
     """All methods by name.

@@ -1,12 +1,18 @@
 """Judges whether an edited picture follows its sentence and otherwise keeps the photo.
 
-*success*: the judge (`benchmarks.oracle`) sees every requested attribute. *kept*: it sees every other attribute, the
-position and the size unchanged. *background*: PSNR against the photo outside the edit (`SceneEdit.kept_mask`). A
-picture is *good* if success, kept and a background of `BACKGROUND_DB` hold together.
+*success*: the judge (`benchmarks.oracle`) sees every requested attribute. *kept*: it sees every other attribute with a
+name, the position and the size unchanged; a paint, which has no name, is compared by its mean colour. *background*:
+PSNR against the photo outside the edit (`SceneEdit.kept_mask`). *identity*: the object of a stranger shows its own
+pattern where the ground truth shows it (`benchmarks.identity`). A known object has no pattern, but must be an object:
+it needs `OBJECT_DB` of PSNR inside, against the ground truth. Objects displaced by less than *kept* allows stay above;
+a smear of the right colours, which a judge that saw renders alone may take for one, does not. A picture is *good* if
+success, kept, a background of `BACKGROUND_DB` and identity hold together.
+
+PSNR inside a stranger is reported without a bound: a shift by a pixel costs it more than a lost letter.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,11 +24,18 @@ from skimage.metrics import structural_similarity
 from lowmem_imagic.demo.pictures import to_tensor
 from lowmem_imagic.demo.scene import LYING_SHAPES
 
+from .identity import reader
 from .oracle import WORDS, Attributes, Oracle
-from .scene_edits import SceneEdit
+from .scene_edits import GROUPS, HALVES, KINDS, SceneEdit, rows_of
 
 BACKGROUND_DB = 22.0
 """Least PSNR of the background."""
+OVERLAP = 0.6
+"""Least overlap of a stranger's pattern."""
+OBJECT_DB = 16.0
+"""Least PSNR inside the object of a known photo."""
+PAINT_LEVELS = 32.0
+"""Largest distance, levels of 255, of a paint's mean colour from the ground truth's."""
 PLACE = {"x": 0.25, "z": 0.35}
 """Largest distance, in scene units, of an object's reading from its place: about four mean errors of the judge."""
 RADIUS_SHARE = 0.2
@@ -39,15 +52,29 @@ class Verdict:
     kept: bool
     background_db: float
     """PSNR against the photo outside the edit."""
+    overlap: float | None
+    """Overlap of the pattern with the ground truth's; None for known photos."""
+    object_db: float
+    """PSNR against the ground-truth render, inside the photo's own object there."""
     truth_db: float
     """PSNR against the ground-truth render, everywhere."""
     truth_ssim: float
     """SSIM against the ground-truth render (Wang et al. 2004)."""
 
     @property
+    def background(self) -> bool:
+        """Whether the background is kept."""
+        return self.background_db >= BACKGROUND_DB
+
+    @property
+    def identity(self) -> bool:
+        """Whether a stranger's pattern is kept, or a known object is as the ground truth has it."""
+        return self.object_db >= OBJECT_DB if self.overlap is None else self.overlap >= OVERLAP
+
+    @property
     def good(self) -> bool:
-        """Whether success, kept and background all hold."""
-        return self.success and self.kept and self.background_db >= BACKGROUND_DB
+        """Whether success, kept, background and identity all hold."""
+        return self.success and self.kept and self.background and self.identity
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, rounded."""
@@ -70,17 +97,24 @@ def judge(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.I
     """
     readings = _readings(oracle, items, pictures)
     verdicts = []
-    for item, picture, found in zip(items, pictures, readings, strict=True):
+    for item, picture, reading in zip(items, pictures, readings, strict=True):
         side = picture.width
         edited = np.asarray(picture)
         photo, truth = np.asarray(item.photo_picture(side)), np.asarray(item.truth_picture(side))
-        mask = item.kept_mask(side)
-        success, kept = compare(item, found)
+        mask, inside = item.kept_mask(side), item.object_mask(side)
+        success, kept = compare(item, reading)
+        solid, overlap = item.edited.objects[0], None
+        if solid.pattern:
+            pattern = reader(item.edited, side)
+            overlap = pattern.overlap(edited)
+            kept &= solid.paint is None or pattern.base_error(edited) <= PAINT_LEVELS
         verdicts.append(
             Verdict(
                 success=success,
                 kept=kept,
                 background_db=psnr_db(edited[mask], photo[mask]),
+                overlap=overlap,
+                object_db=psnr_db(edited[inside], truth[inside]),
                 truth_db=psnr_db(edited, truth),
                 truth_ssim=float(structural_similarity(edited, truth, channel_axis=-1, data_range=255)),
             )
@@ -89,12 +123,16 @@ def judge(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.I
 
 
 def compare(item: SceneEdit, found: Sequence[Attributes]) -> tuple[bool, bool]:
-    """(success, kept) of readings of the edited picture's objects, from left to right."""
+    """(success, kept) of readings of the edited picture's objects, from left to right, as far as words go."""
     truth = [Attributes.of(item.edited, index) for index in range(len(item.edited.objects))]
     first = found[0]
     agrees = {name: getattr(first, name) == getattr(truth[0], name) for name in WORDS}
     if truth[0].shape not in LYING_SHAPES:
         del agrees["pose"]
+    if item.edited.objects[0].paint:
+        del agrees["color"]
+    if item.edited.ground:
+        del agrees["floor"]
     in_place = all(abs(getattr(first, axis) - getattr(truth[0], axis)) <= limit for axis, limit in PLACE.items())
     in_place &= abs(first.radius - truth[0].radius) <= RADIUS_SHARE * truth[0].radius
     success = all(agrees.get(name, True) for name in item.asked)
@@ -127,35 +165,84 @@ def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
     return min(99.0, 10 * math.log10(255**2 / error)) if error else 99.0
 
 
-def bootstrap(values: Sequence[float], *, median: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Mean (or median) of a value of each item, with its 95 % percentile bootstrap interval."""
-    measured = np.array(values, float)
-    middle = np.median if median else np.mean
-    draws = np.random.default_rng(seed).integers(len(measured), size=(RESAMPLES, len(measured)))
-    low, high = np.percentile(middle(measured[draws], axis=1), [2.5, 97.5])
+def photo_overlap(item: SceneEdit, picture: Image.Image) -> float | None:
+    """The overlap of a picture at eta 0 with the photo's own pattern; None for a known photo."""
+    pattern = item.photo.objects[0].pattern
+    return reader(item.photo, picture.width).overlap(np.asarray(picture)) if pattern else None
+
+
+def macro(kinds: Sequence[str], values: Sequence[float], *, median: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Mean (or median) of a value within each kind, averaged over the kinds that occur, so that all kinds count alike.
+
+    With its 95 % percentile bootstrap interval; items are drawn again within their kind.
+
+    Args:
+        kinds: the kind of each item.
+        values: the value of each item.
+        median: take medians within kinds.
+        seed: of the draws.
+    """
+    measured, middle, rng = np.array(values, float), np.median if median else np.mean, np.random.default_rng(seed)
+    parts = [measured[np.array(kinds) == kind] for kind in KINDS if kind in kinds]
+    again = [middle(part[rng.integers(len(part), size=(RESAMPLES, len(part)))], axis=1) for part in parts]
+    low, high = np.percentile(np.mean(again, axis=0), [2.5, 97.5])
     return {
-        "value": round(float(middle(measured)), 4),
+        "value": round(float(np.mean([middle(part) for part in parts])), 4),
         "interval_95": [round(float(low), 4), round(float(high), 4)],
         "of": len(measured),
     }
 
 
-def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, Any]:
-    """Mean difference of a value to another method's value on the same items, with its bootstrap interval.
+_SHARES: dict[str, Callable[[Verdict], float]] = {
+    "good": lambda v: v.good,
+    "success": lambda v: v.success,
+    "kept": lambda v: v.kept,
+    "background": lambda v: v.background,
+    "identity": lambda v: v.identity,
+}
+_LEVELS: dict[str, Callable[[Verdict], float]] = {
+    "background_db": lambda v: v.background_db,
+    "object_db": lambda v: v.object_db,
+    "truth_db": lambda v: v.truth_db,
+    "truth_ssim": lambda v: v.truth_ssim,
+}
 
-    Paired, so that the difficulty of items does not widen the interval. Items that only one method has are left out.
-    """
-    return bootstrap([value - theirs[name] for name, value in ours.items() if name in theirs])
 
-
-def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Shares and medians over items, with their intervals."""
+def summary(items: Sequence[SceneEdit], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Shares, medians and the mean overlap (None without patterns), averaged over kinds, with their intervals."""
+    kinds = [item.kind for item in items]
+    overlaps = [verdict.overlap for verdict in verdicts if verdict.overlap is not None]
     return {
-        "good": bootstrap([v.good for v in verdicts]),
-        "success": bootstrap([v.success for v in verdicts]),
-        "kept": bootstrap([v.kept for v in verdicts]),
-        "background": bootstrap([v.background_db >= BACKGROUND_DB for v in verdicts]),
-        "background_db": bootstrap([v.background_db for v in verdicts], median=True),
-        "truth_db": bootstrap([v.truth_db for v in verdicts], median=True),
-        "truth_ssim": bootstrap([v.truth_ssim for v in verdicts], median=True),
+        **{name: macro(kinds, [of(v) for v in verdicts]) for name, of in _SHARES.items()},
+        **{name: macro(kinds, [of(v) for v in verdicts], median=True) for name, of in _LEVELS.items()},
+        # Of a half: either all of its items have patterns or none.
+        "overlap": macro(kinds, overlaps) if len(overlaps) == len(items) else None,
     }
+
+
+def by_half(items: Sequence[SceneEdit], verdicts: Sequence[Verdict], *, kinds: bool = True) -> dict[str, Any]:
+    """`summary` of each half: of all kinds, of rigid and non-rigid kinds, and with `kinds` of each kind."""
+    chosen = {"all": KINDS, **GROUPS} | ({kind: (kind,) for kind in KINDS} if kinds else {})
+    result: dict[str, Any] = {}
+    for half in HALVES:
+        for name, members in chosen.items():
+            if rows := rows_of(items, half=half, kinds=members):
+                part = summary([items[n] for n in rows], [verdicts[n] for n in rows])
+                result.setdefault(half, {})[name] = part
+    return result
+
+
+def difference(
+    kinds: Mapping[str, str], ours: Mapping[str, float], theirs: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """Mean difference of a value to another method's on the same items, averaged over kinds; None without such items.
+
+    Paired, so that the difficulty of items does not widen the interval.
+
+    Args:
+        kinds: the kind of each item, by its name.
+        ours: the values of one method, by the items' names.
+        theirs: those of the other.
+    """
+    both = [name for name in kinds if name in ours and name in theirs]
+    return macro([kinds[name] for name in both], [ours[name] - theirs[name] for name in both]) if both else None

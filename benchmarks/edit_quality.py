@@ -1,10 +1,11 @@
 """Quality of methods that edit photos of the bundled world, judged against ground truth (`benchmarks.scene_edits`).
 
     python -m benchmarks.edit_quality --set validation --method balanced
-    python -m benchmarks.edit_quality --set validation --method full-3e-5 --items 8 --grid grid.png
+    python -m benchmarks.edit_quality --set validation --method full-3e-5 --items 32 --grid grid.png
+    python -m benchmarks.edit_quality --method fast --model DIR --items 16 --out result.json
 
 Each method has one file ``results/edit_quality_SET_METHOD.json`` with a verdict on every item at every eta. A method is
-reported at one eta for all items, chosen on the validation set; the file of the test set names it.
+reported at one eta for all items of both halves, chosen on the validation set; the file of the test set names it.
 """
 
 import argparse
@@ -20,16 +21,17 @@ import torch
 from PIL import Image
 
 from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families import DEMO
 from lowmem_imagic.pictures.letterbox import to_images, to_tensor
 from lowmem_imagic.pictures.png import contact_sheet, encode_png
 from lowmem_imagic.storage.atomic import write_bytes
 
 from .compared import FP32, compared
-from .edit_judge import Verdict, bootstrap, judge, psnr_db, summary
+from .edit_judge import Verdict, by_half, judge, macro, photo_overlap, psnr_db
 from .edit_methods import Method, Outcome
 from .oracle import Oracle
 from .results import RESULTS, provenance, write_result
-from .scene_edits import HARD_KINDS, KINDS, SETS, VALIDATION, SceneEdit, of_kinds
+from .scene_edits import GROUPS, HALVES, SETS, VALIDATION, SceneEdit, rows_of
 from .workers import each
 
 ETAS = (0.0, 0.6, 0.8, 1.0, 1.2)
@@ -46,6 +48,8 @@ class Judged(NamedTuple):
     """Verdicts by eta."""
     reconstruction_db: float
     """PSNR of the picture at eta 0 to the photo's round trip through the autoencoder."""
+    photo_overlap: float | None
+    """Overlap of the photo's pattern at eta 0; None for known photos."""
     passes: int
     train_s: float
     sample_s: float
@@ -56,8 +60,11 @@ class Judged(NamedTuple):
         """Plain values, rounded."""
         return {
             "name": self.item.name,
+            "half": self.item.half,
+            "kind": self.item.kind,
             "sentence": self.item.sentence,
             "reconstruction_db": round(self.reconstruction_db, 3),
+            "photo_overlap": None if self.photo_overlap is None else round(self.photo_overlap, 4),
             "verdicts": {f"{eta:g}": verdict.as_json() for eta, verdict in self.verdicts.items()},
             "passes": self.passes,
             "train_s": round(self.train_s, 3),
@@ -71,8 +78,11 @@ class Judged(NamedTuple):
         return Judged(
             item,
             {float(eta): Verdict.from_json(verdict) for eta, verdict in values["verdicts"].items()},
-            *(values[name] for name in ("reconstruction_db", "passes", "train_s", "sample_s", "edit_bytes")),
+            *(values[name] for name in _PLAIN),
         )
+
+
+_PLAIN = ("reconstruction_db", "photo_overlap", "passes", "train_s", "sample_s", "edit_bytes")
 
 
 def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -> Judged:
@@ -83,6 +93,7 @@ def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -
         item,
         verdicts,
         psnr_db(np.asarray(outcome.pictures[0.0][0]), np.asarray(best)),
+        photo_overlap(item, outcome.pictures[0.0][0]),
         outcome.passes,
         outcome.train_s,
         outcome.sample_s,
@@ -117,9 +128,9 @@ class _Bench(NamedTuple):
 _bench: list[_Bench] = []
 
 
-def _start(method: str, work: Path | None, device: str, weights: str, etas: Sequence[float]) -> None:
+def _start(method: str, model: str, work: Path | None, device: str, weights: str, etas: Sequence[float]) -> None:
     """Loads the base, once in each process."""
-    _bench[:] = [_Bench(BaseModel.load("demo", device=device, weights=weights), compared(work)[method], etas)]
+    _bench[:] = [_Bench(BaseModel.load(model, device=device, weights=weights), compared(work)[method], etas)]
 
 
 def _apply(items: Sequence[SceneEdit]) -> list[Outcome]:
@@ -131,32 +142,31 @@ def _apply(items: Sequence[SceneEdit]) -> list[Outcome]:
 
 
 def report(results: Sequence[Judged], eta: float) -> dict[str, Any]:
-    """The result of one method: the curve along eta, and all figures at the reported `eta`."""
+    """The result of one method: all figures at the reported `eta`, the curve along eta, the photo at eta 0, costs."""
     items = [result.item for result in results]
-    main = [result for result in results if result.item.kind not in HARD_KINDS] or results
     sizes = [result.edit_bytes for result in results if result.edit_bytes is not None]
+    along = along_eta(results)
     return {
         "eta": eta,
-        "at_eta": {
-            "all_but_" + "_and_".join(HARD_KINDS): summary([result.verdicts[eta] for result in main]),
-            "all": summary([result.verdicts[eta] for result in results]),
-            "by_kind": {
-                kind: summary([results[i].verdicts[eta] for i in rows])
-                for kind in KINDS
-                if (rows := of_kinds(items, [kind]))
-            },
-        },
-        "reconstruction_db": bootstrap([result.reconstruction_db for result in results], median=True),
-        "curve": [
-            {"eta": point, **summary([result.verdicts[point] for result in main])} for point in results[0].verdicts
-        ],
+        "at_eta": by_half(items, along[eta]),
+        "curve": [{"eta": point, **by_half(items, verdicts, kinds=False)} for point, verdicts in along.items()],
+        "photo": {half: _photo([results[n] for n in rows]) for half in HALVES if (rows := rows_of(items, half=half))},
         "cost": {
             "passes": results[0].passes,
             "train_s": round(_mean([result.train_s for result in results]), 2),
             "sample_s_per_picture": round(_mean([result.sample_s for result in results]), 3),
             "edit_bytes_mean": round(_mean(sizes)) if sizes else None,
         },
-        "items": [result.as_json() for result in results],
+    }
+
+
+def _photo(results: Sequence[Judged]) -> dict[str, Any]:
+    """The photo at eta 0: PSNR to its round trip, and the overlap of its pattern, None without one."""
+    kinds = [result.item.kind for result in results]
+    overlaps = [result.photo_overlap for result in results if result.photo_overlap is not None]
+    return {
+        "reconstruction_db": macro(kinds, [result.reconstruction_db for result in results], median=True),
+        "overlap": macro(kinds, overlaps) if overlaps else None,
     }
 
 
@@ -169,13 +179,11 @@ def along_eta(results: Sequence[Judged]) -> dict[float, list[Verdict]]:
     return {eta: [result.verdicts[eta] for result in results] for eta in results[0].verdicts}
 
 
-def best_eta(items: Sequence[SceneEdit], verdicts: dict[float, list[Verdict]]) -> float:
-    """The eta with the most good items, without the hard kinds; ties go to the better background."""
-    main = [i for i in range(len(items)) if items[i].kind not in HARD_KINDS] or list(range(len(items)))
+def best_eta(verdicts: Mapping[float, Sequence[Verdict]]) -> float:
+    """The eta with the most good items; ties go to the better background."""
 
     def worth(eta: float) -> tuple[int, float]:
-        found = [verdicts[eta][i] for i in main]
-        return sum(v.good for v in found), sum(v.background_db for v in found)
+        return sum(v.good for v in verdicts[eta]), sum(v.background_db for v in verdicts[eta])
 
     return max((eta for eta in verdicts if eta > 0), key=worth)
 
@@ -203,10 +211,26 @@ def grid(results: Sequence[Judged], pictures: Mapping[str, Image.Image], eta: fl
     cells: list[tuple[str, Image.Image]] = []
     for item, verdicts in ((result.item, result.verdicts) for result in results if result.item.name in pictures):
         made, verdict = pictures[item.name], verdicts[eta]
-        says = "good" if verdict.good else ("" if verdict.success else "not done; ") + f"{verdict.background_db:.0f} dB"
+        says = "good" if verdict.good else "; ".join(_faults(verdict))
         cells.append((item.sentence.removeprefix("a photo of "), item.photo_picture(made.width)))
         cells += [(f"eta {eta:g}: {says}", made), ("ground truth", item.truth_picture(made.width))]
     return contact_sheet(cells, columns=6, title="SceneEdits", footer="", cell_px=128)
+
+
+def _line(part: Mapping[str, Any]) -> str:
+    """The values of a part of a result."""
+    return "  ".join(f"{name} {value['value']:.3g}" for name, value in part.items() if value is not None)
+
+
+def _faults(verdict: Verdict) -> list[str]:
+    """What keeps a picture from being good, in words for a small cell."""
+    faults = {
+        "not done": verdict.success,
+        "not kept": verdict.kept,
+        f"{verdict.background_db:.0f} dB": verdict.background,
+        f"overlap {verdict.overlap or 0:.2f}": verdict.identity,
+    }
+    return [words for words, holds in faults.items() if not holds]
 
 
 def main() -> int:
@@ -214,6 +238,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=sorted(SETS), default=VALIDATION.name, help="the items [validation]")
     parser.add_argument("--method", choices=list(compared()), required=True)
+    parser.add_argument(
+        "--model", default=DEMO, metavar="DIR", help="a diffusers folder; its result goes to --out [the bundled model]"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for trained edits, to keep and to reuse")
     parser.add_argument("--items", type=int, metavar="N", help="only the first N items: a partial run")
     parser.add_argument("--device", default="auto")
@@ -225,6 +252,8 @@ def main() -> int:
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of the items of this run")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here [benchmarks/results]")
     args = parser.parse_args()
+    if args.model != DEMO and args.out is None:
+        parser.error("the committed results are the bundled model's: name a file with --out")
 
     chosen, method = SETS[args.set], compared()[args.method]
     items = [replace(item, in_full=method.in_full) for item in chosen.items()[: args.items]]
@@ -237,7 +266,7 @@ def main() -> int:
             print(f"run --set validation --method {args.method} first: it chooses eta", file=sys.stderr)
             return 2
         etas = tuple(dict.fromkeys((*ETAS, eta)))
-    base, oracle = BaseModel.load("demo", device=args.device, weights=weights), Oracle.load()
+    base, oracle = BaseModel.load(args.model, device=args.device, weights=weights), Oracle.load()
     origin = provenance(base.device)
     facts = {
         "method": args.method,
@@ -263,20 +292,19 @@ def main() -> int:
         return 2
     pictures: dict[float, dict[str, Image.Image]] = {point: {} for point in etas}
 
-    def written() -> float:
-        """Writes the results so far; returns the reported eta."""
+    def written(figures: Mapping[str, Any]) -> None:
+        """Writes the results so far, partial ones without figures: intervals would take longer than an item."""
         done = [results[item.name] for item in items if item.name in results]
-        at = best_eta([result.item for result in done], along_eta(done)) if eta is None else eta
         result = {
             **facts,
-            "partial": len(done) < len(chosen.items()),
+            "partial": not figures or len(done) < len(chosen.items()),
             "earlier_runs": earlier,
             "processes": args.processes,
             "torch_threads": torch.get_num_threads() if args.processes == 1 else 1,
-            **report(done, at),
+            **figures,
+            "items": [result.as_json() for result in done],
         }
         write_result(result_name(args.set, args.method), result, path=path, origin=origin)
-        return at
 
     def take(group: Sequence[SceneEdit], outcomes: Sequence[Outcome]) -> None:
         for item, outcome in zip(group, outcomes, strict=True):
@@ -285,21 +313,23 @@ def main() -> int:
                 pictures[point][item.name] = made[0]
         # Written now and then, so that a stopped run loses little.
         if len(results) % SAVE_EVERY == 0:
-            written()
+            written({})
 
-    start = (args.method, args.work, args.device, weights, etas)
+    start = (args.method, args.model, args.work, args.device, weights, etas)
     missing = [item for item in items if item.name not in results]
     groups = [missing[begin : begin + method.together] for begin in range(0, len(missing), method.together)]
     each(_apply, groups, processes=args.processes, start=_start, args=start, on_result=take)
-    eta = written()
     done = [results[item.name] for item in items]
-    for part, values in report(done, eta)["at_eta"].items():
-        if part != "by_kind":
-            shares = "  ".join(f"{name} {value['value']:.3g}" for name, value in values.items())
-            print(f"{args.method}, eta {eta:g}, {part}: {shares}")
+    at = best_eta(along_eta(done)) if eta is None else eta
+    figures = report(done, at)
+    written(figures)
+    for half, parts in figures["at_eta"].items():
+        for part in ("all", *GROUPS):
+            if part in parts:
+                print(f"{args.method}, eta {at:g}, {half}, {part.replace('_', '-')}: {_line(parts[part])}")
     print(f"result: {path.name}")
     if args.grid:
-        write_bytes(args.grid, encode_png(grid(done, pictures[eta], eta)), overwrite=True)
+        write_bytes(args.grid, encode_png(grid(done, pictures[at], at)), overwrite=True)
     return 0
 
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lowmem_imagic.demo.architecture import SIZE_PX
 from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES, Scene
 from lowmem_imagic.storage.atomic import write_bytes
 from lowmem_imagic.storage.safetensors_writer import serialize
@@ -42,9 +41,11 @@ NUMBERS = ("x", "z", "radius")
 """Attributes that are numbers, in scene units, the network's last outputs."""
 
 CENTER, SPREAD = torch.tensor([0.0, 0.0, 0.7]), torch.tensor([0.6, 0.35, 0.2])
-"""Center and spread of the numbers, so that the network's outputs are of order one."""
-_HALF_PX = 40
-"""Columns of a two-object scene for reading one object: all of it, and as little of the other as possible."""
+"""Of the numbers, so that the network's outputs are of order one."""
+_HALF = 0.625
+"""Share of the columns of a two-object scene shown to read one object: all of it, as little of the other as can be."""
+_PLACE_CHANNELS = 144
+"""What the network knows of each 16 x 16 px."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,14 @@ class Oracle:
     """A trained reader of pictures; see `load` and `read`.
 
     Attributes:
-        report: its settings and accuracy on held-out renders (see `measure`).
-        sha256: hash of its file; None for a newly trained oracle.
+        report: what is known about it: settings and accuracy on held-out renders (see `measure`).
+        sha256: of its file, None where it was just trained.
+        size_px: side of the pictures that it was trained on; others are resized.
     """
 
-    def __init__(self, network: nn.Module, report: dict[str, Any], sha256: str | None = None) -> None:
+    def __init__(self, network: nn.Module, report: dict[str, Any], sha256: str | None = None, *, size_px: int) -> None:
         self._network = network.eval().requires_grad_(False)
-        self.report, self.sha256 = report, sha256
+        self.report, self.sha256, self.size_px = report, sha256, size_px
 
     @staticmethod
     def load(path: Path = ORACLE) -> "Oracle":
@@ -104,29 +106,43 @@ class Oracle:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
             report = json.loads(file.metadata()["report"])
-        network = new_network()
+        # The first linear layer sees each place of a picture.
+        places = tensors["6.weight"].shape[1] // _PLACE_CHANNELS
+        size_px = round(places**0.5) * 16
+        network = new_network(size_px)
         network.load_state_dict(tensors, strict=False)
         missing = {name for name in weights(network) if name not in tensors}
         if missing:
             raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}; train the oracle again")
-        return Oracle(network, report, hashlib.sha256(path.read_bytes()).hexdigest())
+        return Oracle(network, report, hashlib.sha256(path.read_bytes()).hexdigest(), size_px=size_px)
+
+    def state(self) -> dict[str, Any]:
+        """The network's weights, to train it further."""
+        return self._network.state_dict()
 
     def save(self, path: Path) -> None:
         """Writes weights (fp16) and report; equal oracles give equal bytes."""
         write_bytes(path, serialize(weights(self._network), {"report": json.dumps(self.report)}), overwrite=True)
 
     def read(self, images: Tensor) -> list[Attributes]:
-        """The attributes of each picture with one object; images (B, 3, H, W) in [-1, 1], squares of any size."""
-        return self._attributes(_sized(images))
+        """What each picture of one object shows; images (B, 3, H, W) in [-1, 1], squares of any size."""
+        return self._attributes(self._sized(images))
 
     def read_pairs(self, images: Tensor) -> list[tuple[Attributes, Attributes]]:
         """The left and the right object of each picture with two objects; images as for `read`.
 
         The result is a guess for a picture with fewer objects.
         """
-        images = _sized(images)
+        images = self._sized(images)
         left, right = (self._attributes(half(images, side)) for side in (0, 1))
         return list(zip(left, right, strict=True))
+
+    def _sized(self, images: Tensor) -> Tensor:
+        """The pictures at the network's size."""
+        size = (self.size_px, self.size_px)
+        if images.shape[-2:] == size:
+            return images.float().cpu()
+        return F.interpolate(images.float().cpu(), size=size, mode="bilinear", antialias=True)
 
     @torch.no_grad()
     def _attributes(self, views: Tensor) -> list[Attributes]:
@@ -162,8 +178,8 @@ def accuracy(found: Sequence[Attributes], truth: Sequence[Attributes]) -> dict[s
     return shares
 
 
-def new_network() -> nn.Module:
-    """An untrained network: (B, 3, 64, 64) in [-1, 1] to (B, logits of all `WORDS`, then `NUMBERS`)."""
+def new_network(size_px: int) -> nn.Module:
+    """An untrained network: (B, 3, size, size) in [-1, 1] to (B, logits of all `WORDS`, then `NUMBERS`)."""
 
     def block(inputs: int, outputs: int, stride: int) -> nn.Module:
         convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -175,10 +191,10 @@ def new_network() -> nn.Module:
         block(32, 64, 2),
         block(64, 80, 1),
         block(80, 112, 2),
-        block(112, 144, 2),
-        # No pooling over places, as the object's place must be read, too.
+        block(112, _PLACE_CHANNELS, 2),
+        # Kept apart by place: where the object is, is among the questions.
         nn.Flatten(),
-        nn.Linear(144 * (SIZE_PX // 16) ** 2, 160),
+        nn.Linear(_PLACE_CHANNELS * (size_px // 16) ** 2, 160),
         nn.ReLU(),
         nn.Linear(160, outputs),
     )
@@ -199,16 +215,11 @@ def split(outputs: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return dict(zip(WORDS, words, strict=True)), numbers
 
 
-def _sized(images: Tensor) -> Tensor:
-    """The pictures at the network's size."""
-    if images.shape[-2:] == (SIZE_PX, SIZE_PX):
-        return images.float().cpu()
-    return F.interpolate(images.float().cpu(), size=(SIZE_PX, SIZE_PX), mode="bilinear", antialias=True)
-
-
 def half(images: Tensor, side: int) -> Tensor:
     """The pictures with grey over the columns beyond the left (0) or right (1) object."""
-    covered = slice(_HALF_PX, None) if side == 0 else slice(None, SIZE_PX - _HALF_PX)
+    width = images.shape[-1]
+    seen = round(_HALF * width)
+    covered = slice(seen, None) if side == 0 else slice(None, width - seen)
     shown = images.clone()
     shown[..., covered] = 0
     return shown

@@ -1,7 +1,8 @@
 """Draws the plots of ``docs`` from the committed results: ``python -m benchmarks.quality_plots``.
 
 The first is the paper's figure 9 with ground truth in place of CLIP and LPIPS: along eta, the share of successful edits
-against the PSNR of the background. The second shows quality against the size of the edit file.
+against the share that keeps what it must, for known photos and for strangers. The second shows quality against the size
+of the edit file.
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from matplotlib import pyplot
 
 from .compared import FULL_SAMPLED_ALIKE
 from .goals import REPOSITORY
-from .quality_tables import FULL, MAIN, results
-from .scene_edits import TEST, VALIDATION
+from .quality_tables import FULL, results
+from .scene_edits import HALVES, STRANGERS, TEST, VALIDATION
 
 DOCS = REPOSITORY / "docs"
 CURVES = (
@@ -41,34 +42,35 @@ SIZES = (
 """Variants with different contents of the edit file."""
 
 
-def curves(found: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """Success against background along eta, a line for each method; labels are etas."""
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    for name in CURVES:
-        if name not in found:
-            continue
-        points = [point for point in found[name]["curve"] if point["eta"] > 0]
-        x = [point["background_db"]["value"] for point in points]
-        y = [100 * point["success"]["value"] for point in points]
-        [line] = axes.plot(x, y, marker="o", label=name)
-        for point, left, height in zip(points, x, y, strict=True):
-            style = {"fontsize": 7, "color": line.get_color(), "xytext": (4, 4), "textcoords": "offset points"}
-            axes.annotate(f"{point['eta']:g}", (left, height), **style)
-    axes.set_xlabel("median background PSNR to the photo, dB")
-    axes.set_ylabel("edits that show what was asked for, %")
-    axes.legend()
-    axes.grid(alpha=0.3)
+def curves(measured: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Success against background for known photos, and against the pattern's overlap for strangers, along eta."""
+    figure, (known, strangers) = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
+    for axes, half, kept in zip((known, strangers), HALVES, ("background_db", "overlap"), strict=True):
+        for name in (name for name in CURVES if name in measured):
+            points = [point for point in measured[name]["curve"] if point["eta"] > 0]
+            x = [point[half]["all"][kept]["value"] for point in points]
+            y = [100 * point[half]["all"]["success"]["value"] for point in points]
+            [line] = axes.plot(x, y, marker="o", label=name)
+            for point, left, height in zip(points, x, y, strict=True):
+                style = {"fontsize": 7, "color": line.get_color(), "xytext": (4, 4), "textcoords": "offset points"}
+                axes.annotate(f"{point['eta']:g}", (left, height), **style)
+        axes.set_title(half)
+        axes.grid(alpha=0.3)
+    known.set_xlabel("median background PSNR to the photo, dB")
+    strangers.set_xlabel("overlap of the pattern with the ground truth's")
+    known.set_ylabel("edits that show what was asked for, %")
+    known.legend()
     _saved(figure, path)
 
 
 def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """Share of good items against bytes of the edit file; hollow for validation, full for the test set."""
+    """Share of good strangers against bytes of the edit file; hollow for validation, full for the test set."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for number, name in enumerate(name for name in SIZES if name in validation):
         for found, look in ((validation, {"mfc": "white", "alpha": 0.5}), (test, {})):
             if name not in found:
                 continue
-            good = found[name]["at_eta"][MAIN]["good"]
+            good = found[name]["at_eta"][STRANGERS]["all"]["good"]
             low, middle, high = (
                 100 * share for share in (good["interval_95"][0], good["value"], good["interval_95"][1])
             )
@@ -83,7 +85,7 @@ def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str,
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("edit file, kB")
-    axes.set_ylabel("good items, %")
+    axes.set_ylabel("good items among strangers, %")
     axes.grid(alpha=0.3)
     _saved(figure, path)
 
@@ -99,8 +101,8 @@ def main() -> None:
     """Draws every plot that has results."""
     pyplot.switch_backend("agg")
     test, validation = results(TEST.name), results(VALIDATION.name)
-    if found := test or validation:
-        curves(found, DOCS / "quality_curves.png")
+    if measured := test or validation:
+        curves(measured, DOCS / "quality_curves.png")
     if set(SIZES) & set(validation):
         sizes(validation, test, DOCS / "quality_sizes.png")
 

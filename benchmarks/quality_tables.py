@@ -1,31 +1,15 @@
 """Rows of the tables on edit quality, from the committed results of `benchmarks.edit_quality`."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, names
+from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
 from .edit_judge import difference
 from .edit_quality import result_name
 from .results import RESULTS
-from .scene_edits import HARD_KINDS, KINDS, TEST, VALIDATION
+from .scene_edits import GROUPS, HALVES, KINDS, KNOWN, STRANGERS, TEST, VALIDATION
 
-MAIN = "all_but_" + "_and_".join(HARD_KINDS)
-"""Key of a result's figures over all kinds except the hard ones."""
-
-COLUMNS = (
-    "method",
-    "items",
-    "eta",
-    "good (95 %)",
-    "success",
-    "kept",
-    "background",
-    "at eta 0",
-    "passes",
-    "seconds",
-    "edit file",
-)
 NOTHING = ["Not measured yet."]
 """In place of a table without results."""
 FULL = "full-1e-4"
@@ -37,13 +21,11 @@ SHOWN = (
     FULL_SAMPLED_ALIKE,
     "balanced",
     "fast",
-    "small",
     "embedding-only",
     "sdedit",
     UNTRAINED,
-    "sentence-alone",
 )
-"""Methods of the short table, on the test set."""
+"""Methods of the short tables, on the test set."""
 CEILINGS = {
     "the ground truth": "ground_truth",
     "the same through the autoencoder": "round_trip",
@@ -52,175 +34,197 @@ CEILINGS = {
     "`balanced`, told where": "told_where",
 }
 """Parts of the result of `benchmarks.ceiling`, by name in the table."""
+READINGS = {
+    "at half its resolution": "coarse",
+    "15 % darker": "dark",
+    "with the object displaced by less than *kept* allows": "displaced",
+    "replaced by another one": "another",
+    "removed": "removed",
+}
+"""Parts of its measurement of the reader of patterns."""
+_PARTS = ("all", *GROUPS)
+"""Parts of a half: all kinds, rigid ones, non-rigid ones."""
 
 
 def results(items: str) -> dict[str, dict[str, Any]]:
-    """The committed results on a set ("validation" or "test"), by method, in the order of `compared.names`."""
-    found = {}
-    for name in names():
+    """The complete committed results on a set ("validation" or "test"), by method, in the order of `compared`."""
+    complete = {}
+    for name in compared():
         result = _result(result_name(items, name))
-        if result:
-            found[name] = result
-    return found
+        if result and not result["partial"]:
+            complete[name] = result
+    return complete
 
 
-def methods(items: str, names: Iterable[str] | None = None) -> list[str]:
-    """Rows: one per method, with its judgements and costs."""
-    found = results(items)
-    rows = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    if not found:
+def methods(items: str, half: str, names: Iterable[str] | None = None) -> list[str]:
+    """Rows: one per method, with its judgements of a half, and its costs."""
+    measured = results(items)
+    if not measured:
         return NOTHING
-    for name in found if names is None else names:
-        if name not in found:
-            rows.append(f"| `{name}` | | | not measured | | | | | | | |")
-            continue
-        result = found[name]
-        at, cost = result["at_eta"][MAIN], result["cost"]
+    overlap = ("overlap",) if half == STRANGERS else ()
+    at_0 = ("overlap at eta 0",) if half == STRANGERS else ()
+    rows = _head(
+        *("method", "eta", "good (95 %)", "rigid", "non-rigid", "success", "kept", "background", "identity", *overlap),
+        *("inside the object", "at eta 0", *at_0, "passes", "seconds", "edit file"),
+    )
+    for name in measured if names is None else [name for name in names if name in measured]:
+        result = measured[name]
+        parts, cost, photo = result["at_eta"][half], result["cost"], result["photo"][half]
+        at = parts["all"]
         seconds = cost["train_s"] + len(result["curve"]) * cost["sample_s_per_picture"]
+        cells = [f"`{name}`", f"{result['eta']:g}", *(_share(parts[part]["good"]) for part in _PARTS)]
+        cells += [_percent(at[word]) for word in ("success", "kept")] + [_db(at["background_db"])]
+        cells += [_percent(at["identity"])] + ([f"{at['overlap']['value']:.2f}"] if overlap else [])
+        cells += [_db(at["object_db"]), _db(photo["reconstruction_db"])]
+        cells += [f"{photo['overlap']['value']:.2f}"] if at_0 else []
         size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"
-        rows.append(
-            f"| `{name}` | {at['good']['of']} {items} | {result['eta']:g} | {_share(at['good'])} "
-            f"| {100 * at['success']['value']:.0f} % | {100 * at['kept']['value']:.0f} % "
-            f"| {at['background_db']['value']:.1f} dB | {result['reconstruction_db']['value']:.1f} dB "
-            f"| {cost['passes']} | {seconds:.0f} | {size} |"
-        )
+        rows.append(_row(*cells, cost["passes"], f"{seconds:.0f}", size))
     return rows
 
 
-def kinds(items: str, names: Iterable[str]) -> list[str]:
+def kinds(items: str, half: str) -> list[str]:
     """Rows: one per kind of edit, with the shares of good items of some methods."""
-    found = {name: result for name, result in results(items).items() if name in set(names)}
-    if not found:
+    measured = {name: result for name, result in results(items).items() if name in SHOWN}
+    if not measured:
         return NOTHING
-    rows = ["| kind | " + " | ".join(f"`{name}`" for name in found) + " |", "|---" * (1 + len(found)) + "|"]
+    rows = _head("kind", *(f"`{name}`" for name in measured))
     for kind in KINDS:
-        shares = [result["at_eta"]["by_kind"][kind]["good"] for result in found.values()]
-        rows.append(f"| {kind} | " + " | ".join(f"{100 * share['value']:.0f} %" for share in shares) + " |")
+        rows.append(_row(kind, *(_percent(result["at_eta"][half][kind]["good"]) for result in measured.values())))
     return rows
 
 
-def readme() -> list[str]:
-    """The short table: the test set; until it is measured, the validation set."""
-    items = TEST.name if results(TEST.name) else VALIDATION.name
-    return methods(items, [name for name in SHOWN if name in results(items)])
+def curve(items: str = TEST.name) -> list[str]:
+    """Rows: good items along eta of some methods, in both halves."""
+    measured = {name: result for name, result in results(items).items() if name in SHOWN}
+    if not measured:
+        return NOTHING
+    etas = sorted({point["eta"] for result in measured.values() for point in result["curve"]})
+    rows = _head("method", "half", *(f"eta {eta:g}" for eta in etas))
+    for name, result in measured.items():
+        points = {point["eta"]: point for point in result["curve"]}
+        for half in HALVES:
+            shares = [_percent(points[eta][half]["all"]["good"]) if eta in points else "" for eta in etas]
+            rows.append(_row(f"`{name}`", half, *shares))
+    return rows
 
 
-def test() -> list[str]:
-    """All results on the test set."""
-    return methods(TEST.name)
-
-
-def validation() -> list[str]:
-    """The table for choosing the defaults."""
-    return methods(VALIDATION.name)
-
-
-def by_kind() -> list[str]:
-    """The table of kinds, on the test set."""
-    return kinds(TEST.name, SHOWN)
+def differences(items: str = TEST.name) -> list[str]:
+    """Rows: good items of `balanced` less those of other methods, on the same items."""
+    measured = results(items)
+    ours, others = measured.get("balanced"), [name for name in SHOWN if name in measured and name != "balanced"]
+    if ours is None or not others:
+        return NOTHING
+    rows = _head("`balanced` less", *(f"{half}, {part.replace('_', '-')}" for half in HALVES for part in _PARTS))
+    for name in others:
+        gaps = [_gap(ours, measured[name], half, part) for half in HALVES for part in _PARTS]
+        rows.append(_row(f"`{name}`", *("" if gap is None else _points(gap) for gap in gaps)))
+    return rows
 
 
 def goals(items: str = TEST.name) -> list[str]:
     """Rows: goals, and the results on a set."""
-    found = results(items)
-    if not found:
+    measured = results(items)
+    balanced, full = measured.get("balanced"), measured.get(FULL)
+    if balanced is None:
         return NOTHING
-    rows = ["| | goal | measured |", "|---|---|---|"]
+    rows = _head("", "goal", "measured")
 
-    def row(name: str, goal: str, measured: str | None, passed: bool | None = None) -> None:
+    def row(name: str, goal: str, value: str | None, passed: bool | None = None) -> None:
         missed = " (missed)" if passed is False else ""
-        rows.append(f"| {name} | {goal} | {'not measured' if measured is None else measured + missed} |")
+        rows.append(_row(name, goal, "not measured" if value is None else value + missed))
 
-    balanced, full, fp32 = (found.get(name) for name in ("balanced", FULL, "balanced-fp32"))
-    if balanced:
-        good = balanced["at_eta"][MAIN]["good"]
-        row("good items, `balanced`", "at least 60 %", _share(good), good["value"] >= 0.6)
-        db = balanced["reconstruction_db"]["value"]
-        row("picture at eta 0 to the photo's round trip, median", "at least 24 dB", f"{db:.1f} dB", db >= 24)
-    name, goal = "good items, `balanced` less full fine-tuning", "at least 0, the interval not below"
-    if balanced and full:
-        gap = difference(_good(balanced), _good(full))
-        row(f"{name}, same {gap['of']} items", goal, _points(gap), gap["value"] >= 0)
-    else:
-        row(name, goal, None)
-    alike = found.get(FULL_SAMPLED_ALIKE)
-    if balanced and alike:
-        gap = difference(_good(balanced), _good(alike))
-        row(f"the same, full fine-tuning sampled as `balanced` is, {gap['of']} items", "", _points(gap))
-    untrained = found.get(UNTRAINED)
-    if balanced and untrained:
-        gap = difference(_good(balanced), _good(untrained))
-        row(f"the same, `{UNTRAINED}`, which trains nothing, {gap['of']} items", "", _points(gap))
+    for name, least in ((UNTRAINED, 25), (FULL, 10)):
+        gap = _gap(balanced, measured[name], STRANGERS, "all") if name in measured else None
+        passed = None if gap is None else 100 * gap["value"] >= least and gap["interval_95"][0] > 0
+        goal = f"at least +{least} points, interval above 0"
+        row(f"good, strangers: `balanced` less `{name}`", goal, None if gap is None else _points(gap), passed)
+    good = balanced["at_eta"][KNOWN]["all"]["good"]
+    row("good, known: `balanced`", "at least 60 %", _share(good), good["value"] >= 0.6)
+    for half in HALVES:
+        success = balanced["at_eta"][half]["non_rigid"]["success"]
+        row(f"success, non-rigid kinds, {half}", "at least 80 %", _share(success), success["value"] >= 0.8)
+    overlap = balanced["photo"][STRANGERS]["overlap"]
+    row("overlap at eta 0, strangers", "at least 0.8", _number(overlap), overlap["value"] >= 0.8)
     of_full = full["cost"]["passes"] if full else (FULL_EMBED_STEPS + FULL_STEPS) * FULL_DRAWS
     for name, share in (("balanced", 4), ("fast", 10)):
-        if name in found:
-            passes = found[name]["cost"]["passes"]
-            row(
-                f"passes, `{name}` of full fine-tuning's",
-                f"at most 1/{share}",
-                f"{passes} of {of_full}",
-                passes * share <= of_full,
-            )
-    packed = found.get("balanced-packed")
-    if balanced and packed:
-        gap = difference(_good(packed), _good(balanced))
-        low, high = gap["interval_95"]
-        row("good items, trained in a pack less alone", "0 within the interval", _points(gap), low <= 0 <= high)
-    if balanced and fp32:
-        gap = difference(_good(balanced), _good(fp32))
-        row("good items, 8-bit base less fp32 base", "within 2 points", _points(gap), abs(gap["value"]) <= 0.02)
+        if name in measured:
+            passes = measured[name]["cost"]["passes"]
+            value = f"{passes} of {of_full}"
+            row(f"passes, `{name}` of full fine-tuning's", f"at most 1/{share}", value, passes * share <= of_full)
+    packed, fp32 = (measured.get(name) for name in ("balanced-packed", "balanced-fp32"))
+    for half in HALVES:
+        if packed and (gap := _gap(packed, balanced, half, "all")):
+            low, high = gap["interval_95"]
+            row(f"good, {half}: trained in a pack less alone", "0 within the interval", _points(gap), low <= 0 <= high)
+        if fp32 and (gap := _gap(balanced, fp32, half, "all")):
+            within = abs(gap["value"]) <= 0.02
+            row(f"good, {half}: 8-bit base less fp32 base", "within 2 points", _points(gap), within)
     return rows
 
 
-def goals_on_validation() -> list[str]:
-    """The same on the validation set."""
-    return goals(VALIDATION.name)
-
-
 def ceiling() -> list[str]:
-    """Rows: good items for the ground truth, for edits with more knowledge, and for the sentence alone."""
-    found = _result("edit_ceiling")
-    rows = ["| picture | validation | test |", "|---|---|---|"]
-    sets = (VALIDATION.name, TEST.name)
-    shares = {name: [found.get(items, {}).get(what) for items in sets] for name, what in CEILINGS.items()}
-    for name, method in (("`balanced`, as it is", "balanced"), ("the sentence alone", "sentence-alone")):
-        shares[name] = [results(items).get(method, {}).get("at_eta", {}).get(MAIN) for items in sets]
-    for name, values in shares.items():
-        cells = (
-            f"{_share(value['good'])}; success {100 * value['success']['value']:.0f} %" if value else ""
-            for value in values
-        )
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return rows if any(any(values) for values in shares.values()) else NOTHING
+    """Rows: good items for the ground truth, and for edits with more knowledge; the reader of patterns itself."""
+    measured = _result("edit_ceiling")
+    if not measured:
+        return NOTHING
+    columns = [(items, half) for items in (VALIDATION.name, TEST.name) for half in HALVES]
+    rows = _head("picture", *(f"{items}, {half}" for items, half in columns))
+
+    def cell(part: Mapping[str, Any] | None) -> str:
+        return "" if part is None else f"{_share(part['all']['good'])}; success {_percent(part['all']['success'])}"
+
+    for name, what in CEILINGS.items():
+        rows.append(_row(name, *(cell(measured.get(items, {}).get(what, {}).get(half)) for items, half in columns)))
+    balanced = [results(items).get("balanced", {}).get("at_eta", {}).get(half) for items, half in columns]
+    rows.append(_row("`balanced`, as it is", *map(cell, balanced)))
+    for name, what in READINGS.items():
+        parts = [measured.get(items, {}).get("patterns", {}).get(what) for items, _ in columns]
+        cells = [
+            f"identity {_percent(part['identity'])}; overlap {part['overlap']['value']:.2f}"
+            if part and half == STRANGERS
+            else ""
+            for part, (_, half) in zip(parts, columns, strict=True)
+        ]
+        rows.append(_row(f"the pattern of the ground truth, {name}", *cells))
+    return rows
 
 
 def suggestion() -> list[str]:
     """Rows: good items at the suggested eta, at one eta for all, and at each item's best eta."""
-    rows = ["| eta | validation | test |", "|---|---|---|"]
-    found = [_result(f"suggestion_{items}") for items in (VALIDATION.name, TEST.name)]
-    if not any(found):
+    measured = {items: _result(f"suggestion_{items}") for items in (VALIDATION.name, TEST.name)}
+    if not any(measured.values()):
         return NOTHING
-    names = list(next((result["suggested"] for result in found if result), {}))
-    shares: dict[str, list[Any]] = {
-        "one for all": [result.get("fixed") for result in found],
-        **{
-            f"suggested, price {price}": [result.get("suggested", {}).get(price) for result in found] for price in names
-        },
-        "the best of each": [result.get("best_of_each") for result in found],
+    columns = [(items, half) for items in measured for half in HALVES]
+    rows = _head("eta", *(f"{items}, {half}" for items, half in columns))
+    prices = next(list(result[KNOWN]["suggested"]) for result in measured.values() if result)
+
+    etas = {
+        "one for all": ("fixed",),
+        **{f"suggested, price {price}": ("suggested", price) for price in prices},
+        "the best of each": ("best_of_each",),
     }
-    for name, values in shares.items():
-        rows.append(f"| {name} | " + " | ".join("" if value is None else _share(value) for value in values) + " |")
+    for name, keys in etas.items():
+        cells = []
+        for items, half in columns:
+            value: Any = measured[items].get(half)
+            for key in keys if value else ():
+                value = value[key]
+            cells.append(_share(value) if value else "")
+        rows.append(_row(name, *cells))
     return rows
 
 
-def _good(result: dict[str, Any]) -> dict[str, float]:
-    """Whether each item is good at the eta of the result, by name, without the hard kinds."""
+def _gap(ours: Mapping[str, Any], theirs: Mapping[str, Any], half: str, part: str) -> dict[str, Any] | None:
+    """Good items of one result less those of another, in a part of a half; None without common items."""
+    members = GROUPS.get(part, KINDS)
+    asked = {i["name"]: i["kind"] for i in ours["items"] if i["half"] == half and i["kind"] in members}
+    return difference(asked, *(_good(result) for result in (ours, theirs)))
+
+
+def _good(result: Mapping[str, Any]) -> dict[str, float]:
+    """Whether each item is good at the eta of the result, by name."""
     eta = f"{result['eta']:g}"
-    return {
-        item["name"]: float(item["verdicts"][eta]["good"])
-        for item in result["items"]
-        if item["name"].split("-")[0] not in HARD_KINDS
-    }
+    return {item["name"]: float(item["verdicts"][eta]["good"]) for item in result["items"]}
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -228,11 +232,32 @@ def _result(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _share(value: dict[str, Any]) -> str:
+def _head(*columns: str) -> list[str]:
+    return [_row(*columns), "|---" * len(columns) + "|"]
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _percent(value: Mapping[str, Any]) -> str:
+    return f"{100 * value['value']:.0f} %"
+
+
+def _db(value: Mapping[str, Any]) -> str:
+    return f"{value['value']:.1f} dB"
+
+
+def _number(value: Mapping[str, Any]) -> str:
+    low, high = value["interval_95"]
+    return f"{value['value']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _share(value: Mapping[str, Any]) -> str:
     low, high = value["interval_95"]
     return f"{100 * value['value']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def _points(value: dict[str, Any]) -> str:
+def _points(value: Mapping[str, Any]) -> str:
     low, high = value["interval_95"]
     return f"{100 * value['value']:+.1f} points ({100 * low:+.0f} to {100 * high:+.0f})"

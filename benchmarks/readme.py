@@ -7,6 +7,7 @@ of this module, so that every number in a table was measured.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from lowmem_imagic.settings.presets import PRESETS, preset
@@ -14,6 +15,7 @@ from lowmem_imagic.settings.presets import PRESETS, preset
 from . import quality_tables
 from .goals import REPOSITORY
 from .results import RESULTS
+from .scene_edits import HALVES, TEST, VALIDATION
 
 USES = {
     "balanced": "default",
@@ -45,7 +47,7 @@ def measured() -> list[str]:
     rows += [_engine_row(line) for line in _result("gpu").get("lines", []) if None not in (line["goal"], line["value"])]
     for part in ("overhead", "ray", "soak", "tedbench"):
         rows += [_engine_row(line) for line in _result(f"batch_{part}").get("lines", []) if line["goal"] is not None]
-    return rows + list(_crash_rows()) + _quality_rows(_result("demo_quality"))
+    return rows + list(_crash_rows()) + _quality_rows(_result("demo_quality")) + _base_rows(_result("demo_base"))
 
 
 def _crash_rows() -> Iterator[str]:
@@ -116,6 +118,13 @@ def _quality_rows(result: dict[str, Any]) -> list[str]:
             f"| bundled model: {name} right where the caption names it ({part['of']} captions) "
             f"| {100 * part['share']:.1f} %{missed} | {goal} |"
         )
+    pairs = (result["samples"]["two_objects"] or {}).get("shape_color_and_floor", {})
+    if "target" in pairs:
+        missed = "" if pairs["passed"] else " (missed)"
+        rows.append(
+            f"| bundled model: both objects and the floor as named ({pairs['of']} captions) "
+            f"| {100 * pairs['share']:.1f} %{missed} | at least {100 * pairs['target']:.0f} % |"
+        )
     missed = "" if vae["passed"] else " (missed)"
     rows.append(
         f"| bundled autoencoder, mean PSNR on {vae['scenes']} held-out scenes "
@@ -130,24 +139,52 @@ def _quality_rows(result: dict[str, Any]) -> list[str]:
     return rows
 
 
+def _base_rows(result: dict[str, Any]) -> list[str]:
+    """Rows about any picture, and about patterns, in the bundled autoencoder."""
+    rows = []
+    for name, words in (("photographs", "photographs"), ("strangers", "scenes with strangers")):
+        if part := result.get(name):
+            missed = "" if part["passed"] else " (missed)"
+            figure = f"bundled autoencoder, mean PSNR on {part['pictures']} {words}"
+            rows.append(f"| {figure} | {part['mean_db']:.1f} dB{missed} | at least {part['target_db']:.0f} dB |")
+    if part := result.get("overlap"):
+        missed = "" if part["passed"] else " (missed)"
+        figure = f"bundled autoencoder, overlap of {part['patterns']} patterns with those of the renders"
+        rows.append(f"| {figure} | {part['mean']:.2f}{missed} | at least {part['target']:.2f} |")
+    return rows
+
+
 Table = Callable[[], list[str]]
+
+
+def by_half(name: str, table: Callable[..., list[str]], items: str, **arguments: Any) -> dict[str, Table]:
+    """A table for each half of SceneEdits."""
+    return {f"{name}, {half}": partial(table, items, half, **arguments) for half in HALVES}
+
 
 DOCUMENTS: dict[str, dict[str, Table]] = {
     "README.md": {},
     "docs/guide.md": {"presets": presets},
-    "docs/measured.md": {"measured": measured, "quality": quality_tables.readme},
+    "docs/measured.md": {
+        "measured": measured,
+        **{
+            f"quality, {half}": partial(quality_tables.methods, TEST.name, half, quality_tables.SHOWN)
+            for half in HALVES
+        },
+    },
     "docs/batch.md": {},
     "docs/memory.md": {},
     "docs/edit_file.md": {},
     "docs/limits.md": {},
     "docs/architecture.md": {},
     "docs/quality.md": {
-        "ceiling": quality_tables.ceiling,
-        "test": quality_tables.test,
-        "kinds": quality_tables.by_kind,
         "goals": quality_tables.goals,
-        "validation": quality_tables.validation,
-        "goals on validation": quality_tables.goals_on_validation,
+        **by_half("test", quality_tables.methods, TEST.name),
+        "differences": quality_tables.differences,
+        "curve": quality_tables.curve,
+        **by_half("kinds", quality_tables.kinds, TEST.name),
+        "ceiling": quality_tables.ceiling,
+        **by_half("validation", quality_tables.methods, VALIDATION.name),
         "suggestion": quality_tables.suggestion,
     },
     "docs/other_programs.md": {"recipe": recipe, "diffusers": versions_of_diffusers},

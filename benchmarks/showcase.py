@@ -1,7 +1,8 @@
 """Draws the README's picture of edits: ``python -m benchmarks.showcase``, about two minutes on two cores.
 
-Six scenes fixed before any was tried, default settings, seed 0; not selected. Each row is a photo, its edit along eta,
-and the ground truth: the same scene rendered with the edit applied.
+Six scenes fixed before any was tried, default settings, seed 0; not selected. The last three have details that the
+bundled model has no words for, and the sentence says nothing of them. Each row is a photo, its edit along eta, and the
+ground truth: the same scene rendered with the edit applied.
 """
 
 from pathlib import Path
@@ -25,10 +26,10 @@ ETAS = (0.0, 0.6, 0.8, 1.0)
 EDITS = (
     ("a large red rubber cube on a wooden floor", 5, {"color": "blue"}),
     ("a large yellow rubber sphere on a grass floor", 8, {"shape": "cube"}),
-    ("a large green rubber cone on a tiled floor", 2, {"color": "orange"}),
-    ("a large blue rubber cylinder on a stone floor", 9, {"shape": "sphere"}),
     ("a large purple metal sphere on a tiled floor", 4, {"floor": "grass"}),
-    ("a large white rubber cube on a grass floor", 6, {"floor": "stone"}),
+    ("a large white rubber cube with purple stripes on a grass floor", 6, {"floor": "stone"}),
+    ("a large green rubber cone with orange rings on a tiled floor", 2, {"color": "blue"}),
+    ("a large blue rubber cylinder with a letter H on a stone floor in front of a wall", 9, {"shape": "sphere"}),
 )
 """Scene, its seed, and the attributes that the sentence changes."""
 

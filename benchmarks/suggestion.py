@@ -21,12 +21,12 @@ from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.sampling.suggestion import PRICE, Suggestion, suggest_eta, worth
 from lowmem_imagic.settings.presets import preset
 
-from .edit_judge import Verdict, bootstrap, judge
+from .edit_judge import Verdict, judge, macro
 from .edit_methods import SEED, as_photo, embeds, trained
 from .edit_quality import ETAS, best_eta
 from .oracle import Oracle
 from .results import provenance, write_result
-from .scene_edits import HARD_KINDS, SETS, VALIDATION, SceneEdit
+from .scene_edits import HALVES, SETS, VALIDATION, SceneEdit, rows_of
 
 PRICES = (0.0, 0.25, PRICE, 0.75, 1.0)
 
@@ -59,21 +59,26 @@ def report(
     verdicts: Mapping[float, Sequence[Verdict]],
     fixed: float,
 ) -> dict[str, Any]:
-    """Shares of good items, the hard kinds left out."""
-    main = [number for number, item in enumerate(items) if item.kind not in HARD_KINDS]
+    """Shares of good items of each half, averaged over kinds, and every item's suggestion."""
+    best = [max(ETAS[1:], key=lambda eta, number=number: verdicts[eta][number].good) for number in range(len(items))]
+    chosen = {f"{price:g}": [_at_price(suggestion, price) for suggestion in suggestions] for price in PRICES}
 
-    def share(etas: Sequence[float]) -> dict[str, Any]:
-        return bootstrap([verdicts[eta][number].good for number, eta in zip(main, etas, strict=True)])
+    def shares(rows: Sequence[int]) -> dict[str, Any]:
+        def share(etas: Sequence[float]) -> dict[str, Any]:
+            return macro([items[n].kind for n in rows], [verdicts[etas[n]][n].good for n in rows])
 
-    chosen = {price: [_at_price(suggestions[number], price) for number in main] for price in PRICES}
-    best = [max(ETAS[1:], key=lambda eta, number=number: verdicts[eta][number].good) for number in main]
+        return {
+            "fixed": share([fixed] * len(items)),
+            "best_of_each": share(best),
+            "suggested": {price: share(etas) for price, etas in chosen.items()},
+        }
+
     return {
-        "fixed": {"eta": fixed, **share([fixed] * len(main))},
-        "best_of_each": share(best),
-        "suggested": {f"{price:g}": share(etas) for price, etas in chosen.items()},
+        "eta": fixed,
+        **{half: shares(rows) for half in HALVES if (rows := rows_of(items, half=half))},
         "items": [
-            {"name": items[number].name, "suggestion": suggestions[number].as_json(), "best": eta}
-            for number, eta in zip(main, best, strict=True)
+            {"name": item.name, "suggestion": suggestion.as_json(), "best": eta}
+            for item, suggestion, eta in zip(items, suggestions, best, strict=True)
         ],
     }
 
@@ -97,12 +102,13 @@ def main() -> None:
     base = BaseModel.load("demo", device=args.device)
     origin = provenance(base.device)
     suggestions, verdicts = suggested(base, Oracle.load(), items, args.work)
-    fixed = best_eta(items, verdicts) if args.eta is None else args.eta
+    fixed = best_eta(verdicts) if args.eta is None else args.eta
     result = report(items, suggestions, verdicts, fixed)
-    for name in ("fixed", "best_of_each"):
-        print(f"{name}: {result[name]}")
-    for price, share in result["suggested"].items():
-        print(f"suggested at price {price}: {share}")
+    for half in HALVES:
+        for name in ("fixed", "best_of_each"):
+            print(f"{half}, {name}: {result[half][name]}")
+        for price, share in result[half]["suggested"].items():
+            print(f"{half}, suggested at price {price}: {share}")
     written = write_result(f"suggestion_{args.set}", {"set": args.set, **result}, origin=origin)
     print(f"result: {written.name}")
 

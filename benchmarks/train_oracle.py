@@ -1,12 +1,14 @@
 """Trains the judge (`benchmarks.oracle`): ``python -m benchmarks.train_oracle --out benchmarks/oracle.safetensors``.
 
-Renders are degraded in training (smoothing, noise, blotches, brightness) because judged pictures come from an
-autoencoder. The same seed on the same machine with the same number of threads gives the same file.
+Renders are degraded in training (smoothing, noise, blotches, brightness) because pictures to judge come from an
+autoencoder. Half of the scenes have details without a name, above all strange patterns: the judge must read what has a
+name whatever else there is.
 """
 
 import argparse
+import math
 import os
-import tempfile
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
-from lowmem_imagic.demo.architecture import SIZE_PX
-from lowmem_imagic.demo.pictures import rendered, scene_at, to_tensor
+from lowmem_imagic.demo.batch_render import render_batch
+from lowmem_imagic.demo.pictures import CHUNK, packed, prepared, scene_at, to_tensor
 from lowmem_imagic.demo.scene import LYING_SHAPES, Scene
+from lowmem_imagic.demo.strangers import FAMILIAR, STRANGE
 
 from .oracle import (
     CENTER,
@@ -37,54 +40,87 @@ from .oracle import (
 )
 
 SCENE_SEED = 1
-"""Seed of the oracle's scenes; the bundled model is trained on 0, 4 and 7."""
+"""Seed of the oracle's scenes; no model is trained on it."""
+SIZE_PX = 64
+"""Side of its pictures: everything with a name is seen at this size, whatever the size of the judged picture."""
+RATE, RATE_AGAIN = 3e-3, 1e-3
+"""Highest learning rates of a new judge, and of one that is trained further."""
+DETAILED_SHARE, STRANGE_SHARE = 0.5, 0.75
+"""Scenes with details without a name, and those of them with the strangers' vocabulary."""
 _UNSEEN = -100
-"""Label of an invisible pose; cross-entropy's default for ignored labels."""
+"""Label of what cannot be seen, or has no name; cross-entropy's own default for "leave out"."""
+
+
+def judged_scene_at(seed: int, index: int) -> Scene:
+    """Scene number `index` of the judge's, known ones and strangers."""
+    scene, rng = scene_at(seed, index), random.Random(f"{seed}/{index}/details")
+    if rng.random() > DETAILED_SHARE:
+        return scene
+    vocabulary = STRANGE if rng.random() < STRANGE_SHARE else FAMILIAR
+    return scene.with_details(rng, vocabulary, pattern=0.9, paint=0.2, ground=0.15, screen=0.25, prop=0.25)
+
+
+def prepare(seed: int, chunk: int) -> tuple[list[Scene], np.ndarray]:
+    """The scenes of a chunk, and packed."""
+    scenes = [judged_scene_at(seed, index) for index in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
+    return scenes, packed(scenes)
 
 
 def train_oracle(
-    pictures: np.ndarray, scenes: Sequence[Scene], *, epochs: int, batch: int = 64, seed: int = 0
+    pictures: Tensor,
+    scenes: Sequence[Scene],
+    *,
+    steps: int,
+    batch: int = 64,
+    seed: int = 0,
+    start: Oracle | None = None,
 ) -> Oracle:
-    """An oracle trained on renders (B, 64, 64, 3) uint8 of the scenes, its weights rounded to fp16.
+    """An oracle trained on renders (B, H, W, 3) uint8 of the scenes, where they are; its weights rounded to fp16.
 
-    Each picture of two objects gives two views, each with most of the other object covered.
+    Each picture of two objects gives two views, each with most of the other object covered. With `start`, a judge for
+    pictures of this size, that one is trained further.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    views = _Views.of(scenes)
-    network = new_network()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
-    steps = len(views.picture) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps)
-    network.train()
-    with tqdm(total=epochs * steps, desc="training the oracle", mininterval=5) as bar:
-        for _ in range(epochs):
-            order = torch.randperm(len(views.picture), generator=generator)
-            for rows in order[: steps * batch].split(batch):
-                images = to_tensor(pictures[views.picture[rows].numpy()], torch.device("cpu"))
-                images, numbers = _shown(images, views.side[rows]), views.numbers[rows]
-                mirrored = torch.rand(len(rows), generator=generator) < 0.5
-                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-                signs = torch.ones_like(numbers)
-                signs[mirrored, 0] = -1
-                loss = _loss(network(_degraded(images, generator)), views.words[rows], numbers * signs)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                bar.update()
+    device, size_px = pictures.device, pictures.shape[1]
+    generator = torch.Generator(device).manual_seed(seed)
+    views = _Views(*(part.to(device) for part in _Views.of(scenes)))
+    network, rate = new_network(size_px), RATE
+    if start is not None:
+        network.load_state_dict(start.state())
+        rate = RATE_AGAIN
+    network = network.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
+    order = torch.empty(0, dtype=torch.long, device=device)
+    for step in (bar := trange(steps, desc="training the oracle", mininterval=5)):
+        if len(order) < batch:
+            order = torch.randperm(len(views.picture), generator=generator, device=device)
+        rows, order = order[:batch], order[batch:]
+        share = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, 10 * share) * 0.5 * (1 + math.cos(math.pi * share))
+        images = to_tensor(pictures[views.picture[rows]], device)
+        images, numbers = _shown(images, views.side[rows]), views.numbers[rows]
+        mirrored = torch.rand(len(rows), generator=generator, device=device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        signs = torch.where(mirrored[:, None] & (torch.arange(3, device=device) == 0), -1, 1)
+        images = _degraded(images, generator).contiguous(memory_format=torch.channels_last)
+        loss = _loss(network(images), views.words[rows], numbers * signs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     network.load_state_dict({name: t.float() for name, t in weights(network).items()}, strict=False)
-    return Oracle(network, {})
+    return Oracle(network.cpu().to(memory_format=torch.contiguous_format), {}, size_px=size_px)
 
 
-def measure(oracle: Oracle, pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Accuracy and mean absolute errors on renders, separately for one object, one degraded object, and two objects.
+def measure(oracle: Oracle, pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Accuracy and mean absolute errors on renders, apart for one object, one object degraded, and two.
 
     Args:
-        oracle: the oracle.
-        pictures: (B, 64, 64, 3) uint8.
-        scenes: the scenes of the pictures.
+        oracle: the reader.
+        pictures: (B, H, W, 3) uint8.
+        scenes: what they show.
     """
     images = to_tensor(pictures, torch.device("cpu"))
     single = [i for i, scene in enumerate(scenes) if len(scene.objects) == 1]
@@ -140,11 +176,21 @@ class _Views(NamedTuple):
                 picture.append(number)
                 side.append(2 if len(scene.objects) == 1 else index)
                 words.append([values.index(getattr(truth, name)) for name, values in WORDS.items()])
+                names = list(WORDS)
                 if solid.shape not in LYING_SHAPES:
-                    words[-1][-1] = _UNSEEN
+                    words[-1][names.index("pose")] = _UNSEEN
+                if solid.paint:
+                    words[-1][names.index("color")] = _UNSEEN
+                if scene.ground:
+                    words[-1][names.index("floor")] = _UNSEEN
                 numbers.append([truth.x, truth.z, truth.radius])
         scaled = (torch.tensor(numbers) - CENTER) / SPREAD
         return _Views(torch.tensor(picture), torch.tensor(side), torch.tensor(words), scaled)
+
+
+def _named(scene: Scene) -> bool:
+    """Whether every attribute of a scene has a name, whatever other details there are."""
+    return scene.ground is None and not any(solid.paint for solid in scene.objects)
 
 
 def _loss(outputs: Tensor, words: Tensor, numbers: Tensor) -> Tensor:
@@ -152,10 +198,8 @@ def _loss(outputs: Tensor, words: Tensor, numbers: Tensor) -> Tensor:
     logits, found = split(outputs)
     loss = F.mse_loss(found, numbers)
     for column, part in enumerate(logits.values()):
-        known = words[:, column] != _UNSEEN
-        # A mean over no rows would be NaN.
-        if known.any():
-            loss = loss + F.cross_entropy(part, words[:, column], ignore_index=_UNSEEN)
+        known = (words[:, column] != _UNSEEN).sum().clamp_min(1)
+        loss = loss + F.cross_entropy(part, words[:, column], ignore_index=_UNSEEN, reduction="sum") / known
     return loss
 
 
@@ -169,7 +213,7 @@ def _degraded(images: Tensor, generator: torch.Generator) -> Tensor:
     """The pictures with typical errors of an autoencoder and a sampler, each to a random degree."""
 
     def degree(scale: float = 1.0) -> Tensor:
-        return scale * torch.rand(len(images), 1, 1, 1, generator=generator)
+        return scale * torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
 
     def signed(scale: float) -> Tensor:
         return degree(2 * scale) - scale
@@ -177,40 +221,62 @@ def _degraded(images: Tensor, generator: torch.Generator) -> Tensor:
     smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
     images = torch.where(degree() < 0.25, coarse, torch.lerp(images, smooth, degree()))
-    size = (len(images), 3, SIZE_PX, SIZE_PX)
-    # Errors in latents show as blotches of a few pixels.
-    blotches = F.interpolate(torch.randn(*size[:2], 16, 16, generator=generator), size=size[2:], mode="bilinear")
-    grain = torch.randn(size, generator=generator)
+    size = tuple(images.shape)
+    # Errors in latents come out as blotches of a few pixels.
+    blotches = F.interpolate(
+        torch.randn(*size[:2], 16, 16, generator=generator, device=images.device), size=size[2:], mode="bilinear"
+    )
+    grain = torch.randn(size, generator=generator, device=images.device)
     images = images * (1 + signed(0.12)) + signed(0.08) + degree(0.10) * blotches + degree(0.06) * grain
     return images.clamp(-1, 1)
+
+
+def drawn(count: int, size_px: int, *, device: torch.device, processes: int) -> tuple[list[Scene], Tensor]:
+    """The first scenes of the judge, and their pictures (count, H, W, 3) uint8 on the device."""
+    scenes, pictures = [], []
+    chunks = prepared(prepare, SCENE_SEED, count, processes=processes)
+    for part, rows in tqdm(chunks, total=-(-count // CHUNK), desc="rendering", mininterval=5):
+        scenes += part
+        pictures.append(render_batch(rows, size_px, supersampling=2, device=device))
+    return scenes[:count], torch.cat(pictures)[:count]
 
 
 def main() -> int:
     """Command line: renders, trains, measures on held-out renders, saves; returns 1 if `TARGET` is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    parser.add_argument("--renders", type=Path, help="keep the renders in this .npy file, or take them from it")
-    parser.add_argument("--scenes", type=int, default=18000, help="scenes in all [18000]")
+    parser.add_argument("--size", type=int, default=SIZE_PX, help=f"side of its pictures [{SIZE_PX}]")
+    parser.add_argument("--scenes", type=int, default=32768, help="scenes in all [32768]")
     parser.add_argument("--held-out", type=int, default=2000, help="scenes kept for measuring [2000]")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training scenes [10]")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of training [6000]")
+    parser.add_argument("--batch", type=int, default=64, help="views per step [64]")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and draws [0]")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rendering processes")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that draw scenes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start-from", type=Path, metavar="FILE", help="train this judge further")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        renders = args.renders or Path(folder, "renders.npy")
-        pictures = rendered(renders, seed=SCENE_SEED, count=args.scenes, processes=args.processes)
-    scenes = [scene_at(SCENE_SEED, index) for index in range(len(pictures))]
+    start = Oracle.load(args.start_from) if args.start_from else None
+    scenes, pictures = drawn(args.scenes, args.size, device=torch.device(args.device), processes=args.processes)
     known = len(scenes) - args.held_out
-    oracle = train_oracle(pictures[:known], scenes[:known], epochs=args.epochs, seed=args.seed)
-    held_out = measure(oracle, pictures[known:], scenes[known:])
+    oracle = train_oracle(
+        pictures[:known], scenes[:known], steps=args.steps, batch=args.batch, seed=args.seed, start=start
+    )
+    held_out = {}
+    for plain in (True, False):
+        rows = [n for n in range(known, len(scenes)) if scenes[n].plain is plain and _named(scenes[n])]
+        measured = measure(oracle, pictures[torch.tensor(rows)].cpu(), [scenes[index] for index in rows])
+        held_out |= {key if plain else f"{key}_with_details": part for key, part in measured.items()}
     oracle.report.update(
         held_out=held_out,
         settings={
             "scene_seed": SCENE_SEED,
+            "size_px": args.size,
             "training_scenes": known,
             "held_out_scenes": args.held_out,
-            "epochs": args.epochs,
+            "steps": args.steps,
+            "batch": args.batch,
             "seed": args.seed,
+            "before": start.report["settings"] if start else None,
         },
     )
     oracle.save(args.out)

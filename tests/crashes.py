@@ -91,7 +91,7 @@ def scenes(folder: Path, count: int) -> Path:
     lines = []
     for number in range(count):
         scene = Scene.draw(random.Random(number), objects=1)
-        render(scene, 64).save(folder / f"scene-{number:03}.png")
+        render(scene, 128).save(folder / f"scene-{number:03}.png")
         color = "red" if scene.objects[0].color != "red" else "blue"
         line = {
             "photo": f"scene-{number:03}.png",

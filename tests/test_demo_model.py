@@ -23,6 +23,7 @@ from lowmem_imagic.settings.presets import preset
 from tests import calls
 
 SEED = 11
+PX = 128
 SCENES = [
     (Scene.from_sentence("a large red rubber cube on a wooden floor", seed=3), "grass"),
     (Scene.from_sentence("a large yellow rubber sphere on a grass floor", seed=8), "wooden"),
@@ -44,7 +45,7 @@ def results(request, tmp_path_factory) -> dict[str, list]:
     jobs = []
     for number, (scene, floor) in enumerate(SCENES):
         path = folder / f"{number}.png"
-        path.write_bytes(encode_png(render(scene, 64), provenance=None))
+        path.write_bytes(encode_png(render(scene, PX), provenance=None))
         jobs.append(Job(load_photo(path), scene.edit(floor=floor).caption()))
     edits = make_edits(base, jobs, settings)
     cells = [Cell(edit, eta, SEED, strength) for edit in range(3) for eta, strength in ((0, 1), (1, 1), (1, 0))]
@@ -82,7 +83,7 @@ def test_an_edit_of_a_pack_looks_like_the_one_made_alone(results):
 
 def _floor_color(picture, scene: Scene) -> np.ndarray:
     """Mean colour of the lower third of a picture, where the floor is near, outside the object."""
-    near = (object_mask(scene, 64) == 0) & (np.arange(64)[:, None] > 42)
+    near = (object_mask(scene, PX) == 0) & (np.arange(PX)[:, None] > PX * 2 / 3)
     return np.asarray(picture, float)[near].mean(0)
 
 
@@ -90,7 +91,7 @@ def _floor_color(picture, scene: Scene) -> np.ndarray:
 def test_eta_1_changes_the_named_floor(results):
     """At eta 1 the floor's mean colour is nearer to the ground-truth edit's than to the photo's."""
     for (scene, floor), photo, edited in zip(SCENES, results["photo"], results["eta 1"], strict=True):
-        asked = _floor_color(render(scene.edit(floor=floor), 64), scene)
+        asked = _floor_color(render(scene.edit(floor=floor), PX), scene)
         before, after = (_floor_color(picture, scene) for picture in (photo, edited))
         assert np.linalg.norm(after - asked) < np.linalg.norm(after - before)
 
@@ -101,7 +102,7 @@ def test_eta_1_keeps_the_object_better_than_the_sentence_alone(results):
     for (scene, _), photo, mine, alone in zip(
         SCENES, results["photo"], results["eta 1"], results["sentence alone"], strict=True
     ):
-        inside = object_mask(scene, 64) > 0
+        inside = object_mask(scene, PX) > 0
         errors = [
             ((np.asarray(picture, float) - np.asarray(photo, float))[inside] ** 2).mean() for picture in (alone, mine)
         ]
@@ -116,11 +117,11 @@ def test_losses_fall_from_stage_to_stage(results):
 
 
 def test_the_bundled_model_is_small_and_readable():
-    """The model ships as fp16 safetensors of at most 20 MB in all, without pickles, readable by everyone."""
+    """The model ships as fp16 safetensors of at most 30 MB in all, without pickles, readable by everyone."""
     base = BaseModel.load("demo", device="cpu")
     assert isinstance(base.family.source, Folder)
     files = [path for path in base.family.source.path.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert sum(path.stat().st_size for path in files) <= 30e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
     for component in ("unet", "vae", "text_encoder"):
@@ -141,8 +142,8 @@ def test_the_sentence_decides_what_the_base_draws():
     red, blue = base.decode(latents)
     excess = [picture[0] - picture[2] for picture in (red, blue)]
     # The colour shows where the object is: the most coloured tenth of the picture.
-    assert excess[0].flatten().topk(400).values.mean() > 0.5
-    assert excess[1].flatten().neg().topk(400).values.mean() > 0.5
+    assert excess[0].flatten().topk(PX**2 // 10).values.mean() > 0.5
+    assert excess[1].flatten().neg().topk(PX**2 // 10).values.mean() > 0.5
 
 
 def test_the_folder_works_in_a_stock_pipeline():

@@ -82,7 +82,7 @@ def test_own_noise_is_white_and_leads_back_to_the_photo() -> None:
     the photo from under it, and to something else from under a seed's noise."""
     base = BaseModel.load("demo", device="cpu")
     scenes = ("a large red rubber cube on a wooden floor", "a small blue metal sphere on a tiled floor")
-    pictures = torch.cat([to_tensor(render(Scene.from_sentence(words, seed=4), 64)) for words in scenes])
+    pictures = torch.cat([to_tensor(render(Scene.from_sentence(words, seed=4), base.sizes.own[0])) for words in scenes])
     latents = base.encode_images(pictures)
     own = torch.stack([calls.own_noise(base, x, torch.Generator().manual_seed(0)) for x in latents])
     assert 0.85 < own.std() < 1.1 and own.mean().abs() < 0.1

@@ -62,7 +62,7 @@ def test_the_bundled_base_finds_what_a_sentence_changes() -> None:
     """For another colour of an object, most of the object is in the mask and most of the rest is not."""
     base = BaseModel.load("demo", device="cpu")
     scene = Scene.from_sentence("a large red rubber cube on a wooden floor", seed=3)
-    picture = to_tensor(render(scene, 64))
+    picture = to_tensor(render(scene, base.sizes.own[0]))
     words = [scene.caption(), scene.edit(color="blue").caption()]
     mask = calls.change_mask(base, base.encode_images(picture)[0], *calls.encode_text(base, words), 0.6)
     there = torch.as_tensor(object_mask(scene, 16)).bool()

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from lowmem_imagic.demo.render import object_mask, render
 from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES, Scene, SceneObject
+from lowmem_imagic.demo.solids import Solid
 from lowmem_imagic.errors import ConfigError, PromptError
+from tests import reference_renderer
 
 SIDE = 32
 
@@ -60,8 +62,6 @@ def test_a_floor_edit_keeps_the_object_where_it_is(scene, floor):
 
 def test_objects_rest_on_the_floor():
     """Every shape in every pose touches the floor and does not sink into it, whatever its turn."""
-    from lowmem_imagic.demo.render import Solid
-
     for shape in SHAPES:
         for pose in POSES if shape in LYING_SHAPES else ("standing",):
             for rotation in (0.0, 1.1):
@@ -72,19 +72,19 @@ def test_objects_rest_on_the_floor():
                 )
                 origin = np.column_stack([grid[:, 0], np.full(len(grid), -1.0), grid[:, 1]]).astype(np.float32)
                 up = np.broadcast_to(np.array([0, 1, 0], np.float32), origin.shape)
-                lowest = solid.hit(origin, up)[0].min() - 1.0
+                lowest = reference_renderer.hit(solid, origin, up)[0].min() - 1.0
                 assert lowest == pytest.approx(0, abs=0.01), (shape, pose)
 
 
 def test_normals_are_unit_and_face_the_viewer():
     """Where a ray hits a solid, the normal has length 1 and points against the ray."""
-    from lowmem_imagic.demo.render import Solid, camera_rays
-
     for shape in SHAPES:
         for pose in POSES if shape in LYING_SHAPES else ("standing",):
             scene = Scene(objects=(SceneObject(shape=shape, color="red", pose=pose, rotation=0.7),), floor="stone")
-            eye, rays = camera_rays(scene, 40)
-            distance, normal = Solid.of(scene.objects[0]).hit(np.broadcast_to(eye, rays.shape), rays)
+            eye, rays = reference_renderer.camera(scene, 40)
+            distance, normal = reference_renderer.hit(
+                Solid.of(scene.objects[0]), np.broadcast_to(eye, rays.shape), rays
+            )
             hit = distance < 100
             assert hit.sum() > 20
             assert np.abs(np.linalg.norm(normal[hit], axis=1) - 1).max() < 1e-4

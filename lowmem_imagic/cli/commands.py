@@ -138,7 +138,12 @@ def inspect(values: dict[str, Any]) -> None:
     put(json.dumps(contents, indent=2) if values["json"] else summary(contents))
 
 
-@command(app, "scene", epilog='Example:  lowmem-imagic scene "a red cube on a wooden floor" cube.png --seed 3')
+@command(
+    app,
+    "scene",
+    epilog='Examples:  lowmem-imagic scene "a red cube on a wooden floor" cube.png --seed 3   |   '
+    'lowmem-imagic scene "a red cube with cyan stripes on a wooden floor in front of a wall" striped.png',
+)
 def scene(values: dict[str, Any]) -> None:
     """Render a photo of the bundled world, for trying edits."""
     with importing():
@@ -157,7 +162,13 @@ def scene(values: dict[str, Any]) -> None:
         encode_png(picture, text={"Title": drawn.caption()}, provenance="algorithmicMedia"),
         overwrite=values["force"],
     )
-    print_report({"summary": [f"{out}: {drawn.caption()}"]}, False)
+    lines = [f"{out}: {drawn.caption()}"]
+    if not drawn.plain:
+        lines.append(
+            f"the bundled model has no word for {', '.join(drawn.unnamed)}: leave it out of sentences; "
+            "an edit keeps it from the photo"
+        )
+    print_report({"summary": lines}, False)
 
 
 @command(

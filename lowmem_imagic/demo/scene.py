@@ -11,6 +11,19 @@ import re
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, PromptError
+from .strangers import (
+    GROUNDS,
+    LETTERS,
+    PAINTS,
+    PATTERNS,
+    SCREENS,
+    Color,
+    Ground,
+    Pattern,
+    Prop,
+    Screen,
+    Vocabulary,
+)
 
 COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.80, 0.10, 0.09),
@@ -54,6 +67,10 @@ class SceneObject:
     """Turn about the vertical axis, radians."""
     jitter: float = 1.0
     """Factor on the nominal radius of its size."""
+    paint: Color | None = None
+    """A colour without a name in place of the named one, linear light; captions then leave the colour out."""
+    pattern: Pattern | None = None
+    """A second colour on parts of it; no caption mentions it."""
 
     def __post_init__(self) -> None:
         allowed = {"shape": SHAPES, "color": COLORS, "material": MATERIALS, "size": SIZES, "pose": POSES}
@@ -72,12 +89,17 @@ class SceneObject:
         """Radius in scene units."""
         return SIZES[self.size] * self.jitter
 
+    @property
+    def base_color(self) -> Color:
+        """Linear-light colour, of the paint where it has one."""
+        return self.paint or COLORS[self.color]
+
     def words(self, *, size: bool, material: bool, color: bool = True, pose: bool = True) -> str:
         """The noun phrase for this object with the chosen attributes, e.g. "a small lying red metal cone"."""
         parts = [
             self.size if size else "",
             self.pose if pose and self.shape in LYING_SHAPES else "",
-            self.color if color else "",
+            self.color if color and not self.paint else "",
             self.material if material else "",
             self.shape,
         ]
@@ -103,6 +125,12 @@ class Scene:
     """Sky colour, linear light in [0, 1]."""
     texture_seed: int = 0
     """Chooses planks, stones, blades of grass and tiles."""
+    ground: Ground | None = None
+    """A floor without a name in place of the named one; captions then leave the floor out."""
+    screen: Screen | None = None
+    """A backdrop; no caption mentions it."""
+    props: tuple[Prop, ...] = ()
+    """Small things on the floor; no caption mentions them."""
 
     def __post_init__(self) -> None:
         if self.floor not in FLOORS:
@@ -152,8 +180,57 @@ class Scene:
             texture_seed=rng.randrange(1 << 30),
         )
 
+    @property
+    def plain(self) -> bool:
+        """Whether every detail of the scene has a name."""
+        return not self.unnamed
+
+    @property
+    def unnamed(self) -> list[str]:
+        """Words for the details of the scene that captions have no word for."""
+        paints = {color: word for word, color in PAINTS.items()}
+        words = []
+        for solid in self.objects:
+            words += [paints.get(solid.paint, "a colour")] if solid.paint else []
+            words += [solid.pattern.kind] if solid.pattern else []
+        words += [self.ground.kind] if self.ground else []
+        words += [self.screen.kind] if self.screen else []
+        return [*dict.fromkeys([*words, *(prop.kind for prop in self.props)])]
+
+    def with_details(
+        self,
+        rng: random.Random,
+        vocabulary: Vocabulary,
+        *,
+        pattern: float = 0.0,
+        paint: float = 0.0,
+        ground: float = 0.0,
+        screen: float = 0.0,
+        prop: float = 0.0,
+    ) -> "Scene":
+        """This scene with details of the vocabulary, each with its probability (per object for pattern and paint)."""
+        solids = tuple(
+            replace(
+                solid,
+                paint=vocabulary.paint(rng) if rng.random() < paint else solid.paint,
+                pattern=vocabulary.pattern(rng, rotation=solid.rotation) if rng.random() < pattern else solid.pattern,
+            )
+            for solid in self.objects
+        )
+        return replace(
+            self,
+            objects=solids,
+            ground=vocabulary.ground(rng) if rng.random() < ground else self.ground,
+            screen=vocabulary.screen(rng) if rng.random() < screen else self.screen,
+            props=tuple(vocabulary.prop(rng) for _ in range(rng.choice((1, 1, 2))))
+            if rng.random() < prop
+            else self.props,
+        )
+
     def edit(self, *, object_index: int = 0, **changes: str) -> "Scene":
         """This scene with attributes of one object (shape, color, material, size, pose) or the floor changed.
+
+        A named colour or floor takes the place of one without a name; every other detail stays.
 
         Raises:
             ConfigError: unknown attribute or value. A shape that cannot lie becomes standing.
@@ -163,13 +240,16 @@ class Scene:
             raise ConfigError(f"a scene has no attribute {', '.join(sorted(unknown))}")
         if not 0 <= object_index < len(self.objects):
             raise ConfigError(f"object {object_index} of {len(self.objects)} does not exist")
-        scene = replace(self, floor=changes.pop("floor", self.floor))
+        scene = self
+        if "floor" in changes:
+            scene = replace(self, floor=changes.pop("floor"), ground=None)
         if changes:
             solid = self.objects[object_index]
             if changes.get("shape", solid.shape) not in LYING_SHAPES and "pose" not in changes:
                 changes["pose"] = "standing"
             solids = list(self.objects)
-            solids[object_index] = replace(solid, **changes)  # type: ignore[arg-type]
+            paint = None if "color" in changes else solid.paint
+            solids[object_index] = replace(solid, paint=paint, **changes)  # type: ignore[arg-type]
             scene = replace(scene, objects=tuple(solids))
         return scene
 
@@ -185,7 +265,7 @@ class Scene:
         """
         if rng is None:
             phrases = [solid.words(size=True, material=True) for solid in self.objects]
-            return f"a photo of {' and '.join(phrases)} on a {self.floor} floor"
+            return f"a photo of {' and '.join(phrases)}{self._place}"
         phrases = []
         for solid in self.objects:
             say_pose = rng.random() < (0.85 if solid.pose == "lying" else 0.3)
@@ -198,15 +278,23 @@ class Scene:
                 )
             )
         opening = "a photo of " if rng.random() < 0.7 else ""
-        place = f" on a {self.floor} floor" if rng.random() < 0.75 else ""
+        place = self._place if rng.random() < 0.75 else ""
         return opening + " and ".join(phrases) + place
+
+    @property
+    def _place(self) -> str:
+        """The end of a caption that names the floor, empty where the floor has no name."""
+        return "" if self.ground else f" on a {self.floor} floor"
 
     @staticmethod
     def from_sentence(sentence: str, *, seed: int = 0) -> "Scene":
         """The scene a sentence describes; what it leaves open is drawn with `seed`.
 
+        Beside the words of captions it may name details: a colour of `PAINTS`, a pattern after its object ("with cyan
+        stripes", "with a letter H"), a floor of `GROUNDS` and a backdrop of `SCREENS`.
+
         Raises:
-            PromptError: no known shape in the sentence, or more than two.
+            PromptError: no known shape in the sentence, or more than two; or a letter that cannot be painted.
         """
         words = re.findall(r"[a-z]+", sentence.lower())
         words = [_SHAPE_WORDS.get(_FLOOR_WORDS.get(word, word), _FLOOR_WORDS.get(word, word)) for word in words]
@@ -219,12 +307,15 @@ class Scene:
         rng = random.Random(seed)
         scene = Scene.draw(rng, objects=count)
         floor = next((word for word in words if word in FLOORS), scene.floor)
+        details = random.Random(f"{seed}/details")
         solids, said = [], {}  # type: ignore[var-annotated]
         vocabulary = {"color": COLORS, "material": MATERIALS, "size": SIZES, "pose": POSES}
-        for word in words:
+        for place, word in enumerate(words):
             for attribute, values in vocabulary.items():
                 if word in values:
                     said[attribute] = word
+            if word in PAINTS:
+                said["paint"] = PAINTS[word]
             if word in SHAPES:
                 drawn = scene.objects[len(solids)]
                 pose = said.get("pose", "standing")
@@ -232,4 +323,35 @@ class Scene:
                     pose = "standing"
                 solids.append(replace(drawn, **{"material": "rubber", **said, "shape": word, "pose": pose}))
                 said = {}
-        return replace(scene, objects=tuple(solids), floor=floor)
+            if word in PATTERNS and solids:
+                own, color = solids[-1], said.get("paint") or COLORS.get(said.get("color", ""))
+                following = words[place + 1].upper() if word == "letter" and words[place + 1 :] else ""
+                solids[-1] = replace(own, pattern=_pattern(details, own, word, color, following))
+                said = {}
+        screen = next((word for word in words if word in SCREENS), None)
+        ground = next((word for word in words if word in GROUNDS), None)
+        return replace(
+            scene,
+            objects=tuple(solids),
+            floor=floor,
+            ground=_ANY.ground(details, ground) if ground else None,
+            screen=_ANY.screen(details, screen) if screen else None,
+        )
+
+
+_ANY = Vocabulary(
+    patterns=PATTERNS, paints=tuple(PAINTS), letters=tuple(LETTERS), grounds=GROUNDS, screens=SCREENS, props=()
+)
+
+
+def _pattern(rng: random.Random, solid: SceneObject, kind: str, color: Color | None, letter: str) -> Pattern:
+    """The pattern of that kind that a sentence asks for on the solid."""
+    if len(letter) == 1 and letter not in LETTERS:
+        raise PromptError(f"no letter {letter} can be painted on an object, only {', '.join(LETTERS)}")
+    pattern = _ANY.pattern(rng, rotation=solid.rotation, kind=kind)
+    assert pattern is not None
+    if color is None:
+        # A colour that the object has already would not show.
+        own = solid.base_color
+        color = max(PAINTS.values(), key=lambda paint: sum((a - b) ** 2 for a, b in zip(paint, own, strict=True)))
+    return replace(pattern, color=color, letter=letter if letter in LETTERS else pattern.letter)

@@ -165,7 +165,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("size", _DOCTOR, Kind.WHOLE, FIRST, "with --plan: side of the pictures [default: the model's]"),
     Option("vram", _DOCTOR, Kind.TEXT, FIRST, "with --plan: memory of cards", "6GB,8GB,12GB", metavar="MEMORY"),
     Option("seed", _SCENE, Kind.WHOLE, FIRST, "seed of the details that the sentence leaves open", 0, least=0),
-    Option("size", _SCENE, Kind.WHOLE, FIRST, "side of the picture in pixels", 64, least=16, most=2048),
+    Option("size", _SCENE, Kind.WHOLE, FIRST, "side of the picture in pixels", 128, least=16, most=2048),
 
     # Training.
     Option("seed", _TRAINING, Kind.WHOLE, TRAINING, "seed of all random draws in training", 0, fills=("seed",)),
