@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 _CONVOLUTION_PART, _LINEAR_PART = 2**18, 2**21
 """Most weights of a layer that are quantised at a time. The copies of a convolution's part take 1 MB. bitsandbytes
-returns a linear layer's part in a tensor of its own: with small parts, these tensors leave holes between the layers that
-stay, 0.15 GB in SDXL's UNet."""
+returns a linear layer's part in a tensor of its own: with small parts, these tensors leave holes between the layers
+that stay, 0.15 GB in SDXL's UNet."""
 
 
 class _FrozenLinear(torch.autograd.Function):
