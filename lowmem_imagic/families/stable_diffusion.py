@@ -85,10 +85,9 @@ class StableDiffusion:
                 f"{source.label} scales latents by {float(factor):.5g} (scale_factor), but the configuration of "
                 f"{self._folder.label} says {self._scaling:.5g}; give the one it was trained with (`model_config`)"
             )
-        # Stable Diffusion 2 lacks its text encoder's last layer, so the second layer from the end is its last one. SDXL
-        # always takes that layer.
-        takes_second = self.cross_attention_dim == 1024 or source.kind.is_xl
-        if source.marks.clip_skip and not (takes_second and source.marks.clip_skip.endswith(" 2")):
+        # Stable Diffusion 2 lacks its text encoder's last layer, so the second layer from the end is its last one.
+        made_without_last = self.cross_attention_dim == 1024 and source.marks.clip_skip.endswith(" 2")
+        if source.marks.clip_skip and not made_without_last:
             log.warning(
                 "%s asks for an earlier layer of its text encoder (%s), which is not applied: the last one is taken",
                 source.path.name,
