@@ -8,6 +8,7 @@ the largest layer in the file's precision. Memory is the process's resident memo
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -76,6 +77,9 @@ def load(path: Path) -> dict[str, Any]:
     return_freed_memory()
     torch.set_num_threads(1)
     denoiser = load_family(str(path)).denoisers[0]
+    # As a plan does. It imports the rest of the libraries, which are no weights.
+    denoiser.load(weights="int8", device=torch.device("meta"), dtype=torch.float32)
+    gc.collect()
     before = resident_bytes()
     reset_peak(CPU)
     unet = denoiser.load(weights="int8", device=CPU, dtype=torch.float32)
