@@ -575,10 +575,10 @@ class Parts:
             monkeypatch.setattr(family, name, self._watched(name.removeprefix("load_"), getattr(family, name)))
 
     def _watched(self, name: str, load: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        def watched(**options: Any) -> nn.Module:
+        def watched(*names: str, **options: Any) -> nn.Module:
             if name == "unet":
                 self.alive_at_unet += self.alive()
-            part = load(**options)
+            part = load(*names, **options)
             self.loaded.append((name, weakref.ref(part)))
             return part
 
