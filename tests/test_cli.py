@@ -701,7 +701,8 @@ def test_full_disk_keeps_the_finished_edit(run, photo, monkeypatch):
 
 
 def test_edit_for_another_base(run, finished, photo, tiny_folder, tmp_path):
-    """The same architecture with other weights warns and renders; another architecture is refused by both names."""
+    """The same architecture with other weights warns and renders; another architecture is refused by both names, and
+    other weights under the same name are called another version."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -713,7 +714,12 @@ def test_edit_for_another_base(run, finished, photo, tiny_folder, tmp_path):
     save_file(weights, other / "unet/diffusion_pytorch_model.safetensors")
     words = ["sample", str(finished), "--device", "cpu", "--etas", "1", "--steps-sample", "2", "--quiet"]
     warned = CliRunner().invoke(app, [*words, "--model", str(other), "--out", "warned"])
-    assert warned.exit_code == 0 and "was made for" in warned.stderr
+    assert warned.exit_code == 0 and "was made for tiny-sd, not other" in warned.stderr
+    edit = edit_file.read(finished)
+    edit_file.write(replace(edit, base=replace(edit.base, source="other")), Path("older.safetensors"))
+    words[1] = "older.safetensors"
+    again = CliRunner().invoke(app, [*words, "--model", str(other), "--out", "again"])
+    assert again.exit_code == 0 and "was made for another version of other" in again.stderr
 
     scheduler = other / "scheduler/scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))

@@ -246,9 +246,10 @@ def check_base(edit: Edit, base: BaseModel) -> str:
         case "revision":
             return f"{base.name} is the model of this edit in other files (precision or variant); small differences"
         case "architecture":
+            same = edit.base.source == base.identity.source
+            made_for = f"another version of {base.name}" if same else f"{edit.base.source}, not {base.name}"
             return (
-                f"this edit was made for {edit.base.source}, not {base.name}; "
-                "they share an architecture, so it runs, but expect another picture"
+                f"this edit was made for {made_for}; they share an architecture, so it runs, but expect another picture"
             )
     raise BaseMismatchError(
         f"this edit was made for {edit.base.source} ({edit.base.family}, {edit.base.interface}) and cannot be used on "
