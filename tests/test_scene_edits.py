@@ -214,7 +214,7 @@ def test_an_object_all_in_the_patterns_colour_has_no_pattern() -> None:
         pattern = reader(item.edited, PX)
         for color in (pattern.within.mean(0), pattern.without.mean(0)):
             flat = np.broadcast_to(color.astype(np.uint8), (PX, PX, 3))
-            assert pattern.overlap(flat) < 0.3, item.name
+            assert pattern.overlap(flat) < 0.35, item.name
 
 
 def test_patterns_are_told_apart(items: list[SceneEdit]) -> None:
