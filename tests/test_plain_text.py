@@ -289,7 +289,7 @@ def test_closed_streams(closed: str, tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     with Image.open(tmp_path / "made.png") as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (128, 128)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="as pipes are on POSIX")
