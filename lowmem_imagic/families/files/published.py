@@ -1,9 +1,14 @@
 """Published configurations of well-known models, and CLIP's vocabulary: for plans, and for single files.
 
 Source: ``config.json`` of each part of the repositories in `source.SHORT_NAMES`. All these models have one vocabulary,
-which OpenAI published with CLIP (MIT licence, in the folder ``clip``); only their padding differs.
+which OpenAI published with CLIP (MIT licence, in the folder ``clip``); only their padding differs. The package has its
+merges, from which the numbered words follow.
 """
 
+import functools
+import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,9 +119,29 @@ _OPENCLIP_G = {
     "projection_dim": 1280,
 }
 _CLIP = Path(__file__).parent / "clip"
-"""The folder with CLIP's vocabulary."""
+"""The folder with the merges and the settings of CLIP's tokenizer."""
 _PADDED_BY_ZERO = {"pad_token": "!"}
 """Settings of the tokenizers of OpenCLIP's text encoders: they pad with the token 0."""
+
+
+@functools.cache
+def _tokenizer_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder with CLIP's tokenizer as transformers reads it, which lasts as long as the process.
+
+    The words have the numbers of OpenAI's ``SimpleTokenizer``: the printable characters of Latin-1, stand-ins for the
+    other bytes, both once more at the end of a word, the merges in their order, and the two marks.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="lowmem-imagic-clip-")
+    for name in ("LICENSE", "merges.txt", "tokenizer_config.json"):
+        shutil.copyfile(_CLIP / name, Path(folder.name, name))
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(number) for number in printable] + [chr(256 + number) for number in range(256 - len(printable))]
+    merges = (_CLIP / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    words = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    numbers = json.dumps({word: number for number, word in enumerate(words)}, ensure_ascii=False, separators=(",", ":"))
+    Path(folder.name, "vocab.json").write_bytes(f"{numbers}\n".encode())
+    return folder
 
 
 def _parts(unet: dict[str, Any], text_encoder: dict[str, Any], **scheduler: Any) -> dict[str, dict[str, Any]]:
@@ -193,8 +218,8 @@ class Published(Folder):
 
     def vocabulary(self, component: str = "tokenizer") -> Path:
         """The vocabulary file of CLIP."""
-        return _CLIP / "vocab.json"
+        return Path(_tokenizer_folder().name, "vocab.json")
 
     def tokenizer(self, component: str = "tokenizer") -> tuple[Path, dict[str, Any]]:
         """The folder with CLIP's vocabulary, and the settings of this model's tokenizer."""
-        return _CLIP, dict(PUBLISHED[self.path.name][component])
+        return Path(_tokenizer_folder().name), dict(PUBLISHED[self.path.name][component])
