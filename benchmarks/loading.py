@@ -22,8 +22,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
-from lowmem_imagic.families import load_family
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes
 from lowmem_imagic.families.files.published import PUBLISHED
 from lowmem_imagic.layers.frozen import weight_bytes
 from tests.ldm_layout import TEXT, UNET, VAE, XL_TEXT, XL_TEXT_2, text_to_ldm, unet_to_ldm, vae_to_ldm
@@ -74,15 +74,15 @@ def _tensors(model: str) -> Iterator[tuple[str, Tensor]]:
 
 def load(path: Path) -> dict[str, Any]:
     """Loads the file's UNet in this process; bytes of the process, the result and the largest layer."""
-    return_freed_memory()
     torch.set_num_threads(1)
-    denoiser = load_family(str(path)).denoisers[0]
+    base = BaseModel.load(str(path), device="cpu")
+    [denoiser] = base.denoisers
     # As a plan does. It imports the rest of the libraries, which are no weights.
     denoiser.load(weights="int8", device=torch.device("meta"), dtype=torch.float32)
     gc.collect()
     before = resident_bytes()
     reset_peak(CPU)
-    unet = denoiser.load(weights="int8", device=CPU, dtype=torch.float32)
+    unet = base.network(denoiser)
     peak, after = peak_bytes(CPU), resident_bytes()
     assert before is not None and peak is not None and after is not None
     layers = (sum(p.numel() for p in module.parameters(recurse=False)) for module in unet.modules())

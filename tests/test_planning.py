@@ -1,10 +1,11 @@
 """Facts about memory: predictions are right, a plan stays within its budget, and running out leads to a fallback."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.counting import LiveBytes, fused_attention, peak_of
-from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, Budget, Plan, plan, plan_for
+from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, RESERVE, Budget, Plan, plan, plan_for
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
@@ -256,17 +257,23 @@ def test_plans_stay_within_their_budget(
 
 
 def test_more_memory_is_never_slower(predicted: Costs) -> None:
-    """With more memory a plan has no fewer rows a pass, and checkpointing only below some budget."""
-    plans = []
+    """With more memory a plan has no fewer rows a pass, and checkpointing only below some budget.
+
+    A GPU trains no fewer edits at once, and has checkpointing beyond that budget only to train more of them.
+    """
+    alone, several = list[Plan](), list[Plan]()
     for budget in (*range(2_000_000, 6_000_000, 100_000), 20_000_000):
-        try:
-            plans.append(plan(predicted, CONFIG, budget_bytes=budget, jobs=3))
-        except MemoryLimitError:
-            assert not plans
-    without = [made for made in plans if not made.checkpointing]
-    assert [made.checkpointing for made in plans] == sorted((made.checkpointing for made in plans), reverse=True)
+        for plans, on_cpu in ((alone, True), (several, False)):
+            try:
+                plans.append(plan(predicted, CONFIG, budget_bytes=budget, jobs=3, on_cpu=on_cpu))
+            except MemoryLimitError:
+                assert not plans
+    without = [made for made in alone if not made.checkpointing]
+    assert [made.checkpointing for made in alone] == sorted((made.checkpointing for made in alone), reverse=True)
     assert [made.rows for made in without] == sorted(made.rows for made in without)
-    assert plans[0].checkpointing and plans[-1].rows == 6
+    assert alone[0].checkpointing and alone[-1].rows == 6
+    assert [made.slots for made in several] == sorted(made.slots for made in several)
+    assert several[-1] == alone[-1]
 
 
 def test_no_more_slots_than_fill_the_rows(predicted: Costs) -> None:
@@ -472,16 +479,36 @@ def test_sampling_goes_on_in_less_memory(load_base: Callable[..., Any], monkeypa
         sampled(base)
 
 
-class Wide:
-    """Costs of a model whose text encoder is larger than all the rest."""
-
-    text_encoder = 10**9
+class Other:
+    """Costs that differ from those of the tiny model where a subclass says so."""
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._costs, name)
+
+
+class Wide(Other):
+    """Costs of a model whose text encoder is larger than all the rest."""
+
+    text_encoder = 10**9
+
+
+class Light(Other):
+    """Costs in the proportions of a large model: small adapters, and a row is four times smaller when checkpointed."""
+
+    def adapters(self, slots: int) -> int:
+        """Bytes of `slots` edits in training."""
+        return 1000 * slots
+
+    def train(self, rows: int, edits: int, *, checkpointing: bool, **_: Any) -> int:
+        """Bytes of a pass."""
+        return rows * (10**6 if checkpointing else 4 * 10**6)
+
+    def train_about(self, **words: Any) -> Callable[[int, int], int]:
+        """The same."""
+        return partial(self.train, **words)
 
 
 def test_a_text_encoder_that_does_not_fit_goes_to_the_cpu(predicted: Costs) -> None:
@@ -496,12 +523,35 @@ def test_a_text_encoder_that_does_not_fit_goes_to_the_cpu(predicted: Costs) -> N
         plan(wide, CONFIG, budget_bytes=10**9, on_cpu=True)
 
 
-def test_later_sentences_are_encoded_beside_the_unet(predicted: Costs) -> None:
-    """Where photos are encoded while others train, UNet and adapters count beside the text encoder."""
+def test_a_gpu_never_holds_a_text_encoder_beside_the_unet(
+    predicted: Costs, load_base: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where photos are encoded while others train, the CPU encodes their sentences; on a CPU itself both count."""
     wide: Any = Wide(predicted)
     alone = plan(wide, CONFIG, budget_bytes=2 * 10**9).phases["encode"]
     beside = plan(wide, CONFIG, budget_bytes=2 * 10**9, beside=True).phases["encode"]
-    assert beside.total - alone.total == predicted.networks + predicted.adapters(1)
+    assert beside == alone
+    on_cpu = plan(wide, CONFIG, budget_bytes=2 * 10**9, beside=True, on_cpu=True).phases["encode"]
+    assert on_cpu.total - alone.total == predicted.networks + predicted.adapters(1)
+
+    # The meta device stands for a GPU: nothing computed there has values.
+    expected, base = calls.encode_text(load_base(), SENTENCES), load_base()
+    base.device, base.text_on_cpu = torch.device("meta"), False
+    base.network(base.denoisers[0])
+    assert torch.equal(calls.encode_text(base, SENTENCES), expected)
+
+
+def test_two_at_once_with_checkpointing_go_before_one_without(predicted: Costs) -> None:
+    """A card that holds one edit without checkpointing and several with it trains several of a batch."""
+    light: Any = Light(predicted)
+    alone = light.networks + light.adapters(1) + light.train(1, 1, checkpointing=False)
+    words: dict[str, Any] = {"budget_bytes": math.ceil(alone / (1 - RESERVE)) + 1000}
+    assert not plan(light, CONFIG, **words).checkpointing
+    several = plan(light, CONFIG, jobs=8, **words)
+    assert several.checkpointing and several.slots > 1
+    for faster_alone in ({"on_cpu": True}, {"replays": True}):
+        made = plan(light, CONFIG, jobs=8, **words, **faster_alone)
+        assert (made.slots, made.checkpointing) == (1, False)
 
 
 def test_encoding_a_sentence_takes_what_is_predicted(load_base: Callable[..., Any]) -> None:

@@ -25,7 +25,7 @@ from ..geometry import Sizes
 from ..layers.frozen import weight_bytes
 from ..settings.stages import base_problems
 from ..unexpected import first_line
-from .memory import return_freed_memory, with_fallbacks
+from .memory import small_blocks_returned, with_fallbacks
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class BaseModel:
         attention: ``"xformers"`` or ``"sdpa"``, as resolved.
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
-        text_on_cpu: whether sentences are encoded on the CPU.
+        text_on_cpu: whether all sentences are encoded on the CPU; once a denoiser is loaded, they are in any case.
         replays: whether a GPU records training passes and replays them (see `engine.cuda_graphs`); not with
             checkpointing. Off by default: it has not run on a GPU yet. Starting 6,600 kernels one by one took five
             sixths of a step's time on one GPU (``benchmarks/results/gpu_first_run.json``).
@@ -242,9 +242,8 @@ class BaseModel:
     def network(self, denoiser: Denoiser) -> nn.Module:
         """A denoiser's frozen network, loaded and quantised at the first use."""
         if denoiser.name not in self._networks:
-            if self.device.type == "cpu":
-                return_freed_memory()
-            network = denoiser.load(weights=self.weights, device=self.device, dtype=self.dtype)
+            with small_blocks_returned() if self.device.type == "cpu" else contextlib.nullcontext():
+                network = denoiser.load(weights=self.weights, device=self.device, dtype=self.dtype)
             if self.attention == "xformers":
                 denoiser.use_xformers(network)
             if self.checkpointing:
@@ -325,7 +324,9 @@ class BaseModel:
         new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in self._encoded]
         if not new:
             return
-        device, dtype = (torch.device("cpu"), torch.float32) if self.text_on_cpu else (self.device, self.part_dtype)
+        # Beside a denoiser an encoder would only raise the peak: a sentence takes a second or two on a CPU.
+        on_cpu = self.text_on_cpu or bool(self._networks)
+        device, dtype = (torch.device("cpu"), torch.float32) if on_cpu else (self.device, self.part_dtype)
         # Some models overflow in half precision.
         for precision in dict.fromkeys((dtype, torch.float32)):
 

@@ -258,7 +258,9 @@ def plan(
 ) -> Plan:
     """The fastest plan for `jobs` edits within a budget.
 
-    Without checkpointing if that fits, with as many rows per pass as fit, in the fewest slots for these rows.
+    Without checkpointing if that fits, with as many rows per pass as fit, in the fewest slots for these rows. On a GPU
+    two edits at once with checkpointing go before one without, unless passes are recorded: starting its kernels took
+    five sixths of the step of an edit alone (``benchmarks/results/gpu_first_run.json``).
 
     Args:
         costs: costs of the architecture under `config`.
@@ -277,17 +279,19 @@ def plan(
     """
     available = math.floor((budget_bytes - context_bytes) * (1 - RESERVE))
     planner = _Planner(costs, config, available, jobs, replays)
-    for recompute in (True,) if checkpointing else (False, True):
-        if (fit := planner.training(recompute)) is not None:
-            slots, rows = fit
-            break
-    else:
+    recompute, fit = checkpointing, planner.training(checkpointing)
+    if not checkpointing and (fit is None or (fit[0] == 1 < jobs and not on_cpu and not replays)):
+        cheaper = planner.training(True)
+        if cheaper is not None and (fit is None or cheaper[0] > 1):
+            recompute, fit = True, cheaper
+    if fit is None:
         least = costs.networks + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
             "free; train fewer weights (`adapt=attn`, a smaller `rank`), or take a smaller model"
         )
+    slots, rows = fit
     if costs.load > available:
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold a training step but not the loading of the UNet, which takes "
@@ -306,8 +310,8 @@ def plan(
             f"{(costs.networks + in_training + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
         )
 
-    # Sentences and photos are encoded before training, when the device is empty.
-    stays = costs.networks + in_training if beside else 0
+    # A GPU encodes sentences before a UNet is there, and the CPU the later ones.
+    stays = costs.networks + in_training if beside and on_cpu else 0
     text_on_cpu = costs.encode_text() > available - stays - costs.text_encoder
     if text_on_cpu and on_cpu:
         raise MemoryLimitError(
@@ -324,7 +328,8 @@ def plan(
     )
     frozen = costs.networks if beside else 0
     photos = phase(frozen + costs.vae, in_training, costs.encode(tiling=tiling))
-    sentences = phase(frozen + costs.text_encoder, in_training, costs.encode_text())
+    resident = (frozen, in_training) if on_cpu else (0, 0)
+    sentences = phase(resident[0] + costs.text_encoder, resident[1], costs.encode_text())
     phases = {
         "load": Phase(costs.load, in_training, 0, context_bytes),
         "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
