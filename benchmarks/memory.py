@@ -14,23 +14,27 @@ of a GPU are ``null`` without one.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lowmem_imagic.diffusion.schedules import loss_per_edit
-from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
+from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, small_blocks_returned
+from lowmem_imagic.families import load_architecture
 from lowmem_imagic.families.adapter_names import TARGETS, KohyaNames
 from lowmem_imagic.families.stable_diffusion import AT_LATENTS
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import load_frozen, weight_bytes
+from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.counting import fused_attention, peak_of
+from lowmem_imagic.settings.presets import preset
 
 from .goals import Line, fresh, in_gib, table
 from .random_unet import CONFIGURATIONS, TOKENS, frozen_meta, meta_unet, random_weights
@@ -45,6 +49,10 @@ ROW_GOALS_MIB = {False: 540.0, True: 165.0}
 """Goals for a row of Stable Diffusion 1.5 at its own size, without and with checkpointing."""
 PEAK_GOALS_GIB = {False: 1.6, True: 1.3}
 """Goals for the peak of a GPU's allocator with weights, adapter, gradients and moments."""
+XL_GOALS_GIB = {"resident": 2.6, "row": 3.4}
+"""Goals for SDXL's UNet in int8, and for a checkpointed training row at 1024 px with weights and adapter."""
+WITHIN = 0.1
+"""Most that a measured peak may differ from the counted bytes, as a share of them."""
 META = torch.device("meta")
 
 
@@ -74,6 +82,11 @@ CASES = [
     for checkpointing in (False, True)
     for rows in (PACKS if way == "ours" else (1, 2))
 ]
+MEASURED_ON_CPU = [
+    *(Case("sd15", way, checkpointing, 1, 256) for way in WAYS for checkpointing in (False, True)),
+    Case("sdxl", "ours", True, 1, 512),
+]
+"""On two cores a step of Stable Diffusion takes a minute at its own size."""
 
 
 class Step:
@@ -152,17 +165,39 @@ def counted(case: Case) -> dict[str, int]:
     }
 
 
+def flops_of(case: Case) -> int:
+    """Floating-point operations of a step, counted on the meta device."""
+    aten = torch.ops.aten
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    # The counter does not know the operation called by `fused_attention`.
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=kernels)
+    with fused_attention(), counter:
+        Step(case, META).run()
+    flops: int = counter.get_total_flops()
+    return flops
+
+
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
     """Peak bytes of loading and of two steps on a device."""
-    if device.type == "cpu":
-        # As in the package, for all cases: freed blocks must not count.
-        return_freed_memory()
     before = 0 if device.type == "cuda" else resident_bytes() or 0
     reset_peak(device)
-    step = Step(case, device)
+    # As in the package, for all cases: freed blocks must not count.
+    with small_blocks_returned() if device.type == "cpu" else nullcontext():
+        step = Step(case, device)
     loaded = peak_bytes(device)
     reset_peak(device)
-    for _ in range(2):
+    # A second step has the first one's caches; the large model's would take minutes more.
+    for _ in range(1 if case.model == "sdxl" and device.type == "cpu" else 2):
         step.run()
     peak = peak_bytes(device)
     return {
@@ -186,6 +221,40 @@ def lines_of(found: list[dict[str, Any]]) -> Iterator[Line]:
             judged = on_gpu and case.model == "sd15" and case.way == "ours" and case.rows == 1
             goal = PEAK_GOALS_GIB[case.checkpointing] if judged else None
             yield Line(f"{case.name}: peak on {entry['device']}", in_gib(entry["measured"]["peak"]), "GiB", goal)
+    yield from totals_of(found)
+
+
+def totals_of(found: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
+    """Lines about SDXL: weights, whole rows against the stock libraries, the plan against the measured peak."""
+    counts = {Case(**entry["case"]): entry["counted"] for entry in found if entry["device"] == "meta"}
+    ours = Case("sdxl", "ours", True)
+    yield Line("sdxl: the UNet in int8", in_gib(counts[ours]["weights"]), "GiB", XL_GOALS_GIB["resident"])
+    for case in (Case(model, "ours", c, rows) for model in CONFIGURATIONS for c in (False, True) for rows in (1, 2)):
+        # Two rows of ours are two edits with an adapter each, and of the others two draws of one edit.
+        others = [counts[replace(case, way=way)]["total"] for way in WAYS if way != case.way]
+        name = f"{case.name}: with weights and adapters, at most the least of the others"
+        yield Line(name, in_gib(counts[case]["total"]), "GiB", in_gib(min(others)))
+    config = preset("balanced")
+    costs = Costs(load_architecture("sdxl"), config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.bfloat16)
+    row = costs.networks + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
+    yield Line("sdxl 1024 px, balanced, checkpointing, 1 row: in training", in_gib(row), "GiB", XL_GOALS_GIB["row"])
+    for entry in found:
+        if entry["measured"] is not None and entry["case"]["model"] == "sdxl" and entry["device"] == "cpu":
+            ratio = round(entry["measured"]["peak"] / entry["counted"]["total"], 4)
+            yield Line(f"{Case(**entry['case']).name}: measured peak to the plan", ratio, "times", 1 + WITHIN)
+
+
+def arithmetic() -> tuple[list[dict[str, Any]], list[Line]]:
+    """Floating-point operations of our steps and peft's, and lines with their ratios."""
+    found, lines = list[dict[str, Any]](), list[Line]()
+    for case in (Case(model, "ours", checkpointing) for model in CONFIGURATIONS for checkpointing in (False, True)):
+        pair = [case, replace(case, way="bf16 + peft")]
+        flops = [flops_of(each) for each in pair]
+        found += [{"case": asdict(each), "flops": count} for each, count in zip(pair, flops, strict=True)]
+        goal = 1.0 if case.checkpointing else None
+        ratio = round(flops[0] / flops[1], 4)
+        lines.append(Line(f"{case.name}: arithmetic of a step to bf16 + peft", ratio, "times", goal))
+    return found, lines
 
 
 def main() -> int:
@@ -207,15 +276,14 @@ def main() -> int:
         found.append({"case": asdict(case), "device": "meta", "counted": counted(case), "measured": None})
     if not args.counted:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # On two cores a step of Stable Diffusion takes a minute at its own size.
-        cases = CASES if device == "cuda" else [Case("sd15", way, c, 1, 256) for way in WAYS for c in (False, True)]
-        for case in cases:
+        for case in CASES if device == "cuda" else MEASURED_ON_CPU:
             print(f"measuring {case.name}", file=sys.stderr)
             words = {"case": asdict(case), "device": device}
             result = fresh("benchmarks.memory", "--case", json.dumps(words))
             entry = {"case": asdict(case), "device": device, "counted": counted(case), "measured": result}
             found.append(entry)
-    lines = list(lines_of(found))
+    operations, more = arithmetic()
+    lines = [*lines_of(found), *more]
     if not torch.cuda.is_available():
         for checkpointing, goal in PEAK_GOALS_GIB.items():
             lines.append(Line(f"{Case('sd15', 'ours', checkpointing).name}: peak on cuda", None, "GiB", goal))
@@ -225,6 +293,7 @@ def main() -> int:
         result = {
             "partial": args.counted,
             "cases": found,
+            "arithmetic": operations,
             "gpu": None if not torch.cuda.is_available() else torch.cuda.get_device_name(),
             "lines": [line.as_json() for line in lines],
             "passed": passed,

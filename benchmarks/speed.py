@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lowmem_imagic.diffusion.schedules import starting_noise
 from lowmem_imagic.engine.base import BaseModel
@@ -32,7 +31,7 @@ from lowmem_imagic.settings.stages import EditConfig
 from lowmem_imagic.training.pack import Pack, TrainingInput
 
 from .goals import Line, fresh, table
-from .memory import META, PACKS, WAYS, Case, Step
+from .memory import META, PACKS, WAYS, Case, Step, flops_of
 from .results import RESULTS, provenance, write_result
 from .scene_edits import VALIDATION
 
@@ -81,7 +80,7 @@ def trained(slots: int) -> dict[str, Any]:
 
 
 def kernels() -> tuple[dict[str, Any], list[Line]]:
-    """Operations of a step for growing packs, and the arithmetic of one."""
+    """Operations of a step for growing packs."""
     found = []
     for rows in PACKS:
         step = Step(Case("sd15", "ours", False, rows), META)
@@ -94,14 +93,7 @@ def kernels() -> tuple[dict[str, Any], list[Line]]:
     ratio = round(found[-1]["operations"] / found[0]["operations"], 4)
     lines = [Line(f"operations of a step, {f['edits']} edits", f["operations"], "") for f in found]
     lines.append(Line(f"operations, {PACKS[-1]} edits to one", ratio, "times", KERNELS_GOAL))
-    arithmetic = []
-    for checkpointing in (False, True):
-        cases = [Case("sd15", way, checkpointing) for way in ("ours", "bf16 + peft")]
-        flops = [flops_of(case) for case in cases]
-        arithmetic += [{"case": asdict(case), "flops": count} for case, count in zip(cases, flops, strict=True)]
-        ratio = round(flops[0] / flops[1], 4)
-        lines.append(Line(f"{cases[0].name}: arithmetic of a step to bf16 + peft", ratio, "times"))
-    return {"counted": found, "arithmetic": arithmetic}, lines
+    return {"counted": found}, lines
 
 
 def steps() -> tuple[dict[str, Any], list[Line]]:
@@ -154,28 +146,6 @@ def timed(case: Case, device: torch.device) -> dict[str, Any]:
         "share": round(flops / seconds / rate, 4),
         "threads": torch.get_num_threads(),
     }
-
-
-def flops_of(case: Case) -> int:
-    """Floating-point operations of a step, counted on the meta device."""
-    aten = torch.ops.aten
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    # The counter does not know the operation called by `fused_attention`.
-    kernels = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=kernels)
-    with fused_attention(), counter:
-        Step(case, META).run()
-    flops: int = counter.get_total_flops()
-    return flops
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -242,7 +242,7 @@ class BaseModel:
     def network(self, denoiser: Denoiser) -> nn.Module:
         """A denoiser's frozen network, loaded and quantised at the first use."""
         if denoiser.name not in self._networks:
-            with small_blocks_returned() if self.device.type == "cpu" else contextlib.nullcontext():
+            with _loading(self.device):
                 network = denoiser.load(weights=self.weights, device=self.device, dtype=self.dtype)
             if self.attention == "xformers":
                 denoiser.use_xformers(network)
@@ -279,7 +279,8 @@ class BaseModel:
     @contextlib.contextmanager
     def _part(self, load: Any, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
         """Loads a part for a ``with`` block; afterwards the device holds nothing of it."""
-        part: nn.Module = load(device=device, dtype=dtype)
+        with _loading(device):
+            part: nn.Module = load(device=device, dtype=dtype)
         try:
             yield part
         finally:
@@ -458,6 +459,11 @@ class BaseModel:
             f"{part} of {self.name} gives NaN or infinity; the model is damaged or unsuitable: download it again, or "
             "choose another"
         )
+
+
+def _loading(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The context in which weights are loaded onto a device."""
+    return small_blocks_returned() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def resolve_attention(name: str, device: torch.device) -> str:
