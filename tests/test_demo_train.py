@@ -163,6 +163,7 @@ def _weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return {name: t for path in (folder / part).glob("*.safetensors") for name, t in load_file(path).items()}
 
 
+@pytest.mark.benchmark
 def test_going_on_starts_from_the_weights_that_fit(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def test_going_on_starts_from_the_weights_that_fit(
     assert after[name].shape == (64, architecture.LATENT_CHANNELS, 3, 3)
 
 
+@pytest.mark.benchmark
 def test_each_part_can_be_trained_alone_into_the_same_folder(finished: Path, tmp_path: Path) -> None:
     """With ``--only`` a process trains the decoder or the UNet; the folder has the work of both."""
     decoder = trained(tmp_path, "--only", "decoder")
@@ -202,6 +204,7 @@ def test_attention_is_not_rounded_to_bfloat16_on_cpus() -> None:
         assert (query @ key.mT).dtype == torch.bfloat16
 
 
+@pytest.mark.benchmark
 def test_a_trained_folder_is_a_plain_diffusers_folder(finished: Path) -> None:
     """The folder is a StableDiffusionPipeline in fp16, its text encoder named as every transformers reads it, no file
     above 16 MB and 30 MB in all, and says nothing of where it came from."""
@@ -219,6 +222,7 @@ def test_a_trained_folder_is_a_plain_diffusers_folder(finished: Path) -> None:
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
 
 
+@pytest.mark.benchmark
 def test_a_trained_folder_works_in_a_stock_pipeline(finished: Path) -> None:
     """diffusers' own pipeline makes a picture from the folder with default settings."""
     pipeline = StableDiffusionPipeline.from_pretrained(finished, local_files_only=True)
