@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from lowmem_imagic.batch.executors.executor import Assignment, Claims, Executor, Group, OnStep, Outcome
+from lowmem_imagic.batch.executors.executor import Claims, Executor, Group, OnStep, Outcome
 from lowmem_imagic.batch.executors.ray_actor import Actor
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.storage.file_names import REPORT

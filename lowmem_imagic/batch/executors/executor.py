@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,7 +34,7 @@ class Group:
     """Name of the base model, None for the run's own."""
     config: EditConfig
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of base and settings."""
         return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()
