@@ -186,8 +186,15 @@ def cluster(actors: int, environment: dict[str, str]) -> Iterator[str]:
         process.wait(120)
 
 
-def simulate(folder: Path, items: int, actors: int, kills: bool) -> dict[str, Any]:
-    """Runs the batch to its end, and counts."""
+def simulate(folder: Path, items: int, actors: int, kills: Sequence[tuple[float, str]]) -> dict[str, Any]:
+    """Runs a batch to its end in spite of `kills` (see `KILLS`), and counts.
+
+    Args:
+        folder: an empty folder for photos, results and temporary files.
+        items: number of items.
+        actors: number of actors.
+        kills: see `KILLS`.
+    """
     out = folder / "out"
     actors_folder(out).mkdir()
     manifest = write_list(folder, items)
@@ -206,7 +213,7 @@ def simulate(folder: Path, items: int, actors: int, kills: bool) -> dict[str, An
         request = {"manifest": str(manifest), "out": str(out), "device": "cpu", "preset": "fast"}
         request |= {"executor": "ray", "address": address, "workers": actors}
         words = (sys.executable, "-m", "benchmarks.scale_processes", "drive", json.dumps(request))
-        steps = [(round(share * items), processes) for share, processes in KILLS if kills]
+        steps = [(round(share * items), processes) for share, processes in kills]
         watched = Watched(words, environment, out, steps)
         counts = watched.run()
         again = Watched(words, environment, out, [])
@@ -299,7 +306,7 @@ def main() -> None:
     asked = parser.parse_args()
     origin = provenance()
     with tempfile.TemporaryDirectory(prefix="scale-", dir=asked.folder) as name:
-        result = simulate(Path(name), asked.items, asked.actors, not asked.no_kills)
+        result = simulate(Path(name), asked.items, asked.actors, () if asked.no_kills else KILLS)
     for line in table([Line(**{k: v for k, v in one.items() if k != "passed"}) for one in result["lines"]]):
         print(line)
     write_result("scale", result, path=asked.result, origin=origin)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from lowmem_imagic.batch.executors.executor import Claims, Executor, Group, OnStep, Outcome
+from lowmem_imagic.batch.executors.executor import Assignment, Claims, Executor, Group, OnStep, Outcome
 from lowmem_imagic.batch.executors.ray_actor import Actor
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.storage.file_names import REPORT
@@ -32,6 +32,19 @@ def actors_folder(out: Path) -> Path:
 def published_file(out: Path) -> Path:
     """The file with the name of each published item, one a line, in the order of publishing."""
     return out.with_name("published")
+
+
+def idle_files(assignment: Assignment) -> dict[str, bytes]:
+    """The files of an item without work, its report included."""
+    name = f"{assignment.name}.safetensors"
+    report = {
+        "job": assignment.job,
+        "finished": True,
+        "sha256": {name: hashlib.sha256(EDIT).hexdigest()},
+        "pictures": [],
+        "edit_file": name,
+    }
+    return {name: EDIT, REPORT: json.dumps(report).encode()}
 
 
 class Idle:
@@ -51,13 +64,10 @@ class Idle:
         for assignments in claims:
             for assignment in assignments:
                 on_step([group.steps])
-                name = f"{assignment.name}.safetensors"
-                files = {name: hashlib.sha256(EDIT).hexdigest()}
-                report = {"job": assignment.job, "finished": True, "sha256": files, "pictures": [], "edit_file": name}
                 folder = self._folder / assignment.name
                 folder.mkdir()
-                (folder / name).write_bytes(EDIT)
-                (folder / REPORT).write_text(json.dumps(report))
+                for name, data in idle_files(assignment).items():
+                    (folder / name).write_bytes(data)
                 os.write(self._made, f"{assignment.job}\n".encode())
                 yield Outcome(assignment)
 
