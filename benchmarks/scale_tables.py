@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from lowmem_imagic.batch.entries import MAX_ITEMS
@@ -28,7 +29,8 @@ def _figure(result: dict[str, Any], name: str) -> float | None:
 
 
 def _hours(seconds: float | None) -> str:
-    return UNKNOWN if seconds is None else f"{seconds * MILLION / 3600:,.0f} hours"
+    hours = None if seconds is None else seconds * MILLION / 3600
+    return UNKNOWN if hours is None else f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours"
 
 
 def simulation() -> list[str]:
@@ -43,7 +45,8 @@ def simulation() -> list[str]:
 def _place(run: dict[str, Any]) -> str:
     if not run:
         return UNKNOWN
-    return f"{run['items']:,} items, {run['actors']} actors, {run['file_system']}"
+    place = "in memory" if run["file_system"] == "tmpfs" else "on a disk"
+    return f"{run['items']:,} items {place}, {run['actors']} actors"
 
 
 def _simulated() -> dict[str, Any]:
@@ -70,7 +73,7 @@ def _simulated() -> dict[str, Any]:
             lambda run: f"{run['drivers'][-1]['seconds_to_first_item']:.0f} s"
         ),
         "the command with nothing left to make": lambda run: f"{run['with_nothing_to_make_s']:.0f} s",
-        "`batch status`": lambda run: f"{run['status_s']:.1f} s",
+        "`batch status`": lambda run: f"{run['status_s']:.2f} s",
         "ledger": lambda run: f"{run['ledger_bytes'] / 1e6:.0f} MB",
     }
 
@@ -105,11 +108,11 @@ def _million() -> Iterator[str]:
     for words in ("an edit of 16 packed", "an edit alone"):
         yield f"| card hours, `balanced` with 8 etas, {words} | {_hours(_figure(gpu, words))} | `gpu.json` |"
     steps = preset("balanced").finetune.steps
-    for run in first.get("steps", []):
-        step_s = sorted(run["step_s"])[len(run["step_s"]) // 2] / run["edits"]
+    seconds = {run["edits"]: steps * median(run["step_s"]) / run["edits"] for run in first.get("steps", [])}
+    for edits, edit_s in seconds.items():
         name = first["provenance"]["device"]["name"]
         yield (
-            f"| of these, the {steps} steps of stage 2, {run['edits']} at once, {name} | {_hours(steps * step_s)} "
+            f"| of these, the {steps} steps of stage 2, {edits} at once, {name} | {_hours(edit_s)} "
             "| `gpu_first_run.json` |"
         )
     yield f"| of these, stage 1, inversion and rendering | {UNKNOWN} | `gpu.json` |"
@@ -120,6 +123,12 @@ def _million() -> Iterator[str]:
     yield f"| pictures, {etas} etas of {SIDE_PX} px | at most {pixels:.1f} TB | their pixels, uncompressed |"
     driver_ms = _figure(scale, "processor time for each")
     yield f"| processor of the drivers | {_hours(driver_ms and driver_ms / 1000)} | `scale.json` |"
+    rate = _figure(_result("scale_disk"), "published a second")
+    if rate is not None and seconds:
+        yield (
+            f"| cards that one driver keeps busy with stage 2 alone, by its disk | {rate * min(seconds.values()):.0f} "
+            "| `scale_disk.json`, `gpu_first_run.json` |"
+        )
     yield f"| lists, of {MAX_ITEMS:,} items at most | {MILLION // MAX_ITEMS} | `batch/entries.py` |"
     yield (
         f"| card hours between two unexpected interruptions | {DAYS * 24 * CARDS / INTERRUPTIONS:,.0f} "
