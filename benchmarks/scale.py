@@ -82,7 +82,11 @@ class Watched:
                 now, published = time.monotonic(), self.published
                 if first_s is None and published > before:
                     first_s = now - started
-                sample = {"s": round(now - began, 1), "driver": len(self.drivers), "published": published}
+                sample: dict[str, Any] = {
+                    "s": round(now - began, 1),
+                    "driver": len(self.drivers),
+                    "published": published,
+                }
                 sample |= {"resident_bytes": resident_bytes(driver.pid), "cpu_s": processor_s(driver.pid)}
                 self.samples.append(sample)
                 if published and len(self.samples) % _ACTOR_SAMPLES == 0:
@@ -210,7 +214,7 @@ def simulate(folder: Path, items: int, actors: int, kills: Sequence[tuple[float,
         "TMPDIR": str(folder),
     }
     with cluster(actors, environment) as address:
-        request = {"manifest": str(manifest), "out": str(out), "device": "cpu", "preset": "fast"}
+        request: dict[str, Any] = {"manifest": str(manifest), "out": str(out), "device": "cpu", "preset": "fast"}
         request |= {"executor": "ray", "address": address, "workers": actors}
         words = (sys.executable, "-m", "benchmarks.scale_processes", "drive", json.dumps(request))
         steps = [(round(share * items), processes) for share, processes in kills]
