@@ -247,8 +247,11 @@ class Batch:
                 self._stop.check()
                 self._work(ledger, group)
             self._read_progress(ledger)
-            self._show()
-            if not self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]:
+            left = self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]
+            # The last item may have been shown before it was counted; a run without work shows nothing.
+            if left or self._steps:
+                self._show()
+            if not left:
                 return
             if not self._counts[ledgers.WAITING]:
                 self._stop.check()
