@@ -56,6 +56,7 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
         "grass.safetensors",
     ]
     assert len(list(tmp_path.glob("colors/*/report.json"))) == 2
+    assert [picture.size for picture in names["in_diffusers"]] == [names["photo"].image.size] * 2
 
 
 @pytest.mark.process
