@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem_imagic.settings.presets import PRESETS, preset
 
-from . import quality_tables
+from . import quality_tables, scale_tables
 from .goals import REPOSITORY
 from .results import RESULTS
 from .scene_edits import HALVES, TEST, VALIDATION
@@ -173,6 +173,8 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         },
     },
     "docs/batch.md": {},
+    "docs/scale.md": {"million": scale_tables.million, "simulation": scale_tables.simulation},
+    "docs/python.md": {},
     "docs/memory.md": {},
     "docs/edit_file.md": {},
     "docs/limits.md": {},

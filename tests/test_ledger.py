@@ -485,3 +485,27 @@ def test_any_sequence(tmp_path_factory: pytest.TempPathFactory, steps: list[tupl
             for job in taken:
                 ledger.finish(job, 1.0)
         assert states(ledger) == [DONE] * 6
+
+
+def claim_work(path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Steps of sqlite's machine, in hundreds, for a claim of 16 of many items."""
+    connections, connect = list[sqlite3.Connection](), sqlite3.connect
+
+    def remembered(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        connections.append(connect(*args, **kwargs))
+        return connections[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", remembered)
+    with opened(path, entries(count)) as ledger:
+        steps = [0]
+        connections[0].set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 100)
+        assert jobs(ledger.claim("", 16)) == [str(number) for number in range(16)]
+        connections[0].set_progress_handler(None, 0)
+    monkeypatch.undo()
+    return steps[0]
+
+
+def test_a_claim_costs_the_same_in_a_list_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim reads the rows that it takes, not all that wait: of 4000 items as few as of 100."""
+    few, many = (claim_work(tmp_path / f"{count}.sqlite3", count, monkeypatch) for count in (100, 4000))
+    assert many <= 1.2 * few

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 from ..edits.versions import version_of_base
 from ..engine.base import BaseModel
@@ -23,17 +26,25 @@ def job_id(
 ) -> str:
     """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
     version of the base's square edits, and whether an eta is suggested."""
-    # Include dropped settings with their neutral values: items finished by an earlier version keep their hash.
-    values = config.for_network(base.family.large).to_dict()
-    settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in values.items()}
-    # The rows of a batch depend on the machine and change only rounding.
-    del settings["sample"]["batch_rows"]
+    settings = _hashed_settings(config.for_network(base.family.large))
     version, files = version_of_base(base.identity), base.identity.files
     inputs = [version, photo_sha256, background, sentence, settings, files, base.weights]
     if suggest:
         # Added only with a suggestion: the hash without one equals that of earlier versions.
         inputs.append("suggest")
     return hashlib.sha256(json.dumps([name, *inputs], sort_keys=True).encode()).hexdigest()
+
+
+# Items with equal settings are many, and stand one after the other.
+@lru_cache(maxsize=1)
+def _hashed_settings(config: EditConfig) -> Mapping[str, Any]:
+    """The settings that an item's hash has, of a config for one kind of network."""
+    # Include dropped settings with their neutral values: items finished by an earlier version keep their hash.
+    values = config.to_dict()
+    settings = {name: {**DROPPED[name], **v} if name in DROPPED else v for name, v in values.items()}
+    # The rows of a batch depend on the machine and change only rounding.
+    del settings["sample"]["batch_rows"]
+    return settings
 
 
 def bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:

@@ -1,6 +1,7 @@
 """One run over a manifest's items: finds the finished ones, assigns the rest to an executor, updates the ledger."""
 
 import contextlib
+import json
 import shutil
 import sys
 import time
@@ -34,6 +35,9 @@ from .stopping import Stop
 CLAIM = 16
 """Most items claimed at once; their photos are in memory together and are encoded together."""
 _WAIT_S = 0.5
+_PAUSES = 20
+"""Least pause between two reads of the ledger's progress, as a multiple of the time of a read: a ledger with very many
+items is read less often."""
 
 Settings = Callable[[Mapping[str, Any]], EditConfig]
 """Returns the settings of an item for its own overrides."""
@@ -88,6 +92,7 @@ class Batch:
         self._part, self._retry, self._command = part, retry, command
         self.summary = Summary(len(items) + len(bad))
         self._groups: dict[Group, list[str]] = {}
+        self._known_groups: dict[str, Group] = {}
         self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
         self._pixels: dict[str, int] = {}
@@ -96,6 +101,7 @@ class Batch:
         self._failed_jobs: set[str] = set()
         self._total_steps = self._steps = self._in_training = self._slots = 0
         self._began = self._looked = time.perf_counter()
+        self._look_s = 0.0
         self._resumed: int | None = None
         self._ended_steps, self._counts = 0, dict[str, int]()
 
@@ -150,8 +156,7 @@ class Batch:
         """The ledger's entry for an item."""
         self._stop.check()
         try:
-            own = dict(item.settings)
-            group = Group(own.pop("model", None), self._settings(own))
+            group = self._group(item)
             base = self._bases(group.model)
             silent = Silent()
             check_sentences(base, [item.sentence], group.config.sample.negative_prompt, silent)
@@ -173,6 +178,14 @@ class Batch:
         self._groups.setdefault(group, []).append(job)
         self._places[job], self._pixels[job] = item.where, file.pixels
         return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
+
+    def _group(self, item: Item) -> Group:
+        """The group of an item; items with equal settings of their own share one."""
+        words = json.dumps(dict(item.settings), sort_keys=True)
+        if words not in self._known_groups:
+            own = dict(item.settings)
+            self._known_groups[words] = Group(own.pop("model", None), self._settings(own))
+        return self._known_groups[words]
 
     def _look(self, item: Item, job: str) -> str:
         """The state of an item: `WAITING` or `DONE`.
@@ -233,11 +246,14 @@ class Batch:
             for group in self._groups:
                 self._stop.check()
                 self._work(ledger, group)
-            self._refresh(ledger, at_once=True)
-            if not self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]:
+            self._read_progress(ledger)
+            left = self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]
+            # The last item may have been shown before it was counted; a run without work shows nothing.
+            if left or self._steps:
+                self._show()
+            if not left:
                 return
             if not self._counts[ledgers.WAITING]:
-                self._show()
                 self._stop.check()
                 time.sleep(_WAIT_S)
                 ledger.take_over()
@@ -266,7 +282,7 @@ class Batch:
             self._steps += group.steps
             # From now on the item's steps count as ended.
             self._in_training, self._slots = max(0, self._in_training - group.steps), max(0, self._slots - 1)
-            self._refresh(ledger, at_once=True)
+            self._refresh(ledger)
             self._show()
         self._in_training = self._slots = 0
         # Release items without an outcome, or the run would wait for them forever.
@@ -302,7 +318,7 @@ class Batch:
                 begun.remove(assignment)
                 self._end(ledger, assignment, entry.seconds or 0.0)
                 self.summary.before.append(entry.name)
-        self._refresh(ledger, at_once=True)
+        self._refresh(ledger)
         if begun:
             # Show progress now: reading and encoding the photos comes before the first step.
             self._show()
@@ -384,17 +400,22 @@ class Batch:
             # Steps from saved states took no time in this run.
             self._resumed = self._in_training
             self._console.skip(self._resumed)
-        self._refresh(ledger)
+        if time.perf_counter() - self._looked > 1:
+            self._refresh(ledger)
         own = self._steps - (self._resumed or 0)
         ledger.report(own, time.perf_counter() - self._began, self._in_training, self._slots)
         self._show()
 
-    def _refresh(self, ledger: Ledger, *, at_once: bool = False) -> None:
-        """Reads the progress of all runs from the ledger, at most about once a second."""
-        now = time.perf_counter()
-        if at_once or not self._counts or now - self._looked > 1:
-            self._looked = now
-            self._counts, self._ended_steps = ledger.counts(), ledger.steps_ended()
+    def _refresh(self, ledger: Ledger) -> None:
+        """Reads the progress of all runs from the ledger, unless that was a moment ago."""
+        if not self._counts or time.perf_counter() - self._looked > _PAUSES * self._look_s:
+            self._read_progress(ledger)
+
+    def _read_progress(self, ledger: Ledger) -> None:
+        started = time.perf_counter()
+        self._counts, self._ended_steps = ledger.counts(), ledger.steps_ended()
+        self._looked = time.perf_counter()
+        self._look_s = self._looked - started
 
     def _show(self) -> None:
         counts, claimed = self._counts, len(self._claimed)

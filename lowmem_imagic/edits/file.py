@@ -125,6 +125,11 @@ def _decoded(container: Container) -> Edit:
 def write(edit: Edit, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
     """Returns the number of bytes written; the file appears whole or not at all.
 
+    Args:
+        edit: The edit.
+        path: The file, whose folder must exist.
+        overwrite: Whether a file at `path` is replaced.
+
     Raises:
         OutputExistsError: `path` exists and `overwrite` is False.
         OutputUnwritableError: No space, no permission, no such folder.
@@ -136,7 +141,7 @@ def write(edit: Edit, path: str | os.PathLike[str], *, overwrite: bool = False) 
 
 
 def read(path: str | os.PathLike[str]) -> Edit:
-    """Returns the edit in a file; messages begin with its path.
+    """Returns the edit in the file at `path`; messages begin with the path.
 
     **Memory**: the file's bytes and the tensors made from them, both at most `MAX_FILE_BYTES`.
 

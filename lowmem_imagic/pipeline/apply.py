@@ -37,7 +37,7 @@ def apply_edits(
     progress: StageProgress | None = None,
     meter: Meter | None = None,
 ) -> list[Image.Image]:
-    """The pictures of `cells`, each at its photo's own size and aspect.
+    """The pictures of `cells` in their order, in RGB, each at its photo's own size and aspect.
 
     Args:
         base: the base the edits were made for (see `check_base`).

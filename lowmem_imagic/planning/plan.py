@@ -156,6 +156,13 @@ def plan_for(
 ) -> Plan | None:
     """The plan for a base, applied by `planned`; None without a budget. See `plan`.
 
+    Args:
+        base: the base; none of its weights are read.
+        config: settings of all three stages.
+        budget: the memory to stay within, None for no limit.
+        jobs: number of edits to make.
+        beside: whether finished edits are rendered while others train, as in a batch.
+
     Raises:
         MemoryLimitError: nothing fits.
     """
@@ -180,6 +187,11 @@ def planned(base: BaseModel, plan: Plan | None, budget: Budget | None) -> Iterat
     """Within the block a base follows the plan and stays within the budget; afterwards it is restored.
 
     Without a plan or a budget, the base is still restored after the block.
+
+    Args:
+        base: the base.
+        plan: its plan, see `plan_for`.
+        budget: the budget of the plan; on a GPU, torch may then allocate no more.
     """
     with base.restored(), nullcontext() if budget is None else budget.held(base.device):
         if plan is not None:

@@ -86,6 +86,11 @@ a checkpointed row of 1024 px, and a file of 98 MB. Training programs for such n
 def preset(name: str = "balanced", overrides: Mapping[str, Mapping[str, Any]] | None = None) -> EditConfig:
     """The settings of a preset, with `overrides` as ``{"embed": {"steps": 10}, "": {"seed": 1}}`` on top.
 
+    Args:
+        name: one of `PRESETS`.
+        overrides: fields of `EmbedConfig`, `FinetuneConfig` and `SampleConfig` under ``embed``, ``finetune`` and
+            ``sample``, and of `EditConfig` under "".
+
     Raises:
         ConfigError: unknown preset, unknown names, values out of range; all problems at once.
     """

@@ -1,21 +1,24 @@
-"""The interface between a batch and its executors."""
+"""The interface between a batch and its executors; needs no torch."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ...engine.base import BaseModel
 from ...errors import LowmemImagicError
-from ...planning.plan import Plan
 from ...settings.stages import EditConfig
 from ..attempts import Attempt
 
-Bases = Callable[[str | None], BaseModel]
+if TYPE_CHECKING:
+    from ...engine.base import BaseModel
+    from ...planning.plan import Plan
+
+Bases = Callable[[str | None], "BaseModel"]
 """Returns the base model of a name; None is the run's own."""
-Planner = Callable[[BaseModel, EditConfig, int], tuple[EditConfig, Plan | None]]
+Planner = Callable[["BaseModel", EditConfig, int], tuple[EditConfig, "Plan | None"]]
 """Fits the settings for a number of items into the available memory."""
 Claims = Iterator[Sequence["Assignment"]]
 """Claims some more items to make on each `next`."""
@@ -31,7 +34,7 @@ class Group:
     """Name of the base model, None for the run's own."""
     config: EditConfig
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of base and settings."""
         return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()

@@ -12,8 +12,7 @@ from ..ledger.owner import Owner
 from ..paths import HIDDEN
 from ..request import Request
 from ..stopping import Stop
-from .build import OpenBases, local_executor
-from .executor import Assignment, Group
+from .executor import Assignment, Executor, Group
 from .ray_folders import new_folder
 
 
@@ -24,10 +23,17 @@ class Actor:
         quiet_libraries()
         self._folder = new_folder()
         self._out = request["out"]
-        asked, silent = Request.of(request), Silent()
-        # Training states are not kept across machines.
-        self._executor = local_executor(asked, OpenBases(asked, silent), self._folder, silent, Stop(), save_every=0)
+        self._executor = self._executor_into(self._folder, Request.of(request))
         self._in_training: list[int] = []
+
+    def _executor_into(self, folder: Path, request: Request) -> Executor:
+        """The executor that makes the items, into `folder`."""
+        # Imported here: an actor without work of its own, as in `benchmarks.scale`, needs no torch, which takes 0.4 GB.
+        from .build import OpenBases, local_executor
+
+        silent = Silent()
+        # Training states are not kept across machines.
+        return local_executor(request, OpenBases(request, silent), folder, silent, Stop(), save_every=0)
 
     def ready(self) -> Owner:
         """Answers with the actor's process, once it is ready."""

@@ -159,19 +159,26 @@ class Ledger:
             database.execute("CREATE TEMP TABLE IF NOT EXISTS under_way (job TEXT PRIMARY KEY)")
             database.execute("DELETE FROM under_way")
             database.executemany("INSERT OR IGNORE INTO under_way VALUES (?)", [(job,) for job in without])
+            # The plus keeps sqlite from looking up every job of this run: it reads rows in order, up to the limit.
             where = (
-                f"state = '{WAITING}' AND settings = ? AND job IN (SELECT job FROM mine) "
-                "AND job NOT IN (SELECT job FROM under_way)"
+                f"state = '{WAITING}' AND settings = ? AND +job IN (SELECT job FROM mine) "
+                "AND +job NOT IN (SELECT job FROM under_way)"
             )
-            [[waiting]] = database.execute(f"SELECT count(*) FROM jobs WHERE {where}", (settings,))
             if others := len(self._others(database)):
+                enough = 2 * (others + 1) * most
+                query = f"SELECT count(*) FROM (SELECT 1 FROM jobs WHERE {where} LIMIT ?)"
+                [[waiting]] = database.execute(query, (settings, enough))
                 most = min(most, math.ceil(waiting / (2 * (others + 1))))
-            fresh = f"attempts <= {SUSPECT_ATTEMPTS}"
-            query = f"{SELECT} WHERE {where} AND {fresh} ORDER BY kind IS NOT NULL, position LIMIT ?"
-            rows = database.execute(query, (settings, most)).fetchall()
-            mine = f"SELECT count(*) FROM jobs WHERE state = '{RUNNING}' AND runner = ?"
-            [[running]] = database.execute(mine, (self.me,))
-            if not rows and not running:
+            rows: list[Any] = []
+            # Two queries, each in the order of the index: one sorted by failures would read all waiting items.
+            for earlier in ("kind IS NULL", "kind IS NOT NULL"):
+                query = (
+                    f"{SELECT} WHERE {where} AND attempts <= {SUSPECT_ATTEMPTS} AND {earlier} ORDER BY position LIMIT ?"
+                )
+                rows += database.execute(query, (settings, most - len(rows)))
+                if len(rows) == most:
+                    break
+            if not rows and not self._at_work(database):
                 # Alone: if this item crashes the process, no other item loses its training or gets the blame.
                 order = "attempts, kind IS NOT NULL, position"
                 rows = database.execute(f"{SELECT} WHERE {where} ORDER BY {order} LIMIT 1", (settings,)).fetchall()
@@ -310,6 +317,12 @@ class Ledger:
     @property
     def _process(self) -> tuple[int, str]:
         return self._owner.pid, self._owner.started
+
+    def _at_work(self, database: sqlite3.Connection) -> bool:
+        """Whether this runner has claimed items."""
+        query = f"SELECT EXISTS (SELECT 1 FROM jobs WHERE state = '{RUNNING}' AND runner = ?)"
+        [[claimed]] = database.execute(query, (self.me,))
+        return bool(claimed)
 
     def _others(self, database: sqlite3.Connection) -> list[Runner]:
         """The other runners that have not ended."""
