@@ -11,7 +11,7 @@ from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
 from ..errors import ConfigError, EditHeaderError, ModelError, PromptError
-from ..families import DEMO, SHORT_NAMES
+from ..families import DEMO, SHORT_NAMES, cached_commit
 from ..geometry import Letterbox
 from ..pictures import Photo
 from ..pictures.letterbox import from_canvas, into_canvas, psnr, to_images, to_tensor
@@ -76,7 +76,7 @@ def open_edit(
     """The base and the sentences to render an edit with: `prompts`, or the edit's own.
 
     Raises:
-        ModelError: the options name no base, and the file's is not a known name.
+        ModelError: the options name no base, and the file's is no known one on this machine.
         BaseMismatchError: the base has another architecture than the edit's.
         PromptError: a prompt is empty, or there is none for an edit without a sentence.
     """
@@ -86,12 +86,17 @@ def open_edit(
         raise PromptError(NO_SENTENCE)
     chosen = options
     if options.model is None:
-        if edit.base.source != DEMO and edit.base.source not in SHORT_NAMES.values():
+        source, revision = edit.base.source, options.revision or edit.base.revision
+        known = source in SHORT_NAMES.values()
+        commit = cached_commit(source, revision) if known else None
+        if source != DEMO and commit is None:
+            absent = "which is not on this machine; a" if known else "a"
             raise ModelError(
-                f"this edit was made for {edit.base.source}; a file is not trusted to name a download, "
-                f"so say which base to use, as in `model={edit.base.source}`"
+                f"this edit was made for {source}{', ' if known else '; '}{absent} file is not trusted to name a "
+                f"download, so say which base to use, as in `model={source}`"
             )
-        chosen = replace(chosen, model=edit.base.source, revision=options.revision or edit.base.revision)
+        # By commit, so that nothing newer is downloaded.
+        chosen = replace(chosen, model=source, revision=commit or revision)
     if options.weights is None:
         chosen = replace(chosen, weights=edit.base_weights)
     base = load_base(chosen)

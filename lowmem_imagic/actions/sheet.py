@@ -19,6 +19,7 @@ from ..storage.atomic import write_bytes
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
+from .hub import local_file
 from .render import footer_of, open_edit, parameters_of, pictures_of, sampling_of
 from .result_folder import generation_parameters
 
@@ -54,7 +55,7 @@ def sheet(
     and the reconstruction (eta 0).
 
     Args:
-        path: the edit file.
+        path: the edit file, or its address on the Hub.
         rows, columns: two different keys of `AXES`.
         values: values of each axis; at most one for a setting that is no axis.
         overrides: other sampling settings.
@@ -66,7 +67,7 @@ def sheet(
         console: remarks and progress.
     """
     started = time.perf_counter()
-    opened = edit_file.read(path)
+    opened = edit_file.read(local_file(path, console))
     config = sampling_of(opened, overrides)
     points = _points(rows, columns, values, opened.eta_default)
     _check_ranges(config, points)

@@ -4,8 +4,12 @@ torch is imported by the commands that need it, not by ``--help``.
 """
 
 import json
+import sys
 from typing import Any
 
+import typer
+
+from ..plain_text import shown
 from ..settings.text import Words
 from .batch import batch
 from .flags import with_flags
@@ -136,6 +140,50 @@ def inspect(values: dict[str, Any]) -> None:
 
     contents = describe(values["edit_file"])
     put(json.dumps(contents, indent=2) if values["json"] else summary(contents))
+
+
+@command(app, "push", epilog="Example:  lowmem-imagic push cat.safetensors USER/cat")
+def push(values: dict[str, Any]) -> None:
+    """Upload an edit to the Hugging Face Hub, with a card; asks first, as an edit gives its photo back."""
+    with importing():
+        from ..actions import console, hub
+
+    path, repository, pictures = values["edit_file"], values["repository"], values["picture"] or ()
+    agreed = values["yes"]
+    if not agreed and sys.stdin.isatty():
+        asked = hub.question(path, repository, public=values["public"], pictures=pictures)
+        agreed = typer.confirm(f"{shown(asked)} Upload it?", err=True)
+    report = hub.push(
+        path,
+        repository,
+        agreed=agreed,
+        public=values["public"],
+        pictures=pictures,
+        thumbnail=values["thumbnail"],
+        force=values["force"],
+        console=console.Console(wording=with_flags),
+    )
+    print_report(report, values["json"])
+
+
+@command(
+    app,
+    "pull",
+    epilog="Examples:  lowmem-imagic pull USER/cat   |   lowmem-imagic pull https://huggingface.co/USER/cat",
+)
+def pull(values: dict[str, Any]) -> None:
+    """Download an edit from the Hugging Face Hub into a file; its base is not downloaded."""
+    with importing():
+        from ..actions import console, hub
+
+    report = hub.pull(
+        values["repository"],
+        revision=values["revision"],
+        out=values["out"],
+        force=values["force"],
+        console=console.Console(wording=with_flags),
+    )
+    print_report(report, values["json"])
 
 
 @command(

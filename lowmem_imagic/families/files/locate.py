@@ -3,7 +3,7 @@
 import reprlib
 from pathlib import Path
 
-from ...errors import ConfigError, UnknownModelError
+from ...errors import ConfigError, ModelError, UnknownModelError
 from .. import kinds
 from . import hub
 from .checkpoint import SingleFile
@@ -42,6 +42,18 @@ def locate(
         is_xl = kinds.is_xl(source.config(".", "model_index.json"))
         return Mixed.of(source, others.components(is_xl=is_xl))
     return source
+
+
+def cached_commit(repository: str, revision: str | None) -> str | None:
+    """The commit of a Hub model that is wholly in the local cache; None if some of it would have to be downloaded."""
+    path = hub.cached(repository, revision, WEIGHTS_STEM)
+    if path is None:
+        return None
+    try:
+        Folder(path, repository, revision=path.name).check_complete()
+    except ModelError:
+        return None
+    return path.name
 
 
 def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
