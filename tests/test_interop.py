@@ -13,8 +13,6 @@ from PIL import Image
 
 from lowmem_imagic import Cell, Job, apply_edits, load_photo, make_edits, preset
 from lowmem_imagic.edits import file as edit_file
-from lowmem_imagic.edits.edit import Edit, LoraFactors
-from lowmem_imagic.edits.identity import SourcePicture
 from lowmem_imagic.families import load_architecture
 from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
 from lowmem_imagic.families.portable import MIN_RANK, portable
@@ -42,34 +40,6 @@ _A1111 = [
 ]
 
 
-def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
-    """An edit with random factors, an alpha that differs from its rank, and spectra that differ by layer."""
-    generator = torch.Generator().manual_seed(3)
-    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=8, alpha=3.0)
-    pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
-    whole = pack.export(0)
-    for number, (down, _, _) in enumerate(whole.values()):
-        down *= torch.logspace(0, -(number % 7) / 3, len(down)).reshape(-1, *[1] * (down.dim() - 1))
-    tokens, width = calls.encode_text(base, ["a"]).shape[1:]
-    stored = portable(truncated(whole, keep), calls.unet(base))
-    return Edit(
-        adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
-        conditioning={"embeds": torch.randn(tokens, width, generator=generator)},
-        coarse={"unet": torch.randn(4, 4, 4, generator=generator)},
-        sentences=("a blue sphere",),
-        base=base.identity,
-        settings={},
-        seed=0,
-        etas=(0.0, 1.0),
-        eta_default=1.0,
-        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size=(16, 16), box=(0, 0, 16, 16)),
-        base_weights="fp32",
-        versions={},
-        measured={},
-        title="a blue sphere",
-    )
-
-
 EXPRESSIONS = ("to_q,to_v", "all-linear", r"mid_block\..*(conv1|to_q)", "conv_in,time_embedding.linear_1,ff.net.2")
 """peft's ways to choose layers."""
 
@@ -83,7 +53,7 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
     from diffusers import StableDiffusionPipeline
 
     base = load_base(weights="fp32")
-    edit = _edit(base, adapt, keep=keep)
+    edit = calls.random_edit(base, adapt, keep=keep)
     assert keep == 1 or len({factors.rank for factors in edit.adapters["unet"].values()}) > 2
     edit_file.write(edit, tmp_path / "edit.safetensors")
     with warnings.catch_warnings():
@@ -130,7 +100,7 @@ def test_keys_are_ones_that_comfyui_and_a1111_map(model, adapt, count):
 
 def test_file_holds_no_tensor_beside_the_lora(load_base):
     """The tensors are kohya's three per layer and nothing else: an extra one makes diffusers load nothing."""
-    edit = _edit(load_base(weights="fp32"), "attn")
+    edit = calls.random_edit(load_base(weights="fp32"), "attn")
     names = set(parse(edit_file.encode(edit)).entries)
     assert names == {
         f"{layer}.{part}" for layer in edit.adapters["unet"] for part in ("lora_down.weight", "lora_up.weight", "alpha")

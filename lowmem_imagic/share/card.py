@@ -1,5 +1,6 @@
 """The card of a repository with an edit: its ``README.md`` on the Hub."""
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,4 +96,4 @@ Other programs load `{EDIT_FILE}` as an ordinary LoRA. The LoRA alone gives neit
 
 def escaped(text: str) -> str:
     """Text of an edit on one line of Markdown, in which it can be neither markup nor HTML."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>&~:.-])", r"\\\1", shown(text)) if text else ""
+    return html.escape(re.sub(r"([\\`*_{}\[\]()#+!|~:.-])", r"\\\1", shown(text)), quote=False)

@@ -109,7 +109,12 @@ def publish(
         )
         return replace(address, revision=done.oid)
 
-    return _asked(address, "write", commit)
+    pinned = _asked(address, "write", commit)
+    there = find(pinned)
+    if there is None or files.keys() - there.files.keys():
+        # The library leaves out files that the repository's .gitignore names.
+        raise HubError(f"{pinned} lacks files that were uploaded; look for a .gitignore in the repository")
+    return pinned
 
 
 def download(address: Address) -> tuple[Path, Address]:
@@ -127,7 +132,7 @@ def download(address: Address) -> tuple[Path, Address]:
         path = _in_cache(address)
         if path is None:
             raise error
-        return path, replace(address, revision=path.parent.name if address.file is None else address.revision)
+        return path, _pinned(address, path)
     if repository is None:
         raise HubError(
             f"{address.repository} is not on the Hub, or is private and this user may not read it; "
@@ -137,8 +142,16 @@ def download(address: Address) -> tuple[Path, Address]:
     size = repository.files[name]
     if size is not None and size > MAX_FILE_BYTES:
         raise EditTooLargeError(f"{address}: {name} has {size} bytes, expected at most {MAX_FILE_BYTES}")
-    pinned = replace(address, revision=repository.commit or address.revision, file=name)
-    return _asked(pinned, "read", lambda: _fetched(pinned, local=False)), pinned
+    named = replace(address, file=name)
+    path = _asked(address, "read", lambda: _fetched(named, local=False))
+    return path, _pinned(named, path)
+
+
+def _pinned(address: Address, path: Path) -> Address:
+    """The address at the commit of a file's path in the Hub's cache, ``.../snapshots/COMMIT/...``."""
+    parts = path.parts
+    place = len(parts) - 1 - parts[::-1].index("snapshots")
+    return replace(address, revision=parts[place + 1])
 
 
 def _chosen(address: Address, repository: Repository) -> str:
@@ -173,16 +186,10 @@ def _in_cache(address: Address) -> Path | None:
 
 
 def _fetched(address: Address, *, local: bool) -> Path:
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     return Path(
-        hf_hub_download(
-            address.repository,
-            str(address.file),
-            revision=address.revision,
-            endpoint=constants.ENDPOINT,
-            local_files_only=local,
-        )
+        hf_hub_download(address.repository, str(address.file), revision=address.revision, local_files_only=local)
     )
 
 
@@ -230,6 +237,4 @@ def _told(error: Exception) -> str:
     """The reason why the Hub could not be reached."""
     from huggingface_hub import constants
 
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
-    return f"{reason_of(error)}; check the network"
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{reason_of(error)}; check the network"
