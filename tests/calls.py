@@ -56,11 +56,11 @@ def random_edit(base: Any, adapt: str = "attn", *, keep: float = 1.0, seed: int 
     whole = pack.export(0)
     for number, (down, _, _) in enumerate(whole.values()):
         down *= torch.logspace(0, -(number % 7) / 3, len(down)).reshape(-1, *[1] * (down.dim() - 1))
-    tokens, width = encode_text(base, ["a"]).shape[1:]
+    text = base.encode_text(["a"])
     stored = portable(truncated(whole, keep), unet(base))
     return Edit(
         adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
-        conditioning={"embeds": torch.randn(tokens, width, generator=generator)},
+        conditioning={name: torch.randn(part.shape[1:], generator=generator) for name, part in text.items()},
         coarse={"unet": torch.randn(4, 4, 4, generator=generator)},
         sentences=("a blue sphere",),
         base=base.identity,

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..edits import file as edit_file
 from ..edits.edit import Edit
+from ..edits.recorded import sampling_of
 from ..engine.base import BaseModel
 from ..engine.memory import Meter
 from ..errors import ConfigError, LowmemImagicError, OutputError
@@ -23,7 +24,7 @@ from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
 from .hub import local_file
-from .render import check_sentences, load_base, open_edit, render, sampling_of
+from .render import check_sentences, load_base, open_edit, render
 from .result_folder import ResultFolder, rescue
 
 

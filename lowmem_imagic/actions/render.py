@@ -10,7 +10,7 @@ from PIL import Image
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
-from ..errors import ConfigError, EditHeaderError, ModelError, PromptError
+from ..errors import ModelError, PromptError
 from ..families import DEMO, SHORT_NAMES, cached_commit
 from ..geometry import Letterbox
 from ..pictures import Photo
@@ -46,28 +46,6 @@ def load_base(options: BaseOptions) -> BaseModel:
         vae=options.vae,
         text_from=options.text_from,
     )
-
-
-def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
-    """The recorded sampling settings of an edit that this version knows, changed by `overrides`.
-
-    Strength and batch size are not taken from the record: they do not belong to the edit.
-
-    Raises:
-        EditHeaderError: the recorded settings are not valid.
-        ConfigError: the overrides are out of range.
-    """
-    recorded = edit.settings.get("sample")
-    names = set(SampleConfig.__dataclass_fields__) - {"strength", "batch_rows"}
-    values = recorded if isinstance(recorded, dict) else {}
-    known: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names
-    }
-    try:
-        settings = SampleConfig(**known)
-    except (ConfigError, TypeError) as error:
-        raise EditHeaderError(f"imagic.meta settings sample: {error}") from error
-    return replace(settings, **overrides)
 
 
 def open_edit(

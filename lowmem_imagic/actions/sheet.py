@@ -8,6 +8,7 @@ from typing import Any
 
 from ..edits import file as edit_file
 from ..edits.edit import Edit
+from ..edits.recorded import sampling_of
 from ..engine.memory import Meter
 from ..errors import ConfigError, PromptError
 from ..pictures import Photo, load_photo
@@ -20,7 +21,7 @@ from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
 from .hub import local_file
-from .render import footer_of, open_edit, parameters_of, pictures_of, sampling_of
+from .render import footer_of, open_edit, parameters_of, pictures_of
 from .result_folder import generation_parameters
 
 AXES: dict[str, tuple[Any, ...]] = {

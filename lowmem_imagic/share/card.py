@@ -3,6 +3,8 @@
 import html
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from ..edits.edit import Edit
@@ -61,37 +63,18 @@ def card(edit: Edit, repository: str, *, license: Mapping[str, str], pictures: S
 
 
 def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
-    """The card's Markdown."""
-    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in edit.sentences)
-    asked = f"It was made for:\n\n{sentences}\n" if sentences else "It has no sentence yet: ask it any.\n"
-    ask = "" if edit.sentences else ' --prompt "..."'
-    shelf = "<Gallery />\n\n" if gallery else ""
-    return f"""# {escaped(edit.title)}
-
-{shelf}An edit of one photo by sentences ([Imagic](https://arxiv.org/abs/2210.09276)), made with lowmem-imagic on
-{escaped(edit.base.source)}. {asked}
-The file has no picture in it, but it reproduces its photo (eta 0): anyone with the file and its base can render it.
-
-## Use
-
-```sh
-lowmem-imagic sample hub:{repository} --etas 0,0.6,0.8,1{ask}
-```
-
-In diffusers, with the package lowmem-imagic beside it:
-
-```python
-from huggingface_hub import hf_hub_download
-from lowmem_imagic import load_into, read_edit
-
-edit = read_edit(hf_hub_download("{repository}", "{EDIT_FILE}"))
-loaded = load_into(pipeline, edit)  # a pipeline of the base
-pipeline.scheduler = loaded.scheduler()
-pipeline(**loaded.at(0.8)).images[0].save("edited.png")
-```
-
-Other programs load `{EDIT_FILE}` as an ordinary LoRA. The LoRA alone gives neither the photo nor the edit.
-"""
+    """The card's Markdown, from ``card.md``."""
+    listed = "".join(f"\n- {escaped(sentence)}" for sentence in edit.sentences)
+    template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escaped(edit.title),
+        shelf="<Gallery />\n\n" if gallery else "",
+        base=escaped(edit.base.source),
+        sentences=f"It was made for:\n{listed}" if listed else "It has no sentence of its own: ask it any.",
+        repository=repository,
+        file=EDIT_FILE,
+        sentence="" if listed else ', "..."',
+    )
 
 
 def escaped(text: str) -> str:
