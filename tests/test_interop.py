@@ -20,25 +20,9 @@ from lowmem_imagic.geometry import Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack, target_modules
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.share.programs import A1111, COMFYUI
 from lowmem_imagic.storage.safetensors_reader import parse
 from tests import calls
-
-# The UNet part of ComfyUI's map from diffusers names (comfy/utils.py, unet_to_diffusers), as kohya spells it.
-_TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
-_ATTENTION = rf"attentions_\d+_(proj_in|proj_out|{_TRANSFORMER})"
-_RESNET = r"resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)"
-_COMFY = re.compile(
-    rf"lora_unet_((down|up)_blocks_\d+|mid_block)_({_ATTENTION}|{_RESNET})"
-    r"|lora_unet_down_blocks_\d+_downsamplers_0_conv|lora_unet_up_blocks_\d+_upsamplers_0_conv"
-)
-# A1111 and Forge: convert_diffusers_name_to_compvis (extensions-builtin/Lora/networks.py).
-_A1111 = [
-    re.compile(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)"),
-    re.compile(r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)"),
-    re.compile(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv"),
-    re.compile(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv"),
-]
-
 
 EXPRESSIONS = ("to_q,to_v", "all-linear", r"mid_block\..*(conv1|to_q)", "conv_in,time_embedding.linear_1,ff.net.2")
 """peft's ways to choose layers."""
@@ -94,8 +78,8 @@ def test_keys_are_ones_that_comfyui_and_a1111_map(model, adapt, count):
     unet = denoiser.load(weights="bf16", device=torch.device("meta"), dtype=torch.bfloat16)
     keys = [kohya_key(name) for name in target_modules(unet, denoiser.names, adapt)]
     assert len(keys) == len(set(keys)) == (count or len(keys))
-    assert [key for key in keys if not _COMFY.fullmatch(key)] == []
-    assert [key for key in keys if not any(pattern.fullmatch(key) for pattern in _A1111)] == []
+    assert [key for key in keys if not COMFYUI.fullmatch(key)] == []
+    assert [key for key in keys if not A1111.fullmatch(key)] == []
 
 
 def test_file_holds_no_tensor_beside_the_lora(load_base):

@@ -135,11 +135,39 @@ def sheet(values: dict[str, Any]) -> None:
 
 @command(app, "inspect", epilog="Example:  lowmem-imagic inspect cat.safetensors --json")
 def inspect(values: dict[str, Any]) -> None:
-    """Show the contents of an edit file: sentence, base, settings, sizes."""
-    from ..edits.header import describe, summary
+    """Show the contents of an edit file: sentence, base, settings, sizes, and the programs that load it."""
+    from ..share.address import Address
+    from ..share.programs import inspected, told
 
-    contents = describe(values["edit_file"])
-    put(json.dumps(contents, indent=2) if values["json"] else summary(contents))
+    path = values["edit_file"]
+    if Address.is_one(str(path)):
+        from ..share.hub import download
+
+        path, _ = download(Address.of(str(path)))
+    contents = inspected(path)
+    put(json.dumps(contents, indent=2) if values["json"] else told(contents))
+
+
+@command(
+    app,
+    "export",
+    epilog="Examples:  lowmem-imagic export cat.safetensors cat-peft --to peft   |   "
+    "lowmem-imagic export cat.safetensors ComfyUI --to comfyui",
+)
+def export(values: dict[str, Any]) -> None:
+    """Write an edit as the files that another program reads."""
+    with importing():
+        from ..actions import console
+        from ..actions.export import export as write
+
+    report = write(
+        values["edit_file"],
+        values["to"],
+        values["folder"],
+        force=values["force"],
+        console=console.Console(wording=with_flags),
+    )
+    print_report(report, values["json"])
 
 
 @command(app, "push", epilog="Example:  lowmem-imagic push cat.safetensors USER/cat")
