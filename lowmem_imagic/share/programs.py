@@ -24,7 +24,7 @@ A1111 = re.compile(
     r"lora_unet_((down|up)_blocks_\d+_(attentions|resnets)_\d+_.+|mid_block_(attentions|resnets)_\d+_.+|"
     rf"{_SAMPLERS})"
 )
-"""Layers that A1111 and Forge map (``convert_diffusers_name_to_compvis`` in ``extensions-builtin/Lora/networks.py``)."""
+"""Layers that A1111 and Forge map (``convert_diffusers_name_to_compvis`` in their ``networks.py``)."""
 
 _PICTURES = "the photo and the edit at any eta"
 _LORA = "the LoRA alone"
