@@ -66,6 +66,8 @@ def comfy_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any
     }
     names = comfy.utils.unet_to_diffusers(unet_config)
     kind = comfy.supported_models.SD15(dict(unet_config))
+    # Its constructor sets Stable Diffusion's number.
+    kind.unet_config["num_heads"] = config["attention_head_dim"]
     kind.set_inference_dtype(torch.float32, None)
     model = comfy.model_base.BaseModel(kind, device=torch.device("cpu"))
     state = {names[name]: tensor for name, tensor in weights.items() if name in names}
