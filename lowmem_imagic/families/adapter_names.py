@@ -44,6 +44,7 @@ _WORDS = (
     "conv_shortcut",
     "conv_in",
     "conv_out",
+    "conv_norm_out",
     "time_embedding",
     "add_embedding",
     "class_embedding",

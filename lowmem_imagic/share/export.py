@@ -46,7 +46,7 @@ def files_for(program: str, edit: Edit, name: str) -> Files:
     """
     if program not in PROGRAMS:
         raise ConfigError(f"`to` is {program!r}, expected one of {', '.join(PROGRAMS)}")
-    return PROGRAMS[program](_scaled_alike(edit), name)
+    return PROGRAMS[program](edit, name)
 
 
 def _peft(edit: Edit, name: str) -> Files:
@@ -72,17 +72,14 @@ def _module(edit: Edit, denoiser: str, key: str) -> str:
 def _peft_config(edit: Edit, layers: Mapping[str, LoraFactors]) -> dict[str, Any]:
     """The fields of peft's `LoraConfig` that matter: other versions of peft may not know others."""
     rank = max(factors.rank for factors in layers.values())
-    own = {layer: factors for layer, factors in layers.items() if factors.rank != rank}
-    alphas = {factors.alpha for factors in layers.values()}
-    # With peft's names alpha is the rank of each layer.
-    alpha = alphas.pop() if len(alphas) == 1 else float(rank)
+    alpha = next(factors.alpha for factors in layers.values() if factors.rank == rank)
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": edit.base.source,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{layer}$": factors.rank for layer, factors in own.items()},
-        "alpha_pattern": {f"^{layer}$": factors.alpha for layer, factors in own.items() if factors.alpha != alpha},
+        "rank_pattern": {f"^{layer}$": factors.rank for layer, factors in layers.items() if factors.rank != rank},
+        "alpha_pattern": {f"^{layer}$": factors.alpha for layer, factors in layers.items() if factors.alpha != alpha},
         "target_modules": sorted(layers),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -92,7 +89,11 @@ def _peft_config(edit: Edit, layers: Mapping[str, LoraFactors]) -> dict[str, Any
 
 def _diffusers(edit: Edit, name: str) -> Files:
     """The edit file under the name that diffusers looks for, and its other tensors."""
-    return {EDIT_FILE: encode(edit), EMBEDDINGS: _embeddings(edit), "README.md": _note("diffusers", edit, name)}
+    return {
+        EDIT_FILE: encode(_scaled_alike(edit)),
+        EMBEDDINGS: _embeddings(edit),
+        "README.md": _note("diffusers", edit, name),
+    }
 
 
 def _a1111(edit: Edit, name: str) -> Files:
@@ -108,7 +109,7 @@ def _a1111(edit: Edit, name: str) -> Files:
         "notes": "Changes pictures of its sentence towards the photo; this program has no input for the edit's "
         "embedding and noise, so it gives neither the photo nor the edit. lowmem-imagic, diffusers and ComfyUI do.",
     }
-    files = {f"{name}.safetensors": encode(edit), f"{name}.json": _json(card)}
+    files = {f"{name}.safetensors": encode(_scaled_alike(edit)), f"{name}.json": _json(card)}
     if edit.thumbnail is not None and picture_kind(edit.thumbnail) == "png":
         files[f"{name}.png"] = edit.thumbnail
     return files
@@ -127,7 +128,7 @@ def _comfyui(edit: Edit, name: str) -> Files:
         if node["type"] == "LoadImagicEdit":
             node["widgets_values"][0] = f"{name}.safetensors"
     return {
-        f"models/loras/{name}.safetensors": encode(edit),
+        f"models/loras/{name}.safetensors": encode(_scaled_alike(edit)),
         f"user/default/workflows/{name}.json": _json(workflow),
         **nodes,
     }
