@@ -1,10 +1,11 @@
 """Renders an edit with the ComfyUI nodes in a real checkout of ComfyUI; a program for `tests.test_share_comfyui`.
 
-``python comfyui_driver.py CHECKOUT FOLDER``: the folder has ``unet.safetensors`` (diffusers' names), ``unet.json`` (its
-configuration), ``text.safetensors`` (embeddings by sentence), ``models/loras/edit.safetensors`` and ``cells.json``, and
-gets ``latents.safetensors``.
+``python comfyui_driver.py CHECKOUT FOLDER``: the folder, which is ComfyUI's own, has the files of `export`,
+``unet.safetensors`` (diffusers' names), ``unet.json`` (its configuration), ``text.safetensors`` (embeddings by sentence)
+and ``cells.json``. It gets ``latents.safetensors``. ComfyUI's server also has to accept the exported workflow.
 """
 
+import asyncio
 import importlib
 import json
 import sys
@@ -113,3 +114,42 @@ save_file(
     {name: model.model.process_latent_in(tensor).contiguous() for name, tensor in latents.items()},
     folder / "latents.safetensors",
 )
+
+
+async def accepted(workflow: dict[str, Any]) -> bool:
+    """Whether ComfyUI's server would run a workflow, with etas between -2 and 4, and with no other."""
+    import execution
+    import nodes as own
+
+    module = importlib.import_module("comfy_extras.nodes_custom_sampler")
+    if hasattr(module, "NODE_CLASS_MAPPINGS"):
+        own.NODE_CLASS_MAPPINGS |= module.NODE_CLASS_MAPPINGS
+    else:  # newer versions of ComfyUI
+        extension = await module.comfy_entrypoint()
+        own.NODE_CLASS_MAPPINGS |= {kind.GET_SCHEMA().node_id: kind for kind in await extension.get_node_list()}
+    assert await own.load_custom_node(str(folder / "custom_nodes" / "imagic_edit"))
+    links = {link[0]: link for link in workflow["links"]}
+    prompt: dict[str, Any] = {}
+    for node in workflow["nodes"]:
+        linked = {one["name"]: links[one["link"]] for one in node["inputs"]}
+        values, inputs = list(node["widgets_values"]), {}
+        for name, (kind, *_) in own.NODE_CLASS_MAPPINGS[node["type"]].INPUT_TYPES()["required"].items():
+            if isinstance(kind, list) or kind in ("FLOAT", "INT", "STRING", "COMBO", "BOOLEAN"):
+                inputs[name] = values.pop(0)
+                # A seed has a second widget.
+                del values[: name == "seed"]
+            if name in linked:
+                inputs[name] = [str(linked[name][1]), linked[name][2]]
+        assert not values, node["type"]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    checkpoint = folder / "models" / "checkpoints" / prompt["1"]["inputs"]["ckpt_name"]
+    checkpoint.parent.mkdir(exist_ok=True)
+    checkpoint.touch()
+    answers = []
+    for eta in (0.8, -1.5, 3.0, 9.0):
+        prompt["3"]["inputs"]["eta"] = eta
+        answers.append((await execution.validate_prompt("test", prompt, None))[0])
+    return answers == [True, True, True, False]
+
+
+assert asyncio.run(accepted(json.loads((folder / "user/default/workflows/edit.json").read_text())))

@@ -272,7 +272,7 @@ def test_the_nodes_need_nothing_of_this_package(folder: Path) -> None:
 
 @pytest.mark.skipif(COMFYUI not in os.environ, reason=f"needs a checkout of ComfyUI, named by {COMFYUI}")
 def test_in_a_real_comfyui(fp32: BaseModel, edit: Edit, folder: Path) -> None:
-    """In ComfyUI's own model, LoRA patches and sampler, the nodes give this package's latents."""
+    """ComfyUI's own model, LoRA patches and sampler give this package's latents, and its server takes the workflow."""
     (folder / "unet.json").write_text(json.dumps(dict(calls.unet(fp32).config)))
     save_file({name: x.contiguous() for name, x in calls.unet(fp32).state_dict().items()}, folder / "unet.safetensors")
     known = embeddings(fp32, edit)

@@ -157,7 +157,9 @@ def test_the_card_for_a1111(architecture: str, version: str, fp32: BaseModel, tm
     edit = made(fp32)
     labels = {**edit.base.labels, "modelspec.architecture": architecture}
     edit = replace(edit, base=replace(edit.base, labels=labels))
-    folder = exported(edit, "a1111", tmp_path)
+    console = Silent()
+    folder = exported(edit, "a1111", tmp_path, console=console)
+    assert (version == "Unknown") == any("no base such as tiny-sd" in warning for warning in console.warnings)
     card = json.loads((folder / "cat.json").read_text())
     assert (card["sd version"], card["activation text"]) == (version, "a blue sphere")
     assert "neither the photo nor the edit" in card["notes"]

@@ -147,7 +147,8 @@ def test_no_picture_unless_asked(hub: Hub, path: Path, edit: Edit) -> None:
     assert front["widget"] == [{"text": "a blue sphere", "output": {"url": "pictures/0.png"}}]
     assert "<Gallery />" in text
     assert b"secret" not in files(hub)["pictures/0.png"]
-    assert Image.open(io.BytesIO(files(hub)["pictures/0.png"])).size == (8, 8)
+    with Image.open(io.BytesIO(files(hub)["pictures/0.png"])) as uploaded:
+        assert uploaded.size == (8, 8)
 
 
 def _made_for(edit: Edit, source: str) -> Edit:
@@ -203,7 +204,8 @@ def test_the_cards_example(
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     exec(compile(code, "card", "exec"), {"pipeline": pipeline})
-    assert Image.open("edited.png").size == (16, 16)
+    with Image.open("edited.png") as picture:
+        assert picture.size == (16, 16)
 
 
 def test_sampling_an_edit_of_the_hub(hub: Hub, path: Path, tiny_folder: Path, tmp_path: Path) -> None:

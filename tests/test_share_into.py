@@ -214,4 +214,5 @@ def test_the_ten_lines_of_the_docs(
     assert len(etas) >= 2 and etas[0] == 0
     for eta, rendered in zip(etas, ours(fp32, edit, *(Cell(0, eta, 0) for eta in etas)), strict=True):
         [path] = [path for path in tmp_path.glob("cat_*.png") if float(path.stem.partition("_")[2]) == eta]
-        assert alike(Image.open(path), rendered)
+        with Image.open(path) as theirs:
+            assert alike(theirs, rendered)

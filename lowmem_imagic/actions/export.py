@@ -7,6 +7,7 @@ from typing import Any
 from ..edits import file as edit_file
 from ..errors import OutputExistsError
 from ..share.export import files_for
+from ..share.programs import has_base
 from ..storage.atomic import make_folder, write_bytes
 from ..storage.file_names import safe_stem
 from ..storage.regular_files import read_regular
@@ -41,6 +42,8 @@ def export(path: Path, program: str, folder: Path, *, force: bool, console: Cons
     """
     edit = edit_file.read(local_file(path, console))
     files = files_for(program, edit, safe_stem(path.stem))
+    if program in ("a1111", "comfyui") and not has_base(edit.base.labels):
+        console.warn(f"these programs have no base such as {edit.base.source}, and cannot use this edit")
     check_writable(folder)
     try:
         same = {name for name, data in files.items() if _holds(folder / name, data)}

@@ -9,7 +9,7 @@ from ..edits import file as edit_file
 from ..edits.edit import Edit
 from ..edits.header import read_bytes
 from ..errors import ConfigError, HubError, OutputExistsError
-from ..families import LICENSES
+from ..families import DEMO, LICENSES
 from ..pictures import load_photo
 from ..pictures.png import encode_png
 from ..share import hub
@@ -34,7 +34,8 @@ def question(path: Path, repository: str, *, public: bool = False, pictures: Seq
     edit, address = edit_file.read(path), Address.of(repository)
     who = "anyone" if public else "you, and those to whom you give access,"
     shown_too = f" {len(pictures)} pictures are uploaded beside it." if pictures else ""
-    told = f"the title {edit.title!r}" + (f" and {len(edit.sentences)} sentences" if edit.sentences else "")
+    count = len(edit.sentences)
+    told = f"the title {edit.title!r}" + (f" and {count} sentence{'s' if count > 1 else ''}" if count else "")
     return (
         f"An edit gives its photo back: {who} can render the photo (eta 0) from the file on {address.repository}. "
         f"The file also has {told}.{shown_too}"
@@ -144,9 +145,8 @@ def pull(
     data = read_bytes(path)
     edit = edit_file.decode(data)
     write_bytes(target, data, overwrite=force)
-    console.say(
-        f"its base is {edit.base.source}, which is not downloaded; render it with: lowmem-imagic sample {target}"
-    )
+    if edit.base.source != DEMO:
+        console.say(f"its base is {edit.base.source}, which is not downloaded")
     return {
         "edit_file": target.name,
         "edit_bytes": len(data),

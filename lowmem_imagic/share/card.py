@@ -72,6 +72,7 @@ def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
         base=escaped(edit.base.source),
         sentences=f"It was made for:\n{listed}" if listed else "It has no sentence of its own: ask it any.",
         repository=repository,
+        model=base_of(edit) or "BASE",
         file=EDIT_FILE,
         sentence="" if listed else ', "..."',
     )

@@ -71,7 +71,7 @@ def uses(contents: Mapping[str, Any], layers: Iterable[str], metadata: Mapping[s
         metadata: the file's header strings.
     """
     keys, adapter = list(layers), contents["adapter"]
-    known = metadata.get("modelspec.architecture", "").startswith("stable-diffusion")
+    known = has_base(metadata)
     kohya = all(KOHYA.layer.fullmatch(key) for key in keys)
     alike = len(adapter["alphas"]) <= 1
     wrong = "" if alike else "; its own loader scales some layers wrongly in versions 0.33 to 0.42 (export does not)"
@@ -94,6 +94,11 @@ def uses(contents: Mapping[str, Any], layers: Iterable[str], metadata: Mapping[s
         Use("InvokeAI", "all", _LORA, _NO_INPUT),
         Use("stable-diffusion.cpp", "part" if rank_one else _loads(keys, A1111), _LORA, _NO_INPUT),
     ]
+
+
+def has_base(labels: Mapping[str, str]) -> bool:
+    """Whether other programs have bases of the kind that a file's labels name (`edits.identity.LABELS`)."""
+    return labels.get("modelspec.architecture", "").startswith("stable-diffusion")
 
 
 def _loads(keys: list[str], known: re.Pattern[str]) -> str:
