@@ -1,8 +1,8 @@
 """Renders an edit with the ComfyUI nodes in a real checkout of ComfyUI; a program for `tests.test_share_comfyui`.
 
 ``python comfyui_driver.py CHECKOUT FOLDER``: the folder, which is ComfyUI's own, has the files of `export`,
-``unet.safetensors`` (diffusers' names), ``unet.json`` (its configuration), ``text.safetensors`` (embeddings by sentence)
-and ``cells.json``. It gets ``latents.safetensors``. ComfyUI's server also has to accept the exported workflow.
+``unet.safetensors`` (diffusers' names), ``unet.json`` (its configuration), ``text.safetensors`` (embeddings by
+sentence) and ``cells.json``. It gets ``latents.safetensors``. ComfyUI's server also has to accept the exported workflow.
 """
 
 import asyncio

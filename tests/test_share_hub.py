@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -99,6 +100,16 @@ def test_nothing_is_uploaded_without_a_yes(hub: Hub, path: Path) -> None:
     result = CliRunner().invoke(app, ["push", str(path), REPO])
     assert result.exit_code == 2 and "gives its photo back" in result.stderr and "--yes" in result.stderr
     assert hub.asked == []
+
+
+def test_the_command_asks_at_a_terminal(hub: Hub, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a terminal `push` asks, says that an edit gives its photo back, and uploads only after a yes."""
+    terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("lowmem_imagic.cli.commands.sys", terminal)
+    result = CliRunner().invoke(app, ["push", str(path), REPO], input="n\n")
+    assert result.exit_code == 1 and "gives its photo back" in result.stderr and hub.asked == []
+    result = CliRunner().invoke(app, ["push", str(path), REPO], input="y\n")
+    assert result.exit_code == 0 and hub.repos[REPO].private
 
 
 def test_a_repository_is_private_unless_asked(hub: Hub, path: Path) -> None:

@@ -165,9 +165,10 @@ def local_file(path: Path, console: Console) -> Path:
     Raises:
         HubError: there is no such edit on the Hub.
     """
-    if not Address.is_one(str(path)):
+    text = path.as_posix()
+    if not Address.is_one(text):
         return path
-    local, pinned = hub.download(Address.of(str(path)))
+    local, pinned = hub.download(Address.of(text))
     console.say(f"edit {pinned}")
     return local
 

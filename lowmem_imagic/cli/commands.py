@@ -140,10 +140,11 @@ def inspect(values: dict[str, Any]) -> None:
     from ..share.programs import inspected, told
 
     path = values["edit_file"]
-    if Address.is_one(str(path)):
-        from ..share.hub import download
+    if Address.is_one(path.as_posix()):
+        with importing():
+            from ..share.hub import download
 
-        path, _ = download(Address.of(str(path)))
+        path, _ = download(Address.of(path.as_posix()))
     contents = inspected(path)
     put(json.dumps(contents, indent=2) if values["json"] else told(contents))
 
@@ -180,7 +181,9 @@ def push(values: dict[str, Any]) -> None:
     agreed = values["yes"]
     if not agreed and sys.stdin.isatty():
         asked = hub.question(path, repository, public=values["public"], pictures=pictures)
-        agreed = typer.confirm(f"{shown(asked)} Upload it?", err=True)
+        if not typer.confirm(f"{shown(asked)} Upload it?", err=True):
+            raise typer.Exit(1)
+        agreed = True
     report = hub.push(
         path,
         repository,

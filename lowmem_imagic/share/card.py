@@ -8,6 +8,7 @@ from string import Template
 from typing import Any
 
 from ..edits.edit import Edit
+from ..families import DEMO
 from ..plain_text import shown
 from .hub import EDIT_FILE
 
@@ -72,7 +73,7 @@ def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
         base=escaped(edit.base.source),
         sentences=f"It was made for:\n{listed}" if listed else "It has no sentence of its own: ask it any.",
         repository=repository,
-        model=base_of(edit) or "BASE",
+        model=base_of(edit) or (DEMO if edit.base.source == DEMO else "BASE"),
         file=EDIT_FILE,
         sentence="" if listed else ', "..."',
     )
