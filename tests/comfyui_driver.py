@@ -2,7 +2,7 @@
 
 ``python comfyui_driver.py CHECKOUT FOLDER``: the folder, which is ComfyUI's own, has the files of `export`,
 ``unet.safetensors`` (diffusers' names), ``unet.json`` (its configuration), ``text.safetensors`` (embeddings by
-sentence) and ``cells.json``. It gets ``latents.safetensors``. ComfyUI's server also has to accept the exported workflow.
+sentence) and ``cells.json``. It gets ``latents.safetensors``. ComfyUI's server also has to accept the workflow.
 """
 
 import asyncio

@@ -95,6 +95,7 @@ def test_a_pipeline_gives_our_pictures(fp32: BaseModel, pipeline: Any) -> None:
     assert not any(others)
 
 
+@pytest.mark.process
 def test_sdxl(tmp_path: Path) -> None:
     """A pipeline of Stable Diffusion XL takes both tensors of text, and gives this package's pictures."""
     base = BaseModel.load(str(tiny_xl.write_tiny(tmp_path / "xl")), device="cpu", weights="fp32")

@@ -33,12 +33,12 @@ def question(path: Path, repository: str, *, public: bool = False, pictures: Seq
     """
     edit, address = edit_file.read(path), Address.of(repository)
     who = "anyone" if public else "you, and those to whom you give access,"
-    shown_too = f" {len(pictures)} pictures are uploaded beside it." if pictures else ""
+    beside = f" {len(pictures)} pictures are uploaded beside it." if pictures else ""
     count = len(edit.sentences)
     told = f"the title {edit.title!r}" + (f" and {count} sentence{'s' if count > 1 else ''}" if count else "")
     return (
         f"An edit gives its photo back: {who} can render the photo (eta 0) from the file on {address.repository}. "
-        f"The file also has {told}.{shown_too}"
+        f"The file also has {told}.{beside}"
     )
 
 
@@ -79,37 +79,23 @@ def push(
         raise ConfigError(f"{question(path, repository, public=public, pictures=pictures)} To go on, say `yes`")
     if not thumbnail:
         edit = replace(edit, thumbnail=None)
-    files = {f"{hub.PICTURES}{number}.png": _picture(picture, edit) for number, picture in enumerate(pictures)}
+    files = {f"{hub.PICTURES}{number}.png": _picture(picture) for number, picture in enumerate(pictures)}
     license = _license(edit, console)
-    there = hub.find(address)
-    if there is not None and not there.private and not public:
-        raise HubError(
-            f"{address.repository} is public: anyone could render the photo; name another repository, or say `public`"
-        )
-    if there is not None and there.private and public:
-        console.warn(f"{address.repository} is private and stays so; change that on the Hub")
-    held = [] if there is None else [*there.edit_files, *(name for name in there.files if name == hub.CARD)]
-    if held and not force:
-        raise OutputExistsError(
-            f"{address.repository} holds {', '.join(held[:3])} already; name another repository, or use `force`"
-        )
-    if there is None:
-        hub.create(address, private=not public)
-        there = hub.find(address)
+    target = _prepared(address, public=public, force=force, console=console)
     text = card(edit, address.repository, license=license, pictures=list(files))
     files |= {hub.EDIT_FILE: edit_file.encode(edit), hub.CARD: text.encode()}
-    old = [] if there is None else [name for name in there.files if name.startswith(hub.PICTURES)]
+    old = [name for name in target.files if name.startswith(hub.PICTURES) or name.endswith(SUFFIX)]
     pinned = hub.publish(
         address,
         files,
-        removed=[name for name in (*old, *held) if name not in files],
-        parent=None if there is None else there.commit,
+        removed=[name for name in old if name not in files],
+        parent=target.commit,
         message="Upload an edit",
     )
     return {
         "repository": address.repository,
         "address": str(pinned),
-        "private": there.private if there is not None else not public,
+        "private": target.private,
         "files": sorted(files),
         "edit_bytes": len(files[hub.EDIT_FILE]),
         "base": base_of(edit),
@@ -117,6 +103,34 @@ def push(
         "warnings": console.warnings,
         "summary": [f"{pinned}: {', '.join(sorted(files))}"],
     }
+
+
+def _prepared(address: Address, *, public: bool, force: bool, console: Console) -> hub.Repository:
+    """The repository for an upload, created if it is not there.
+
+    Raises:
+        OutputExistsError: it has an edit or a card, which `force` would replace.
+        HubError: it is public, and that is not asked for; or it cannot be created.
+    """
+    there = hub.find(address)
+    if there is None:
+        hub.create(address, private=not public)
+        there = hub.find(address)
+    if there is None:
+        raise HubError(f"{address.repository} was created but cannot be read; try again")
+    # Also of a new one: an organisation may have its own rules.
+    if not there.private and not public:
+        raise HubError(
+            f"{address.repository} is public: anyone could render the photo; name another repository, or say `public`"
+        )
+    if there.private and public:
+        console.warn(f"{address.repository} is private and stays so; change that on the Hub")
+    present = [*there.edit_files, *(name for name in there.files if name == hub.CARD)]
+    if present and not force:
+        raise OutputExistsError(
+            f"{address.repository} has {', '.join(present[:3])} already; name another repository, or use `force`"
+        )
+    return there
 
 
 def pull(
@@ -173,7 +187,7 @@ def local_file(path: Path, console: Console) -> Path:
     return local
 
 
-def _picture(path: Path, edit: Edit) -> bytes:
+def _picture(path: Path) -> bytes:
     """The PNG of a picture for the card, without the file's metadata."""
     image = load_photo(path).image
     image.thumbnail((PICTURE_PX, PICTURE_PX))
