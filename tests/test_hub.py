@@ -343,7 +343,10 @@ def test_what_the_cache_has_whole(tiny_folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert cached_commit(NAME, None) == cached_commit(NAME, COMMIT) == COMMIT
     assert cached_commit(NAME, "f" * 40) is None and cached_commit("someone/other", None) is None
-    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    weights = snapshot / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert cached_commit(NAME, None) is None
+    weights.with_suffix(".fp16.safetensors").unlink()
     assert cached_commit(NAME, None) is None
 
 

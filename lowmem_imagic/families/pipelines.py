@@ -27,14 +27,14 @@ def network(pipeline: Any, denoiser: str) -> nn.Module:
     Raises:
         WrongFamilyError: the pipeline is of another kind.
     """
-    found = getattr(pipeline, denoiser, None)
+    part = getattr(pipeline, denoiser, None)
     missing = [name for name in ("encode_prompt", "load_lora_weights", "scheduler") if not hasattr(pipeline, name)]
-    if not isinstance(found, nn.Module) or missing:
+    if not isinstance(part, nn.Module) or missing:
         raise WrongFamilyError(
             f"{type(pipeline).__name__} has no {missing[0] if missing else denoiser}, expected a pipeline such as "
             "StableDiffusionPipeline or StableDiffusionXLPipeline"
         )
-    return found
+    return part
 
 
 def encode(pipeline: Any, sentence: str, negative: str) -> tuple[Conditioning, Conditioning]:

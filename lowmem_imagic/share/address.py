@@ -15,7 +15,6 @@ _REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,199}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,199}(?:/[A-Za-z0-9_][A-Za-z0-9._ -]{0,199}){0,4}")
 _HOSTS = ("huggingface.co", "hf.co")
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,6 @@ class Address:
                 "a link to huggingface.co"
             )
         return address
-
-    @property
-    def pinned(self) -> bool:
-        """Whether it names a commit, so that it always means the same file."""
-        return self.revision is not None and bool(_COMMIT.fullmatch(self.revision))
 
     def at(self, revision: str | None) -> "Address":
         """The address at another revision; this one for None.
@@ -101,6 +95,11 @@ def _of_link(text: str) -> Address:
     return address
 
 
+def is_edit_file(name: str) -> bool:
+    """Whether a file of this name in a repository may be an edit."""
+    return bool(_FILE.fullmatch(name)) and name.endswith(SUFFIX) and ".." not in name
+
+
 def _checked(repository: str, revision: str | None, file: str | None) -> Address | None:
     """The address of these parts; None if one of them is invalid."""
     strange = ".." in f"{repository}{revision}{file}" or "--" in repository
@@ -108,6 +107,6 @@ def _checked(repository: str, revision: str | None, file: str | None) -> Address
         not strange
         and bool(_REPOSITORY.fullmatch(repository))
         and (revision is None or bool(_REVISION.fullmatch(revision)))
-        and (file is None or (bool(_FILE.fullmatch(file)) and file.endswith(SUFFIX)))
+        and (file is None or is_edit_file(file))
     )
     return Address(repository, revision, file) if valid else None

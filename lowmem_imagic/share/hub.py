@@ -12,7 +12,7 @@ from ..errors import EditTooLargeError, HubError
 from ..families.files.hub import reason_of
 from ..plain_text import shown
 from ..storage.safetensors_reader import MAX_FILE_BYTES
-from .address import SUFFIX, Address
+from .address import SUFFIX, Address, is_edit_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,8 +38,8 @@ class Repository:
 
     @property
     def edit_files(self) -> list[str]:
-        """The files that may be edits."""
-        return sorted(name for name in self.files if name.endswith(SUFFIX))
+        """The files that may be edits; a name that leads out of the repository is none."""
+        return sorted(filter(is_edit_file, self.files))
 
 
 def find(address: Address) -> Repository | None:
@@ -128,10 +128,10 @@ def download(address: Address) -> tuple[Path, Address]:
     """
     try:
         repository = find(address)
-    except HubError as error:
+    except HubError:
         path = _in_cache(address)
         if path is None:
-            raise error
+            raise
         return path, _pinned(address, path)
     if repository is None:
         raise HubError(

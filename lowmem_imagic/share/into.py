@@ -192,10 +192,10 @@ def _check_base(pipeline: Any, edit: Edit, denoiser: str) -> None:
     Raises:
         BaseMismatchError: it does not.
     """
-    expected, found = edit.base.interface.denoisers[denoiser], pipelines.prediction_of(pipeline)
-    if expected != found:
+    trained, here = edit.base.interface.denoisers[denoiser], pipelines.prediction_of(pipeline)
+    if trained != here:
         raise BaseMismatchError(
-            f"the edit was made for {edit.base.source}, which predicts {expected}; the pipeline predicts {found}"
+            f"the edit was made for {edit.base.source}, which predicts {trained}; the pipeline predicts {here}"
         )
 
 

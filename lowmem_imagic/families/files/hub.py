@@ -70,13 +70,11 @@ def cached(repository: str, revision: str | None, stems: Mapping[str, str]) -> P
 
     Its files may be incomplete.
     """
-    for variant in ("", ".fp16"):
-        try:
-            return _snapshot(repository, revision, _CONFIGURATION + _weights(stems, variant), local_files_only=True)
-        except Exception:
-            # huggingface_hub raises errors of many kinds for a name, a revision or a cache that it cannot use.
-            continue
-    return None
+    try:
+        return _snapshot(repository, revision, _CONFIGURATION + _weights(stems), local_files_only=True)
+    except Exception:
+        # huggingface_hub raises errors of many kinds for a name, a revision or a cache that it cannot use.
+        return None
 
 
 def _plain(stem: str) -> str:

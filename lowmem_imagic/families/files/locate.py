@@ -45,15 +45,20 @@ def locate(
 
 
 def cached_commit(repository: str, revision: str | None) -> str | None:
-    """The commit of a Hub model that is wholly in the local cache; None if some of it would have to be downloaded."""
+    """The commit of a Hub model that is wholly in the local cache; None if some of it would have to be downloaded.
+
+    Also None if only the fp16 variant is there: `hub.fetch` asks the Hub for the other.
+    """
     path = hub.cached(repository, revision, WEIGHTS_STEM)
     if path is None:
         return None
+    folder = Folder(path, repository, revision=path.name)
     try:
-        Folder(path, repository, revision=path.name).check_complete()
+        folder.check_complete()
+        plain = all(folder.variant(part) is None for part in WEIGHTS_STEM if (path / part).exists())
     except ModelError:
         return None
-    return path.name
+    return path.name if plain else None
 
 
 def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
