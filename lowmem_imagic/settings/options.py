@@ -151,7 +151,8 @@ OPTIONS: tuple[Option, ...] = (
 
     # The most used options.
     Option("model", _TRAINING, Kind.TEXT, FIRST, _MODEL_HELP, fills=_MODEL),
-    Option("model", _OPENING, Kind.TEXT, FIRST, "base model [default: the edit's own, if it is on this machine]", fills=_MODEL),
+    Option("model", _OPENING, Kind.TEXT, FIRST, "base model [default: the edit's own, if it is on this machine]",
+           fills=_MODEL),
     Option("out", _EDIT, Kind.PATH, FIRST, "folder for the results [default: named after photo and sentence]"),
     Option("out", _TRAIN, Kind.PATH, FIRST, "edit file to write [default: named after photo and sentence]"),
     Option("out", _SAMPLE, Kind.PATH, FIRST, "folder for the pictures [default: named after the edit]"),
