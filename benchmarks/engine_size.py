@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.scene import Scene
+from lowmem_imagic.diffusion.schedules import COARSE_SIDE
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.edits.identity import BaseIdentity, Interface, SourcePicture
@@ -28,7 +29,7 @@ from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures import Photo
 from lowmem_imagic.pipeline.make import make_edits
-from lowmem_imagic.pipeline.prepare import COARSE_SIDE, Job
+from lowmem_imagic.pipeline.prepare import Job
 from lowmem_imagic.pipeline.versions import versions
 from lowmem_imagic.settings.presets import PRESETS, SMALL_KEEP, preset
 from lowmem_imagic.settings.stages import ADAPT_TARGETS, EditConfig

@@ -15,13 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lowmem_imagic.diffusion.schedules import coarse, loss_per_edit
+from lowmem_imagic.diffusion.schedules import COARSE_SIDE, coarse, loss_per_edit
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.pictures.letterbox import to_images, to_tensor
-from lowmem_imagic.pipeline.prepare import COARSE_SIDE
 from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EmbedConfig, SampleConfig

@@ -26,14 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_imagic.diffusion.schedules import coarse
+from lowmem_imagic.diffusion.schedules import COARSE_SIDE, coarse
 from lowmem_imagic.engine.base import BaseModel, pick_dtype, resolve_attention
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.truncation import truncated
-from lowmem_imagic.pipeline.prepare import COARSE_SIDE
 from lowmem_imagic.planning.plan import Budget, Plan, plan_for, planned
 from lowmem_imagic.sampling.inversion import own_noise
 from lowmem_imagic.sampling.sample import Cell, sample

@@ -34,6 +34,7 @@ __all__ = [
     "SampleConfig",
     "apply_edits",
     "check_base",
+    "load_into",
     "load_photo",
     "make_edits",
     "plan_for",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .sampling.sample import Cell
     from .settings.presets import preset
     from .settings.stages import EditConfig, SampleConfig
+    from .share.into import load_into
 
 _HOMES = {
     "AdapterPack": ("layers.adapter_pack", "AdapterPack"),
@@ -76,6 +78,7 @@ _HOMES = {
     "SampleConfig": ("settings.stages", "SampleConfig"),
     "apply_edits": ("pipeline.apply", "apply_edits"),
     "check_base": ("pipeline.apply", "check_base"),
+    "load_into": ("share.into", "load_into"),
     "load_photo": ("pictures", "load_photo"),
     "make_edits": ("pipeline.make", "make_edits"),
     "plan_for": ("planning.plan", "plan_for"),

@@ -34,6 +34,7 @@
     │   ├── TensorValueError         numbers far beyond those of any training
     │   └── EditChangedError         tensors changed since the file was written
     ├── BaseMismatchError            a good edit file, made for another base
+    ├── HubError                     a repository of the Hugging Face Hub cannot be read or written
     ├── OutputError                  the result cannot be written
     │   ├── OutputExistsError        the target exists already; it is overwritten only on request
     │   └── OutputUnwritableError    no space left, read-only, not a folder
@@ -193,6 +194,10 @@ class NonFiniteEditError(EditFileError):
 
 class BaseMismatchError(LowmemImagicError):
     """The edit file is fine but was made for another base model."""
+
+
+class HubError(LowmemImagicError):
+    """A repository of the Hugging Face Hub cannot be read or written."""
 
 
 class OutputError(LowmemImagicError):

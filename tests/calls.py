@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from lowmem_imagic.batch.executors import local as executor
+from lowmem_imagic.edits.edit import Edit, LoraFactors
+from lowmem_imagic.edits.identity import SourcePicture
 from lowmem_imagic.families.adapter_names import KohyaNames
 from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.sampling import inversion, masking, suggestion
 from lowmem_imagic.sampling import sample as sampling
 from lowmem_imagic.training.pack import TrainingInput
@@ -42,6 +46,34 @@ def unet(base: Any) -> Any:
 def encode_text(base: Any, sentences: Sequence[str]) -> Tensor:
     """Text (B, T, D) of some sentences."""
     return base.encode_text(sentences)[EMBEDS]
+
+
+def random_edit(base: Any, adapt: str = "attn", *, keep: float = 1.0, seed: int = 3) -> Edit:
+    """An edit with random factors, an alpha that differs from its rank, and spectra that differ by layer."""
+    generator = torch.Generator().manual_seed(seed)
+    pack = AdapterPack(unet(base), NAMES, count=1, adapt=adapt, rank=8, alpha=3.0)
+    pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
+    whole = pack.export(0)
+    for number, (down, _, _) in enumerate(whole.values()):
+        down *= torch.logspace(0, -(number % 7) / 3, len(down)).reshape(-1, *[1] * (down.dim() - 1))
+    text = base.encode_text(["a"])
+    stored = portable(truncated(whole, keep), unet(base))
+    return Edit(
+        adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
+        conditioning={name: torch.randn(part.shape[1:], generator=generator) for name, part in text.items()},
+        coarse={"unet": torch.randn(4, 4, 4, generator=generator)},
+        sentences=("a blue sphere",),
+        base=base.identity,
+        settings={},
+        seed=0,
+        etas=(0.0, 1.0),
+        eta_default=1.0,
+        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size=(16, 16), box=(0, 0, 16, 16)),
+        base_weights="fp32",
+        versions={},
+        measured={},
+        title="a blue sphere",
+    )
 
 
 def predict(base: Any, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from lowmem_imagic.actions.render import sampling_of
 from lowmem_imagic.edits.edit import MAX_FACTOR, Edit, LoraFactors
 from lowmem_imagic.edits.file import decode, encode, read, write
 from lowmem_imagic.edits.header import contents, describe, summary
 from lowmem_imagic.edits.identity import BaseIdentity, Interface, SourcePicture
+from lowmem_imagic.edits.recorded import sampling_of
 from lowmem_imagic.errors import (
     ConfigError,
     EditChangedError,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, UnknownModelError
-from lowmem_imagic.families import SHORT_NAMES
+from lowmem_imagic.families import SHORT_NAMES, cached_commit
 from lowmem_imagic.families.files import checkpoint as checkpoint_module
 from lowmem_imagic.families.files.checkpoint import SingleFile
 from lowmem_imagic.families.files.locate import locate
@@ -332,6 +332,22 @@ def test_offline_and_cached(tiny_folder: Path, tmp_path: Path, monkeypatch: pyte
     base = load()
     assert base.identity.revision == COMMIT
     assert torch.equal(use(base), use(load(str(tiny_folder))))
+
+
+def test_what_the_cache_has_whole(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model counts as being on this machine only if all its files are in the cache, at the revision asked for."""
+    snapshot = as_cache(tiny_folder, tmp_path, lambda content: hashlib.sha256(content).hexdigest())
+    reference = tmp_path / "models--someone--tiny-sd" / "refs" / "main"
+    reference.parent.mkdir()
+    reference.write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert cached_commit(NAME, None) == cached_commit(NAME, COMMIT) == COMMIT
+    assert cached_commit(NAME, "f" * 40) is None and cached_commit("someone/other", None) is None
+    weights = snapshot / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert cached_commit(NAME, None) is None
+    weights.with_suffix(".fp16.safetensors").unlink()
+    assert cached_commit(NAME, None) is None
 
 
 # Names and settings

@@ -13,8 +13,6 @@ from PIL import Image
 
 from lowmem_imagic import Cell, Job, apply_edits, load_photo, make_edits, preset
 from lowmem_imagic.edits import file as edit_file
-from lowmem_imagic.edits.edit import Edit, LoraFactors
-from lowmem_imagic.edits.identity import SourcePicture
 from lowmem_imagic.families import load_architecture
 from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
 from lowmem_imagic.families.portable import MIN_RANK, portable
@@ -22,53 +20,9 @@ from lowmem_imagic.geometry import Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack, target_modules
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures.letterbox import psnr
+from lowmem_imagic.share.programs import A1111, COMFYUI
 from lowmem_imagic.storage.safetensors_reader import parse
 from tests import calls
-
-# The UNet part of ComfyUI's map from diffusers names (comfy/utils.py, unet_to_diffusers), as kohya spells it.
-_TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2))"
-_ATTENTION = rf"attentions_\d+_(proj_in|proj_out|{_TRANSFORMER})"
-_RESNET = r"resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)"
-_COMFY = re.compile(
-    rf"lora_unet_((down|up)_blocks_\d+|mid_block)_({_ATTENTION}|{_RESNET})"
-    r"|lora_unet_down_blocks_\d+_downsamplers_0_conv|lora_unet_up_blocks_\d+_upsamplers_0_conv"
-)
-# A1111 and Forge: convert_diffusers_name_to_compvis (extensions-builtin/Lora/networks.py).
-_A1111 = [
-    re.compile(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)"),
-    re.compile(r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)"),
-    re.compile(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv"),
-    re.compile(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv"),
-]
-
-
-def _edit(base, adapt: str, *, keep: float = 1.0) -> Edit:
-    """An edit with random factors, an alpha that differs from its rank, and spectra that differ by layer."""
-    generator = torch.Generator().manual_seed(3)
-    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt=adapt, rank=8, alpha=3.0)
-    pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=generator))
-    whole = pack.export(0)
-    for number, (down, _, _) in enumerate(whole.values()):
-        down *= torch.logspace(0, -(number % 7) / 3, len(down)).reshape(-1, *[1] * (down.dim() - 1))
-    tokens, width = calls.encode_text(base, ["a"]).shape[1:]
-    stored = portable(truncated(whole, keep), calls.unet(base))
-    return Edit(
-        adapters={"unet": {key: LoraFactors(*factors) for key, factors in stored.items()}},
-        conditioning={"embeds": torch.randn(tokens, width, generator=generator)},
-        coarse={"unet": torch.randn(4, 4, 4, generator=generator)},
-        sentences=("a blue sphere",),
-        base=base.identity,
-        settings={},
-        seed=0,
-        etas=(0.0, 1.0),
-        eta_default=1.0,
-        source=SourcePicture(sha256="0" * 64, width_px=16, height_px=16, size=(16, 16), box=(0, 0, 16, 16)),
-        base_weights="fp32",
-        versions={},
-        measured={},
-        title="a blue sphere",
-    )
-
 
 EXPRESSIONS = ("to_q,to_v", "all-linear", r"mid_block\..*(conv1|to_q)", "conv_in,time_embedding.linear_1,ff.net.2")
 """peft's ways to choose layers."""
@@ -83,7 +37,7 @@ def test_diffusers_loads_an_edit_as_a_lora(adapt, keep, load_base, tiny_folder, 
     from diffusers import StableDiffusionPipeline
 
     base = load_base(weights="fp32")
-    edit = _edit(base, adapt, keep=keep)
+    edit = calls.random_edit(base, adapt, keep=keep)
     assert keep == 1 or len({factors.rank for factors in edit.adapters["unet"].values()}) > 2
     edit_file.write(edit, tmp_path / "edit.safetensors")
     with warnings.catch_warnings():
@@ -124,13 +78,13 @@ def test_keys_are_ones_that_comfyui_and_a1111_map(model, adapt, count):
     unet = denoiser.load(weights="bf16", device=torch.device("meta"), dtype=torch.bfloat16)
     keys = [kohya_key(name) for name in target_modules(unet, denoiser.names, adapt)]
     assert len(keys) == len(set(keys)) == (count or len(keys))
-    assert [key for key in keys if not _COMFY.fullmatch(key)] == []
-    assert [key for key in keys if not any(pattern.fullmatch(key) for pattern in _A1111)] == []
+    assert [key for key in keys if not COMFYUI.fullmatch(key)] == []
+    assert [key for key in keys if not A1111.fullmatch(key)] == []
 
 
 def test_file_holds_no_tensor_beside_the_lora(load_base):
     """The tensors are kohya's three per layer and nothing else: an extra one makes diffusers load nothing."""
-    edit = _edit(load_base(weights="fp32"), "attn")
+    edit = calls.random_edit(load_base(weights="fp32"), "attn")
     names = set(parse(edit_file.encode(edit)).entries)
     assert names == {
         f"{layer}.{part}" for layer in edit.adapters["unet"] for part in ("lora_down.weight", "lora_up.weight", "alpha")

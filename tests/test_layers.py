@@ -17,7 +17,7 @@ FLOORS: tuple[set[str], ...] = (
     {"settings", "storage"},
     {"pictures", "diffusion", "layers", "edits"},
     {"families"},
-    {"engine"},
+    {"engine", "share"},
     {"training", "sampling"},
     {"planning"},
     {"pipeline"},

@@ -40,6 +40,9 @@ FLAGS = {
     "sample": f"{_BASE} {_RENDERING} --prompt",
     "sheet": f"{_BASE} {_SHEET} --columns --guidances --photo --prompt --rows --strengths",
     "inspect": "--json",
+    "export": "--force --json --to",
+    "push": "--force --json --picture --public --thumbnail --yes",
+    "pull": "--force --json --out --revision",
     "scene": "--force --seed --size",
     "doctor": "--json --model --plan --preset --size --vram",
     "batch run": (

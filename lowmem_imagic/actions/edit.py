@@ -9,6 +9,7 @@ from typing import Any
 
 from ..edits import file as edit_file
 from ..edits.edit import Edit
+from ..edits.recorded import sampling_of
 from ..engine.base import BaseModel
 from ..engine.memory import Meter
 from ..errors import ConfigError, LowmemImagicError, OutputError
@@ -22,7 +23,8 @@ from ..settings.text import BaseOptions, check_pictures, check_suggestable
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
-from .render import check_sentences, load_base, open_edit, render, sampling_of
+from .hub import local_file
+from .render import check_sentences, load_base, open_edit, render
 from .result_folder import ResultFolder, rescue
 
 
@@ -160,7 +162,7 @@ def sample(
 ) -> dict[str, Any]:
     """Renders an edit file into a folder, under its own sentences or `prompts`, and returns the report."""
     started = time.perf_counter()
-    opened = edit_file.read(path)
+    opened = edit_file.read(local_file(path, console))
     config = sampling_of(opened, overrides)
     if suggest:
         check_suggestable(config)

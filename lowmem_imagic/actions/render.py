@@ -10,8 +10,8 @@ from PIL import Image
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
-from ..errors import ConfigError, EditHeaderError, ModelError, PromptError
-from ..families import DEMO, SHORT_NAMES
+from ..errors import ModelError, PromptError
+from ..families import DEMO, SHORT_NAMES, cached_commit
 from ..geometry import Letterbox
 from ..pictures import Photo
 from ..pictures.letterbox import from_canvas, into_canvas, psnr, to_images, to_tensor
@@ -48,35 +48,13 @@ def load_base(options: BaseOptions) -> BaseModel:
     )
 
 
-def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
-    """The recorded sampling settings of an edit that this version knows, changed by `overrides`.
-
-    Strength and batch size are not taken from the record: they do not belong to the edit.
-
-    Raises:
-        EditHeaderError: the recorded settings are not valid.
-        ConfigError: the overrides are out of range.
-    """
-    recorded = edit.settings.get("sample")
-    names = set(SampleConfig.__dataclass_fields__) - {"strength", "batch_rows"}
-    values = recorded if isinstance(recorded, dict) else {}
-    known: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names
-    }
-    try:
-        settings = SampleConfig(**known)
-    except (ConfigError, TypeError) as error:
-        raise EditHeaderError(f"imagic.meta settings sample: {error}") from error
-    return replace(settings, **overrides)
-
-
 def open_edit(
     edit: Edit, options: BaseOptions, config: SampleConfig, prompts: Sequence[str], console: Console
 ) -> tuple[BaseModel, tuple[str, ...]]:
     """The base and the sentences to render an edit with: `prompts`, or the edit's own.
 
     Raises:
-        ModelError: the options name no base, and the file's is not a known name.
+        ModelError: the options name no base, and the file's is no known one on this machine.
         BaseMismatchError: the base has another architecture than the edit's.
         PromptError: a prompt is empty, or there is none for an edit without a sentence.
     """
@@ -86,12 +64,17 @@ def open_edit(
         raise PromptError(NO_SENTENCE)
     chosen = options
     if options.model is None:
-        if edit.base.source != DEMO and edit.base.source not in SHORT_NAMES.values():
+        source, revision = edit.base.source, options.revision or edit.base.revision
+        known = source in SHORT_NAMES.values()
+        commit = cached_commit(source, revision) if known else None
+        if source != DEMO and commit is None:
+            absent = "which is not on this machine; a" if known else "a"
             raise ModelError(
-                f"this edit was made for {edit.base.source}; a file is not trusted to name a download, "
-                f"so say which base to use, as in `model={edit.base.source}`"
+                f"this edit was made for {source}{', ' if known else '; '}{absent} file is not trusted to name a "
+                f"download, so say which base to use, as in `model={source}`"
             )
-        chosen = replace(chosen, model=edit.base.source, revision=options.revision or edit.base.revision)
+        # By commit, so that nothing newer is downloaded.
+        chosen = replace(chosen, model=source, revision=commit or revision)
     if options.weights is None:
         chosen = replace(chosen, weights=edit.base_weights)
     base = load_base(chosen)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..edits import file as edit_file
 from ..edits.edit import Edit
+from ..edits.recorded import sampling_of
 from ..engine.memory import Meter
 from ..errors import ConfigError, PromptError
 from ..pictures import Photo, load_photo
@@ -19,7 +20,8 @@ from ..storage.atomic import write_bytes
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
-from .render import footer_of, open_edit, parameters_of, pictures_of, sampling_of
+from .hub import local_file
+from .render import footer_of, open_edit, parameters_of, pictures_of
 from .result_folder import generation_parameters
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -54,7 +56,7 @@ def sheet(
     and the reconstruction (eta 0).
 
     Args:
-        path: the edit file.
+        path: the edit file, or its address on the Hub.
         rows, columns: two different keys of `AXES`.
         values: values of each axis; at most one for a setting that is no axis.
         overrides: other sampling settings.
@@ -66,7 +68,7 @@ def sheet(
         console: remarks and progress.
     """
     started = time.perf_counter()
-    opened = edit_file.read(path)
+    opened = edit_file.read(local_file(path, console))
     config = sampling_of(opened, overrides)
     points = _points(rows, columns, values, opened.eta_default)
     _check_ranges(config, points)

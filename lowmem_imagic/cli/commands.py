@@ -4,8 +4,12 @@ torch is imported by the commands that need it, not by ``--help``.
 """
 
 import json
+import sys
 from typing import Any
 
+import typer
+
+from ..plain_text import shown
 from ..settings.text import Words
 from .batch import batch
 from .flags import with_flags
@@ -131,11 +135,86 @@ def sheet(values: dict[str, Any]) -> None:
 
 @command(app, "inspect", epilog="Example:  lowmem-imagic inspect cat.safetensors --json")
 def inspect(values: dict[str, Any]) -> None:
-    """Show the contents of an edit file: sentence, base, settings, sizes."""
-    from ..edits.header import describe, summary
+    """Show the contents of an edit file: sentence, base, settings, sizes, and the programs that load it."""
+    from ..share.address import Address
+    from ..share.programs import inspected, told
 
-    contents = describe(values["edit_file"])
-    put(json.dumps(contents, indent=2) if values["json"] else summary(contents))
+    path = values["edit_file"]
+    if Address.is_one(path.as_posix()):
+        with importing():
+            from ..share.hub import download
+
+        path, _ = download(Address.of(path.as_posix()))
+    contents = inspected(path)
+    put(json.dumps(contents, indent=2) if values["json"] else told(contents))
+
+
+@command(
+    app,
+    "export",
+    epilog="Examples:  lowmem-imagic export cat.safetensors cat-peft --to peft   |   "
+    "lowmem-imagic export cat.safetensors ComfyUI --to comfyui",
+)
+def export(values: dict[str, Any]) -> None:
+    """Write an edit as the files that another program reads."""
+    with importing():
+        from ..actions import console
+        from ..actions.export import export as write
+
+    report = write(
+        values["edit_file"],
+        values["to"],
+        values["folder"],
+        force=values["force"],
+        console=console.Console(wording=with_flags),
+    )
+    print_report(report, values["json"])
+
+
+@command(app, "push", epilog="Example:  lowmem-imagic push cat.safetensors USER/cat")
+def push(values: dict[str, Any]) -> None:
+    """Upload an edit to the Hugging Face Hub, with a card; asks first, as an edit gives its photo back."""
+    with importing():
+        from ..actions import console, hub
+
+    path, repository, pictures = values["edit_file"], values["repository"], values["picture"] or ()
+    agreed = values["yes"]
+    if not agreed and sys.stdin.isatty():
+        asked = hub.question(path, repository, public=values["public"], pictures=pictures)
+        if not typer.confirm(f"{shown(asked)} Upload it?", err=True):
+            raise typer.Exit(1)
+        agreed = True
+    report = hub.push(
+        path,
+        repository,
+        agreed=agreed,
+        public=values["public"],
+        pictures=pictures,
+        thumbnail=values["thumbnail"],
+        force=values["force"],
+        console=console.Console(wording=with_flags),
+    )
+    print_report(report, values["json"])
+
+
+@command(
+    app,
+    "pull",
+    epilog="Examples:  lowmem-imagic pull USER/cat   |   lowmem-imagic pull https://huggingface.co/USER/cat",
+)
+def pull(values: dict[str, Any]) -> None:
+    """Download an edit from the Hugging Face Hub into a file; its base is not downloaded."""
+    with importing():
+        from ..actions import console, hub
+
+    report = hub.pull(
+        values["repository"],
+        revision=values["revision"],
+        out=values["out"],
+        force=values["force"],
+        console=console.Console(wording=with_flags),
+    )
+    print_report(report, values["json"])
 
 
 @command(

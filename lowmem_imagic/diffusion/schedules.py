@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..settings.stages import INTERPOLATIONS
 
+COARSE_SIDE = 4
+"""Cells each way of a photo's low frequencies in an edit: 128 bytes for four channels."""
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 VARIATION = 0.5
 """Share of a seed's noise in the varied noise of a photo, see `varied`."""

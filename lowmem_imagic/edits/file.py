@@ -73,11 +73,11 @@ def encode(edit: Edit) -> bytes:
             parts = zip(layout.parts, (factors.down, factors.up, alpha), strict=False)
             tensors |= {f"{layer}.{part}": tensor for part, tensor in parts}
     if not layout.in_header:
-        tensors |= {EXTRA + name: tensor for name, tensor in _stored(edit).items()}
+        tensors |= {EXTRA + name: tensor for name, tensor in stored_tensors(edit).items()}
     return serialize(tensors, _header(edit), hash_key=HASH_KEY)
 
 
-def _stored(edit: Edit) -> dict[str, Tensor]:
+def stored_tensors(edit: Edit) -> dict[str, Tensor]:
     """Returns the tensors beside the adapters by the names that they have in a file of version 2."""
     groups = {"text": edit.conditioning, "coarse": edit.coarse, "noise": edit.noise}
     return {f"{group}.{name}": tensor for group, some in groups.items() for name, tensor in some.items()}
@@ -206,7 +206,7 @@ def _header(edit: Edit) -> dict[str, str]:
 
 def _tensor_entries(edit: Edit) -> dict[str, str]:
     """Returns the header strings of the tensors beside the adapters."""
-    stored = _stored(edit)
+    stored = stored_tensors(edit)
     if edit.version == 1:
         return {ENTRIES[name]: dump_json(_values(tensor), ENTRIES[name]) for name, tensor in stored.items()}
     in_header = edit.layout.in_header

@@ -8,13 +8,22 @@ from pathlib import Path
 from . import kinds
 from .files.checkpoint import SingleFile
 from .files.configuration import findable
-from .files.locate import locate
+from .files.locate import cached_commit, locate
 from .files.published import PUBLISHED, Published
-from .files.source import DEMO, SHORT_NAMES, Folder
+from .files.source import DEMO, LICENSES, SHORT_NAMES, Folder
 from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
 
-__all__ = ["DEMO", "SHORT_NAMES", "StableDiffusion", "findable", "load_architecture", "load_family"]
+__all__ = [
+    "DEMO",
+    "LICENSES",
+    "SHORT_NAMES",
+    "StableDiffusion",
+    "cached_commit",
+    "findable",
+    "load_architecture",
+    "load_family",
+]
 
 
 def load_family(

@@ -1,5 +1,6 @@
 """Names of the layers that adapters cover, and of their factors in files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,37 @@ TARGETS: dict[str, tuple[str, ...]] = {
 def kohya_key(module_name: str) -> str:
     """The name of a UNet module in kohya's LoRA files, e.g. ``lora_unet_mid_block_resnets_0_conv1``."""
     return "lora_unet_" + module_name.replace(".", "_")
+
+
+_WORDS = (
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+    "transformer_blocks",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "proj_in",
+    "proj_out",
+    "time_emb_proj",
+    "conv_shortcut",
+    "conv_in",
+    "conv_out",
+    "conv_norm_out",
+    "time_embedding",
+    "add_embedding",
+    "class_embedding",
+    "linear_1",
+    "linear_2",
+)
+"""Names of a UNet's modules that have an underscore."""
+_PART = re.compile(rf"({'|'.join(_WORDS)}|[a-z0-9]+)(?:_|$)")
+
+
+def module_name(key: str) -> str:
+    """The name of the UNet module of a kohya key: `kohya_key` undone."""
+    return ".".join(_PART.findall(key.removeprefix("lora_unet_")))
 
 
 def block_of(module_name: str) -> int:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.schedules import coarse
+from ..diffusion.schedules import COARSE_SIDE, coarse
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
@@ -20,7 +20,7 @@ from ..pictures.letterbox import from_canvas, to_images
 from ..sampling.sample import Cell, sample
 from ..settings.stages import SampleConfig
 from ..training.pack import StageProgress
-from .prepare import COARSE_SIDE, named
+from .prepare import named
 
 NO_SENTENCE = "this edit was trained without a sentence; ask one with `prompt`, or render its photo alone with `etas=0`"
 Latents = Mapping[str, Tensor]

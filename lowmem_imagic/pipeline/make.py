@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion.schedules import coarse
+from ..diffusion.schedules import COARSE_SIDE, coarse
 from ..edits.edit import Edit, LoraFactors
 from ..edits.identity import BaseIdentity
 from ..engine.base import BaseModel
@@ -18,7 +18,7 @@ from ..layers.truncation import energy, truncated
 from ..settings.stages import ADAPT_TARGETS, EditConfig, FinetuneConfig
 from ..training.pack import Pack, StageProgress, TrainedEdit
 from ..training.run import tail
-from .prepare import COARSE_SIDE, EncodedPhoto, Job, Prepared
+from .prepare import EncodedPhoto, Job, Prepared
 from .versions import versions
 
 

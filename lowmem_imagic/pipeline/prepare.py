@@ -31,8 +31,6 @@ from ..training.state import TrainingState
 
 STAGES = ("encode", "load", "describe", "invert")
 """Stages measured before an edit trains."""
-COARSE_SIDE = 4
-"""Cells each way of the photo's low frequencies in an edit: 128 bytes for four channels."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ _SHEET = ("sheet",)
 _BATCH = ("batch run",)
 _SCENE = ("scene",)
 _DOCTOR = ("doctor",)
+_EXPORT, _PUSH, _PULL = ("export",), ("push",), ("pull",)
 _TRAINING = _EDIT + _TRAIN + _BATCH
 _OPENING = _SAMPLE + _SHEET
 _RENDERING = _EDIT + _SAMPLE + _BATCH
@@ -124,6 +125,10 @@ _CONFIG_HELP = (
 _VAE_HELP = "folder of a model or of an autoencoder; its autoencoder is taken, such as for a file with only a UNet"
 _TEXT_FROM_HELP = "folder of a model whose text encoders are taken, such as for a file with only a UNet"
 _ADDRESS_HELP = "address of the Ray cluster; auto for this machine's [default: RAY_ADDRESS, or a new cluster]"
+_EDIT_HELP = "an edit file, or the address of one on the Hugging Face Hub (hub:USER/REPO)"
+_ADDRESS_OF_EDIT_HELP = "USER/REPO, hub:USER/REPO@REVISION, or a link to the Hub"
+_TO_HELP = "program: peft, diffusers, a1111 (Forge, SD.Next, InvokeAI too) or comfyui"
+_PICTURE_HELP = "a picture for the page on the Hub; several times for several [default: none]"
 _COVER_HELP = "also write the edited picture beside the edit file under its name, as galleries of LoRAs show it"
 
 # fmt: off
@@ -132,8 +137,12 @@ OPTIONS: tuple[Option, ...] = (
     Option("photo", _EDIT + _TRAIN, Kind.PATH, FIRST, "the picture to edit", REQUIRED, positional=True),
     Option("sentence", _EDIT, Kind.TEXT, FIRST, _SENTENCES_HELP, REQUIRED, positional=True, many=True),
     Option("sentence", _TRAIN, Kind.TEXT, FIRST, _LATER_HELP, positional=True, many=True),
-    Option("edit_file", (*_OPENING, "inspect"), Kind.PATH, FIRST, "an edit file", REQUIRED, metavar="EDIT",
+    Option("edit_file", (*_OPENING, "inspect", *_EXPORT), Kind.PATH, FIRST, _EDIT_HELP, REQUIRED, metavar="EDIT",
            positional=True),
+    Option("edit_file", _PUSH, Kind.PATH, FIRST, "an edit file", REQUIRED, metavar="EDIT", positional=True),
+    Option("repository", _PUSH, Kind.TEXT, FIRST, "USER/REPO; created if it is not there", REQUIRED, positional=True),
+    Option("repository", _PULL, Kind.TEXT, FIRST, _ADDRESS_OF_EDIT_HELP, REQUIRED, positional=True),
+    Option("folder", _EXPORT, Kind.PATH, FIRST, "folder for the files", REQUIRED, metavar="DIR", positional=True),
     Option("manifest", _BATCH, Kind.PATH, FIRST, _MANIFEST_HELP, REQUIRED, positional=True),
     Option("folder", _FOLDER, Kind.PATH, FIRST, "the --out of a batch run", REQUIRED, metavar="DIR", positional=True),
     Option("sentence", _SCENE, Kind.TEXT, FIRST, "one or two of sphere, cube, cylinder, cone on a floor", REQUIRED,
@@ -142,7 +151,8 @@ OPTIONS: tuple[Option, ...] = (
 
     # The most used options.
     Option("model", _TRAINING, Kind.TEXT, FIRST, _MODEL_HELP, fills=_MODEL),
-    Option("model", _OPENING, Kind.TEXT, FIRST, "base model [default: the one named in the edit]", fills=_MODEL),
+    Option("model", _OPENING, Kind.TEXT, FIRST, "base model [default: the edit's own, if it is on this machine]",
+           fills=_MODEL),
     Option("out", _EDIT, Kind.PATH, FIRST, "folder for the results [default: named after photo and sentence]"),
     Option("out", _TRAIN, Kind.PATH, FIRST, "edit file to write [default: named after photo and sentence]"),
     Option("out", _SAMPLE, Kind.PATH, FIRST, "folder for the pictures [default: named after the edit]"),
@@ -159,6 +169,12 @@ OPTIONS: tuple[Option, ...] = (
     Option("seeds", _EDIT + _SAMPLE, Kind.WHOLE_NUMBERS, FIRST, _SEEDS_HELP, fills=("sample.seeds",)),
     Option("seeds", _SHEET, Kind.WHOLE_NUMBERS, FIRST, _SEEDS_HELP, fills=("axes.seed",)),
     Option("vram", _TRAINING, Kind.TEXT, FIRST, _VRAM_HELP, metavar="MEMORY"),
+    Option("to", _EXPORT, Kind.TEXT, FIRST, _TO_HELP, REQUIRED),
+    Option("public", _PUSH, Kind.SWITCH, FIRST, "let anyone see it [default: a private repository]", False),
+    Option("picture", _PUSH, Kind.PATH, FIRST, _PICTURE_HELP, metavar="<path>", many=True),
+    Option("yes", _PUSH, Kind.SWITCH, FIRST, "upload without a question: an edit gives its photo back", False),
+    Option("out", _PULL, Kind.PATH, FIRST, "edit file to write [default: named after the repository]"),
+    Option("revision", _PULL, Kind.TEXT, FIRST, "commit, tag or branch [default: the newest commit]"),
     Option("failed", ("batch retry",), Kind.SWITCH, FIRST, _FAILED_HELP, False),
     Option("plan", _DOCTOR, Kind.SWITCH, FIRST, "show instead which edits fit on a graphics card", False),
     Option("model", _DOCTOR, Kind.TEXT, FIRST, "with --plan: the base model; short names need no download", "sd15"),
@@ -240,9 +256,12 @@ OPTIONS: tuple[Option, ...] = (
     # Files and messages.
     Option("background", _TRAINING, Kind.TEXT, RESULTS, "colour under transparent parts of the photo", "white"),
     Option("cover", _EDIT, Kind.SWITCH, RESULTS, _COVER_HELP, False),
-    Option("json", (*_ALL, "inspect", "doctor", *_FOLDER), Kind.SWITCH, RESULTS, "print the report as JSON", False),
-    Option("force", (*_ALL, "scene", "batch sheet"), Kind.SWITCH, RESULTS, "replace files that are there already",
-           False),
+    Option("thumbnail", _PUSH, Kind.SWITCH, RESULTS, "leave the file's thumbnail in it, if it has one", False),
+    Option("json", (*_ALL, "inspect", "doctor", *_FOLDER, *_EXPORT, *_PUSH, *_PULL), Kind.SWITCH, RESULTS,
+           "print the report as JSON", False),
+    Option("force", (*_ALL, "scene", "batch sheet", *_EXPORT, *_PULL), Kind.SWITCH, RESULTS,
+           "replace files that are there already", False),
+    Option("force", _PUSH, Kind.SWITCH, RESULTS, "replace the edit that the repository has", False),
     Option("quiet", (*_ALL, "batch retry"), Kind.SWITCH, RESULTS, "no progress bars", False, short="-q"),
 )
 # fmt: on

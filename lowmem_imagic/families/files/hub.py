@@ -65,6 +65,18 @@ def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Pa
     return folder
 
 
+def cached(repository: str, revision: str | None, stems: Mapping[str, str]) -> Path | None:
+    """A model's folder in the local cache, named by its commit, without asking the Hub; None if it is not there.
+
+    Its files may be incomplete.
+    """
+    try:
+        return _snapshot(repository, revision, _CONFIGURATION + _weights(stems), local_files_only=True)
+    except Exception:
+        # huggingface_hub raises errors of many kinds for a name, a revision or a cache that it cannot use.
+        return None
+
+
 def _plain(stem: str) -> str:
     return f"{stem}.safetensors"
 
@@ -82,17 +94,23 @@ def _weights(stems: Mapping[str, str], variant: str = "") -> list[str]:
     ]
 
 
-def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:
+def _snapshot(repository: str, revision: str | None, patterns: list[str], *, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    return Path(
+        snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+    )
+
+
+def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:
     def download(local: bool) -> Path:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local))
+        return _snapshot(repository, revision, patterns, local_files_only=local)
 
     try:
         return download(local_files_only)
     except Exception as error:
         # huggingface_hub also raises the errors of its HTTP library, which differs between its versions.
-        reason = _reason(error)
+        reason = reason_of(error)
         # huggingface_hub tries its cache if the network fails, but not if a proxy or an endpoint is invalid.
         if not local_files_only and not isinstance(error, FileNotFoundError):
             try:
@@ -111,7 +129,7 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The reason why the Hub could not be reached, in few words: an invalid setting, or else the kind of error."""
     if isinstance(error, FileNotFoundError) and os.environ.get("HF_HUB_OFFLINE", "").upper() in (
         "1",

@@ -3,7 +3,7 @@
 import reprlib
 from pathlib import Path
 
-from ...errors import ConfigError, UnknownModelError
+from ...errors import ConfigError, ModelError, UnknownModelError
 from .. import kinds
 from . import hub
 from .checkpoint import SingleFile
@@ -42,6 +42,23 @@ def locate(
         is_xl = kinds.is_xl(source.config(".", "model_index.json"))
         return Mixed.of(source, others.components(is_xl=is_xl))
     return source
+
+
+def cached_commit(repository: str, revision: str | None) -> str | None:
+    """The commit of a Hub model that is wholly in the local cache; None if some of it would have to be downloaded.
+
+    Also None if only the fp16 variant is there: `hub.fetch` asks the Hub for the other.
+    """
+    path = hub.cached(repository, revision, WEIGHTS_STEM)
+    if path is None:
+        return None
+    folder = Folder(path, repository, revision=path.name)
+    try:
+        folder.check_complete()
+        plain = all(folder.variant(part) is None for part in WEIGHTS_STEM if (path / part).exists())
+    except ModelError:
+        return None
+    return path.name if plain else None
 
 
 def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:

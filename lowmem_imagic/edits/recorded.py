@@ -1,0 +1,31 @@
+"""The settings that an edit records, as this version has them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ConfigError, EditHeaderError
+from ..settings.stages import SampleConfig
+from .edit import Edit
+
+
+def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
+    """The recorded sampling settings of an edit that this version knows, changed by `overrides`.
+
+    Strength and batch size are not taken from the record: they do not belong to the edit.
+
+    Raises:
+        EditHeaderError: the recorded settings are not valid.
+        ConfigError: the overrides are out of range.
+    """
+    recorded = edit.settings.get("sample")
+    names = set(SampleConfig.__dataclass_fields__) - {"strength", "batch_rows"}
+    values = recorded if isinstance(recorded, dict) else {}
+    known: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names
+    }
+    try:
+        settings = SampleConfig(**known)
+    except (ConfigError, TypeError) as error:
+        raise EditHeaderError(f"imagic.meta settings sample: {error}") from error
+    return replace(settings, **overrides)

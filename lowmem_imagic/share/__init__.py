@@ -1,0 +1,1 @@
+"""Edits in other programs, and on the Hugging Face Hub."""

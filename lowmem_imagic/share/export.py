@@ -1,0 +1,189 @@
+"""Edits as the files that other programs read."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..edits.edit import Edit, LoraFactors, picture_kind
+from ..edits.file import encode, stored_tensors
+from ..edits.layouts import KOHYA, PEFT
+from ..errors import ConfigError, EditFileError
+from ..families.adapter_names import module_name
+from ..families.portable import scaled_alike
+from ..storage.safetensors_writer import serialize
+from .hub import EDIT_FILE
+
+Files = dict[str, bytes]
+"""Contents of files by their path in the export's folder, with slashes."""
+
+EMBEDDINGS = "imagic.safetensors"
+"""The file with an edit's embedding and starting latents as tensors."""
+NODES = Path(__file__).parent / "comfyui_nodes"
+WORKFLOW = "example_workflows/imagic_edit.json"
+_NOTES = Path(__file__).parent / "notes"
+_OF_NODES = (".py", ".toml", ".md", ".json")
+_VERSIONS = {"stable-diffusion-v1": "SD1", "stable-diffusion-v2": "SD2", "stable-diffusion-xl": "SDXL"}
+"""A1111's names of kinds of models, by the beginning of ``modelspec.architecture``."""
+
+
+def files_for(program: str, edit: Edit, name: str) -> Files:
+    """The files of an edit for a program.
+
+    Args:
+        program: one of `PROGRAMS`.
+        edit: the edit.
+        name: a stem for files that have no fixed name.
+
+    Raises:
+        ConfigError: there is no such program.
+        EditFileError: the program cannot load this kind of edit.
+    """
+    if program not in PROGRAMS:
+        raise ConfigError(f"`to` is {program!r}, expected one of {', '.join(PROGRAMS)}")
+    return PROGRAMS[program](edit, name)
+
+
+def _peft(edit: Edit, name: str) -> Files:
+    """Folders for ``PeftModel.from_pretrained``: the only network's own, or one for each."""
+    files: Files = {}
+    for denoiser, adapter in edit.adapters.items():
+        folder = "" if len(edit.adapters) == 1 else f"{denoiser}/"
+        layers = {_module(edit, denoiser, key): factors for key, factors in adapter.items()}
+        tensors: dict[str, Tensor] = {}
+        for layer, factors in layers.items():
+            pair = zip(PEFT.parts, (factors.down, factors.up), strict=True)
+            tensors |= {f"base_model.model.{layer}.{part}": tensor for part, tensor in pair}
+        files[f"{folder}adapter_model.safetensors"] = serialize(tensors, {"format": "pt"})
+        files[f"{folder}adapter_config.json"] = _json(_peft_config(edit, layers))
+    return files | {EMBEDDINGS: _embeddings(edit), "README.md": _note("peft", edit, name)}
+
+
+def _module(edit: Edit, denoiser: str, key: str) -> str:
+    """The name in its network of the module with a layer's key."""
+    return module_name(key) if edit.layout is KOHYA else key.removeprefix(f"{denoiser}.")
+
+
+def _peft_config(edit: Edit, layers: Mapping[str, LoraFactors]) -> dict[str, Any]:
+    """The fields of peft's `LoraConfig` that matter: other versions of peft may not know others."""
+    rank = max(factors.rank for factors in layers.values())
+    alpha = next(factors.alpha for factors in layers.values() if factors.rank == rank)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": edit.base.source,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{layer}$": factors.rank for layer, factors in layers.items() if factors.rank != rank},
+        "alpha_pattern": {f"^{layer}$": factors.alpha for layer, factors in layers.items() if factors.alpha != alpha},
+        "target_modules": sorted(layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _diffusers(edit: Edit, name: str) -> Files:
+    """The edit file under the name that diffusers looks for, and its other tensors."""
+    return {
+        EDIT_FILE: encode(_scaled_alike(edit)),
+        EMBEDDINGS: _embeddings(edit),
+        "README.md": _note("diffusers", edit, name),
+    }
+
+
+def _a1111(edit: Edit, name: str) -> Files:
+    """The edit file with the card that A1111, Forge, SD.Next and InvokeAI show beside it."""
+    _check_kohya(edit, "A1111 and its relatives")
+    architecture = edit.base.labels.get("modelspec.architecture", "")
+    card = {
+        "description": f"Imagic edit of one photo, for {edit.base.source}",
+        "sd version": next((v for start, v in _VERSIONS.items() if architecture.startswith(start)), "Unknown"),
+        "activation text": edit.sentences[0] if edit.sentences else "",
+        "preferred weight": 1.0,
+        "negative text": "",
+        "notes": "Changes pictures of its sentence towards the photo; this program has no input for the edit's "
+        "embedding and noise, so it gives neither the photo nor the edit. lowmem-imagic, diffusers and ComfyUI do.",
+    }
+    files = {f"{name}.safetensors": encode(_scaled_alike(edit)), f"{name}.json": _json(card)}
+    if edit.thumbnail is not None and picture_kind(edit.thumbnail) == "png":
+        files[f"{name}.png"] = edit.thumbnail
+    return files
+
+
+def _comfyui(edit: Edit, name: str) -> Files:
+    """The edit file, nodes and a workflow, each where ComfyUI looks for it below its own folder."""
+    _check_kohya(edit, "ComfyUI's nodes")
+    nodes = {
+        f"custom_nodes/imagic_edit/{path.relative_to(NODES).as_posix()}": path.read_bytes()
+        for path in sorted(NODES.rglob("*"))
+        if path.suffix in _OF_NODES and path.is_file()
+    }
+    workflow = json.loads((NODES / WORKFLOW).read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] == "LoadImagicEdit":
+            node["widgets_values"][0] = f"{name}.safetensors"
+    return {
+        f"models/loras/{name}.safetensors": encode(_scaled_alike(edit)),
+        f"user/default/workflows/{name}.json": _json(workflow),
+        **nodes,
+    }
+
+
+PROGRAMS: Mapping[str, Callable[[Edit, str], Files]] = {
+    "peft": _peft,
+    "diffusers": _diffusers,
+    "a1111": _a1111,
+    "comfyui": _comfyui,
+}
+
+
+def _check_kohya(edit: Edit, program: str) -> None:
+    """Checks that an edit has the names of layers that UNets have in these programs.
+
+    Raises:
+        EditFileError: it has not.
+    """
+    if edit.layout is not KOHYA:
+        raise EditFileError(f"{program} cannot load an edit of {edit.base.source}; export it to diffusers or peft")
+
+
+def _scaled_alike(edit: Edit) -> Edit:
+    """The edit with one alpha for all layers of a network with kohya's names, which every program reads rightly."""
+    if edit.layout is not KOHYA:
+        return edit
+    adapters = {}
+    for denoiser, adapter in edit.adapters.items():
+        if len({factors.alpha for factors in adapter.values()}) > 1:
+            whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in adapter.items()}
+            adapter = {key: LoraFactors(*factors) for key, factors in scaled_alike(whole).items()}
+        adapters[denoiser] = adapter
+    return replace(edit, adapters=adapters)
+
+
+def _embeddings(edit: Edit) -> bytes:
+    """The embedding and the starting latents as tensors, with the recorded settings of sampling in the header."""
+    recorded = edit.settings.get("sample")
+    values = {
+        "sentences": list(edit.sentences),
+        "start_sentence": edit.start_sentence,
+        "size": list(edit.source.size),
+        "sample": recorded if isinstance(recorded, dict) else {},
+    }
+    tensors = {name: tensor.to(torch.float16) for name, tensor in stored_tensors(edit).items()}
+    return serialize(tensors, {"format": "pt", "imagic": json.dumps(values, sort_keys=True)})
+
+
+def _note(program: str, edit: Edit, name: str) -> bytes:
+    """The instructions beside the files of a program."""
+    template = Template((_NOTES / f"{program}.md").read_text(encoding="utf-8"))
+    # The source has none of Markdown's marks but a slash.
+    return template.substitute(base=edit.base.source, name=name).encode()
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

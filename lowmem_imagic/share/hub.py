@@ -1,0 +1,240 @@
+"""Repositories of the Hugging Face Hub: uploads of an edit, and downloads pinned to a commit.
+
+Only safetensors files are downloaded, and only `edits.header.read_bytes` reads them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import EditTooLargeError, HubError
+from ..families.files.hub import reason_of
+from ..plain_text import shown
+from ..storage.safetensors_reader import MAX_FILE_BYTES
+from .address import SUFFIX, Address, is_edit_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+EDIT_FILE = "pytorch_lora_weights.safetensors"
+"""The name that diffusers looks for."""
+CARD = "README.md"
+PICTURES = "pictures/"
+"""The folder of a repository's pictures."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository as it is on the Hub."""
+
+    commit: str | None
+    """Its newest commit; None if it has none."""
+    private: bool
+    files: Mapping[str, int | None]
+    """Bytes of each file, as far as the Hub tells."""
+
+    @property
+    def edit_files(self) -> list[str]:
+        """The files that may be edits; a name that leads out of the repository is none."""
+        return sorted(filter(is_edit_file, self.files))
+
+
+def find(address: Address) -> Repository | None:
+    """A repository at an address; None if there is none, or if this user may not see it.
+
+    Raises:
+        HubError: the Hub cannot be asked, or the repository has no such revision.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    def ask() -> Repository | None:
+        try:
+            info = _api().model_info(address.repository, revision=address.revision, files_metadata=True)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return None
+        files = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+        return Repository(info.sha, bool(info.private), files)
+
+    return _asked(address, "read", ask)
+
+
+def license_of(repository: str) -> dict[str, str]:
+    """``license``, ``license_name`` and ``license_link`` of a model's card on the Hub; empty if it cannot be asked."""
+    try:
+        card = _api().model_info(repository).card_data
+    except Exception:
+        # An upload does not depend on it. huggingface_hub raises errors of many kinds.
+        return {}
+    values = {name: getattr(card, name, None) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in values.items() if isinstance(value, str)}
+
+
+def create(address: Address, *, private: bool) -> None:
+    """Creates a repository.
+
+    Raises:
+        HubError: this user may not, or is not logged in.
+    """
+    _asked(address, "create", lambda: _api().create_repo(address.repository, private=private))
+
+
+def publish(
+    address: Address, files: Mapping[str, bytes], *, removed: list[str], parent: str | None, message: str
+) -> Address:
+    """Writes files into a repository and removes others, in one commit; returns the address of that commit.
+
+    Args:
+        address: the repository.
+        files: the files' bytes, by name.
+        removed: files to remove.
+        parent: the commit that the repository is expected to be at; None for a new one.
+        message: the commit's first line.
+
+    Raises:
+        HubError: the repository has changed since `parent`, or this user may not write it.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    operations: list[Any] = [CommitOperationAdd(name, data) for name, data in files.items()]
+    operations += [CommitOperationDelete(name) for name in removed]
+
+    def commit() -> Address:
+        done = _api().create_commit(
+            address.repository, operations, commit_message=message, parent_commit=parent, num_threads=1
+        )
+        return replace(address, revision=done.oid)
+
+    pinned = _asked(address, "write", commit)
+    there = find(pinned)
+    if there is None or files.keys() - there.files.keys():
+        # The library leaves out files that the repository's .gitignore names.
+        raise HubError(f"{pinned} lacks files that were uploaded; look for a .gitignore in the repository")
+    return pinned
+
+
+def download(address: Address) -> tuple[Path, Address]:
+    """The path of an edit's file in the Hub's cache, and its address pinned to the commit.
+
+    Without a network, the file in the cache is taken.
+
+    Raises:
+        HubError: there is no such repository or file, several files may be meant, or the Hub cannot be reached.
+        EditTooLargeError: the file is larger than any edit; it is not downloaded.
+    """
+    try:
+        repository = find(address)
+    except HubError:
+        path = _in_cache(address)
+        if path is None:
+            raise
+        return path, _pinned(address, path)
+    if repository is None:
+        raise HubError(
+            f"{address.repository} is not on the Hub, or is private and this user may not read it; "
+            "check the name, or log in with: hf auth login"
+        )
+    name = _chosen(address, repository)
+    size = repository.files[name]
+    if size is not None and size > MAX_FILE_BYTES:
+        raise EditTooLargeError(f"{address}: {name} has {size} bytes, expected at most {MAX_FILE_BYTES}")
+    named = replace(address, file=name)
+    path = _asked(address, "read", lambda: _fetched(named, local=False))
+    return path, _pinned(named, path)
+
+
+def _pinned(address: Address, path: Path) -> Address:
+    """The address at the commit of a file's path in the Hub's cache, ``.../snapshots/COMMIT/...``."""
+    parts = path.parts
+    place = len(parts) - 1 - parts[::-1].index("snapshots")
+    return replace(address, revision=parts[place + 1])
+
+
+def _chosen(address: Address, repository: Repository) -> str:
+    """The name of the edit's file."""
+    names = repository.edit_files
+    if address.file is not None:
+        if address.file in names:
+            return address.file
+        raise HubError(f"{address} has no file {address.file}; it has {_listed(names)}")
+    if EDIT_FILE in names:
+        return EDIT_FILE
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise HubError(f"{address} has no {SUFFIX} file, so no edit")
+    raise HubError(f"{address} has {_listed(names)}; give the link to one of these files")
+
+
+def _listed(names: list[str]) -> str:
+    """Some names for a message."""
+    shown_names = ", ".join(shown(name) for name in names[:5])
+    return f"{len(names)} {SUFFIX} files{': ' if names else ''}{shown_names}{', ...' if len(names) > 5 else ''}"
+
+
+def _in_cache(address: Address) -> Path | None:
+    """The edit's file in the Hub's cache, if it is there."""
+    try:
+        return _fetched(replace(address, file=address.file or EDIT_FILE), local=True)
+    except Exception:
+        # As in `families.files.hub.cached`.
+        return None
+
+
+def _fetched(address: Address, *, local: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(address.repository, str(address.file), revision=address.revision, local_files_only=local)
+    )
+
+
+def _api() -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="lowmem-imagic")
+
+
+def _asked(address: Address, act: str, ask: Callable[[], _T]) -> _T:
+    """The Hub's answer.
+
+    Raises:
+        HubError: in place of any error of its library, with advice.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+    try:
+        return ask()
+    except HubError:
+        raise
+    except RevisionNotFoundError as error:
+        raise HubError(f"{address.repository} has no revision {address.revision}") from error
+    except Exception as error:
+        # huggingface_hub also raises the errors of its HTTP library, which differs between its versions.
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        raise HubError(f"{address.repository} could not be {_PAST[act]}: {_REASONS.get(status) or _told(error)}") from (
+            error
+        )
+
+
+_PAST = {"read": "read", "create": "created", "write": "written"}
+_REASONS: dict[int | None, str] = {
+    401: "the Hub does not know this user; log in with: hf auth login",
+    403: "this user may not do that; check the name, and that the token may write",
+    404: "it is not on the Hub, or is private",
+    409: "it has changed meanwhile; try again",
+    412: "it has changed meanwhile; try again",
+    413: "the file is too large for the Hub",
+    429: "the Hub takes no more requests for now; try again later",
+}
+
+
+def _told(error: Exception) -> str:
+    """The reason why the Hub could not be reached."""
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{reason_of(error)}; check the network"
