@@ -130,10 +130,12 @@ def _ask(order: str) -> str:
 
 
 def _import_libraries() -> None:
-    """Imports everything that the package's modules import, and forgets the package."""
+    """Imports everything that the command line's modules import, and forgets the package."""
     root = Path(__file__).parents[1] / PACKAGE
+    # The web page starts threads, and ComfyUI's nodes import ComfyUI.
+    left_out = {"ui", "comfyui_nodes"}
     for path in sorted(root.rglob("*.py")):
-        if path.stem != "__main__":
+        if path.stem != "__main__" and not left_out & set(path.relative_to(root).parts):
             importlib.import_module(".".join(path.relative_to(root.parent).with_suffix("").parts))
     for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
         del sys.modules[name]
