@@ -23,6 +23,7 @@ FLOORS: tuple[set[str], ...] = (
     {"pipeline"},
     {"actions"},
     {"batch"},
+    {"ui"},
     {"cli"},
     {"__main__"},
 )

@@ -1,0 +1,243 @@
+"""The queue of one card: jobs of all visitors, one after another, in a process of their own."""
+
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from .worker import PROGRAM
+
+WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+ENDED = (DONE, FAILED, STOPPED)
+_POLL_S = 0.2
+_ENDING_S = 20
+"""A process that has been told to end is killed after so long."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One order to a process, and its progress."""
+
+    order: Mapping[str, Any]
+    title: str
+    """Shown in the queue of its owner."""
+    owner: str = ""
+    """Its visitor."""
+    on_event: Callable[[Mapping[str, Any]], None] = lambda event: None
+    """Called with each event, in the queue's thread."""
+    state: str = WAITING
+    stage: str = ""
+    step: int = 0
+    steps: int = 0
+    remarks: list[str] = field(default_factory=list)
+    result: Any = None
+    error: str = ""
+    details: str = ""
+    """The traceback of an unexpected error; for the log, not for the page."""
+    began_s: float = 0.0
+    stage_began_s: float = 0.0
+    stage_first: int = 0
+    ended_s: float = 0.0
+    stop_asked: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Books an event of the process."""
+        kind = event["event"]
+        if kind == "progress":
+            if event["stage"] != self.stage:
+                self.stage, self.stage_first, self.stage_began_s = event["stage"], event["step"], time.monotonic()
+            self.step, self.steps = event["step"], event["steps"]
+        elif kind == "remark":
+            self.remarks.append(event["text"])
+        elif kind == "done":
+            self.state, self.result = DONE, event["result"]
+        elif kind == "failed":
+            self.state, self.error, self.details = FAILED, event["text"], event.get("details", "")
+        elif kind == "stopped":
+            self.state = STOPPED
+
+
+class Process:
+    """A process that does one order at a time; it is started for the first, and again after a crash."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def start(self) -> None:
+        """Starts the process, if there is none; it takes some seconds to import its libraries."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._events = queue.Queue()
+        self._process = subprocess.Popen(
+            (sys.executable, "-m", PROGRAM),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Ctrl-C must reach the page's process alone.
+            start_new_session=True,
+        )
+        threading.Thread(target=_read, args=(self._process.stdout, self._events), daemon=True).start()
+
+    def do(self, job: Job) -> None:
+        """Does a job to its end; a crash of the process is the job's failure."""
+        self.start()
+        self._tell(dict(job.order))
+        stopping = False
+        while job.state == RUNNING:
+            if job.stop_asked and not stopping:
+                stopping = True
+                self._tell({"work": "stop"})
+            try:
+                event = self._events.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if event is None:
+                assert self._process is not None
+                code = self._process.wait()
+                event = {"event": "failed", "text": f"the process at work ended without a word ({_end_of(code)})"}
+                self._process = None
+            if event["event"] in ("progress", "remark", "done", "failed", "stopped"):
+                job.take(event)
+            job.on_event(event)
+
+    def _tell(self, order: Mapping[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        # A process that has crashed is seen by its closed output.
+        with contextlib.suppress(OSError):
+            self._process.stdin.write((json.dumps(order) + "\n").encode())
+            self._process.stdin.flush()
+
+    def end(self) -> None:
+        """Ends the process: at once if it is idle, after a save of the training state if it is at work."""
+        if self._process is None or self._process.stdin is None:
+            return
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_ENDING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _read(output: IO[bytes] | None, events: "queue.Queue[dict[str, Any] | None]") -> None:
+    """Passes events on; None at the end of the process."""
+    assert output is not None
+    with output:
+        for line in output:
+            with contextlib.suppress(ValueError):
+                events.put(json.loads(line))
+    events.put(None)
+
+
+def _end_of(code: int) -> str:
+    """The end of a process in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    out_of_memory = ", perhaps for lack of memory" if code == -9 else ""
+    return f"signal {-code}{out_of_memory}"
+
+
+class Queue:
+    """Jobs in their order, done by one process; see `Job`."""
+
+    def __init__(self) -> None:
+        self._process = Process()
+        self._jobs: deque[Job] = deque()
+        self._running: Job | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def start(self) -> None:
+        """Starts the process and the thread that feeds it."""
+        self._process.start()
+        self._thread.start()
+
+    def add(self, job: Job) -> Job:
+        """Adds a job to the end of the queue."""
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+        return job
+
+    def do(self, job: Job) -> Job:
+        """Adds a job and waits for its end."""
+        self.add(job).ended.wait()
+        return job
+
+    def stop(self, job: Job) -> None:
+        """Stops a job: at once while it waits, else as soon as its state is saved."""
+        with self._changed:
+            job.stop_asked = True
+            if job not in self._jobs:
+                return
+            self._jobs.remove(job)
+        self._end(job, STOPPED)
+
+    def place(self, job: Job) -> int:
+        """The number of jobs before this one; 0 for the running one."""
+        with self._changed:
+            before = self._jobs.index(job) if job in self._jobs else 0
+            return before + (job in self._jobs and self._running is not None)
+
+    def waiting(self, owner: str) -> int:
+        """The number of jobs of a visitor that have not ended."""
+        with self._changed:
+            running = self._running is not None and self._running.owner == owner
+            return sum(job.owner == owner for job in self._jobs) + running
+
+    @property
+    def length(self) -> int:
+        """The number of jobs, the running one included."""
+        with self._changed:
+            return len(self._jobs) + (self._running is not None)
+
+    def close(self) -> None:
+        """Ends the queue: the running job is stopped and saves its state; waiting ones do not begin."""
+        with self._changed:
+            self._closed = True
+            waiting, running = list(self._jobs), self._running
+            self._jobs.clear()
+            if running is not None:
+                running.stop_asked = True
+            self._changed.notify()
+        for job in waiting:
+            self._end(job, STOPPED)
+        if running is not None:
+            running.ended.wait(_ENDING_S)
+        self._process.end()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                job = self._running = self._jobs.popleft()
+                job.state, job.began_s = RUNNING, time.monotonic()
+            try:
+                self._process.do(job)
+            except Exception as error:  # a fault of the page's own code must not end the queue
+                job.error, job.details = f"an unexpected error ended this: {type(error).__name__}", repr(error)
+                job.state = FAILED
+            with self._changed:
+                self._running = None
+            self._end(job, job.state)
+
+    @staticmethod
+    def _end(job: Job, state: str) -> None:
+        job.ended_s = time.monotonic()
+        job.state = state
+        with contextlib.suppress(Exception):
+            job.on_event({"event": "end", "state": state})
+        job.ended.set()

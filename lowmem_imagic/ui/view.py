@@ -1,0 +1,126 @@
+"""Parts of the page as HTML; all text in them is escaped."""
+
+import time
+from collections.abc import Sequence
+from html import escape as _escape
+
+from ..actions.console import STAGES
+from ..plain_text import shown
+from .card import ENDED, RUNNING, WAITING, Job, Queue
+from .studio import duration
+from .visitors import Ask, Picture, Project
+
+FILES = "/studio/file/"
+_STAGES = {**STAGES, "invert": "the photo's own noise", "embed": "stage 1 of 2: embedding"}
+_STAGES |= {"finetune": "stage 2 of 2: adapter", "sample": "pictures", "train": "edits"}
+
+
+def escape(text: str) -> str:
+    """The text for markup and attributes."""
+    return _escape(shown(text))
+
+
+def bar(job: Job | None, queue: Queue, message: str, *, paused: bool = False) -> str:
+    """The progress of a job, or its end in one line."""
+    if job is None or job.state in ENDED:
+        if paused:
+            return line("stopped; the training is saved and goes on where it was: press “Train” again")
+        bad = job is not None and job.state == "failed"
+        return line(message, bad=bad) if message else ""
+    if job.state == WAITING:
+        before = queue.place(job)
+        return line(f"waiting for the card: {before} job{'s' if before != 1 else ''} before this one")
+    assert job.state == RUNNING
+    stage = _STAGES.get(job.stage, job.stage) or "loading the base"
+    share = job.step / job.steps if job.steps else 0.0
+    left, done = "", job.step - job.stage_first
+    if job.steps and done > 0:
+        seconds = (time.monotonic() - job.stage_began_s) / done * (job.steps - job.step)
+        left = f", about {duration(seconds)} left in this stage"
+    words = f"{stage}: {job.step} of {job.steps}{left}" if job.steps else stage
+    if job.stop_asked:
+        words = f"stopping; {words}"
+    return (
+        f'<div class="bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{100 * share:.0f}" '
+        f'aria-label="{escape(stage)}"><div style="width:{share:.1%}"></div></div>'
+        f'<p class="quiet">{escape(words)}</p>'
+    )
+
+
+def line(text: str, *, bad: bool = False) -> str:
+    """One line of text for the visitor."""
+    return f'<p class="{"bad" if bad else "quiet"}" role="{"alert" if bad else "status"}">{escape(text)}</p>'
+
+
+def photo(project: Project | None) -> str:
+    """The photo that will be edited, at its own aspect."""
+    if project is None or not project.photo_view or project.size is None:
+        return '<p class="quiet">No photo yet.</p>'
+    notes = "; ".join(project.notes)
+    remark = f'<p class="quiet">{escape(notes)}</p>' if notes else ""
+    return (
+        f'<figure class="photo" data-project="{escape(project.token)}"><img src="{FILES}{project.photo_view}" alt="the photo {escape(project.name)}" '
+        f'width="{project.size[0]}" height="{project.size[1]}">'
+        f"<figcaption>{escape(project.name)}, {project.size[0]} x {project.size[1]} px</figcaption></figure>{remark}"
+    )
+
+
+def pictures(project: Project | None) -> str:
+    """The before/after picture, and the row along eta."""
+    ask = None if project is None or not project.asks else project.asks[-1]
+    if project is None or (ask is None and project.zero is None):
+        return '<p class="quiet">The pictures appear here: first the photo as the edit draws it (eta 0).</p>'
+    row = sorted(ask.pictures.values(), key=lambda one: one.eta) if ask else [project.zero] if project.zero else []
+    if not row:
+        return '<p class="quiet">The first picture is being made.</p>'
+    shown_one = max((one for one in row if one.eta <= 1), key=lambda one: one.eta, default=row[0])
+    before = project.photo_view or (project.zero.view if project.zero else "")
+    caption = "before: the photo" if project.photo_view else "before: eta 0"
+    sentence = ask.sentence if ask else "the photo, as the edit draws it"
+    return (
+        f'<div class="viewer" data-sentence="{escape(sentence)}">'
+        f'<div class="compare" style="--cut: 0%">'
+        f'<img class="after" src="{FILES}{shown_one.view}" alt="{escape(sentence)}, eta {shown_one.eta:g}">'
+        + (f'<img class="before" src="{FILES}{before}" alt="{caption}">' if before else "")
+        + "</div>"
+        + '<label class="cut">Before and after<input type="range" min="0" max="100" value="0" '
+        'aria-label="Before and after: share of the picture that shows the photo"></label>'
+        f'<p class="now" role="status">{escape(sentence)}: eta <output>{shown_one.eta:g}</output></p>'
+        f'<div class="row" role="list">{"".join(_small(one, sentence) for one in row)}</div></div>'
+    )
+
+
+def _small(one: Picture, sentence: str) -> str:
+    """A picture of the row: a button that shows it large."""
+    return (
+        f'<button type="button" role="listitem" data-eta="{one.eta:g}" data-src="{FILES}{one.view}" '
+        f'data-full="{FILES}{one.full}" aria-label="show eta {one.eta:g}">'
+        f'<img src="{FILES}{one.view}" alt="{escape(sentence)}, eta {one.eta:g}" loading="lazy">'
+        f"<span>eta {one.eta:g}</span></button>"
+    )
+
+
+def downloads(project: Project | None, ask: Ask | None) -> str:
+    """Links to the edit file, the sheet and the pictures at the photo's own size."""
+    if project is None or not project.edit:
+        return ""
+    links = [(project.edit, "edit file")]
+    if ask is not None:
+        links += [(ask.sheet, "sheet")] if ask.sheet else []
+        links += [(one.full, f"eta {one.eta:g}") for one in sorted(ask.pictures.values(), key=lambda one: one.eta)]
+    elif project.zero:
+        links.append((project.zero.full, "eta 0"))
+    items = "".join(f'<li><a href="{FILES}{token}" download>{escape(label)}</a></li>' for token, label in links)
+    return f'<nav aria-label="Downloads"><ul class="links">{items}</ul></nav>'
+
+
+def queue_line(queue: Queue) -> str:
+    """The number of jobs on the card."""
+    count = queue.length
+    return line("the card is free" if not count else f"the card has {count} job{'s' if count > 1 else ''}")
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Facts by name."""
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<table class="facts">{body}</table>'
