@@ -10,11 +10,10 @@ import gradio as gr
 from fastapi import FastAPI, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
-from ..families import DEMO, findable
 from .guard import COOKIE, Guard
 from .limits import MAX_PHOTO_BYTES
 from .page import SCRIPT, STYLE, Page
-from .studio import Studio
+from .studio import BUNDLED, Studio
 from .visitors import Visitors
 
 _SWEEP_S = 30.0
@@ -36,7 +35,7 @@ class Running:
     def __init__(
         self, models: Sequence[str], *, device: str, folder: Path, out: Path, port: int, password: str | None
     ) -> None:
-        self.studio = Studio({_label(name): _place(name) for name in (*models, DEMO)}, device)
+        self.studio = Studio({_label(name): name for name in (*models, BUNDLED)}, device)
         self.visitors = Visitors(folder, out)
         self._ended = threading.Event()
         page = Page(self.studio, self.visitors).build()
@@ -88,7 +87,3 @@ def _label(name: str) -> str:
     """The name of a base on the page: no folder of this machine."""
     return Path(name).name if Path(name).exists() else name
 
-
-def _place(name: str) -> str:
-    """The base for the processes, which may run in another folder."""
-    return findable(name)

@@ -26,6 +26,7 @@ _UPLOAD, _JOIN, _DATA = f"{_API}/upload", f"{_API}/queue/join", f"{_API}/queue/d
 _GET = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", _DATA, f"{_API}/upload_progress"}
 _GET |= {f"{_API}/info", f"{_API}/startup-events", f"{_API}/theme.css", f"{_API}/app_id", "/robots.txt"}
 _GET_UNDER = ("/static/", "/assets/", f"{_API}/heartbeat/", "/studio/", "/pwa_icon")
+_PUBLIC = ("/static/", "/assets/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")
 _POST = {_UPLOAD, _JOIN}
 _HEADERS = {
     # The page's library has scripts and styles in its page; nothing is fetched from elsewhere.
@@ -67,6 +68,9 @@ class Guard:
             await refusal(scope, receive, send)
             return
         cookie, new = _cookie_of(scope), False
+        if cookie is None and scope["path"] not in ("/", "/config") and not scope["path"].startswith(_PUBLIC):
+            await _no(403, "load the page first; it works with a cookie of its own")(scope, receive, send)
+            return
         if cookie is None:
             cookie, new = self._visitors.new_cookie(), True
             # Handlers read the cookie from the request.
@@ -182,6 +186,8 @@ class Guard:
         try:
             event = json.loads(body)
             paths = list(_paths(event))
+            # Addresses of files are of no use here; only the paths of uploads are.
+            body = json.dumps(event).encode()
             session = event["session_hash"]
             sound = isinstance(session, str) and isinstance(event["data"], list) and isinstance(event["fn_index"], int)
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -192,18 +198,20 @@ class Guard:
         if not self._owns_session(visitor, session):
             await _no(403, "this tab is another visitor's; load the page again")(scope, receive, send)
             return
-        if any(path not in visitor.uploads for path in paths):
+        if any(not isinstance(path, str) or path not in visitor.uploads for path in paths):
             await _no(403, "the request names a file that is no upload of this visitor")(scope, receive, send)
             return
 
         async def again() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
 
+        headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+        scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         await self._app(scope, again, send)
 
 
 def _paths(value: Any) -> Iterator[Any]:
-    """Every value in a request that the page's library would take for a path or an address of a file.
+    """Every path in a request that the page's library would open; addresses of files are removed from the request.
 
     Raises:
         ValueError: there are too many values.
@@ -215,7 +223,9 @@ def _paths(value: Any) -> Iterator[Any]:
         if count > _MAX_FIELDS:
             raise ValueError("too many values")
         if isinstance(one, dict):
-            yield from (one[name] for name in ("path", "url") if isinstance(one.get(name), str))
+            one.pop("url", None)
+            if "path" in one:
+                yield one["path"]
             left += one.values()
         elif isinstance(one, list):
             left += one

@@ -218,8 +218,8 @@ class Page:
             tab.project = self._studio.open_photo(visitor, path, Path(path).name).token
             return ""
 
-        def start_training(visitor: Visitor, tab: Tab, model: str, sentences: str, *values: Any) -> str:
-            lines = [line.strip() for line in sentences.splitlines() if line.strip()]
+        def start_training(visitor: Visitor, tab: Tab, model: str, sentences: str | None, *values: Any) -> str:
+            lines = [line.strip() for line in (sentences or "").splitlines() if line.strip()]
             chosen = training_values(values)
             # Without a graphics card there is no limit to stay within.
             self._studio.train(visitor, self._required(visitor, tab), chosen, model, lines)

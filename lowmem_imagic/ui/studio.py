@@ -20,6 +20,10 @@ from .names import EDIT, PHOTO_VIEW, STATE
 from .visitors import Ask, BatchFolder, Picture, Project, Refused, Visitor
 
 
+BUNDLED = "demo"
+"""Name of the bundled base."""
+
+
 class Studio:
     """All acts; `card` does the heavy work one job at a time, and `desk` the quick one beside it.
 

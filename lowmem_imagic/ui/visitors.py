@@ -247,7 +247,6 @@ class Visitors:
             visitor = self._visitors.get(cookie)
             if visitor is None:
                 name = digest_of(cookie)
-                (self._folder / name).mkdir(exist_ok=True)
                 visitor = self._visitors[cookie] = Visitor(cookie, self._folder / name, self._out / name)
             visitor.seen_s = self._clock()
             return visitor

@@ -25,7 +25,7 @@ from ..edits.header import describe, summary
 from ..engine.base import BaseModel
 from ..engine.memory import Meter
 from ..errors import EditFileError, LowmemImagicError
-from ..families import load_architecture
+from ..families import findable, load_architecture
 from ..pictures import load_photo
 from ..pictures.letterbox import from_canvas
 from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
@@ -187,6 +187,8 @@ class Work:
         """Runs a batch to its end, or until a stop is asked for; then writes its overview."""
         self._free()
         request = Request.of(order["request"])
+        # `batch retry` may be run in another folder.
+        request = request.but(model=findable(request["model"]))
         try:
             made = run_batch(request, told, told.stop, alone=True)
         finally:
