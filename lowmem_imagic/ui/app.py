@@ -4,7 +4,6 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI, Request
@@ -35,13 +34,16 @@ class Running:
     def __init__(
         self, models: Sequence[str], *, device: str, folder: Path, out: Path, port: int, password: str | None
     ) -> None:
-        self.studio = Studio({_label(name): name for name in (*models, BUNDLED)}, device)
+        self.studio = Studio({_label(name): name for name in (*models, BUNDLED)}, device, hub=password is None)
         self.visitors = Visitors(folder, out)
         self._ended = threading.Event()
         page = Page(self.studio, self.visitors).build()
         site = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         site.add_api_route("/studio/file/{token}", self._file, methods=["GET"], include_in_schema=False)
         fonts = ["system-ui", "sans-serif"]
+        site.add_api_route(
+            "/studio/batch/{name}/{file:path}", self._batch_file, methods=["GET"], include_in_schema=False
+        )
         gr.mount_gradio_app(
             site,
             page,
@@ -82,8 +84,16 @@ class Running:
         headers = {"Cache-Control": "private, max-age=3600"}
         return FileResponse(served.path, media_type=served.media_type, filename=served.download, headers=headers)
 
+    def _batch_file(self, name: str, file: str, request: Request) -> Response:
+        """A result of a batch; both names are only looked up."""
+        visitor = self.visitors.of(str(request.cookies[COOKIE]))
+        batch = visitor.batches.get(name)
+        path = None if batch is None else self.studio.batch_files(batch).get(file)
+        if path is None:
+            return PlainTextResponse("there is no such file for you", 404)
+        return FileResponse(path, headers={"Cache-Control": "private, no-cache"})
+
 
 def _label(name: str) -> str:
     """The name of a base on the page: no folder of this machine."""
     return Path(name).name if Path(name).exists() else name
-

@@ -41,20 +41,26 @@ class Job:
     error: str = ""
     details: str = ""
     """The traceback of an unexpected error; for the log, not for the page."""
+    plan: list[tuple[str, float]] = field(default_factory=list)
+    """Its stages with their shares of the work, in order."""
     began_s: float = 0.0
-    stage_began_s: float = 0.0
-    stage_first: int = 0
     ended_s: float = 0.0
+    working_s: float = 0.0
+    """When its first step was done."""
+    first_share: float = 0.0
+    """The share of the work that was done then, such as by an earlier training that it goes on with."""
     stop_asked: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Books an event of the process."""
         kind = event["event"]
-        if kind == "progress":
-            if event["stage"] != self.stage:
-                self.stage, self.stage_first, self.stage_began_s = event["stage"], event["step"], time.monotonic()
-            self.step, self.steps = event["step"], event["steps"]
+        if kind == "stages":
+            self.plan = [(str(name), float(share)) for name, share in event["stages"]]
+        elif kind == "progress":
+            self.stage, self.step, self.steps = event["stage"], event["step"], event["steps"]
+            if not self.working_s:
+                self.working_s, self.first_share = time.monotonic(), self.share
         elif kind == "remark":
             self.remarks.append(event["text"])
         elif kind == "done":
@@ -63,6 +69,24 @@ class Job:
             self.state, self.error, self.details = FAILED, event["text"], event.get("details", "")
         elif kind == "stopped":
             self.state = STOPPED
+
+    @property
+    def share(self) -> float:
+        """The share of its work that is done, from 0 to 1."""
+        within = self.step / self.steps if self.steps else 0.0
+        names = [name for name, _ in self.plan]
+        if self.stage not in names:
+            return within
+        place, whole = names.index(self.stage), sum(share for _, share in self.plan)
+        return (sum(share for _, share in self.plan[:place]) + within * self.plan[place][1]) / whole
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate, from the steps of this job so far; None before there is one."""
+        done = self.share - self.first_share
+        if self.state != RUNNING or done < 0.02:
+            return None
+        return (time.monotonic() - self.working_s) / done * (1 - self.share)
 
 
 class Process:
@@ -104,8 +128,7 @@ class Process:
                 code = self._process.wait()
                 event = {"event": "failed", "text": f"the process at work ended without a word ({_end_of(code)})"}
                 self._process = None
-            if event["event"] in ("progress", "remark", "done", "failed", "stopped"):
-                job.take(event)
+            job.take(event)
             job.on_event(event)
 
     def _tell(self, order: Mapping[str, Any]) -> None:

@@ -70,10 +70,15 @@ def more_pictures() -> list[Option]:
     return [one for one in options_of("sample") if one.name == "seeds"] + offered("sample", (PICTURES,))
 
 
-def field(option: Option, **other: Any) -> gr.components.Component:
+def field(option: Option, **other: Any) -> Any:
     """The field of an option; left empty it leaves the setting as the preset or the edit has it."""
     label, info = LABELS[option.name], option.help
-    common: dict[str, Any] = {"label": label, "info": info, "elem_id": f"field-{option.name.replace('_', '-')}", **other}
+    common: dict[str, Any] = {
+        "label": label,
+        "info": info,
+        "elem_id": f"field-{option.name.replace('_', '-')}",
+        **other,
+    }
     if option.name in _CHOICES:
         choices = list(_CHOICES[option.name])
         if option.name == "preset":

@@ -30,9 +30,9 @@ _PUBLIC = ("/static/", "/assets/", "/theme.css", "/favicon.ico", "/manifest.json
 _POST = {_UPLOAD, _JOIN}
 _HEADERS = {
     # The page's library has scripts and styles in its page; nothing is fetched from elsewhere.
-    b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "
-    b"'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
-    b"base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
+    b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
+    b"object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
     b"cross-origin-resource-policy": b"same-origin",
@@ -170,8 +170,9 @@ class Guard:
                 return
             assert start is not None
             if start["status"] == 200:
-                for path in json.loads(body):
-                    visitor.uploads[path] = size
+                paths = json.loads(body)
+                with visitor.lock:
+                    visitor.uploads |= {path: size // len(paths) for path in paths}
             await send(start)
             await send({**message, "body": body})
 
@@ -236,7 +237,7 @@ async def _body(receive: Receive) -> bytes | None:
     body = b""
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        body += bytes(message.get("body", b""))
         if len(body) > limits.MAX_BODY_BYTES:
             return None
         if not message.get("more_body"):
@@ -259,7 +260,8 @@ def _cookie_of(scope: Scope) -> str | None:
 
 
 def _query(scope: Scope, name: str) -> str:
-    return parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0]
+    query: bytes = scope["query_string"]
+    return parse_qs(query.decode("latin-1")).get(name, [""])[0]
 
 
 def _no(status: int, text: str) -> Response:

@@ -19,7 +19,9 @@ window.studio = {
     const after = viewer.querySelector(".after");
     if (after.getAttribute("src") !== nearest.dataset.src) after.src = nearest.dataset.src;
     after.alt = nearest.querySelector("img").alt;
-    viewer.querySelector(".now output").textContent = nearest.dataset.eta;
+    // Only if it changed: the observer below sees changes made here, too.
+    const output = viewer.querySelector(".now output");
+    if (output.textContent !== nearest.dataset.eta) output.textContent = nearest.dataset.eta;
     row.forEach((button) => button.setAttribute("aria-current", button === nearest ? "true" : "false"));
   },
 };

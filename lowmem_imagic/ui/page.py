@@ -1,28 +1,28 @@
 """The page: its fields, and the act behind each button."""
 
-import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
 from ..errors import LowmemImagicError
-from ..settings.options import Option, options_of
-from ..settings.stages import BLOCKS, ETA_RANGE
+from ..settings.options import PICTURES, TRAINING, Option, options_of
+from ..settings.stages import BLOCKS
 from ..unexpected import unexpected
-from . import limits, view
-from .fields import LABELS, field as field_of
-from .fields import more_pictures, more_training, values_of, with_labels
+from . import view
+from .fields import LABELS, more_pictures, more_training, offered, values_of, with_labels
+from .fields import field as field_of
 from .guard import COOKIE
-from .studio import Studio, told
+from .studio import Studio
 from .visitors import BatchFolder, Project, Refused, Visitor, Visitors
 
 CARDS = ("6GB", "8GB", "12GB", "16GB", "24GB")
-_HIDDEN = "hidden"
+_HIDDEN: Literal["hidden"] = "hidden"
+"""Not shown, but on the page for scripts."""
 _KEEP = "keep"
 """Value of an output that stays as it is."""
 SCRIPT = f"<script>{files(__package__).joinpath('page.js').read_text(encoding='utf-8')}</script>"
@@ -102,7 +102,9 @@ class Page:
 
         return with_request
 
-    def _on(self, trigger: Any, place: str, act: Callable[..., str | None], inputs: Sequence[Any] = (), **how: Any) -> Any:
+    def _on(
+        self, trigger: Any, place: str, act: Callable[..., str | None], inputs: Sequence[Any] = (), **how: Any
+    ) -> Any:
         """Connects an event to an act."""
         how = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private", **how}
         return trigger(self._act(place, act), inputs=list(inputs), outputs=self._outputs, **how)
@@ -126,8 +128,8 @@ class Page:
 
     # The page
 
-    def build(self) -> gr.Blocks:
-        """The page for the page's library."""
+    def build(self) -> Any:
+        """The page, as `gradio.Blocks`."""
         with gr.Blocks(title="lowmem-imagic studio", analytics_enabled=False, fill_width=True) as page:
             gr.HTML("<h1>lowmem-imagic studio</h1>", elem_id="title")
             self._shows(gr.HTML(elem_id="queue"), lambda visitor, tab: view.queue_line(self._studio.card))
@@ -159,17 +161,31 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 gr.HTML("<h2>1. Photo</h2>")
-                upload = gr.File(label="Photo: drop one here, or choose one", file_count="single", height=120, elem_id="photo-file")
+                upload = gr.File(
+                    label="Photo: drop one here, or choose one", file_count="single", height=120, elem_id="photo-file"
+                )
                 switch = gr.Dropdown([], label="Your photos and edits", elem_id="projects", visible=_HIDDEN)
                 self._shows(switch, self._draw_projects)
                 self._shows(gr.HTML(elem_id="photo"), lambda visitor, tab: view.photo(self._project(visitor, tab)))
                 gr.HTML("<h2>2. Train once</h2>")
                 model = gr.Dropdown(models, value=models[0], label=LABELS["model"], elem_id="model")
-                vram = gr.Dropdown(list(CARDS), value="8GB", label=LABELS["vram"], info=train_options["vram"].help, allow_custom_value=True, elem_id="vram")
+                vram = gr.Dropdown(
+                    list(CARDS),
+                    value="8GB",
+                    label=LABELS["vram"],
+                    info=train_options["vram"].help,
+                    allow_custom_value=True,
+                    elem_id="vram",
+                )
                 quality = field_of(preset)
                 plan = gr.HTML(elem_id="plan")
                 with gr.Accordion("More for training", open=False):
-                    sentences = gr.Textbox(label="Sentences to train for, one a line", info=train_options["sentence"].help, lines=2, max_length=4000)
+                    sentences = gr.Textbox(
+                        label="Sentences to train for, one a line",
+                        info=train_options["sentence"].help,
+                        lines=2,
+                        max_length=4000,
+                    )
                     more_fields = [field_of(option) for option in more]
                 with gr.Row():
                     train = gr.Button("Train", variant="primary", elem_id="train")
@@ -180,14 +196,32 @@ class Page:
                 self._shows(gr.HTML(elem_id="message"), lambda visitor, tab: tab.message)
             with gr.Column(scale=3, min_width=320):
                 gr.HTML("<h2>3. Ask</h2>")
-                sentence = gr.Textbox(label="Sentence", info="the edited picture in words, unchanged parts included", max_length=1000, elem_id="sentence")
+                sentence = gr.Textbox(
+                    label="Sentence",
+                    info="the edited picture in words, unchanged parts included",
+                    max_length=1000,
+                    elem_id="sentence",
+                )
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 self._shows(ask, lambda visitor, tab: {"interactive": _askable(self._project(visitor, tab))})
                 self._shows(gr.HTML(elem_id="viewer"), lambda visitor, tab: view.pictures(self._project(visitor, tab)))
-                eta = gr.Slider(0, 1.5, value=1, step=0.05, label="eta", info="0 is the photo, 1 the sentence; let go to render finer steps", elem_id="eta")
+                eta = gr.Slider(
+                    0,
+                    1.5,
+                    value=1,
+                    step=0.05,
+                    label="eta",
+                    info="0 is the photo, 1 the sentence; let go to render finer steps",
+                    elem_id="eta",
+                )
                 finer = gr.Button("Render this eta", size="sm", elem_id="finer")
                 with gr.Accordion("More for pictures", open=False):
-                    blocks = [gr.Slider(0, 2, value=1, step=0.05, label=f"Strength, {block} blocks", elem_id=f"strength-{block}") for block in BLOCKS]
+                    blocks = [
+                        gr.Slider(
+                            0, 2, value=1, step=0.05, label=f"Strength, {block} blocks", elem_id=f"strength-{block}"
+                        )
+                        for block in BLOCKS
+                    ]
                     others = [option for option in asks if option.name != "strength"]
                     other_fields = [field_of(option) for option in others]
                 history = gr.Dropdown([], label="Sentences so far", elem_id="history")
@@ -263,7 +297,9 @@ class Page:
             visitor, tab = self._who(request)
             try:
                 chosen = training_values(values)
-                words = self._studio.plan(visitor, self._project(visitor, tab), chosen, model, str(chosen.get("vram", "8GB")))
+                words = self._studio.plan(
+                    visitor, self._project(visitor, tab), chosen, model, str(chosen.get("vram", "8GB"))
+                )
             except LowmemImagicError as error:
                 return view.line(with_labels(str(error)), bad=True)
             return view.line(words)
@@ -294,7 +330,11 @@ class Page:
     def _draw_projects(self, visitor: Visitor, tab: Tab) -> dict[str, Any]:
         choices = [(project.name, token) for token, project in reversed(visitor.projects.items())]
         project = self._project(visitor, tab)
-        return {"choices": choices, "value": project.token if project else None, "visible": True if len(choices) > 1 else _HIDDEN}
+        return {
+            "choices": choices,
+            "value": project.token if project else None,
+            "visible": True if len(choices) > 1 else _HIDDEN,
+        }
 
     def _draw_progress(self, visitor: Visitor, tab: Tab) -> str:
         project = self._project(visitor, tab)
@@ -312,10 +352,198 @@ class Page:
         return view.downloads(project, project.asks[-1] if project and project.asks else None)
 
     def _edits_tab(self) -> list[Callable[[], Any]]:
-        return []
+        models = list(self._studio.models)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                gr.HTML("<h2>Save</h2>")
+                self._shows(
+                    gr.HTML(elem_id="edit-files"), lambda visitor, tab: view.edit_files(visitor.projects.values())
+                )
+                gr.HTML("<h2>Open an edit file</h2>")
+                upload = gr.File(
+                    label="Edit file: drop one here, or choose one",
+                    file_count="single",
+                    height=120,
+                    elem_id="edit-file",
+                )
+                self._shows(
+                    gr.HTML(elem_id="edit-about"), lambda visitor, tab: view.about(_closed(self._project(visitor, tab)))
+                )
+                base = gr.Dropdown(
+                    models,
+                    value=None,
+                    label="Base for this edit",
+                    info="nothing is downloaded: choose one of the bases of this studio",
+                    elem_id="edit-base",
+                )
+                opened = gr.Button("Open with this base", variant="primary", elem_id="edit-open")
+                self._shows(
+                    opened, lambda visitor, tab: {"interactive": _closed(self._project(visitor, tab)) is not None}
+                )
+                self._shows(gr.HTML(elem_id="edits-message"), lambda visitor, tab: tab.edits_message)
+            with gr.Column(min_width=320, visible=self._studio.hub):
+                gr.HTML("<h2>The Hub</h2>")
+                address = gr.Textbox(
+                    label="An edit on the Hub",
+                    info="USER/REPO, hub:USER/REPO@REVISION, or a link",
+                    max_length=300,
+                    elem_id="hub-address",
+                )
+                pull = gr.Button("Pull it", elem_id="hub-pull")
+                repository = gr.Textbox(
+                    label="Repository for the open edit",
+                    info="USER/REPO; created if it is not there",
+                    max_length=200,
+                    elem_id="hub-repository",
+                )
+                public = gr.Checkbox(False, label="Let anyone see it", info="otherwise the repository is private")
+                agreed = gr.Checkbox(
+                    False,
+                    label="I know that an edit gives its photo back: the repository's readers can draw the photo",
+                    elem_id="hub-agreed",
+                )
+                push = gr.Button("Push the open edit", elem_id="hub-push")
+
+        def open_file(visitor: Visitor, tab: Tab, path: str | None) -> str:
+            if path is not None:
+                tab.project = self._studio.read_edit(visitor, path, Path(path).name).token
+            return ""
+
+        def choose_base(visitor: Visitor, tab: Tab, model: str | None) -> str:
+            project = _closed(self._project(visitor, tab))
+            if project is None:
+                raise Refused("there is no edit file waiting for a base; drop one in first")
+            if not model:
+                raise Refused(f"choose a base; the file was made for {project.made_for}")
+            self._studio.choose_base(visitor, project, model)
+            return view.line("opened: ask it in the tab “Studio”")
+
+        def pull_edit(visitor: Visitor, tab: Tab, address: str | None) -> str:
+            tab.project = self._studio.pull(visitor, (address or "").strip()).token
+            return view.line("pulled: choose its base")
+
+        def push_edit(visitor: Visitor, tab: Tab, repository: str | None, public: bool, agreed: bool) -> str:
+            if not agreed:
+                raise Refused("an edit gives its photo back; tick the box above the button if its readers may see it")
+            project = self._required(visitor, tab)
+            said = self._studio.push(visitor, project, (repository or "").strip(), public=bool(public), agreed=True)
+            return view.line(said)
+
+        def connect() -> None:
+            read = self._on(upload.upload, "edits_message", open_file, [upload])
+            read.then(lambda: None, None, upload, show_progress="hidden", api_visibility="private")
+            self._on(opened.click, "edits_message", choose_base, [base])
+            self._on(pull.click, "edits_message", pull_edit, [address])
+            self._on(push.click, "edits_message", push_edit, [repository, public, agreed])
+
+        return [connect]
 
     def _many_tab(self) -> list[Callable[[], Any]]:
-        return []
+        models = list(self._studio.models)
+        table = {option.name: option for option in options_of("batch run")}
+        first = [table[name] for name in ("preset", "etas", "seeds", "vram")]
+        more = offered("batch run", (TRAINING, PICTURES))
+        more = [option for option in more if option not in first]
+        with gr.Row():
+            with gr.Column(min_width=320):
+                gr.HTML("<h2>Many photos, many sentences</h2>")
+                uploads = gr.File(
+                    label="Photos: drop several here, or choose them",
+                    file_count="multiple",
+                    height=160,
+                    elem_id="batch-files",
+                )
+                folder = gr.UploadButton("Choose a folder", file_count="directory", size="sm", elem_id="batch-folder")
+                sentences = gr.Textbox(
+                    label="Sentences, one a line",
+                    info="every photo is edited under each",
+                    lines=3,
+                    max_length=8000,
+                    elem_id="batch-sentences",
+                )
+                model = gr.Dropdown(models, value=models[0], label=LABELS["model"], elem_id="batch-model")
+                with gr.Group(elem_id="batch-first"):
+                    fields = [field_of(option, elem_id=f"batch-{option.name}") for option in first]
+                with gr.Accordion("More for batches", open=False):
+                    fields += [field_of(option, elem_id=f"batch-{option.name.replace('_', '-')}") for option in more]
+                begin = gr.Button("Begin", variant="primary", elem_id="batch-begin")
+                self._shows(gr.HTML(elem_id="many-message"), lambda visitor, tab: tab.many_message)
+            with gr.Column(min_width=320):
+                gr.HTML("<h2>Batches</h2>")
+                which = gr.Dropdown([], label="Batch", elem_id="batch")
+                self._shows(which, self._draw_batches)
+                self._shows(gr.HTML(elem_id="batch-status"), self._draw_batch)
+                with gr.Row():
+                    stop = gr.Button("Stop", variant="stop", elem_id="batch-stop")
+                    again = gr.Button("Continue", elem_id="batch-continue")
+                    pack = gr.Button("Pack the results", elem_id="batch-pack")
+                    remove = gr.Button("Remove", elem_id="batch-remove")
+                self._shows(stop, lambda visitor, tab: {"interactive": self._batch_is(visitor, tab, busy=True)})
+                for button in (again, remove):
+                    self._shows(button, lambda visitor, tab: {"interactive": self._batch_is(visitor, tab, busy=False)})
+        options = [*first, *more]
+
+        def begin_batch(visitor: Visitor, tab: Tab, paths: Any, sentences: str | None, model: str, *values: Any) -> str:
+            chosen = {"preset": table["preset"].default, **values_of(options, values)}
+            uploads = [(path, Path(path).name) for path in paths or []]
+            batch = self._studio.begin_batch(visitor, uploads, (sentences or "").splitlines(), chosen, model)
+            tab.batch = batch.path.name
+            return ""
+
+        def of_batch(act: Callable[[Visitor, BatchFolder], Any]) -> Callable[..., str]:
+            def run(visitor: Visitor, tab: Tab) -> str:
+                batch = self._batch(visitor, tab)
+                if batch is None:
+                    raise Refused("there is no batch yet")
+                act(visitor, batch)
+                return ""
+
+            return run
+
+        def stop_batch(visitor: Visitor, batch: BatchFolder) -> None:
+            if batch.job is not None:
+                self._studio.card.stop(batch.job)
+
+        def change(visitor: Visitor, tab: Tab, name: str | None) -> str:
+            tab.batch = name or ""
+            return ""
+
+        def connect() -> None:
+            on = self._on
+            quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+            folder.upload(lambda paths: paths, folder, uploads, **quiet)
+            begun = on(begin.click, "many_message", begin_batch, [uploads, sentences, model, *fields])
+            begun.then(lambda: None, None, uploads, **quiet)
+            on(which.input, "many_message", change, [which])
+            on(stop.click, "many_message", of_batch(stop_batch))
+            on(again.click, "many_message", of_batch(self._studio.continue_batch))
+            on(pack.click, "many_message", of_batch(self._studio.pack_batch))
+            on(remove.click, "many_message", of_batch(self._studio.remove_batch))
+
+        return [connect]
+
+    def _batch(self, visitor: Visitor, tab: Tab) -> BatchFolder | None:
+        """The batch that a tab shows: the chosen one, or the newest."""
+        if tab.batch not in visitor.batches:
+            tab.batch = next(reversed(visitor.batches), "")
+        return visitor.batches.get(tab.batch)
+
+    def _batch_is(self, visitor: Visitor, tab: Tab, *, busy: bool) -> bool:
+        batch = self._batch(visitor, tab)
+        return batch is not None and batch.busy == busy
+
+    def _draw_batches(self, visitor: Visitor, tab: Tab) -> dict[str, Any]:
+        self._batch(visitor, tab)
+        return {"choices": list(reversed(visitor.batches)), "value": tab.batch or None}
+
+    def _draw_batch(self, visitor: Visitor, tab: Tab) -> str:
+        batch = self._batch(visitor, tab)
+        return "" if batch is None else view.batch(batch, self._studio.card, with_labels)
+
+
+def _closed(project: Project | None) -> Project | None:
+    """A project of an edit file that waits for its base; else None."""
+    return project if project is not None and project.made_for and not project.edit else None
 
 
 def _busy(project: Project | None) -> bool:

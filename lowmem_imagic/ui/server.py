@@ -4,15 +4,11 @@ import contextlib
 import getpass
 import importlib.util
 import os
-import secrets
-import signal
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import BackendUnavailableError, ConfigError
 from ..storage.writable import check_writable
@@ -67,7 +63,9 @@ def serve(
 
         from .app import Running
 
-        running = Running(models, device=device, folder=work / "visitors", out=out.absolute(), port=port, password=password)
+        running = Running(
+            models, device=device, folder=work / "visitors", out=out.absolute(), port=port, password=password
+        )
         open_things.enter_context(running)
         announce(f"the studio is open at http://{LOOPBACK}:{port}/ (Ctrl-C ends it)")
         config = uvicorn.Config(

@@ -2,23 +2,27 @@
 
 import json
 import secrets
+import shutil
+import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..batch.outputs import report_of
+from ..batch.overview_page import PAGE, PICTURE
 from ..batch.request import DEFAULTS
 from ..batch.status import commands_of
 from ..errors import LowmemImagicError, PromptError
 from ..plain_text import shown
 from ..settings.text import Words
-from ..storage.file_names import safe_stem
+from ..storage.file_names import REPORT, safe_stem
+from ..storage.regular_files import is_plain
 from . import limits
-from .card import FAILED, STOPPED, Job, Queue
+from .card import DONE, FAILED, STOPPED, Job, Queue
 from .names import EDIT, PHOTO_VIEW, STATE
 from .visitors import Ask, BatchFolder, Picture, Project, Refused, Visitor
-
 
 BUNDLED = "demo"
 """Name of the bundled base."""
@@ -30,10 +34,11 @@ class Studio:
     Args:
         models: the bases to choose from, by the names that a page shows.
         device: device of the bases.
+        hub: whether edits go to the Hub and come from it, with the account of the person who started the studio.
     """
 
-    def __init__(self, models: Mapping[str, str], device: str) -> None:
-        self.models = dict(models)
+    def __init__(self, models: Mapping[str, str], device: str, *, hub: bool = True) -> None:
+        self.models, self.hub = dict(models), hub
         self.device = device
         self.card, self.desk = Queue(), Queue()
         self._seconds: dict[tuple[str, str], float] = {}
@@ -175,14 +180,12 @@ class Studio:
         with visitor.lock:
             # The last one is shown.
             project.asks = [one for one in project.asks if one is not asked] + [asked]
-            project.version += 1
         return ask
 
     def stop(self, project: Project) -> None:
         """Stops the job of a project; a training saves its state."""
         if project.job is not None:
             self.card.stop(project.job)
-            project.version += 1
 
     def sheet(self, visitor: Visitor, project: Project, ask: Ask) -> str:
         """The token of a sheet of an ask's pictures.
@@ -209,17 +212,25 @@ class Studio:
         Raises:
             LowmemImagicError: it is no valid edit file.
         """
+        return self._edit_project(visitor, name, {"work": "edit_file"}, upload)
+
+    def _edit_project(
+        self, visitor: Visitor, name: str, order: Mapping[str, Any], upload: str | None = None
+    ) -> Project:
         project = visitor.add_project(shown(name)[:80] or "edit")
         file = project.folder / EDIT
         try:
-            visitor.take_upload(upload, file)
-            result = self._quickly(visitor, {"work": "edit_file", "file": str(file)}, "reading an edit file")
+            if upload is not None:
+                visitor.take_upload(upload, file)
+            result = self._quickly(visitor, {**order, "file": str(file)}, "reading an edit file")
         except LowmemImagicError as error:
             visitor.remove(project)
-            raise Refused(str(error).replace(str(file), project.name)) from None
+            raise Refused(
+                str(error).replace(repr(str(file)), repr(project.name)).replace(str(file), project.name)
+            ) from None
         project.made_for, project.etas = result["base"], tuple(result["etas"])
         project.start_sentence, project.sentences = result["start_sentence"], tuple(result["sentences"])
-        project.message = result["summary"].replace(str(file), project.name)
+        project.about = result["summary"].replace(str(file), project.name)
         return project
 
     def choose_base(self, visitor: Visitor, project: Project, model: str) -> None:
@@ -294,7 +305,7 @@ class Studio:
             **DEFAULTS,
             **own,
             "manifest": str(manifest),
-            "out": str(folder / "results"),
+            "out": str(batch.results),
             "model": self._model(model),
             "device": self.device,
         }
@@ -307,9 +318,9 @@ class Studio:
         Raises:
             LowmemImagicError: it cannot be continued.
         """
-        [request, *_] = commands_of(batch.path / "results")
+        [request, *_] = commands_of(batch.results)
         # The folder may have been moved.
-        moved = {"manifest": str(batch.path / "list.jsonl"), "out": str(batch.path / "results"), "force": False}
+        moved = {"manifest": str(batch.path / "list.jsonl"), "out": str(batch.results), "force": False}
         self._run_batch(visitor, batch, {**request, **moved})
 
     def _run_batch(self, visitor: Visitor, batch: BatchFolder, request: Mapping[str, Any]) -> None:
@@ -319,10 +330,92 @@ class Studio:
         def on_event(event: Mapping[str, Any]) -> None:
             if event["event"] == "end":
                 self._note_end(visitor)
+                batch.message = told(job)
+                if job.state == DONE and not job.result["failed"]:
+                    # The uploads are of no further use.
+                    shutil.rmtree(batch.path / "photos", ignore_errors=True)
 
         job = Job({"work": "batch", "request": dict(request)}, batch.path.name, visitor.id, on_event)
         self._check_room(visitor)
         batch.job = self.card.add(job)
+
+    def batch_files(self, batch: BatchFolder) -> dict[str, Path]:
+        """The result files of a batch by the names that its overview uses."""
+        results, found = batch.results, {}
+        for name in (PAGE, PICTURE):
+            if is_plain(results / name, stat.S_IFREG):
+                found[name] = results / name
+        for item in _folders(results):
+            report = report_of(item)
+            for name in () if report is None else (*report["sha256"], REPORT):
+                if Path(name).name == name and is_plain(item / name, stat.S_IFREG):
+                    found[f"{item.name}/{name}"] = item / name
+        return found
+
+    def pack_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
+        """Packs the results of a batch into one file to download.
+
+        Raises:
+            Refused: there are no results yet.
+        """
+        found = self.batch_files(batch)
+        if not found:
+            raise Refused("this batch has no results yet")
+        visitor.folder.mkdir(exist_ok=True)
+        out = visitor.folder / f"{secrets.token_hex(8)}.zip"
+        order = {"work": "pack", "out": str(out), "files": [(name, str(path)) for name, path in found.items()]}
+        self._quickly(visitor, order, "packing a batch")
+        batch.packed = visitor.serve(out, "application/zip", f"{batch.path.name}.zip")
+
+    def remove_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
+        """Deletes a batch with its photos and results.
+
+        Raises:
+            Refused: it is at work.
+        """
+        if batch.busy:
+            raise Refused("this batch is at work; stop it first")
+        with visitor.lock:
+            visitor.batches.pop(batch.path.name, None)
+        shutil.rmtree(batch.path, ignore_errors=True)
+
+    # The Hub
+
+    def push(self, visitor: Visitor, project: Project, repository: str, *, public: bool, agreed: bool) -> str:
+        """Uploads an edit to the Hub; returns its address.
+
+        Raises:
+            Refused: the studio serves other machines, or the upload failed.
+        """
+        self._check_hub()
+        if not project.edit:
+            raise Refused("there is no edit to upload; train one, or open a file")
+        order = {
+            "work": "push",
+            "file": str(project.folder / EDIT),
+            "repository": repository,
+            "public": public,
+            "agreed": agreed,
+        }
+        return str(self._quickly(visitor, order, "uploading an edit"))
+
+    def pull(self, visitor: Visitor, address: str) -> Project:
+        """A new project of an edit on the Hub, whose base is still to be chosen.
+
+        Raises:
+            Refused: the studio serves other machines, or there is no such edit.
+        """
+        self._check_hub()
+        return self._edit_project(visitor, address, {"work": "pull", "address": address})
+
+    def _check_hub(self) -> None:
+        """Refuses the Hub to visitors of other machines: the person who started the studio is logged in there.
+
+        Raises:
+            Refused: the studio serves other machines.
+        """
+        if not self.hub:
+            raise Refused("a studio that serves other machines does not use its owner's account on the Hub")
 
     # Common parts
 
@@ -338,11 +431,9 @@ class Studio:
                     if event["event"] == "end":
                         project.message = told(job)
                         self._note_end(visitor)
-                    project.version += 1
 
             job = Job(order, title, visitor.id, booked)
             project.job, project.message = job, ""
-            project.version += 1
         return self.card.add(job)
 
     def _note_end(self, visitor: Visitor) -> None:
@@ -376,6 +467,13 @@ class Studio:
     @staticmethod
     def _places(project: Project) -> dict[str, Any]:
         return {"folder": str(project.folder), "photo": None if project.photo is None else str(project.photo)}
+
+
+def _folders(parent: Path) -> list[Path]:
+    """The folders in a folder, sorted; none if it is not there."""
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if is_plain(path, stat.S_IFDIR))
 
 
 def told(job: Job) -> str:

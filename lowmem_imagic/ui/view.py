@@ -1,16 +1,19 @@
 """Parts of the page as HTML; all text in them is escaped."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from html import escape as _escape
 
 from ..actions.console import STAGES
+from ..batch.overview import without_folders
+from ..batch.overview_page import PAGE
+from ..batch.status import status
+from ..errors import ConfigError
 from ..plain_text import shown
-from .card import ENDED, RUNNING, WAITING, Job, Queue
+from .card import ENDED, FAILED, RUNNING, WAITING, Job, Queue
 from .studio import duration
-from .visitors import Ask, Picture, Project
+from .visitors import Ask, BatchFolder, Picture, Project
 
-FILES = "/studio/file/"
+FILES, BATCHES = "/studio/file/", "/studio/batch/"
 _STAGES = {**STAGES, "invert": "the photo's own noise", "embed": "stage 1 of 2: embedding"}
 _STAGES |= {"finetune": "stage 2 of 2: adapter", "sample": "pictures", "train": "edits"}
 
@@ -24,7 +27,7 @@ def bar(job: Job | None, queue: Queue, message: str, *, paused: bool = False) ->
     """The progress of a job, or its end in one line."""
     if job is None or job.state in ENDED:
         if paused:
-            return line("stopped; the training is saved and goes on where it was: press “Train” again")
+            return line("stopped; the training is saved: “Train” goes on where it was, with the same settings")
         bad = job is not None and job.state == "failed"
         return line(message, bad=bad) if message else ""
     if job.state == WAITING:
@@ -32,12 +35,9 @@ def bar(job: Job | None, queue: Queue, message: str, *, paused: bool = False) ->
         return line(f"waiting for the card: {before} job{'s' if before != 1 else ''} before this one")
     assert job.state == RUNNING
     stage = _STAGES.get(job.stage, job.stage) or "loading the base"
-    share = job.step / job.steps if job.steps else 0.0
-    left, done = "", job.step - job.stage_first
-    if job.steps and done > 0:
-        seconds = (time.monotonic() - job.stage_began_s) / done * (job.steps - job.step)
-        left = f", about {duration(seconds)} left in this stage"
-    words = f"{stage}: {job.step} of {job.steps}{left}" if job.steps else stage
+    share, left = job.share, job.seconds_left
+    words = f"{stage}: {job.step} of {job.steps}" if job.steps else stage
+    words += "" if left is None else f", about {duration(left)} left"
     if job.stop_asked:
         words = f"stopping; {words}"
     return (
@@ -59,7 +59,8 @@ def photo(project: Project | None) -> str:
     notes = "; ".join(project.notes)
     remark = f'<p class="quiet">{escape(notes)}</p>' if notes else ""
     return (
-        f'<figure class="photo" data-project="{escape(project.token)}"><img src="{FILES}{project.photo_view}" alt="the photo {escape(project.name)}" '
+        f'<figure class="photo" data-project="{escape(project.token)}">'
+        f'<img src="{FILES}{project.photo_view}" alt="the photo {escape(project.name)}" '
         f'width="{project.size[0]}" height="{project.size[1]}">'
         f"<figcaption>{escape(project.name)}, {project.size[0]} x {project.size[1]} px</figcaption></figure>{remark}"
     )
@@ -120,7 +121,53 @@ def queue_line(queue: Queue) -> str:
     return line("the card is free" if not count else f"the card has {count} job{'s' if count > 1 else ''}")
 
 
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Facts by name."""
-    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f'<table class="facts">{body}</table>'
+def edit_files(projects: Iterable[Project]) -> str:
+    """Links to all edit files of a visitor."""
+    edits = [project for project in projects if project.edit]
+    if not edits:
+        return '<p class="quiet">No edit yet: train on a photo in the tab “Studio”.</p>'
+    items = "".join(f'<li><a href="{FILES}{one.edit}" download>{escape(one.name)}</a></li>' for one in edits)
+    return f'<ul class="links">{items}</ul>'
+
+
+def about(project: Project | None) -> str:
+    """The contents of an edit file that waits for its base."""
+    if project is None:
+        return ""
+    lines = "\n".join(escape(one) for one in project.about.splitlines())
+    made_for = f"made for {project.made_for}: choose a base below"
+    return f'<pre class="facts" tabindex="0" aria-label="the edit file">{lines}</pre>{line(made_for)}'
+
+
+def batch(folder: BatchFolder, queue: Queue, wording: Callable[[str], str]) -> str:
+    """The progress of a batch, its failures, and links to its results."""
+    name, parts = folder.path.name, []
+    if folder.busy:
+        parts.append(bar(folder.job, queue, ""))
+    elif folder.message:
+        bad = folder.job is not None and folder.job.state == FAILED
+        parts.append(line(wording(folder.message), bad=bad))
+    try:
+        seen = status(folder.results)
+    except ConfigError:
+        # Before its first item is registered.
+        return "".join(parts) or line("not begun yet")
+    counts = ", ".join(f"{seen[state]} {state}" for state in ("done", "running", "waiting", "failed") if seen[state])
+    parts.append(f"<p>{escape(name)}: {seen['total']} items: {counts}</p>")
+    if not folder.busy and seen["waiting"] + seen["running"]:
+        parts.append(line("not finished; “Continue” goes on with it"))
+    failed = [item for item in seen["items"] if item["state"] == FAILED]
+    parts += [
+        line(f"{item['name']}: {_without_folders(wording(item['error'] or ''), folder)}", bad=True)
+        for item in failed[:20]
+    ]
+    if (folder.results / PAGE).is_file():
+        parts.append(f'<p><a href="{BATCHES}{name}/{PAGE}" target="_blank" rel="noopener">overview page</a></p>')
+    if folder.packed:
+        parts.append(f'<p><a href="{FILES}{folder.packed}" download>all results in one file</a></p>')
+    return "".join(parts)
+
+
+def _without_folders(message: str, folder: BatchFolder) -> str:
+    """The message without the folders of this machine."""
+    return without_folders(without_folders(message, folder.results), folder.path)

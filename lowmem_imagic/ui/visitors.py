@@ -6,20 +6,22 @@ served by random names that only this visitor's table knows: no part of a reques
 
 import contextlib
 import hashlib
-import json
-import os
+import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, LowmemImagicError
+from ..errors import LowmemImagicError
 from . import limits
 from .card import ENDED, Job
+
+BATCH = re.compile("batch-[0-9]{3,9}")
+"""Names of batches."""
 
 
 class Refused(LowmemImagicError):
@@ -95,8 +97,8 @@ class Project:
     """Whether a training was stopped, and its state saved."""
     message: str = ""
     """The last error or remark, in one line."""
-    version: int = 0
-    """Counts changes, so that a page is drawn again only if there are any."""
+    about: str = ""
+    """The contents of an edit file in words, some lines."""
 
     @property
     def busy(self) -> bool:
@@ -111,6 +113,13 @@ class BatchFolder:
     path: Path
     job: Job | None = None
     message: str = ""
+    packed: str = ""
+    """Token of its results in one file."""
+
+    @property
+    def results(self) -> Path:
+        """The folder that the batch queue writes."""
+        return self.path / "results"
 
     @property
     def busy(self) -> bool:
@@ -135,7 +144,7 @@ class Visitor:
         """When the last job ended."""
         if batches.is_dir():
             for path in sorted(batches.iterdir()):
-                if path.is_dir():
+                if path.is_dir() and BATCH.fullmatch(path.name):
                     self.batches[path.name] = BatchFolder(path)
 
     @property
@@ -146,7 +155,8 @@ class Visitor:
     @property
     def busy(self) -> bool:
         """Whether any job waits or runs."""
-        return any(one.busy for one in (*self.projects.values(), *self.batches.values()))
+        works: list[Project | BatchFolder] = [*self.projects.values(), *self.batches.values()]
+        return any(one.busy for one in works)
 
     @property
     def bytes(self) -> int:

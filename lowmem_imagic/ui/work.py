@@ -4,7 +4,9 @@ Paths in orders come from the page's own process, never from a request.
 """
 
 import hashlib
+import importlib
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from ..edits.edit import Edit
 from ..edits.header import describe, summary
 from ..engine.base import BaseModel
 from ..engine.memory import Meter
-from ..errors import EditFileError, LowmemImagicError
+from ..errors import BackendUnavailableError, EditFileError, LowmemImagicError
 from ..families import findable, load_architecture
 from ..pictures import load_photo
 from ..pictures.letterbox import from_canvas
@@ -32,6 +34,7 @@ from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..pipeline.make import stream_edits
 from ..pipeline.prepare import Job
 from ..planning.plan import Budget, planned
+from ..sampling.inversion import STEPS as INVERSION_STEPS
 from ..sampling.sample import Cell
 from ..settings.stages import SampleConfig
 from ..settings.text import BaseOptions, Words
@@ -44,9 +47,6 @@ from ..training.state import TrainingState
 from .limits import MAX_UPLOAD_PIXELS, VIEW_PX
 from .names import EDIT, PHOTO_VIEW, STATE
 from .worker import Told
-
-
-
 
 
 class Work:
@@ -103,10 +103,28 @@ class Work:
             "sentences": list(opened.sentences),
             "start_sentence": opened.start_sentence,
             "base": opened.base.source,
-            "title": opened.title,
             "etas": list(opened.etas),
             "summary": summary(describe(order["file"])),
         }
+
+    def _push(self, order: Mapping[str, Any], told: Told) -> str:
+        """Uploads an edit to the Hub; returns its address."""
+        report = _hub().push(
+            Path(order["file"]),
+            order["repository"],
+            agreed=order["agreed"],
+            public=order["public"],
+            pictures=(),
+            thumbnail=False,
+            force=False,
+            console=told,
+        )
+        return "; ".join(report["summary"])
+
+    def _pull(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
+        """Downloads an edit from the Hub, and reads it strictly."""
+        _hub().pull(order["address"], revision=None, out=Path(order["file"]), force=False, console=told)
+        return self._edit_file(order, told)
 
     def _sheet(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """Writes one labelled picture of pictures that were made before."""
@@ -143,6 +161,10 @@ class Work:
                     write_bytes(folder / STATE, training_state.encode(state, key), overwrite=True)
                 raise KeyboardInterrupt
 
+        drawn = {"embed": config.embed, "finetune": config.finetune}
+        stages = [("invert", INVERSION_STEPS), *((name, one.steps * one.draws) for name, one in drawn.items())]
+        # A forward pass takes about a third of a training pass.
+        told.send("stages", stages=[(name, steps / 3 if name == "invert" else steps) for name, steps in stages])
         meter = Meter(base.device)
         with planned(base, plan, budget):
             groups = stream_edits(
@@ -162,6 +184,7 @@ class Work:
             write_bytes(folder / EDIT, edit_file.encode(trained), overwrite=True)
             (folder / STATE).unlink(missing_ok=True)
             told.send("trained", etas=list(trained.etas), start_sentence=trained.start_sentence)
+            told.picture = "the picture at eta 0"
             ask = _Ask(base, trained, None, sampling_of(trained, {}), meter, told, folder)
             ask.render(Cell(0, 0.0, config.sample.seeds[0], sentence=None))
         return {"seconds": {name: stage["seconds"] for name, stage in meter.stages.items()}}
@@ -171,16 +194,25 @@ class Work:
         folder = Path(order["folder"])
         opened = edit_file.read(folder / EDIT)
         words = Words("sample", order["values"])
-        config = sampling_of(opened, words.sampling())
+        config = sampling_of(opened, words.sampling() | {"etas": tuple(order["etas"])})
         options = _options(words.base, order)
         sentence = order["sentence"]
         base, _ = open_edit(opened, options, config, [sentence] if sentence else [], told, load=self._load)
         with base.restored():
             ask = _Ask(base, opened, sentence, config, Meter(base.device), told, folder)
-            for eta in order["etas"]:
+            names = [f"picture {number} of {len(order['etas'])}" for number in range(1, len(order["etas"]) + 1)]
+            told.send("stages", stages=[(name, 1) for name in names])
+            for told.picture, eta in zip(names, order["etas"], strict=True):
                 # At eta 0 all sentences have one picture, except where a weaker adapter leaves it to the sentence.
                 alone = not eta and (config.strength == 1 or not config.mask)
                 ask.render(Cell(0, eta, config.seeds[0], config.strength, sentence=None if alone else sentence))
+        return {}
+
+    def _pack(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
+        """Packs files into one archive, each under a name of its own."""
+        with zipfile.ZipFile(order["out"], "w", zipfile.ZIP_STORED) as archive:
+            for name, path in order["files"]:
+                archive.write(path, name)
         return {}
 
     def _batch(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
@@ -226,6 +258,18 @@ class _Ask:
         write_bytes(self._folder / f"{name}.png", data, overwrite=True)
         write_bytes(self._folder / f"{name}-view.png", encode_png(_view(rendered), text=text), overwrite=True)
         self._told.send("picture", eta=cell.eta, name=name, size=list(rendered.picture().size))
+
+
+def _hub() -> Any:
+    """The acts of the Hub.
+
+    Raises:
+        BackendUnavailableError: this version has none.
+    """
+    try:
+        return importlib.import_module("lowmem_imagic.actions.hub")
+    except ModuleNotFoundError:
+        raise BackendUnavailableError("this version does not upload to the Hub or download edits from it") from None
 
 
 def _view(rendered: Rendered) -> Image.Image:

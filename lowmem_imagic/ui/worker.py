@@ -41,6 +41,8 @@ class Told(Console):
         super().__init__()
         self._send, self.stop = send, stop
         self._sent_s, self._now = 0.0, ""
+        self.picture = ""
+        """The picture that is being made, in words, in place of the stage's name."""
 
     def send(self, kind: str, **values: Any) -> None:
         """Tells an event."""
@@ -57,6 +59,7 @@ class Told(Console):
         """
         if stage in _STOPPABLE:
             self.stop.check()
+        stage = self.picture or stage
         now = time.perf_counter()
         if stage != self._now or step >= steps or now - self._sent_s >= _PAUSE_S:
             self._now, self._sent_s = stage, now
