@@ -94,13 +94,15 @@ class Process:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self.ready = False
+        """Whether it has imported its libraries, which takes some seconds."""
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def start(self) -> None:
         """Starts the process, if there is none; it takes some seconds to import its libraries."""
         if self._process is not None and self._process.poll() is None:
             return
-        self._events = queue.Queue()
+        self._events, self.ready = queue.Queue(), False
         self._process = subprocess.Popen(
             (sys.executable, "-m", PROGRAM),
             stdin=subprocess.PIPE,
@@ -108,7 +110,7 @@ class Process:
             # Ctrl-C must reach the page's process alone.
             start_new_session=True,
         )
-        threading.Thread(target=_read, args=(self._process.stdout, self._events), daemon=True).start()
+        threading.Thread(target=self._read, args=(self._process.stdout, self._events), daemon=True).start()
 
     def do(self, job: Job) -> None:
         """Does a job to its end; a crash of the process is the job's failure."""
@@ -138,6 +140,18 @@ class Process:
             self._process.stdin.write((json.dumps(order) + "\n").encode())
             self._process.stdin.flush()
 
+    def _read(self, output: IO[bytes] | None, events: "queue.Queue[dict[str, Any] | None]") -> None:
+        """Passes events on; None at the end of the process."""
+        assert output is not None
+        with output:
+            for line in output:
+                with contextlib.suppress(ValueError):
+                    event = json.loads(line)
+                    self.ready = True
+                    if event["event"] != "ready":
+                        events.put(event)
+        events.put(None)
+
     def end(self) -> None:
         """Ends the process: at once if it is idle, after a save of the training state if it is at work."""
         if self._process is None or self._process.stdin is None:
@@ -149,16 +163,6 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def _read(output: IO[bytes] | None, events: "queue.Queue[dict[str, Any] | None]") -> None:
-    """Passes events on; None at the end of the process."""
-    assert output is not None
-    with output:
-        for line in output:
-            with contextlib.suppress(ValueError):
-                events.put(json.loads(line))
-    events.put(None)
 
 
 def _end_of(code: int) -> str:
@@ -217,6 +221,11 @@ class Queue:
         with self._changed:
             running = self._running is not None and self._running.owner == owner
             return sum(job.owner == owner for job in self._jobs) + running
+
+    @property
+    def ready(self) -> bool:
+        """Whether its process can begin with a job at once."""
+        return self._process.ready
 
     @property
     def length(self) -> int:

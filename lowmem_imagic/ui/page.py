@@ -132,7 +132,7 @@ class Page:
         """The page, as `gradio.Blocks`."""
         with gr.Blocks(title="lowmem-imagic studio", analytics_enabled=False, fill_width=True) as page:
             gr.HTML("<h1>lowmem-imagic studio</h1>", elem_id="title")
-            self._shows(gr.HTML(elem_id="queue"), lambda visitor, tab: view.queue_line(self._studio.card))
+            self._shows(gr.HTML(elem_id="queue"), lambda visitor, tab: view.queue_line(self._studio.card, self._studio.desk))
             last = gr.Textbox(visible=_HIDDEN, label="the last photo of this tab")
             with gr.Tabs():
                 with gr.Tab("Studio", id="studio"):

@@ -115,9 +115,11 @@ def downloads(project: Project | None, ask: Ask | None) -> str:
     return f'<nav aria-label="Downloads"><ul class="links">{items}</ul></nav>'
 
 
-def queue_line(queue: Queue) -> str:
+def queue_line(card: Queue, desk: Queue) -> str:
     """The number of jobs on the card."""
-    count = queue.length
+    if not (card.ready and desk.ready):
+        return line("the studio is starting; photos are read in some seconds")
+    count = card.length
     return line("the card is free" if not count else f"the card has {count} job{'s' if count > 1 else ''}")
 
 
