@@ -822,7 +822,7 @@ def test_every_command_is_documented():
     from typer.main import get_command
 
     group = get_command(app)
-    assert set(group.commands) == {"edit", "train", "sample", "sheet", "inspect", "scene", "doctor", "batch"}
+    assert set(group.commands) == {"edit", "train", "sample", "sheet", "inspect", "scene", "ui", "doctor", "batch"}
     commands = {name: command for name, command in group.commands.items() if name != "batch"}
     commands |= {f"batch {name}": command for name, command in group.commands["batch"].commands.items()}
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -41,6 +41,7 @@ FLAGS = {
     "sheet": f"{_BASE} {_SHEET} --columns --guidances --photo --prompt --rows --strengths",
     "inspect": "--json",
     "scene": "--force --seed --size",
+    "ui": "--device --listen --model --out --port",
     "doctor": "--json --model --plan --preset --size --vram",
     "batch run": (
         f"{_BASE} {_TRAINING} {_RENDERING} --address --executor --prompt --save-every --shard --slots --workers"

@@ -1,4 +1,4 @@
-"""Facts about the studio's server that need no browser: who may fetch what, limits of uploads, the queue of one card."""
+"""Facts about the studio's server that need no browser: who may fetch what, limits of uploads, the queue of jobs."""
 
 import asyncio
 import base64
@@ -60,7 +60,9 @@ class Site:
         **headers: str,
     ) -> tuple[int, dict[str, str], bytes]:
         """The answer to a request: status, headers and body."""
-        sent = {"host": HOST, **{name.replace("_", "-"): value for name, value in headers.items()}} | ({"cookie": f"{COOKIE}={cookie}"} if cookie else {})
+        sent = {"host": HOST, **{name.replace("_", "-"): value for name, value in headers.items()}} | (
+            {"cookie": f"{COOKIE}={cookie}"} if cookie else {}
+        )
         if method == "POST":
             sent = {"content-length": str(len(body)), **sent}
         scope = {
@@ -137,7 +139,9 @@ def test_a_request_names_only_own_uploads(visitors):
     for path in ("/etc/passwd", f"{own}/../1", "http://example.org/x.png", "", 7, None, [own]):
         nested = event(data=[[{"value": {"path": path}}]])
         assert site.ask(join, method="POST", body=nested)[0] == 403, path
-    assert site.ask(join, method="POST", cookie="b" * 32, body=event(session_hash="other", data=[{"path": own}]))[0] == 403
+    assert (
+        site.ask(join, method="POST", cookie="b" * 32, body=event(session_hash="other", data=[{"path": own}]))[0] == 403
+    )
 
 
 def test_a_tab_belongs_to_its_visitor(visitors):

@@ -71,7 +71,9 @@ def serve(
         config = uvicorn.Config(
             running.app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1
         )
-        uvicorn.Server(config).run(sockets=[server])
+        # The server ends in order, and then raises it again.
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[server])
 
 
 def _password() -> str:
