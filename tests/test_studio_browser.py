@@ -110,7 +110,7 @@ class Visit:
         page = self.context.new_page()
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(self.address)
-        page.wait_for_function("document.querySelector('#queue').innerText.includes('card')")
+        page.wait_for_function("document.querySelector('#queue')?.innerText.includes('the card')")
         return page
 
     def choose_photo(self, path: Path, page: Any = None) -> None:
@@ -193,7 +193,7 @@ def test_a_photo_is_trained_once_and_asked_twice(visit, folder):
     """From a photo to downloads: one training, two sentences, the slider, finer steps, a sheet, history."""
     page = visit.page
     visit.choose_photo(folder / "photo-0.png")
-    page.wait_for_function("/fits: .* of 8 GB/.test(document.querySelector('#plan').innerText)")
+    page.wait_for_function("/fits: .* of 8 GB/.test(document.querySelector('#plan')?.innerText)")
     assert "96 x 96 px, edited at 128 x 128" in page.inner_text("#plan")
     visit.quick()
     visit.train()
@@ -293,6 +293,7 @@ def test_nobody_sees_the_files_of_another(visit, browser, address, folder):
         ("#photo-file", "#message", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "notes.png"),
         ("#edit-file", "#edits-message", b"\xff" * 100, "notes.png"),
     ],
+    ids=["text", "damaged", "edit"],
 )
 def test_a_bad_file_is_one_line(visit, place, button, data, words):
     """A file that is no photo, or no edit, is refused in one line that names it, without a path of the server."""
