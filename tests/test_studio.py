@@ -36,8 +36,10 @@ def visitors(tmp_path: Path) -> Visitors:
 class Site:
     """A guarded application that answers with the paths that reached it; uploads get a path each."""
 
-    def __init__(self, visitors: Visitors, password: str | None = None) -> None:
+    def __init__(self, visitors: Visitors, tmp_path: Path, password: str | None = None) -> None:
         self.reached: list[str] = []
+        self.folder = tmp_path / "uploads"
+        self.folder.mkdir()
         self.bodies: list[bytes] = []
         hosts = None if password else frozenset({HOST})
         self.guard = Guard(self._app, visitors, hosts, password)
@@ -45,7 +47,9 @@ class Site:
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         self.reached.append(scope["path"])
         self.bodies.append((await receive())["body"] if scope["method"] == "POST" else b"")
-        body = json.dumps([f"/uploads/{len(self.reached)}"]).encode()
+        (self.folder / "digest").mkdir(exist_ok=True)
+        (self.folder / "digest" / "cat.png").write_bytes(b"x")
+        body = json.dumps([str(self.folder / "digest" / "cat.png")]).encode()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
@@ -91,9 +95,9 @@ def event(**changes: Any) -> bytes:
     return json.dumps({"session_hash": "tab", "fn_index": 1, "data": [], **changes}).encode()
 
 
-def test_only_routes_of_the_page_pass(visitors):
+def test_only_routes_of_the_page_pass(visitors, tmp_path):
     """Routes of the page's library that open files, addresses or code by name are not there."""
-    site = Site(visitors)
+    site = Site(visitors, tmp_path)
     for path in (
         "/gradio_api/file=/etc/passwd",
         "/gradio_api/file/../../etc/passwd",
@@ -114,9 +118,9 @@ def test_only_routes_of_the_page_pass(visitors):
     assert site.ask("/")[0] == site.ask("/gradio_api/upload", method="POST")[0] == 200
 
 
-def test_a_page_elsewhere_cannot_use_the_studio(visitors):
+def test_a_page_elsewhere_cannot_use_the_studio(visitors, tmp_path):
     """Another host's name for this machine, and requests that another site's page makes, are refused."""
-    site = Site(visitors)
+    site = Site(visitors, tmp_path)
     assert site.ask("/", host="evil.example:7860")[0] == 403
     assert site.ask("/gradio_api/queue/join", method="POST", body=event(), origin="http://evil.example")[0] == 403
     assert not site.reached
@@ -127,15 +131,17 @@ def test_a_page_elsewhere_cannot_use_the_studio(visitors):
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
 
 
-def test_a_request_names_only_own_uploads(visitors):
+def test_a_request_names_only_own_uploads(visitors, tmp_path):
     """A path in a request passes only if this visitor uploaded it; another visitor's is refused like any other."""
-    site = Site(visitors)
+    site = Site(visitors, tmp_path)
     _, _, body = site.ask("/gradio_api/upload", method="POST", body=b"x")
     [own] = json.loads(body)
     join = "/gradio_api/queue/join"
     mine = event(data=[{"path": own, "url": "http://127.0.0.1/file=/etc/passwd"}])
     assert site.ask(join, method="POST", body=mine)[0] == 200
     assert b"passwd" not in site.bodies[-1]
+    _, _, body = site.ask("/gradio_api/upload", method="POST", cookie="b" * 32, body=b"x")
+    assert json.loads(body) != [own]  # although its contents are the same
     for path in ("/etc/passwd", f"{own}/../1", "http://example.org/x.png", "", 7, None, [own]):
         nested = event(data=[[{"value": {"path": path}}]])
         assert site.ask(join, method="POST", body=nested)[0] == 403, path
@@ -144,9 +150,9 @@ def test_a_request_names_only_own_uploads(visitors):
     )
 
 
-def test_a_tab_belongs_to_its_visitor(visitors):
+def test_a_tab_belongs_to_its_visitor(visitors, tmp_path):
     """The events of a tab go to the visitor who opened it, even if another knows the tab's name."""
-    site = Site(visitors)
+    site = Site(visitors, tmp_path)
     assert site.ask("/gradio_api/queue/join", method="POST", body=event())[0] == 200
     assert site.ask("/gradio_api/queue/data", query="session_hash=tab")[0] == 200
     assert site.ask("/gradio_api/queue/data", cookie="b" * 32, query="session_hash=tab")[0] == 403
@@ -158,16 +164,16 @@ def test_a_tab_belongs_to_its_visitor(visitors):
     "body",
     [b"", b"[]", b"{", b"null", b"\xff", event(session_hash=3), event(data={}), event(fn_index="1"), b"[" * 5000],
 )
-def test_malformed_requests_are_refused(visitors, body):
+def test_malformed_requests_are_refused(visitors, tmp_path, body):
     """A request that is no event of the page ends in one line, and does not reach the page's library."""
-    site = Site(visitors)
+    site = Site(visitors, tmp_path)
     status, _, text = site.ask("/gradio_api/queue/join", method="POST", body=body)
     assert status == 400 and text.decode().count("\n") == 0 and not site.reached
 
 
-def test_uploads_are_limited_before_they_are_read(visitors, monkeypatch):
+def test_uploads_are_limited_before_they_are_read(visitors, tmp_path, monkeypatch):
     """An upload without a length, or beyond the room of its visitor or of all, is refused by its header alone."""
-    site = Site(visitors)
+    site = Site(visitors, tmp_path)
     upload = "/gradio_api/upload"
     assert site.ask(upload, method="POST", content_length="x")[0] == 411
     assert site.ask(upload, method="POST", content_length=str(limits.MAX_UPLOADS_BYTES + 1))[0] == 413
@@ -180,9 +186,9 @@ def test_uploads_are_limited_before_they_are_read(visitors, monkeypatch):
     assert site.ask("/gradio_api/queue/join", method="POST", body=long)[0] == 413
 
 
-def test_other_machines_need_the_password(visitors):
+def test_other_machines_need_the_password(visitors, tmp_path):
     """With a password nothing is served without it, any host name is, and many wrong ones are answered no more."""
-    site = Site(visitors, "correct horse")
+    site = Site(visitors, tmp_path, "correct horse")
 
     def login(word: str) -> int:
         code = base64.b64encode(f"me:{word}".encode()).decode()
@@ -258,6 +264,16 @@ def test_uploads_are_deleted_when_their_visitor_has_left(tmp_path):
     assert visitors.sweep() == [visitor]
     assert not project.folder.exists() and not Path(unused).exists() and token not in visitor.files
     assert visitors.of("a" * 32) is not visitor
+
+
+def test_a_visitor_with_an_open_tab_has_not_left(visitors, monkeypatch):
+    """A tab that is open keeps its visitor's files, also while it asks for nothing."""
+    monkeypatch.setattr(limits, "LEAVE_S", -1)
+    visitor = visitors.of("a" * 32)
+    visitor.tabs = 1
+    assert not visitors.sweep()
+    visitor.tabs = 0
+    assert visitors.sweep() == [visitor]
 
 
 def test_visitors_are_apart(visitors, tmp_path):

@@ -124,6 +124,8 @@ class Visit:
         self.page.locator("#field-preset").get_by_role("radio", name="fast").check()
         if not self.page.locator("#field-steps-embed input").is_visible():
             self.page.get_by_role("button", name="More for training").click()
+        # With a sentence, the base need not describe the photo.
+        self.page.locator("#train-sentences textarea").fill("a red cube on a wooden floor")
         self.page.locator("#field-steps-embed input").fill(str(embed))
         self.page.locator("#field-steps-finetune input").fill(str(finetune))
 

@@ -7,10 +7,12 @@ a request passes only if it is an upload of the same visitor, so none of another
 import base64
 import hmac
 import json
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -25,7 +27,8 @@ _API = "/gradio_api"
 _UPLOAD, _JOIN, _DATA = f"{_API}/upload", f"{_API}/queue/join", f"{_API}/queue/data"
 _GET = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", _DATA, f"{_API}/upload_progress"}
 _GET |= {f"{_API}/info", f"{_API}/startup-events", f"{_API}/theme.css", f"{_API}/app_id", "/robots.txt"}
-_GET_UNDER = ("/static/", "/assets/", f"{_API}/heartbeat/", "/studio/", "/pwa_icon")
+_HEARTBEAT = f"{_API}/heartbeat/"
+_GET_UNDER = ("/static/", "/assets/", _HEARTBEAT, "/studio/", "/pwa_icon")
 _PUBLIC = ("/static/", "/assets/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/pwa_icon")
 _POST = {_UPLOAD, _JOIN}
 _HEADERS = {
@@ -94,6 +97,14 @@ class Guard:
             await self._upload(visitor, scope, receive, answer)
         elif path == _JOIN:
             await self._join(visitor, scope, receive, answer)
+        elif path.startswith(_HEARTBEAT):
+            # Open as long as the tab is.
+            visitor.tabs += 1
+            try:
+                await self._app(scope, receive, answer)
+            finally:
+                visitor.tabs -= 1
+                self._visitors.of(cookie)
         elif path == _DATA and not self._owns_session(visitor, _query(scope, "session_hash")):
             await _no(403, "this tab is another visitor's; load the page again")(scope, receive, answer)
         else:
@@ -170,10 +181,12 @@ class Guard:
                 return
             assert start is not None
             if start["status"] == 200:
-                paths = json.loads(body)
+                paths = [_renamed(path) for path in json.loads(body)]
                 with visitor.lock:
                     visitor.uploads |= {path: size // len(paths) for path in paths}
-            await send(start)
+                body = json.dumps(paths).encode()
+            headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            await send({**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
             await send({**message, "body": body})
 
         await self._app(scope, receive, book)
@@ -209,6 +222,15 @@ class Guard:
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         await self._app(scope, again, send)
+
+
+def _renamed(path: str) -> str:
+    """Moves an upload to a random folder: the page's library names folders by contents, so that equal uploads of two
+    visitors have one path."""
+    file = Path(path)
+    folder = file.parent.parent / secrets.token_hex(16)
+    folder.mkdir()
+    return str(file.rename(folder / file.name))
 
 
 def _paths(value: Any) -> Iterator[Any]:

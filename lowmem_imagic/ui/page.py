@@ -23,6 +23,8 @@ from .visitors import BatchFolder, Project, Refused, Visitor, Visitors
 CARDS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 _HIDDEN: Literal["hidden"] = "hidden"
 """Not shown, but on the page for scripts."""
+_UNUSED = (3600, 3600)
+"""Seconds between two clean-ups, and the age of the uploads that they delete: those that no event named."""
 _KEEP = "keep"
 """Value of an output that stays as it is."""
 SCRIPT = f"<script>{files(__package__).joinpath('page.js').read_text(encoding='utf-8')}</script>"
@@ -130,9 +132,13 @@ class Page:
 
     def build(self) -> Any:
         """The page, as `gradio.Blocks`."""
-        with gr.Blocks(title="lowmem-imagic studio", analytics_enabled=False, fill_width=True) as page:
+        with gr.Blocks(
+            title="lowmem-imagic studio", analytics_enabled=False, fill_width=True, delete_cache=_UNUSED
+        ) as page:
             gr.HTML("<h1>lowmem-imagic studio</h1>", elem_id="title")
-            self._shows(gr.HTML(elem_id="queue"), lambda visitor, tab: view.queue_line(self._studio.card, self._studio.desk))
+            self._shows(
+                gr.HTML(elem_id="queue"), lambda visitor, tab: view.queue_line(self._studio.card, self._studio.desk)
+            )
             last = gr.Textbox(visible=_HIDDEN, label="the last photo of this tab")
             with gr.Tabs():
                 with gr.Tab("Studio", id="studio"):
@@ -145,6 +151,8 @@ class Page:
             for connect in events:
                 connect()
             self._on(gr.Timer(1.0).tick, "message", lambda visitor, tab: _KEEP)
+            # With it, each open tab keeps a connection, by which the guard knows that its visitor is there.
+            page.unload(lambda: None)
             remembered = "() => [sessionStorage.getItem('project') || '']"
             self._on(page.load, "message", self._open_tab, [last], js=remembered)
         return page
@@ -182,6 +190,7 @@ class Page:
                 with gr.Accordion("More for training", open=False):
                     sentences = gr.Textbox(
                         label="Sentences to train for, one a line",
+                        elem_id="train-sentences",
                         info=train_options["sentence"].help,
                         lines=2,
                         max_length=4000,

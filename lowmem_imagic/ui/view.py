@@ -34,7 +34,7 @@ def bar(job: Job | None, queue: Queue, message: str, *, paused: bool = False) ->
         before = queue.place(job)
         return line(f"waiting for the card: {before} job{'s' if before != 1 else ''} before this one")
     assert job.state == RUNNING
-    stage = _STAGES.get(job.stage, job.stage) or "loading the base"
+    stage = _STAGES.get(job.stage, job.stage) or "loading the base, and describing the photo"
     share, left = job.share, job.seconds_left
     words = f"{stage}: {job.step} of {job.steps}" if job.steps else stage
     words += "" if left is None else f", about {duration(left)} left"

@@ -139,6 +139,8 @@ class Visitor:
         self.batches: dict[str, BatchFolder] = {}
         self.uploads: dict[str, int] = {}
         """Bytes of each upload that was not used yet, by its path in the page library's folder."""
+        self.tabs = 0
+        """Open tabs."""
         self.seen_s = time.monotonic()
         self.ended_s = 0.0
         """When the last job ended."""
@@ -278,7 +280,11 @@ class Visitors:
             for cookie, visitor in list(self._visitors.items()):
                 unseen = visitor.ended_s > visitor.seen_s
                 since = max(visitor.seen_s, visitor.ended_s)
-                if not visitor.busy and now - since > (limits.KEEP_S if unseen else limits.LEAVE_S):
+                if (
+                    not visitor.tabs
+                    and not visitor.busy
+                    and now - since > (limits.KEEP_S if unseen else limits.LEAVE_S)
+                ):
                     del self._visitors[cookie]
                     gone.append(visitor)
         for visitor in gone:
