@@ -1,5 +1,6 @@
 """The page: its fields, and the act behind each button."""
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class Page:
             except Exception as error:  # a fault of the page's own code is one line, too
                 failure = unexpected(error)
                 text = view.line(str(failure), bad=True)
-                print(failure.details, flush=True)
+                print(failure.details, file=sys.stderr, flush=True)
             if text != _KEEP:
                 setattr(tab, place, text)
             return self._draw(visitor, tab)

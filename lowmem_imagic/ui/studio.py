@@ -132,7 +132,7 @@ class Studio:
             elif event["event"] == "picture":
                 project.zero = _picture(visitor, project, event)
             elif event["event"] == "end":
-                project.paused = job.state == STOPPED and not project.edit and (project.folder / STATE).exists()
+                project.paused = (project.folder / STATE).exists()
 
         job = self._begin(visitor, project, order, "training", on_event)
         return job
@@ -174,6 +174,8 @@ class Studio:
         def on_event(event: Mapping[str, Any]) -> None:
             if event["event"] == "picture":
                 asked.pictures[event["eta"]] = _picture(visitor, project, event)
+            elif event["event"] == "end" and not asked.pictures:
+                project.asks = [one for one in project.asks if one is not asked]
 
         if missing:
             self._begin(visitor, project, order, f"asking {shown(sentence)[:60]!r}", on_event)
@@ -287,10 +289,12 @@ class Studio:
         if len(uploads) * len(sentences) > limits.MAX_BATCH_ITEMS:
             raise Refused(f"found {len(uploads) * len(sentences)} items, expected at most {limits.MAX_BATCH_ITEMS}")
         Words("batch run", {"preset": "balanced", **values}).edit()
-        name = f"batch-{1 + max((int(one.removeprefix('batch-')) for one in visitor.batches), default=0):03d}"
-        folder = visitor.batches_folder / name
-        photos = folder / "photos"
-        photos.mkdir(parents=True)
+        with visitor.lock:
+            number = 1 + max((int(one.removeprefix("batch-")) for one in visitor.batches), default=0)
+            folder = visitor.batches_folder / f"batch-{number:03d}"
+            photos = folder / "photos"
+            photos.mkdir(parents=True)
+            batch = visitor.batches[folder.name] = BatchFolder(folder)
         lines = []
         for number, (upload, called) in enumerate(uploads, start=1):
             # The name of the upload is only a label.
@@ -299,7 +303,6 @@ class Studio:
             lines += [json.dumps({"photo": f"photos/{file.name}", "sentence": one}) for one in sentences]
         manifest = folder / "list.jsonl"
         manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        batch = visitor.batches[name] = BatchFolder(folder)
         own = {key: value for key, value in values.items() if value not in (None, "")}
         request = {
             **DEFAULTS,

@@ -14,6 +14,7 @@ from .studio import duration
 from .visitors import Ask, BatchFolder, Picture, Project
 
 FILES, BATCHES = "/studio/file/", "/studio/batch/"
+_MOST_WARNINGS = 5
 _STAGES = {**STAGES, "invert": "the photo's own noise", "embed": "stage 1 of 2: embedding"}
 _STAGES |= {"finetune": "stage 2 of 2: adapter", "sample": "pictures", "train": "edits"}
 
@@ -24,11 +25,18 @@ def escape(text: str) -> str:
 
 
 def bar(job: Job | None, queue: Queue, message: str, *, paused: bool = False) -> str:
-    """The progress of a job, or its end in one line."""
+    """The progress of a job, or its end in one line; and its warnings."""
+    warnings = [] if job is None else [one for one in job.remarks if one.startswith("warning: ")]
+    return _bar(job, queue, message, paused=paused) + "".join(
+        line(one.replace("`", "")) for one in warnings[-_MOST_WARNINGS:]
+    )
+
+
+def _bar(job: Job | None, queue: Queue, message: str, *, paused: bool) -> str:
     if job is None or job.state in ENDED:
-        if paused:
+        bad = job is not None and job.state == FAILED
+        if paused and not bad:
             return line("stopped; the training is saved: “Train” goes on where it was, with the same settings")
-        bad = job is not None and job.state == "failed"
         return line(message, bad=bad) if message else ""
     if job.state == WAITING:
         before = queue.place(job)

@@ -162,9 +162,12 @@ class Visitor:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the uploads that were not used yet, and of all files in the folder."""
-        kept = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        return kept + sum(self.uploads.values())
+        """Bytes of the uploads that were not used yet, of all files in the folder, and of the photos of batches."""
+        files = [*self.folder.rglob("*"), *self.batches_folder.glob("*/photos/*")]
+        # Files may go meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            return sum(path.stat().st_size for path in files if path.is_file()) + sum(self.uploads.values())
+        return self.bytes
 
     def serve(self, path: Path, media_type: str, download: str | None = None) -> str:
         """The token under which the visitor may fetch a file."""
