@@ -405,6 +405,17 @@ def test_every_field_comes_from_the_table_of_options():
     assert not shown & elsewhere
 
 
+def test_fields_left_alone_change_nothing():
+    """Empty fields and defaults leave the settings to the preset; text in a field for numbers is one problem."""
+    options = fields.more_training()
+    assert fields.values_of(options, [option.default for option in options]) == {}
+    assert fields.values_of(options, ["" if option.kind is not Kind.SWITCH else False for option in options]) == {}
+    rank = [option for option in options if option.name == "rank"]
+    assert fields.values_of(rank, [" 4 "]) == {"rank": 4}
+    with pytest.raises(ConfigError, match="`rank` is 'four', expected a whole number"):
+        fields.values_of(rank, ["four"])
+
+
 def test_messages_name_fields():
     """A message about a setting names the field of the page."""
     assert fields.with_labels("`rank` is 0; see `finetune.lora_rank=4`") == "“LoRA rank” is 0; see “LoRA rank” 4"

@@ -122,17 +122,18 @@ class Visit:
     def quick(self, *, embed: int = 2, finetune: int = 3) -> None:
         """Chooses a training of few steps."""
         self.page.locator("#field-preset").get_by_role("radio", name="fast").check()
-        if not self.page.locator("#field-steps-embed input").is_visible():
+        if not self.page.locator("#field-steps-embed textarea, #field-steps-embed input").is_visible():
             self.page.get_by_role("button", name="More for training").click()
         # With a sentence, the base need not describe the photo.
         self.page.locator("#train-sentences textarea").fill("a red cube on a wooden floor")
-        self.page.locator("#field-steps-embed input").fill(str(embed))
-        self.page.locator("#field-steps-finetune input").fill(str(finetune))
+        self.page.locator("#field-steps-embed textarea, #field-steps-embed input").fill(str(embed))
+        self.page.locator("#field-steps-finetune textarea, #field-steps-finetune input").fill(str(finetune))
 
     def train(self) -> None:
         """Trains, and waits for the picture at eta 0."""
         self.page.locator("#train:enabled").click()
-        self.page.locator("#viewer .row button[data-eta='0']").wait_for()
+        self.page.locator("#viewer .row button[data-eta='0'], #message [role=alert]").first.wait_for()
+        assert not self.page.locator("#message [role=alert]").all_inner_texts()
 
     def ask(self, sentence: str) -> None:
         """Asks a sentence, and waits for its whole row."""
@@ -319,8 +320,8 @@ def test_a_batch_lives_when_the_browser_is_closed(browser, address, folder):
     page.locator("#batch-sentences textarea").fill("a red cube on a wooden floor")
     page.locator("#batch-preset").get_by_role("radio", name="fast").check()
     page.get_by_role("button", name="More for batches").click()
-    page.locator("#batch-steps-embed input").fill("60")
-    page.locator("#batch-steps-finetune input").fill("2")
+    page.locator("#batch-steps-embed textarea, #batch-steps-embed input").fill("60")
+    page.locator("#batch-steps-finetune textarea, #batch-steps-finetune input").fill("2")
     page.locator("#batch-begin").click()
     page.get_by_text("3 items").wait_for()
     page.locator("#batch-stop:enabled").click()

@@ -1,12 +1,13 @@
 """Fields of the page's forms, made from the table of options, and messages with the fields' labels."""
 
 import re
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
-from ..errors import SETTING
+from ..errors import SETTING, ConfigError
 from ..settings.options import BASE, OPTIONS, PICTURES, TRAINING, Kind, Option, options_of
 from ..settings.presets import PRESETS
 from ..settings.stages import ADAPT_TARGETS, ATTENTION, COMPUTE, INTERPOLATIONS, STARTS, WEIGHT_FORMATS
@@ -25,6 +26,7 @@ _NAMES_OF_FILES = {"model_config", "vae", "text_from", "revision", "photo"}
 """Options whose values are paths, or name a download: not for a page."""
 _THE_SERVERS = {"device", "batch_rows", "suggest_eta"}
 """Options that the server decides, or whose result the page does not show."""
+_NUMBERS: dict[Kind, Callable[[str], Any]] = {Kind.WHOLE: int, Kind.NUMBER: float}
 
 LABELS = {option.name: option.name.replace("_", " ").capitalize() for option in OPTIONS} | {
     "preset": "Quality",
@@ -86,15 +88,27 @@ def field(option: Option, **other: Any) -> Any:
         return gr.Dropdown(["", *choices], value=option.default or "", **common)
     if option.kind is Kind.SWITCH:
         return gr.Checkbox(value=bool(option.default), **common)
-    if option.kind is Kind.WHOLE:
-        return gr.Number(value=option.default, precision=0, minimum=option.least, maximum=option.most, **common)
-    if option.kind is Kind.NUMBER:
-        return gr.Number(value=option.default, **common)
-    return gr.Textbox(value=option.default or "", max_length=1000, **common)
+    # Numbers, too: an empty field for numbers turns into 0 as soon as it is shown.
+    return gr.Textbox(value="" if option.default is None else str(option.default), max_length=1000, **common)
 
 
 def values_of(options: Sequence[Option], values: Sequence[Any]) -> dict[str, Any]:
-    """The values of fields by the names of their options; empty ones and defaults are left out."""
-    named: Mapping[str, Any] = {option.name: value for option, value in zip(options, values, strict=True)}
-    defaults = {option.name: option.default for option in options}
-    return {name: value for name, value in named.items() if value not in (None, "") and value != defaults[name]}
+    """The values of fields by the names of their options; empty ones and defaults are left out.
+
+    Raises:
+        ConfigError: some are not of their options' kinds.
+    """
+    chosen, problems = dict[str, Any](), list[str]()
+    for option, value in zip(options, values, strict=True):
+        if isinstance(value, str) and option.kind in _NUMBERS:
+            value = value.strip()
+            try:
+                value = _NUMBERS[option.kind](value) if value else None
+            except ValueError:
+                problems.append(f"`{option.name}` is {reprlib.repr(value)}, expected {option.kind.value}")
+                continue
+        if value not in (None, "", option.default):
+            chosen[option.name] = value
+    if problems:
+        raise ConfigError(problems)
+    return chosen

@@ -4,6 +4,7 @@ import contextlib
 import getpass
 import importlib.util
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -71,8 +72,10 @@ def serve(
         config = uvicorn.Config(
             running.app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=1
         )
-        # The server ends in order, and then raises it again.
+        # The server ends in order, and then raises the signal again. Without a handler of ours, SIGTERM would end this
+        # process before the visitors' files are deleted.
         with contextlib.suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             uvicorn.Server(config).run(sockets=[server])
 
 
