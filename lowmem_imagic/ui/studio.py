@@ -127,7 +127,6 @@ class Studio:
                 )
                 project.model, project.etas, project.asks = model, tuple(event["etas"]), []
                 project.start_sentence, project.zero, project.paused = event["start_sentence"], None, False
-                project.sentences = tuple(sentences)
                 self._seconds[kind] = time.monotonic() - job.began_s
             elif event["event"] == "picture":
                 project.zero = _picture(visitor, project, event)
@@ -231,7 +230,7 @@ class Studio:
                 str(error).replace(repr(str(file)), repr(project.name)).replace(str(file), project.name)
             ) from None
         project.made_for, project.etas = result["base"], tuple(result["etas"])
-        project.start_sentence, project.sentences = result["start_sentence"], tuple(result["sentences"])
+        project.start_sentence = result["start_sentence"]
         project.about = result["summary"].replace(str(file), project.name)
         return project
 

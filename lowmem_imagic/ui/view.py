@@ -85,7 +85,7 @@ def pictures(project: Project | None) -> str:
     shown_one = max((one for one in row if one.eta <= 1), key=lambda one: one.eta, default=row[0])
     before = project.photo_view or (project.zero.view if project.zero else "")
     caption = "before: the photo" if project.photo_view else "before: eta 0"
-    sentence = ask.sentence if ask else "the photo, as the edit draws it"
+    sentence = ask.sentence if ask else f"the photo, as the edit draws it; trained from “{project.start_sentence}”"
     return (
         f'<div class="viewer" data-sentence="{escape(sentence)}">'
         f'<div class="compare" style="--cut: 0%">'

@@ -88,7 +88,7 @@ class Project:
     """Token of the edit file; "" before it is trained."""
     etas: tuple[float, ...] = ()
     start_sentence: str = ""
-    sentences: tuple[str, ...] = ()
+    """The sentence that its training started from."""
     zero: Picture | None = None
     """The picture at eta 0."""
     asks: list[Ask] = field(default_factory=list)

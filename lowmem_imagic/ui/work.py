@@ -100,7 +100,6 @@ class Work:
         """Reads an edit file strictly; returns what it says."""
         opened = edit_file.read(order["file"])
         return {
-            "sentences": list(opened.sentences),
             "start_sentence": opened.start_sentence,
             "base": opened.base.source,
             "etas": list(opened.etas),
