@@ -46,7 +46,7 @@ from ..training.pack import Pack
 from ..training.state import TrainingState
 from .limits import MAX_UPLOAD_PIXELS, VIEW_PX
 from .names import EDIT, PHOTO_VIEW, STATE
-from .worker import Told
+from .told import Told
 
 
 class Work:
