@@ -3,13 +3,8 @@
 Needs Chromium (``chromium`` on the path), which ``.ci/run`` installs.
 """
 
-import contextlib
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ playwright_api = pytest.importorskip("playwright.sync_api")
 
 from lowmem_imagic.demo.render import render  # noqa: E402
 from lowmem_imagic.demo.scene import Scene  # noqa: E402
+from tests.studio_server import served  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -44,23 +40,6 @@ _FLAGS = [
 _PATIENCE_MS = 400_000
 """Only a hang fails: a busy machine may be slow."""
 _SCENES = ("a red cube on a wooden floor", "a green sphere on a wooden floor", "a blue cone on a grass floor")
-
-
-@contextlib.contextmanager
-def served(folder: Path, *words: str, **environment: str) -> Iterator[str]:
-    """The address of a studio, in a process of the command line that runs in `folder`."""
-    command = [sys.executable, "-m", "lowmem_imagic", "ui", "--port", "0", "--device", "cpu", *words]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            address = re.search(r"http://\S+/", line)
-            assert address is not None, line
-            yield address[0]
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +271,7 @@ def test_nobody_sees_the_files_of_another(visit, browser, address, folder):
 @pytest.mark.parametrize(
     ("place", "button", "data", "words"),
     [
-        ("#photo-file", "#message", b"not a picture", "is plain text"),
+        ("#photo-file", "#message", b"not a picture", "is a text file"),
         ("#photo-file", "#message", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "notes.png"),
         ("#edit-file", "#edits-message", b"\xff" * 100, "notes.png"),
     ],

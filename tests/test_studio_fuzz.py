@@ -17,7 +17,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 
-from .test_studio_browser import served  # noqa: E402
+from tests.studio_server import served  # noqa: E402
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("studio")]
 
