@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lowmem_imagic.errors import ConfigError
 from lowmem_imagic.settings.options import Kind, options_of
 from lowmem_imagic.ui import limits
-from lowmem_imagic.ui.card import DONE, FAILED, STOPPED, Job, Queue
+from lowmem_imagic.ui.card import DONE, FAILED, RUNNING, STOPPED, Job, Queue
 from lowmem_imagic.ui.studio import Studio
 from lowmem_imagic.ui.visitors import Refused, Visitor, Visitors
 
@@ -386,6 +387,31 @@ def test_a_waiting_job_can_be_stopped():
     assert second.state == STOPPED and second.ended.is_set()
     release.set()
     assert first.ended.wait(20) and begun == ["first"]
+
+
+@pytest.mark.process
+def test_a_crash_of_the_process_is_one_line(tmp_path):
+    """A process that is killed in mid-job, or fails at a job, ends that job alone; the next one gets a new process."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo", "PNG")
+    photo = {"work": "photo", "photo": str(tmp_path / "photo"), "folder": str(tmp_path)}
+    queue = Queue()
+    queue.start()
+    try:
+        assert queue.do(Job(photo, "first")).result["size"] == [40, 30]
+        order = {"work": "plan", "model": "sd15", "vram": "8GB", "values": {"preset": "balanced"}, "size": None}
+        killed = queue.add(Job(order, "killed"))
+        while killed.state != RUNNING:
+            time.sleep(0.01)
+        running = queue._process._process
+        assert running is not None
+        running.kill()
+        assert killed.ended.wait(60)
+        assert killed.state == FAILED and "signal 9, perhaps for lack of memory" in killed.error
+        bad = queue.do(Job({"work": "nothing"}, "bad"))
+        assert bad.state == FAILED and "\n" not in bad.error and "Traceback" in bad.details
+        assert queue.do(Job(photo, "last")).state == DONE
+    finally:
+        queue.close()
 
 
 # The page

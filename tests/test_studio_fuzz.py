@@ -100,6 +100,12 @@ class _Attacker:
         self.photo = next(one for one in self.events if ["upload"] in [[target[1]] for target in one["targets"]])
         self.count = 0
 
+    def __enter__(self) -> "_Attacker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.close()
+
     def answer(self, method: str, path: str, **sent: Any) -> Any:
         """The answer to a request, which is checked."""
         self.count += 1
@@ -117,8 +123,8 @@ class _Attacker:
     def act(self, event: Any, data: Any) -> None:
         """Sends an event of the page, and reads what it leads to."""
         session = f"s{self.count}"
-        body = {"data": data, "fn_index": event["id"], "session_hash": session, "trigger_id": None}
-        if self.answer("POST", "/gradio_api/queue/join", json=body).status_code == 200:
+        body = json.dumps({"data": data, "fn_index": event["id"], "session_hash": session, "trigger_id": None})
+        if self.answer("POST", "/gradio_api/queue/join", content=body.encode()).status_code == 200:
             self.answer("GET", f"/gradio_api/queue/data?session_hash={session}")
 
     def junk(self) -> Any:
@@ -137,8 +143,7 @@ def check(text: str) -> None:
 def test_a_thousand_hostile_requests(tmp_path: Path) -> None:
     """Hostile uploads, events and paths end in one line each, and the studio still works for the next visitor."""
     draws = random.Random(7)
-    with served(tmp_path) as address:
-        attacker = _Attacker(address, draws)
+    with served(tmp_path) as address, _Attacker(address, draws) as attacker, _Attacker(address, draws) as visitor:
         while attacker.count < 1000:
             kind = draws.random()
             if kind < 0.3:
@@ -158,7 +163,6 @@ def test_a_thousand_hostile_requests(tmp_path: Path) -> None:
                 attacker.answer("POST", "/gradio_api/queue/join", content=cut)
         image = BytesIO()
         Image.new("RGB", (40, 30), "red").save(image, "PNG")
-        visitor = _Attacker(address, draws)
         path = visitor.client.post("/gradio_api/upload", files={"files": ("cat.png", image.getvalue())}).json()[0]
         body = {
             "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}],

@@ -126,8 +126,10 @@ class Process:
             except queue.Empty:
                 continue
             if event is None:
-                assert self._process is not None
+                assert self._process is not None and self._process.stdin is not None
                 code = self._process.wait()
+                with contextlib.suppress(OSError):  # the last line may not have been read
+                    self._process.stdin.close()
                 event = {"event": "failed", "text": f"the process at work ended without a word ({_end_of(code)})"}
                 self._process = None
             job.take(event)
