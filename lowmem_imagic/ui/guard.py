@@ -5,9 +5,11 @@ a request passes only if it is an upload of the same visitor, so none of another
 """
 
 import base64
+import contextlib
 import hmac
 import json
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,8 @@ from urllib.parse import parse_qs
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..plain_text import shown
+from ..unexpected import first_line
 from . import limits
 from .visitors import Visitor, Visitors
 
@@ -81,7 +85,11 @@ class Guard:
             scope["headers"].append((b"cookie", f"{COOKIE}={cookie}".encode()))
         visitor = self._visitors.of(cookie)
 
+        begun = False
+
         async def answer(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 headers = [(name, value) for name, value in message["headers"] if name.lower() not in _HEADERS]
                 headers += [(name, value) for name, value in _HEADERS.items()]
@@ -92,6 +100,18 @@ class Guard:
                 message = {**message, "headers": headers}
             await send(message)
 
+        try:
+            await self._pass_on(visitor, scope, receive, answer)
+        except Exception as error:  # a request that the page's library does not expect is no fault of the studio
+            print(f"lowmem-imagic: a request to the studio failed: {shown(first_line(error))}", file=sys.stderr)
+            if not begun:
+                await _no(400, "the studio cannot do this")(scope, receive, answer)
+            else:
+                # It has ended already, or ends here.
+                with contextlib.suppress(Exception):
+                    await answer({"type": "http.response.body", "body": b""})
+
+    async def _pass_on(self, visitor: Visitor, scope: Scope, receive: Receive, answer: Send) -> None:
         path = scope["path"]
         if path == _UPLOAD:
             await self._upload(visitor, scope, receive, answer)
@@ -104,7 +124,7 @@ class Guard:
                 await self._app(scope, receive, answer)
             finally:
                 visitor.tabs -= 1
-                self._visitors.of(cookie)
+                self._visitors.of(visitor.cookie)
         elif path == _DATA and not self._owns_session(visitor, _query(scope, "session_hash")):
             await _no(403, "this tab is another visitor's; load the page again")(scope, receive, answer)
         else:
@@ -180,6 +200,9 @@ class Guard:
             if message.get("more_body"):
                 return
             assert start is not None
+            if start["status"] >= 500:
+                # Such as a name that no file can have.
+                start, body = {**start, "status": 400}, b"the upload cannot be read; give the file a plain name"
             if start["status"] == 200:
                 paths = [_renamed(path) for path in json.loads(body)]
                 with visitor.lock:

@@ -41,9 +41,7 @@ def main() -> None:
     work = Work()
     send({"event": "ready"})
     while True:
-        order = orders.get()
-        stop.asked = False
-        send(_answer(work, order, Told(send, stop)))
+        send(_answer(work, orders.get(), Told(send, stop)))
 
 
 def _listen(orders: "queue.Queue[dict[str, Any]]", stop: Stop) -> None:
@@ -53,6 +51,8 @@ def _listen(orders: "queue.Queue[dict[str, Any]]", stop: Stop) -> None:
         if order["work"] == "stop":
             stop.asked = True
         else:
+            # Here, and not when the order begins: a stop may come before that.
+            stop.asked = False
             orders.put(order)
     os._exit(0)
 
