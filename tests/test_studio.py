@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lowmem_imagic.errors import ConfigError
+from lowmem_imagic.errors import ConfigError, PromptError
 from lowmem_imagic.settings.options import Kind, options_of
 from lowmem_imagic.ui import limits
 from lowmem_imagic.ui.card import DONE, FAILED, RUNNING, STOPPED, Job, Queue
@@ -475,3 +475,26 @@ def test_a_page_needs_no_torch():
     """The page's own process imports no model library, so it starts at once and holds no memory of a card."""
     script = "import sys, lowmem_imagic.ui.app\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_cannot_be_asked_is_refused(visitors):
+    """A sentence needs an edit, words, and one seed; a base is one of the list, and a batch needs both its lists."""
+    studio = Studio({"demo": "demo"}, "cpu", hub=False)
+    visitor = visitors.of("a" * 32)
+    project = visitor.add_project("cat")
+    with pytest.raises(Refused, match="no edit to ask"):
+        studio.ask(visitor, project, "a cat", {})
+    with pytest.raises(Refused, match="no photo to train on"):
+        studio.train(visitor, project, {"preset": "fast"}, "demo", [])
+    project.edit, project.model = "token", "demo"
+    with pytest.raises(PromptError, match="the sentence is empty"):
+        studio.ask(visitor, project, " \n ", {})
+    with pytest.raises(ConfigError, match="`seeds` has 2 numbers, expected one"):
+        studio.ask(visitor, project, "a cat", {"seeds": "0,1"})
+    for model in ("sd15", "/etc", "demo/../demo", ""):
+        with pytest.raises(Refused, match="no such base here"):
+            studio.choose_base(visitor, project, model)
+    with pytest.raises(Refused, match="one photo or more, and one sentence or more"):
+        studio.begin_batch(visitor, [], ["a cat"], {}, "demo")
+    with pytest.raises(Refused, match="does not use its owner's account"):
+        studio.push(visitor, project, "me/cat", public=True, agreed=True)

@@ -14,7 +14,7 @@ from ..batch.outputs import report_of
 from ..batch.overview_page import PAGE, PICTURE
 from ..batch.request import DEFAULTS
 from ..batch.status import commands_of
-from ..errors import LowmemImagicError, PromptError
+from ..errors import ConfigError, LowmemImagicError, PromptError
 from ..plain_text import shown
 from ..settings.text import Words
 from ..storage.file_names import REPORT, safe_stem
@@ -152,11 +152,12 @@ class Studio:
         if not sentence:
             raise PromptError("the sentence is empty; describe the edited picture, unchanged parts included")
         own = {name: value for name, value in values.items() if value not in (None, "")}
-        Words("sample", own).sampling()
+        if len(seeds := Words("sample", own).sampling().get("seeds", (0,))) > 1:
+            raise ConfigError(f"`seeds` has {len(seeds)} numbers, expected one; ask once more for another")
         ask = next((one for one in project.asks if (one.sentence, one.values) == (sentence, own)), None)
         if ask is None:
             ask = Ask(sentence, own)
-            if project.zero is not None and "strength" not in own:
+            if project.zero is not None and not own:
                 ask.pictures[0.0] = project.zero
         missing = [eta for eta in (etas or _first_the_sentence(project.etas)) if eta not in ask.pictures]
         order = {
