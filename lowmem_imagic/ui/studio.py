@@ -83,17 +83,17 @@ class Studio:
         """
         size = None if project is None or project.size is None else list(project.size)
         order = {"work": "plan", "model": self._model(model), "vram": vram, "values": dict(values), "size": size}
-        found = self._quickly(visitor, order, "a plan")
+        plan = self._quickly(visitor, order, "a plan")
         parts = []
-        if found["peak_bytes"] is None:
-            parts.append(f"does not fit: {found['reason']}")
+        if plan["peak_bytes"] is None:
+            parts.append(f"does not fit: {plan['reason']}")
         else:
-            parts.append(f"fits: {found['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB")
+            parts.append(f"fits: {plan['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB")
             seconds = self._seconds.get((model, str(values["preset"])))
             if seconds is not None:
                 parts.append(f"about {duration(seconds)}, as last time")
-        if size and found["edited_at"]:
-            parts.append(f"{size[0]} x {size[1]} px, edited at {found['edited_at'][0]} x {found['edited_at'][1]}")
+        if size and plan["edited_at"]:
+            parts.append(f"{size[0]} x {size[1]} px, edited at {plan['edited_at'][0]} x {plan['edited_at'][1]}")
         return ", ".join(parts)
 
     # Training and asking
@@ -344,16 +344,16 @@ class Studio:
 
     def batch_files(self, batch: BatchFolder) -> dict[str, Path]:
         """The result files of a batch by the names that its overview uses."""
-        results, found = batch.results, {}
+        results, files = batch.results, {}
         for name in (PAGE, PICTURE):
             if is_plain(results / name, stat.S_IFREG):
-                found[name] = results / name
+                files[name] = results / name
         for item in _folders(results):
             report = report_of(item)
             for name in () if report is None else (*report["sha256"], REPORT):
                 if Path(name).name == name and is_plain(item / name, stat.S_IFREG):
-                    found[f"{item.name}/{name}"] = item / name
-        return found
+                    files[f"{item.name}/{name}"] = item / name
+        return files
 
     def pack_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
         """Packs the results of a batch into one file to download.
@@ -361,12 +361,12 @@ class Studio:
         Raises:
             Refused: there are no results yet.
         """
-        found = self.batch_files(batch)
-        if not found:
+        files = self.batch_files(batch)
+        if not files:
             raise Refused("this batch has no results yet")
         visitor.folder.mkdir(exist_ok=True)
         out = visitor.folder / f"{secrets.token_hex(8)}.zip"
-        order = {"work": "pack", "out": str(out), "files": [(name, str(path)) for name, path in found.items()]}
+        order = {"work": "pack", "out": str(out), "files": [(name, str(path)) for name, path in files.items()]}
         self._quickly(visitor, order, "packing a batch")
         batch.packed = visitor.serve(out, "application/zip", f"{batch.path.name}.zip")
 
