@@ -823,7 +823,7 @@ def test_every_command_is_documented():
 
     group = get_command(app)
     files = {"inspect", "export", "push", "pull"}
-    assert set(group.commands) == {"edit", "train", "sample", "sheet", "scene", "doctor", "batch"} | files
+    assert set(group.commands) == {"edit", "train", "sample", "sheet", "scene", "ui", "doctor", "batch"} | files
     commands = {name: command for name, command in group.commands.items() if name != "batch"}
     commands |= {f"batch {name}": command for name, command in group.commands["batch"].commands.items()}
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ FLOORS: tuple[set[str], ...] = (
     {"pipeline"},
     {"actions"},
     {"batch"},
+    {"ui"},
     {"cli"},
     {"__main__"},
 )
@@ -134,7 +135,7 @@ def test_only_families_know_model_classes():
             assert not {name.split(".")[0] for name in names} & {"diffusers", "transformers"}, path.name
 
 
-@pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["inspect", "--help"], ["ui", "--help"]])
 def test_help_does_not_import_torch(words):
     """--help answers without importing torch or any other heavy library."""
     script = (
@@ -142,7 +143,7 @@ def test_help_does_not_import_torch(words):
         f"sys.argv = ['lowmem-imagic', *{words!r}]\n"
         "try:\n    runpy.run_module('lowmem_imagic', run_name='__main__')\n"
         "except SystemExit as end:\n    assert end.code in (0, None)\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'bitsandbytes', 'PIL', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'bitsandbytes', 'PIL', 'numpy', 'gradio'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

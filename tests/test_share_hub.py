@@ -395,3 +395,20 @@ def test_addresses() -> None:
     assert Address.of(f"{link}/tree/v1.0") == Address.of("someone/cube@v1.0")
     assert Address.of(f"{link}/blob/main/a b.safetensors") == Address("someone/cube", "main", "a b.safetensors")
     assert str(Address.of("hub:someone/cube@v1.0")) == "hub:someone/cube@v1.0"
+
+
+def test_the_studio_pushes_and_pulls(hub: Hub, path: Path, tmp_path: Path) -> None:
+    """The studio's process uploads an edit only with a yes, and opens the same edit again from the Hub."""
+    from lowmem_imagic.batch.stopping import Stop
+    from lowmem_imagic.ui.told import Told
+    from lowmem_imagic.ui.work import Work
+
+    work, told = Work(), Told(lambda event: None, Stop())
+    order = {"work": "push", "file": str(path), "repository": REPO, "public": False}
+    with pytest.raises(ConfigError, match="gives its photo back"):
+        work.do({**order, "agreed": False}, told)
+    assert REPO not in hub.repos
+    assert REPO in work.do({**order, "agreed": True}, told)
+    assert files(hub)[EDIT_FILE] and hub.repos[REPO].private
+    opened = work.do({"work": "pull", "address": REPO, "file": str(tmp_path / "pulled.safetensors")}, told)
+    assert opened["start_sentence"] == edit_file.read(path).start_sentence

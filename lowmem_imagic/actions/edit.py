@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,14 +185,21 @@ def _default_name(photo: Photo, sentences: Sequence[str]) -> str:
     return safe_stem(f"{photo.name} {words}")
 
 
-def open_base(options: BaseOptions, console: Console, sentences: Sequence[str], negative: str = "") -> BaseModel:
-    """The base, after a check of the sentences by its text encoder."""
+def open_base(
+    options: BaseOptions,
+    console: Console,
+    sentences: Sequence[str],
+    negative: str = "",
+    *,
+    load: Callable[[BaseOptions], BaseModel] = load_base,
+) -> BaseModel:
+    """The base, from `load`, after a check of the sentences by its text encoder."""
     if options.model is None:
         console.say(
             "using the bundled model, which knows only its own little world of solids on floors; "
             "for real photos name one, e.g. `model=sd15`"
         )
-    base = load_base(options)
+    base = load(options)
     console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
     check_sentences(base, sentences, negative, console)
     return base

@@ -1,6 +1,6 @@
 """Renders finished edits: opens an edit and its base, and renders cells into a folder or onto a sheet."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,9 +49,15 @@ def load_base(options: BaseOptions) -> BaseModel:
 
 
 def open_edit(
-    edit: Edit, options: BaseOptions, config: SampleConfig, prompts: Sequence[str], console: Console
+    edit: Edit,
+    options: BaseOptions,
+    config: SampleConfig,
+    prompts: Sequence[str],
+    console: Console,
+    *,
+    load: Callable[[BaseOptions], BaseModel] = load_base,
 ) -> tuple[BaseModel, tuple[str, ...]]:
-    """The base and the sentences to render an edit with: `prompts`, or the edit's own.
+    """The base, from `load`, and the sentences to render an edit with: `prompts`, or the edit's own.
 
     Raises:
         ModelError: the options name no base, and the file's is no known one on this machine.
@@ -77,7 +83,7 @@ def open_edit(
         chosen = replace(chosen, model=source, revision=commit or revision)
     if options.weights is None:
         chosen = replace(chosen, weights=edit.base_weights)
-    base = load_base(chosen)
+    base = load(chosen)
     base.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
     console.warn(_without(edit))

@@ -280,6 +280,26 @@ def doctor(values: dict[str, Any]) -> None:
             put_text(f"  {name}: {value}")
 
 
+@command(
+    app,
+    "ui",
+    epilog="Examples:  lowmem-imagic ui   |   lowmem-imagic ui --model sd15 --model sdxl",
+)
+def ui(values: dict[str, Any]) -> None:
+    """Open the studio, a page in the browser: train on a photo, ask sentences, slide along eta, run batches."""
+    with importing():
+        from ..ui.server import serve
+
+    serve(
+        values["model"] or (),
+        device=values["device"],
+        out=values["out"],
+        port=values["port"],
+        listen=values["listen"],
+        announce=put_text,
+    )
+
+
 def main() -> None:
     """Entry point of the command line."""
     app()

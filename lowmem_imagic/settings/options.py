@@ -80,6 +80,7 @@ _BATCH = ("batch run",)
 _SCENE = ("scene",)
 _DOCTOR = ("doctor",)
 _EXPORT, _PUSH, _PULL = ("export",), ("push",), ("pull",)
+_UI = ("ui",)
 _TRAINING = _EDIT + _TRAIN + _BATCH
 _OPENING = _SAMPLE + _SHEET
 _RENDERING = _EDIT + _SAMPLE + _BATCH
@@ -129,6 +130,8 @@ _EDIT_HELP = "an edit file, or the address of one on the Hugging Face Hub (hub:U
 _ADDRESS_OF_EDIT_HELP = "USER/REPO, hub:USER/REPO@REVISION, or a link to the Hub"
 _TO_HELP = "program: peft, diffusers, a1111 (Forge, SD.Next, InvokeAI too) or comfyui"
 _PICTURE_HELP = "a picture for the page on the Hub; several times for several [default: none]"
+_OFFERED_HELP = "base model to offer beside the bundled one; may be given several times"
+_LISTEN_HELP = "serve other machines, too; asks for a password, or takes that of LOWMEM_IMAGIC_PASSWORD"
 _COVER_HELP = "also write the edited picture beside the edit file under its name, as galleries of LoRAs show it"
 
 # fmt: off
@@ -182,6 +185,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("vram", _DOCTOR, Kind.TEXT, FIRST, "with --plan: memory of cards", "6GB,8GB,12GB", metavar="MEMORY"),
     Option("seed", _SCENE, Kind.WHOLE, FIRST, "seed of the details that the sentence leaves open", 0, least=0),
     Option("size", _SCENE, Kind.WHOLE, FIRST, "side of the picture in pixels", 128, least=16, most=2048),
+    Option("model", _UI, Kind.TEXT, FIRST, _OFFERED_HELP, many=True),
+    Option("out", _UI, Kind.PATH, FIRST, "folder for batches and their results", "studio"),
+    Option("port", _UI, Kind.WHOLE, FIRST, "port of the page; 0 for any free one", 7860, least=0, most=65535),
+    Option("listen", _UI, Kind.SWITCH, FIRST, _LISTEN_HELP, False),
 
     # Training.
     Option("seed", _TRAINING, Kind.WHOLE, TRAINING, "seed of all random draws in training", 0, fills=("seed",)),
@@ -228,7 +235,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("photo", _SHEET, Kind.PATH, PICTURES, "the edit's photo, shown beside (edit files do not contain it)"),
 
     # The base model.
-    Option("device", _ALL, Kind.TEXT, BASE, "auto, cuda, cuda:N or cpu", "auto", fills=("base.device",)),
+    Option("device", _ALL + _UI, Kind.TEXT, BASE, "auto, cuda, cuda:N or cpu", "auto", fills=("base.device",)),
     Option("base_weights", _TRAINING, Kind.TEXT, BASE, "format of the frozen UNet: int8, bnb-int8, bf16 or fp32",
            "int8", fills=_WEIGHTS),
     Option("base_weights", _OPENING, Kind.TEXT, BASE, "format of the frozen UNet [default: as in training]",

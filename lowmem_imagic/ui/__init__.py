@@ -1,0 +1,1 @@
+"""The studio: one page in the browser, served from this machine."""

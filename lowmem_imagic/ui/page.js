@@ -1,0 +1,42 @@
+// The slider along eta and the before/after slider move between pictures that are there, without a request.
+window.studio = {
+  eta: null,
+  cut: 0,
+  slide(eta) {
+    this.eta = eta;
+    this.apply();
+  },
+  apply() {
+    const viewer = document.querySelector("#viewer .viewer");
+    if (!viewer) return;
+    const cut = viewer.querySelector(".cut input");
+    if (cut && Number(cut.value) !== this.cut) cut.value = this.cut;
+    viewer.querySelector(".compare").style.setProperty("--cut", this.cut + "%");
+    const row = [...viewer.querySelectorAll(".row button")];
+    if (this.eta === null || !row.length) return;
+    const distance = (button) => Math.abs(Number(button.dataset.eta) - this.eta);
+    const nearest = row.reduce((best, button) => (distance(button) < distance(best) ? button : best));
+    const after = viewer.querySelector(".after");
+    if (after.getAttribute("src") !== nearest.dataset.src) after.src = nearest.dataset.src;
+    after.alt = nearest.querySelector("img").alt;
+    // Only if it changed: the observer below sees changes made here, too.
+    const output = viewer.querySelector(".now output");
+    if (output.textContent !== nearest.dataset.eta) output.textContent = nearest.dataset.eta;
+    row.forEach((button) => button.setAttribute("aria-current", button === nearest ? "true" : "false"));
+  },
+};
+document.addEventListener("input", (event) => {
+  if (!event.target.matches || !event.target.matches("#viewer .cut input")) return;
+  window.studio.cut = Number(event.target.value);
+  window.studio.apply();
+});
+document.addEventListener("click", (event) => {
+  const button = event.target.closest && event.target.closest("#viewer .row button");
+  if (button) window.studio.slide(Number(button.dataset.eta));
+});
+// New pictures keep the place of both sliders; the tab remembers its photo.
+new MutationObserver(() => {
+  const photo = document.querySelector("#photo [data-project]");
+  if (photo) sessionStorage.setItem("project", photo.dataset.project);
+  window.studio.apply();
+}).observe(document.documentElement, { childList: true, subtree: true });

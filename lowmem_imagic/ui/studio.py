@@ -1,0 +1,515 @@
+"""The studio's acts, as a page calls them: each for one visitor, and none with a path from a request."""
+
+import json
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..batch.outputs import report_of
+from ..batch.overview_page import PAGE, PICTURE
+from ..batch.request import DEFAULTS
+from ..batch.status import commands_of
+from ..errors import ConfigError, LowmemImagicError, PromptError
+from ..plain_text import shown
+from ..settings.text import Words
+from ..storage.file_names import REPORT, safe_stem
+from ..storage.regular_files import is_plain
+from . import limits
+from .card import DONE, FAILED, STOPPED, Job, Queue
+from .names import EDIT, PHOTO_VIEW, STATE
+from .visitors import Ask, BatchFolder, Picture, Project, Refused, Visitor
+
+BUNDLED = "demo"
+"""Name of the bundled base."""
+
+
+class Studio:
+    """All acts; `card` does the heavy work one job at a time, and `desk` the quick one beside it.
+
+    Args:
+        models: the bases to choose from, by the names that a page shows.
+        device: device of the bases.
+        hub: whether edits go to the Hub and come from it, with the account of the person who started the studio.
+    """
+
+    def __init__(self, models: Mapping[str, str], device: str, *, hub: bool = True) -> None:
+        self.models, self.hub = dict(models), hub
+        self.device = device
+        self.card, self.desk = Queue(), Queue()
+        self._seconds: dict[tuple[str, str], float] = {}
+        """Seconds of the last training, by base and preset."""
+
+    def start(self) -> None:
+        """Starts the processes."""
+        self.card.start()
+        self.desk.start()
+
+    def close(self) -> None:
+        """Ends the processes; a running training saves its state."""
+        self.card.close()
+        self.desk.close()
+
+    # Photos
+
+    def open_photo(self, visitor: Visitor, upload: str, name: str) -> Project:
+        """A new project of an uploaded photo.
+
+        Raises:
+            Refused: it is no upload of this visitor.
+            LowmemImagicError: it is no picture, or too large.
+        """
+        project = visitor.add_project(shown(name)[:80] or "photo")
+        project.photo = project.folder / "photo"
+        try:
+            visitor.take_upload(upload, project.photo)
+            result = self._quickly(visitor, {"work": "photo", **self._places(project)}, "reading a photo")
+        except LowmemImagicError as error:
+            visitor.remove(project)
+            raise Refused(str(error).replace(repr(str(project.photo)), repr(project.name))) from None
+        project.size, project.notes = tuple(result["size"]), tuple(result["notes"])
+        project.photo_view = visitor.serve(project.folder / PHOTO_VIEW, "image/png")
+        return project
+
+    def plan(self, visitor: Visitor, project: Project | None, values: Mapping[str, Any], model: str, vram: str) -> str:
+        """The plan for a photo on a card, in words.
+
+        Raises:
+            LowmemImagicError: a setting is not valid.
+        """
+        size = None if project is None or project.size is None else list(project.size)
+        order = {"work": "plan", "model": self._model(model), "vram": vram, "values": dict(values), "size": size}
+        plan = self._quickly(visitor, order, "a plan")
+        parts = []
+        if plan["peak_bytes"] is None:
+            parts.append(f"does not fit: {plan['reason']}")
+        else:
+            parts.append(f"fits: {plan['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB")
+            seconds = self._seconds.get((model, str(values["preset"])))
+            if seconds is not None:
+                parts.append(f"about {duration(seconds)}, as last time")
+        if size and plan["edited_at"]:
+            parts.append(f"{size[0]} x {size[1]} px, edited at {plan['edited_at'][0]} x {plan['edited_at'][1]}")
+        return ", ".join(parts)
+
+    # Training and asking
+
+    def train(
+        self, visitor: Visitor, project: Project, values: Mapping[str, Any], model: str, sentences: Sequence[str]
+    ) -> Job:
+        """Begins the training of a project, or goes on with one that was stopped.
+
+        Raises:
+            Refused: the project is at work, or has no photo.
+            ConfigError: a setting is not valid.
+        """
+        if project.photo is None:
+            raise Refused("there is no photo to train on; choose one first")
+        Words("train", values).edit()
+        order = {
+            "work": "train",
+            "values": dict(values),
+            "model": self._model(model),
+            "device": self.device,
+            "sentences": list(sentences),
+            **self._places(project),
+        }
+        kind = (model, str(values["preset"]))
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event["event"] == "trained":
+                project.edit = visitor.serve(
+                    project.folder / EDIT, "application/octet-stream", f"{safe_stem(project.name)}.safetensors"
+                )
+                project.model, project.etas, project.asks = model, tuple(event["etas"]), []
+                project.start_sentence, project.zero, project.paused = event["start_sentence"], None, False
+                self._seconds[kind] = time.monotonic() - job.began_s
+            elif event["event"] == "picture":
+                project.zero = _picture(visitor, project, event)
+            elif event["event"] == "end":
+                project.paused = (project.folder / STATE).exists()
+
+        job = self._begin(visitor, project, order, "training", on_event)
+        return job
+
+    def ask(
+        self, visitor: Visitor, project: Project, sentence: str, values: Mapping[str, Any], etas: Sequence[float] = ()
+    ) -> Ask:
+        """Begins to render a sentence: at the edit's own etas, or at others of an ask that is there.
+
+        Raises:
+            Refused: the project is at work, or has no edit.
+            PromptError: there is no sentence.
+            ConfigError: a setting is not valid.
+        """
+        if not project.edit:
+            raise Refused("there is no edit to ask; train on a photo, or open an edit file")
+        sentence = " ".join(sentence.split())
+        if not sentence:
+            raise PromptError("the sentence is empty; describe the edited picture, unchanged parts included")
+        own = {name: value for name, value in values.items() if value not in (None, "")}
+        if len(seeds := Words("sample", own).sampling().get("seeds", (0,))) > 1:
+            raise ConfigError(f"`seeds` has {len(seeds)} numbers, expected one; ask once more for another")
+        ask = next((one for one in project.asks if (one.sentence, one.values) == (sentence, own)), None)
+        if ask is None:
+            ask = Ask(sentence, own)
+            if project.zero is not None and not own:
+                ask.pictures[0.0] = project.zero
+        missing = [eta for eta in (etas or _first_the_sentence(project.etas)) if eta not in ask.pictures]
+        order = {
+            "work": "ask",
+            "values": own,
+            "model": self._model(project.model),
+            "device": self.device,
+            "sentence": sentence,
+            "etas": missing,
+            **self._places(project),
+        }
+        asked = ask
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event["event"] == "picture":
+                asked.pictures[event["eta"]] = _picture(visitor, project, event)
+            elif event["event"] == "end" and not asked.pictures:
+                project.asks = [one for one in project.asks if one is not asked]
+
+        if missing:
+            self._begin(visitor, project, order, f"asking {shown(sentence)[:60]!r}", on_event)
+        with visitor.lock:
+            # The last one is shown.
+            project.asks = [one for one in project.asks if one is not asked] + [asked]
+        return ask
+
+    def stop(self, project: Project) -> None:
+        """Stops the job of a project; a training saves its state."""
+        if project.job is not None:
+            self.card.stop(project.job)
+
+    def sheet(self, visitor: Visitor, project: Project, ask: Ask) -> str:
+        """The token of a sheet of an ask's pictures.
+
+        Raises:
+            LowmemImagicError: it cannot be made.
+        """
+        cells = []
+        if project.photo_view:
+            cells.append(("photo", str(project.folder / PHOTO_VIEW)))
+        for eta, picture in sorted(ask.pictures.items()):
+            label = f"eta {eta:g}" + (" (reconstruction)" if eta == 0 else "")
+            cells.append((label, str(project.folder / f"{picture.name}-view.png")))
+        out = project.folder / f"sheet-{secrets.token_hex(6)}.png"
+        order = {"work": "sheet", "cells": cells, "title": ask.sentence, "footer": project.model, "out": str(out)}
+        self._quickly(visitor, order, "a sheet")
+        return visitor.serve(out, "image/png", f"{safe_stem(ask.sentence)}-sheet.png")
+
+    # Edit files
+
+    def read_edit(self, visitor: Visitor, upload: str, name: str) -> Project:
+        """A new project of an uploaded edit file, whose base is still to be chosen.
+
+        Raises:
+            LowmemImagicError: it is no valid edit file.
+        """
+        return self._edit_project(visitor, name, {"work": "edit_file"}, upload)
+
+    def _edit_project(
+        self, visitor: Visitor, name: str, order: Mapping[str, Any], upload: str | None = None
+    ) -> Project:
+        project = visitor.add_project(shown(name)[:80] or "edit")
+        file = project.folder / EDIT
+        try:
+            if upload is not None:
+                visitor.take_upload(upload, file)
+            result = self._quickly(visitor, {**order, "file": str(file)}, "reading an edit file")
+        except LowmemImagicError as error:
+            visitor.remove(project)
+            raise Refused(
+                str(error).replace(repr(str(file)), repr(project.name)).replace(str(file), project.name)
+            ) from None
+        project.made_for, project.etas = result["base"], tuple(result["etas"])
+        project.start_sentence = result["start_sentence"]
+        project.about = result["summary"].replace(str(file), project.name)
+        return project
+
+    def choose_base(self, visitor: Visitor, project: Project, model: str) -> None:
+        """Opens an edit file with a base, and begins to render its photo (eta 0).
+
+        Raises:
+            Refused: the base is none of those to choose from.
+        """
+        self._model(model)
+        project.model = model
+        download = f"{safe_stem(project.name.removesuffix('.safetensors'))}.safetensors"
+        project.edit = visitor.serve(project.folder / EDIT, "application/octet-stream", download)
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event["event"] == "picture":
+                project.zero = _picture(visitor, project, event)
+
+        order = {
+            "work": "ask",
+            "values": {},
+            "model": self._model(model),
+            "device": self.device,
+            "sentence": None,
+            "etas": [0.0],
+            **self._places(project),
+        }
+        self._begin(visitor, project, order, "opening an edit", on_event)
+
+    # Batches
+
+    def begin_batch(
+        self,
+        visitor: Visitor,
+        uploads: Sequence[tuple[str, str]],
+        sentences: Sequence[str],
+        values: Mapping[str, Any],
+        model: str,
+    ) -> BatchFolder:
+        """Begins a batch: every photo under every sentence.
+
+        Args:
+            visitor: its owner.
+            uploads: the path of each upload with its name.
+            sentences: one or more.
+            values: options of `batch run`.
+            model: the base.
+
+        Raises:
+            LowmemImagicError: a setting is not valid, or there is nothing to make.
+        """
+        sentences = list(dict.fromkeys(" ".join(one.split()) for one in sentences if one.strip()))
+        if not uploads or not sentences:
+            raise Refused("a batch needs one photo or more, and one sentence or more")
+        if len(uploads) * len(sentences) > limits.MAX_BATCH_ITEMS:
+            raise Refused(f"found {len(uploads) * len(sentences)} items, expected at most {limits.MAX_BATCH_ITEMS}")
+        Words("batch run", {"preset": "balanced", **values}).edit()
+        with visitor.lock:
+            number = 1 + max((int(one.removeprefix("batch-")) for one in visitor.batches), default=0)
+            folder = visitor.batches_folder / f"batch-{number:03d}"
+            photos = folder / "photos"
+            photos.mkdir(parents=True)
+            batch = visitor.batches[folder.name] = BatchFolder(folder)
+        lines = []
+        for number, (upload, called) in enumerate(uploads, start=1):
+            # The name of the upload is only a label.
+            file = photos / f"{number:03d}-{safe_stem(Path(called).stem)}{_suffix(called)}"
+            visitor.take_upload(upload, file)
+            lines += [json.dumps({"photo": f"photos/{file.name}", "sentence": one}) for one in sentences]
+        manifest = folder / "list.jsonl"
+        manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        own = {key: value for key, value in values.items() if value not in (None, "")}
+        request = {
+            **DEFAULTS,
+            **own,
+            "manifest": str(manifest),
+            "out": str(batch.results),
+            "model": self._model(model),
+            "device": self.device,
+        }
+        self._run_batch(visitor, batch, request)
+        return batch
+
+    def continue_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
+        """Goes on with a batch that was stopped, also by the end of the server.
+
+        Raises:
+            LowmemImagicError: it cannot be continued.
+        """
+        [request, *_] = commands_of(batch.results)
+        # The folder may have been moved.
+        moved = {"manifest": str(batch.path / "list.jsonl"), "out": str(batch.results), "force": False}
+        self._run_batch(visitor, batch, {**request, **moved})
+
+    def _run_batch(self, visitor: Visitor, batch: BatchFolder, request: Mapping[str, Any]) -> None:
+        if batch.busy:
+            raise Refused("this batch is at work already")
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event["event"] == "end":
+                self._note_end(visitor)
+                batch.message = told(job)
+                if job.state == DONE and not job.result["failed"]:
+                    # The uploads are of no further use.
+                    shutil.rmtree(batch.path / "photos", ignore_errors=True)
+
+        job = Job({"work": "batch", "request": dict(request)}, batch.path.name, visitor.id, on_event)
+        self._check_room(visitor)
+        batch.job = self.card.add(job)
+
+    def batch_files(self, batch: BatchFolder) -> dict[str, Path]:
+        """The result files of a batch by the names that its overview uses."""
+        results, files = batch.results, {}
+        for name in (PAGE, PICTURE):
+            if is_plain(results / name, stat.S_IFREG):
+                files[name] = results / name
+        for item in _folders(results):
+            report = report_of(item)
+            for name in () if report is None else (*report["sha256"], REPORT):
+                if Path(name).name == name and is_plain(item / name, stat.S_IFREG):
+                    files[f"{item.name}/{name}"] = item / name
+        return files
+
+    def pack_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
+        """Packs the results of a batch into one file to download.
+
+        Raises:
+            Refused: there are no results yet.
+        """
+        files = self.batch_files(batch)
+        if not files:
+            raise Refused("this batch has no results yet")
+        visitor.folder.mkdir(exist_ok=True)
+        out = visitor.folder / f"{secrets.token_hex(8)}.zip"
+        order = {"work": "pack", "out": str(out), "files": [(name, str(path)) for name, path in files.items()]}
+        self._quickly(visitor, order, "packing a batch")
+        batch.packed = visitor.serve(out, "application/zip", f"{batch.path.name}.zip")
+
+    def remove_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
+        """Deletes a batch with its photos and results.
+
+        Raises:
+            Refused: it is at work.
+        """
+        if batch.busy:
+            raise Refused("this batch is at work; stop it first")
+        with visitor.lock:
+            visitor.batches.pop(batch.path.name, None)
+        shutil.rmtree(batch.path, ignore_errors=True)
+
+    # The Hub
+
+    def push(self, visitor: Visitor, project: Project, repository: str, *, public: bool, agreed: bool) -> str:
+        """Uploads an edit to the Hub; returns its address.
+
+        Raises:
+            Refused: the studio serves other machines, or the upload failed.
+        """
+        self._check_hub()
+        if not project.edit:
+            raise Refused("there is no edit to upload; train one, or open a file")
+        order = {
+            "work": "push",
+            "file": str(project.folder / EDIT),
+            "repository": repository,
+            "public": public,
+            "agreed": agreed,
+        }
+        return str(self._quickly(visitor, order, "uploading an edit"))
+
+    def pull(self, visitor: Visitor, address: str) -> Project:
+        """A new project of an edit on the Hub, whose base is still to be chosen.
+
+        Raises:
+            Refused: the studio serves other machines, or there is no such edit.
+        """
+        self._check_hub()
+        return self._edit_project(visitor, address, {"work": "pull", "address": address})
+
+    def _check_hub(self) -> None:
+        """Refuses the Hub to visitors of other machines: the person who started the studio is logged in there.
+
+        Raises:
+            Refused: the studio serves other machines.
+        """
+        if not self.hub:
+            raise Refused("a studio that serves other machines does not use its owner's account on the Hub")
+
+    # Common parts
+
+    def _begin(self, visitor: Visitor, project: Project, order: Mapping[str, Any], title: str, on_event: Any) -> Job:
+        with visitor.lock:
+            if project.busy:
+                raise Refused("this photo is at work; wait, or stop it first")
+            self._check_room(visitor)
+
+            def booked(event: Mapping[str, Any]) -> None:
+                with visitor.lock:
+                    on_event(event)
+                    if event["event"] == "end":
+                        project.message = told(job)
+                        self._note_end(visitor)
+
+            job = Job(order, title, visitor.id, booked)
+            project.job, project.message = job, ""
+        return self.card.add(job)
+
+    def _note_end(self, visitor: Visitor) -> None:
+        visitor.ended_s = time.monotonic()
+
+    def _check_room(self, visitor: Visitor) -> None:
+        if self.card.waiting(visitor.id) >= limits.MAX_WAITING:
+            raise Refused(f"{limits.MAX_WAITING} of your jobs wait already; wait for one of them")
+
+    def _quickly(self, visitor: Visitor, order: Mapping[str, Any], title: str) -> Any:
+        """The result of quick work.
+
+        Raises:
+            Refused: it failed.
+        """
+        job = self.desk.do(Job(order, title, visitor.id))
+        if job.state == FAILED:
+            raise Refused(told(job))
+        return job.result
+
+    def _model(self, label: str) -> str:
+        """The base of a label.
+
+        Raises:
+            Refused: it is none of those to choose from.
+        """
+        if label not in self.models:
+            raise Refused("there is no such base here; choose one of the list")
+        return self.models[label]
+
+    @staticmethod
+    def _places(project: Project) -> dict[str, Any]:
+        return {"folder": str(project.folder), "photo": None if project.photo is None else str(project.photo)}
+
+
+def _folders(parent: Path) -> list[Path]:
+    """The folders in a folder, sorted; none if it is not there."""
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if is_plain(path, stat.S_IFDIR))
+
+
+def told(job: Job) -> str:
+    """The end of a job in one line for the page; "" if it went well. A traceback goes to the server's log."""
+    if job.details:
+        print(job.details, file=sys.stderr)
+    if job.state == STOPPED:
+        return "stopped"
+    return shown(job.error)
+
+
+def _picture(visitor: Visitor, project: Project, event: Mapping[str, Any]) -> Picture:
+    """A picture that was just made, with its files served."""
+    eta, name = float(event["eta"]), str(event["name"])
+    view = visitor.serve(project.folder / f"{name}-view.png", "image/png")
+    full = visitor.serve(project.folder / f"{name}.png", "image/png", f"{safe_stem(project.name)}-eta-{eta:.2f}.png")
+    return Picture(eta, name, view, full)
+
+
+def _first_the_sentence(etas: Sequence[float]) -> list[float]:
+    """The etas in the order in which they are rendered: first those that show most."""
+    return sorted(etas, key=lambda eta: abs(eta - 1))
+
+
+def _suffix(name: str) -> str:
+    """The ending of an upload's name, if it is a plain one."""
+    ending = Path(name).suffix.lower()
+    return ending if ending[1:].isalnum() and ending.isascii() and len(ending) <= 6 else ""
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,372 @@
+"""Facts about the studio's page that a person relies on, in a real browser against a real server.
+
+Needs Chromium (``chromium`` on the path), which ``.ci/run`` installs.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio")
+playwright_api = pytest.importorskip("playwright.sync_api")
+
+from lowmem_imagic.demo.render import render  # noqa: E402
+from lowmem_imagic.demo.scene import Scene  # noqa: E402
+from tests.studio_server import served  # noqa: E402
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.xdist_group("studio"),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+    # The browser's own pipes are closed when Python collects them.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+_PATIENCE_MS = 400_000
+"""Only a hang fails: a busy machine may be slow."""
+_SCENES = ("a red cube on a wooden floor", "a green sphere on a wooden floor", "a blue cone on a grass floor")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the studio is started in, with some photos."""
+    folder = tmp_path_factory.mktemp("studio")
+    for number, sentence in enumerate(_SCENES):
+        render(Scene.from_sentence(sentence, seed=3), 96).save(folder / f"photo-{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """The address of a studio that all tests share."""
+    with served(folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser."""
+    with playwright_api.sync_playwright() as library:
+        browser = library.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """One person's browser at the studio, and the acts of a person."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.context = browser.new_context(**options)
+        self.context.set_default_timeout(_PATIENCE_MS)
+        self.address = address
+        self.elsewhere: list[str] = []
+        """Requests that left the studio."""
+        self.errors: list[str] = []
+        self.context.on("request", self._note)
+        self.page = self.open()
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.elsewhere.append(request.url)
+
+    def open(self) -> Any:
+        """A new tab."""
+        page = self.context.new_page()
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(self.address)
+        page.wait_for_function("document.querySelector('#queue')?.innerText.includes('the card')")
+        return page
+
+    def choose_photo(self, path: Path, page: Any = None) -> None:
+        """Uploads a photo, and waits until it is shown."""
+        page = page or self.page
+        page.set_input_files("#photo-file input[type=file]", path)
+        page.locator(f"#photo img[alt='the photo {path.name}']").wait_for()
+
+    def quick(self, *, embed: int = 2, finetune: int = 3) -> None:
+        """Chooses a training of few steps."""
+        self.page.locator("#field-preset").get_by_role("radio", name="fast").check()
+        if not self.page.locator("#field-steps-embed textarea, #field-steps-embed input").is_visible():
+            self.page.get_by_role("button", name="More for training").click()
+        # With a sentence, the base need not describe the photo.
+        self.page.locator("#train-sentences textarea").fill("a red cube on a wooden floor")
+        self.page.locator("#field-steps-embed textarea, #field-steps-embed input").fill(str(embed))
+        self.page.locator("#field-steps-finetune textarea, #field-steps-finetune input").fill(str(finetune))
+
+    def train(self) -> None:
+        """Trains, and waits for the picture at eta 0."""
+        self.page.locator("#train:enabled").click()
+        self.page.locator("#viewer .row button[data-eta='0'], #message [role=alert]").first.wait_for()
+        assert not self.page.locator("#message [role=alert]").all_inner_texts()
+
+    def ask(self, sentence: str) -> None:
+        """Asks a sentence, and waits for its whole row."""
+        self.page.locator("#sentence textarea, #sentence input").first.fill(sentence)
+        self.page.locator("#ask:enabled").click()
+        self.page.wait_for_function(
+            "words => document.querySelector('#viewer .now')?.innerText.startsWith(words)", arg=sentence
+        )
+        self.page.locator("#ask:enabled").wait_for()
+
+    def etas(self) -> list[str]:
+        """The etas of the row of pictures."""
+        return [str(one.get_attribute("data-eta")) for one in self.page.locator("#viewer .row button").all()]
+
+    def slide(self, eta: str) -> None:
+        """Moves the slider along eta without letting go."""
+        self.page.locator("#eta input[type=range]").evaluate(
+            "(slider, eta) => { slider.value = eta; slider.dispatchEvent(new Event('input', {bubbles: true})); }", eta
+        )
+
+    def download(self, label: str, path: Path) -> Path:
+        """Downloads what a link leads to."""
+        with self.page.expect_download() as started:
+            self.page.locator("#downloads a", has_text=label).first.click()
+        started.value.save_as(path)
+        return path
+
+    def tab(self, name: str) -> None:
+        """Chooses a tab of the page."""
+        self.page.get_by_role("tab", name=name).click()
+
+    def close(self) -> None:
+        """Closes the browser; all its requests went to the studio, and no script failed."""
+        self.context.close()
+        assert not self.elsewhere
+        assert not self.errors
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Visit]:
+    """A person who comes for the first time."""
+    visit = Visit(browser, address)
+    yield visit
+    visit.close()
+
+
+@pytest.fixture(scope="module")
+def edit(browser: Any, address: str, folder: Path) -> Path:
+    """An edit file that a person trained and saved."""
+    visit = Visit(browser, address)
+    visit.choose_photo(folder / "photo-0.png")
+    visit.quick()
+    visit.train()
+    path = visit.download("edit file", folder / "saved.safetensors")
+    visit.close()
+    return path
+
+
+def test_a_photo_is_trained_once_and_asked_twice(visit, folder):
+    """From a photo to downloads: one training, two sentences, the slider, finer steps, a sheet, history."""
+    page = visit.page
+    visit.choose_photo(folder / "photo-0.png")
+    page.wait_for_function("/fits: .* of 8 GB/.test(document.querySelector('#plan')?.innerText)")
+    assert "96 x 96 px, edited at 128 x 128" in page.inner_text("#plan")
+    visit.quick()
+    visit.train()
+    visit.ask("a blue cube on a wooden floor")
+    first = visit.etas()
+    assert first == ["0", "0.6", "0.8", "1", "1.2"]
+
+    # Without a request the slider shows the nearest picture; let go, it renders its own eta.
+    before = page.locator("#viewer .after").get_attribute("src")
+    visit.slide("0.65")
+    assert page.locator("#viewer .now output").inner_text() == "0.6"
+    assert page.locator("#viewer .after").get_attribute("src") != before
+    page.click("#finer")
+    page.locator("#viewer .row button[data-eta='0.65']").wait_for()
+    page.wait_for_function("document.querySelector('#viewer .now output').innerText === '0.65'")
+    page.locator("#viewer .cut input").focus()
+    page.keyboard.press("ArrowRight")
+    assert "--cut: 1%" in str(page.locator("#viewer .compare").get_attribute("style"))
+
+    evil = "a <b>red</b> cube ${1+1} {{2}}"
+    visit.ask(evil)
+    assert page.locator("#viewer .now b").count() == 0
+    page.locator("#sheet").click()
+    sheet = visit.download("sheet", folder / "sheet.png")
+    picture = visit.download("eta 1.2", folder / "picture.png")
+    for path in (sheet, picture):
+        with Image.open(path) as image:
+            assert "compositeWithTrainedAlgorithmicMedia" in image.info["XML:com.adobe.xmp"]
+    with Image.open(picture) as image:
+        assert image.size == (96, 96) and evil in image.info["parameters"]
+
+    page.locator("#history input").click()
+    page.get_by_role("option", name="a blue cube on a wooden floor").click()
+    page.wait_for_function("document.querySelector('#viewer .now').innerText.startsWith('a blue cube')")
+    assert "0.65" in visit.etas()
+
+
+def test_a_training_survives_reload_and_stop(visit, folder):
+    """A reload and a second tab show the running training; a stop saves it, and it goes on where it was."""
+    page = visit.page
+    visit.choose_photo(folder / "photo-1.png")
+    visit.quick(embed=400, finetune=3)
+    page.locator("#train:enabled").click()
+    page.get_by_text(re.compile("stage 1 of 2: embedding: [1-9]")).wait_for()
+    page.reload()
+    page.get_by_role("progressbar").wait_for()
+    second = visit.open()
+    second.get_by_role("progressbar").wait_for()
+    # Another photo in the second tab does not disturb the first one.
+    visit.choose_photo(folder / "photo-2.png", second)
+    assert page.locator("#photo img[alt='the photo photo-1.png']").count() == 1
+    page.locator("#stop:enabled").click()
+    page.get_by_text("stopped; the training is saved").wait_for()
+    # The fields of a reloaded page are as at first.
+    visit.quick(embed=400, finetune=3)
+    page.locator("#train:enabled").click()
+    words = page.get_by_text(re.compile("stage 1 of 2: embedding: [1-9]"))
+    words.wait_for()
+    assert int(re.search(r"embedding: (\d+)", words.inner_text())[1]) > 1
+    page.locator("#stop:enabled").click()
+    page.get_by_text("stopped; the training is saved").wait_for()
+
+
+def test_a_saved_edit_opens_on_another_machine(visit, edit):
+    """An edit file dropped into another person's page asks for its base, then answers sentences."""
+    page = visit.page
+    visit.tab("Edits")
+    page.set_input_files("#edit-file input[type=file]", edit)
+    page.get_by_text("made for demo: choose a base below").wait_for()
+    page.locator("#edit-open:enabled").click()
+    page.get_by_text("choose a base; the file was made for demo").wait_for()
+    page.locator("#edit-base input").click()
+    page.get_by_role("option", name="demo").click()
+    page.locator("#edit-open:enabled").click()
+    page.get_by_text("opened: ask it").wait_for()
+    visit.tab("Studio")
+    page.locator("#viewer .row button[data-eta='0']").wait_for()
+    visit.ask("a red cube on a grass floor")
+    assert "1" in visit.etas()
+
+
+def test_nobody_sees_the_files_of_another(visit, browser, address, folder):
+    """A picture's address works in the browser it was made for, and in no other."""
+    visit.choose_photo(folder / "photo-0.png")
+    source = visit.page.locator("#photo img").get_attribute("src")
+    assert visit.context.request.get(f"{address}{source[1:]}").status == 200
+    other = Visit(browser, address)
+    assert other.page.locator("#photo img").count() == 0
+    assert other.context.request.get(f"{address}{source[1:]}").status == 404
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "button", "data", "words"),
+    [
+        ("#photo-file", "#message", b"not a picture", "is a text file"),
+        ("#photo-file", "#message", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "notes.png"),
+        ("#edit-file", "#edits-message", b"\xff" * 100, "notes.png"),
+    ],
+    ids=["text", "damaged", "edit"],
+)
+def test_a_bad_file_is_one_line(visit, place, button, data, words):
+    """A file that is no photo, or no edit, is refused in one line that names it, without a path of the server."""
+    if place == "#edit-file":
+        visit.tab("Edits")
+    upload = {"name": "notes.png", "mimeType": "application/octet-stream", "buffer": data}
+    visit.page.set_input_files(f"{place} input[type=file]", files=[upload])
+    alert = visit.page.locator(f"{button} [role=alert]")
+    alert.wait_for()
+    text = alert.inner_text()
+    assert words in text and "\n" not in text.strip() and "/tmp" not in text and "Traceback" not in text
+
+
+def test_a_batch_lives_when_the_browser_is_closed(browser, address, folder):
+    """Three photos go through the batch queue while nobody looks; stop, continue, the overview page, one archive."""
+    visit = Visit(browser, address)
+    visit.tab("Many")
+    page = visit.page
+    page.set_input_files("#batch-files input[type=file]", [folder / f"photo-{number}.png" for number in range(3)])
+    page.get_by_text("photo-2").first.wait_for()
+    page.locator("#batch-sentences textarea").fill("a red cube on a wooden floor")
+    page.locator("#batch-preset").get_by_role("radio", name="fast").check()
+    page.get_by_role("button", name="More for batches").click()
+    page.locator("#batch-steps-embed textarea, #batch-steps-embed input").fill("60")
+    page.locator("#batch-steps-finetune textarea, #batch-steps-finetune input").fill("2")
+    page.locator("#batch-begin").click()
+    page.get_by_text("3 items").wait_for()
+    page.locator("#batch-stop:enabled").click()
+    page.get_by_text("“Continue” goes on with it").wait_for()
+    page.locator("#batch-continue:enabled").click()
+    page.locator("#batch-status").get_by_role("progressbar").wait_for()
+    cookies = visit.context.cookies()
+    visit.close()
+
+    again = Visit(browser, address)
+    again.context.add_cookies(cookies)
+    page = again.page
+    page.reload()
+    again.tab("Many")
+    page.get_by_text("3 items: 3 done").wait_for()
+    with again.context.expect_page() as opened:
+        page.get_by_role("link", name="overview page").click()
+    overview = opened.value
+    overview.wait_for_load_state()
+    assert overview.locator("article").count() == 3
+    overview.wait_for_function("[...document.images].filter(one => one.complete && one.naturalWidth).length >= 3")
+    page.locator("#batch-pack").click()
+    with page.expect_download() as started:
+        page.get_by_role("link", name="all results in one file").click()
+    assert started.value.suggested_filename == "batch-001.zip"
+    again.close()
+    kept = list((folder / "studio").glob("*/batch-*"))
+    assert kept and not [path for path in kept if (path / "photos").exists()]
+
+
+@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_the_page_fits_and_every_control_has_a_name(browser, address, edit, width, colours):
+    """At 400 and 1600 px nothing is cut off, and every control has a name for a screen reader, in light and in dark."""
+    visit = Visit(browser, address, viewport={"width": width, "height": 900}, color_scheme=colours)
+    for name in ("Studio", "Edits", "Many"):
+        visit.tab(name) if width > 500 else visit.page.evaluate(
+            "name => [...document.querySelectorAll('[role=tab]')].find(one => one.innerText.trim() === name).click()",
+            name,
+        )
+        wide = visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, (name, wide)
+        nameless = visit.page.evaluate(
+            """() => [...document.querySelectorAll('input, textarea, button, [role=button], select')]
+              .filter(one => one.offsetParent && !one.hidden && one.type !== 'hidden')
+              .filter(one => !(one.ariaLabel || one.innerText?.trim() || one.title || one.placeholder
+                || [...(one.labels || [])].some(label => label.innerText.trim())
+                || one.getAttribute('aria-labelledby')))
+              .map(one => one.outerHTML.slice(0, 200))"""
+        )
+        assert not nameless, name
+    dark = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    light = sum(int(part) for part in re.findall(r"\d+", dark)[:3]) > 3 * 128
+    assert light == (colours == "light")
+    visit.close()
+
+
+def test_a_password_guards_everything(browser, folder):
+    """With `--listen` the page needs the password, and works with it."""
+    with served(folder, "--listen", LOWMEM_IMAGIC_PASSWORD="correct horse") as address:
+        stranger = browser.new_context()
+        assert stranger.request.get(address).status == 401
+        stranger.close()
+        known = {"username": "me", "password": "correct horse"}
+        visit = Visit(browser, address, http_credentials=known)
+        visit.choose_photo(folder / "photo-0.png")
+        visit.tab("Edits")
+        assert visit.page.locator("#hub-push").count() == 0
+        visit.close()
