@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lowmem_imagic.diffusion.schedules import loss_per_edit
-from lowmem_imagic.engine.memory import peak_bytes, reset_peak, resident_bytes, small_blocks_returned
+from lowmem_imagic.engine.memory import loading_memory, peak_bytes, reset_peak, resident_bytes
 from lowmem_imagic.families import load_architecture
 from lowmem_imagic.families.adapter_names import TARGETS, KohyaNames
 from lowmem_imagic.families.stable_diffusion import AT_LATENTS
@@ -190,13 +190,13 @@ def flops_of(case: Case) -> int:
 
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
     """Peak bytes of loading and of two steps on a device."""
-    # As in the package, where the plan is made first: its passes load the rest of the libraries, which are no tensors.
-    counted(case)
-    gc.collect()
-    before = 0 if device.type == "cuda" else resident_bytes() or 0
-    reset_peak(device)
     # As in the package, for all cases: freed blocks must not count.
-    with small_blocks_returned() if device.type == "cpu" else nullcontext():
+    with loading_memory(large=case.model == "sdxl") if device.type == "cpu" else nullcontext():
+        # As in the package, where the plan is made first: its passes load the rest of the libraries.
+        counted(case)
+        gc.collect()
+        before = 0 if device.type == "cuda" else resident_bytes() or 0
+        reset_peak(device)
         step = Step(case, device)
     loaded = peak_bytes(device)
     reset_peak(device)

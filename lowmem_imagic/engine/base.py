@@ -25,7 +25,7 @@ from ..geometry import Sizes
 from ..layers.frozen import weight_bytes
 from ..settings.stages import base_problems
 from ..unexpected import first_line
-from .memory import small_blocks_returned, with_fallbacks
+from .memory import loading_memory, with_fallbacks
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class BaseModel:
     def network(self, denoiser: Denoiser) -> nn.Module:
         """A denoiser's frozen network, loaded and quantised at the first use."""
         if denoiser.name not in self._networks:
-            with _loading(self.device):
+            with self._loading(self.device):
                 network = denoiser.load(weights=self.weights, device=self.device, dtype=self.dtype)
             if self.attention == "xformers":
                 denoiser.use_xformers(network)
@@ -276,10 +276,14 @@ class BaseModel:
         """Drops the denoisers; the next `predict` loads them again."""
         self._networks.clear()
 
+    def _loading(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """The context in which weights are loaded onto a device."""
+        return loading_memory(large=self.family.large) if device.type == "cpu" else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def _part(self, load: Any, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
         """Loads a part for a ``with`` block; afterwards the device holds nothing of it."""
-        with _loading(device):
+        with self._loading(device):
             part: nn.Module = load(device=device, dtype=dtype)
         try:
             yield part
@@ -459,11 +463,6 @@ class BaseModel:
             f"{part} of {self.name} gives NaN or infinity; the model is damaged or unsuitable: download it again, or "
             "choose another"
         )
-
-
-def _loading(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The context in which weights are loaded onto a device."""
-    return small_blocks_returned() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def resolve_attention(name: str, device: torch.device) -> str:
