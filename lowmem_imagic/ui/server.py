@@ -18,7 +18,6 @@ PASSWORD = "LOWMEM_IMAGIC_PASSWORD"
 """Environment variable with the password of `listen`."""
 LEAST_PASSWORD = 8
 LOOPBACK = "127.0.0.1"
-_SWEEP_S = 30.0
 
 
 def serve(
