@@ -234,7 +234,7 @@ def predicted(load_base: Callable[..., Any]) -> Costs:
 
 @given(
     budget=st.one_of(st.integers(1, 200_000_000), st.integers(1_000_000, 8_000_000)),
-    jobs=st.sampled_from([1, 2, 3, 6]),
+    jobs=st.sampled_from([1, 2, 3]),
     checkpointing=st.booleans(),
     beside=st.booleans(),
     on_cpu=st.booleans(),
