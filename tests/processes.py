@@ -179,6 +179,8 @@ def _become(order: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ |= order["environment"]
     os.chdir(order["folder"])
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if threads := os.environ.get("OMP_NUM_THREADS"):
         import torch
 
