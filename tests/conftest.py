@@ -171,8 +171,10 @@ def relative() -> Callable[[Any, Any], float]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts tests of processes first, which take long and wait; skips tests that need a GPU where there is none."""
+    """Puts tests of the browser and of processes first, which take long and wait; skips tests that need a GPU where
+    there is none."""
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("process", "ray"))))
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

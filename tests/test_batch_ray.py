@@ -24,7 +24,7 @@ from tests.test_batch import QUICK, SENTENCE, photo
 from tests.test_batch_processes import children, wait_for
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 
 ITEMS = 6
 

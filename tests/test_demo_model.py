@@ -33,7 +33,7 @@ SCENES = [
 
 def whole(preset_name: str) -> Any:
     """Whole edits with a preset: a minute of work, which one process of the second tier does once."""
-    return pytest.param(preset_name, marks=(pytest.mark.process, pytest.mark.xdist_group(preset_name)))
+    return pytest.param(preset_name, marks=pytest.mark.process)
 
 
 @pytest.fixture(scope="module", params=[whole("fast"), whole("balanced")])

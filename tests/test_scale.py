@@ -61,7 +61,6 @@ def test_a_long_list_is_counted_seldom(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
 def test_a_killed_batch_goes_on_with_nothing_lost_or_made_twice() -> None:
     """After actors and the driver of a batch on Ray were killed, the same command goes on: every item is finished,
     and published once."""

@@ -22,7 +22,6 @@ from tests.studio_server import served  # noqa: E402
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("studio"),
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
     # The browser's own pipes are closed when Python collects them.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

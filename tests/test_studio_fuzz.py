@@ -19,7 +19,7 @@ httpx = pytest.importorskip("httpx")
 
 from tests.studio_server import served  # noqa: E402
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("studio")]
+pytestmark = pytest.mark.browser
 
 _NAMES = (
     "cat.png",
