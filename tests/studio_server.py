@@ -9,6 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+_PATIENCE_S = 400
+"""Only a hang fails."""
+
 
 @contextlib.contextmanager
 def served(folder: Path, *words: str, **environment: str) -> Iterator[str]:
@@ -24,4 +27,5 @@ def served(folder: Path, *words: str, **environment: str) -> Iterator[str]:
             yield address[0]
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            # It waits for its processes, which a busy machine may still be starting.
+            process.wait(_PATIENCE_S)
