@@ -273,28 +273,31 @@ def figures(watched: Watched, book: Mapping[str, Any], items: int) -> Iterator[L
     last = len(watched.drivers) - 1
     mine = [sample for sample in watched.samples if sample["driver"] == last and sample["resident_bytes"]]
     making = [sample for sample in mine if sample["published"] > mine[0]["published"]]
-    begin, end = making[0]["published"], making[-1]["published"]
-    yield Line(f"{items} items: published a second", round(rate_of(making, "s"), 1), "items")
+    begin, end = (making[0]["published"], making[-1]["published"]) if making else (0, 0)
+    each_s = seconds_each(making, "s")
+    yield Line(f"{items} items: published a second", each_s and round(1 / each_s, 1), "items")
     # Processor time, unlike speed, does not depend on the other programs of a machine.
-    yield Line(f"{items} items: the driver's processor time for each", round(1000 / rate_of(making, "cpu_s"), 2), "ms")
-    first, second = ([one for one in making if (2 * one["published"] > begin + end) == late] for late in (False, True))
-    times = rate_of(first, "cpu_s") / rate_of(second, "cpu_s")
-    yield Line(f"{items} items: the same, second half of the list to the first", round(times, 3), "times", 1.1)
+    each = seconds_each(making, "cpu_s")
+    yield Line(f"{items} items: the driver's processor time for each", each and round(1000 * each, 2), "ms")
+    halves = ([one for one in making if (2 * one["published"] > begin + end) == late] for late in (False, True))
+    first, second = (seconds_each(half, "cpu_s") for half in halves)
+    times = round(second / first, 3) if first and second else None
+    yield Line(f"{items} items: the same, second half of the list to the first", times, "times", 1.1)
     # As in a soak of 300 items: warm after a tenth, and a mean over a tenth each.
     tenth = (end - begin) / 10
     early = [one["resident_bytes"] for one in making if begin + tenth < one["published"] <= begin + 2 * tenth]
     late = [one["resident_bytes"] for one in making if one["published"] > end - tenth]
-    growth = 100 * (mean(late) / mean(early) - 1) if early else None
+    growth = 100 * (mean(late) / mean(early) - 1) if early and late else None
     name = f"{items} items: growth of the driver's resident memory after warm-up"
     yield Line(name, growth and round(growth, 2), "%", 2)
     wrong = book["lost"] + book["published_twice"]
     yield Line(f"{items} items, {len(watched.killed)} times killed: lost or published twice", wrong, "items", 0)
 
 
-def rate_of(samples: Sequence[Mapping[str, Any]], clock: str) -> float:
-    """Items a second of a clock, between the first and the last sample."""
-    first, last = samples[0], samples[-1]
-    return float((last["published"] - first["published"]) / (last[clock] - first[clock]))
+def seconds_each(samples: Sequence[Mapping[str, Any]], clock: str) -> float | None:
+    """Seconds of a clock for an item, between the first and the last sample; None in a run too short to tell."""
+    published = samples[-1]["published"] - samples[0]["published"] if samples else 0
+    return float(samples[-1][clock] - samples[0][clock]) / published if published else None
 
 
 def main() -> None:
