@@ -106,7 +106,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             server.bind((host, port))
-            # From here on a request waits instead of being refused, so the address can be told before the page is built.
+            # From here on a request waits instead of being refused: the address is told before the page is built.
             server.listen()
         except OSError as error:
             reason = error.strerror or str(error)
