@@ -1,6 +1,6 @@
 """The real SDXL configuration: plans for cards, and an edit with random weights end to end on a CPU.
 
-The edit takes half an hour and more, 7 GB of disk and 8 GB of memory.
+The edit takes a quarter of an hour and more, 7 GB of disk and 8 GB of memory.
 """
 
 import json
