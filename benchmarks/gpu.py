@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from lowmem_imagic.diffusion.schedules import COARSE_SIDE, coarse
-from lowmem_imagic.engine.base import BaseModel, pick_dtype, resolve_attention
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.engine.device import pick_dtype, resolve_attention
 from lowmem_imagic.engine.memory import peak_bytes, reset_peak
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.portable import portable

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lowmem_imagic.engine import base as base_model
-from lowmem_imagic.engine.base import BaseModel, pick_device, pick_dtype, resolve_attention
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.engine.device import pick_device, pick_dtype, resolve_attention
 from lowmem_imagic.errors import (
     BackendUnavailableError,
     ConfigError,

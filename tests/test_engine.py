@@ -27,7 +27,7 @@ from lowmem_imagic import (
     planned,
     preset,
 )
-from lowmem_imagic.engine.base import pick_dtype
+from lowmem_imagic.engine.device import pick_dtype
 from lowmem_imagic.errors import BaseInUseError, ConfigError, MemoryLimitError
 from lowmem_imagic.training import loop
 from tests import calls

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..engine.base import pick_device, pick_dtype, resolve_attention
+from ..engine.device import pick_device, pick_dtype, resolve_attention
 from ..errors import ConfigError, MemoryLimitError
 from ..families import load_architecture
 from ..layers.frozen import FrozenLinear8bit, Int8Conv2d

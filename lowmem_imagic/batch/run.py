@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..actions.console import Console
-from ..engine.base import pick_device
+from ..engine.device import pick_device
 from ..errors import OutputExistsError
 from ..settings.text import parse_bytes
 from ..storage.writable import check_writable
