@@ -1,8 +1,9 @@
 """Renders an edit with the ComfyUI nodes in a real checkout of ComfyUI; a program for `tests.test_share_comfyui`.
 
 ``python comfyui_driver.py CHECKOUT FOLDER``: the folder, which is ComfyUI's own, has the files of `export`,
-``unet.safetensors`` (diffusers' names), ``unet.json`` (its configuration), ``text.safetensors`` (embeddings by
-sentence) and ``cells.json``. It gets ``latents.safetensors``. ComfyUI's server also has to accept the workflow.
+``unet.safetensors`` (diffusers' names), ``unet.json`` (its configuration), ``schedule.json``, ``text.safetensors``
+(embeddings by sentence), ``pooled.safetensors`` (the same for SDXL's vectors) and ``cells.json``. It gets
+``latents.safetensors``. ComfyUI's server also has to accept the workflow.
 """
 
 import asyncio
@@ -39,11 +40,21 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 
-def comfy_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
-    """A tiny UNet of diffusers as a model of ComfyUI."""
+def comfy_model(config: dict[str, Any], schedule: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any:
+    """A tiny UNet of diffusers as a model of ComfyUI: a Stable Diffusion 1, or an XL if it takes sizes."""
+    large = config["addition_embed_type"] == "text_time"
     channels, blocks = config["block_out_channels"], config["layers_per_block"]
-    down = [int(kind.startswith("CrossAttn")) for kind in config["down_block_types"] for _ in range(blocks)]
-    up = [int(kind.startswith("CrossAttn")) for kind in config["up_block_types"][::-1] for _ in range(blocks + 1)]
+    depths, heads = config["transformer_layers_per_block"], config["attention_head_dim"]
+    depths = depths if isinstance(depths, list) else [depths] * len(channels)
+
+    def by_layer(kinds: list[str], layers: int) -> list[int]:
+        """Transformer blocks behind every layer."""
+        return [
+            depth * kind.startswith("CrossAttn")
+            for kind, depth in zip(kinds, depths, strict=True)
+            for _ in range(layers)
+        ]
+
     unet_config = {
         "image_size": 32,
         "use_checkpoint": False,
@@ -52,25 +63,33 @@ def comfy_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any
         "model_channels": channels[0],
         "channel_mult": [c // channels[0] for c in channels],
         "num_res_blocks": [blocks] * len(channels),
-        "transformer_depth": list(down),
-        "transformer_depth_output": list(up),
-        "transformer_depth_middle": 1,
+        "transformer_depth": by_layer(config["down_block_types"], blocks),
+        "transformer_depth_output": by_layer(config["up_block_types"][::-1], blocks + 1),
+        "transformer_depth_middle": depths[-1],
         "use_spatial_transformer": True,
-        "use_linear_in_transformer": False,
+        "use_linear_in_transformer": large,
         "context_dim": config["cross_attention_dim"],
-        "num_heads": config["attention_head_dim"],
-        "num_head_channels": -1,
-        "adm_in_channels": None,
+        "num_classes": "sequential" if large else None,
+        "adm_in_channels": config["projection_class_embeddings_input_dim"],
         "use_temporal_attention": False,
         "legacy": False,
         "dtype": torch.float32,
     }
     names = comfy.utils.unet_to_diffusers(unet_config)
-    kind = comfy.supported_models.SD15(dict(unet_config))
-    # Its constructor sets Stable Diffusion's number.
-    kind.unet_config["num_heads"] = config["attention_head_dim"]
+    kind = (comfy.supported_models.SDXL if large else comfy.supported_models.SD15)(dict(unet_config))
+    # Its constructor sets the numbers of the published models.
+    if large:
+        kind.unet_config.update(num_heads=-1, num_head_channels=channels[0] // heads[0])
+    else:
+        kind.unet_config.update(num_heads=heads, num_head_channels=-1)
+    kind.sampling_settings = {"zsnr": schedule["rescale_betas_zero_snr"]}
     kind.set_inference_dtype(torch.float32, None)
-    model = comfy.model_base.BaseModel(kind, device=torch.device("cpu"))
+    predicts = {"epsilon": "EPS", "v_prediction": "V_PREDICTION"}[schedule["prediction_type"]]
+    model = (comfy.model_base.SDXL if large else comfy.model_base.BaseModel)(
+        kind, comfy.model_base.ModelType[predicts], device=torch.device("cpu")
+    )
+    if large:
+        model.embedder = type(model.embedder)(config["addition_time_embed_dim"])
     state = {names[name]: tensor for name, tensor in weights.items() if name in names}
     missing, unexpected = model.diffusion_model.load_state_dict(state, strict=False)
     assert not missing and not unexpected and len(state) == len(weights), (missing, unexpected, weights.keys() - names)
@@ -82,22 +101,29 @@ def comfy_model(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Any
 
 
 class Clip:
-    """A text encoder with the embeddings of some sentences."""
+    """A text encoder with the embeddings, and SDXL's vectors, of some sentences."""
 
-    def __init__(self, embeddings: dict[str, torch.Tensor]) -> None:
-        self.embeddings = embeddings
+    def __init__(self, embeddings: dict[str, torch.Tensor], pooled: dict[str, torch.Tensor]) -> None:
+        self.embeddings, self.pooled = embeddings, pooled
 
     def tokenize(self, text: str) -> str:
         return text
 
     def encode_from_tokens_scheduled(self, tokens: str) -> Any:
-        return [[self.embeddings[tokens][None], {"pooled_output": torch.zeros(1, 4)}]]
+        pooled = self.pooled.get(tokens, torch.zeros(4))
+        return [[self.embeddings[tokens][None], {"pooled_output": pooled[None]}]]
+
+
+def by_sentence(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose names are sentences."""
+    return {json.loads(sentence): tensor for sentence, tensor in load_file(folder / name).items()}
 
 
 sys.path.insert(0, str(folder / "custom_nodes"))
 nodes = importlib.import_module("imagic_edit").NODE_CLASS_MAPPINGS
-model = comfy_model(json.loads((folder / "unet.json").read_text()), load_file(folder / "unet.safetensors"))
-clip = Clip({json.loads(name): tensor for name, tensor in load_file(folder / "text.safetensors").items()})
+configs = (json.loads((folder / name).read_text()) for name in ("unet.json", "schedule.json"))
+model = comfy_model(*configs, load_file(folder / "unet.safetensors"))
+clip = Clip(by_sentence("text.safetensors"), by_sentence("pooled.safetensors"))
 latents = {}
 for number, cell in enumerate(json.loads((folder / "cells.json").read_text())):
     strength = cell["strength"]

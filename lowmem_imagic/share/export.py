@@ -30,6 +30,11 @@ _NOTES = Path(__file__).parent / "notes"
 _OF_NODES = (".py", ".toml", ".md", ".json")
 _VERSIONS = {"stable-diffusion-v1": "SD1", "stable-diffusion-v2": "SD2", "stable-diffusion-xl": "SDXL"}
 """A1111's names of kinds of models, by the beginning of ``modelspec.architecture``."""
+_CHECKPOINTS = {
+    "stable-diffusion-v2": "v2-1_768-ema-pruned.safetensors",
+    "stable-diffusion-xl": "sd_xl_base_1.0.safetensors",
+}
+"""Published checkpoints of other kinds of models than the workflow's own, by the same beginnings; see `WORKFLOW`."""
 
 
 def files_for(program: str, edit: Edit, name: str) -> Files:
@@ -99,10 +104,9 @@ def _diffusers(edit: Edit, name: str) -> Files:
 def _a1111(edit: Edit, name: str) -> Files:
     """The edit file with the card that A1111, Forge, SD.Next and InvokeAI show beside it."""
     _check_kohya(edit, "A1111 and its relatives")
-    architecture = edit.base.labels.get("modelspec.architecture", "")
     card = {
         "description": f"Imagic edit of one photo, for {edit.base.source}",
-        "sd version": next((v for start, v in _VERSIONS.items() if architecture.startswith(start)), "Unknown"),
+        "sd version": _by_architecture(edit, _VERSIONS) or "Unknown",
         "activation text": edit.sentences[0] if edit.sentences else "",
         "preferred weight": 1.0,
         "negative text": "",
@@ -124,9 +128,12 @@ def _comfyui(edit: Edit, name: str) -> Files:
         if path.suffix in _OF_NODES and path.is_file()
     }
     workflow = json.loads((NODES / WORKFLOW).read_text(encoding="utf-8"))
+    values = {"LoadImagicEdit": f"{name}.safetensors"}
+    if checkpoint := _by_architecture(edit, _CHECKPOINTS):
+        values["CheckpointLoaderSimple"] = checkpoint
     for node in workflow["nodes"]:
-        if node["type"] == "LoadImagicEdit":
-            node["widgets_values"][0] = f"{name}.safetensors"
+        if node["type"] in values:
+            node["widgets_values"][0] = values[node["type"]]
     return {
         f"models/loras/{name}.safetensors": encode(_scaled_alike(edit)),
         f"user/default/workflows/{name}.json": _json(workflow),
@@ -150,6 +157,12 @@ def _check_kohya(edit: Edit, program: str) -> None:
     """
     if edit.layout is not KOHYA:
         raise EditFileError(f"{program} cannot load an edit of {edit.base.source}; export it to diffusers or peft")
+
+
+def _by_architecture(edit: Edit, values: Mapping[str, str]) -> str | None:
+    """The value for the kind of an edit's base; None if the kind is not among them."""
+    architecture = edit.base.labels.get("modelspec.architecture", "")
+    return next((value for start, value in values.items() if architecture.startswith(start)), None)
 
 
 def _scaled_alike(edit: Edit) -> Edit:

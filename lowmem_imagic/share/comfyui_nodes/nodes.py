@@ -112,13 +112,15 @@ class MixImagicEdit:
                 f"use the text encoder of {edit.base}"
             )
         path = _project if edit.settings.get("interpolation") == "projection" else _interpolate
-        positive = {**beside}
+        # Stable Diffusion XL takes the picture's size; ComfyUI would guess it from the latents.
+        size = dict(zip(("width", "height"), edit.size, strict=True))
+        positive, negative = {**beside, **size}, self._negative(edit, clip)
         if "pooled" in edit.text:
             positive["pooled_output"] = path(beside["pooled_output"], edit.text["pooled"][None].to(target), eta)
         full = edit.number("guidance_scale", 3.0)
         photo = edit.number("photo_guidance", full)
         guidance = photo + (full - photo) * min(max(eta, 0.0), 1.0)
-        return [[path(target, own, eta), positive]], [list(self._negative(edit, clip))], guidance
+        return [[path(target, own, eta), positive]], [[negative[0], {**negative[1], **size}]], guidance
 
     @staticmethod
     def _negative(edit: ImagicEdit, clip: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -152,12 +154,17 @@ class StartImagicEdit:
         Raises:
             ValueError: the model has another noise schedule, or other latents.
         """
-        sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
+        schedule = model.get_model_object("model_sampling")
+        sigmas = getattr(schedule, "sigmas", None)
         if sigmas is None or len(sigmas) != TIMESTEPS:
             raise ValueError(f"the model has no noise schedule of {TIMESTEPS} steps: use {edit.base}")
         steps = max(1, min(int(edit.number("num_inference_steps", 30)), TIMESTEPS))
-        # As diffusers' "leading" timesteps, from 1; the last step ends at the schedule's first noise.
-        times = [min(step * (TIMESTEPS // steps) + 1, TIMESTEPS - 1) for step in range(steps)][::-1]
+        # As diffusers' "leading" timesteps, from 1, or its "trailing" ones, which begin at pure noise, for a schedule
+        # that ends there; the last step ends at the schedule's first noise.
+        if getattr(schedule, "zsnr", False):
+            times = [round(TIMESTEPS * (1 - step / steps)) - 1 for step in range(steps)]
+        else:
+            times = [min(step * (TIMESTEPS // steps) + 1, TIMESTEPS - 1) for step in range(steps)][::-1]
         path = torch.stack([*(sigmas[time] for time in times), sigmas[0]]).float().cpu()
         latents = model.get_model_object("latent_format")
         if latents.latent_channels != len(edit.coarse):
