@@ -332,6 +332,19 @@ def load_frozen(
     model.eval()
 
 
+def drop_weights(model: nn.Module) -> None:
+    """Frees the weights and buffers of a network, which stays as a shell on the meta device."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(weight.data, device="meta"), False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.state = bnb.MatmulLtState()
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, 8-bit scales included."""
     total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
