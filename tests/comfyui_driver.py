@@ -10,22 +10,13 @@ import asyncio
 import importlib
 import json
 import sys
-import types
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from comfyui_checkout import prepare
+
 checkout, folder = sys.argv[1], Path(sys.argv[2])
-sys.argv = ["comfyui", "--cpu", "--base-directory", str(folder)]
-sys.path.insert(0, checkout)
-for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchaudio"):
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        # Models of pictures and sound need these two; Stable Diffusion does not.
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__spec__ = ModuleSpec(name, None)
-        sys.modules[name].__path__ = []
+prepare(checkout, folder)
 
 import comfy.options  # noqa: E402
 
