@@ -1,6 +1,7 @@
 """The same facts about every family: what an edit is, where it is stored, how it is rendered, and what it takes.
 
-The families are a tiny Stable Diffusion, a tiny SDXL, and one that nothing in the package knows (`tests.other_family`).
+The families are a tiny Stable Diffusion, a tiny SDXL, a tiny FLUX.2 klein, and one that nothing in the package knows
+(`tests.other_family`).
 """
 
 import json
@@ -39,6 +40,7 @@ from lowmem_imagic.planning.plan import Budget, plan, plan_for, planned
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
 from lowmem_imagic.training import loop as training
+from tests import tiny_klein
 from tests.other_family import other_base
 from tests.tiny_xl import write_tiny
 
@@ -64,13 +66,23 @@ def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny-xl")
 
 
-@pytest.fixture(scope="session", params=["sd", "sdxl", "other"])
-def kind(request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path) -> Kind:
+@pytest.fixture(scope="session")
+def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.2 klein in a folder."""
+    return tiny_klein.write_tiny(tmp_path_factory.mktemp("models") / "tiny-klein")
+
+
+@pytest.fixture(scope="session", params=["sd", "sdxl", "klein", "other"])
+def kind(request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, klein_folder: Path) -> Kind:
     """Each family in turn."""
     if request.param == "other":
         return Kind("other", other_base, "Euler", 2, None)
-    folder, layout = (tiny_folder, 1) if request.param == "sd" else (xl_folder, 2)
-    return Kind(request.param, partial(BaseModel.load, str(folder), device="cpu"), "DDIM", layout, folder)
+    folder, scheduler, layout = {
+        "sd": (tiny_folder, "DDIM", 1),
+        "sdxl": (xl_folder, "DDIM", 2),
+        "klein": (klein_folder, "FireFlow", 2),
+    }[request.param]
+    return Kind(request.param, partial(BaseModel.load, str(folder), device="cpu"), scheduler, layout, folder)
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +168,9 @@ def test_eta_mixes_every_tensor_that_is_trained(
     settings = replace(config(kind).sample, guidance_scale=1.0, mask=0.0, num_inference_steps=1)
     apply_edits(base, [edit], [Cell(0, 0.5, 0)], settings)
     target = base.encode_text([SENTENCE])
-    for name, part in edit.conditioning.items():
-        torch.testing.assert_close(seen[0][name], 0.5 * (part.float()[None] + target[name]))
+    optimized = target.completed(edit.conditioning, base.family.text)
+    for name in edit.conditioning:
+        torch.testing.assert_close(seen[0][name], 0.5 * (optimized[name] + target[name]))
 
 
 def test_a_pack_gives_what_each_edit_gets_alone(kind: Kind, base: BaseModel, edit: Any, relative: Any) -> None:
@@ -240,7 +253,7 @@ def costs_of(base: BaseModel, settings: EditConfig) -> Costs:
         settings,
         weights=base.weights,
         dtype=base.dtype,
-        part_dtype=base.part_dtype,
+        part_dtype=base.text_dtype,
         codec_dtype=base.codec_dtype,
     )
 
@@ -280,7 +293,7 @@ def test_other_phases_take_what_is_predicted(kind: Kind, base: BaseModel) -> Non
 
     @contextmanager
     def loaded(name: str) -> Iterator[Any]:
-        encoder = family.load_text_encoder(name, device=cpu, dtype=torch.float32)
+        encoder = family.load_text_encoder(name, weights=base.weights, device=cpu, dtype=torch.float32)
         with LiveBytes() as count:
             yield encoder
         encoders.append((weight_bytes(encoder), count.peak))
@@ -322,12 +335,15 @@ def test_plans_are_counted_from_its_own_passes(kind: Kind, base: BaseModel) -> N
     assert planned_edit.base == base.identity
 
 
-def test_it_is_no_other_base(base: BaseModel, edit: Any, tiny_folder: Path, xl_folder: Path) -> None:
+def test_it_is_no_other_base(
+    base: BaseModel, edit: Any, tiny_folder: Path, xl_folder: Path, klein_folder: Path
+) -> None:
     """An edit of one family is refused on all others, with both named; on its own base there is no warning."""
     assert check_base(edit, base) == ""
     others = [
         BaseModel.load(str(tiny_folder), device="cpu"),
         BaseModel.load(str(xl_folder), device="cpu"),
+        BaseModel.load(str(klein_folder), device="cpu"),
         other_base(),
     ]
     for other in others:

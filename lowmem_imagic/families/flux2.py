@@ -224,7 +224,8 @@ class Flux2Klein:
         """
         vae: Any = parts.build(VAE, self._vae_config, self._folder.label)
         if device.type == "meta":
-            vae.to(device, dtype).requires_grad_(False).eval()
+            with without_advice():
+                vae.to(device, dtype).requires_grad_(False).eval()
         else:
             tensors = parts.tensors_of(self._folder, VAE)
             names = check_fit(vae, tensors, f"{self.source.label}: the {VAE}", self._folder.label)

@@ -25,6 +25,8 @@ SHORT_NAMES = {
     "vega": "segmind/Segmind-Vega",
     "realvisxl": "SG161222/RealVisXL_V5.0",
     "animagine-xl": "cagliostrolab/animagine-xl-4.0",
+    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "klein-distilled": "black-forest-labs/FLUX.2-klein-4B",
 }
 """Names to type instead of a Hub id."""
 LICENSES = {
@@ -37,6 +39,8 @@ LICENSES = {
     "segmind/Segmind-Vega": "apache-2.0",
     "SG161222/RealVisXL_V5.0": "openrail++",
     "cagliostrolab/animagine-xl-4.0": "openrail++",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
 }
 """Licences of these models, in the Hub's words."""
 
