@@ -144,6 +144,7 @@ class Stage:
     """A denoiser of the cascade."""
 
     guided = True
+    follows_eta = True
 
     def __init__(self, name: str, shrinks: int, extra: Mapping[str, Part]) -> None:
         self.name, self.title, self._shrinks, self.extra = name, f"{name} network", shrinks, extra
@@ -172,6 +173,10 @@ class Stage:
 
     def recompute(self, network: nn.Module, on: bool) -> None:
         """Nothing to save in a network this small."""
+
+    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
+        """As it is: the lower picture gets no noise."""
+        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """With the scale in the factors, as peft's files have it."""

@@ -106,6 +106,14 @@ class Denoiser(Protocol):
         """The parts of its conditioning beside the text, see `Family.make_extra`."""
 
     @property
+    def follows_eta(self) -> bool:
+        """Whether it is trained under e_opt and sampled along eta, as the first denoiser always is.
+
+        Otherwise it is trained under the start sentence's own conditioning, and sampled under the sentence's at every
+        eta (the start sentence's at eta 0), as the paper's later stages are.
+        """
+
+    @property
     def names(self) -> LayerNames:
         """Names of the layers to adapt, and of their factors in files."""
 
@@ -124,6 +132,15 @@ class Denoiser(Protocol):
 
     def recompute(self, network: nn.Module, on: bool) -> None:
         """Switches gradient checkpointing on or off."""
+
+    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
+        """`extra` with its random part drawn, such as the noise over a lower picture; `extra` itself if it has none.
+
+        Args:
+            extra: the conditioning of `Family.make_extra`, a row for each generator.
+            generators: source of each row's draws.
+            training: whether the noise's level is drawn too; sampling has a level of its own.
+        """
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> Mapping[str, Factors]:
         """The same adapter, as fp32 on the CPU, in the form that other programs read from a file.
@@ -221,7 +238,7 @@ class Family(Protocol):
         """Pictures (B, 3, H, W) from the last denoiser's latents."""
 
     def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
-        """A denoiser's conditioning beside the text, for `count` rows.
+        """A denoiser's conditioning beside the text, for `count` rows; see `Denoiser.drawn` for its random part.
 
         Args:
             denoiser: the denoiser.

@@ -444,6 +444,7 @@ class UNet:
     extra: Mapping[str, Part] = {}
     names = KohyaNames()
     guided = True
+    follows_eta = True
 
     def __init__(self, family: StableDiffusion) -> None:
         self._family = family
@@ -475,6 +476,10 @@ class UNet:
         """Switches gradient checkpointing on or off."""
         unet: Any = network
         (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
+
+    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
+        """`extra`, which has no random part."""
+        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """The adapter in the form for other programs, see `families.portable`."""
