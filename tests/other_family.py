@@ -59,7 +59,9 @@ class Flow:
         t = at.view(-1, 1, 1, 1)
         return (noisy - (1 - t) * x) / t
 
-    def sampler(self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu") -> "Euler":
+    def sampler(
+        self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu", *, guided: bool = True
+    ) -> "Euler":
         """Euler's method, the only one."""
         if name != "Euler":
             raise ConfigError(f"scheduler is {name!r}, expected Euler")

@@ -68,8 +68,18 @@ class Schedule(Protocol):
     def noise_in(self, noisy: Tensor, x: Tensor, at: Tensor) -> Tensor:
         """The noise in `noisy`: `noised` solved for the noise."""
 
-    def sampler(self, name: str, steps: int, shape: Shape, device: torch.device | str = "cpu") -> Sampler:
+    def sampler(
+        self, name: str, steps: int, shape: Shape, device: torch.device | str = "cpu", *, guided: bool = True
+    ) -> Sampler:
         """A sampler by name, for x of this shape on a device.
+
+        Args:
+            name: its name.
+            steps: number of its steps.
+            shape: (C, H, W) of x.
+            device: place of its numbers.
+            guided: whether the predictions are guided; a remedy against guidance (dynamic thresholding) is left out
+                otherwise, so that the steps undo those of `inverter`.
 
         Raises:
             ConfigError: the name is unknown, or the sampler cannot take this many steps.

@@ -38,6 +38,8 @@ _UNET = {
     "time_embedding_dim": _WIDTH,
     "addition_time_embed_dim": _WIDTH,
     "projection_class_embeddings_input_dim": (1, 2**17),
+    "encoder_hid_dim": _WIDTH,
+    "addition_embed_type_num_heads": _WIDTH,
 }
 _VAE = {
     "in_channels": (3, 3),
@@ -56,6 +58,16 @@ _TEXT = {
     "vocab_size": (3, 2**20),
     "projection_dim": _WIDTH,
 }
+_T5 = {
+    "vocab_size": (3, 2**20),
+    "d_model": _WIDTH,
+    "d_kv": _WIDTH,
+    "d_ff": (1, 2**16),
+    "num_layers": _COUNT,
+    "num_heads": (1, 2**10),
+    "relative_attention_num_buckets": (2, 2**12),
+    "relative_attention_max_distance": (2, 2**16),
+}
 _LISTS = (
     "block_out_channels",
     "layers_per_block",
@@ -65,7 +77,7 @@ _LISTS = (
     "num_attention_heads",
 )
 """Keys that may have one number for each block."""
-_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
+_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "text_encoder_2": _TEXT, "t5": _T5}
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "unet": (
         "num_attention_heads",
@@ -73,16 +85,24 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
         "reverse_transformer_layers_per_block",
         "addition_time_embed_dim",
         "projection_class_embeddings_input_dim",
+        "encoder_hid_dim",
     ),
     "vae": (),
     "text_encoder": ("projection_dim",),
     "text_encoder_2": (),
+    "t5": (),
 }
 """Keys that may be null; the class then sets the number."""
 
 
-def check(component: str, values: Mapping[str, Any], label: str) -> None:
+def check(component: str, values: Mapping[str, Any], label: str, *, kind: str = "") -> None:
     """Checks that a part's configuration (complete, see `repairs`) describes a network of bounded size.
+
+    Args:
+        component: the part.
+        values: its configuration.
+        label: the model, for messages.
+        kind: the kind of its network if several kinds have this place.
 
     Raises:
         IncompleteModelError: a value is of the wrong kind or beyond its bounds.
@@ -93,9 +113,9 @@ def check(component: str, values: Mapping[str, Any], label: str) -> None:
             raise IncompleteModelError(f"{where} has more than {_MOST_VALUES} values; download it again")
         if isinstance(number, int | float) and not abs(number) < 2**40:
             raise IncompleteModelError(f"{where} has a number that is too large; download it again")
-    for key, (low, high) in _RANGES[component].items():
+    for key, (low, high) in _RANGES[kind or component].items():
         value = values.get(key)
-        if value is None and key in _OPTIONAL[component]:
+        if value is None and key in _OPTIONAL[kind or component]:
             continue
         parts = list(_numbers(value)) if isinstance(value, list) and key in _LISTS else [value]
         if not parts or not all(_integer(part) and low <= part <= high for part in parts):

@@ -52,6 +52,11 @@ def scaled_alike(adapter: Mapping[str, Factors]) -> dict[str, Factors]:
     return {key: _rescaled(*factors) for key, factors in adapter.items()}
 
 
+def baked(adapter: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same updates with each layer's scale in its first factor, so that alpha is the rank, as in peft's files."""
+    return {key: (down * (alpha / len(down)), up, float(len(down))) for key, (down, up, alpha) in adapter.items()}
+
+
 def _rescaled(down: Tensor, up: Tensor, alpha: float) -> Factors:
     """Factors of the same update with alpha `ALPHA`."""
     own = down.shape[0]

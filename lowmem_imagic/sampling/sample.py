@@ -359,16 +359,20 @@ class _Renderer:
         """Latents (B, 1, C, H, W) of cells that all have guidance or all have none; `whole`: after every step
         (B, S, C, H, W)."""
         base, config = self.base, self.config
+        scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
+        guidance = scales.to(base.device) if scales[0] != 1 else None
         sampler = self.denoiser.schedule.sampler(
-            config.scheduler, config.num_inference_steps, self.denoiser.shape(self.size), base.device
+            config.scheduler,
+            config.num_inference_steps,
+            self.denoiser.shape(self.size),
+            base.device,
+            guided=guidance is not None,
         )
         # One generator per row: equal seeds give equal noise in every batch and on every device.
         generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
         latents = self._start(cells, generators, sampler)
         rows = torch.tensor([cell.edit for cell in cells])
         optimized = self.optimized.rows(rows)
-        scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
-        guidance = scales.to(base.device) if scales[0] != 1 else None
         conditions = _Conditions(
             self.pack,
             rows,
