@@ -221,7 +221,8 @@ class OtherFamily:
     source = Source()
     text = TEXT
     vocabulary = None
-    large = False
+    group = ""
+    text_in_fp16 = True
     sizes = Sizes((SIDE, SIDE), 4, SIDE)
     sentence_tokens = TOKENS
     codec_in_fp16 = True
@@ -253,7 +254,7 @@ class OtherFamily:
             raise PromptError("the sentence is empty")
         return " ".join(prompt.split()[TOKENS:])
 
-    def load_text_encoder(self, name: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def load_text_encoder(self, name: str, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Weights drawn from a seed."""
         with torch.random.fork_rng():
             torch.manual_seed(7)

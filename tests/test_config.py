@@ -15,18 +15,31 @@ from lowmem_imagic.settings.text import parse_strength
 
 def test_presets_for_large_networks() -> None:
     """Large networks get fewer trained weights from a preset, and whatever else was chosen; "paper" is the paper's."""
-    usual, large = (preset("balanced").for_network(size).finetune for size in (False, True))
+    usual, large = (preset("balanced").for_group(group).finetune for group in ("", "large"))
     assert (usual.adapt, usual.lora_rank, large.adapt, large.lora_rank) == ("all", 16, "attn+ff", 8)
-    chosen = preset("balanced", {"finetune": {"lora_rank": 4, "steps": 3}}).for_network(True).finetune
+    chosen = preset("balanced", {"finetune": {"lora_rank": 4, "steps": 3}}).for_group("large").finetune
     assert (chosen.lora_rank, chosen.steps, chosen.adapt) == (4, 3, "attn+ff")
-    asked = preset("balanced", {"finetune": {"lora_rank": 16}}).for_network(True).finetune
+    asked = preset("balanced", {"finetune": {"lora_rank": 16}}).for_group("large").finetune
     assert (asked.lora_rank, asked.adapt) == (16, "attn+ff")
     usual = preset("balanced")
     replaced = dataclasses.replace(usual, finetune=dataclasses.replace(usual.finetune, lora_rank=2, steps=5))
-    assert (replaced.for_network(True).finetune.lora_rank, replaced.for_network(True).finetune.steps) == (2, 5)
-    assert replaced.for_network(False).finetune == replaced.finetune
+    assert (replaced.for_group("large").finetune.lora_rank, replaced.for_group("large").finetune.steps) == (2, 5)
+    assert replaced.for_group("").finetune == replaced.finetune
     paper = preset("paper")
-    assert paper.for_network(True).finetune == paper.finetune
+    assert paper.for_group("large").finetune == paper.finetune
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_group_of_networks_has_a_sampler_of_its_own(name: str) -> None:
+    """Settings of all stages follow the group, so far as they were not chosen; usual networks have the usual ones."""
+    usual, flow = preset(name).for_group(""), preset(name).for_group("flow")
+    assert usual.sample.scheduler == "DDIM" and flow.sample.scheduler in ("FireFlow", "Euler")
+    assert flow.sample == dataclasses.replace(
+        usual.sample, scheduler=flow.sample.scheduler, guidance_scale=flow.sample.guidance_scale
+    )
+    chosen = preset(name, {"sample": {"scheduler": "Euler"}, "embed": {"learning_rate": 0.5}}).for_group("flow")
+    assert (chosen.sample.scheduler, chosen.embed.learning_rate) == ("Euler", 0.5)
+    assert EditConfig.from_dict(flow.to_dict()) == flow
 
 
 @pytest.mark.parametrize("name", PRESETS)

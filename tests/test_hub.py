@@ -16,15 +16,15 @@ from ldm_layout import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from lowmem_imagic.engine.base import BaseModel
-from lowmem_imagic.errors import IncompleteModelError, UnknownModelError
+from lowmem_imagic.errors import IncompleteModelError, UnknownModelError, WrongFamilyError
 from lowmem_imagic.families import SHORT_NAMES, cached_commit
 from lowmem_imagic.families.files import checkpoint as checkpoint_module
 from lowmem_imagic.families.files.checkpoint import SingleFile
+from lowmem_imagic.families.files.components import WEIGHTS_STEM
 from lowmem_imagic.families.files.locate import locate
-from lowmem_imagic.families.files.source import WEIGHTS_STEM
 from tests import calls
 
-STEMS = {component: stem for component, stem in WEIGHTS_STEM.items() if component != "text_encoder_2"}
+STEMS = {component: WEIGHTS_STEM[component] for component in ("unet", "vae", "text_encoder")}
 """Stems of the weight files of Stable Diffusion 1 and 2."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-sd"
@@ -134,16 +134,17 @@ def test_only_what_is_needed_is_downloaded(hub: Hub) -> None:
     assert {Path(name).suffix for name in hub.downloaded - weights} <= {".json", ".txt"}
     assert not hub.downloaded & set(BESIDE)
     assert "model_index.json" in hub.downloaded
-    assert len(hub.asked) == 1
+    assert len(hub.asked) == 2
 
 
 def test_no_pattern_takes_a_pickle(hub: Hub) -> None:
-    """Every pattern ends in .safetensors, .json or .txt, so nothing else can ever match."""
+    """Every pattern ends in .safetensors, or is of a configuration or a vocabulary, so nothing else can ever match."""
     halve(hub.remote, *STEMS)
     load()
     patterns = [pattern for call in hub.asked for pattern in call["patterns"]]
-    assert len(hub.asked) == 2
-    assert all(pattern.endswith((".safetensors", ".json", ".txt")) for pattern in patterns)
+    assert len(hub.asked) == 3
+    endings = (".safetensors", ".json", ".txt", ".jinja", "/spiece.model")
+    assert all(pattern.endswith(endings) for pattern in patterns)
     assert not [pattern for pattern in patterns if pattern.startswith("*.") or "**" in pattern]
 
 
@@ -168,7 +169,16 @@ def test_fp16_where_there_is_no_other(
     assert {name for name in hub.downloaded if name.endswith(".safetensors")} == {
         f"{component}/{stem}{'.fp16' if component in halved else ''}.safetensors" for component, stem in STEMS.items()
     }
-    assert [call["revision"] for call in hub.asked] == [None, COMMIT]
+    assert [call["revision"] for call in hub.asked] == [None, COMMIT, COMMIT]
+
+
+def test_no_weights_of_an_unsupported_pipeline_are_downloaded(hub: Hub) -> None:
+    """A repository of another kind of model is refused by its name, after a few kB of configurations."""
+    index = hub.remote / "model_index.json"
+    index.write_text(index.read_text(encoding="utf-8").replace("StableDiffusionPipeline", "FluxPipeline"), "utf-8")
+    with pytest.raises(WrongFamilyError, match=r"someone/tiny-sd is FLUX\.1 .*not supported yet; take FLUX\.2 klein"):
+        load()
+    assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
 
 
 def test_pickles_only(hub: Hub) -> None:

@@ -568,7 +568,7 @@ def test_the_text_encoder_goes_on_on_the_cpu(load_base: Callable[..., Any], monk
     expected = calls.encode_text(base, SENTENCES)
     places: list[str] = []
 
-    def full_gpu(name: str, *, device: torch.device, dtype: torch.dtype) -> Any:
+    def full_gpu(name: str, *, device: torch.device, dtype: torch.dtype, **_: Any) -> Any:
         places.append(device.type)
         if device.type == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory")

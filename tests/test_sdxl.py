@@ -376,7 +376,7 @@ def test_edit_files_are_small(name: str, changes: Any, most: float) -> None:
     family = load_architecture("sdxl")
     [denoiser] = family.denoisers
     network = denoiser.load(weights="int8", device=torch.device("meta"), dtype=torch.bfloat16)
-    tuned = preset(name, changes).for_network(family.large).finetune
+    tuned = preset(name, changes).for_group(family.group).finetune
     pack = AdapterPack(
         network, denoiser.names, count=1, adapt=tuned.adapt, rank=tuned.lora_rank, alpha=tuned.lora_alpha
     )

@@ -308,7 +308,7 @@ def test_configuration_from_the_hub(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     [(repository, patterns)] = asked
     assert repository == "someone/plain"
-    assert all(pattern.endswith((".json", ".txt")) for pattern in patterns)
+    assert all(pattern.endswith((".json", ".txt", ".jinja", "/spiece.model")) for pattern in patterns)
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", b"\x80\x02}q\x00.", b"\xff" * 64], ids=repr)

@@ -65,7 +65,8 @@ def plans(
     if size_px is not None and (size_px < multiple or size_px % multiple):
         raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
     size = (size_px, size_px) if size_px else None
-    costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=torch.float16, size=size)
+    text, codec = (torch.float16 if fits else torch.bfloat16 for fits in (family.text_in_fp16, family.codec_in_fp16))
+    costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
     lines = []
     for amount, budget in zip(amounts, budgets, strict=True):
         for photos in (1, MANY):

@@ -215,7 +215,7 @@ def fit_memory(
     beside: bool = False,
 ) -> tuple[EditConfig, Plan | None]:
     """The base's settings within a budget, and the plan to follow (see `planning.plan`); None if no budget applies."""
-    config = config.for_network(base.family.large)
+    config = config.for_group(base.family.group)
     plan = plan_for(base, config, budget, jobs=jobs, beside=beside)
     if plan is None:
         return config, None

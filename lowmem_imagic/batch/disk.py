@@ -25,7 +25,7 @@ def disk_bytes(base: BaseModel, config: EditConfig, pixels: Sequence[int]) -> tu
         weights = adapter_weights(base, config)
     except Exception:
         return 0, 0
-    config = config.for_network(base.family.large)
+    config = config.for_group(base.family.group)
     pictures = len(config.sample.etas) * len(config.sample.seeds)
     sheet = 3 * SHEET_CELL_PX**2 * (pictures + 3) * 5 // 4
     width, height = base.sizes.own

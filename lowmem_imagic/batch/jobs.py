@@ -26,7 +26,7 @@ def job_id(
 ) -> str:
     """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
     version of the base's square edits, and whether an eta is suggested."""
-    settings = _hashed_settings(config.for_network(base.family.large))
+    settings = _hashed_settings(config.for_group(base.family.group))
     version, files = version_of_base(base.identity), base.identity.files
     inputs = [version, photo_sha256, background, sentence, settings, files, base.weights]
     if suggest:

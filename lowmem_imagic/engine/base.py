@@ -278,7 +278,7 @@ class BaseModel:
 
     def _loading(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """The context in which weights are loaded onto a device."""
-        return loading_memory(large=self.family.large) if device.type == "cpu" else contextlib.nullcontext()
+        return loading_memory(large=self.family.group != "") if device.type == "cpu" else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _part(self, load: Any, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
@@ -295,13 +295,22 @@ class BaseModel:
 
     @property
     def part_dtype(self) -> torch.dtype:
-        """Type of the text encoders: half precision on GPUs, where fp32 activations would set the peak."""
+        """Type of text encoders and autoencoder: half precision on GPUs, where fp32 activations would set the peak."""
         return torch.float16 if self.device.type == "cuda" else torch.float32
 
     @property
+    def text_dtype(self) -> torch.dtype:
+        """Type of the text encoders' arithmetic on the device: `part_dtype`, but fp16 only if their numbers fit."""
+        return self._fitting(self.family.text_in_fp16)
+
+    @property
     def codec_dtype(self) -> torch.dtype:
-        """Type of the autoencoder: that of the text encoders, but not fp16 if its numbers do not fit into it."""
-        if self.part_dtype != torch.float16 or self.family.codec_in_fp16:
+        """Type of the autoencoder: `part_dtype`, but fp16 only if its numbers fit."""
+        return self._fitting(self.family.codec_in_fp16)
+
+    def _fitting(self, in_fp16: bool) -> torch.dtype:
+        """The type of a part on the device, by whether its numbers fit into fp16."""
+        if self.part_dtype != torch.float16 or in_fp16:
             return self.part_dtype
         half = pick_dtype(self.device, "int8")
         return torch.float32 if half == torch.float16 else half
@@ -331,12 +340,13 @@ class BaseModel:
             return
         # Beside a denoiser an encoder would only raise the peak: a sentence takes a second or two on a CPU.
         on_cpu = self.text_on_cpu or bool(self._networks)
-        device, dtype = (torch.device("cpu"), torch.float32) if on_cpu else (self.device, self.part_dtype)
+        device, dtype = (torch.device("cpu"), torch.float32) if on_cpu else (self.device, self.text_dtype)
         # Some models overflow in half precision.
         for precision in dict.fromkeys((dtype, torch.float32)):
 
             def loaded(name: str, dtype: torch.dtype = precision) -> contextlib.AbstractContextManager[nn.Module]:
-                return self._part(partial(self.family.load_text_encoder, name), device, dtype)
+                load = partial(self.family.load_text_encoder, name, weights=self.weights)
+                return self._part(load, device, dtype)
 
             rows = self.family.encode_text(new, loaded).to(torch.device("cpu"), torch.float32)
             for number, sentence in enumerate(new):

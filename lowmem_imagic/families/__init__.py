@@ -3,10 +3,13 @@
 `load_family` is the only entry. Supported: Stable Diffusion 1.x, 2.x and XL, and models of the same architectures.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from . import kinds
+from .family import Family
 from .files.checkpoint import SingleFile
+from .files.components import pipeline_of
 from .files.configuration import findable
 from .files.locate import cached_commit, locate
 from .files.published import PUBLISHED, Published
@@ -18,12 +21,19 @@ __all__ = [
     "DEMO",
     "LICENSES",
     "SHORT_NAMES",
-    "StableDiffusion",
     "cached_commit",
     "findable",
     "load_architecture",
     "load_family",
 ]
+
+_FAMILIES: Mapping[str, Callable[[Folder | SingleFile], Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionImg2ImgPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
+}
+"""The family by the class of a model's pipeline; `files.components` has the components of each."""
 
 
 def load_family(
@@ -33,7 +43,7 @@ def load_family(
     config_folder: str | Path | None = None,
     vae: str | Path | None = None,
     text_from: str | Path | None = None,
-) -> StableDiffusion:
+) -> Family:
     """The family object for a model name (see `locate`); reads configurations and headers, no weights.
 
     Raises:
@@ -46,7 +56,7 @@ def load_family(
     return family
 
 
-def load_architecture(name: str) -> StableDiffusion:
+def load_architecture(name: str) -> Family:
     """The family object from configurations alone, for plans; downloads nothing for a short name.
 
     Raises:
@@ -55,8 +65,15 @@ def load_architecture(name: str) -> StableDiffusion:
     return _family_of(Published.of(name)) if name in PUBLISHED else load_family(name)
 
 
-def _family_of(source: Folder | SingleFile) -> StableDiffusion:
-    """The family that a model's list of parts names."""
+def _family_of(source: Folder | SingleFile) -> Family:
+    """The family that a model's list of parts names.
+
+    Raises:
+        WrongFamilyError: its pipeline is of no family.
+    """
     folder = source if isinstance(source, Folder) else source.configuration
-    is_xl = kinds.is_xl(folder.config(".", "model_index.json"))
-    return StableDiffusionXL(source) if is_xl else StableDiffusion(source)
+    model_index = folder.config(".", "model_index.json")
+    family = _FAMILIES.get(pipeline_of(model_index))
+    if family is None:
+        raise kinds.unsupported(model_index, source.label)
+    return family(source)

@@ -191,8 +191,12 @@ class Family(Protocol):
         """The sizes of the pictures that the model edits."""
 
     @property
-    def large(self) -> bool:
-        """Whether the network is so large that adapters of a preset's usual size would outweigh its activations."""
+    def group(self) -> str:
+        """The group of networks whose settings presets have (`settings.presets.GROUPS`); "" for the usual ones.
+
+        ``large``: adapters of a preset's usual size would outweigh the network's activations. ``flow``: a flow
+        transformer, which has samplers of its own.
+        """
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -220,8 +224,20 @@ class Family(Protocol):
             PromptError: there is nothing to encode.
         """
 
-    def load_text_encoder(self, name: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen text encoder of a name that `encode_text` asks for."""
+    @property
+    def text_in_fp16(self) -> bool:
+        """Whether the text encoders' numbers fit into fp16; otherwise they compute in bfloat16 or fp32."""
+
+    def load_text_encoder(self, name: str, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The frozen text encoder of a name that `encode_text` asks for.
+
+        Args:
+            name: the text encoder.
+            weights: format of the base's weights, one of `settings.stages.WEIGHT_FORMATS`; a text encoder of a few
+                hundred MB may be in `dtype` instead.
+            device: device of the weights.
+            dtype: type of the arithmetic.
+        """
 
     def encode_text(self, sentences: Sequence[str], loaded: Loaded) -> Conditioning:
         """The conditioning of sentences, on the text encoder's device; each sentence is encoded alone.

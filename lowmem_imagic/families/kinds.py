@@ -1,11 +1,12 @@
 """Recognises the kind of a model file or folder, with advice in errors about unsupported kinds."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import IncompleteModelError, WrongFamilyError
+from .files.components import pipeline_of
 
 _WHOLE = "expected one file with UNet, autoencoder and text encoder in the original layout"
 _PLAIN = "expected a plain text-to-image Stable Diffusion 1.x or 2.x (not inpainting, not SDXL)"
@@ -47,6 +48,11 @@ class Kind:
     """Whether it is a Stable Diffusion XL; otherwise it is a Stable Diffusion 1 or 2."""
     unet: str
     """Prefix of the names of its UNet's tensors; "" in a file with nothing but a UNet."""
+
+    @property
+    def pipeline(self) -> str:
+        """The class of pipeline that a folder of this kind of model has."""
+        return "StableDiffusionXLPipeline" if self.is_xl else "StableDiffusionPipeline"
 
 
 _REFINER_WIDTH = 1280
@@ -212,15 +218,49 @@ _XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"
 _XL_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
-def _pipeline(model_index: Mapping[str, Any]) -> str | None:
-    """The name of a folder's pipeline class; diffusers also reads folders that its Flax classes saved."""
-    kind = model_index.get("_class_name")
-    return kind.removeprefix("Flax") if isinstance(kind, str) else None
+_NOT_YET: Mapping[str, str] = {
+    "Flux2": "FLUX.2 dev, or another large FLUX.2",
+    "Flux": "FLUX.1",
+    "ZImage": "Z-Image",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "QwenImage": "Qwen-Image",
+    "ErnieImage": "ERNIE-Image",
+    "Chroma": "Chroma",
+    "Sana": "SANA",
+    "Lumina": "Lumina",
+    "PixArt": "PixArt",
+    "AuraFlow": "AuraFlow",
+    "Hunyuan": "Hunyuan",
+    "HiDream": "HiDream",
+    "Kandinsky": "Kandinsky",
+    "IF": "DeepFloyd IF",
+    "StableCascade": "Stable Cascade",
+    "Wuerstchen": "Wuerstchen",
+}
+"""Models that look alike and are not supported, by the beginning of their pipeline's class; the first one counts."""
+
+
+def unsupported(model_index: Mapping[str, Any], label: str) -> WrongFamilyError:
+    """The error for a folder of a pipeline that no family reads, with models that work instead."""
+    name = pipeline_of(model_index)
+    title = next((title for start, title in _NOT_YET.items() if name.startswith(start)), "")
+    instead = "FLUX.2 klein 4B Base (`model=klein`), SDXL (`model=sdxl`) or Stable Diffusion 1.x or 2.x (`model=sd15`)"
+    if "Inpaint" in name or "Pix2Pix" in name or "ControlNet" in name or "Upscale" in name:
+        return WrongFamilyError(
+            f"{label} is a {name[:60]}, made for another task than pictures from text; give the text-to-image model "
+            "that it was made from"
+        )
+    if title:
+        return WrongFamilyError(f"{label} is {title} ({name[:60]}), which is not supported yet; take {instead}")
+    return WrongFamilyError(
+        f"{label} is a {name[:60] if name else 'model without a pipeline class'}; this version edits with {instead}, "
+        "and with models of the same pipelines"
+    )
 
 
 def is_xl(model_index: Mapping[str, Any]) -> bool:
     """Whether a folder is a pipeline of Stable Diffusion XL, by its ``model_index.json``."""
-    return _pipeline(model_index) in _XL_PIPELINES
+    return pipeline_of(model_index) in _XL_PIPELINES
 
 
 _DISTILLED = re.compile(
@@ -248,9 +288,11 @@ def check_configuration(model_index: Mapping[str, Any], file: str, label: str, *
     """Checks that the configurations for a file are of its kind: SDXL's for an SDXL.
 
     Raises:
-        WrongFamilyError: they are of the other kind.
+        WrongFamilyError: they are of another kind.
     """
-    theirs = _pipeline(model_index) in _XL_PIPELINES
+    if pipeline_of(model_index) not in (*_PIPELINES, *_XL_PIPELINES):
+        raise unsupported(model_index, label)
+    theirs = pipeline_of(model_index) in _XL_PIPELINES
     if theirs != is_xl:
         names = "an SDXL", "a Stable Diffusion 1.x or 2.x"
         raise WrongFamilyError(
@@ -280,17 +322,11 @@ def check_autoencoder(values: Mapping[str, Any], own: Mapping[str, Any], label: 
 
 
 def check_pipeline(model_index: Mapping[str, Any], label: str) -> None:
-    """Checks that a folder is a Stable Diffusion pipeline of the usual parts.
+    """Checks that a Stable Diffusion pipeline has the usual parts.
 
     Raises:
-        WrongFamilyError: the folder is another pipeline, or a part is of another class.
+        WrongFamilyError: a part is missing, or of another class.
     """
-    kind = _pipeline(model_index)
-    if kind not in _PIPELINES and not is_xl(model_index):
-        raise WrongFamilyError(
-            f"{label} is a {kind[:60] if kind else 'model without a pipeline class'}; this version edits with "
-            "StableDiffusionPipeline and StableDiffusionXLPipeline models (Stable Diffusion 1.x, 2.x and XL)"
-        )
     if is_xl(model_index):
         missing = [part for part in _XL_PARTS if model_index.get(part, [None]) in (None, [None], [None, None])]
         if "text_encoder" in missing or model_index.get("requires_aesthetics_score"):
@@ -299,11 +335,20 @@ def check_pipeline(model_index: Mapping[str, Any], label: str) -> None:
             )
         if missing:
             raise WrongFamilyError(f"{label} has no {missing[0]} in its model_index.json; {_PLAIN_XL}")
-    for part, classes in _CLASSES.items():
+    check_parts(model_index, _CLASSES, label)
+
+
+def check_parts(model_index: Mapping[str, Any], classes: Mapping[str, Sequence[str]], label: str) -> None:
+    """Checks that a folder's list of parts names the expected classes, or none.
+
+    Raises:
+        WrongFamilyError: it names another class.
+    """
+    for part, expected in classes.items():
         named = model_index.get(part)
         name = named[1] if isinstance(named, list) and len(named) == 2 else None
-        if isinstance(name, str) and name.removeprefix("Flax") not in classes:
-            raise WrongFamilyError(f"{label} has a {part} of the class {name[:60]}; expected {classes[0]}")
+        if isinstance(name, str) and name.removeprefix("Flax") not in expected:
+            raise WrongFamilyError(f"{label} has a {part} of the class {name[:60]}; expected {expected[0]}")
 
 
 def check_class(values: Mapping[str, Any], component: str, label: str) -> None:

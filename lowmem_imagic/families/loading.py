@@ -8,7 +8,7 @@ quantisers and foreign code, and they fill missing weights with random numbers.
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import IncompleteModelError, LowmemImagicError
+from ..layers.frozen import load_frozen
 from ..unexpected import first_line, without_advice
 from .files import layout
 from .files.checkpoint import SingleFile
@@ -176,6 +177,50 @@ def fill(part: nn.Module, tensors: Tensors, names: Mapping[str, str], device: to
     part.load_state_dict(state, assign=True)
     part.to(device)
     part.requires_grad_(False).eval()
+
+
+def freeze_text_encoder(
+    encoder: nn.Module,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    table: str,
+    weights: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Gives a text encoder of several GB its weights, layer by layer, never as a copy in fp32 or fp16.
+
+    Beside a base in 8 or 4 bits its linear layers are in int8, and compute in `dtype`. Beside any other base all of it
+    is in bfloat16, and so is its arithmetic. The table of its vocabulary is in bfloat16 in any case.
+
+    Args:
+        encoder: the text encoder on the meta device.
+        tensors: its tensors under the encoder's names; reading may be lazy.
+        table: name of the embedding with its vocabulary.
+        weights: format of the base's weights, one of `settings.stages.WEIGHT_FORMATS`.
+        device: device of the weights.
+        dtype: type of the arithmetic.
+
+    Raises:
+        ValueError: see `load_frozen`.
+    """
+    plain = weights in ("bf16", "fp32")
+    kind, computed = ("bf16", torch.bfloat16) if plain else ("int8", dtype)
+    load_frozen(encoder, tensors, weights=kind, device=device, dtype=computed, in_bf16=[table])
+    parent, _, child = table.rpartition(".")
+    setattr(encoder.get_submodule(parent), child, _Table(encoder.get_submodule(table), computed))
+
+
+class _Table(nn.Module):
+    """An embedding whose rows are computed with in another type than that of its weights."""
+
+    def __init__(self, embedding: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding, self._dtype = embedding, dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.embedding(ids)
+        return rows.to(self._dtype)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     encoders = _ENCODERS
-    large = True
+    group = "large"
     reads_before_last = True
 
     def _check_text(self) -> None:

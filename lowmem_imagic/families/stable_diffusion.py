@@ -55,7 +55,8 @@ class StableDiffusion:
 
     encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
     """The text encoders, each with its tokenizer."""
-    large = False
+    group = ""
+    text_in_fp16 = True
 
     def __init__(self, source: Folder | SingleFile) -> None:
         self.source = source
@@ -317,8 +318,10 @@ class StableDiffusion:
         make_lean(unet)
         return unet
 
-    def load_text_encoder(self, name: str = "text_encoder", *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """A frozen CLIP text encoder."""
+    def load_text_encoder(
+        self, name: str = "text_encoder", *, weights: str = "int8", device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
+        """A frozen CLIP text encoder, in `dtype` whatever the format of the weights."""
         return self._frozen(name, self.text_configs[name], device, dtype)
 
     @property

@@ -280,6 +280,7 @@ def load_frozen(
     device: torch.device,
     dtype: torch.dtype,
     in_float: Collection[str] = (),
+    in_bf16: Collection[str] = (),
 ) -> None:
     """Fills `model`, whose parameters are on the meta device, with frozen weights, layer by layer.
 
@@ -291,6 +292,8 @@ def load_frozen(
         dtype: type of the weights that are not quantised.
         in_float: names of layers that stay in float: those at the picture or the latents are the most sensitive, and
             take a few kB.
+        in_bf16: names of layers that are in bfloat16 whatever `dtype` is: tables of a vocabulary, which take more than
+            all scales and biases together.
 
     Raises:
         ValueError: names in `tensors` that the model lacks, the reverse, or shapes that differ.
@@ -298,7 +301,9 @@ def load_frozen(
     **Memory**: one layer in full precision at a time, if `tensors` reads lazily.
     """
     modules = dict(model.named_modules())
+    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     expected = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    expected = {name: shape for name, shape in expected.items() if name not in computed}
     missing = set(expected)
     pending: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
@@ -312,10 +317,15 @@ def load_frozen(
         # Free this tensor before the next one is read.
         del tensor
         if len(pending[path]) >= sum(1 for _ in modules[path].parameters(recurse=False)):
-            _fill(modules, path, pending.pop(path), None if path in in_float else weights, device, dtype)
+            kind = None if path in in_float else weights
+            _fill(modules, path, pending.pop(path), kind, device, torch.bfloat16 if path in in_bf16 else dtype)
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(f"weights lack {len(missing)} tensors of the configured network, such as {some}")
+    for name in computed:
+        # Made by the classes themselves, such as the frequencies of rotary positions.
+        path, _, leaf = name.rpartition(".")
+        modules[path]._buffers[leaf] = modules[path].get_buffer(leaf).to(device)
     model.requires_grad_(False)
     # peft picks its bitsandbytes layers by this flag.
     model.is_loaded_in_8bit = weights in ("int8", "bnb-int8")  # type: ignore[assignment]

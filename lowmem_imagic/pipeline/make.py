@@ -90,7 +90,7 @@ def stream_edits(
     **Memory**: text encoder and VAE are freed before the UNet trains; see `training.pack.Pack`. Nothing of a job is
     kept after its edit is yielded.
     """
-    config = config.for_network(base.family.large)
+    config = config.for_group(base.family.group)
     count = len(jobs) if isinstance(jobs, Sequence) else None
     groups = iter([jobs]) if isinstance(jobs, Sequence) else jobs
     meter = meter or Meter(base.device)

@@ -87,8 +87,8 @@ class Costs:
         attention: str = "sdpa",
         size: Size | None = None,
     ) -> None:
-        self._family, self._config, self._part_dtype = family, config.for_network(family.large), part_dtype
-        self._codec_dtype = codec_dtype or part_dtype
+        self._family, self._config = family, config.for_group(family.group)
+        self._part_dtype, self._codec_dtype = part_dtype, codec_dtype or part_dtype
         self._size, self._attention = size or family.sizes.own, attention
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
@@ -173,7 +173,9 @@ class Costs:
 
         @contextlib.contextmanager
         def loaded(name: str) -> Iterator[nn.Module]:
-            encoder = self._family.load_text_encoder(name, device=_META, dtype=self._part_dtype)
+            encoder = self._family.load_text_encoder(
+                name, weights=self._base.weights, device=_META, dtype=self._part_dtype
+            )
             with LiveBytes() as count:
                 yield encoder
             encoders.append((weight_bytes(encoder), count.peak))

@@ -130,15 +130,15 @@ class Budget:
 
 def _costs(base: BaseModel, config: EditConfig) -> Costs:
     """The costs of the phases on a base, cached in the base."""
-    config = config.for_network(base.family.large)
-    key = (Costs, config, base.weights, base.dtype, base.part_dtype, base.codec_dtype, base.attention)
+    config = config.for_group(base.family.group)
+    key = (Costs, config, base.weights, base.dtype, base.text_dtype, base.codec_dtype, base.attention)
     if key not in base.remembered:
         base.remembered[key] = Costs(
             base.family,
             config,
             weights=base.weights,
             dtype=base.dtype,
-            part_dtype=base.part_dtype,
+            part_dtype=base.text_dtype,
             codec_dtype=base.codec_dtype,
             attention=base.attention,
         )

@@ -295,27 +295,31 @@ class EditConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     seed: int = 0
     """Seed of all random draws in training."""
-    large: Mapping[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
-    """Settings of `finetune` that a preset has otherwise for a large network: its usual value and the other one. Not
-    stored."""
+    groups: Mapping[str, Mapping[str, tuple[Any, Any]]] = field(default_factory=dict, compare=False)
+    """Settings that a preset has otherwise for a group of networks, as ``stage.field``: its usual value and the other
+    one. Not stored."""
 
     def __post_init__(self) -> None:
         if problems := _seed_problems(self.seed):
             raise ConfigError(problems)
 
-    def for_network(self, large: bool) -> "EditConfig":
-        """The settings for one kind of network: large, or not (see `families.family.Family.large`).
+    def for_group(self, group: str) -> "EditConfig":
+        """The settings for one group of networks (see `families.family.Family.group`).
 
         A setting that is no longer the preset's usual one was chosen, and stays.
         """
-        tuned = self.finetune
-        changes = {name: other for name, (usual, other) in self.large.items() if getattr(tuned, name) == usual}
-        return replace(self, finetune=replace(tuned, **changes) if large else tuned, large={})
+        changes: dict[str, dict[str, Any]] = {}
+        for place, (usual, other) in self.groups.get(group, {}).items():
+            stage, _, name = place.partition(".")
+            if getattr(getattr(self, stage), name) == usual:
+                changes.setdefault(stage, {})[name] = other
+        stages = {stage: replace(getattr(self, stage), **values) for stage, values in changes.items()}
+        return replace(self, **stages, groups={})
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, without `large`; `from_dict` returns an equal config."""
+        """Nested plain values, without `groups`; `from_dict` returns an equal config."""
         values = asdict(self)
-        del values["large"]
+        del values["groups"]
         return values
 
     @staticmethod

@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import IncompleteModelError, UnknownModelError
 from .. import kinds
 from . import layout
+from .components import components_of
 from .configuration import locate_configuration
 from .markers import MARKERS, Marks, read_marks
 from .mixed import Elsewhere, Mixed, Others
@@ -110,7 +111,7 @@ class SingleFile:
     @cached_property
     def elsewhere(self) -> Elsewhere:
         """Folder of each component that is not taken from the file."""
-        return self.others.components(is_xl=self.kind.is_xl)
+        return self.others.elsewhere(components_of({"_class_name": self.kind.pipeline}))
 
     @property
     def _prefixes(self) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ...errors import UnknownModelError
-from .source import TOKENIZERS
+from .components import TOKENIZERS, WEIGHTS_STEM, components_of
+from .reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ _CONFIGURATION = [
     "model_index.json",
     "*/config.json",
     "scheduler/*.json",
-    *(f"{tokenizer}/*.{ending}" for tokenizer in TOKENIZERS for ending in ("json", "txt")),
+    *(f"{tokenizer}/{name}" for tokenizer in TOKENIZERS for name in ("*.json", "*.txt", "*.jinja", "spiece.model")),
 ]
 
 
@@ -31,25 +32,32 @@ def fetch_configuration(repository: str) -> Path:
     return _fetch(repository, None, _CONFIGURATION)
 
 
-def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Path:
+def fetch(repository: str, revision: str | None) -> Path:
     """A model's folder in the local cache, named by its commit.
 
-    Weights come in the repository's own precision. They come in the fp16 variant if a component has no other, or if
-    only that is in the cache and the Hub cannot be reached.
+    The configurations come first: of a pipeline that is not supported no weights are downloaded. Weights come in the
+    repository's own precision. They come in the fp16 variant if a component has no other, or if only that is in the
+    cache and the Hub cannot be reached.
 
     Args:
         repository: Hub id.
         revision: commit, tag or branch.
-        stems: stems of the weight files' names, by component.
 
     Raises:
         UnknownModelError: the model is not in the cache and cannot be downloaded.
+        IncompleteModelError: the repository has no pipeline.
     """
+    folder = _fetch(repository, revision, _CONFIGURATION)
+    stems = stems_of(folder, repository)
+    if not stems:
+        return folder
+    # By commit, so that all parts are of the same commit.
+    commit = folder.name
     try:
-        folder = _fetch(repository, revision, _CONFIGURATION + _weights(stems))
+        _fetch(repository, commit, _weights(stems))
     except UnknownModelError as error:
         try:
-            return _fetch(repository, revision, _CONFIGURATION + _weights(stems, ".fp16"), local_files_only=True)
+            return _fetch(repository, commit, _weights(stems, ".fp16"), local_files_only=True)
         except UnknownModelError:
             raise error from error.__cause__
     lacking = {
@@ -60,18 +68,28 @@ def fetch(repository: str, revision: str | None, stems: Mapping[str, str]) -> Pa
         and not any((folder / component / name).exists() for name in (_plain(stem), f"{_plain(stem)}.index.json"))
     }
     if lacking:
-        # By commit, so that all parts are of the same commit.
-        _fetch(repository, folder.name, _weights(lacking, ".fp16"))
+        _fetch(repository, commit, _weights(lacking, ".fp16"))
     return folder
 
 
-def cached(repository: str, revision: str | None, stems: Mapping[str, str]) -> Path | None:
+def stems_of(folder: Path, label: str) -> dict[str, str]:
+    """Stems of the weight files' names by component, of a model's folder; none for an unsupported pipeline.
+
+    Raises:
+        IncompleteModelError: the folder has no pipeline.
+    """
+    components = components_of(read_json(folder / "model_index.json", f"{label}: model_index.json"))
+    return {component: WEIGHTS_STEM[component] for component in components if component in WEIGHTS_STEM}
+
+
+def cached(repository: str, revision: str | None) -> Path | None:
     """A model's folder in the local cache, named by its commit, without asking the Hub; None if it is not there.
 
     Its files may be incomplete.
     """
     try:
-        return _snapshot(repository, revision, _CONFIGURATION + _weights(stems), local_files_only=True)
+        folder = _snapshot(repository, revision, _CONFIGURATION, local_files_only=True)
+        return _snapshot(repository, folder.name, _weights(stems_of(folder, repository)), local_files_only=True)
     except Exception:
         # huggingface_hub raises errors of many kinds for a name, a revision or a cache that it cannot use.
         return None

@@ -4,12 +4,11 @@ import reprlib
 from pathlib import Path
 
 from ...errors import ConfigError, ModelError, UnknownModelError
-from .. import kinds
 from . import hub
 from .checkpoint import SingleFile
 from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
 from .mixed import Mixed, Others
-from .source import DEMO, PICKLES, SHORT_NAMES, WEIGHTS_STEM, Folder, label_of
+from .source import DEMO, PICKLES, SHORT_NAMES, Folder, label_of
 
 _OTHER_FORMATS = {".gguf": "a GGUF file, a format that is not supported", ".onnx": "an ONNX file"}
 
@@ -39,8 +38,7 @@ def locate(
     others = Others.at(vae, text_from)
     source = _locate(name, revision, None if config_folder is None else str(config_folder), others)
     if isinstance(source, Folder) and others:
-        is_xl = kinds.is_xl(source.config(".", "model_index.json"))
-        return Mixed.of(source, others.components(is_xl=is_xl))
+        return Mixed.of(source, others.elsewhere(source.components))
     return source
 
 
@@ -49,13 +47,13 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
 
     Also None if only the fp16 variant is there: `hub.fetch` asks the Hub for the other.
     """
-    path = hub.cached(repository, revision, WEIGHTS_STEM)
+    path = hub.cached(repository, revision)
     if path is None:
         return None
     folder = Folder(path, repository, revision=path.name)
     try:
         folder.check_complete()
-        plain = all(folder.variant(part) is None for part in WEIGHTS_STEM if (path / part).exists())
+        plain = all(folder.variant(part) is None for part in hub.stems_of(path, repository))
     except ModelError:
         return None
     return path.name if plain else None
@@ -75,7 +73,7 @@ def _locate(name: str, revision: str | None, config_folder: str | None, others: 
     elif exists:
         return _file(path, config_folder, others)
     if repository := repository_of(name):
-        folder = hub.fetch(repository, revision, WEIGHTS_STEM)
+        folder = hub.fetch(repository, revision)
         return Folder(folder, repository, revision=folder.name)
     raise UnknownModelError(
         f"no model {reprlib.repr(name)}: expected demo, {', '.join(SHORT_NAMES)}, a diffusers folder, "

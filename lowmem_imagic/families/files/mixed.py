@@ -1,14 +1,15 @@
 """A model whose autoencoder or text encoders are in other folders than the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import UnknownModelError, WrongFamilyError
 from .. import kinds, repairs
+from .components import WEIGHTS_STEM, text_encoders_of
 from .configuration import exists_here
-from .source import TOKENIZERS, Folder, label_of
+from .source import Folder, label_of
 from .weights import Weights
 
 Elsewhere = Mapping[str, Folder]
@@ -39,23 +40,28 @@ class Others:
     def __bool__(self) -> bool:
         return self.vae is not None or self.text_from is not None
 
-    def components(self, *, is_xl: bool) -> Elsewhere:
-        """The folder of each component of a Stable Diffusion 1 or 2, or of an XL.
+    def elsewhere(self, components: Sequence[str]) -> Elsewhere:
+        """The folder of each component that is not taken from the model itself.
+
+        Args:
+            components: the model's components.
 
         Raises:
-            WrongFamilyError: a component is missing.
+            WrongFamilyError: a component is missing, or the model has no autoencoder.
         """
+        if self.vae is not None and "vae" not in components:
+            raise WrongFamilyError("the model has no autoencoder that another could replace; leave `vae` out")
         elsewhere = {} if self.vae is None else {"vae": self.vae}
         if self.text_from is None:
             return elsewhere
-        kind = "an SDXL" if is_xl else "a Stable Diffusion"
-        names = ("text_encoder", "text_encoder_2")[: 2 if is_xl else 1]
+        names = text_encoders_of(components)
         for name in names:
-            if not (self.text_from.path / name).is_dir():
+            if name in WEIGHTS_STEM and not (self.text_from.path / name).is_dir():
                 raise WrongFamilyError(
-                    f"{self.text_from.label} has no {name}, which {kind} needs; give the folder of {kind} (`text_from`)"
+                    f"{self.text_from.label} has no {name}, which the model needs; give the folder of a model of the "
+                    "same family (`text_from`)"
                 )
-        return {**elsewhere, **dict.fromkeys((*names, *TOKENIZERS[: len(names)]), self.text_from)}
+        return {**elsewhere, **dict.fromkeys(names, self.text_from)}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import IncompleteModelError
+from .components import TOKENIZERS
 from .reading import read_json
-from .source import SHORT_NAMES, TOKENIZERS, Folder
+from .source import SHORT_NAMES, Folder
 
 _SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ...errors import IncompleteModelError
+from .components import TOKENIZERS, WEIGHTS_STEM, components_of
 from .reading import MAX_INDEX_BYTES, MAX_VOCABULARY_BYTES, check_regular, read_json
 from .weights import Entry, Weights, read_header
 
@@ -39,16 +40,10 @@ LICENSES = {
 }
 """Licences of these models, in the Hub's words."""
 
-WEIGHTS_STEM = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
-"""Stems of the weight files' names, by component; not every model has all of them."""
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _OF_TOKENIZERS = (".json", ".txt", ".jinja", ".model")
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""The files of a vocabulary, by kind of tokenizer; the first kind that is there counts."""
 WORDS = "vocabulary.json"
 """The file in a model's folder with the words of a base that knows few."""
 MAX_SHARDS = 100
@@ -151,7 +146,7 @@ class Folder:
             IncompleteModelError: there is none.
         """
         folder = self._place(component)
-        for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+        for names in _VOCABULARIES:
             if all((folder / name).exists() for name in names):
                 for path in sorted(folder.iterdir()):
                     # The library may open any of these files by name.
@@ -160,8 +155,8 @@ class Folder:
                 return folder / names[0]
         # Without them, transformers would silently use an empty vocabulary.
         raise IncompleteModelError(
-            f"{self.label} has neither {component}/tokenizer.json nor {component}/vocab.json with merges.txt; "
-            "download it again"
+            f"{self.label} has neither {component}/tokenizer.json nor {component}/vocab.json with merges.txt nor "
+            f"{component}/spiece.model; download it again"
         )
 
     def tokenizer(self, component: str = "tokenizer") -> tuple[Path, dict[str, Any]]:
@@ -197,13 +192,11 @@ class Folder:
             IncompleteModelError: some are not; one message for all.
         """
         problems: dict[str, IncompleteModelError] = {}
-        parts = self._parts
-        for component in (*WEIGHTS_STEM, *TOKENIZERS):
-            if component in parts:
-                try:
-                    self.files(component)
-                except IncompleteModelError as error:
-                    problems[component] = error
+        for component in self.components:
+            try:
+                self.files(component)
+            except IncompleteModelError as error:
+                problems[component] = error
         if not problems:
             return
         first = next(iter(problems.values()))
@@ -222,19 +215,12 @@ class Folder:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """sha256 of each component's weights, and of each tokenizer's vocabulary."""
-        parts = self._parts
-        hashes = {
-            component: hash_files(self.weight_files(component)) for component in WEIGHTS_STEM if component in parts
-        }
-        hashes |= {
-            component: hash_files([self.vocabulary(component)]) for component in TOKENIZERS if component in parts
-        }
-        return hashes
+        return {component: hash_files(self.files(component)) for component in self.components}
 
     @property
-    def _parts(self) -> Collection[str]:
-        """The components of the model, by its own list; those of every model are not looked up."""
-        return {"unet", "vae", "text_encoder", "tokenizer", *self.config(".", "model_index.json")}
+    def components(self) -> Sequence[str]:
+        """The components of the model with weights or a vocabulary, by its pipeline's class."""
+        return components_of(self.config(".", "model_index.json"))
 
 
 def label_of(name: str) -> str:
