@@ -1,4 +1,4 @@
-"""A tiny DeepFloyd IF with random weights in two diffusers folders, made with diffusers' and transformers' own classes."""
+"""A tiny DeepFloyd IF with random weights in two diffusers folders, made with the libraries' own classes."""
 
 from pathlib import Path
 from typing import Any

@@ -14,6 +14,7 @@ Source: ``IFPipeline`` and ``IFSuperResolutionPipeline`` of diffusers (0.36 to 0
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -27,14 +28,13 @@ from ..errors import IncompleteModelError, PromptError
 from ..geometry import Size, Sizes
 from ..layers.adapter_pack import Factors
 from ..layers.frozen import load_frozen
-from ..unexpected import without_advice
 from . import deepfloyd_parts as parts
 from . import limits, repairs
 from .adapter_names import IF_TARGETS, PeftUNetNames
 from .conditioning import Conditioning, Part
 from .family import Denoiser, Loaded
 from .files.source import Folder
-from .loading import complete
+from .loading import freeze_text_encoder
 from .portable import baked
 from .schedule import DiscreteSchedule, read_schedule
 from .stable_diffusion import EMBEDS
@@ -92,7 +92,7 @@ class DeepFloyd:
         return {name: self._unet_config(name) for name in ((FIRST, SECOND) if self._has_second else (FIRST,))}
 
     def _unet_config(self, name: str) -> dict[str, Any]:
-        label = self.source.label_of(name)
+        label = self.source.owner(name)
         values = repairs.unet(self.source.config(name), label)
         parts.check_unet(values, label, second=name == SECOND)
         limits.check("unet", values, label)
@@ -184,56 +184,54 @@ class DeepFloyd:
         return str(self.tokenizer.decode(ids[parts.TOKENS - 1 : -1]).strip()) if len(ids) > parts.TOKENS else ""
 
     def load_text_encoder(self, name: str, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The frozen encoder of T5, in 8 bit if the base is, else in the base's type.
+        """The frozen encoder of T5, see `loading.freeze_text_encoder`.
 
-        In bfloat16 for a base in bfloat16, whatever `dtype`: T5-XXL takes 19 GB in fp32. Never in fp16, which its
-        feed-forward layers overflow.
+        Never in fp16, which its feed-forward layers overflow (transformers issue 9295).
         """
-        encoder = parts.build_text_encoder(self.text_config, self.source.label)
+        encoder = parts.build_text_encoder(self.text_config, self.source.owner(name))
         tensors: Any = list(encoder.named_parameters())
         if device.type != "meta":
             tensors = parts.named_tensors(self.source.weights(name))
-        if weights == "bf16" or dtype == torch.float16:
-            dtype = torch.bfloat16
-        return self._frozen(encoder, tensors, "the text encoder", weights=weights, device=device, dtype=dtype)
+        with self._fitting("the text encoder"):
+            freeze_text_encoder(encoder, tensors, table=parts.TABLE, weights=weights, device=device, dtype=dtype)
+        return encoder
 
     def load_unet(self, name: str, *, weights: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A stage's frozen UNet; its layers from and to the pixels stay in float."""
         values = self.unet_configs[name]
-        network = parts.build_unet(values, self.source.label_of(name), int(values["sample_size"]))
+        network = parts.build_unet(values, self.source.owner(name), int(values["sample_size"]))
         tensors: Any = list(network.named_parameters())
         if device.type != "meta":
             read = self.source.weights(name)
             tensors = ((tensor, read[tensor]) for tensor in read.names)
-        words = "stage II's UNet" if name == SECOND else "stage I's UNet"
-        return self._frozen(network, tensors, words, weights=weights, device=device, dtype=dtype, in_float=AT_PIXELS)
+        with self._fitting(f"the UNet of stage {'II' if name == SECOND else 'I'}"):
+            load_frozen(network, tensors, weights=weights, device=device, dtype=dtype, in_float=AT_PIXELS)
+        return network
 
-    def _frozen(self, network: nn.Module, tensors: Any, words: str, **options: Any) -> nn.Module:
-        """A network with its weights.
-
-        Raises:
-            IncompleteModelError: they do not fit.
-        """
+    @contextmanager
+    def _fitting(self, words: str) -> Iterator[None]:
+        """Turns an error about tensors that do not fit a network into `IncompleteModelError`."""
         try:
-            load_frozen(network, tensors, **options)
+            yield
         except ValueError as error:
             raise IncompleteModelError(f"{self.source.label}: {words}: {error}; download it again") from error
-        return network
 
     @torch.no_grad()
     def encode_text(self, sentences: Sequence[str], loaded: Loaded) -> Conditioning:
-        """Tokens (B, 77, D) in the text encoder's type; T5 does not see the padding, and the empty sentence is encoded."""
+        """Tokens (B, 77, D) in the text encoder's type, of the empty sentence too; T5 does not see the padding."""
         with loaded(_ENCODER) as encoder:
             rows = [encoder(ids, attention_mask=mask)[0] for ids, mask in self._tokens(encoder, sentences)]
         return Conditioning({EMBEDS: torch.cat(rows)})
 
-    def _tokens(self, encoder: nn.Module, sentences: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the ids and the mask (1, 77) of each sentence on the encoder's device, see `StableDiffusion._ids`."""
+    def _tokens(self, encoder: nn.Module, sentences: Sequence[str]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields the ids and the mask (1, 77) of each sentence on the encoder's device.
+
+        On the meta device sentences are not read, and there is no mask: T5 would look into it.
+        """
         device = next(encoder.parameters()).device
         for sentence in sentences:
             if device.type == "meta":
-                ids = torch.empty(1, parts.TOKENS, dtype=torch.int64, device=device)
-                yield ids, torch.empty_like(ids)
+                yield torch.empty(1, parts.TOKENS, dtype=torch.int64, device=device), None
                 continue
             tokens = self.tokenizer(
                 [_cleaned(sentence)],
@@ -250,9 +248,9 @@ class DeepFloyd:
 
     def encode(self, codec: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
         """The pictures (B, 3, H, W) at each stage's size; a smaller picture has the means of squares of pixels."""
-        pictures = pictures.float()
+        size = pictures.shape[3], pictures.shape[2]
         return {
-            denoiser.name: F.interpolate(pictures, denoiser.shape((pictures.shape[3], pictures.shape[2]))[1:], mode="area")
+            denoiser.name: F.interpolate(pictures.float(), denoiser.shape(size)[1:], mode="area")
             for denoiser in self.denoisers
         }
 
@@ -272,7 +270,7 @@ class DeepFloyd:
     def schedule_of(self, component: str) -> DiscreteSchedule:
         """A noise schedule in its stage's folder."""
         values = read_schedule(self.source, self.source, component, of_pixels=True)
-        return DiscreteSchedule(values, self.source.label_of(component))
+        return DiscreteSchedule(values, self.source.owner(component))
 
     def shape(self, name: str, size: Size) -> tuple[int, int, int]:
         """(C, H, W) of a stage's picture for a whole picture of this size."""

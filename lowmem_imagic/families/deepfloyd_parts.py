@@ -1,5 +1,6 @@
 """The networks of DeepFloyd IF: both stages' UNets and T5's encoder, built from checked configurations."""
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -9,10 +10,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from ..errors import WrongFamilyError
+from ..errors import BackendUnavailableError, IncompleteModelError, WrongFamilyError
 from ..unexpected import without_advice
+from .files.source import Folder
 from .files.weights import Weights
 from .loading import complete
 
@@ -32,8 +34,12 @@ _T5_KEYS = (
     "feed_forward_proj",
 )
 """Entries that determine a T5 encoder's layers; others choose quantisers and attention kernels."""
-_SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"
-"""The names of one tensor: T5's embedding, which its encoder shares with the decoder that is not here."""
+TABLE = "encoder.embed_tokens"
+"""The embedding with T5's vocabulary."""
+_SHARED, _TABLE = "shared.weight", f"{TABLE}.weight"
+"""The names of its tensor: in files, which share it with a decoder, and here."""
+_FILES_OF_TOKENIZERS = ("vocab_file", "tokenizer_file", "added_tokens_file")
+"""Entries of a tokenizer's settings that make it read another file."""
 
 
 def t5_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def build_unet(values: Mapping[str, Any], label: str, side: int) -> nn.Module:
 
 
 def build_text_encoder(values: Mapping[str, Any], label: str) -> nn.Module:
-    """T5's encoder on the meta device, its embedding shared.
+    """T5's encoder on the meta device, without the copy of its table for a decoder.
 
     Raises:
         IncompleteModelError: the libraries cannot build it, or it computes another shape.
@@ -96,9 +102,42 @@ def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """T5's tensors under the names of `build_text_encoder`'s; each is read on access."""
     names = set(weights.names)
     for name in weights.names:
-        if name == _TIED and _SHARED in names:
+        if name == _TABLE and _SHARED in names:
             continue
-        yield _SHARED if name == _TIED else name, weights[name]
+        yield _TABLE if name == _SHARED else name, weights[name]
+
+
+def load_tokenizer(folder: Folder, component: str, words: int) -> Any:
+    """T5's tokenizer.
+
+    Args:
+        folder: the model's folder.
+        component: its part.
+        words: size of the text encoder's vocabulary.
+
+    Raises:
+        IncompleteModelError: it is damaged, or of another text encoder.
+        BackendUnavailableError: it is in sentencepiece's own format, and that package is missing.
+    """
+    files, settings = folder.tokenizer(component)
+    values = folder.config(component, "tokenizer_config.json")
+    if elsewhere := [key for key in _FILES_OF_TOKENIZERS if key in values and "/" in str(values[key])]:
+        raise IncompleteModelError(
+            f"{folder.label}: {component}/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); remove that "
+            "entry"
+        )
+    if not (files / "tokenizer.json").exists() and importlib.util.find_spec("sentencepiece") is None:
+        raise BackendUnavailableError(
+            f"the tokenizer of {folder.label} is in the format of sentencepiece, which is not installed; install it "
+            "(pip install sentencepiece protobuf)"
+        )
+    with without_advice(), complete(folder.label, component):
+        tokenizer = T5TokenizerFast.from_pretrained(files, local_files_only=True, **settings)
+        if max(tokenizer.get_vocab().values()) >= words:
+            raise ValueError(f"it has words beyond the {words} of the text encoder")
+        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError("it has no padding or no end token")
+        return tokenizer
 
 
 def _unet(values: Mapping[str, Any]) -> nn.Module:
@@ -110,8 +149,9 @@ def _unet(values: Mapping[str, Any]) -> nn.Module:
 def _text_encoder(values: Mapping[str, Any]) -> nn.Module:
     with init_empty_weights(include_buffers=False), without_advice():
         encoder: Any = T5EncoderModel(T5Config(**values, tie_word_embeddings=False))
-    # One module in both places: weights are then read, stored and counted once.
+    # The encoder's own place alone: the weights are then read, stored and counted once.
     encoder.set_input_embeddings(encoder.shared)
+    del encoder.shared
     return encoder  # type: ignore[no-any-return]
 
 
@@ -135,7 +175,7 @@ def _try_text_encoder(values_as_json: str) -> None:
     encoder: Any = _text_encoder(values).to("meta")
     ids = torch.empty(1, 2, dtype=torch.int64, device="meta")
     with torch.no_grad(), without_advice():
-        shape = encoder(ids, attention_mask=torch.empty_like(ids))[0].shape
+        shape = encoder(ids)[0].shape
     _check(shape, (1, 2, values["d_model"]))
 
 

@@ -25,6 +25,9 @@ SHORT_NAMES = {
     "vega": "segmind/Segmind-Vega",
     "realvisxl": "SG161222/RealVisXL_V5.0",
     "animagine-xl": "cagliostrolab/animagine-xl-4.0",
+    "if-m": "DeepFloyd/IF-I-M-v1.0",
+    "if-l": "DeepFloyd/IF-I-L-v1.0",
+    "if-xl": "DeepFloyd/IF-I-XL-v1.0",
 }
 """Names to type instead of a Hub id."""
 LICENSES = {
@@ -37,6 +40,9 @@ LICENSES = {
     "segmind/Segmind-Vega": "apache-2.0",
     "SG161222/RealVisXL_V5.0": "openrail++",
     "cagliostrolab/animagine-xl-4.0": "openrail++",
+    "DeepFloyd/IF-I-M-v1.0": "deepfloyd-if-license",
+    "DeepFloyd/IF-I-L-v1.0": "deepfloyd-if-license",
+    "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
 }
 """Licences of these models, in the Hub's words."""
 
@@ -75,6 +81,10 @@ class Folder:
     def _name(self, component: str, name: str) -> str:
         """A file's name in messages."""
         return f"{self.label}: {name}" if component == "." else f"{self.label}: {component}/{name}"
+
+    def owner(self, component: str) -> str:
+        """The name of the model that a component is from, for messages."""
+        return self.label
 
     def variant(self, component: str) -> str | None:
         """``"fp16"`` if the component's weights exist only in that variant, else None.
