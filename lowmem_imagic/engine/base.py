@@ -22,7 +22,7 @@ from ..families import DEMO, load_family
 from ..families.conditioning import Conditioning
 from ..families.family import Denoiser, Family
 from ..geometry import Sizes
-from ..layers.frozen import weight_bytes
+from ..layers.frozen import drop_weights, weight_bytes
 from ..settings.stages import base_problems
 from ..unexpected import first_line
 from .memory import loading_memory, with_fallbacks
@@ -289,7 +289,7 @@ class BaseModel:
             yield part
         finally:
             # The caller's variable outlives the block and would keep the weights alive.
-            part.to("meta")
+            drop_weights(part)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -332,6 +332,18 @@ def load_frozen(
     model.eval()
 
 
+def drop_weights(model: nn.Module) -> None:
+    """Takes all weights from a network that is not used any more, even if its caller still has the network."""
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            # bitsandbytes keeps references of its own.
+            module.state = bnb.MatmulLtState()
+        if isinstance(module, FrozenLinear8bit | Int8Conv2d):
+            module._scale = _Scale()
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, 8-bit scales included."""
     total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
