@@ -1,6 +1,7 @@
 """The same facts about every family: what an edit is, where it is stored, how it is rendered, and what it takes.
 
-The families are a tiny Stable Diffusion, a tiny SDXL, a tiny DeepFloyd IF, and one that nothing in the package knows (`tests.other_family`).
+The families are a tiny Stable Diffusion, a tiny SDXL, a tiny DeepFloyd IF, and others; one is known to no part of the
+package (`tests.other_family`).
 """
 
 import json

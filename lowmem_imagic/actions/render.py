@@ -227,7 +227,8 @@ def _suggestion(
     """The suggested eta among the pictures of one seed."""
     with measured_stage(meter, "suggest", "no suggestion (`suggest_eta`)"):
         first, target = base.denoisers[0], base.encode_text([sentence])
-        optimized = {name: part.float()[None] for name, part in edit.conditioning.items()}
+        start = base.encode_text([edit.start_sentence]).completed(edit.conditioning, base.family.text)
+        optimized = {name: start[name] for name in edit.conditioning}
         extra = base.family.make_extra(first, 1, letterbox(edit, base).size, None)
         return suggest_eta(
             base,
@@ -268,7 +269,8 @@ def _embedding_distance(edit: Edit, base: BaseModel) -> float:
     """The distance between e_opt and the start sentence's embedding, relative to the norm of the latter."""
     trained = [name for name, part in base.family.text.items() if part.trained and part.stored is not None]
     target = base.encode_text([edit.start_sentence])
-    return embedding_distance([edit.conditioning[name] for name in trained], [target[name][0] for name in trained])
+    optimized = target.completed(edit.conditioning, base.family.text)
+    return embedding_distance([optimized[name][0] for name in trained], [target[name][0] for name in trained])
 
 
 class Rendered(NamedTuple):

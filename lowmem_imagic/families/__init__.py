@@ -1,7 +1,7 @@
 """Model families: the differences between kinds of models, behind common protocols (see `family`).
 
-`load_family` is the only entry. Supported: Stable Diffusion 1.x, 2.x and XL, DeepFloyd IF, and models of the same
-architectures.
+`load_family` is the only entry. Supported: Stable Diffusion 1.x, 2.x and XL, FLUX.2 klein, DeepFloyd IF, and models of
+the same architectures.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from .files.configuration import findable
 from .files.locate import cached_commit, locate
 from .files.published import PUBLISHED, Published
 from .files.source import DEMO, LICENSES, SHORT_NAMES, Folder
+from .flux2 import Flux2Klein
 from .sdxl import StableDiffusionXL
 from .stable_diffusion import StableDiffusion
 
@@ -35,6 +36,7 @@ _FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "StableDiffusionImg2ImgPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
+    "Flux2KleinPipeline": Flux2Klein,
     "IFPipeline": DeepFloyd,
 }
 """The family by the class of a model's pipeline; `files.components` has the components of each."""

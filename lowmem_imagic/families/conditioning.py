@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import TensorShapeError
+
 Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A path between two embeddings: (target, optimized, eta) to the embedding at eta."""
 
@@ -22,6 +24,10 @@ class Part:
     stored: torch.dtype | None = torch.float16
     """Its type in the edit file; None if it is recomputed (ids, sizes, the low-resolution picture)."""
     dtype: torch.dtype = torch.float32
+    own_rows: str = ""
+    """Name of the part (T,) that marks the rows which are the sentence's own, the first ones; the rest is padding that
+    a network attends to. An edit file holds the own rows alone, and the others are the start sentence's. "" for a
+    tensor that is all the sentence's own."""
 
 
 class Conditioning(Mapping[str, Tensor]):
@@ -84,6 +90,31 @@ class Conditioning(Mapping[str, Tensor]):
             else:
                 mixed[name] = goal
         return Conditioning(mixed)
+
+    def stored(self, tensor: Tensor, part: Part) -> Tensor:
+        """The rows of a trained tensor (*shape) that an edit file holds; this is the start sentence's, one row."""
+        return tensor[: int(self[part.own_rows].sum())] if part.own_rows else tensor
+
+    def completed(self, stored: Mapping[str, Tensor], parts: Mapping[str, Part]) -> "Conditioning":
+        """This conditioning, the start sentence's, one row, with the tensors (*shape) of an edit file in place of its
+        own; rows that the file does not hold stay.
+
+        Raises:
+            TensorShapeError: a tensor does not fit.
+        """
+        own = dict(self._parts)
+        for name, tensor in stored.items():
+            row = tensor.float()
+            expected = tuple(self[name].shape[1:]) if name in self else ()
+            if name in self and parts[name].own_rows and row.dim() and len(row) < expected[0]:
+                row = torch.cat([row, self[name][0, len(row) :].to(row)]) if row.shape[1:] == expected[1:] else row
+            if tuple(row.shape) != expected:
+                raise TensorShapeError(
+                    f"the edit's embedding has shape {tuple(row.shape)}, the base's text encoder gives {expected}; use "
+                    "the base the edit was made for"
+                )
+            own[name] = row[None]
+        return Conditioning(own)
 
     def __or__(self, extra: Mapping[str, Tensor]) -> "Conditioning":
         return Conditioning({**self._parts, **extra})

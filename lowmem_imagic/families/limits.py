@@ -58,6 +58,25 @@ _TEXT = {
     "vocab_size": (3, 2**20),
     "projection_dim": _WIDTH,
 }
+_TRANSFORMER = {
+    "patch_size": (1, 1),
+    "in_channels": _WIDTH,
+    "num_layers": (0, 64),
+    "num_single_layers": (1, 128),
+    "attention_head_dim": (4, 2**10),
+    "num_attention_heads": (1, 2**10),
+    "joint_attention_dim": (1, 2**17),
+    "timestep_guidance_channels": _WIDTH,
+    "axes_dims_rope": (0, 2**10),
+    "rope_theta": (1, 2**30),
+}
+_FLUX2_VAE = {**_VAE, "sample_size": (1, MAX_SIDE_PX), "decoder_block_out_channels": _WIDTH}
+_QWEN3 = {
+    **{key: value for key, value in _TEXT.items() if key != "projection_dim"},
+    "max_position_embeddings": (3, 2**20),
+    "num_key_value_heads": (1, 2**10),
+    "head_dim": (2, 2**10),
+}
 _T5 = {
     "vocab_size": (3, 2**20),
     "d_model": _WIDTH,
@@ -69,6 +88,8 @@ _T5 = {
     "relative_attention_max_distance": (2, 2**16),
 }
 _LISTS = (
+    "axes_dims_rope",
+    "decoder_block_out_channels",
     "block_out_channels",
     "layers_per_block",
     "transformer_layers_per_block",
@@ -77,7 +98,16 @@ _LISTS = (
     "num_attention_heads",
 )
 """Keys that may have one number for each block."""
-_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "text_encoder_2": _TEXT, "t5": _T5}
+_RANGES = {
+    "unet": _UNET,
+    "transformer": _TRANSFORMER,
+    "vae": _VAE,
+    "flux2_vae": _FLUX2_VAE,
+    "text_encoder": _TEXT,
+    "text_encoder_2": _TEXT,
+    "qwen3": _QWEN3,
+    "t5": _T5,
+}
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "unet": (
         "num_attention_heads",
@@ -88,21 +118,21 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
         "encoder_hid_dim",
     ),
     "vae": (),
+    "flux2_vae": ("decoder_block_out_channels",),
     "text_encoder": ("projection_dim",),
     "text_encoder_2": (),
-    "t5": (),
 }
 """Keys that may be null; the class then sets the number."""
 
 
-def check(component: str, values: Mapping[str, Any], label: str, *, kind: str = "") -> None:
+def check(component: str, values: Mapping[str, Any], label: str, *, kind: str | None = None) -> None:
     """Checks that a part's configuration (complete, see `repairs`) describes a network of bounded size.
 
     Args:
         component: the part.
         values: its configuration.
         label: the model, for messages.
-        kind: the kind of its network if several kinds have this place.
+        kind: the kind of part, if it is another than Stable Diffusion's of the same name.
 
     Raises:
         IncompleteModelError: a value is of the wrong kind or beyond its bounds.
@@ -115,7 +145,7 @@ def check(component: str, values: Mapping[str, Any], label: str, *, kind: str = 
             raise IncompleteModelError(f"{where} has a number that is too large; download it again")
     for key, (low, high) in _RANGES[kind or component].items():
         value = values.get(key)
-        if value is None and key in _OPTIONAL[kind or component]:
+        if value is None and key in _OPTIONAL.get(kind or component, ()):
             continue
         parts = list(_numbers(value)) if isinstance(value, list) and key in _LISTS else [value]
         if not parts or not all(_integer(part) and low <= part <= high for part in parts):
@@ -137,7 +167,7 @@ def check(component: str, values: Mapping[str, Any], label: str, *, kind: str = 
             raise IncompleteModelError(
                 f"{where} describes about {units} blocks, expected at most {_MOST_UNITS}; download it again"
             )
-    if component == "vae":
+    if (kind or component) == "vae":
         scaling = values.get("scaling_factor")
         if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not 1e-4 <= scaling <= 1e4:
             raise _wrong(where, "scaling_factor", scaling, "a number from 0.0001 to 10000")

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,16 +168,47 @@ def check_fit(part: nn.Module, tensors: Tensors, label: str, configured: str) ->
     return {name: expected[name][0] for name in shapes}
 
 
-def fill(part: nn.Module, tensors: Tensors, names: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> None:
-    """Gives a network on the meta device its weights, frozen, in one type.
+def fill(
+    part: nn.Module,
+    tensors: Tensors,
+    names: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    in_fp32: tuple[str, ...] = (),
+) -> None:
+    """Gives a network on the meta device its weights, frozen, in one type; names that begin with `in_fp32` in fp32.
 
     **Memory**: the weights in that type, and one tensor in its stored type.
     """
     # A copy: a tensor from a file is a view of the file, which may be replaced while the network is in use.
-    state = {names[name]: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
+    state = {
+        names[name]: tensor.to(device, torch.float32 if name.startswith(in_fp32) else dtype, copy=True)
+        for name, tensor in tensors
+    }
     part.load_state_dict(state, assign=True)
     part.to(device)
     part.requires_grad_(False).eval()
+
+
+_FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
+"""Entries of a tokenizer's settings that make it read another file."""
+
+
+def tokenizer_files(folder: Folder, component: str) -> tuple[Path, dict[str, Any]]:
+    """The folder with a tokenizer's files, and settings that go before those in its files.
+
+    Raises:
+        IncompleteModelError: files are missing, or its settings name a file elsewhere.
+    """
+    files, settings = folder.tokenizer(component)
+    values = folder.config(component, "tokenizer_config.json")
+    if elsewhere := [key for key in _FILES_OF_TOKENIZERS if key in values and "/" in str(values[key])]:
+        raise IncompleteModelError(
+            f"{folder.label}: {component}/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
+            "remove that entry"
+        )
+    return files, settings
 
 
 def freeze_text_encoder(

@@ -53,8 +53,15 @@ def scaled_alike(adapter: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def baked(adapter: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The same updates with each layer's scale in its first factor, so that alpha is the rank, as in peft's files."""
-    return {key: (down * (alpha / len(down)), up, float(len(down))) for key, (down, up, alpha) in adapter.items()}
+    """The same updates with alpha equal to the rank, as fp32 on the CPU: the scale is split evenly between the factors.
+
+    peft's files have no alpha, and readers take the rank for it.
+    """
+    result = {}
+    for key, (down, up, alpha) in adapter.items():
+        root = (alpha / len(down)) ** 0.5
+        result[key] = (root * down, root * up, float(len(down)))
+    return result
 
 
 def _rescaled(down: Tensor, up: Tensor, alpha: float) -> Factors:

@@ -258,7 +258,9 @@ class DiscreteSchedule(DiscreteNoise):
             furthest = float(scheduler.timesteps.max())
             if furthest >= len(self.alpha_bar):
                 raise ValueError(f"it begins at timestep {furthest:.0f} of {len(self.alpha_bar)}")
-            return rehearse(scheduler, self.alpha_bar, self.prediction_type, of_pixels=bool(self.values["clip_sample"]))
+            return rehearse(
+                scheduler, self.alpha_bar, self.prediction_type, of_pixels=bool(self.values.get("clip_sample"))
+            )
         except Exception as error:
             # ValueError, IndexError and others; all mean the same to a user.
             raise ConfigError(

@@ -26,7 +26,7 @@ from .family import Denoiser, Loaded
 from .files.checkpoint import SingleFile
 from .files.source import Folder
 from .lean_unet import make_lean
-from .loading import build, check_fit, complete, fill, tensors_of, try_out
+from .loading import build, check_fit, complete, fill, tensors_of, tokenizer_files, try_out
 from .portable import portable
 from .schedule import DiscreteSchedule, read_schedule
 from .vocabulary import Vocabulary
@@ -41,8 +41,6 @@ AT_LATENTS = ("conv_in", "conv_out")
 """The UNet's layers from and to the latents."""
 LEAST_PX = 256
 """Shortest side of edited pictures, except for models trained on smaller pictures."""
-_FILES_OF_TOKENIZERS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file")
-"""Entries of a tokenizer's settings that make it read another file."""
 
 
 class StableDiffusion:
@@ -275,13 +273,7 @@ class StableDiffusion:
 
     def _tokenizer(self, component: str, text_config: Mapping[str, Any]) -> CLIPTokenizerFast:
         """The tokenizer of the text encoder with this configuration."""
-        files, settings = self._folder.tokenizer(component)
-        values = self._folder.config(component, "tokenizer_config.json")
-        if elsewhere := [key for key in _FILES_OF_TOKENIZERS if key in values and "/" in str(values[key])]:
-            raise IncompleteModelError(
-                f"{self._folder.label}: {component}/tokenizer_config.json names a file elsewhere ({elsewhere[0]}); "
-                "remove that entry"
-            )
+        files, settings = tokenizer_files(self._folder, component)
         with without_advice(), complete(self._folder.label, component):
             # The fast class: before transformers 5 the other one cannot read tokenizer.json, the only file that later
             # versions write.

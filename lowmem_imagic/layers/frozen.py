@@ -333,15 +333,16 @@ def load_frozen(
 
 
 def drop_weights(model: nn.Module) -> None:
-    """Takes all weights from a network that is not used any more, even if its caller still has the network."""
+    """Frees the weights and buffers of a network, which stays as a shell on the meta device."""
     for module in model.modules():
-        module._parameters.clear()
-        module._buffers.clear()
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(weight.data, device="meta"), False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
         if isinstance(module, bnb.nn.Linear8bitLt):
-            # bitsandbytes keeps references of its own.
             module.state = bnb.MatmulLtState()
-        if isinstance(module, FrozenLinear8bit | Int8Conv2d):
-            module._scale = _Scale()
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -111,7 +111,9 @@ def render_latents(
     with measured_stage(meter, "encode sentence", "`device=cpu`"):
         start = base.encode_text([edit.start_sentence for edit in edits])
         target = base.encode_text(sentences) if sentences else start
-    optimized = _optimized(edits, start)
+    optimized = Conditioning.cat(
+        [start.rows([row]).completed(edit.conditioning, base.family.text) for row, edit in enumerate(edits)]
+    )
     sizes = [letterbox(edit, base).size for edit in edits]
     latents: dict[int, Latents] = {}
     with measured_stage(meter, "sample", "fewer rows a batch (`batch_rows`)"):
@@ -158,26 +160,6 @@ def _alike(kinds: Iterable[object]) -> list[list[int]]:
     for number, kind in enumerate(kinds):
         groups.setdefault(kind, []).append(number)
     return list(groups.values())
-
-
-def _optimized(edits: Sequence[Edit], start: Conditioning) -> Conditioning:
-    """e_opt of some edits, a row each, with what is not stored from their start sentences.
-
-    Raises:
-        TensorShapeError: the base's text encoder gives another shape.
-    """
-    parts = {}
-    for name in edits[0].conditioning:
-        rows = [edit.conditioning[name].float() for edit in edits]
-        for row in rows:
-            expected = start[name].shape[1:] if name in start else ()
-            if row.shape != expected:
-                raise TensorShapeError(
-                    f"the edit's embedding has shape {tuple(row.shape)}, the base's text encoder gives "
-                    f"{tuple(expected)}; use the base the edit was made for"
-                )
-        parts[name] = torch.stack(rows)
-    return start | parts
 
 
 def _adapters(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit]) -> AdapterPack:

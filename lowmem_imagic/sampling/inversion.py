@@ -53,7 +53,7 @@ def own_noise(
     # One photo at a time: the last bits of its noise must not depend on other photos.
     x = latents[None] + SOFTENING * torch.randn(latents[None].shape, generator=generator)
     for step, at in enumerate(inverter.at):
-        prediction = base.predict(denoiser, x, at.view(1), conditioning).float().cpu()
+        prediction = base.predict(denoiser, inverter.scaled(x, step), at.view(1), conditioning).float().cpu()
         if not prediction.isfinite().all():
             raise base.damaged(f"the {denoiser.title}")
         x = inverter.stepped(prediction, step, x)

@@ -37,4 +37,5 @@ def as_stored(slot: Slot) -> None:
     """Rounds e_opt as the edit file stores it, so that an edit and its file give the same pictures."""
     for name, part in slot.text.items():
         if (dtype := slot.parts[name].stored) is not None:
-            part.copy_(part.to(dtype))
+            rows = slot.target.stored(part, slot.parts[name])
+            rows.copy_(rows.to(dtype))

@@ -405,7 +405,7 @@ class Pack:
                     if part.trained
                     else edit.task.target[name][0]
                 )
-                result.conditioning[name] = row
+                result.conditioning[name] = edit.task.target.stored(row, part)
         if result.error is None:
             result.adapters = {name: pack.export(slot) for name, pack in self._adapters.items()}
         self._free.append(slot)

@@ -129,7 +129,9 @@ class Weights:
             dtype = entries[name].dtype
             if dtype == "I8" and name not in self._scales:
                 self._refuse(f"{name[:100]} in 8-bit integers without a scale")
-            if dtype not in _FLOATS | {"I8"} and not (dtype in ("I64", "I32") and name.endswith("position_ids")):
+            if dtype not in _FLOATS | {"I8"} and not (
+                dtype in ("I64", "I32") and name.endswith(("position_ids", "num_batches_tracked"))
+            ):
                 self._refuse(f"{name[:100]} in the type {dtype}")
 
     def _add_scale(self, weight: str, scale: str) -> None:

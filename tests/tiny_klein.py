@@ -1,0 +1,113 @@
+"""A tiny FLUX.2 klein with random weights in diffusers' folder layout, made with diffusers' own classes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tests.conftest import away_from_start
+
+SIDE = 32
+"""Side of its pictures; 4 px are one place of the transformer."""
+WIDTH = 16
+"""Width of the text encoder; the text has three times as much."""
+LAYERS = 28
+"""Layers of the text encoder, one more than are used."""
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""A chat's form as Qwen3's template makes it."""
+
+
+def tiny_tokenizer() -> Any:
+    """Qwen's tokenizer with single bytes as its words."""
+    letters = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
+    whole = Tokenizer(models.BPE(letters, []))
+    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Qwen2TokenizerFast(tokenizer_object=whole, vocab=letters, merges=[])
+    marks = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": marks, "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.model_max_length = 4096
+    return tokenizer
+
+
+def tiny_pipeline(*, distilled: bool = False, **transformer: Any) -> Flux2KleinPipeline:
+    """The pipeline: pictures of 32 px, latents (16, 8, 8), double and single blocks.
+
+    Args:
+        distilled: whether it is marked as made for few steps.
+        transformer: changes of the transformer's configuration.
+    """
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=32,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=1024,
+                initializer_range=0.2,
+            )
+        )
+        values = {
+            "patch_size": 1,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 3 * WIDTH,
+            "timestep_guidance_channels": 32,
+            "axes_dims_rope": [4, 4, 4, 4],
+            "guidance_embeds": False,
+        }
+        network = Flux2Transformer2DModel(**{**values, **transformer})
+        vae = AutoencoderKLFlux2(
+            sample_size=SIDE,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2)
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, time_shift_type="exponential", base_image_seq_len=256
+        )
+        pipeline = Flux2KleinPipeline(
+            scheduler=scheduler,
+            vae=away_from_start(vae).eval(),
+            text_encoder=away_from_start(encoder).eval(),
+            tokenizer=tokenizer,
+            transformer=away_from_start(network).eval(),
+            is_distilled=distilled,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def write_tiny(folder: Path, **options: Any) -> Path:
+    """The folder, with a tiny pipeline in it; see `tiny_pipeline`."""
+    tiny_pipeline(**options).save_pretrained(folder)
+    return folder
