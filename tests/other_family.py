@@ -146,6 +146,7 @@ class Stage:
     """A denoiser of the cascade."""
 
     guided = True
+    guidance_share = 1.0
     follows_eta = True
 
     def __init__(self, name: str, shrinks: int, extra: Mapping[str, Part]) -> None:

@@ -124,7 +124,6 @@ def test_pictures_are_those_of_the_pipelines(
         "prompt_embeds": text[:1],
         "negative_prompt_embeds": text[1:],
         "num_inference_steps": 6,
-        "guidance_scale": 5.0,
         "output_type": "pt",
     }
     for pipeline in pipelines:
@@ -136,17 +135,20 @@ def test_pictures_are_those_of_the_pipelines(
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         # The learned variance is left out; DDIM keeps the name of a setting that it does not know.
         pipeline.scheduler.register_to_config(variance_type="fixed_small")
-    small = pipelines[0](generator=torch.Generator().manual_seed(3), height=SMALL, width=SMALL, **call).images
+    small = pipelines[0](
+        generator=torch.Generator().manual_seed(3), height=SMALL, width=SMALL, guidance_scale=7.0, **call
+    ).images
     large = pipelines[1](
         image=small.clamp(-1, 1),
         generator=torch.Generator().manual_seed(3),
         height=LARGE,
         width=LARGE,
+        guidance_scale=4.0,
         noise_level=250,
         **call,
     ).images
     settings = SampleConfig(
-        num_inference_steps=6, guidance_scale=5.0, negative_prompt=negative, scheduler=scheduler.__name__, mask=0.0
+        num_inference_steps=6, guidance_scale=7.0, negative_prompt=negative, scheduler=scheduler.__name__, mask=0.0
     )
     target = Conditioning({"embeds": text[:1]})
     ours = sample(base, adapters(base), target, target, [Cell(0, 1.0, 3)], settings)

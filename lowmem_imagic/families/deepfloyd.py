@@ -289,6 +289,7 @@ class FirstStage:
     extra: Mapping[str, Part] = {}
     names = PeftUNetNames(FIRST, IF_TARGETS)
     guided = True
+    guidance_share = 1.0
     follows_eta = True
 
     def __init__(self, family: DeepFloyd) -> None:
@@ -339,6 +340,8 @@ class SecondStage(FirstStage):
 
     name, title = SECOND, "UNet of stage II"
     names = PeftUNetNames(SECOND, IF_TARGETS)
+    guidance_share = 0.5
+    """At the published pipelines' 7 for stage I it is their 4 for stage II."""
     follows_eta = False
 
     @cached_property

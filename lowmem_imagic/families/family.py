@@ -116,6 +116,11 @@ class Denoiser(Protocol):
         """The parts of its conditioning beside the text, see `Family.make_extra`."""
 
     @property
+    def guidance_share(self) -> float:
+        """Share of the guidance above 1 that it is sampled with: 1, or less for a later stage that is told much by the
+        picture below it."""
+
+    @property
     def follows_eta(self) -> bool:
         """Whether it is trained under e_opt and sampled along eta, as the first denoiser always is.
 
@@ -195,7 +200,7 @@ class Family(Protocol):
         """The group of networks whose settings presets have (`settings.presets.GROUPS`); "" for the usual ones.
 
         ``large``: adapters of a preset's usual size would outweigh the network's activations. ``flow``: a flow
-        transformer, which has samplers of its own.
+        transformer, which has samplers of its own. ``cascade``: several networks one after the other, in pixels.
         """
 
     @property

@@ -351,6 +351,7 @@ class Transformer:
     name = TRANSFORMER
     title = "transformer"
     extra: Mapping[str, Part] = {}
+    guidance_share = 1.0
     follows_eta = True
 
     def __init__(self, family: Flux2Klein) -> None:

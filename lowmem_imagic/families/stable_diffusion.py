@@ -439,6 +439,7 @@ class UNet:
     extra: Mapping[str, Part] = {}
     names = KohyaNames()
     guided = True
+    guidance_share = 1.0
     follows_eta = True
 
     def __init__(self, family: StableDiffusion) -> None:

@@ -360,7 +360,9 @@ class _Renderer:
         (B, S, C, H, W)."""
         base, config = self.base, self.config
         scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
-        guidance = scales.to(base.device) if scales[0] != 1 else None
+        share = self.denoiser.guidance_share
+        # As it is for a share of 1: the other way of writing it rounds.
+        guidance = (scales if share == 1 else 1 + share * (scales - 1)).to(base.device) if scales[0] != 1 else None
         sampler = self.denoiser.schedule.sampler(
             config.scheduler,
             config.num_inference_steps,
