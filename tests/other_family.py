@@ -59,7 +59,9 @@ class Flow:
         t = at.view(-1, 1, 1, 1)
         return (noisy - (1 - t) * x) / t
 
-    def sampler(self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu") -> "Euler":
+    def sampler(
+        self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu", *, guided: bool = True
+    ) -> "Euler":
         """Euler's method, the only one."""
         if name != "Euler":
             raise ConfigError(f"scheduler is {name!r}, expected Euler")
@@ -144,6 +146,8 @@ class Stage:
     """A denoiser of the cascade."""
 
     guided = True
+    guidance_share = 1.0
+    follows_eta = True
 
     def __init__(self, name: str, shrinks: int, extra: Mapping[str, Part]) -> None:
         self.name, self.title, self._shrinks, self.extra = name, f"{name} network", shrinks, extra
@@ -172,6 +176,10 @@ class Stage:
 
     def recompute(self, network: nn.Module, on: bool) -> None:
         """Nothing to save in a network this small."""
+
+    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
+        """As it is: the lower picture gets no noise."""
+        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """With the scale in the factors, as peft's files have it."""

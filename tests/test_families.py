@@ -1,7 +1,7 @@
 """The same facts about every family: what an edit is, where it is stored, how it is rendered, and what it takes.
 
-The families are a tiny Stable Diffusion, a tiny SDXL, a tiny FLUX.2 klein, and one that nothing in the package knows
-(`tests.other_family`).
+The families are a tiny Stable Diffusion, a tiny SDXL, a tiny FLUX.2 klein, a tiny DeepFloyd IF, and one that nothing in
+the package knows (`tests.other_family`).
 """
 
 import json
@@ -40,7 +40,7 @@ from lowmem_imagic.planning.plan import Budget, plan, plan_for, planned
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
 from lowmem_imagic.training import loop as training
-from tests import tiny_klein
+from tests import tiny_if, tiny_klein
 from tests.other_family import other_base
 from tests.tiny_xl import write_tiny
 
@@ -72,8 +72,16 @@ def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_klein.write_tiny(tmp_path_factory.mktemp("models") / "tiny-klein")
 
 
-@pytest.fixture(scope="session", params=["sd", "sdxl", "klein", "other"])
-def kind(request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, klein_folder: Path) -> Kind:
+@pytest.fixture(scope="session")
+def if_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage I of a tiny DeepFloyd IF in a folder, with stage II beside it."""
+    return tiny_if.write_tiny(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="session", params=["sd", "sdxl", "klein", "if", "other"])
+def kind(
+    request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, klein_folder: Path, if_folder: Path
+) -> Kind:
     """Each family in turn."""
     if request.param == "other":
         return Kind("other", other_base, "Euler", 2, None)
@@ -81,6 +89,7 @@ def kind(request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, kle
         "sd": (tiny_folder, "DDIM", 1),
         "sdxl": (xl_folder, "DDIM", 2),
         "klein": (klein_folder, "FireFlow", 2),
+        "if": (if_folder, "DDIM", 2),
     }[request.param]
     return Kind(request.param, partial(BaseModel.load, str(folder), device="cpu"), scheduler, layout, folder)
 
@@ -286,7 +295,10 @@ def test_training_takes_what_is_predicted(
 
 
 def test_other_phases_take_what_is_predicted(kind: Kind, base: BaseModel) -> None:
-    """Live bytes of text encoders, both ways of the codec, and sampling are within 10 % of the plan's, or 4 kB."""
+    """Live bytes of text encoders, both ways of the codec, and sampling are within 10 % of the plan's, or 4 kB.
+
+    Decoding is counted with the latents that it begins with, which are most of it for a family without an autoencoder.
+    """
     settings, family, cpu = config(kind), base.family, torch.device("cpu")
     costs = costs_of(base, settings)
     encoders = list[tuple[int, int]]()
@@ -305,7 +317,8 @@ def test_other_phases_take_what_is_predicted(kind: Kind, base: BaseModel) -> Non
     picture = torch.zeros(1, 3, height, width)
     latents = torch.zeros(1, *base.denoisers[-1].shape(base.sizes.own))
     measured = [peak_of(lambda: family.encode(codec, picture)), peak_of(lambda: family.decode(codec, latents))]
-    assert [costs.encode(), costs.decode()] == pytest.approx(measured, rel=0.1, abs=4096)
+    assert costs.encode() == pytest.approx(measured[0], rel=0.1, abs=4096)
+    assert costs.decode() == pytest.approx(measured[1], rel=0.1, abs=max(4096, latents.nbytes))
     text = base.encode_text([SENTENCE, ""])
     tuned = settings.finetune
     packs = {
@@ -336,7 +349,7 @@ def test_plans_are_counted_from_its_own_passes(kind: Kind, base: BaseModel) -> N
 
 
 def test_it_is_no_other_base(
-    base: BaseModel, edit: Any, tiny_folder: Path, xl_folder: Path, klein_folder: Path
+    base: BaseModel, edit: Any, tiny_folder: Path, xl_folder: Path, klein_folder: Path, if_folder: Path
 ) -> None:
     """An edit of one family is refused on all others, with both named; on its own base there is no warning."""
     assert check_base(edit, base) == ""
@@ -344,6 +357,7 @@ def test_it_is_no_other_base(
         BaseModel.load(str(tiny_folder), device="cpu"),
         BaseModel.load(str(xl_folder), device="cpu"),
         BaseModel.load(str(klein_folder), device="cpu"),
+        BaseModel.load(str(if_folder), device="cpu"),
         other_base(),
     ]
     for other in others:
@@ -354,6 +368,8 @@ def test_it_is_no_other_base(
 
 def test_damaged_numbers_are_told_from_a_damaged_base(kind: Kind, base: BaseModel, edit: Any) -> None:
     """An overflow in an edit's adapter is reported as the edit's fault."""
+    if kind.name == "if":
+        pytest.skip("predictions are clipped to the range of pixels, so finite factors cause no overflow")
     name = base.denoisers[-1].name
     huge = {
         key: LoraFactors(torch.full_like(f.down, 1000.0), torch.full_like(f.up, 1000.0), f.alpha)

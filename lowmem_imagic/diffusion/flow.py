@@ -57,7 +57,9 @@ class Flow:
         t = at.view(-1, 1, 1, 1)
         return (noisy - (1 - t) * x) / t
 
-    def sampler(self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu") -> "Euler":
+    def sampler(
+        self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu", *, guided: bool = True
+    ) -> "Euler":
         """A sampler from noise to a picture of this shape (C, H, W), with `steps` predictions.
 
         Raises:

@@ -1,13 +1,15 @@
 """Model families: the differences between kinds of models, behind common protocols (see `family`).
 
-`load_family` is the only entry. Supported: Stable Diffusion 1.x, 2.x and XL, FLUX.2 klein, and models of the same
-architectures.
+`load_family` is the only entry. Supported: Stable Diffusion 1.x, 2.x and XL, FLUX.2 klein, DeepFloyd IF, and models of
+the same architectures.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from . import kinds
+from .deepfloyd import DeepFloyd
 from .family import Family
 from .files.checkpoint import SingleFile
 from .files.components import pipeline_of
@@ -29,12 +31,13 @@ __all__ = [
     "load_family",
 ]
 
-_FAMILIES: Mapping[str, Callable[[Folder | SingleFile], Family]] = {
+_FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionImg2ImgPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
     "Flux2KleinPipeline": Flux2Klein,
+    "IFPipeline": DeepFloyd,
 }
 """The family by the class of a model's pipeline; `files.components` has the components of each."""
 

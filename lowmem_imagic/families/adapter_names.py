@@ -24,6 +24,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
 """Endings of the UNet layers' names for each choice of `adapt`."""
 
 
+_IF_ATTENTION = (*_ATTENTION, "add_k_proj", "add_v_proj")
+IF_TARGETS: dict[str, tuple[str, ...]] = {
+    "attn": _IF_ATTENTION,
+    "attn+ff": _IF_ATTENTION,
+    "all": _IF_ATTENTION + _CONVOLUTION,
+}
+"""The same for DeepFloyd IF: its attention reads the text through layers of its own, and no feed-forward follows."""
+
+
 def kohya_key(module_name: str) -> str:
     """The name of a UNet module in kohya's LoRA files, e.g. ``lora_unet_mid_block_resnets_0_conv1``."""
     return "lora_unet_" + module_name.replace(".", "_")
@@ -81,6 +90,23 @@ class KohyaNames:
     def key(self, layer: str) -> str:
         """The key of a layer in a file."""
         return kohya_key(layer)
+
+    def block_of(self, layer: str) -> int:
+        """The index in `BLOCKS` of a layer's part of the UNet."""
+        return block_of(layer)
+
+
+@dataclass(frozen=True)
+class PeftUNetNames:
+    """Names of a UNet's layers, with peft's keys: kohya's lose layers such as ``add_k_proj`` in diffusers."""
+
+    prefix: str
+    """Name of the denoiser."""
+    targets: Mapping[str, Sequence[str]]
+
+    def key(self, layer: str) -> str:
+        """The key of a layer in a file."""
+        return peft_key(self.prefix, layer)
 
     def block_of(self, layer: str) -> int:
         """The index in `BLOCKS` of a layer's part of the UNet."""

@@ -68,8 +68,18 @@ class Schedule(Protocol):
     def noise_in(self, noisy: Tensor, x: Tensor, at: Tensor) -> Tensor:
         """The noise in `noisy`: `noised` solved for the noise."""
 
-    def sampler(self, name: str, steps: int, shape: Shape, device: torch.device | str = "cpu") -> Sampler:
+    def sampler(
+        self, name: str, steps: int, shape: Shape, device: torch.device | str = "cpu", *, guided: bool = True
+    ) -> Sampler:
         """A sampler by name, for x of this shape on a device.
+
+        Args:
+            name: its name.
+            steps: number of its steps.
+            shape: (C, H, W) of x.
+            device: place of its numbers.
+            guided: whether the predictions are guided; a remedy against guidance (dynamic thresholding) is left out
+                otherwise, so that the steps undo those of `inverter`.
 
         Raises:
             ConfigError: the name is unknown, or the sampler cannot take this many steps.
@@ -106,6 +116,19 @@ class Denoiser(Protocol):
         """The parts of its conditioning beside the text, see `Family.make_extra`."""
 
     @property
+    def guidance_share(self) -> float:
+        """Share of the guidance above 1 that it is sampled with: 1, or less for a later stage that is told much by the
+        picture below it."""
+
+    @property
+    def follows_eta(self) -> bool:
+        """Whether it is trained under e_opt and sampled along eta, as the first denoiser always is.
+
+        Otherwise it is trained under the start sentence's own conditioning, and sampled under the sentence's at every
+        eta (the start sentence's at eta 0), as the paper's later stages are.
+        """
+
+    @property
     def names(self) -> LayerNames:
         """Names of the layers to adapt, and of their factors in files."""
 
@@ -124,6 +147,15 @@ class Denoiser(Protocol):
 
     def recompute(self, network: nn.Module, on: bool) -> None:
         """Switches gradient checkpointing on or off."""
+
+    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
+        """`extra` with its random part drawn, such as the noise over a lower picture; `extra` itself if it has none.
+
+        Args:
+            extra: the conditioning of `Family.make_extra`, a row for each generator.
+            generators: source of each row's draws.
+            training: whether the noise's level is drawn too; sampling has a level of its own.
+        """
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> Mapping[str, Factors]:
         """The same adapter, as fp32 on the CPU, in the form that other programs read from a file.
@@ -168,7 +200,7 @@ class Family(Protocol):
         """The group of networks whose settings presets have (`settings.presets.GROUPS`); "" for the usual ones.
 
         ``large``: adapters of a preset's usual size would outweigh the network's activations. ``flow``: a flow
-        transformer, which has samplers of its own.
+        transformer, which has samplers of its own. ``cascade``: several networks one after the other, in pixels.
         """
 
     @property
@@ -237,7 +269,7 @@ class Family(Protocol):
         """Pictures (B, 3, H, W) from the last denoiser's latents."""
 
     def make_extra(self, denoiser: Denoiser, count: int, size: Size, lower: Tensor | None) -> Conditioning:
-        """A denoiser's conditioning beside the text, for `count` rows.
+        """A denoiser's conditioning beside the text, for `count` rows; see `Denoiser.drawn` for its random part.
 
         Args:
             denoiser: the denoiser.

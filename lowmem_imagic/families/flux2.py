@@ -352,6 +352,8 @@ class Transformer:
     name = TRANSFORMER
     title = "transformer"
     extra: Mapping[str, Part] = {}
+    guidance_share = 1.0
+    follows_eta = True
 
     def __init__(self, family: Flux2Klein) -> None:
         self._family = family
@@ -381,6 +383,10 @@ class Transformer:
         """Switches gradient checkpointing on or off."""
         transformer: Any = network
         (transformer.enable_gradient_checkpointing if on else transformer.disable_gradient_checkpointing)()
+
+    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
+        """`extra`, which has no random part."""
+        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """The adapter with its scale in the factors, as peft's files have it."""

@@ -233,11 +233,22 @@ _NOT_YET: Mapping[str, str] = {
     "Hunyuan": "Hunyuan",
     "HiDream": "HiDream",
     "Kandinsky": "Kandinsky",
-    "IF": "DeepFloyd IF",
+    "UnCLIP": "Karlo",
     "StableCascade": "Stable Cascade",
     "Wuerstchen": "Wuerstchen",
 }
 """Models that look alike and are not supported, by the beginning of their pipeline's class; the first one counts."""
+
+
+_GIVE_BOTH = "give stage I (an IFPipeline, such as `model=if-l`) with stage II in the folder beside it"
+_OF_IF = {
+    "IFSuperResolutionPipeline": f"stage II of DeepFloyd IF, which needs the pictures of stage I; {_GIVE_BOTH}",
+    "IFImg2ImgPipeline": f"a pipeline of DeepFloyd IF for another task (IFImg2ImgPipeline); {_GIVE_BOTH}",
+    "IFImg2ImgSuperResolutionPipeline": "a pipeline of DeepFloyd IF for another task "
+    f"(IFImg2ImgSuperResolutionPipeline); {_GIVE_BOTH}",
+    "IFPipeline": "DeepFloyd IF, which has no single file and no configuration for one; give the folder of stage I",
+}
+"""Pipelines of DeepFloyd IF that cannot be what they were given as."""
 
 
 def unsupported(model_index: Mapping[str, Any], label: str) -> WrongFamilyError:
@@ -250,6 +261,8 @@ def unsupported(model_index: Mapping[str, Any], label: str) -> WrongFamilyError:
             f"{label} is a {name[:60]}, made for another task than pictures from text; give the text-to-image model "
             "that it was made from"
         )
+    if name in _OF_IF:
+        return WrongFamilyError(f"{label} is {_OF_IF[name]}")
     if title:
         return WrongFamilyError(f"{label} is {title} ({name[:60]}), which is not supported yet; take {instead}")
     return WrongFamilyError(

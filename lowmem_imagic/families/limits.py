@@ -38,6 +38,8 @@ _UNET = {
     "time_embedding_dim": _WIDTH,
     "addition_time_embed_dim": _WIDTH,
     "projection_class_embeddings_input_dim": (1, 2**17),
+    "encoder_hid_dim": _WIDTH,
+    "addition_embed_type_num_heads": _WIDTH,
 }
 _VAE = {
     "in_channels": (3, 3),
@@ -75,6 +77,16 @@ _QWEN3 = {
     "num_key_value_heads": (1, 2**10),
     "head_dim": (2, 2**10),
 }
+_T5 = {
+    "vocab_size": (3, 2**20),
+    "d_model": _WIDTH,
+    "d_kv": _WIDTH,
+    "d_ff": (1, 2**16),
+    "num_layers": _COUNT,
+    "num_heads": (1, 2**10),
+    "relative_attention_num_buckets": (2, 2**12),
+    "relative_attention_max_distance": (2, 2**16),
+}
 _LISTS = (
     "axes_dims_rope",
     "decoder_block_out_channels",
@@ -94,6 +106,7 @@ _RANGES = {
     "text_encoder": _TEXT,
     "text_encoder_2": _TEXT,
     "qwen3": _QWEN3,
+    "t5": _T5,
 }
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "unet": (
@@ -102,6 +115,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
         "reverse_transformer_layers_per_block",
         "addition_time_embed_dim",
         "projection_class_embeddings_input_dim",
+        "encoder_hid_dim",
     ),
     "vae": (),
     "flux2_vae": ("decoder_block_out_channels",),

@@ -8,10 +8,10 @@ from torch import Tensor
 from ..diffusion.schedules import training_target
 
 SHAPE = (1, 4, 8, 8)
-"""Shape of the test latents: white noise with variance 1, to which latents are scaled."""
+"""Shape of the test picture: white noise with variance 1, to which latents are scaled."""
 
 
-def rehearse(scheduler: Any, alpha_bar: Tensor, prediction_type: str) -> float:
+def rehearse(scheduler: Any, alpha_bar: Tensor, prediction_type: str, *, of_pixels: bool = False) -> float:
     """Error of a scheduler's result with the right prediction in every step, as a share of the picture's norm.
 
     A scheduler that fits the base's noise schedule ends at the picture, except for the noise left by its last step: a
@@ -22,9 +22,12 @@ def rehearse(scheduler: Any, alpha_bar: Tensor, prediction_type: str) -> float:
         scheduler: a scheduler with its timesteps set.
         alpha_bar: the base's cumulative product of alphas, (num_train_timesteps,).
         prediction_type: prediction type of the base's UNet.
+        of_pixels: whether the base denoises pictures in [-1, 1] and clips its predictions to that range.
     """
     generator = torch.Generator().manual_seed(0)
     picture = torch.randn(SHAPE, generator=generator)
+    if of_pixels:
+        picture = picture.clamp(-1, 1)
     x = torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, timestep)

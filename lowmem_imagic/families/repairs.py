@@ -50,13 +50,17 @@ _STEPS_EVENLY = ("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", 
 """Classes that always step down by a fixed number of timesteps."""
 
 
-def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: str) -> dict[str, Any]:
+def scheduler(
+    values: Mapping[str, Any], model_index: Mapping[str, Any], label: str, *, of_pixels: bool = False
+) -> dict[str, Any]:
     """The noise schedule's configuration, complete for every scheduler class that reads it.
 
     Args:
         values: ``scheduler/scheduler_config.json``.
         model_index: ``model_index.json``; it names the class if the file does not.
         label: the model, for messages.
+        of_pixels: whether pictures themselves are denoised. Then clipping and thresholding are as the file has them,
+            and the steps end without any noise.
 
     Raises:
         WrongFamilyError: the scheduler adds noise differently from Stable Diffusion's training.
@@ -82,6 +86,16 @@ def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: 
         raise WrongFamilyError(
             f"{label} has a noise schedule with {keys[0]} {str(complete[keys[0]])[:40]}; expected Stable Diffusion's"
         )
+    # A class without this key uses the schedule unscaled.
+    complete.setdefault("rescale_betas_zero_snr", False)
+    complete["_class_name"] = f"{short or 'DDIM'}Scheduler"
+    if of_pixels:
+        complete.setdefault("clip_sample", True)
+        complete.setdefault("set_alpha_to_one", True)
+        # No denoiser gives a learned variance here: training would leave its part of the network behind.
+        if str(complete.get("variance_type")).startswith("learned"):
+            complete["variance_type"] = "fixed_small"
+        return complete
     # Latents exceed [-1, 1], so clipping and thresholding must be off. The pipelines' constructors set clip_sample to
     # false; diffusers' documentation calls thresholding unsuitable for latents. Files saved by a class without these
     # keys lack them, and DDIM's own default is to clip, which gives a grey picture.
@@ -97,9 +111,6 @@ def scheduler(values: Mapping[str, Any], model_index: Mapping[str, Any], label: 
     # schedule. That is also the default of PNDM, the class of most models' files. Other classes lack this key.
     if "set_alpha_to_one" not in complete:
         complete["set_alpha_to_one"] = False
-    # A class without this key uses the schedule unscaled.
-    complete.setdefault("rescale_betas_zero_snr", False)
-    complete["_class_name"] = f"{short or 'DDIM'}Scheduler"
     return complete
 
 

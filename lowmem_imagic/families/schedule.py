@@ -24,12 +24,16 @@ _ROUNDING = 0.01
 """Tolerance for a schedule's numbers, which may be stored in bfloat16."""
 
 
-def read_schedule(source: Folder | SingleFile, folder: Folder) -> dict[str, Any]:
-    """The noise schedule's configuration: complete, repaired (see `repairs`), with the checkpoint's marks applied.
+def read_schedule(
+    source: Folder | SingleFile, folder: Folder, component: str = "scheduler", *, of_pixels: bool = False
+) -> dict[str, Any]:
+    """A noise schedule's configuration: complete, repaired (see `repairs`), with the checkpoint's marks applied.
 
     Args:
         source: the base.
         folder: the folder of its configurations.
+        component: the schedule.
+        of_pixels: whether pictures themselves are denoised, instead of latents.
 
     Raises:
         IncompleteModelError: a value is invalid, or the checkpoint contradicts the configuration.
@@ -37,7 +41,10 @@ def read_schedule(source: Folder | SingleFile, folder: Folder) -> dict[str, Any]
     """
     label = folder.label
     values = repairs.scheduler(
-        folder.config("scheduler", "scheduler_config.json"), folder.config(".", "model_index.json"), label
+        folder.config(component, "scheduler_config.json"),
+        folder.config(".", "model_index.json"),
+        label,
+        of_pixels=of_pixels,
     )
     limits.check_schedule(values, label)
     if values["beta_schedule"] not in BETA_SCHEDULES:
@@ -54,13 +61,13 @@ def read_schedule(source: Folder | SingleFile, folder: Folder) -> dict[str, Any]
     betas, alpha_bar = scheduler.betas, scheduler.alphas_cumprod
     if not (betas.isfinite().all() and betas.min() >= 0 and betas.max() <= 1 and alpha_bar[0] > 0):
         raise IncompleteModelError(
-            f"{label}: scheduler/scheduler_config.json has betas that are not between 0 and 1; download it again"
+            f"{label}: {component}/scheduler_config.json has betas that are not between 0 and 1; download it again"
         )
     if kind == "epsilon" and not alpha_bar[-1] > 0:
         raise WrongFamilyError(
             f"{source.label} predicts epsilon on a noise schedule that ends at pure noise (rescale_betas_zero_snr), "
             "where the noise says nothing about the picture; expected v_prediction with such a schedule, so correct "
-            "scheduler/scheduler_config.json to the settings of the model's training"
+            f"{component}/scheduler_config.json to the settings of the model's training"
         )
     return values
 
@@ -191,8 +198,14 @@ class DiscreteSchedule(DiscreteNoise):
         super().__init__(alphas(values, label), str(values["prediction_type"]))
         self.values, self._label = values, label
 
-    def scheduler(self, name: str) -> Any:
+    def scheduler(self, name: str, *, guided: bool = True) -> Any:
         """A diffusers scheduler by class name, with or without "Scheduler", on this noise schedule.
+
+        Args:
+            name: the class.
+            guided: whether the predictions are guided. Dynamic thresholding undoes the saturation of guidance (Saharia
+                et al. 2022, arXiv 2205.11487, section 2.3); without guidance it is left out, because it is no step that
+                inversion could undo, and predictions are clipped.
 
         Raises:
             ConfigError: there is no such scheduler for this kind of model.
@@ -203,9 +216,10 @@ class DiscreteSchedule(DiscreteNoise):
         if not inspect.isclass(kind) or kind.__name__ not in compatible:
             names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
             raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
+        values = dict(self.values) if guided else {**self.values, "thresholding": False}
         try:
             with without_advice():
-                return kind.from_config(repairs.for_sampler(dict(self.values), kind.__name__))  # type: ignore[attr-defined]
+                return kind.from_config(repairs.for_sampler(values, kind.__name__))  # type: ignore[attr-defined]
         except ImportError as error:
             raise ConfigError(
                 f"scheduler {name} needs a package that is missing: {str(error).strip()[:120]}"
@@ -218,10 +232,10 @@ class DiscreteSchedule(DiscreteNoise):
             ) from error
 
     def sampler(
-        self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu"
+        self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu", *, guided: bool = True
     ) -> DiffusersSampler:
         """A diffusers scheduler as a sampler; ignores the shape."""
-        scheduler = self.scheduler(name)
+        scheduler = self.scheduler(name, guided=guided)
         scheduler.set_timesteps(steps, device=device)
         return DiffusersSampler(scheduler)
 
@@ -244,7 +258,9 @@ class DiscreteSchedule(DiscreteNoise):
             furthest = float(scheduler.timesteps.max())
             if furthest >= len(self.alpha_bar):
                 raise ValueError(f"it begins at timestep {furthest:.0f} of {len(self.alpha_bar)}")
-            return rehearse(scheduler, self.alpha_bar, self.prediction_type)
+            return rehearse(
+                scheduler, self.alpha_bar, self.prediction_type, of_pixels=bool(self.values.get("clip_sample"))
+            )
         except Exception as error:
             # ValueError, IndexError and others; all mean the same to a user.
             raise ConfigError(

@@ -439,6 +439,8 @@ class UNet:
     extra: Mapping[str, Part] = {}
     names = KohyaNames()
     guided = True
+    guidance_share = 1.0
+    follows_eta = True
 
     def __init__(self, family: StableDiffusion) -> None:
         self._family = family
@@ -470,6 +472,10 @@ class UNet:
         """Switches gradient checkpointing on or off."""
         unet: Any = network
         (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
+
+    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
+        """`extra`, which has no random part."""
+        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """The adapter in the form for other programs, see `families.portable`."""

@@ -131,6 +131,7 @@ def render_latents(
                 named(progress, "sample"),
                 rows=[None if one is None else sentences.index(one) for one in (asked[n] for n in cell_numbers)],
                 size=size,
+                start=start.rows(members),
                 coarse={denoiser.name: _coarse(base, denoiser, some) for denoiser in base.denoisers},
                 noise={d.name: _noise(base, d, some, size) for d in base.denoisers}
                 if config.start == "inverted"

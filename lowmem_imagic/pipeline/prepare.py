@@ -171,11 +171,14 @@ class Prepared(Iterator[TrainingInput]):
     ) -> Tensor:
         """The noise (C, H, W) that sampling will start from with the first of its seeds."""
         seed, latents = self._config.sample.seeds[0], photo.latents[denoiser.name]
-        drawn = starting_noise(latents.shape, torch.Generator().manual_seed(seed))
+        of_sampling = torch.Generator().manual_seed(seed)
+        drawn = starting_noise(latents.shape, of_sampling)
         if self._config.sample.start != "inverted":
             return drawn
         with measured_stage(self._meter, "invert", "`device=cpu`"):
             progress = named(self._progress, "invert")
+            # As in sampling: a noised lower picture has the seed's own noise.
+            extra = denoiser.drawn(extra, [of_sampling], training=False)
             own = own_noise(self._base, denoiser, latents, generator, progress, extra=extra).half()
         photo.own_noise[denoiser.name] = own
         # Rounded as in the file: sampling starts from exactly the noise that training is anchored to.

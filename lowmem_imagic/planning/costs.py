@@ -6,7 +6,7 @@ pass with its adapters, forward and backward.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.base import BaseModel
-from ..families.conditioning import Conditioning
+from ..families.conditioning import Conditioning, Part
 from ..families.family import Denoiser, Family
 from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
@@ -226,7 +226,10 @@ class Costs:
 
     def _conditioning(self, denoiser: Denoiser, rows: int) -> Conditioning:
         """Rows of a denoiser's conditioning."""
-        parts = {**self._family.text, **denoiser.extra}
+        return self._rows({**self._family.text, **denoiser.extra}, rows)
+
+    def _rows(self, parts: Mapping[str, Part], rows: int) -> Conditioning:
+        """Rows of parts of a conditioning."""
         return Conditioning(
             {name: torch.empty(rows, *part.shape, dtype=part.dtype, device=_META) for name, part in parts.items()}
         )
@@ -251,7 +254,7 @@ class Costs:
         denoiser, network = way.denoiser, self._base.network(way.denoiser)
         self._base.recompute(checkpointing)
         shapes = {name: part.shape for name, part in self._family.text.items() if part.trained}
-        text, conditioning = FlatPack(edits, shapes, device=_META), self._conditioning(denoiser, edits)
+        text, conditioning = FlatPack(edits, shapes, device=_META), self._rows(self._family.text, edits)
         trained, packs = list[TrainedTensor](), dict[str, AdapterPack]()
         if way.rate("text"):
             trained.append(TrainedTensor(text.weights, text.enable_gradients(), way.rate("text")))
@@ -264,8 +267,8 @@ class Costs:
         index = torch.empty(edits, dtype=torch.int64, device=_META)
 
         def run() -> None:
-            noisy = self._x(denoiser, rows)
-            trainer.run_pass(denoiser, True, 1.0, noisy, self._at(denoiser, rows), torch.empty_like(noisy), index)
+            noisy, at, extra = self._x(denoiser, rows), self._at(denoiser, rows), self._rows(denoiser.extra, rows)
+            trainer.run_pass(denoiser, True, 1.0, noisy, at, torch.empty_like(noisy), index, *extra.values())
 
         with fused_attention(self._attention), contextlib.ExitStack() as attached:
             for pack in packs.values():

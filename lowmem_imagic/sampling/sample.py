@@ -2,10 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.schedules import PATHS, guidance_at, guide, refined, starting_noise, varied
@@ -60,11 +61,14 @@ class _Conditions:
     extra: Conditioning
     """The conditioning beside the text, a row for each image."""
     parts: Mapping[str, Part]
-    path: Path
+    path: Path | None
+    """None for a denoiser that does not follow eta."""
 
     def at(self, etas: Sequence[float]) -> Conditioning:
         """Sets the adapters' rows; returns the conditioning at these etas: B rows, or 2 B with the negative first."""
-        text = self.optimized.mix(self.target, torch.tensor(etas), self.path, self.parts)
+        text = self.target
+        if self.path is not None:
+            text = self.optimized.mix(text, torch.tensor(etas), self.path, self.parts)
         copies = 1 if self.negative is None else 2
         if self.pack is not None:
             self.pack.set_rows(self.rows.repeat(copies), self.strengths.repeat(copies, 1))
@@ -100,6 +104,7 @@ def sample(
     *,
     rows: Sequence[int | None] | None = None,
     size: Size | None = None,
+    start: Conditioning | None = None,
     coarse: Mapping[str, Tensor] | None = None,
     noise: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -121,6 +126,8 @@ def sample(
         rows: the row of `target` for each cell, the same for the same edit and sentence; None for a cell at eta 0
             whose edit has no sentence. By default a cell takes the row with its edit's number.
         size: width and height of the pictures; None for the model's own.
+        start: the start sentences' own conditioning, N rows; required for cells at eta 0 if a denoiser does not follow
+            eta.
         coarse: low frequencies of the photos (N, C, h, w), by denoiser; required unless `start` is "noise".
         noise: the photos' own noise (N, C, H, W), by denoiser; required if `start` is "inverted".
 
@@ -134,6 +141,9 @@ def sample(
         raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
     if config.start == "inverted" and noise is None:
         raise ValueError("sampling starts from the photos' own noise, which is not given")
+    photos_too = config.mask or any(not cell.eta for cell in cells)
+    if start is None and photos_too and not all(denoiser.follows_eta for denoiser in base.denoisers):
+        raise ValueError("a denoiser renders photos under their start sentences, which are not given")
     places = [cell.edit for cell in cells] if rows is None else rows
     row_of = {(cell.edit, cell.sentence): row for cell, row in zip(cells, places, strict=True) if row is not None}
     wanted, photos = list[Cell](), dict[Cell, Cell]()
@@ -150,6 +160,7 @@ def sample(
     first = list(dict.fromkeys(photos.values()))
     rest = [cell for cell in dict.fromkeys(wanted) if cell not in first]
     ends: dict[Cell, Tensor] = {}
+    masks: dict[tuple[Cell, str | None], Tensor] = {}
     latents = {}
     for number, denoiser in enumerate(base.denoisers):
         renderer = _Renderer(
@@ -158,18 +169,19 @@ def sample(
             pack=packs[denoiser.name],
             target=target,
             row_of=row_of,
-            optimized=optimized,
+            optimized=optimized if denoiser.follows_eta or start is None else start,
             config=config,
             negative=base.encode_text([config.negative_prompt]).rows(slice(1)),
             size=size or base.sizes.own,
             lower=ends if number else None,
+            lower_masks=masks,
             coarse=None if config.start == "noise" or coarse is None else coarse[denoiser.name],
             noise=noise[denoiser.name] if config.start == "inverted" and noise is not None else None,
             progress=progress,
             images=len(base.denoisers) * (len(first) + len(rest)),
             done=number * (len(first) + len(rest)),
         )
-        ends = renderer.all(first, rest, photos)
+        ends, masks = renderer.all(first, rest, photos), renderer.masks
         for cell in wanted:
             # Checked here, on the CPU: a check after every step would make the GPU wait.
             if not ends[cell].isfinite().all():
@@ -190,13 +202,15 @@ class _Renderer:
     row_of: Mapping[tuple[int, str | None], int]
     """The row of `target` by edit and sentence."""
     optimized: Conditioning
-    """e_opt, a row for each edit."""
+    """e_opt, a row for each edit; the start sentence's own for a denoiser that does not follow eta."""
     config: SampleConfig
     negative: Conditioning
     """One row."""
     size: Size
     lower: Mapping[Cell, Tensor] | None
     """Latents (C, H, W) of the previous denoiser; None for the first."""
+    lower_masks: Mapping[tuple[Cell, str | None], Tensor]
+    """Masks (1, H, W) of the previous denoiser by photo and sentence."""
     coarse: Tensor | None
     """Low frequencies (N, C, h, w) under the starting noise; None for noise alone."""
     noise: Tensor | None
@@ -206,6 +220,8 @@ class _Renderer:
     """Number of images in all."""
     done: int = 0
     """Number of images rendered so far."""
+    masks: dict[tuple[Cell, str | None], Tensor] = field(default_factory=dict)
+    """Masks (1, H, W) by photo and sentence."""
 
     def all(self, first: Sequence[Cell], rest: Sequence[Cell], photos: Mapping[Cell, Cell]) -> dict[Cell, Tensor]:
         """The latents (C, H, W) of all cells, fp32 on the CPU.
@@ -220,14 +236,13 @@ class _Renderer:
             paths = self.render(first[begin : begin + self.config.batch_rows], {}, whole=True)
             # Cells without a mask are rendered in the first batch.
             some = [cell for cell in rest if photos.get(cell) in paths or (cell not in photos and not begin)]
-            masks: dict[tuple[Cell, str | None], Tensor] = {}
             kept: dict[Cell, _Photo] = {}
             for cell in (cell for cell in some if cell in photos):
                 photo = photos[cell]
                 key = photo, cell.sentence
-                if key not in masks:
-                    masks[key] = self.mask(replace(photo, sentence=cell.sentence), paths[photo][-1])
-                kept[cell] = _Photo(paths[photo], masks[key])
+                if key not in self.masks:
+                    self.masks[key] = self.mask(replace(photo, sentence=cell.sentence), paths[photo][-1])
+                kept[cell] = _Photo(paths[photo], self.masks[key])
             ends |= {photo: path[-1].clone() for photo, path in paths.items()}
             rendered = self.render(some, kept)
             ends |= {cell: path[-1] for cell, path in rendered.items()}
@@ -271,7 +286,14 @@ class _Renderer:
         return rendered
 
     def mask(self, photo: Cell, latents: Tensor) -> Tensor:
-        """The mask (1, H, W) of the images under a sentence of a photo with latents (C, H, W)."""
+        """The mask (1, H, W) of the images under a sentence of a photo with latents (C, H, W).
+
+        A denoiser that does not follow eta knows no e_opt to compare a sentence with: it has the mask of the denoiser
+        before it, in its own size.
+        """
+        if not self.denoiser.follows_eta:
+            lower = self.lower_masks[replace(photo, sentence=None), photo.sentence]
+            return F.interpolate(lower[None], latents.shape[-2:], mode="bilinear")[0]
         extra = self._extra([replace(photo, sentence=None)])
         target = self.target.rows([self.row_of[photo.edit, photo.sentence]])
         mixed = {n: x for n, x in self.optimized.rows([photo.edit]).items() if self.base.family.text[n].mixed}
@@ -337,10 +359,22 @@ class _Renderer:
         """Latents (B, 1, C, H, W) of cells that all have guidance or all have none; `whole`: after every step
         (B, S, C, H, W)."""
         base, config = self.base, self.config
+        scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
+        share = self.denoiser.guidance_share
+        # As it is for a share of 1: the other way of writing it rounds.
+        guidance = (scales if share == 1 else 1 + share * (scales - 1)).to(base.device) if scales[0] != 1 else None
+        sampler = self.denoiser.schedule.sampler(
+            config.scheduler,
+            config.num_inference_steps,
+            self.denoiser.shape(self.size),
+            base.device,
+            guided=guidance is not None,
+        )
+        # One generator per row: equal seeds give equal noise in every batch and on every device.
+        generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
+        latents = self._start(cells, generators, sampler)
         rows = torch.tensor([cell.edit for cell in cells])
         optimized = self.optimized.rows(rows)
-        scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
-        guidance = scales.to(base.device) if scales[0] != 1 else None
         conditions = _Conditions(
             self.pack,
             rows,
@@ -348,16 +382,10 @@ class _Renderer:
             optimized,
             self._targets(cells),
             None if guidance is None else self.negative,
-            self._extra(cells),
+            self.denoiser.drawn(self._extra(cells), generators, training=False),
             base.family.text,
-            PATHS[config.interpolation],
+            PATHS[config.interpolation] if self.denoiser.follows_eta else None,
         )
-        sampler = self.denoiser.schedule.sampler(
-            config.scheduler, config.num_inference_steps, self.denoiser.shape(self.size), base.device
-        )
-        # One generator per row: equal seeds give equal noise in every batch and on every device.
-        generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
-        latents = self._start(cells, generators, sampler)
         masked = [row for row, cell in enumerate(cells) if cell in kept]
         photos = [kept[cells[row]] for row in masked]
         masks = torch.stack([photo.mask for photo in photos]).to(base.device) if photos else None

@@ -83,7 +83,7 @@ class Trainer:
     Args:
         base: the frozen base, with the adapters attached.
         trained: the trained tensors, N rows each, one row per slot.
-        conditioning: returns a pass's conditioning, a row for each slot, for the trainer and a denoiser.
+        conditioning: returns the text's conditioning for a pass, a row for each slot, for the trainer and a denoiser.
         packs: the adapters by denoiser; each pass tells them the edits of its rows.
         max_rows: most rows of a pass; a larger step takes several passes, and their gradients add up. None is no
             limit. Running out of memory halves the limit until `BaseModel.restored` ends; at 1 row, checkpointing is
@@ -184,7 +184,7 @@ class Trainer:
                 self.runs[slot].losses.append(loss)
         return {slot: self.runs.pop(slot) for slot in sorted(self.runs) if self.runs[slot].finished}
 
-    def _gradients(self, rows: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def _gradients(self, rows: Mapping[int, tuple[Tensor, ...]]) -> Tensor:
         """Computes the gradients of a step's rows, pass by pass; returns each slot's loss (N,)."""
         for part in self._trained:
             part.grads.zero_()
@@ -192,10 +192,10 @@ class Trainer:
         for slots, draws in self._passes():
             denoiser, share = self.runs[slots[0]].denoiser, len(draws) / self.runs[slots[0]].config.draws
             chosen = [[values[draws.start : draws.stop] for values in rows[slot]] for slot in slots]
-            noisy, positions, target = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+            noisy, positions, target, *extra = (torch.cat(parts) for parts in zip(*chosen, strict=True))
             index = torch.tensor(slots, device=self._base.device)
             whole = slots == list(range(self._slots))
-            inputs = (noisy, positions, target.to(self._base.device), index)
+            inputs = (noisy, positions, target.to(self._base.device), index, *extra)
             losses[index] += self._recorded_pass(denoiser, (whole, share), inputs)
         return losses
 
@@ -233,6 +233,7 @@ class Trainer:
         positions: Tensor,
         target: Tensor,
         index: Tensor,
+        *extra: Tensor,
     ) -> Tensor:
         """Adds a pass's gradients to the gradients of its step; returns its share of each slot's loss (n,).
 
@@ -244,10 +245,12 @@ class Trainer:
             positions: (R,).
             target: (R, C, H, W).
             index: (n,) numbers of the slots.
+            extra: the conditioning beside the text, R rows of each of the denoiser's parts.
         """
         if denoiser.name in self._packs:
             self._packs[denoiser.name].set_rows(None if whole else index)
-        conditioning = self._conditioning(self, denoiser).rows(index).repeat(len(noisy) // len(index))
+        text = self._conditioning(self, denoiser).rows(index).repeat(len(noisy) // len(index))
+        conditioning = text | dict(zip(denoiser.extra, extra, strict=True))
         prediction = self._base.predict(denoiser, noisy, positions, conditioning)
         losses = share * loss_per_edit(prediction, target, len(index))
         scaled = losses * self._scales[index, 0] if self._scaled else losses
@@ -276,10 +279,10 @@ class Trainer:
             return False
         return True
 
-    def _draw(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, positions and targets of an edit's next step, a row a draw."""
+    def _draw(self, run: Run) -> tuple[Tensor, ...]:
+        """Noisy latents, positions, targets and conditioning beside the text of an edit's next step, a row a draw."""
         config = run.config
-        return draw_rows(
+        rows = draw_rows(
             run.latents[None],
             config.draws,
             run.denoiser.schedule,
@@ -288,6 +291,9 @@ class Trainer:
             run.start_noise,
             round(config.anchor * config.draws),
         )
+        extra = run.extra.expand(config.draws)
+        drawn = run.denoiser.drawn(extra, [run.generator] * config.draws, training=True)
+        return *rows, *(drawn[name] for name in run.denoiser.extra)
 
     def _passes(self) -> Iterator[tuple[list[int], range]]:
         """Yields the passes of a step: slots, and the range of their draws.

@@ -58,7 +58,7 @@ class TrainingInput:
     start_noise: Mapping[str, Tensor]
     """The starting noise (C, H, W) of sampling, by denoiser; see `StageConfig.anchor`."""
     extra: Mapping[str, Conditioning] = field(default_factory=dict)
-    """The conditioning beside the text, one row, by denoiser."""
+    """The conditioning beside the text, one row, by denoiser, see `Family.make_extra`."""
     state: TrainingState | None = None
     """The saved state to resume from; None trains from the start."""
     number: int | None = None
@@ -147,10 +147,10 @@ class Pack:
         self._text = FlatPack(
             slots, {name: part.shape for name, part in parts.items() if part.trained}, device=base.device
         )
-        # Not trained: masks and ids of the sentence, and each denoiser's conditioning beside the text.
-        fixed = {name: part for name, part in parts.items() if not part.trained}
-        self._fixed = {"": _buffers(fixed, slots, base.device)}
-        self._fixed |= {denoiser.name: _buffers(denoiser.extra, slots, base.device) for denoiser in base.denoisers}
+        # The start sentence's own: masks and ids, and all of it for denoisers that do not follow eta.
+        whole = not all(denoiser.follows_eta for denoiser in base.denoisers)
+        own = {name: part for name, part in parts.items() if whole or not part.trained}
+        self._sentence = _buffers(own, slots, base.device)
         tuned = config.finetune
         self._adapters = {
             denoiser.name: AdapterPack(
@@ -171,16 +171,18 @@ class Pack:
             for name, pack in self._adapters.items()
         }
         self._trained = trained
-        text, buffers = self._text, self._fixed
+        text, sentence = self._text, self._sentence
 
         def conditioning(trainer: Trainer, denoiser: Denoiser) -> Conditioning:
-            """The conditioning, a row for each slot; with a gradient only if an edit trains the text."""
+            """The text's conditioning, a row for each slot; with a gradient only if an edit trains the text."""
+            if not denoiser.follows_eta:
+                return Conditioning(sentence)
             trains = trainer.trains(0)
-            own = {
+            optimized = {
                 name: kept_gradient(part, part.dtype) if trains else part.detach()
                 for name, part in text.parameters.items()
             }
-            return Conditioning({**own, **buffers[""], **buffers[denoiser.name]})
+            return Conditioning({**sentence, **optimized})
 
         # The trainer holds no reference to the pack, so a pack's memory is freed together with the pack.
         self._trainer = Trainer(base, list(trained.values()), conditioning, packs=self._adapters, max_rows=max_rows)
@@ -259,11 +261,9 @@ class Pack:
     def _clear(self, slot: int) -> None:
         """Fills a slot with its edit's rows before training."""
         task = self._edits[slot].task
-        for name, part in self._fixed[""].items():
+        for name, part in self._sentence.items():
             part[slot].copy_(task.target[name][0])
         for denoiser in self._base.denoisers:
-            for name, part in self._fixed[denoiser.name].items():
-                part[slot].copy_(task.extra[denoiser.name][name][0])
             # B of zeros: the adapter changes nothing until stage 2.
             self._adapters[denoiser.name].weights[slot].zero_()
         for name, parameter in self._text.parameters.items():
@@ -302,7 +302,15 @@ class Pack:
         """Gives the trainer a slot's edit in a stage, after the steps of `losses`; returns whether any step is left."""
         edit = self._edits[slot]
         task, name = edit.task, stage.denoiser.name
-        run = Run(stage.denoiser, task.latents[name], stage.config, task.generator, task.start_noise.get(name), losses)
+        run = Run(
+            stage.denoiser,
+            task.latents[name],
+            stage.config,
+            task.generator,
+            task.start_noise.get(name),
+            task.extra.get(name, Conditioning({})),
+            losses,
+        )
         edit.result.losses[stage.name] = run.losses
         edit.stage, edit.since, edit.peak, edit.skipped = stage, time.perf_counter(), None, 0
         if len(losses) < stage.config.steps:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DivergenceError
+from ..families.conditioning import Conditioning
 from ..families.family import Denoiser
 from ..settings.stages import StageConfig
 
@@ -31,6 +32,8 @@ class Run:
     """Source of its random draws, on the CPU."""
     start_noise: Tensor | None = None
     """Starting noise of sampling (C, H, W); only used with `StageConfig.anchor`."""
+    extra: Conditioning = field(default_factory=lambda: Conditioning({}))
+    """The denoiser's conditioning beside the text, one row, without its random part."""
     losses: list[float] = field(default_factory=list)
     """Mean squared error of each step so far."""
     skipped: int = 0

@@ -5,6 +5,7 @@ from typing import Any
 
 WEIGHTS_STEM = {
     "unet": "diffusion_pytorch_model",
+    "unet_2": "diffusion_pytorch_model",
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -20,8 +21,15 @@ _COMPONENTS: Mapping[str, Sequence[str]] = {
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusionXLImg2ImgPipeline": _SDXL,
     "Flux2KleinPipeline": ("transformer", "vae", "text_encoder", "tokenizer"),
+    "IFPipeline": ("unet", "text_encoder", "tokenizer"),
+    # Read as the second stage of a cascade alone: its text encoder is the first stage's.
+    "IFSuperResolutionPipeline": ("unet",),
 }
 """Components with weights or a vocabulary, by the pipeline's class. `families.FAMILIES` has the same classes."""
+
+
+SECOND_STAGES: Mapping[str, str] = {"IFPipeline": "IFSuperResolutionPipeline"}
+"""The class of a cascade's second pipeline, by that of its first (see `files.cascade`)."""
 
 
 def pipeline_of(model_index: Mapping[str, Any]) -> str:

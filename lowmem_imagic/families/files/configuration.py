@@ -52,7 +52,11 @@ def findable(name: str, folder: Path | None = None) -> str:
     if name == DEMO or name in SHORT_NAMES:
         return name
     path = (folder or Path()) / name
-    return str(path.absolute()) if name and os.path.exists(path) else name
+    if name and os.path.exists(path):
+        return str(path.absolute())
+    # Both stages of a cascade, see `locate`.
+    first, joint, second = name.rpartition("+")
+    return f"{findable(first, folder)}{joint}{findable(second, folder)}" if joint else name
 
 
 def exists_here(name: str) -> bool:

@@ -19,6 +19,7 @@ _CONFIGURATION = [
     "model_index.json",
     "*/config.json",
     "scheduler/*.json",
+    "image_noising_scheduler/*.json",
     *(f"{tokenizer}/{name}" for tokenizer in TOKENIZERS for name in ("*.json", "*.txt", "*.jinja", "spiece.model")),
 ]
 
@@ -141,9 +142,12 @@ def _fetch(repository: str, revision: str | None, patterns: list[str], *, local_
                 )
                 return folder
         at = "" if revision is None else f" at revision {revision}"
+        advice = "check its name and the network"
+        if type(error).__name__ == "GatedRepoError":
+            advice = "accept its licence on its page of the Hub, and log in there (`hf auth login`)"
         raise UnknownModelError(
-            f"model {repository}{at} is not in the local cache and could not be downloaded ({reason}); "
-            "check its name and the network, or give a local folder"
+            f"model {repository}{at} is not in the local cache and could not be downloaded ({reason}); {advice}, or "
+            "give a local folder"
         ) from error
 
 

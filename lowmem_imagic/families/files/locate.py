@@ -3,8 +3,9 @@
 import reprlib
 from pathlib import Path
 
-from ...errors import ConfigError, ModelError, UnknownModelError
+from ...errors import ConfigError, ModelError, UnknownModelError, WrongFamilyError
 from . import hub
+from .cascade import ALONE, JOINT, SECONDS, beside, expects_second, with_second
 from .checkpoint import SingleFile
 from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
 from .mixed import Mixed, Others
@@ -24,8 +25,10 @@ def locate(
     """The files of the model called `name`; downloads a Hub model that is not in the cache.
 
     Args:
-        name: "demo", a key of `SHORT_NAMES`, a diffusers folder, a ``.safetensors`` file or a Hub id.
-        revision: Hub commit, tag or branch.
+        name: "demo", a key of `SHORT_NAMES`, a diffusers folder, a ``.safetensors`` file or a Hub id. A cascade is
+            named by its first stage; the second is in the folder beside it, the published one, or named after a plus
+            (``FIRST+SECOND``, or ``FIRST+none`` for the first stage alone).
+        revision: Hub commit, tag or branch; of a cascade's first stage.
         config_folder: for a single file, see `SingleFile`.
         vae: a folder whose autoencoder is taken.
         text_from: a folder whose text encoders and tokenizers are taken.
@@ -48,7 +51,7 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
     Also None if only the fp16 variant is there: `hub.fetch` asks the Hub for the other.
     """
     path = hub.cached(repository, revision)
-    if path is None:
+    if path is None or (repository in SECONDS and cached_commit(SECONDS[repository], None) is None):
         return None
     folder = Folder(path, repository, revision=path.name)
     try:
@@ -60,6 +63,39 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
 
 
 def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
+    exists = exists_here(name)
+    if JOINT in name and not exists:
+        first, _, second = name.rpartition(JOINT)
+        source = _one(first, revision, config_folder, others)
+        if second == ALONE or not isinstance(source, Folder):
+            return _alone(source)
+        other = _one(second, None, None, Others())
+        if not isinstance(other, Folder):
+            raise UnknownModelError(f"{reprlib.repr(second)} is one file, expected a diffusers folder or a Hub id")
+        return with_second(source, other)
+    source = _one(name, revision, config_folder, others)
+    if not isinstance(source, Folder) or not expects_second(source):
+        return source
+    if source.label in SECONDS and source.revision is not None:
+        repository = SECONDS[source.label]
+        folder = hub.fetch(repository, None)
+        return with_second(source, Folder(folder, repository, revision=folder.name))
+    return beside(source)
+
+
+def _alone(source: Folder | SingleFile) -> Folder:
+    """The first stage of a cascade without the second.
+
+    Raises:
+        WrongFamilyError: it is no first stage.
+    """
+    if not isinstance(source, Folder) or not expects_second(source):
+        raise WrongFamilyError(f"{source.label} has no second stage; leave the plus and what follows it out")
+    return source
+
+
+def _one(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
+    """The files of one model, or of one stage of a cascade."""
     exists = exists_here(name)
     path = Path(name)
     if revision is not None and name not in SHORT_NAMES and (name == DEMO or exists):

@@ -115,6 +115,15 @@ class Mixed(Folder):
         """A component's configuration, see `Folder.config`."""
         return self._holder(component).config(component, name)
 
+    @property
+    def components(self) -> Sequence[str]:
+        """The components of the model, see `Folder.components`."""
+        return self.base.components
+
+    def owner(self, component: str) -> str:
+        """The name of the model that a component is from, see `Folder.owner`."""
+        return self._holder(component).owner(component)
+
     def weight_files(self, component: str) -> list[Path]:
         """A component's files, see `Folder.weight_files`."""
         return self._holder(component).weight_files(component)

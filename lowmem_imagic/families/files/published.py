@@ -9,6 +9,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,76 @@ def _klein_parts(**pipeline: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+_IF_UNET: dict[str, Any] = {
+    "out_channels": 6,
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 64,
+    "attention_head_dim": 64,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_act_fn": "gelu",
+}
+_IF_II_L = {
+    **_IF_UNET,
+    "sample_size": 256,
+    "in_channels": 6,
+    "class_embed_type": "timestep",
+    "cross_attention_dim": 1280,
+    "block_out_channels": [160, 320, 640, 960, 1280],
+    "layers_per_block": [2, 2, 3, 5, 5],
+    "down_block_types": ["ResnetDownsampleBlock2D"] * 3 + ["SimpleCrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2 + ["ResnetUpsampleBlock2D"] * 3,
+    "mid_block_scale_factor": 2**0.5,
+    "resnet_out_scale_factor": 2**0.5,
+    "resnet_skip_time_act": True,
+}
+"""The UNet of IF-II-L: 1,187.6 million weights."""
+_T5_XXL = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+_IF_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+}
+
+
+def _if_parts(channels: int) -> dict[str, dict[str, Any]]:
+    """DeepFloyd IF with a stage I of a number of channels, and IF-II-L."""
+    first = {
+        **_IF_UNET,
+        "sample_size": 64,
+        "in_channels": 3,
+        "cross_attention_dim": 4 * channels,
+        "block_out_channels": [channels, 2 * channels, 3 * channels, 4 * channels],
+        "layers_per_block": 3,
+        "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+        "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+    }
+    return {
+        ".": {"_class_name": "IFPipeline"},
+        "unet": first,
+        "unet_2": _IF_II_L,
+        "text_encoder": _T5_XXL,
+        "scheduler": {**_IF_SCHEDULER, "sample_max_value": 1.5},
+        "scheduler_2": {**_IF_SCHEDULER, "sample_max_value": 1.0},
+        "image_noising_scheduler": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"},
+    }
+
+
 _SD1 = _parts(SD15_UNET, _CLIP_L)
 _XL = _xl_parts(SDXL_UNET)
 PUBLISHED = {
@@ -247,6 +318,9 @@ PUBLISHED = {
     "animagine-xl": _XL,
     "klein": _klein_parts(),
     "klein-distilled": _klein_parts(is_distilled=True),
+    "if-m": _if_parts(192),
+    "if-l": _if_parts(320),
+    "if-xl": _if_parts(704),
 }
 """Configurations of the parts, by short name."""
 
@@ -271,6 +345,11 @@ class Published(Folder):
             raise IncompleteModelError(f"{self.label}: {component}/{name} is not known without a download")
         shared = read_json(_CLIP / name, self._name(component, name)) if component in TOKENIZERS else {}
         return {**shared, **parts[component]}
+
+    @property
+    def components(self) -> Sequence[str]:
+        """The components of the model, see `Folder.components`; with the second network of a cascade."""
+        return (*super().components, *(name for name in ("unet_2",) if name in PUBLISHED[self.path.name]))
 
     def vocabulary(self, component: str = "tokenizer") -> Path:
         """The vocabulary file of CLIP.

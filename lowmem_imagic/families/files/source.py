@@ -27,6 +27,9 @@ SHORT_NAMES = {
     "animagine-xl": "cagliostrolab/animagine-xl-4.0",
     "klein": "black-forest-labs/FLUX.2-klein-base-4B",
     "klein-distilled": "black-forest-labs/FLUX.2-klein-4B",
+    "if-m": "DeepFloyd/IF-I-M-v1.0",
+    "if-l": "DeepFloyd/IF-I-L-v1.0",
+    "if-xl": "DeepFloyd/IF-I-XL-v1.0",
 }
 """Names to type instead of a Hub id."""
 LICENSES = {
@@ -41,6 +44,9 @@ LICENSES = {
     "cagliostrolab/animagine-xl-4.0": "openrail++",
     "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
     "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
+    "DeepFloyd/IF-I-M-v1.0": "deepfloyd-if-license",
+    "DeepFloyd/IF-I-L-v1.0": "deepfloyd-if-license",
+    "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
 }
 """Licences of these models, in the Hub's words."""
 
@@ -79,6 +85,10 @@ class Folder:
     def _name(self, component: str, name: str) -> str:
         """A file's name in messages."""
         return f"{self.label}: {name}" if component == "." else f"{self.label}: {component}/{name}"
+
+    def owner(self, component: str) -> str:
+        """The name of the model that a component is from, for messages."""
+        return self.label
 
     def variant(self, component: str) -> str | None:
         """``"fp16"`` if the component's weights exist only in that variant, else None.

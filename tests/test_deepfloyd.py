@@ -1,0 +1,399 @@
+"""Facts about DeepFloyd IF: it computes what diffusers' pipelines do, stage by stage, and they read its adapters."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowmem_imagic import BaseModel, Cell, apply_edits, make_edits, write_edit
+from lowmem_imagic.errors import BaseMismatchError, IncompleteModelError, UnknownModelError, WrongFamilyError
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.geometry import Letterbox
+from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.pictures.letterbox import into_canvas, to_tensor
+from lowmem_imagic.pipeline.apply import check_base
+from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.sampling import sample as sampling
+from lowmem_imagic.sampling.sample import sample
+from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.training import loop as training
+from tests.test_families import photo
+from tests.tiny_if import NAMES, SIDES, WIDTH, write_tiny
+
+SENTENCE = "A photo of a red Cube on the grass "
+SMALL, LARGE = SIDES
+OPTIONS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "watermarker": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage I in a folder, with stage II beside it."""
+    return write_tiny(tmp_path_factory.mktemp("if"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> BaseModel:
+    """Both stages in fp32, shared by tests that do not change it."""
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def pipelines(folder: Path) -> tuple[IFPipeline, IFSuperResolutionPipeline]:
+    """diffusers' pipelines of both stages; the text encoder in bfloat16, as this package loads it beside fp32."""
+    first = IFPipeline.from_pretrained(folder, **OPTIONS)
+    second = IFSuperResolutionPipeline.from_pretrained(folder.parent / NAMES[1], **OPTIONS)
+    for pipeline in (first, second):
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.text_encoder.to(torch.bfloat16)
+    return first, second
+
+
+def load(folder: Path | str, **options: Any) -> BaseModel:
+    """The base in a folder, on the CPU."""
+    return BaseModel.load(str(folder), device="cpu", **{"weights": "fp32", **options})
+
+
+def config(**sampling: Any) -> EditConfig:
+    """Settings of a short edit."""
+    values = {"etas": (0.0, 1.0), "num_inference_steps": 4, "start": "inverted", "mask": 0.3, "guidance_scale": 2.0}
+    return EditConfig(
+        embed=EmbedConfig(steps=2, draws=2, learning_rate=1e-2),
+        finetune=FinetuneConfig(steps=2, draws=2, learning_rate=1e-2, adapt="all", lora_rank=2, lora_alpha=3.0),
+        sample=SampleConfig(**{**values, **sampling}),
+    )
+
+
+@pytest.fixture(scope="module")
+def edit(base: BaseModel) -> Any:
+    """An edit of one photo."""
+    [trained] = make_edits(base, [Job(photo(), SENTENCE)], config())
+    return trained
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The distance of a tensor from a reference, as a share of the reference's norm."""
+    return float((ours.detach() - theirs.detach()).norm() / theirs.detach().norm())
+
+
+def adapters(base: BaseModel, spread: float = 0.0) -> dict[str, AdapterPack]:
+    """Adapters of one edit for both stages, of zeros or drawn."""
+    packs = {}
+    for denoiser in base.denoisers:
+        pack = AdapterPack(base.network(denoiser), denoiser.names, count=1, adapt="all", rank=2, alpha=3.0)
+        pack.weights.copy_(spread * torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(5)))
+        packs[denoiser.name] = pack
+    return packs
+
+
+@pytest.mark.parametrize("sentence", [SENTENCE, "two birds kissing " * 60, ""])
+def test_text_is_encoded_as_the_pipeline_does(base: BaseModel, pipelines: Any, sentence: str) -> None:
+    """Lower-cased and stripped, padded to 77 tokens; the empty sentence is the pipeline's negative, not zeros."""
+    ours = base.encode_text([sentence])["embeds"]
+    tokens, negative = pipelines[0].encode_prompt(sentence or SENTENCE)
+    assert ours.shape == (1, 77, WIDTH) and ours.abs().sum() > 0
+    assert distance(ours, (tokens if sentence else negative).float()) <= 1e-6
+
+
+def test_the_text_encoder_is_in_8_bits_beside_a_base_in_8_bits(folder: Path, base: BaseModel) -> None:
+    """Its numbers differ by a few percent from those in bfloat16."""
+    text = load(folder, weights="int8").encode_text([SENTENCE])["embeds"]
+    assert 0 < distance(text, base.encode_text([SENTENCE])["embeds"]) < 0.05
+
+
+def test_long_sentences_are_cut_with_a_word(base: BaseModel) -> None:
+    """Words beyond the 77 tokens are named."""
+    assert base.family.check_prompt("a red cube") == ""
+    assert base.family.check_prompt(" ".join(["grass"] * 76 + ["sphere"])) == "sphere"
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("negative", ["", "a blue sphere"])
+def test_pictures_are_those_of_the_pipelines(
+    base: BaseModel, pipelines: Any, scheduler: Any, negative: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same seed both stages give the pipelines' pictures: thresholding, the noised picture at level 250."""
+    text = base.encode_text([SENTENCE, negative])["embeds"]
+    call = {
+        "prompt_embeds": text[:1],
+        "negative_prompt_embeds": text[1:],
+        "num_inference_steps": 6,
+        "output_type": "pt",
+    }
+    for pipeline in pipelines:
+        # The pipeline would round the embeddings to its text encoder's type.
+        monkeypatch.setattr(pipeline, "text_encoder", None)
+    for pipeline, denoiser in zip(pipelines, base.denoisers, strict=True):
+        # The network is this program's on both sides, as it rounds differently in another layout of memory.
+        monkeypatch.setattr(pipeline, "unet", base.network(denoiser))
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        # The learned variance is left out; DDIM keeps the name of a setting that it does not know.
+        pipeline.scheduler.register_to_config(variance_type="fixed_small")
+    small = pipelines[0](
+        generator=torch.Generator().manual_seed(3), height=SMALL, width=SMALL, guidance_scale=7.0, **call
+    ).images
+    large = pipelines[1](
+        image=small.clamp(-1, 1),
+        generator=torch.Generator().manual_seed(3),
+        height=LARGE,
+        width=LARGE,
+        guidance_scale=4.0,
+        noise_level=250,
+        **call,
+    ).images
+    settings = SampleConfig(
+        num_inference_steps=6, guidance_scale=7.0, negative_prompt=negative, scheduler=scheduler.__name__, mask=0.0
+    )
+    target = Conditioning({"embeds": text[:1]})
+    ours = sample(base, adapters(base), target, target, [Cell(0, 1.0, 3)], settings)
+    assert distance(ours["unet"], small) <= 1e-5 and distance(ours["unet_2"], large) <= 1e-5
+
+
+def test_the_photo_is_not_thresholded(base: BaseModel) -> None:
+    """Without guidance predictions are clipped alone, as inversion does; with guidance they are thresholded."""
+    schedule: Any = base.denoisers[0].schedule
+    assert schedule.scheduler("DDIM").config.thresholding
+    plain = schedule.scheduler("DDIM", guided=False).config
+    assert not plain.thresholding and plain.clip_sample
+    assert schedule.inverter(4, (3, SMALL, SMALL))._scheduler.config.clip_sample
+
+
+def test_stage_two_is_trained_on_the_enlarged_photo_under_the_sentence(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows have the sentence's own embedding and the photo of stage I, enlarged and noised at random levels."""
+    seen: dict[str, list[Conditioning]] = {}
+    predict = base.predict
+
+    def listening(denoiser: Any, x: Any, at: Any, given: Conditioning) -> Any:
+        if torch.is_grad_enabled():
+            seen.setdefault(denoiser.name, []).append(given)
+        return predict(denoiser, x, at, given)
+
+    monkeypatch.setattr(base, "predict", listening)
+    settings = config(start="noise")
+    settings = replace(settings, finetune=replace(settings.finetune, steps=6, draws=4))
+    [trained] = make_edits(base, [Job(photo(), SENTENCE)], settings)
+    sentence = base.encode_text([SENTENCE])["embeds"]
+    rows = Conditioning.cat(seen["unet_2"])
+    assert all(torch.equal(row, sentence[0]) for row in rows["embeds"])
+    assert not torch.equal(seen["unet"][-1]["embeds"][:1], sentence)
+    levels = rows["noise_level"]
+    assert levels.dtype == torch.int64 and len(levels.unique()) > 12 and levels.min() < 300 and levels.max() > 700
+    # At a low level the noised picture is nearly the clean one, enlarged from stage I's size.
+    picture = to_tensor(into_canvas(photo().image, Letterbox.fit(40, 30, trained.source.size)))
+    clean = base.family.make_extra(base.denoisers[1], 1, trained.source.size, base.encode(picture)["unet"])
+    row = int(levels.argmin())
+    a = base.denoisers[1]._noising.alpha_bar[levels[row]]  # type: ignore[attr-defined]
+    noise = (rows["low_resolution"][row] - a.sqrt() * clean["low_resolution"][0]) / (1 - a).sqrt()
+    assert 0.8 < float(noise.std()) < 1.2 and abs(float(noise.mean())) < 0.2
+    assert "finetune_unet_2_loss" in trained.settings["result"]
+
+
+def test_eta_moves_stage_one_alone(base: BaseModel, edit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage II sees the sentence's own embedding at every eta, and at eta 0 that of the start sentence."""
+    seen: dict[str, list[Conditioning]] = {}
+    predict = base.predict
+
+    def listening(denoiser: Any, x: Any, at: Any, given: Conditioning) -> Any:
+        seen.setdefault(denoiser.name, []).append(given)
+        return predict(denoiser, x, at, given)
+
+    monkeypatch.setattr(base, "predict", listening)
+    settings = config(guidance_scale=1.0, mask=0.0, num_inference_steps=1).sample
+    other = "a blue sphere"
+    for eta, expected in ((0.5, other), (0.0, SENTENCE)):
+        seen.clear()
+        apply_edits(base, [edit], [Cell(0, eta, 0, sentence=other)], settings)
+        text = base.encode_text([other, SENTENCE])["embeds"]
+        mixed = eta * text[0] + (1 - eta) * edit.conditioning["embeds"].float()
+        torch.testing.assert_close(seen["unet"][0]["embeds"][0], mixed)
+        assert torch.equal(seen["unet_2"][0]["embeds"][0], text[0 if expected == other else 1])
+        assert seen["unet_2"][0]["noise_level"].tolist() == [250]
+
+
+def test_stage_two_keeps_the_photo_where_stage_one_does(
+    base: BaseModel, edit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask of stage II is that of stage I, enlarged: both compare e_opt with the sentence."""
+    sides = []
+    change_mask = sampling.change_mask
+
+    def listening(*args: Any, **options: Any) -> Tensor:
+        mask = torch.zeros_like(change_mask(*args, **options))
+        mask[:, :, : mask.shape[2] // 2] = 1
+        sides.append(mask.shape[1:])
+        return mask
+
+    monkeypatch.setattr(sampling, "change_mask", listening)
+    photo_picture, edited = apply_edits(
+        base, [edit], [Cell(0, 0.0, 0), Cell(0, 1.0, 0)], config(num_inference_steps=8).sample
+    )
+    assert sides == [base.denoisers[0].shape(edit.source.size)[1:]]
+    pixels = [torch.tensor(list(p.convert("L").tobytes())).view(30, 40).float() for p in (photo_picture, edited)]
+    apart = (pixels[0] - pixels[1]).abs()
+    assert apart[:, 28:].max() <= 1 < apart[:, :12].mean()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_int8_with_checkpointing_has_the_same_gradients(folder: Path, checkpointing: bool) -> None:
+    """In 8 bit a prediction differs by a few percent; checkpointing changes no gradient; convolutions at the pixels
+    stay in float."""
+    base, plain = load(folder, weights="int8", checkpointing=checkpointing), load(folder)
+    for denoiser in base.denoisers:
+        network = base.network(denoiser)
+        assert type(network.conv_in) is type(network.conv_out) is torch.nn.Conv2d  # type: ignore[union-attr]
+        x, at = torch.randn(2, *denoiser.shape((LARGE, LARGE))), torch.tensor([10, 800])
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        extra = base.family.make_extra(denoiser, 2, (LARGE, LARGE), torch.rand(2, 3, SMALL, SMALL))
+        given = plain.encode_text([SENTENCE, ""]) | denoiser.drawn(extra, generators, training=False)
+        gradients = []
+        for tried in (base, plain):
+            pack = adapters(tried, 0.05)[denoiser.name]
+            gradient = pack.enable_gradients()
+            pack.set_rows(None)
+            with pack.attached(tried.network(denoiser)):
+                tried.predict(denoiser, x, at, given).square().mean().backward()
+            gradients.append(gradient.clone())
+        assert distance(gradients[0], gradients[1]) < 0.2
+        with torch.no_grad():
+            both = [tried.predict(denoiser, x, at, given) for tried in (base, plain)]
+        assert 0 < distance(*both) < 0.05
+        base.recompute(not checkpointing)
+        pack = adapters(base, 0.05)[denoiser.name]
+        gradient = pack.enable_gradients()
+        with pack.attached(network):
+            base.predict(denoiser, x, at, given).square().mean().backward()
+        assert distance(gradient, gradients[0]) <= 1e-5
+        base.recompute(checkpointing)
+
+
+def test_diffusers_reads_both_adapters(base: BaseModel, edit: Any, pipelines: Any, tmp_path: Path) -> None:
+    """One file has both adapters and e_opt under peft's keys; each UNet of diffusers computes the same with its own."""
+    write_edit(edit, tmp_path / "edit.safetensors")
+    tensors = load_file(tmp_path / "edit.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"unet", "unet_2", "lora_imagic"}
+    assert "lora_imagic.text.embeds" in tensors and not any(name.endswith("alpha") for name in tensors)
+    assert any("add_k_proj" in name for name in tensors) and any("conv1" in name for name in tensors)
+    for denoiser, pipeline in zip(base.denoisers, pipelines, strict=True):
+        x, at = torch.randn(1, *denoiser.shape((LARGE, LARGE))), torch.tensor([400])
+        extra = base.family.make_extra(denoiser, 1, (LARGE, LARGE), torch.rand(1, 3, SMALL, SMALL))
+        given = base.encode_text([SENTENCE]) | extra
+        pack = AdapterPack.load(base.network(denoiser), denoiser.names, [edit.adapters[denoiser.name]])
+        before = base.predict(denoiser, x, at, given)
+        with pack.attached(base.network(denoiser)):
+            ours = base.predict(denoiser, x, at, given)
+        pipeline.unet.load_lora_adapter({k: v.float() for k, v in tensors.items()}, prefix=denoiser.name)
+        theirs = denoiser.predict(pipeline.unet, x, at, given)
+        assert distance(ours, theirs) <= 1e-5 < distance(ours, before)
+        pipeline.unet.unload_lora()
+    # The whole file into stage I's pipeline, by diffusers' own way for files.
+    pipelines[0].load_lora_weights(str(tmp_path), weight_name="edit.safetensors", adapter_name="edit")
+    pipelines[0].unload_lora_weights()
+
+
+def test_stage_one_alone_edits_small_pictures(folder: Path, edit: Any, tmp_path: Path, caplog: Any) -> None:
+    """`FIRST+none` asks for stage I alone; without a folder beside it that is what there is, and it is said."""
+    alone = load(f"{folder}+none")
+    assert [denoiser.name for denoiser in alone.denoisers] == ["unet"] and alone.sizes.own == (SMALL, SMALL)
+    assert not caplog.records
+    [small] = make_edits(alone, [Job(photo(), SENTENCE)], config())
+    assert set(small.adapters) == {"unet"}
+    assert apply_edits(alone, [small], [Cell(0, 1.0, 0)], config().sample)[0].size == (40, 30)
+    with pytest.raises(BaseMismatchError):
+        check_base(edit, alone)
+    lonely = Path(shutil.copytree(folder, tmp_path / "IF-I"))
+    assert len(load(lonely).denoisers) == 1
+    assert "IF-I is no folder of its second stage" in caplog.text and "small pictures" in caplog.text
+
+
+def test_stage_two_is_found_or_named(folder: Path, tmp_path: Path) -> None:
+    """Of several second stages beside the first one has to be named; both names are those of folders or of the Hub."""
+    first = Path(shutil.copytree(folder, tmp_path / "IF-I"))
+    second = Path(shutil.copytree(folder.parent / NAMES[1], tmp_path / "IF-II-L"))
+    assert len(load(first).denoisers) == 2
+    shutil.copytree(second, tmp_path / "IF-II-M")
+    with pytest.raises(WrongFamilyError, match="several second stages"):
+        load(first)
+    assert load(f"{first}+{tmp_path / 'IF-II-M'}").identity == load(f"{first}+{second}").identity
+    with pytest.raises(UnknownModelError, match="nothing"):
+        load(f"{first}+nothing")
+    with pytest.raises(WrongFamilyError, match="IF-I is a IFPipeline, expected the second stage of IF-I"):
+        load(f"{first}+{first}")
+
+
+def test_what_looks_alike_is_refused_by_name(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Other pipelines of DeepFloyd IF, its stages alone, and other cascades are refused, with what to take."""
+    cases = {
+        "IFInpaintingPipeline": "another task",
+        "IFImg2ImgPipeline": "IFPipeline",
+        "IFImg2ImgSuperResolutionPipeline": "IFPipeline",
+        "IFSuperResolutionPipeline": "stage II of DeepFloyd IF.*stage I",
+        "StableDiffusionUpscalePipeline": "another task",
+        "UnCLIPPipeline": "Karlo",
+        "KandinskyV22Pipeline": "Kandinsky",
+    }
+    for name, words in cases.items():
+        copied = Path(shutil.copytree(folder, tmp_path / name))
+        index = (copied / "model_index.json").read_text().replace('"IFPipeline"', f'"{name}"')
+        (copied / "model_index.json").write_text(index)
+        with pytest.raises(WrongFamilyError, match=words):
+            load(copied)
+    with pytest.raises(WrongFamilyError, match="no second stage"):
+        load(f"{tiny_folder}+{folder}")
+    with pytest.raises(WrongFamilyError, match="no second stage"):
+        load(f"{tiny_folder}+none")
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "error"),
+    [
+        ("unet", {"in_channels": 9}, WrongFamilyError),
+        ("unet", {"addition_embed_type": None}, WrongFamilyError),
+        ("unet", {"encoder_hid_dim": 48}, IncompleteModelError),
+        ("unet", {"encoder_hid_dim": 10**9}, IncompleteModelError),
+        ("text_encoder", {"d_model": 10**9}, IncompleteModelError),
+        ("text_encoder", {"num_layers": 10**6}, IncompleteModelError),
+        ("text_encoder", {"model_type": "clip_text_model"}, IncompleteModelError),
+    ],
+)
+def test_foreign_configurations_are_errors(
+    folder: Path, tmp_path: Path, component: str, change: dict[str, Any], error: Any
+) -> None:
+    """A stage of another kind, and sizes without bounds, are refused before anything is built."""
+    copied = Path(shutil.copytree(folder, tmp_path / "IF-I"))
+    path = copied / component / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(error):
+        load(copied)
+
+
+def test_a_pack_of_both_stages_trains_side_by_side(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits of a pack may be in different stages: each pass has one network."""
+    base = load(folder, weights="int8")
+    seen = []
+    run_pass = training.Trainer.run_pass
+
+    def listening(self: Any, denoiser: Any, *args: Any) -> Tensor:
+        seen.append(denoiser.name)
+        return run_pass(self, denoiser, *args)
+
+    monkeypatch.setattr(training.Trainer, "run_pass", listening)
+    jobs = [Job(photo(shade), SENTENCE) for shade in (30, 60, 90)]
+    edits = make_edits(base, jobs, config(start="noise"), slots=2)
+    [alone] = make_edits(base, jobs[2:], config(start="noise"))
+    assert {"unet", "unet_2"} == set(seen) and len(edits) == 3
+    for name, adapter in alone.adapters.items():
+        for key, factors in adapter.items():
+            mine = edits[2].adapters[name][key]
+            assert torch.allclose(
+                mine.up.flatten(1).float() @ mine.down.flatten(1).float(),
+                factors.up.flatten(1).float() @ factors.down.flatten(1).float(),
+                atol=4e-3,
+            )
