@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lowmem_imagic.diffusion.schedules import loss_per_edit
 from lowmem_imagic.engine.memory import loading_memory, peak_bytes, reset_peak, resident_bytes
@@ -34,7 +33,7 @@ from lowmem_imagic.families.stable_diffusion import AT_LATENTS
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import load_frozen, weight_bytes
 from lowmem_imagic.planning.costs import Costs
-from lowmem_imagic.planning.counting import fused_attention, peak_of
+from lowmem_imagic.planning.counting import cost_of, fused_attention, peak_of
 from lowmem_imagic.settings.presets import preset
 
 from .goals import Line, fresh, in_gib, table
@@ -168,24 +167,8 @@ def counted(case: Case) -> dict[str, int]:
 
 def flops_of(case: Case) -> int:
     """Floating-point operations of a step, counted on the meta device."""
-    aten = torch.ops.aten
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    # The counter does not know the operation called by `fused_attention`.
-    kernels = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=kernels)
-    with fused_attention(), counter:
-        Step(case, META).run()
-    flops: int = counter.get_total_flops()
-    return flops
+    with fused_attention():
+        return cost_of(Step(case, META).run).flops
 
 
 def measured(case: Case, device: torch.device) -> dict[str, Any]:

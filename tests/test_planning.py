@@ -1,4 +1,7 @@
-"""Facts about memory: predictions are right, a plan stays within its budget, and running out leads to a fallback."""
+"""Facts about memory: predictions are right, a plan stays within its budget, and running out leads to a fallback.
+
+Facts about time: a training's is estimated from the same passes.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,13 +19,15 @@ from diffusers.models import attention_processor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
 from lowmem_imagic.families import load_architecture
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
-from lowmem_imagic.planning.counting import LiveBytes, fused_attention, peak_of
+from lowmem_imagic.planning.counting import LiveBytes, cost_of, fused_attention, peak_of
+from lowmem_imagic.planning.duration import Speed, speed_of, training_seconds
 from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, RESERVE, Budget, Plan, plan, plan_for
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
@@ -604,3 +609,44 @@ def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeyp
     monkeypatch.setattr(base.family, "load_codec", full)
     with pytest.raises(torch.OutOfMemoryError):
         base.decode(torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE))
+
+
+# Time
+
+
+def test_the_arithmetic_of_a_pass_is_counted(load_base: Callable[..., Any]) -> None:
+    """A pass's arithmetic is that of the real one, as torch counts it; attention and its gradient count, too."""
+    base = load_base(weights="fp32")
+    query = torch.randn(1, 2, 16, 8, requires_grad=True)
+    cost = cost_of(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward())
+    products = 2 * 2 * 16 * 16 * 8
+    # Two products forward, and five backward: the scores are computed again.
+    assert cost.flops == 7 * products
+    rows, text = torch.zeros(3, 4, LATENT_SIDE, LATENT_SIDE), calls.encode_text(base, SENTENCES)
+    at, _ = torch.full((3,), 500), calls.unet(base)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        calls.predict(base, rows, at, text)
+    predicted = costs_of(base).sampling_pass(3, 1, 0).flops
+    # The prediction has adapters, too.
+    assert counter.get_total_flops() < predicted < 1.3 * counter.get_total_flops()
+
+
+def test_the_time_of_a_training_follows_its_steps_and_passes(load_base: Callable[..., Any]) -> None:
+    """Twice the speed takes half the time, more steps more, and rows that need two passes or checkpointing more."""
+    base = load_base()
+    slow, fast = Speed(1e9, 1e-6), Speed(2e9, 5e-7)
+    costs = costs_of(base)
+    seconds = training_seconds(costs, slow, rows=2, checkpointing=False)
+    assert 2 * training_seconds(costs, fast, rows=2, checkpointing=False) == pytest.approx(seconds)
+    longer = replace(CONFIG, finetune=replace(CONFIG.finetune, steps=20))
+    assert training_seconds(costs_of(base, longer), slow, rows=2, checkpointing=False) > 5 * seconds
+    assert training_seconds(costs, slow, rows=1, checkpointing=False) > seconds
+    assert training_seconds(costs, slow, rows=2, checkpointing=True) > seconds
+
+
+def test_the_speed_of_a_device_is_measured_once() -> None:
+    """The speed of a device is a number of operations that it can do, the same for every plan of a process."""
+    speed = speed_of(torch.device("cpu"), torch.float32)
+    assert 1e7 < speed.flops < 1e16 and 0 < speed.start_s < 1
+    assert speed_of(torch.device("cpu"), torch.float32) is speed

@@ -398,7 +398,8 @@ def test_a_crash_of_the_process_is_one_line(tmp_path):
     queue.start()
     try:
         assert queue.do(Job(photo, "first")).result["size"] == [40, 30]
-        order = {"work": "plan", "model": "sd15", "vram": "8GB", "values": {"preset": "balanced"}, "size": None}
+        values = {"preset": "balanced"}
+        order = {"work": "plan", "model": "sd15", "device": "cpu", "vram": "8GB", "values": values, "size": None}
         killed = queue.add(Job(order, "killed"))
         while killed.state != RUNNING:
             time.sleep(0.01)

@@ -174,7 +174,9 @@ def test_a_photo_is_trained_once_and_asked_twice(visit, folder):
     """From a photo to downloads: one training, two sentences, the slider, finer steps, a sheet, history."""
     page = visit.page
     visit.choose_photo(folder / "photo-0.png")
-    page.wait_for_function("/fits: .* of 8 GB/.test(document.querySelector('#plan')?.innerText)")
+    page.wait_for_function(
+        "/fits: .* of 8 GB, about \\d+ (s|min), 96 x 96 px/.test(document.querySelector('#plan')?.innerText)"
+    )
     assert "96 x 96 px, edited at 128 x 128" in page.inner_text("#plan")
     visit.quick()
     visit.train()

@@ -15,9 +15,11 @@ from ..families import load_architecture
 from ..layers.frozen import FrozenLinear8bit, Int8Conv2d
 from ..pipeline.versions import versions
 from ..planning.costs import Costs
+from ..planning.duration import speed_of, training_seconds
 from ..planning.plan import CUDA_CONTEXT_BYTES, plan
 from ..settings.stages import EditConfig
 from ..settings.text import parse_bytes
+from .console import duration
 
 MANY = 40
 """Number of photos in a plan for many, above the slots of any pack."""
@@ -43,19 +45,29 @@ def examine() -> dict[str, dict[str, Any]]:
 
 
 def plans(
-    model: str, amounts: Sequence[str], config: EditConfig, *, size_px: int | None = None
+    model: str,
+    amounts: Sequence[str],
+    config: EditConfig,
+    *,
+    size_px: int | None = None,
+    device: str = "auto",
+    photos: Sequence[int] = (1, MANY),
 ) -> list[dict[str, Any]]:
     """Plans for graphics cards of these amounts of memory, for one photo and for many, as plain values.
 
-    Nothing is downloaded for a model with a short name, and no weight is read.
+    Nothing is downloaded for a model with a short name, and no weight is read. The plan for one photo has the estimated
+    seconds of its training on this machine.
 
     Args:
         model: name of a base model.
         amounts: such as ``8GB``.
         config: settings of all stages.
         size_px: side of the pictures; None for the model's own.
+        device: this machine's device for the estimate.
+        photos: numbers of photos.
 
     Raises:
+        BackendUnavailableError: a named device is missing.
         ConfigError: an amount or the size is not valid.
         ModelError: there is no such model.
     """
@@ -67,25 +79,33 @@ def plans(
     size = (size_px, size_px) if size_px else None
     text, codec = (torch.float16 if fits else torch.bfloat16 for fits in (family.text_in_fp16, family.codec_in_fp16))
     costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
+    place = pick_device(device)
+    speed = speed_of(place, pick_dtype(place, "int8"))
     lines = []
     for amount, budget in zip(amounts, budgets, strict=True):
-        for photos in (1, MANY):
-            line: dict[str, Any] = {"vram": amount, "photos": photos, "plan": None, "reason": ""}
+        for count in photos:
+            line: dict[str, Any] = {"vram": amount, "photos": count, "plan": None, "reason": "", "seconds": None}
             try:
-                line["plan"] = plan(
-                    costs, config, budget_bytes=budget, jobs=photos, beside=photos > 1, context_bytes=CUDA_CONTEXT_BYTES
-                ).as_json()
+                fitting = plan(
+                    costs, config, budget_bytes=budget, jobs=count, beside=count > 1, context_bytes=CUDA_CONTEXT_BYTES
+                )
             except MemoryLimitError as error:
                 line["reason"] = str(error)
+            else:
+                line["plan"] = fitting.as_json()
+                if count == 1:
+                    line["seconds"] = training_seconds(
+                        costs, speed, rows=fitting.rows, checkpointing=fitting.checkpointing
+                    )
             lines.append(line)
     return lines
 
 
 def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of a table of `plans`."""
+    """The lines of a table of `plans`; its last column is the time of training one photo on this machine."""
     phases = ("encode", "embed", "finetune", "sample", "decode")
     head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles", "text encoder")
-    rows = [(*head, *(f"{name} GB" for name in phases))]
+    rows = [(*head, *(f"{name} GB" for name in phases), "training here")]
     for line in lines:
         fitting, photos = line["plan"], "1" if line["photos"] == 1 else "many"
         if fitting is None:
@@ -98,7 +118,8 @@ def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "CPU" if fitting["text_on_cpu"] else "GPU",
         )
         totals = (f"{fitting['phases'][name]['total'] / 1e9:.2f}" for name in phases)
-        rows.append((line["vram"], photos, str(fitting["slots"]), str(fitting["rows"]), *switches, *totals))
+        here = "" if line["seconds"] is None else f"about {duration(line['seconds'])}"
+        rows.append((line["vram"], photos, str(fitting["slots"]), str(fitting["rows"]), *switches, *totals, here))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else ():
         yield "  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True))

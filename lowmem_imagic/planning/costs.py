@@ -1,4 +1,4 @@
-"""Bytes of training and rendering, phase by phase, computed from an architecture before any weight is read.
+"""Bytes and arithmetic of training and rendering, phase by phase, from an architecture before any weight is read.
 
 Runs the real passes on the meta device (see `counting`): the family's own encoders and networks, and the trainer's own
 pass with its adapters, forward and backward.
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..layers.frozen import Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from ..training.loop import TrainedTensor, Trainer
 from ..training.pack import stages
-from .counting import LiveBytes, fused_attention, peak_of
+from .counting import Cost, LiveBytes, cost_of, fused_attention, peak_of
 
 _META = torch.device("meta")
 
@@ -48,15 +48,19 @@ class _Linear:
         return _Linear(least - row - edit, row, edit)
 
 
-def _once(method: Callable[..., int]) -> Callable[..., int]:
+T = TypeVar("T")
+
+
+def _once(method: Callable[..., T]) -> Callable[..., T]:
     """Caches a method of `Costs` by its arguments."""
 
     @wraps(method)
-    def remembered(self: "Costs", *args: Any, **kwargs: Any) -> int:
+    def remembered(self: "Costs", *args: Any, **kwargs: Any) -> T:
         key = (method.__name__, args, tuple(sorted(kwargs.items())))
         if key not in self.known:
             self.known[key] = method(self, *args, **kwargs)
-        return self.known[key]
+        result: T = self.known[key]
+        return result
 
     return remembered
 
@@ -73,6 +77,9 @@ class Costs:
         codec_dtype: type of the autoencoder; None takes `part_dtype`.
         attention: of the denoisers, "sdpa" or "xformers"; text encoder and autoencoder have torch's.
         size: width and height of the pictures; None for the model's own, which no photo exceeds.
+
+    Attributes:
+        stages: stages of training by name, in their order.
     """
 
     def __init__(
@@ -87,13 +94,13 @@ class Costs:
         attention: str = "sdpa",
         size: Size | None = None,
     ) -> None:
-        self._family, self._config = family, config.for_group(family.group)
+        self.family, self.config = family, config.for_group(family.group)
         self._part_dtype, self._codec_dtype = part_dtype, codec_dtype or part_dtype
         self._size, self._attention = size or family.sizes.own, attention
         self._base = BaseModel(family, device=_META, weights=weights, attention="sdpa", checkpointing=False)
         self._base.dtype = dtype
-        self.known: dict[Any, int] = {}
-        self._stages = {stage.name: stage for stage in stages(self._config, family.denoisers)}
+        self.known: dict[Any, Any] = {}
+        self.stages = {stage.name: stage for stage in stages(self.config, family.denoisers)}
         trained = [part.shape for part in family.text.values() if part.trained]
         self._text_numbers = sum(map(math.prod, trained))
 
@@ -118,7 +125,12 @@ class Costs:
     @cached_property
     def adapter_weights(self) -> int:
         """Numbers in one edit's adapters."""
-        return sum(self._adapters(denoiser, 1).weights.numel() for denoiser in self._base.denoisers)
+        return sum(map(self._adapter_weights, range(len(self._base.denoisers))))
+
+    @_once
+    def _adapter_weights(self, number: int) -> int:
+        """Numbers in one edit's adapter of a denoiser."""
+        return self._adapters(self._base.denoisers[number], 1).weights.numel()
 
     def adapters(self, slots: int) -> int:
         """Bytes of adapters and embeddings in `slots` slots, fp32, with gradients and two moments."""
@@ -131,9 +143,9 @@ class Costs:
 
         A recorded pass (see `engine.cuda_graphs`) keeps its bytes during the optimiser step.
         """
-        way = self._stages[stage]
+        way = self.stages[stage]
         stepped = self._text_numbers * bool(way.rate("text")) + self.adapter_weights * bool(way.rate("adapter"))
-        both = self._pass(rows, edits, checkpointing, stage), 2 * 4 * edits * stepped
+        both = self.training_pass(rows, edits, checkpointing, stage).peak, 2 * 4 * edits * stepped
         return sum(both) if recorded else max(both)
 
     def train_about(self, *, checkpointing: bool, recorded: bool = False) -> Callable[[int, int], int]:
@@ -146,11 +158,14 @@ class Costs:
 
     def sample(self, rows: int, edits: int = 1) -> int:
         """Most bytes of a sampling batch, adapters included."""
-        return max(self._sample(rows, edits, number) for number in range(len(self._base.denoisers)))
+        return max(
+            self.sampling_pass(rows, edits, number).peak + 4 * edits * self._adapter_weights(number)
+            for number in range(len(self._base.denoisers))
+        )
 
     @_once
-    def _sample(self, rows: int, edits: int, number: int) -> int:
-        """Most bytes of a sampling batch of one denoiser."""
+    def sampling_pass(self, rows: int, edits: int, number: int) -> Cost:
+        """The cost of a sampling batch of one denoiser, by its number, beside the adapters."""
         denoiser = self._base.denoisers[number]
         pack = self._adapters(denoiser, edits)
         # Rows of several edits gather their factors.
@@ -164,7 +179,7 @@ class Costs:
             self._base.predict(denoiser, x, self._at(denoiser, rows), conditioning)
 
         with torch.no_grad(), fused_attention(self._attention), pack.attached(self._base.network(denoiser)):
-            return peak_of(run) + pack.weights.nbytes
+            return cost_of(run)
 
     @cached_property
     def _text(self) -> tuple[int, int]:
@@ -173,7 +188,7 @@ class Costs:
 
         @contextlib.contextmanager
         def loaded(name: str) -> Iterator[nn.Module]:
-            encoder = self._family.load_text_encoder(
+            encoder = self.family.load_text_encoder(
                 name, weights=self._base.weights, device=_META, dtype=self._part_dtype
             )
             with LiveBytes() as count:
@@ -181,7 +196,7 @@ class Costs:
             encoders.append((weight_bytes(encoder), count.peak))
 
         with torch.no_grad(), fused_attention():
-            self._family.encode_text(["a sentence"], loaded)
+            self.family.encode_text(["a sentence"], loaded)
         return max(encoders, key=sum)
 
     @property
@@ -194,7 +209,7 @@ class Costs:
         return self._text[1]
 
     def _codec(self, tiling: bool) -> Any:
-        return self._family.load_codec(device=_META, dtype=self._codec_dtype, tiling=tiling)
+        return self.family.load_codec(device=_META, dtype=self._codec_dtype, tiling=tiling)
 
     @cached_property
     def vae(self) -> int:
@@ -207,14 +222,14 @@ class Costs:
         codec, (width, height) = self._codec(tiling), self._size
         picture = torch.empty(1, 3, height, width, device=_META)
         with torch.no_grad(), fused_attention():
-            return peak_of(lambda: self._family.encode(codec, picture))
+            return peak_of(lambda: self.family.encode(codec, picture))
 
     @_once
     def decode(self, *, tiling: bool = False) -> int:
         """Most bytes while a picture is decoded."""
         codec = self._codec(tiling)
         with torch.no_grad(), fused_attention():
-            return peak_of(lambda: self._family.decode(codec, self._x(self._base.denoisers[-1], 1)))
+            return peak_of(lambda: self.family.decode(codec, self._x(self._base.denoisers[-1], 1)))
 
     def _x(self, denoiser: Denoiser, rows: int) -> Tensor:
         """Rows of noisy latents for a denoiser."""
@@ -226,7 +241,7 @@ class Costs:
 
     def _conditioning(self, denoiser: Denoiser, rows: int) -> Conditioning:
         """Rows of a denoiser's conditioning."""
-        return self._rows({**self._family.text, **denoiser.extra}, rows)
+        return self._rows({**self.family.text, **denoiser.extra}, rows)
 
     def _rows(self, parts: Mapping[str, Part], rows: int) -> Conditioning:
         """Rows of parts of a conditioning."""
@@ -235,7 +250,7 @@ class Costs:
         )
 
     def _adapters(self, denoiser: Denoiser, edits: int) -> AdapterPack:
-        tuned = self._config.finetune
+        tuned = self.config.finetune
         return AdapterPack(
             self._base.network(denoiser),
             denoiser.names,
@@ -248,13 +263,13 @@ class Costs:
         )
 
     @_once
-    def _pass(self, rows: int, edits: int, checkpointing: bool, stage: str) -> int:
-        """Most bytes of the trainer's pass, forward and backward."""
-        way = self._stages[stage]
+    def training_pass(self, rows: int, edits: int, checkpointing: bool, stage: str) -> Cost:
+        """The cost of the trainer's pass, forward and backward."""
+        way = self.stages[stage]
         denoiser, network = way.denoiser, self._base.network(way.denoiser)
         self._base.recompute(checkpointing)
-        shapes = {name: part.shape for name, part in self._family.text.items() if part.trained}
-        text, conditioning = FlatPack(edits, shapes, device=_META), self._rows(self._family.text, edits)
+        shapes = {name: part.shape for name, part in self.family.text.items() if part.trained}
+        text, conditioning = FlatPack(edits, shapes, device=_META), self._rows(self.family.text, edits)
         trained, packs = list[TrainedTensor](), dict[str, AdapterPack]()
         if way.rate("text"):
             trained.append(TrainedTensor(text.weights, text.enable_gradients(), way.rate("text")))
@@ -273,4 +288,4 @@ class Costs:
         with fused_attention(self._attention), contextlib.ExitStack() as attached:
             for pack in packs.values():
                 attached.enter_context(pack.attached(network))
-            return peak_of(run)
+            return cost_of(run)

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors while code runs, with or without real memory behind them.
+"""Counts the bytes of live tensors, and the arithmetic, of running code, with or without real memory behind it.
 
 The meta device computes nothing, but code on it creates and drops the same tensors as on a real device. So a network's
 real code shows its peak before any weight is read. Tests compare these predictions with the same count on a CPU.
@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 
 class LiveBytes(TorchDispatchMode):
@@ -57,24 +59,44 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+def _of_attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _of_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+# torch's registry lacks the operation that `fused_attention` calls.
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_of_attention),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_attention_backward,
+}
+
+
 class Kernels(TorchDispatchMode):
     """Within the ``with`` block, counts operations that compute or copy: about one GPU kernel each.
 
     Attributes:
         count: operations so far, without views and allocations.
+        flops: floating-point operations of products, convolutions and attention so far.
     """
 
     _FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift_fresh")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.count = self.flops = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         self.count += not func.is_view and not str(func).startswith(self._FREE)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if (flops := _FLOPS.get(func.overloadpacket)) is not None:
+            self.flops += flops(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 _FUSED: ContextVar[str] = ContextVar("fused", default="")
@@ -118,9 +140,29 @@ _ON_META = torch.library.Library("aten", "IMPL")
 _ON_META.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
 
 
+@dataclass(frozen=True)
+class Cost:
+    """The cost of running some code."""
+
+    peak: int
+    """Most bytes allocated at once."""
+    operations: int
+    """Operations that compute or copy."""
+    flops: int
+    """Their floating-point operations."""
+
+
+def cost_of(run: Callable[[], object]) -> Cost:
+    """The cost of `run`."""
+    live, kernels = LiveBytes(), Kernels()
+    with live, kernels:
+        run()
+    return Cost(live.peak, kernels.count, kernels.flops)
+
+
 def peak_of(run: Callable[[], object]) -> int:
     """Most bytes that `run` allocates at once."""
-    count = LiveBytes()
-    with count:
+    live = LiveBytes()
+    with live:
         run()
-    return count.peak
+    return live.peak

@@ -56,6 +56,19 @@ def describe(base: BaseModel, latents: Tensor, extra: Conditioning, *, seed: int
     return best_words(vocabulary, losses)
 
 
+def sentences_tried(vocabulary: Vocabulary) -> int:
+    """The number of sentences whose losses `describe` compares."""
+    count = 0
+
+    def counted(sentences: Sequence[str]) -> list[float]:
+        nonlocal count
+        count += len(sentences)
+        return [0.0] * len(sentences)
+
+    best_words(vocabulary, counted)
+    return count
+
+
 def best_words(vocabulary: Vocabulary, losses: Losses) -> str:
     """The sentence with a word of every kind, those of the least loss.
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..actions.console import duration
 from ..batch.outputs import report_of
 from ..batch.overview_page import PAGE, PICTURE
 from ..batch.request import DEFAULTS
@@ -82,7 +83,14 @@ class Studio:
             LowmemImagicError: a setting is not valid.
         """
         size = None if project is None or project.size is None else list(project.size)
-        order = {"work": "plan", "model": self._model(model), "vram": vram, "values": dict(values), "size": size}
+        order = {
+            "work": "plan",
+            "model": self._model(model),
+            "device": self.device,
+            "vram": vram,
+            "values": dict(values),
+            "size": size,
+        }
         plan = self._quickly(visitor, order, "a plan")
         parts = []
         if plan["peak_bytes"] is None:
@@ -90,7 +98,9 @@ class Studio:
         else:
             parts.append(f"fits: {plan['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB")
             seconds = self._seconds.get((model, str(values["preset"])))
-            if seconds is not None:
+            if seconds is None:
+                parts.append(f"about {duration(plan['seconds'])}")
+            else:
                 parts.append(f"about {duration(seconds)}, as last time")
         if size and plan["edited_at"]:
             parts.append(f"{size[0]} x {size[1]} px, edited at {plan['edited_at'][0]} x {plan['edited_at'][1]}")
@@ -505,11 +515,3 @@ def _suffix(name: str) -> str:
     """The ending of an upload's name, if it is a plain one."""
     ending = Path(name).suffix.lower()
     return ending if ending[1:].isalnum() and ending.isascii() and len(ending) <= 6 else ""
-
-
-def duration(seconds: float) -> str:
-    """A time in words."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

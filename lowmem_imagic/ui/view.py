@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterable
 from html import escape as _escape
 
-from ..actions.console import STAGES
+from ..actions.console import STAGES, duration
 from ..batch.overview import without_folders
 from ..batch.overview_page import PAGE
 from ..batch.status import status
 from ..errors import ConfigError
 from ..plain_text import shown
 from .card import ENDED, FAILED, RUNNING, WAITING, Job, Queue
-from .studio import duration
 from .visitors import Ask, BatchFolder, Picture, Project
 
 FILES, BATCHES = "/studio/file/", "/studio/batch/"

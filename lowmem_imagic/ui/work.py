@@ -90,12 +90,12 @@ class Work:
     def _plan(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """The plan for a photo on a card, and the size that a base edits it at."""
         config = Words("train", order["values"]).edit()
-        line = plans(order["model"], [order["vram"]], config)[0]
+        [line] = plans(order["model"], [order["vram"]], config, device=order["device"], photos=(1,))
         size = load_architecture(order["model"]).sizes.nearest(*order["size"]) if order["size"] else None
         peak = None
         if line["plan"] is not None:
             peak = max(phase["total"] for phase in line["plan"]["phases"].values())
-        return {"peak_bytes": peak, "reason": line["reason"], "edited_at": size}
+        return {"peak_bytes": peak, "seconds": line["seconds"], "reason": line["reason"], "edited_at": size}
 
     def _edit_file(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """Reads an edit file strictly; returns what it says."""
