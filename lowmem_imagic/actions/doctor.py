@@ -85,7 +85,8 @@ def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The lines of a table of `plans`."""
     phases = ("encode", "embed", "finetune", "sample", "decode")
     head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles", "text encoder")
-    rows = [(*head, *(f"{name} GB" for name in phases))]
+    cascade = any(line["plan"] is not None and line["plan"]["in_turn"] for line in lines)
+    rows = [(*head, *(["networks"] if cascade else []), *(f"{name} GB" for name in phases))]
     for line in lines:
         fitting, photos = line["plan"], "1" if line["photos"] == 1 else "many"
         if fitting is None:
@@ -96,8 +97,11 @@ def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             str(fitting["batch_rows"]),
             "on" if fitting["vae_tiling"] else "off",
             "CPU" if fitting["text_on_cpu"] else "GPU",
+            *(["one" if fitting["in_turn"] else "all"] if cascade else []),
         )
-        totals = (f"{fitting['phases'][name]['total'] / 1e9:.2f}" for name in phases)
+        # A cascade tunes each of its networks in a phase of its own; the one that takes the most is shown.
+        sizes = {name: phase["total"] for name, phase in fitting["phases"].items()}
+        totals = (f"{max(sizes[full] for full in sizes if full.startswith(name)) / 1e9:.2f}" for name in phases)
         rows.append((line["vram"], photos, str(fitting["slots"]), str(fitting["rows"]), *switches, *totals))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else ():
