@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -408,9 +409,7 @@ def test_networks_take_turns_on_the_device(folder: Path, edit: Any, monkeypatch:
     names = {id(base.network(denoiser)): denoiser.name for denoiser in base.denoisers}
     # The device of these tests is main memory itself, so the moves are counted.
     waiting: set[str] = set()
-    monkeypatch.setattr(
-        engine, "move_weights", lambda network, device: waiting.symmetric_difference_update([names[id(network)]])
-    )
+    monkeypatch.setattr(engine, "move_weights", lambda network, _: waiting.__ixor__({names[id(network)]}))
     predict, turns = base.predict, []
 
     def listening(denoiser: Any, *args: Any) -> Any:
@@ -426,12 +425,11 @@ def test_networks_take_turns_on_the_device(folder: Path, edit: Any, monkeypatch:
         [trained] = make_edits(base, [Job(photo(), SENTENCE)], config())
         pictures = apply_edits(base, [trained], cells, config().sample)
     assert trained.adapters == plain.adapters and trained.noise.keys() == {"unet", "unet_2"}
-    assert len([1 for one, other in zip(turns, turns[1:], strict=False) if one != other]) == 5
+    # Both are inverted, trained and sampled, one after the other.
+    assert sum(one != other for one, other in pairwise(turns)) == 5
     monkeypatch.setattr(base, "predict", predict)
-    assert [p.tobytes() for p in pictures] == [
-        p.tobytes() for p in apply_edits(base, [trained], cells, config().sample)
-    ]
-    assert not waiting
+    again = apply_edits(base, [trained], cells, config().sample)
+    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in again] and not waiting
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16"])
