@@ -6,13 +6,13 @@ architectures.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from . import kinds
 from .family import Family
-from .files.checkpoint import SingleFile
 from .files.components import pipeline_of
 from .files.configuration import findable
-from .files.locate import cached_commit, locate
+from .files.locate import Source, cached_commit, locate
 from .files.published import PUBLISHED, Published
 from .files.source import DEMO, LICENSES, SHORT_NAMES, Folder
 from .flux2 import Flux2Klein
@@ -29,14 +29,15 @@ __all__ = [
     "load_family",
 ]
 
-_FAMILIES: Mapping[str, Callable[[Folder | SingleFile], Family]] = {
+_FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionImg2ImgPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
     "Flux2KleinPipeline": Flux2Klein,
 }
-"""The family by the class of a model's pipeline; `files.components` has the components of each."""
+"""The family by the class of a model's pipeline, each for the kinds of files that it reads; `files.components` has the
+components."""
 
 
 def load_family(
@@ -68,7 +69,7 @@ def load_architecture(name: str) -> Family:
     return _family_of(Published.of(name)) if name in PUBLISHED else load_family(name)
 
 
-def _family_of(source: Folder | SingleFile) -> Family:
+def _family_of(source: Source) -> Family:
     """The family that a model's list of parts names.
 
     Raises:

@@ -4,11 +4,17 @@ import reprlib
 from pathlib import Path
 
 from ...errors import ConfigError, ModelError, UnknownModelError
+from .. import kinds
 from . import hub
 from .checkpoint import SingleFile
 from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
 from .mixed import Mixed, Others
 from .source import DEMO, PICKLES, SHORT_NAMES, Folder, label_of
+from .transformer_file import TransformerFile
+from .weights import read_header
+
+Source = Folder | SingleFile | TransformerFile
+"""The files of a model."""
 
 _OTHER_FORMATS = {".gguf": "a GGUF file, a format that is not supported", ".onnx": "an ONNX file"}
 
@@ -20,7 +26,7 @@ def locate(
     config_folder: str | Path | None = None,
     vae: str | Path | None = None,
     text_from: str | Path | None = None,
-) -> Folder | SingleFile:
+) -> Source:
     """The files of the model called `name`; downloads a Hub model that is not in the cache.
 
     Args:
@@ -59,7 +65,7 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
     return path.name if plain else None
 
 
-def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
+def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Source:
     exists = exists_here(name)
     path = Path(name)
     if revision is not None and name not in SHORT_NAMES and (name == DEMO or exists):
@@ -81,7 +87,7 @@ def _locate(name: str, revision: str | None, config_folder: str | None, others: 
     )
 
 
-def _file(path: Path, config_folder: str | None, others: Others) -> SingleFile:
+def _file(path: Path, config_folder: str | None, others: Others) -> SingleFile | TransformerFile:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise UnknownModelError(
@@ -94,4 +100,7 @@ def _file(path: Path, config_folder: str | None, others: Others) -> SingleFile:
         )
     if suffix != ".safetensors":
         raise UnknownModelError(f"{path.name} is no model; expected a .safetensors checkpoint or a diffusers folder")
+    prefix = kinds.transformer_prefix(path.name, read_header(path, path.name)[0])
+    if prefix is not None:
+        return TransformerFile(path, label_of(path.stem), prefix, config_folder, others)
     return SingleFile(path, label_of(path.stem), config_folder, others)
