@@ -1,7 +1,7 @@
 """The same facts about every family: what an edit is, where it is stored, how it is rendered, and what it takes.
 
-The families are a tiny Stable Diffusion, a tiny SDXL, a tiny DeepFloyd IF, and others; one is known to no part of the
-package (`tests.other_family`).
+The families are a tiny Stable Diffusion, a tiny SDXL, a tiny FLUX.2 klein, a tiny DeepFloyd IF, and one that nothing in
+the package knows (`tests.other_family`).
 """
 
 import json
@@ -40,7 +40,7 @@ from lowmem_imagic.planning.plan import Budget, plan, plan_for, planned
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
 from lowmem_imagic.training import loop as training
-from tests import tiny_if
+from tests import tiny_if, tiny_klein
 from tests.other_family import other_base
 from tests.tiny_xl import write_tiny
 
@@ -67,18 +67,31 @@ def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.2 klein in a folder."""
+    return tiny_klein.write_tiny(tmp_path_factory.mktemp("models") / "tiny-klein")
+
+
+@pytest.fixture(scope="session")
 def if_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage I of a tiny DeepFloyd IF in a folder, with stage II beside it."""
     return tiny_if.write_tiny(tmp_path_factory.mktemp("cascade"))
 
 
-@pytest.fixture(scope="session", params=["sd", "sdxl", "if", "other"])
-def kind(request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, if_folder: Path) -> Kind:
+@pytest.fixture(scope="session", params=["sd", "sdxl", "klein", "if", "other"])
+def kind(
+    request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, klein_folder: Path, if_folder: Path
+) -> Kind:
     """Each family in turn."""
     if request.param == "other":
         return Kind("other", other_base, "Euler", 2, None)
-    folder, layout = {"sd": (tiny_folder, 1), "sdxl": (xl_folder, 2), "if": (if_folder, 2)}[request.param]
-    return Kind(request.param, partial(BaseModel.load, str(folder), device="cpu"), "DDIM", layout, folder)
+    folder, scheduler, layout = {
+        "sd": (tiny_folder, "DDIM", 1),
+        "sdxl": (xl_folder, "DDIM", 2),
+        "klein": (klein_folder, "FireFlow", 2),
+        "if": (if_folder, "DDIM", 2),
+    }[request.param]
+    return Kind(request.param, partial(BaseModel.load, str(folder), device="cpu"), scheduler, layout, folder)
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +177,9 @@ def test_eta_mixes_every_tensor_that_is_trained(
     settings = replace(config(kind).sample, guidance_scale=1.0, mask=0.0, num_inference_steps=1)
     apply_edits(base, [edit], [Cell(0, 0.5, 0)], settings)
     target = base.encode_text([SENTENCE])
-    for name, part in edit.conditioning.items():
-        torch.testing.assert_close(seen[0][name], 0.5 * (part.float()[None] + target[name]))
+    optimized = target.completed(edit.conditioning, base.family.text)
+    for name in edit.conditioning:
+        torch.testing.assert_close(seen[0][name], 0.5 * (optimized[name] + target[name]))
 
 
 def test_a_pack_gives_what_each_edit_gets_alone(kind: Kind, base: BaseModel, edit: Any, relative: Any) -> None:
@@ -248,7 +262,7 @@ def costs_of(base: BaseModel, settings: EditConfig) -> Costs:
         settings,
         weights=base.weights,
         dtype=base.dtype,
-        part_dtype=base.part_dtype,
+        part_dtype=base.text_dtype,
         codec_dtype=base.codec_dtype,
     )
 
@@ -335,12 +349,15 @@ def test_plans_are_counted_from_its_own_passes(kind: Kind, base: BaseModel) -> N
     assert planned_edit.base == base.identity
 
 
-def test_it_is_no_other_base(base: BaseModel, edit: Any, tiny_folder: Path, xl_folder: Path, if_folder: Path) -> None:
+def test_it_is_no_other_base(
+    base: BaseModel, edit: Any, tiny_folder: Path, xl_folder: Path, klein_folder: Path, if_folder: Path
+) -> None:
     """An edit of one family is refused on all others, with both named; on its own base there is no warning."""
     assert check_base(edit, base) == ""
     others = [
         BaseModel.load(str(tiny_folder), device="cpu"),
         BaseModel.load(str(xl_folder), device="cpu"),
+        BaseModel.load(str(klein_folder), device="cpu"),
         BaseModel.load(str(if_folder), device="cpu"),
         other_base(),
     ]

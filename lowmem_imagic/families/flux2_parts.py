@@ -225,6 +225,9 @@ def _try_out(component: str, values_as_json: str) -> None:
 
 def text_states(encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The outputs (B, T, 3 D) of `LAYERS` side by side, for token ids (B, T) and a mask (B, 1, T, T) of attention."""
+    if mask.is_meta:
+        # Kernels make such a copy of a mask of truth values; the meta device has no kernel.
+        mask = mask.to(encoder.layers[0].input_layernorm.weight.dtype)
     states = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
     return torch.cat([states[layer] for layer in LAYERS], -1)
 

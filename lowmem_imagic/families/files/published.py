@@ -1,8 +1,8 @@
 """Published configurations of well-known models, and CLIP's vocabulary: for plans, and for single files.
 
-Source: ``config.json`` of each part of the repositories in `source.SHORT_NAMES`. All these models have one vocabulary,
-which OpenAI published with CLIP (MIT licence, in the folder ``clip``); only their padding differs. The package has its
-merges, from which the numbered words follow.
+Source: ``config.json`` of each part of the repositories in `source.SHORT_NAMES`. Stable Diffusion's models have one
+vocabulary, which OpenAI published with CLIP (MIT licence, in the folder ``clip``); only their padding differs. The
+package has its merges, from which the numbered words follow. Of other models it has no vocabulary: plans need none.
 """
 
 import functools
@@ -119,6 +119,49 @@ _OPENCLIP_G = {
     "num_attention_heads": 20,
     "hidden_act": "gelu",
     "projection_dim": 1280,
+}
+KLEIN_TRANSFORMER: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "rope_theta": 2000,
+    "guidance_embeds": False,
+}
+"""The transformer of FLUX.2 klein 4B, base and distilled: 3,875,544,576 weights."""
+_KLEIN_VAE: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 32,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "batch_norm_eps": 1e-4,
+    "patch_size": [2, 2],
+}
+_QWEN3_4B: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "rope_theta": 1_000_000,
 }
 _CLIP = Path(__file__).parent / "clip"
 """The folder with the merges and the settings of CLIP's tokenizer."""
@@ -251,6 +294,16 @@ def _if_parts(channels: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def _klein_parts(**pipeline: Any) -> dict[str, dict[str, Any]]:
+    return {
+        ".": {"_class_name": "Flux2KleinPipeline", **pipeline},
+        "transformer": KLEIN_TRANSFORMER,
+        "vae": _KLEIN_VAE,
+        "text_encoder": _QWEN3_4B,
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    }
+
+
 _SD1 = _parts(SD15_UNET, _CLIP_L)
 _XL = _xl_parts(SDXL_UNET)
 PUBLISHED = {
@@ -266,6 +319,8 @@ PUBLISHED = {
     "if-m": _if_parts(192),
     "if-l": _if_parts(320),
     "if-xl": _if_parts(704),
+    "klein": _klein_parts(),
+    "klein-distilled": _klein_parts(is_distilled=True),
 }
 """Configurations of the parts, by short name."""
 
@@ -300,12 +355,16 @@ class Published(Folder):
         """The vocabulary file of CLIP.
 
         Raises:
-            IncompleteModelError: the model has another one, which does not come with the package.
+            IncompleteModelError: the model has another vocabulary.
         """
-        self.config(component, "tokenizer_config.json")
+        if component not in PUBLISHED[self.path.name]:
+            raise IncompleteModelError(f"{self.label}: the vocabulary of its {component} needs a download")
         return Path(_tokenizer_folder().name, "vocab.json")
 
     def tokenizer(self, component: str = "tokenizer") -> tuple[Path, dict[str, Any]]:
-        """The folder with CLIP's vocabulary, and the settings of this model's tokenizer; see `vocabulary`."""
-        self.config(component, "tokenizer_config.json")
-        return Path(_tokenizer_folder().name), dict(PUBLISHED[self.path.name][component])
+        """The folder with CLIP's vocabulary, and the settings of this model's tokenizer.
+
+        Raises:
+            IncompleteModelError: the model has another vocabulary.
+        """
+        return self.vocabulary(component).parent, dict(PUBLISHED[self.path.name][component])

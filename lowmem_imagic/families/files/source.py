@@ -28,6 +28,8 @@ SHORT_NAMES = {
     "if-m": "DeepFloyd/IF-I-M-v1.0",
     "if-l": "DeepFloyd/IF-I-L-v1.0",
     "if-xl": "DeepFloyd/IF-I-XL-v1.0",
+    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "klein-distilled": "black-forest-labs/FLUX.2-klein-4B",
 }
 """Names to type instead of a Hub id."""
 LICENSES = {
@@ -43,6 +45,8 @@ LICENSES = {
     "DeepFloyd/IF-I-M-v1.0": "deepfloyd-if-license",
     "DeepFloyd/IF-I-L-v1.0": "deepfloyd-if-license",
     "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
 }
 """Licences of these models, in the Hub's words."""
 
