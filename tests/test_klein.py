@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 from typer.testing import CliRunner
 
@@ -36,7 +36,7 @@ from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, plan
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
-from tests.tiny_klein import SIDE, tiny_tokenizer, write_tiny
+from tests.tiny_klein import SIDE, original_layout, tiny_tokenizer, write_tiny
 
 SENTENCE = "a photo of a red cube on the grass"
 LATENTS = (16, 8, 8)
@@ -223,6 +223,25 @@ def test_stage_1_leaves_the_padding_alone(base: BaseModel) -> None:
     assert not torch.allclose(*seen, atol=1e-3)
 
 
+@pytest.mark.parametrize("weights", ["int8"])
+def test_recomputing_changes_no_gradient(folder: Path, weights: str, relative: Any) -> None:
+    """With checkpointing, a training pass over frozen weights of few bits gives the same gradients."""
+    other = BaseModel.load(str(folder), device="cpu", weights=weights)
+    [denoiser] = other.denoisers
+    pack = AdapterPack(other.network(denoiser), denoiser.names, count=2, adapt="attn+ff", rank=2, alpha=2.0)
+    pack.weights.normal_(generator=torch.Generator().manual_seed(4)).mul_(0.05)
+    grads, text = pack.enable_gradients(), other.encode_text([SENTENCE, "a blue sphere"])
+    x = torch.randn(2, *LATENTS, generator=torch.Generator().manual_seed(5))
+    computed = []
+    for on in (False, True):
+        other.recompute(on)
+        grads.zero_()
+        with pack.attached(other.network(denoiser)):
+            other.predict(denoiser, x, torch.tensor([0.2, 0.8]), text).square().mean().backward()
+        computed.append(grads.clone())
+    assert relative(computed[1], computed[0]) < 1e-6 and computed[0].abs().amax(1).min() > 0
+
+
 # Distilled models
 
 
@@ -235,6 +254,84 @@ def test_distilled_models_render_and_do_not_train(edit: Any, base: BaseModel, ch
     settings = replace(quick().sample, guidance_scale=1.0, photo_guidance=None, scheduler="Euler")
     assert apply_edits(distilled, [edit], [Cell(0, 1.0, 0)], settings)[0].size == (40, 30)
     assert base.denoisers[0].guided and not distilled.denoisers[0].guided
+
+
+# The transformer in one file
+
+
+@pytest.fixture
+def alone(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a file of the transformer alone."""
+
+    def write(name: str = "tiny-klein-base", prefix: str = "", layout: str = "original", **more: torch.Tensor) -> Path:
+        state = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        tensors = {**(original_layout(state) if layout == "original" else state), **more}
+        path = tmp_path / f"{name}.safetensors"
+        save_file({prefix + key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_transformer_alone(
+    plain: BaseModel, alone: Callable[..., Path], folder: Path, prefix: str, layout: str
+) -> None:
+    """A file of the transformer in either layout, with the rest from a folder, is the same base bit for bit, and its
+    original layout is the one that diffusers reads."""
+    path = alone(prefix=prefix, layout=layout)
+    options = {"config_folder": folder, "vae": folder, "text_from": folder}
+    other = BaseModel.load(str(path), device="cpu", weights="fp32", **options)
+    states = [one.network(one.denoisers[0]).state_dict() for one in (plain, other)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert torch.equal(plain.encode_text([SENTENCE])["embeds"], other.encode_text([SENTENCE])["embeds"])
+    assert other.identity.match(plain.identity) == "architecture" and "checkpoint" in other.identity.files
+    if not prefix and layout == "original":
+        theirs = Flux2Transformer2DModel.from_single_file(
+            str(path), config=str(folder), subfolder="transformer", local_files_only=True
+        ).state_dict()
+        assert all(torch.equal(theirs[name], tensor) for name, tensor in states[1].items())
+
+
+def test_a_transformer_alone_needs_folders(alone: Callable[..., Path], folder: Path) -> None:
+    """Without text encoder, autoencoder or a known configuration, one line names the setting; the name tells the
+    distilled model."""
+    path = alone()
+    for options, message in (
+        ({}, r"transformer alone; give a diffusers folder with its text_encoder \(`text_from`\)"),
+        ({"text_from": folder}, r"its vae \(`vae`\)"),
+        ({"text_from": folder, "vae": folder}, r"text width 48\).*`model_config`"),
+        ({"text_from": folder, "vae": folder, "config_folder": "sd15"}, "is that of a StableDiffusionPipeline"),
+    ):
+        with pytest.raises((IncompleteModelError, WrongFamilyError), match=message):
+            load_family(str(path), **options)
+    whole = {"text_from": folder, "vae": folder, "config_folder": folder}
+    distilled = load_family(str(alone("flux-2-klein-4b")), **whole)
+    with pytest.raises(WrongFamilyError, match="its name says klein without base"):
+        distilled.check_trainable()
+    with pytest.raises(IncompleteModelError, match=r"no part of a FLUX\.2 klein, such as extra"):
+        other = load_family(str(alone(extra=torch.zeros(1))), **whole)
+        other.denoisers[0].load(weights="fp32", device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("guidance_in.in_layer.weight", "FLUX.2 dev"),
+        ("vector_in.in_layer.weight", "FLUX.1"),
+        ("cap_embedder.0.weight", "Z-Image"),
+        ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("transformer_blocks.0.img_mod.1.weight", "Qwen-Image"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_look_alikes_in_one_file(tmp_path: Path, name: str, title: str, prefix: str) -> None:
+    """A transformer of another model is refused by its name, with models that work instead."""
+    save_file({prefix + name: torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WrongFamilyError, match=rf"is {title}.*not supported yet; take FLUX"):
+        load_family(str(tmp_path / "other.safetensors"))
 
 
 # Schedule

@@ -28,7 +28,7 @@ from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.counting import LiveBytes, cost_of, fused_attention, peak_of
 from lowmem_imagic.planning.duration import Speed, speed_of, training_seconds
-from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, RESERVE, Budget, Plan, plan, plan_for
+from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, RESERVE, Budget, Plan, plan, plan_for, planned
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
@@ -514,6 +514,28 @@ class Light(Other):
     def train_about(self, **words: Any) -> Callable[[int, int], int]:
         """The same."""
         return partial(self.train, **words)
+
+
+class Two(Other):
+    """Costs of a cascade of two networks that outweigh all the rest."""
+
+    networks, largest_network, load, load_in_turn = 6 * 10**9, 4 * 10**9, 6 * 10**9, 4 * 10**9
+
+
+def test_networks_that_do_not_fit_together_take_turns(predicted: Costs, load_base: Callable[..., Any]) -> None:
+    """A GPU that holds one network of a cascade at a time trains one edit after the other; a CPU holds them all."""
+    two: Any = Two(predicted)
+    roomy = plan(two, CONFIG, budget_bytes=10**10, jobs=3)
+    assert not roomy.in_turn and roomy.slots > 1 and roomy.phases["embed"].weights == 6 * 10**9
+    narrow = plan(two, CONFIG, budget_bytes=5 * 10**9, jobs=3)
+    assert narrow.in_turn and narrow.slots == 1 and narrow.phases["embed"].weights == 4 * 10**9
+    assert "one network at a time" in str(narrow) and narrow.peak_bytes < 5 * 10**9
+    with pytest.raises(MemoryLimitError, match="hold no training step"):
+        plan(two, CONFIG, budget_bytes=5 * 10**9, on_cpu=True)
+    base = load_base()
+    with planned(base, narrow, None):
+        assert base.in_turn
+    assert not base.in_turn
 
 
 def test_a_text_encoder_that_does_not_fit_goes_to_the_cpu(predicted: Costs) -> None:

@@ -1,5 +1,6 @@
 """A tiny FLUX.2 klein with random weights in diffusers' folder layout, made with diffusers' own classes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,59 @@ def write_tiny(folder: Path, **options: Any) -> Path:
     """The folder, with a tiny pipeline in it; see `tiny_pipeline`."""
     tiny_pipeline(**options).save_pretrained(folder)
     return folder
+
+
+_BLOCK = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+_SINGLE = {
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+_ENDS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "proj_out": "final_layer.linear",
+}
+
+
+def original_layout(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The transformer's tensors as Black Forest Labs' files have them."""
+    original = {}
+    for name, tensor in state.items():
+        base = name.removesuffix(".weight")
+        if name.startswith("transformer_blocks."):
+            _, number, rest = base.split(".", 2)
+            block = f"double_blocks.{number}"
+            if rest in _BLOCK:
+                original[f"{block}.{_BLOCK[rest]}.{'scale' if '.norm_' in rest else 'weight'}"] = tensor
+            for part, names in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+                if rest == f"attn.{names[0]}":
+                    parts = [state[f"transformer_blocks.{number}.attn.{one}.weight"] for one in names]
+                    original[f"{block}.{part}_attn.qkv.weight"] = torch.cat(parts)
+        elif name.startswith("single_transformer_blocks."):
+            _, number, rest = base.split(".", 2)
+            ending = "scale" if ".norm_" in rest else "weight"
+            original[f"single_blocks.{number}.{_SINGLE[rest]}.{ending}"] = tensor
+        elif base == "norm_out.linear":
+            scale, shift = tensor.chunk(2)
+            original["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
+        else:
+            original[f"{_ENDS[base]}.weight"] = tensor
+    return original

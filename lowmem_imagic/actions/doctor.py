@@ -105,7 +105,8 @@ def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The lines of a table of `plans`; its last column is the time of training one photo on this machine."""
     phases = ("encode", "embed", "finetune", "sample", "decode")
     head = ("memory", "photos", "at once", "rows a pass", "checkpointing", "sampling rows", "tiles", "text encoder")
-    rows = [(*head, *(f"{name} GB" for name in phases), "training here")]
+    cascade = any(line["plan"] is not None and line["plan"]["in_turn"] for line in lines)
+    rows = [(*head, *(["networks"] if cascade else []), *(f"{name} GB" for name in phases), "training here")]
     for line in lines:
         fitting, photos = line["plan"], "1" if line["photos"] == 1 else "many"
         if fitting is None:
@@ -116,8 +117,11 @@ def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             str(fitting["batch_rows"]),
             "on" if fitting["vae_tiling"] else "off",
             "CPU" if fitting["text_on_cpu"] else "GPU",
+            *(["one" if fitting["in_turn"] else "all"] if cascade else []),
         )
-        totals = (f"{fitting['phases'][name]['total'] / 1e9:.2f}" for name in phases)
+        # A cascade tunes each of its networks in a phase of its own; the one that takes the most is shown.
+        sizes = {name: phase["total"] for name, phase in fitting["phases"].items()}
+        totals = (f"{max(sizes[full] for full in sizes if full.startswith(name)) / 1e9:.2f}" for name in phases)
         here = "" if line["seconds"] is None else f"about {duration(line['seconds'])}"
         rows.append((line["vram"], photos, str(fitting["slots"]), str(fitting["rows"]), *switches, *totals, here))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

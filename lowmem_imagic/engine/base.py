@@ -22,7 +22,7 @@ from ..families import DEMO, load_family
 from ..families.conditioning import Conditioning
 from ..families.family import Denoiser, Family
 from ..geometry import Sizes
-from ..layers.frozen import drop_weights, weight_bytes
+from ..layers.frozen import drop_weights, move_weights, weight_bytes
 from ..settings.stages import base_problems
 from .device import pick_device, pick_dtype, resolve_attention
 from .memory import loading_memory, with_fallbacks
@@ -46,6 +46,8 @@ class BaseModel:
         checkpointing: whether activations are recomputed in the backward pass.
         vae_tiling: whether the autoencoder works in tiles.
         text_on_cpu: whether all sentences are encoded on the CPU; once a denoiser is loaded, they are in any case.
+        in_turn: whether one network of a cascade is on the device at a time; the others wait in main memory. Off by
+            default: it has not run on a GPU yet.
         replays: whether a GPU records training passes and replays them (see `engine.cuda_graphs`); not with
             checkpointing. Off by default: it has not run on a GPU yet. Starting 6,600 kernels one by one took five
             sixths of a step's time on one GPU (``benchmarks/results/gpu_first_run.json``).
@@ -72,6 +74,7 @@ class BaseModel:
         self.attention, self.checkpointing = attention, checkpointing
         self.vae_tiling = False
         self.text_on_cpu = device.type == "cpu"
+        self.in_turn = False
         self.replays = False
         self.fallbacks: list[str] = []
         self.most_rows: int | None = None
@@ -79,6 +82,8 @@ class BaseModel:
         self.remembered: dict[Any, Any] = {}
         """Cache for callers: their results about this base, by their own keys."""
         self._networks: dict[str, nn.Module] = {}
+        self._waiting: set[str] = set()
+        """The networks in main memory, by their denoisers' names, see `in_turn`."""
         self._encoded: dict[str, Conditioning] = {}
         self._user = threading.RLock()
         self._restoring = False
@@ -108,7 +113,7 @@ class BaseModel:
         if self._restoring:
             yield
             return
-        names = ("vae_tiling", "text_on_cpu", "replays", "most_rows", "most_images")
+        names = ("vae_tiling", "text_on_cpu", "in_turn", "replays", "most_rows", "most_images")
         before, checkpointing = {name: getattr(self, name) for name in names}, self.checkpointing
         self._restoring = True
         try:
@@ -206,7 +211,19 @@ class BaseModel:
         return max(errors, key=lambda error: (not math.isfinite(error), error))
 
     def network(self, denoiser: Denoiser) -> nn.Module:
-        """A denoiser's frozen network, loaded and quantised at the first use."""
+        """A denoiser's frozen network, loaded and quantised at the first use.
+
+        If networks take turns, no adapter may be attached to another one.
+        """
+        if self.in_turn:
+            for name in self._networks.keys() - self._waiting - {denoiser.name}:
+                move_weights(self._networks[name], torch.device("cpu"))
+                self._waiting.add(name)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if denoiser.name in self._waiting:
+            move_weights(self._networks[denoiser.name], self.device)
+            self._waiting.remove(denoiser.name)
         if denoiser.name not in self._networks:
             with self._loading(self.device):
                 network = denoiser.load(weights=self.weights, device=self.device, dtype=self.dtype)
@@ -241,6 +258,7 @@ class BaseModel:
     def release(self) -> None:
         """Drops the denoisers; the next `predict` loads them again."""
         self._networks.clear()
+        self._waiting.clear()
 
     def _loading(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """The context in which weights are loaded onto a device."""

@@ -11,10 +11,9 @@ from typing import Any
 from . import kinds
 from .deepfloyd import DeepFloyd
 from .family import Family
-from .files.checkpoint import SingleFile
 from .files.components import pipeline_of
 from .files.configuration import findable
-from .files.locate import cached_commit, locate
+from .files.locate import Source, cached_commit, locate
 from .files.published import PUBLISHED, Published
 from .files.source import DEMO, LICENSES, SHORT_NAMES, Folder
 from .flux2 import Flux2Klein
@@ -39,7 +38,8 @@ _FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "Flux2KleinPipeline": Flux2Klein,
     "IFPipeline": DeepFloyd,
 }
-"""The family by the class of a model's pipeline; `files.components` has the components of each."""
+"""The family by the class of a model's pipeline, each for the kinds of files that it reads; `files.components` has the
+components."""
 
 
 def load_family(
@@ -71,7 +71,7 @@ def load_architecture(name: str) -> Family:
     return _family_of(Published.of(name)) if name in PUBLISHED else load_family(name)
 
 
-def _family_of(source: Folder | SingleFile) -> Family:
+def _family_of(source: Source) -> Family:
     """The family that a model's list of parts names.
 
     Raises:

@@ -30,8 +30,9 @@ from . import flux2_parts as parts
 from .adapter_names import peft_key
 from .conditioning import Conditioning, Part
 from .family import Denoiser, Loaded
-from .files.checkpoint import SingleFile
+from .files.layout import Tensors
 from .files.source import Folder
+from .files.transformer_file import TransformerFile
 from .flux2_parts import TEXT_ENCODER, TOKENIZER, TOKENS, TRANSFORMER, VAE
 from .loading import check_fit, complete, fill, freeze_text_encoder, tokenizer_files
 from .portable import baked
@@ -78,7 +79,7 @@ class Flux2Klein:
     text_in_fp16 = False
     codec_in_fp16 = False
 
-    def __init__(self, source: Folder | SingleFile) -> None:
+    def __init__(self, source: Folder | TransformerFile) -> None:
         self.source = source
         self._folder = source if isinstance(source, Folder) else source.configuration
         self._index = self._folder.config(".", "model_index.json")
@@ -102,10 +103,12 @@ class Flux2Klein:
         width = self.transformer_config["joint_attention_dim"]
         return "flux2-klein" if width == _WIDTH else f"flux2-klein-{width}"
 
-    @property
-    def distilled(self) -> bool:
-        """Whether the model is made for few steps without guidance, by its own list of parts."""
-        return bool(self._index.get("is_distilled"))
+    @cached_property
+    def distilled(self) -> str:
+        """A sign that the model is made for few steps without guidance; "" if there is none."""
+        if isinstance(self.source, TransformerFile):
+            return self.source.distilled
+        return "is_distilled in its model_index.json" if self._index.get("is_distilled") else ""
 
     @property
     def factor(self) -> int:
@@ -141,9 +144,9 @@ class Flux2Klein:
         Raises:
             WrongFamilyError: it is.
         """
-        if self.distilled:
+        if sign := self.distilled:
             raise WrongFamilyError(
-                f"{self.source.label} is made for few steps without guidance (is_distilled), which training would "
+                f"{self.source.label} is made for few steps without guidance ({sign}), which training would "
                 "undo: train on its base (`model=klein`), and render that edit with this model"
             )
 
@@ -227,8 +230,7 @@ class Flux2Klein:
             with without_advice():
                 vae.to(device, dtype).requires_grad_(False).eval()
         else:
-            tensors = parts.tensors_of(self._folder, VAE)
-            names = check_fit(vae, tensors, f"{self.source.label}: the {VAE}", self._folder.label)
+            tensors, names = self._checked(VAE, vae)
             fill(vae, tensors, names, device, dtype, in_fp32=("bn.",))
         if device.type == "cuda":
             # cuDNN computes in this layout; from another one it would copy every tensor.
@@ -282,9 +284,17 @@ class Flux2Klein:
         """The tensors of a part under its names, checked against it; its own on the meta device."""
         if device.type == "meta":
             return list(part.named_parameters())
-        tensors = parts.tensors_of(self._folder, component)
-        check_fit(part, tensors, f"{self.source.label}: the {component}", self._folder.label)
-        return tensors
+        return self._checked(component, part)[0]
+
+    def _checked(self, component: str, part: nn.Module) -> tuple[Tensors, dict[str, str]]:
+        """The tensors of a part, and the part's name of each.
+
+        Raises:
+            IncompleteModelError: they do not fit the part.
+        """
+        alone = isinstance(self.source, TransformerFile) and component == TRANSFORMER
+        tensors = self.source.tensors() if alone else parts.tensors_of(self._folder, component)  # type: ignore[union-attr]
+        return tensors, check_fit(part, tensors, f"{self.source.label}: the {component}", self._folder.label)
 
     def _fitting(self, component: str) -> Any:
         """The context in which a part gets its weights."""

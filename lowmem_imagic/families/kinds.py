@@ -1,7 +1,7 @@
 """Recognises the kind of a model file or folder, with advice in errors about unsupported kinds."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,13 +249,39 @@ _OF_IF = {
     "IFPipeline": "DeepFloyd IF, which has no single file and no configuration for one; give the folder of stage I",
 }
 """Pipelines of DeepFloyd IF that cannot be what they were given as."""
+_INSTEAD = "FLUX.2 klein 4B Base (`model=klein`), SDXL (`model=sdxl`) or Stable Diffusion 1.x or 2.x (`model=sd15`)"
+_FLUX2 = re.compile(r"(model\.diffusion_model\.|transformer\.)?double_stream_modulation_img\.lin(ear)?\.weight")
+_TRANSFORMERS = (
+    (
+        r"(time_guidance_embed\.guidance_embedder|guidance_in)\.",
+        "FLUX.2 dev or FLUX.1 dev, distilled to guidance",
+    ),
+    (r"(distilled_guidance_layer|vector_in)\.", "FLUX.1, or a model made from it"),
+    (r"(cap_embedder|noise_refiner)\.", "Z-Image or Lumina"),
+    (r"joint_blocks\.", "Stable Diffusion 3"),
+    (r"transformer_blocks\.\d+\.(img_mod|txt_mod)\.", "Qwen-Image"),
+)
+"""Transformers that look alike, by their tensors' names; the first one counts."""
+
+
+def transformer_prefix(name: str, names: Collection[str]) -> str | None:
+    """The prefix of the names in a file with the transformer of a FLUX.2 klein; None if it is no transformer.
+
+    Raises:
+        WrongFamilyError: it is the transformer of another kind of model.
+    """
+    cores = {key: re.sub(r"^(model\.diffusion_model\.|transformer\.)", "", key) for key in names}
+    for pattern, title in _TRANSFORMERS:
+        if any(re.match(pattern, core) for core in cores.values()):
+            raise WrongFamilyError(f"{name} is {title}, which is not supported yet; take {_INSTEAD}")
+    found = next((match for key in names if (match := _FLUX2.fullmatch(key))), None)
+    return (found[1] or "") if found else None
 
 
 def unsupported(model_index: Mapping[str, Any], label: str) -> WrongFamilyError:
     """The error for a folder of a pipeline that no family reads, with models that work instead."""
     name = pipeline_of(model_index)
     title = next((title for start, title in _NOT_YET.items() if name.startswith(start)), "")
-    instead = "FLUX.2 klein 4B Base (`model=klein`), SDXL (`model=sdxl`) or Stable Diffusion 1.x or 2.x (`model=sd15`)"
     if "Inpaint" in name or "Pix2Pix" in name or "ControlNet" in name or "Upscale" in name:
         return WrongFamilyError(
             f"{label} is a {name[:60]}, made for another task than pictures from text; give the text-to-image model "
@@ -264,9 +290,9 @@ def unsupported(model_index: Mapping[str, Any], label: str) -> WrongFamilyError:
     if name in _OF_IF:
         return WrongFamilyError(f"{label} is {_OF_IF[name]}")
     if title:
-        return WrongFamilyError(f"{label} is {title} ({name[:60]}), which is not supported yet; take {instead}")
+        return WrongFamilyError(f"{label} is {title} ({name[:60]}), which is not supported yet; take {_INSTEAD}")
     return WrongFamilyError(
-        f"{label} is a {name[:60] if name else 'model without a pipeline class'}; this version edits with {instead}, "
+        f"{label} is a {name[:60] if name else 'model without a pipeline class'}; this version edits with {_INSTEAD}, "
         "and with models of the same pipelines"
     )
 
@@ -303,14 +329,13 @@ def check_configuration(model_index: Mapping[str, Any], file: str, label: str, *
     Raises:
         WrongFamilyError: they are of another kind.
     """
-    if pipeline_of(model_index) not in (*_PIPELINES, *_XL_PIPELINES):
-        raise unsupported(model_index, label)
-    theirs = pipeline_of(model_index) in _XL_PIPELINES
-    if theirs != is_xl:
+    pipeline = pipeline_of(model_index)
+    if pipeline not in (_XL_PIPELINES if is_xl else _PIPELINES):
         names = "an SDXL", "a Stable Diffusion 1.x or 2.x"
+        theirs = names[pipeline in _PIPELINES] if pipeline in (*_PIPELINES, *_XL_PIPELINES) else f"a {pipeline[:60]}"
         raise WrongFamilyError(
-            f"{file} is {names[not is_xl]}, and the configuration of {label} is that of {names[not theirs]}; leave it "
-            "out, or give a model of the same family (`model_config`)"
+            f"{file} is {names[not is_xl]}, and the configuration of {label} is that of {theirs}; leave it out, or "
+            "give a model of the same family (`model_config`)"
         )
 
 

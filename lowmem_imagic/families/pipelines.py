@@ -28,7 +28,8 @@ def network(pipeline: Any, denoiser: str) -> nn.Module:
         WrongFamilyError: the pipeline is of another kind.
     """
     part = getattr(pipeline, denoiser, None)
-    missing = [name for name in ("encode_prompt", "load_lora_weights", "scheduler") if not hasattr(pipeline, name)]
+    needed = ("encode_prompt", "load_lora_weights", "scheduler", "vae")
+    missing = [name for name in needed if not hasattr(pipeline, name)]
     if not isinstance(part, nn.Module) or missing:
         raise WrongFamilyError(
             f"{type(pipeline).__name__} has no {missing[0] if missing else denoiser}, expected a pipeline such as "

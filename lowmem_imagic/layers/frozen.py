@@ -332,6 +332,21 @@ def load_frozen(
     model.eval()
 
 
+def move_weights(model: nn.Module, device: torch.device) -> None:
+    """Moves a frozen network's weights and buffers to a device, those in 8 bits in their storage."""
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.to(device)
+            if isinstance(weight, bnb.nn.Int8Params) and weight.CB is not None:
+                weight.CB, weight.SCB = weight.data, weight.SCB.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+        if isinstance(module, bnb.nn.Linear8bitLt) and module.state.CB is not None:
+            # Since the first pass, bitsandbytes has them here.
+            module.state.CB, module.state.SCB = module.weight.data, module.state.SCB.to(device)
+
+
 def drop_weights(model: nn.Module) -> None:
     """Frees the weights and buffers of a network, which stays as a shell on the meta device."""
     for module in model.modules():

@@ -107,7 +107,16 @@ class Costs:
     @cached_property
     def networks(self) -> int:
         """Bytes of the frozen denoisers."""
-        return sum(weight_bytes(self._base.network(denoiser)) for denoiser in self._base.denoisers)
+        return sum(self._network_bytes)
+
+    @cached_property
+    def largest_network(self) -> int:
+        """Bytes of the largest of them, for a base whose networks take turns."""
+        return max(self._network_bytes)
+
+    @property
+    def _network_bytes(self) -> list[int]:
+        return [weight_bytes(self._base.network(denoiser)) for denoiser in self._base.denoisers]
 
     @cached_property
     def load(self) -> int:
@@ -123,6 +132,11 @@ class Costs:
         return self.networks + max([*kernels, *others])
 
     @cached_property
+    def load_in_turn(self) -> int:
+        """The same with one denoiser on the device at a time."""
+        return self.load - self.networks + self.largest_network
+
+    @cached_property
     def adapter_weights(self) -> int:
         """Numbers in one edit's adapters."""
         return sum(map(self._adapter_weights, range(len(self._base.denoisers))))
@@ -136,13 +150,16 @@ class Costs:
         """Bytes of adapters and embeddings in `slots` slots, fp32, with gradients and two moments."""
         return slots * 16 * (self.adapter_weights + self._text_numbers)
 
-    def train(
-        self, rows: int, edits: int, *, checkpointing: bool, stage: str = "finetune", recorded: bool = False
-    ) -> int:
+    def train(self, rows: int, edits: int, *, checkpointing: bool, stage: str = "", recorded: bool = False) -> int:
         """Most bytes of a training pass and of the optimiser step after it (two copies, see `PackedAdam.step`).
 
-        A recorded pass (see `engine.cuda_graphs`) keeps its bytes during the optimiser step.
+        A recorded pass (see `engine.cuda_graphs`) keeps its bytes during the optimiser step. Without a stage's name it
+        is that of the stage that takes the most.
         """
+        stage = stage or max(
+            self.stages,
+            key=lambda name: self.train(1, 1, checkpointing=checkpointing, stage=name, recorded=recorded),
+        )
         way = self.stages[stage]
         stepped = self._text_numbers * bool(way.rate("text")) + self.adapter_weights * bool(way.rate("adapter"))
         both = self.training_pass(rows, edits, checkpointing, stage).peak, 2 * 4 * edits * stepped

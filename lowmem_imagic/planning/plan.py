@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Plan:
     """Whether sentences are encoded on the CPU."""
     phases: dict[str, Phase]
     """Predicted bytes by phase, in their order."""
+    in_turn: bool = False
+    """Whether one network of a cascade is on the device at a time, see `BaseModel`."""
 
     @property
     def peak_bytes(self) -> int:
@@ -78,7 +81,8 @@ class Plan:
         return (
             f"{self.slots} at once, {self.rows} rows a pass, checkpointing {'on' if self.checkpointing else 'off'}, "
             f"{self.batch_rows} rows a sampling batch{', autoencoder in tiles' if self.vae_tiling else ''}"
-            f"{', text encoder on the CPU' if self.text_on_cpu else ''}; {peak / 1e9:.2f} GB at most ({name})"
+            f"{', text encoder on the CPU' if self.text_on_cpu else ''}"
+            f"{', one network at a time' if self.in_turn else ''}; {peak / 1e9:.2f} GB at most ({name})"
         )
 
 
@@ -205,14 +209,17 @@ def follow(base: BaseModel, plan: Plan) -> None:
         base.recompute()
     base.vae_tiling |= plan.vae_tiling
     base.text_on_cpu |= plan.text_on_cpu
+    base.in_turn |= plan.in_turn
 
 
 class _Planner:
     """The search for a plan; see `plan`."""
 
-    def __init__(self, costs: Costs, config: EditConfig, available: int, jobs: int, replays: bool) -> None:
-        self._costs, self._config, self._available, self._jobs = costs, config, available, jobs
-        self._replays = replays
+    def __init__(
+        self, costs: Costs, config: EditConfig, networks: int, available: int, jobs: int, replays: bool
+    ) -> None:
+        self._costs, self._config, self._networks, self._available = costs, config, networks, available
+        self._jobs, self._replays = jobs, replays
 
     def recorded(self, checkpointing: bool) -> bool:
         """Whether training passes will be recorded."""
@@ -220,7 +227,7 @@ class _Planner:
 
     def room(self, slots: int) -> int:
         """Bytes for activations beside `slots` edits in training."""
-        return self._available - self._costs.networks - self._costs.adapters(slots)
+        return self._available - self._networks - self._costs.adapters(slots)
 
     def training(self, checkpointing: bool) -> tuple[int, int] | None:
         """The most rows per pass that fit, in the fewest slots: (slots, rows); None if not even one row fits."""
@@ -272,7 +279,8 @@ def plan(
 
     Without checkpointing if that fits, with as many rows per pass as fit, in the fewest slots for these rows. On a GPU
     two edits at once with checkpointing go before one without, unless passes are recorded: starting its kernels took
-    five sixths of the step of an edit alone (``benchmarks/results/gpu_first_run.json``).
+    five sixths of the step of an edit alone (``benchmarks/results/gpu_first_run.json``). On a GPU that does not hold
+    all networks of a cascade, they take turns, and edits train one after the other.
 
     Args:
         costs: costs of the architecture under `config`.
@@ -289,41 +297,77 @@ def plan(
     Raises:
         MemoryLimitError: not even one row of one edit fits in the cheapest plan.
     """
+    whole = partial(
+        _plan,
+        costs,
+        config,
+        budget_bytes=budget_bytes,
+        beside=beside,
+        on_cpu=on_cpu,
+        weights=weights,
+        checkpointing=checkpointing,
+        replays=replays,
+        context_bytes=context_bytes,
+    )
+    try:
+        return whole(jobs=jobs, in_turn=False)
+    except MemoryLimitError:
+        if on_cpu or costs.largest_network == costs.networks:
+            raise
+    return whole(jobs=1, in_turn=True)
+
+
+def _plan(
+    costs: Costs,
+    config: EditConfig,
+    *,
+    budget_bytes: int,
+    jobs: int,
+    beside: bool,
+    on_cpu: bool,
+    weights: str,
+    checkpointing: bool,
+    replays: bool,
+    context_bytes: int,
+    in_turn: bool,
+) -> Plan:
+    """The fastest plan with all networks on the device, or with one at a time; see `plan`."""
+    networks, load = (costs.largest_network, costs.load_in_turn) if in_turn else (costs.networks, costs.load)
     available = math.floor((budget_bytes - context_bytes) * (1 - RESERVE))
-    planner = _Planner(costs, config, available, jobs, replays)
+    planner = _Planner(costs, config, networks, available, jobs, replays)
     recompute, fit = checkpointing, planner.training(checkpointing)
     if not checkpointing and (fit is None or (fit[0] == 1 < jobs and not on_cpu and not replays)):
         cheaper = planner.training(True)
         if cheaper is not None and (fit is None or cheaper[0] > 1):
             recompute, fit = True, cheaper
     if fit is None:
-        least = costs.networks + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
+        least = networks + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
             "free; train fewer weights (`adapt=attn`, a smaller `rank`), or take a smaller model"
         )
     slots, rows = fit
-    if costs.load > available:
+    if load > available:
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold a training step but not the loading of the UNet, which takes "
-            f"{(costs.load + context_bytes) / 1e9:.2f} GB for a moment"
+            f"{(load + context_bytes) / 1e9:.2f} GB for a moment"
         )
     training = costs.adapters(slots)
     # Edits still in training keep their memory, and so does the UNet.
     in_training = training if beside else 0
-    batch_rows = planner.batch_rows(costs.networks + in_training)
-    room = available - costs.networks - in_training - costs.vae
+    batch_rows = planner.batch_rows(networks + in_training)
+    room = available - networks - in_training - costs.vae
     tiling = costs.decode() > room or costs.encode() > room
     if not batch_rows or max(costs.decode(tiling=tiling), costs.encode(tiling=tiling)) > room:
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold a training step but no picture: one takes "
-            f"{(costs.networks + in_training + costs.sample(2)) / 1e9:.2f} GB to sample and "
-            f"{(costs.networks + in_training + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
+            f"{(networks + in_training + costs.sample(2)) / 1e9:.2f} GB to sample and "
+            f"{(networks + in_training + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
         )
 
     # A GPU encodes sentences before a UNet is there, and the CPU the later ones.
-    stays = costs.networks + in_training if beside and on_cpu else 0
+    stays = networks + in_training if beside and on_cpu else 0
     text_on_cpu = costs.encode_text() > available - stays - costs.text_encoder
     if text_on_cpu and on_cpu:
         raise MemoryLimitError(
@@ -335,21 +379,23 @@ def plan(
         return Phase(weights_bytes, adapters, activations, context_bytes)
 
     recorded = planner.recorded(recompute)
-    first, second = (
-        costs.train(rows, slots, checkpointing=recompute, stage=s, recorded=recorded) for s in ("embed", "finetune")
-    )
-    frozen = costs.networks if beside else 0
+    stages = {
+        name: phase(
+            networks, training, costs.train(rows, slots, checkpointing=recompute, stage=name, recorded=recorded)
+        )
+        for name in costs.stages
+    }
+    frozen = networks if beside else 0
     photos = phase(frozen + costs.vae, in_training, costs.encode(tiling=tiling))
     resident = (frozen, in_training) if on_cpu else (0, 0)
     sentences = phase(resident[0] + costs.text_encoder, resident[1], costs.encode_text())
     phases = {
-        "load": Phase(costs.load, in_training, 0, context_bytes),
+        "load": Phase(load, in_training, 0, context_bytes),
         "encode": photos if text_on_cpu or photos.total >= sentences.total else sentences,
         # All photos but the first are inverted beside edits in training.
-        **({"invert": phase(costs.networks, training, costs.sample(1))} if config.sample.start == "inverted" else {}),
-        "embed": phase(costs.networks, training, first),
-        "finetune": phase(costs.networks, training, second),
-        "sample": phase(costs.networks, in_training, costs.sample(batch_rows)),
-        "decode": phase(costs.networks + costs.vae, in_training, costs.decode(tiling=tiling)),
+        **({"invert": phase(networks, training, costs.sample(1))} if config.sample.start == "inverted" else {}),
+        **stages,
+        "sample": phase(networks, in_training, costs.sample(batch_rows)),
+        "decode": phase(networks + costs.vae, in_training, costs.decode(tiling=tiling)),
     }
-    return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, text_on_cpu, phases)
+    return Plan(budget_bytes, weights, recompute, slots, rows, batch_rows, tiling, text_on_cpu, phases, in_turn)

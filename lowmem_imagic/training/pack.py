@@ -198,15 +198,19 @@ class Pack:
             with contextlib.ExitStack() as attached:
                 attached.enter_context(self._base.used())
                 attached.callback(self._trainer.release)
-                adapting: set[str] = set()
+                adapting: dict[str, contextlib.ExitStack] = {}
                 while not (finished := self._fill()):
                     if not self._edits:
                         return
                     for number, denoiser in enumerate(self._base.denoisers, start=1):
-                        if denoiser.name not in adapting and self._trainer.trains(number):
+                        name, trains = denoiser.name, self._trainer.trains(number)
+                        if name in adapting and not trains:
+                            # A network that may have to wait for its turn has no adapters.
+                            adapting.pop(name).close()
+                        elif trains and name not in adapting:
+                            adapting[name] = attached.enter_context(contextlib.ExitStack())
                             network = self._base.network(denoiser)
-                            attached.enter_context(self._adapters[denoiser.name].attached(network))
-                            adapting.add(denoiser.name)
+                            adapting[name].enter_context(self._adapters[name].attached(network))
                     if self._between is not None:
                         self._between(self)
                     if finished := self._step():

@@ -23,6 +23,8 @@ class Place:
     """Whether the file may have it as a 1x1 convolution."""
     turned: bool = False
     """Whether the file has the transposed matrix."""
+    swapped: bool = False
+    """Whether the file has the two halves of its rows in the other order."""
 
 
 class Tensors:
@@ -52,6 +54,8 @@ class Tensors:
             tensor, shape = self._weights[place.name], self._shape(place)
             if place.third is not None:
                 tensor = tensor[place.third * shape[0] : (place.third + 1) * shape[0]]
+            if place.swapped:
+                tensor = tensor.roll(len(tensor) // 2, 0)
             yield name, tensor.T.contiguous() if place.turned else tensor.reshape(shape)
             # Free this tensor before the next one is read.
             del tensor
@@ -142,6 +146,70 @@ ORIGINAL: dict[str, Callable[[Iterable[str], Mapping[str, Any]], dict[str, Place
     "text_encoder_2": text_encoder,
 }
 """Places in a checkpoint of the original layout, by part."""
+
+_FLUX2_BLOCK = {
+    "img_attn.proj.weight": "attn.to_out.0.weight",
+    "txt_attn.proj.weight": "attn.to_add_out.weight",
+    "img_mlp.0.weight": "ff.linear_in.weight",
+    "img_mlp.2.weight": "ff.linear_out.weight",
+    "txt_mlp.0.weight": "ff_context.linear_in.weight",
+    "txt_mlp.2.weight": "ff_context.linear_out.weight",
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+    "linear1.weight": "attn.to_qkv_mlp_proj.weight",
+    "linear2.weight": "attn.to_out.weight",
+    "norm.query_norm.scale": "attn.norm_q.weight",
+    "norm.key_norm.scale": "attn.norm_k.weight",
+}
+_FLUX2_QKV = {
+    "img_attn.qkv.weight": ("to_q", "to_k", "to_v"),
+    "txt_attn.qkv.weight": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+_FLUX2_ENDS = {
+    "img_in.weight": "x_embedder.weight",
+    "txt_in.weight": "context_embedder.weight",
+    "time_in.in_layer.weight": "time_guidance_embed.timestep_embedder.linear_1.weight",
+    "time_in.out_layer.weight": "time_guidance_embed.timestep_embedder.linear_2.weight",
+    "double_stream_modulation_img.lin.weight": "double_stream_modulation_img.linear.weight",
+    "double_stream_modulation_txt.lin.weight": "double_stream_modulation_txt.linear.weight",
+    "single_stream_modulation.lin.weight": "single_stream_modulation.linear.weight",
+    "final_layer.linear.weight": "proj_out.weight",
+}
+_FLUX2_MODULATION = "final_layer.adaLN_modulation.1.weight"
+FLUX2_TEXT = ("txt_in.weight", "context_embedder.weight")
+"""Names of the layer that takes the text, in both layouts."""
+_FLUX2 = re.compile(r"(double|single)_blocks\.(\d{1,3})\.(.+)")
+_FLUX2_DIFFUSERS = re.compile(
+    r"((single_)?transformer_blocks\.\d{1,3}|time_guidance_embed|(double|single)_stream_modulation(_img|_txt)?"
+    r"|x_embedder|context_embedder|norm_out|proj_out)\."
+)
+
+
+def flux2(names: Iterable[str]) -> dict[str, Place]:
+    """Places of the tensors of a FLUX.2 transformer, in Black Forest Labs' layout or in diffusers'.
+
+    Source: ``convert_flux2_transformer_checkpoint_to_diffusers`` of diffusers.
+    """
+    places: dict[str, Place] = {}
+    for name in names:
+        if _FLUX2_DIFFUSERS.match(name) and name not in _FLUX2_ENDS:
+            places[name] = Place(name)
+        elif name in _FLUX2_ENDS:
+            places[_FLUX2_ENDS[name]] = Place(name)
+        elif name == _FLUX2_MODULATION:
+            # Shift and scale; diffusers has the scale first.
+            places["norm_out.linear.weight"] = Place(name, swapped=True)
+        elif match := _FLUX2.fullmatch(name):
+            block = f"{'transformer_blocks' if match[1] == 'double' else 'single_transformer_blocks'}.{match[2]}"
+            if match[3] in _FLUX2_QKV:
+                for third, key in enumerate(_FLUX2_QKV[match[3]]):
+                    places[f"{block}.attn.{key}.weight"] = Place(name, third=third)
+            elif match[3] in _FLUX2_BLOCK:
+                places[f"{block}.{_FLUX2_BLOCK[match[3]]}"] = Place(name)
+    return places
+
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

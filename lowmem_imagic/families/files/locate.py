@@ -4,12 +4,18 @@ import reprlib
 from pathlib import Path
 
 from ...errors import ConfigError, ModelError, UnknownModelError, WrongFamilyError
+from .. import kinds
 from . import hub
 from .cascade import ALONE, JOINT, SECONDS, beside, expects_second, with_second
 from .checkpoint import SingleFile
 from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
 from .mixed import Mixed, Others
 from .source import DEMO, PICKLES, SHORT_NAMES, Folder, label_of
+from .transformer_file import TransformerFile
+from .weights import read_header
+
+Source = Folder | SingleFile | TransformerFile
+"""The files of a model."""
 
 _OTHER_FORMATS = {".gguf": "a GGUF file, a format that is not supported", ".onnx": "an ONNX file"}
 
@@ -21,7 +27,7 @@ def locate(
     config_folder: str | Path | None = None,
     vae: str | Path | None = None,
     text_from: str | Path | None = None,
-) -> Folder | SingleFile:
+) -> Source:
     """The files of the model called `name`; downloads a Hub model that is not in the cache.
 
     Args:
@@ -62,7 +68,7 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
     return path.name if plain else None
 
 
-def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
+def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Source:
     exists = exists_here(name)
     if JOINT in name and not exists:
         first, _, second = name.rpartition(JOINT)
@@ -83,7 +89,7 @@ def _locate(name: str, revision: str | None, config_folder: str | None, others: 
     return beside(source)
 
 
-def _alone(source: Folder | SingleFile) -> Folder:
+def _alone(source: Source) -> Folder:
     """The first stage of a cascade without the second.
 
     Raises:
@@ -94,7 +100,7 @@ def _alone(source: Folder | SingleFile) -> Folder:
     return source
 
 
-def _one(name: str, revision: str | None, config_folder: str | None, others: Others) -> Folder | SingleFile:
+def _one(name: str, revision: str | None, config_folder: str | None, others: Others) -> Source:
     """The files of one model, or of one stage of a cascade."""
     exists = exists_here(name)
     path = Path(name)
@@ -117,7 +123,7 @@ def _one(name: str, revision: str | None, config_folder: str | None, others: Oth
     )
 
 
-def _file(path: Path, config_folder: str | None, others: Others) -> SingleFile:
+def _file(path: Path, config_folder: str | None, others: Others) -> SingleFile | TransformerFile:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise UnknownModelError(
@@ -130,4 +136,7 @@ def _file(path: Path, config_folder: str | None, others: Others) -> SingleFile:
         )
     if suffix != ".safetensors":
         raise UnknownModelError(f"{path.name} is no model; expected a .safetensors checkpoint or a diffusers folder")
+    prefix = kinds.transformer_prefix(path.name, read_header(path, path.name)[0])
+    if prefix is not None:
+        return TransformerFile(path, label_of(path.stem), prefix, config_folder, others)
     return SingleFile(path, label_of(path.stem), config_folder, others)

@@ -224,16 +224,6 @@ def _xl_parts(unet: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _klein_parts(**pipeline: Any) -> dict[str, dict[str, Any]]:
-    return {
-        ".": {"_class_name": "Flux2KleinPipeline", **pipeline},
-        "transformer": KLEIN_TRANSFORMER,
-        "vae": _KLEIN_VAE,
-        "text_encoder": _QWEN3_4B,
-        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
-    }
-
-
 _IF_UNET: dict[str, Any] = {
     "out_channels": 6,
     "act_fn": "gelu",
@@ -304,6 +294,16 @@ def _if_parts(channels: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def _klein_parts(**pipeline: Any) -> dict[str, dict[str, Any]]:
+    return {
+        ".": {"_class_name": "Flux2KleinPipeline", **pipeline},
+        "transformer": KLEIN_TRANSFORMER,
+        "vae": _KLEIN_VAE,
+        "text_encoder": _QWEN3_4B,
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    }
+
+
 _SD1 = _parts(SD15_UNET, _CLIP_L)
 _XL = _xl_parts(SDXL_UNET)
 PUBLISHED = {
@@ -316,11 +316,11 @@ PUBLISHED = {
     "vega": _xl_parts(_VEGA_UNET),
     "realvisxl": _XL,
     "animagine-xl": _XL,
-    "klein": _klein_parts(),
-    "klein-distilled": _klein_parts(is_distilled=True),
     "if-m": _if_parts(192),
     "if-l": _if_parts(320),
     "if-xl": _if_parts(704),
+    "klein": _klein_parts(),
+    "klein-distilled": _klein_parts(is_distilled=True),
 }
 """Configurations of the parts, by short name."""
 

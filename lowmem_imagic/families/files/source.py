@@ -25,11 +25,11 @@ SHORT_NAMES = {
     "vega": "segmind/Segmind-Vega",
     "realvisxl": "SG161222/RealVisXL_V5.0",
     "animagine-xl": "cagliostrolab/animagine-xl-4.0",
-    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
-    "klein-distilled": "black-forest-labs/FLUX.2-klein-4B",
     "if-m": "DeepFloyd/IF-I-M-v1.0",
     "if-l": "DeepFloyd/IF-I-L-v1.0",
     "if-xl": "DeepFloyd/IF-I-XL-v1.0",
+    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "klein-distilled": "black-forest-labs/FLUX.2-klein-4B",
 }
 """Names to type instead of a Hub id."""
 LICENSES = {
@@ -42,11 +42,11 @@ LICENSES = {
     "segmind/Segmind-Vega": "apache-2.0",
     "SG161222/RealVisXL_V5.0": "openrail++",
     "cagliostrolab/animagine-xl-4.0": "openrail++",
-    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
-    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
     "DeepFloyd/IF-I-M-v1.0": "deepfloyd-if-license",
     "DeepFloyd/IF-I-L-v1.0": "deepfloyd-if-license",
     "DeepFloyd/IF-I-XL-v1.0": "deepfloyd-if-license",
+    "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",
+    "black-forest-labs/FLUX.2-klein-4B": "apache-2.0",
 }
 """Licences of these models, in the Hub's words."""
 
