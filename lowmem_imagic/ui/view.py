@@ -14,8 +14,14 @@ from .visitors import Ask, BatchFolder, Picture, Project
 
 FILES, BATCHES = "/studio/file/", "/studio/batch/"
 _MOST_WARNINGS = 5
-_STAGES = {**STAGES, "invert": "the photo's own noise", "embed": "stage 1 of 2: embedding"}
-_STAGES |= {"finetune": "stage 2 of 2: adapter", "sample": "pictures", "train": "edits"}
+_STAGES = {
+    **STAGES,
+    "describe": "describing the photo",
+    "invert": "the photo's own noise",
+    "embed": "stage 1 of 2: embedding",
+    "finetune": "stage 2 of 2: adapter",
+    "sample": "pictures",
+}
 
 
 def escape(text: str) -> str:
@@ -41,7 +47,7 @@ def _bar(job: Job | None, queue: Queue, message: str, *, paused: bool) -> str:
         before = queue.place(job)
         return line(f"waiting for the card: {before} job{'s' if before != 1 else ''} before this one")
     assert job.state == RUNNING
-    stage = _STAGES.get(job.stage, job.stage) or "loading the base, and describing the photo"
+    stage = _STAGES.get(job.stage, job.stage) or "loading the base"
     share, left = job.share, job.seconds_left
     words = f"{stage}: {job.step} of {job.steps}" if job.steps else stage
     words += "" if left is None else f", about {duration(left)} left"

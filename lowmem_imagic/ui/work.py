@@ -6,7 +6,7 @@ Paths in orders come from the page's own process, never from a request.
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..pipeline.make import stream_edits
 from ..pipeline.prepare import Job
 from ..planning.plan import Budget, planned
+from ..sampling.description import DRAWS, sentences_tried
 from ..sampling.inversion import STEPS as INVERSION_STEPS
 from ..sampling.sample import Cell
-from ..settings.stages import SampleConfig
+from ..settings.stages import EditConfig, SampleConfig
 from ..settings.text import BaseOptions, Words
 from ..storage.atomic import write_bytes
 from ..storage.regular_files import read_regular
@@ -161,10 +162,7 @@ class Work:
                     write_bytes(folder / STATE, training_state.encode(state, key), overwrite=True)
                 raise KeyboardInterrupt
 
-        drawn = {"embed": config.embed, "finetune": config.finetune}
-        stages = [("invert", INVERSION_STEPS), *((name, one.steps * one.draws) for name, one in drawn.items())]
-        # A forward pass takes about a third of a training pass.
-        told.send("stages", stages=[(name, steps / 3 if name == "invert" else steps) for name, steps in stages])
+        told.send("stages", stages=_stages(base, config, sentences))
         meter = Meter(base.device)
         with planned(base, plan, budget):
             groups = stream_edits(
@@ -263,6 +261,16 @@ class _Ask:
 def _view(rendered: Rendered) -> Image.Image:
     """A picture for the page."""
     return from_canvas(rendered.canvas, rendered.box, most_px=VIEW_PX)
+
+
+def _stages(base: BaseModel, config: EditConfig, sentences: Sequence[str]) -> list[tuple[str, float]]:
+    """The stages of a training with their shares of the work, in rows of training."""
+    vocabulary = base.family.vocabulary
+    described = DRAWS * sentences_tried(vocabulary) if vocabulary and len(sentences) != 1 else 0
+    forward = {"describe": described, "invert": INVERSION_STEPS}
+    trained = {name: one.steps * one.draws for name, one in (("embed", config.embed), ("finetune", config.finetune))}
+    # A forward pass takes about a third of a training pass.
+    return [*((name, rows / 3) for name, rows in forward.items() if rows), *trained.items()]
 
 
 def _options(options: BaseOptions, order: Mapping[str, Any]) -> BaseOptions:
