@@ -188,22 +188,25 @@ class Work:
         return {"seconds": {name: stage["seconds"] for name, stage in meter.stages.items()}}
 
     def _ask(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
-        """Renders an edit under a sentence, one eta after another."""
+        """Renders an edit under a sentence, one seed and eta after another."""
         folder = Path(order["folder"])
         opened = edit_file.read(folder / EDIT)
         words = Words("sample", order["values"])
-        config = sampling_of(opened, words.sampling() | {"etas": tuple(order["etas"])})
+        cells = [(seed, float(eta)) for seed, eta in order["cells"]]
+        etas = tuple(dict.fromkeys(eta for _, eta in cells))
+        config = sampling_of(opened, words.sampling() | {"etas": etas})
         options = _options(words.base, order)
         sentence = order["sentence"]
         base, _ = open_edit(opened, options, config, [sentence] if sentence else [], told, load=self._load)
         with base.restored():
             ask = _Ask(base, opened, sentence, config, Meter(base.device), told, folder)
-            names = [f"picture {number} of {len(order['etas'])}" for number in range(1, len(order["etas"]) + 1)]
+            names = [f"picture {number} of {len(cells)}" for number in range(1, len(cells) + 1)]
             told.send("stages", stages=[(name, 1) for name in names])
-            for told.picture, eta in zip(names, order["etas"], strict=True):
+            for told.picture, (seed, eta) in zip(names, cells, strict=True):
                 # At eta 0 all sentences have one picture, except where a weaker adapter leaves it to the sentence.
                 alone = not eta and (config.strength == 1 or not config.mask)
-                ask.render(Cell(0, eta, config.seeds[0], config.strength, sentence=None if alone else sentence))
+                own = config.seeds[0] if seed is None else seed
+                ask.render(Cell(0, eta, own, config.strength, sentence=None if alone else sentence), seed)
         return {}
 
     def _pack(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
@@ -243,8 +246,13 @@ class _Ask:
         self._base, self._edit, self._sentence, self._config = base, edit, sentence, config
         self._meter, self._told, self._folder = meter, told, folder
 
-    def render(self, cell: Cell) -> None:
-        """Renders a cell: a picture at the photo's own size, and a small one for the page."""
+    def render(self, cell: Cell, seed: int | None = None) -> None:
+        """Renders a cell: a picture at the photo's own size, and a small one for the page.
+
+        Args:
+            cell: the cell.
+            seed: the seed that was asked for, None for the edit's own; told with the picture.
+        """
         [rendered] = pictures_of(
             self._base, self._edit, self._sentence, [cell], self._config, self._meter, self._told
         ).values()
@@ -255,7 +263,7 @@ class _Ask:
         name = hashlib.sha256(data).hexdigest()[:20]
         write_bytes(self._folder / f"{name}.png", data, overwrite=True)
         write_bytes(self._folder / f"{name}-view.png", encode_png(_view(rendered), text=text), overwrite=True)
-        self._told.send("picture", eta=cell.eta, name=name, size=list(rendered.picture().size))
+        self._told.send("picture", seed=seed, eta=cell.eta, name=name, size=list(rendered.picture().size))
 
 
 def _view(rendered: Rendered) -> Image.Image:
