@@ -41,6 +41,14 @@ document.addEventListener("click", (event) => {
   window.studio.seed = button.dataset.seed;
   window.studio.slide(Number(button.dataset.eta));
 });
+// Let go by keyboard, the slider renders its own eta, as it does by mouse; several presses are one way to an eta.
+let letGo;
+document.addEventListener("keyup", (event) => {
+  if (!event.target.matches || !event.target.matches("#eta input[type=range]")) return;
+  if (!/^(Arrow|Page|Home|End)/.test(event.key)) return;
+  clearTimeout(letGo);
+  letGo = setTimeout(() => document.querySelector("#finer").click(), 600);
+});
 // New pictures keep the place of both sliders; the tab remembers its photo.
 new MutationObserver(() => {
   const photo = document.querySelector("#photo [data-project]");
