@@ -399,7 +399,7 @@ def test_a_crash_of_the_process_is_one_line(tmp_path):
     try:
         assert queue.do(Job(photo, "first")).result["size"] == [40, 30]
         values = {"preset": "balanced"}
-        order = {"work": "plan", "model": "sd15", "device": "cpu", "vram": "8GB", "values": values, "size": None}
+        order = {"work": "plan", "model": "sd15", "speed": None, "vram": "8GB", "values": values, "size": None}
         killed = queue.add(Job(order, "killed"))
         while killed.state != RUNNING:
             time.sleep(0.01)

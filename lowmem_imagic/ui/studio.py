@@ -25,6 +25,8 @@ from .card import DONE, FAILED, STOPPED, Job, Queue
 from .names import EDIT, PHOTO_VIEW, STATE
 from .visitors import Ask, BatchFolder, Picture, Project, Refused, Visitor
 
+_STARTING_S = 60
+"""A plan does without a time if the card's process takes longer to start."""
 BUNDLED = "demo"
 """Name of the bundled base."""
 
@@ -44,11 +46,13 @@ class Studio:
         self.card, self.desk = Queue(), Queue()
         self._seconds: dict[tuple[str, str], float] = {}
         """Seconds of the last training, by base and preset."""
+        self._speed = Job({"work": "speed", "device": device}, "measuring the speed of the card")
 
     def start(self) -> None:
         """Starts the processes."""
         self.card.start()
         self.desk.start()
+        self.card.add(self._speed)
 
     def close(self) -> None:
         """Ends the processes; a running training saves its state."""
@@ -83,14 +87,10 @@ class Studio:
             LowmemImagicError: a setting is not valid.
         """
         size = None if project is None or project.size is None else list(project.size)
-        order = {
-            "work": "plan",
-            "model": self._model(model),
-            "device": self.device,
-            "vram": vram,
-            "values": dict(values),
-            "size": size,
-        }
+        order = {"work": "plan", "model": self._model(model), "vram": vram, "values": dict(values), "size": size}
+        # The first job of the card, which takes a second once its process has started.
+        self._speed.ended.wait(_STARTING_S)
+        order["speed"] = self._speed.result
         plan = self._quickly(visitor, order, "a plan")
         parts = []
         if plan["peak_bytes"] is None:
@@ -98,10 +98,10 @@ class Studio:
         else:
             parts.append(f"fits: {plan['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB")
             seconds = self._seconds.get((model, str(values["preset"])))
-            if seconds is None:
-                parts.append(f"about {duration(plan['seconds'])}")
-            else:
+            if seconds is not None:
                 parts.append(f"about {duration(seconds)}, as last time")
+            elif plan["seconds"] is not None:
+                parts.append(f"about {duration(plan['seconds'])}")
         if size and plan["edited_at"]:
             parts.append(f"{size[0]} x {size[1]} px, edited at {plan['edited_at'][0]} x {plan['edited_at'][1]}")
         return ", ".join(parts)

@@ -7,14 +7,14 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..actions import hub
-from ..actions.doctor import plans
+from ..actions.doctor import plans, speed_here
 from ..actions.edit import fit_memory, open_base
 from ..actions.render import Rendered, load_base, open_edit, parameters_of, pictures_of
 from ..actions.result_folder import generation_parameters
@@ -34,6 +34,7 @@ from ..pictures.letterbox import from_canvas
 from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..pipeline.make import stream_edits
 from ..pipeline.prepare import Job
+from ..planning.duration import Speed
 from ..planning.plan import Budget, planned
 from ..sampling.description import DRAWS, sentences_tried
 from ..sampling.inversion import STEPS as INVERSION_STEPS
@@ -91,7 +92,8 @@ class Work:
     def _plan(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """The plan for a photo on a card, and the size that a base edits it at."""
         config = Words("train", order["values"]).edit()
-        [line] = plans(order["model"], [order["vram"]], config, device=order["device"], photos=(1,))
+        speed = Speed(*order["speed"]) if order["speed"] else None
+        [line] = plans(order["model"], [order["vram"]], config, photos=(1,), speed=speed)
         size = load_architecture(order["model"]).sizes.nearest(*order["size"]) if order["size"] else None
         peak = None
         if line["plan"] is not None:
@@ -143,6 +145,10 @@ class Work:
         return write_overview(Path(order["out"]), force=True)
 
     # Work on the card
+
+    def _speed(self, order: Mapping[str, Any], told: Told) -> tuple[float, float]:
+        """The card's speed: here and not beside plans, as a process that uses a GPU keeps memory of it."""
+        return astuple(speed_here(order["device"]))
 
     def _train(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """Trains an edit, or goes on from the state of an earlier stop; then renders the photo (eta 0)."""
