@@ -94,6 +94,15 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repo
 
+    def _commit_at(self, name: str, revision: str) -> tuple[Repo, str, dict[str, bytes]] | None:
+        """A repository that this client may see, with a commit's name and files; otherwise the answer is sent."""
+        if (repo := self._repo(name)) is None:
+            return None
+        if (commit := repo.at(revision)) is None:
+            self._fail(404, "RevisionNotFound", "Revision not found")
+            return None
+        return repo, *commit
+
     def _path(self) -> str:
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"{self.command} {path}")
@@ -113,26 +122,18 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.cards and name not in self.hub.repos:
             card = {"license": self.hub.cards[name]}
             return self._send(200, {"id": name, "cardData": card, "siblings": [], "private": False, "tags": []})
-        repo = self._repo(name)
-        if repo is None:
+        if (commit := self._commit_at(name, revision)) is None:
             return None
-        found = repo.at(revision)
-        if found is None:
-            return self._fail(404, "RevisionNotFound", "Revision not found")
-        oid, files = found
+        repo, oid, files = commit
         siblings = [{"rfilename": n, "size": self.hub.sizes.get(n, len(d)), "blobId": oid} for n, d in files.items()]
         return self._send(
             200, {"id": name, "sha": oid, "private": repo.private, "siblings": siblings, "tags": [], "gated": False}
         )
 
     def _file(self, name: str, revision: str, file: str) -> None:
-        repo = self._repo(name)
-        if repo is None:
+        if (commit := self._commit_at(name, revision)) is None:
             return None
-        found = repo.at(revision)
-        if found is None:
-            return self._fail(404, "RevisionNotFound", "Revision not found")
-        oid, files = found
+        _, oid, files = commit
         if file not in files:
             return self._fail(404, "EntryNotFound", "Entry not found")
         etag = f'"{hashlib.sha256(files[file]).hexdigest()}"'

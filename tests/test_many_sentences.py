@@ -321,13 +321,22 @@ def test_the_words_of_least_loss_describe_a_photo(vocabulary: Vocabulary) -> Non
 
 
 def test_a_base_with_words_describes_the_photo_to_itself(folder_copy: Path, source: Photo) -> None:
-    """With a vocabulary, an edit without a sentence is the one for the base's own description of the photo."""
-    (folder_copy / "vocabulary.json").write_text(
-        '{"groups": {"shape": ["cube", "sphere"], "colour": ["red", "blue"]}, "pieces": ["a {colour}", "{shape}"]}'
-    )
-    base = BaseModel.load(str(folder_copy), device="cpu")
-    [edit] = make_edits(base, [Job(source)], CONFIG)
-    assert re.fullmatch("a (red|blue) (cube|sphere)", edit.start_sentence)
+    """With a vocabulary, an edit without a sentence is the one for the base's own description of the photo.
+
+    Its search tells its progress.
+    """
+    groups = {"shape": ["cube", "sphere", "cone"], "colour": ["red", "blue", "green"]}
+    words = {"groups": groups, "pieces": ["a {colour}", "{shape}"]}
+    (folder_copy / "vocabulary.json").write_text(json.dumps(words))
+    base, steps = BaseModel.load(str(folder_copy), device="cpu"), list[tuple[int, int]]()
+
+    def progress(stage: str, step: int, of: int, remark: str) -> None:
+        if stage == "describe":
+            steps.append((step, of))
+
+    [edit] = make_edits(base, [Job(source)], CONFIG, progress=progress)
+    assert steps == [(4, 9), (8, 9), (9, 9)]
+    assert re.fullmatch("a (red|blue|green) (cube|sphere|cone)", edit.start_sentence)
     [told] = make_edits(base, [Job(source, edit.start_sentence)], CONFIG)
     assert told.adapters == edit.adapters
     assert torch.equal(told.conditioning["embeds"], edit.conditioning["embeds"])

@@ -399,7 +399,7 @@ def test_a_crash_of_the_process_is_one_line(tmp_path):
     try:
         assert queue.do(Job(photo, "first")).result["size"] == [40, 30]
         values = {"preset": "balanced"}
-        order = {"work": "plan", "model": "sd15", "device": "cpu", "vram": "8GB", "values": values, "size": None}
+        order = {"work": "plan", "model": "sd15", "speed": None, "vram": "8GB", "values": values, "size": None}
         killed = queue.add(Job(order, "killed"))
         while killed.state != RUNNING:
             time.sleep(0.01)
@@ -457,7 +457,7 @@ def test_text_of_visitors_is_escaped(visitors):
     project.photo_view, project.size, project.edit = "token", (8, 8), "token"
     from lowmem_imagic.ui.visitors import Ask, Picture
 
-    project.asks.append(Ask(evil, {}, {1.0: Picture(1.0, "name", "view", "full")}))
+    project.asks.append(Ask(evil, {}, pictures={(None, 1.0): Picture(None, 1.0, "name", "view", "full")}))
     job = Job({}, "x")
     job.state, job.error = FAILED, evil
     parts = [
@@ -472,6 +472,30 @@ def test_text_of_visitors_is_escaped(visitors):
         assert "<img src=x" not in part and "\u202e" not in part and 'onerror="' not in part
 
 
+def test_several_seeds_are_a_row_each(visitors, monkeypatch):
+    """A sentence is asked from every seed; each seed's pictures are a row along eta, and all names tell the seed."""
+    studio, orders = Studio({"demo": "demo"}, "cpu"), []
+    monkeypatch.setattr(studio, "_begin", lambda *begun: orders.append((begun[2], begun[4])))
+    visitor = visitors.of("a" * 32)
+    project = visitor.add_project("cat")
+    project.edit, project.model, project.etas = "token", "demo", (0.0, 1.0)
+    ask = studio.ask(visitor, project, "a cat", {"seeds": "0,3"})
+    [(order, on_event)] = orders
+    assert order["cells"] == [(0, 1.0), (3, 1.0), (0, 0.0), (3, 0.0)]
+    for seed, eta in order["cells"]:
+        on_event({"event": "picture", "seed": seed, "eta": eta, "name": f"{seed}-{eta}", "size": [8, 8]})
+    names = [[ask.name_of(one) for one in row] for row in ask.rows]
+    assert names == [["eta 0, seed 0", "eta 1, seed 0"], ["eta 0, seed 3", "eta 1, seed 3"]]
+    page = view.pictures(project)
+    assert page.count('role="list"') == 2 and all(name in page for row in names for name in row)
+    assert [name in view.downloads(project, ask) for row in names for name in row] == [True] * 4
+    # A finer step is rendered from all of them.
+    studio.ask(visitor, project, "a cat", {"seeds": "0,3"}, [0.5])
+    assert orders[-1][0]["cells"] == [(0, 0.5), (3, 0.5)]
+    alone = studio.ask(visitor, project, "a cat", {})
+    assert orders[-1][0]["cells"] == [(None, 1.0), (None, 0.0)] and alone.label == "a cat"
+
+
 def test_a_page_needs_no_torch():
     """The page's own process imports no model library, so it starts at once and holds no memory of a card."""
     script = "import sys, lowmem_imagic.ui.app\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
@@ -479,7 +503,7 @@ def test_a_page_needs_no_torch():
 
 
 def test_what_cannot_be_asked_is_refused(visitors):
-    """A sentence needs an edit, words, and one seed; a base is one of the list, and a batch needs both its lists."""
+    """A sentence needs an edit, words, and few seeds; a base is one of the list, and a batch needs both its lists."""
     studio = Studio({"demo": "demo"}, "cpu", hub=False)
     visitor = visitors.of("a" * 32)
     project = visitor.add_project("cat")
@@ -490,8 +514,8 @@ def test_what_cannot_be_asked_is_refused(visitors):
     project.edit, project.model = "token", "demo"
     with pytest.raises(PromptError, match="the sentence is empty"):
         studio.ask(visitor, project, " \n ", {})
-    with pytest.raises(ConfigError, match="`seeds` has 2 numbers, expected one"):
-        studio.ask(visitor, project, "a cat", {"seeds": "0,1"})
+    with pytest.raises(ConfigError, match="`seeds` has 9 numbers, expected at most 8"):
+        studio.ask(visitor, project, "a cat", {"seeds": "0,1,2,3,4,5,6,7,8"})
     for model in ("sd15", "/etc", "demo/../demo", ""):
         with pytest.raises(Refused, match="no such base here"):
             studio.choose_base(visitor, project, model)

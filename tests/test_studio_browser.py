@@ -132,6 +132,14 @@ class Visit:
             "(slider, eta) => { slider.value = eta; slider.dispatchEvent(new Event('input', {bubbles: true})); }", eta
         )
 
+    def point(self, share: float) -> float:
+        """Moves the mouse to a share of the width of the slider along eta; the slider's value."""
+        slider = self.page.locator("#eta input[type=range]")
+        slider.scroll_into_view_if_needed()
+        box = slider.bounding_box()
+        self.page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] / 2)
+        return float(slider.input_value())
+
     def download(self, label: str, path: Path) -> Path:
         """Downloads what a link leads to."""
         with self.page.expect_download() as started:
@@ -192,6 +200,27 @@ def test_a_photo_is_trained_once_and_asked_twice(visit, folder):
     page.click("#finer")
     page.locator("#viewer .row button[data-eta='0.65']").wait_for()
     page.wait_for_function("document.querySelector('#viewer .now output').innerText === '0.65'")
+
+    # By mouse: each move shows the nearest picture, only letting go renders one.
+    row, output = visit.etas(), page.locator("#viewer .now output")
+    visit.point(0.7)
+    page.mouse.down()
+    for share in (0.6, 0.1, 0.3, 0.5):
+        eta = visit.point(share)
+        assert output.inner_text() in sorted(row, key=lambda one: abs(float(one) - eta))[:2]
+        assert visit.etas() == row
+    page.mouse.up()
+    page.locator(f"#viewer .row button[data-eta='{eta:g}']").wait_for()
+    page.locator("#ask:enabled").wait_for()
+    # By keyboard: the same.
+    page.locator("#eta input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    moved = float(page.locator("#eta input[type=range]").input_value())
+    assert moved > eta and f"{moved:g}" not in row
+    page.locator(f"#viewer .row button[data-eta='{moved:g}']").wait_for()
+    page.locator("#ask:enabled").wait_for()
+
     page.locator("#viewer .cut input").focus()
     page.keyboard.press("ArrowRight")
     assert "--cut: 1%" in str(page.locator("#viewer .compare").get_attribute("style"))
@@ -330,6 +359,29 @@ def test_a_batch_lives_when_the_browser_is_closed(browser, address, folder):
     again.close()
     kept = list((folder / "studio").glob("*/batch-*"))
     assert kept and not [path for path in kept if (path / "photos").exists()]
+
+
+def test_a_folder_of_photos_becomes_a_batch(visit, folder, tmp_path):
+    """A chosen folder gives its photos to a batch, those of folders in it, too; its other files are left out."""
+    chosen = tmp_path / "album"
+    (chosen / "deeper").mkdir(parents=True)
+    shutil.copy(folder / "photo-0.png", chosen / "first.png")
+    shutil.copy(folder / "photo-1.png", chosen / "deeper" / "second.png")
+    (chosen / "notes.txt").write_text("no photo")
+    page = visit.page
+    visit.tab("Many")
+    with page.expect_file_chooser() as chooser:
+        page.locator("#batch-folder").click()
+    chooser.value.set_files(chosen)
+    files = page.locator("#batch-files")
+    for name in ("first", "second"):
+        files.get_by_text(name).first.wait_for()
+    assert files.get_by_text("notes").count() == 0
+    page.locator("#batch-sentences textarea").fill("a red cube on a wooden floor")
+    page.locator("#batch-begin").click()
+    page.locator("#batch-status").get_by_text("2 items").wait_for()
+    page.locator("#batch-stop:enabled").click()
+    page.get_by_text("“Continue” goes on with it").wait_for()
 
 
 @pytest.mark.parametrize("width", [400, 1600])

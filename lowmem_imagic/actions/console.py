@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ..plain_text import shown
 
 STAGES = {
+    "describe": "photo's description",
     "invert": "photo's own noise",
     "embed": "1/3 embedding",
     "finetune": "2/3 adapter",

@@ -15,7 +15,7 @@ from ..families import load_architecture
 from ..layers.frozen import FrozenLinear8bit, Int8Conv2d
 from ..pipeline.versions import versions
 from ..planning.costs import Costs
-from ..planning.duration import speed_of, training_seconds
+from ..planning.duration import Speed, speed_of, training_seconds
 from ..planning.plan import CUDA_CONTEXT_BYTES, plan
 from ..settings.stages import EditConfig
 from ..settings.text import parse_bytes
@@ -50,24 +50,22 @@ def plans(
     config: EditConfig,
     *,
     size_px: int | None = None,
-    device: str = "auto",
     photos: Sequence[int] = (1, MANY),
+    speed: Speed | None = None,
 ) -> list[dict[str, Any]]:
     """Plans for graphics cards of these amounts of memory, for one photo and for many, as plain values.
 
-    Nothing is downloaded for a model with a short name, and no weight is read. The plan for one photo has the estimated
-    seconds of its training on this machine.
+    Nothing is downloaded for a model with a short name, and no weight is read.
 
     Args:
         model: name of a base model.
         amounts: such as ``8GB``.
         config: settings of all stages.
         size_px: side of the pictures; None for the model's own.
-        device: this machine's device for the estimate.
         photos: numbers of photos.
+        speed: speed of a device, for the estimated seconds of training one photo; None for no estimate.
 
     Raises:
-        BackendUnavailableError: a named device is missing.
         ConfigError: an amount or the size is not valid.
         ModelError: there is no such model.
     """
@@ -79,8 +77,6 @@ def plans(
     size = (size_px, size_px) if size_px else None
     text, codec = (torch.float16 if fits else torch.bfloat16 for fits in (family.text_in_fp16, family.codec_in_fp16))
     costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
-    place = pick_device(device)
-    speed = speed_of(place, pick_dtype(place, "int8"))
     lines = []
     for amount, budget in zip(amounts, budgets, strict=True):
         for count in photos:
@@ -93,12 +89,22 @@ def plans(
                 line["reason"] = str(error)
             else:
                 line["plan"] = fitting.as_json()
-                if count == 1:
+                if count == 1 and speed is not None:
                     line["seconds"] = training_seconds(
                         costs, speed, rows=fitting.rows, checkpointing=fitting.checkpointing
                     )
             lines.append(line)
     return lines
+
+
+def speed_here(device: str = "auto") -> Speed:
+    """The measured speed of a device of this machine; on a GPU the process keeps its context there.
+
+    Raises:
+        BackendUnavailableError: a named device is missing.
+    """
+    place = pick_device(device)
+    return speed_of(place, pick_dtype(place, "int8"))
 
 
 def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

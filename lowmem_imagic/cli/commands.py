@@ -258,12 +258,13 @@ def scene(values: dict[str, Any]) -> None:
 def doctor(values: dict[str, Any]) -> None:
     """Show versions, devices, memory, and the 8-bit and attention paths in use; or which edits fit on a card."""
     with importing():
-        from ..actions.doctor import examine, plan_table, plans
+        from ..actions.doctor import examine, plan_table, plans, speed_here
         from ..settings.presets import preset
 
     if values["plan"]:
         amounts = [amount for amount in values["vram"].split(",") if amount]
-        fitting = plans(values["model"], amounts, preset(values["preset"]), size_px=values["size"])
+        config, speed = preset(values["preset"]), speed_here()
+        fitting = plans(values["model"], amounts, config, size_px=values["size"], speed=speed)
         if values["json"]:
             put(json.dumps(fitting, indent=2))
         else:

@@ -75,8 +75,8 @@ def stream_edits(
         max_rows: most rows of a pass, None for no limit; a `planning.Plan` chooses it and the slots.
         progress: called after every step: by stage for one job, else for all jobs together ("train").
         meter: collects seconds and peak bytes of each stage.
-        preparing: for several jobs, called after every step before a job's training ("invert"); an exception from it
-            ends the run.
+        preparing: for several jobs, called after every step before a job's training ("describe", "invert"). An
+            exception from it ends the run.
         between: called with the pack before every step; it may save the pack's `states`. An exception from it ends the
             run.
 

@@ -106,8 +106,8 @@ class Prepared(Iterator[TrainingInput]):
         extra = self._extra(photo)
         if not photo.start_sentence:
             with measured_stage(self._meter, "describe", "`device=cpu`"):
-                first = self._base.denoisers[0].name
-                photo.start_sentence = describe(self._base, photo.latents[first], extra[first])
+                first, progress = self._base.denoisers[0].name, named(self._progress, "describe")
+                photo.start_sentence = describe(self._base, photo.latents[first], extra[first], progress)
         start = photo.start
         if start is None:
             start = self._base.encode_text([photo.start_sentence])

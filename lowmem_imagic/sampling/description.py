@@ -6,6 +6,7 @@ base denoises the photo best, kind after kind. No other network is involved. Any
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ..engine.base import BaseModel
@@ -26,13 +27,21 @@ Losses = Callable[[Sequence[str]], list[float]]
 """The base's loss on a photo under each of some sentences."""
 
 
-def describe(base: BaseModel, latents: Tensor, extra: Conditioning, *, seed: int = 0) -> str:
+def describe(
+    base: BaseModel,
+    latents: Tensor,
+    extra: Conditioning,
+    progress: Callable[[int, int, str], None] | None = None,
+    *,
+    seed: int = 0,
+) -> str:
     """The sentence that describes a photo to the base.
 
     Args:
         base: the base, without adapters.
         latents: the photo (C, H, W) as the first denoiser sees it.
         extra: that denoiser's conditioning beside the text, one row.
+        progress: called after every few sentences that were compared.
         seed: seed of the draws.
 
     Raises:
@@ -44,11 +53,24 @@ def describe(base: BaseModel, latents: Tensor, extra: Conditioning, *, seed: int
     if vocabulary is None:
         return NEUTRAL
     draws = Draws(base.denoisers[0], tuple(latents.shape), DRAWS, SPAN, seed)
+    total, compared = sentences_tried(vocabulary), 0
 
     def losses(sentences: Sequence[str]) -> list[float]:
+        nonlocal compared
         text = base.encode_text(sentences) | extra.expand(len(sentences))
-        pictures = latents.expand(len(sentences), *latents.shape)
-        values = in_fewer_rows(base, lambda rows: draws.losses(base, pictures, text, rows), BATCH, "describe the photo")
+
+        def by_group(rows: int) -> Tensor:
+            values = list[Tensor]()
+            # As many sentences as fill a pass.
+            for numbers in torch.arange(len(sentences)).split(BATCH // DRAWS):
+                pictures = latents.expand(len(numbers), *latents.shape)
+                values.append(draws.losses(base, pictures, text.rows(numbers), rows))
+                if progress is not None:
+                    progress(compared + int(numbers[-1]) + 1, total, "")
+            return torch.cat(values)
+
+        values = in_fewer_rows(base, by_group, BATCH, "describe the photo")
+        compared += len(sentences)
         if not values.isfinite().all():
             base.check_denoiser(draws.denoiser, latents, text.rows([0]))
         return [float(value) for value in values]

@@ -18,6 +18,8 @@ LEAVE_S = 15 * 60
 """A visitor without an open tab for so long has left, and the uploads are deleted."""
 KEEP_S = 24 * 3600
 """Results of a job that ended while its visitor was away are kept for so long."""
+MAX_SEEDS = 8
+"""Most rows of pictures of one sentence."""
 MAX_PROJECTS = 20
 """Most photos of one visitor at a time; the oldest goes first."""
 MAX_WAITING = 20

@@ -1,6 +1,8 @@
-// The slider along eta and the before/after slider move between pictures that are there, without a request.
+// The slider along eta and the before/after slider move between pictures that are there, without a request. Pictures of
+// several seeds are a row each.
 window.studio = {
   eta: null,
+  seed: null,
   cut: 0,
   slide(eta) {
     this.eta = eta;
@@ -12,8 +14,11 @@ window.studio = {
     const cut = viewer.querySelector(".cut input");
     if (cut && Number(cut.value) !== this.cut) cut.value = this.cut;
     viewer.querySelector(".compare").style.setProperty("--cut", this.cut + "%");
-    const row = [...viewer.querySelectorAll(".row button")];
-    if (this.eta === null || !row.length) return;
+    const all = [...viewer.querySelectorAll(".row button")];
+    if (this.eta === null || !all.length) return;
+    // The slider stays in the row of the seed that is shown.
+    const own = all.filter((button) => button.dataset.seed === this.seed);
+    const row = own.length ? own : all.filter((button) => button.dataset.seed === all[0].dataset.seed);
     const distance = (button) => Math.abs(Number(button.dataset.eta) - this.eta);
     const nearest = row.reduce((best, button) => (distance(button) < distance(best) ? button : best));
     const after = viewer.querySelector(".after");
@@ -22,7 +27,7 @@ window.studio = {
     // Only if it changed: the observer below sees changes made here, too.
     const output = viewer.querySelector(".now output");
     if (output.textContent !== nearest.dataset.eta) output.textContent = nearest.dataset.eta;
-    row.forEach((button) => button.setAttribute("aria-current", button === nearest ? "true" : "false"));
+    all.forEach((button) => button.setAttribute("aria-current", button === nearest ? "true" : "false"));
   },
 };
 document.addEventListener("input", (event) => {
@@ -32,7 +37,17 @@ document.addEventListener("input", (event) => {
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest && event.target.closest("#viewer .row button");
-  if (button) window.studio.slide(Number(button.dataset.eta));
+  if (!button) return;
+  window.studio.seed = button.dataset.seed;
+  window.studio.slide(Number(button.dataset.eta));
+});
+// Let go by keyboard, the slider renders its own eta, as it does by mouse; several presses are one way to an eta.
+let letGo;
+document.addEventListener("keyup", (event) => {
+  if (!event.target.matches || !event.target.matches("#eta input[type=range]")) return;
+  if (!/^(Arrow|Page|Home|End)/.test(event.key)) return;
+  clearTimeout(letGo);
+  letGo = setTimeout(() => document.querySelector("#finer").click(), 600);
 });
 // New pictures keep the place of both sliders; the tab remembers its photo.
 new MutationObserver(() => {

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from ..errors import LowmemImagicError
+from ..pictures.formats import has_photo_suffix
 from ..settings.options import PICTURES, TRAINING, Option, options_of
 from ..settings.stages import BLOCKS
 from ..unexpected import unexpected
@@ -171,7 +172,7 @@ class Page:
             with gr.Column(scale=2, min_width=320):
                 gr.HTML("<h2>1. Photo</h2>")
                 upload = gr.File(
-                    label="Photo: drop one here, or choose one", file_count="single", height=120, elem_id="photo-file"
+                    label="Photo: drop one here, or choose one", file_count="single", height=150, elem_id="photo-file"
                 )
                 switch = gr.Dropdown([], label="Your photos and edits", elem_id="projects", visible=_HIDDEN)
                 self._shows(switch, self._draw_projects)
@@ -365,7 +366,7 @@ class Page:
         models = list(self._studio.models)
         with gr.Row():
             with gr.Column(min_width=320):
-                gr.HTML("<h2>Save</h2>")
+                gr.HTML("<h2>Save an edit file</h2>")
                 self._shows(
                     gr.HTML(elem_id="edit-files"), lambda visitor, tab: view.edit_files(visitor.projects.values())
                 )
@@ -373,7 +374,7 @@ class Page:
                 upload = gr.File(
                     label="Edit file: drop one here, or choose one",
                     file_count="single",
-                    height=120,
+                    height=150,
                     elem_id="edit-file",
                 )
                 self._shows(
@@ -460,7 +461,7 @@ class Page:
                 uploads = gr.File(
                     label="Photos: drop several here, or choose them",
                     file_count="multiple",
-                    height=160,
+                    height=170,
                     elem_id="batch-files",
                 )
                 folder = gr.UploadButton("Choose a folder", file_count="directory", size="sm", elem_id="batch-folder")
@@ -489,6 +490,7 @@ class Page:
                     pack = gr.Button("Pack the results", elem_id="batch-pack")
                     remove = gr.Button("Remove", elem_id="batch-remove")
                 self._shows(stop, lambda visitor, tab: {"interactive": self._batch_is(visitor, tab, busy=True)})
+                self._shows(pack, lambda visitor, tab: {"interactive": self._batch(visitor, tab) is not None})
                 for button in (again, remove):
                     self._shows(button, lambda visitor, tab: {"interactive": self._batch_is(visitor, tab, busy=False)})
         options = [*first, *more]
@@ -521,7 +523,7 @@ class Page:
         def connect() -> None:
             on = self._on
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-            folder.upload(lambda paths: paths, folder, uploads, **quiet)
+            folder.upload(_photos_of, folder, uploads, **quiet)
             begun = on(begin.click, "many_message", begin_batch, [uploads, sentences, model, *fields])
             begun.then(lambda: None, None, uploads, **quiet)
             on(which.input, "many_message", change, [which])
@@ -549,6 +551,11 @@ class Page:
     def _draw_batch(self, visitor: Visitor, tab: Tab) -> str:
         batch = self._batch(visitor, tab)
         return "" if batch is None else view.batch(batch, self._studio.card, with_labels)
+
+
+def _photos_of(paths: Sequence[str]) -> list[str]:
+    """The photos of a folder: as for `batch run`, its other files are no items."""
+    return [path for path in paths if has_photo_suffix(Path(path).name)]
 
 
 def _closed(project: Project | None) -> Project | None:

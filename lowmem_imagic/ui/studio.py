@@ -25,6 +25,8 @@ from .card import DONE, FAILED, STOPPED, Job, Queue
 from .names import EDIT, PHOTO_VIEW, STATE
 from .visitors import Ask, BatchFolder, Picture, Project, Refused, Visitor
 
+_STARTING_S = 60
+"""A plan does without a time if the card's process takes longer to start."""
 BUNDLED = "demo"
 """Name of the bundled base."""
 
@@ -44,11 +46,13 @@ class Studio:
         self.card, self.desk = Queue(), Queue()
         self._seconds: dict[tuple[str, str], float] = {}
         """Seconds of the last training, by base and preset."""
+        self._speed = Job({"work": "speed", "device": device}, "measuring the speed of the card")
 
     def start(self) -> None:
         """Starts the processes."""
         self.card.start()
         self.desk.start()
+        self.card.add(self._speed)
 
     def close(self) -> None:
         """Ends the processes; a running training saves its state."""
@@ -83,14 +87,10 @@ class Studio:
             LowmemImagicError: a setting is not valid.
         """
         size = None if project is None or project.size is None else list(project.size)
-        order = {
-            "work": "plan",
-            "model": self._model(model),
-            "device": self.device,
-            "vram": vram,
-            "values": dict(values),
-            "size": size,
-        }
+        order = {"work": "plan", "model": self._model(model), "vram": vram, "values": dict(values), "size": size}
+        # The first job of the card, which takes a second once its process has started.
+        self._speed.ended.wait(_STARTING_S)
+        order["speed"] = self._speed.result
         plan = self._quickly(visitor, order, "a plan")
         parts = []
         if plan["peak_bytes"] is None:
@@ -98,10 +98,10 @@ class Studio:
         else:
             parts.append(f"fits: {plan['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB")
             seconds = self._seconds.get((model, str(values["preset"])))
-            if seconds is None:
-                parts.append(f"about {duration(plan['seconds'])}")
-            else:
+            if seconds is not None:
                 parts.append(f"about {duration(seconds)}, as last time")
+            elif plan["seconds"] is not None:
+                parts.append(f"about {duration(plan['seconds'])}")
         if size and plan["edited_at"]:
             parts.append(f"{size[0]} x {size[1]} px, edited at {plan['edited_at'][0]} x {plan['edited_at'][1]}")
         return ", ".join(parts)
@@ -149,7 +149,7 @@ class Studio:
     def ask(
         self, visitor: Visitor, project: Project, sentence: str, values: Mapping[str, Any], etas: Sequence[float] = ()
     ) -> Ask:
-        """Begins to render a sentence: at the edit's own etas, or at others of an ask that is there.
+        """Begins to render a sentence from every seed: at the edit's own etas, or at others of an ask that is there.
 
         Raises:
             Refused: the project is at work, or has no edit.
@@ -162,28 +162,31 @@ class Studio:
         if not sentence:
             raise PromptError("the sentence is empty; describe the edited picture, unchanged parts included")
         own = {name: value for name, value in values.items() if value not in (None, "")}
-        if len(seeds := Words("sample", own).sampling().get("seeds", (0,))) > 1:
-            raise ConfigError(f"`seeds` has {len(seeds)} numbers, expected one; ask once more for another")
+        seeds = tuple(Words("sample", own).sampling().get("seeds", (None,)))
+        if len(seeds) > limits.MAX_SEEDS:
+            raise ConfigError(f"`seeds` has {len(seeds)} numbers, expected at most {limits.MAX_SEEDS}")
         ask = next((one for one in project.asks if (one.sentence, one.values) == (sentence, own)), None)
         if ask is None:
-            ask = Ask(sentence, own)
+            ask = Ask(sentence, own, seeds)
             if project.zero is not None and not own:
-                ask.pictures[0.0] = project.zero
-        missing = [eta for eta in (etas or _first_the_sentence(project.etas)) if eta not in ask.pictures]
+                ask.pictures[project.zero.seed, 0.0] = project.zero
+        asked_etas = etas or _first_the_sentence(project.etas)
+        missing = [(seed, eta) for eta in asked_etas for seed in seeds if (seed, eta) not in ask.pictures]
         order = {
             "work": "ask",
             "values": own,
             "model": self._model(project.model),
             "device": self.device,
             "sentence": sentence,
-            "etas": missing,
+            "cells": missing,
             **self._places(project),
         }
         asked = ask
 
         def on_event(event: Mapping[str, Any]) -> None:
             if event["event"] == "picture":
-                asked.pictures[event["eta"]] = _picture(visitor, project, event)
+                picture = _picture(visitor, project, event)
+                asked.pictures[picture.seed, picture.eta] = picture
             elif event["event"] == "end" and not asked.pictures:
                 project.asks = [one for one in project.asks if one is not asked]
 
@@ -208,8 +211,8 @@ class Studio:
         cells = []
         if project.photo_view:
             cells.append(("photo", str(project.folder / PHOTO_VIEW)))
-        for eta, picture in sorted(ask.pictures.items()):
-            label = f"eta {eta:g}" + (" (reconstruction)" if eta == 0 else "")
+        for picture in (one for row in ask.rows for one in row):
+            label = ask.name_of(picture) + (" (reconstruction)" if picture.eta == 0 else "")
             cells.append((label, str(project.folder / f"{picture.name}-view.png")))
         out = project.folder / f"sheet-{secrets.token_hex(6)}.png"
         order = {"work": "sheet", "cells": cells, "title": ask.sentence, "footer": project.model, "out": str(out)}
@@ -266,7 +269,7 @@ class Studio:
             "model": self._model(model),
             "device": self.device,
             "sentence": None,
-            "etas": [0.0],
+            "cells": [(None, 0.0)],
             **self._places(project),
         }
         self._begin(visitor, project, order, "opening an edit", on_event)
@@ -500,10 +503,11 @@ def told(job: Job) -> str:
 
 def _picture(visitor: Visitor, project: Project, event: Mapping[str, Any]) -> Picture:
     """A picture that was just made, with its files served."""
-    eta, name = float(event["eta"]), str(event["name"])
+    seed, eta, name = event["seed"], float(event["eta"]), str(event["name"])
     view = visitor.serve(project.folder / f"{name}-view.png", "image/png")
-    full = visitor.serve(project.folder / f"{name}.png", "image/png", f"{safe_stem(project.name)}-eta-{eta:.2f}.png")
-    return Picture(eta, name, view, full)
+    download = f"{safe_stem(project.name)}-eta-{eta:.2f}{'' if seed is None else f'-seed-{seed}'}.png"
+    full = visitor.serve(project.folder / f"{name}.png", "image/png", download)
+    return Picture(seed, eta, name, view, full)
 
 
 def _first_the_sentence(etas: Sequence[float]) -> list[float]:

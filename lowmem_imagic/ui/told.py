@@ -12,7 +12,7 @@ Send = Callable[[Mapping[str, Any]], None]
 
 _PAUSE_S = 0.1
 """Least time between two events of progress."""
-_STOPPABLE = ("invert", "sample")
+_STOPPABLE = ("describe", "invert", "sample")
 """Stages that end at once when a stop is asked for; training saves its state first."""
 
 

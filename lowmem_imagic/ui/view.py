@@ -14,8 +14,14 @@ from .visitors import Ask, BatchFolder, Picture, Project
 
 FILES, BATCHES = "/studio/file/", "/studio/batch/"
 _MOST_WARNINGS = 5
-_STAGES = {**STAGES, "invert": "the photo's own noise", "embed": "stage 1 of 2: embedding"}
-_STAGES |= {"finetune": "stage 2 of 2: adapter", "sample": "pictures", "train": "edits"}
+_STAGES = {
+    **STAGES,
+    "describe": "describing the photo",
+    "invert": "the photo's own noise",
+    "embed": "stage 1 of 2: embedding",
+    "finetune": "stage 2 of 2: adapter",
+    "sample": "pictures",
+}
 
 
 def escape(text: str) -> str:
@@ -41,7 +47,7 @@ def _bar(job: Job | None, queue: Queue, message: str, *, paused: bool) -> str:
         before = queue.place(job)
         return line(f"waiting for the card: {before} job{'s' if before != 1 else ''} before this one")
     assert job.state == RUNNING
-    stage = _STAGES.get(job.stage, job.stage) or "loading the base, and describing the photo"
+    stage = _STAGES.get(job.stage, job.stage) or "loading the base"
     share, left = job.share, job.seconds_left
     words = f"{stage}: {job.step} of {job.steps}" if job.steps else stage
     words += "" if left is None else f", about {duration(left)} left"
@@ -78,33 +84,42 @@ def pictures(project: Project | None) -> str:
     ask = None if project is None or not project.asks else project.asks[-1]
     if project is None or (ask is None and project.zero is None):
         return '<p class="quiet">The pictures appear here: first the photo as the edit draws it (eta 0).</p>'
-    row = sorted(ask.pictures.values(), key=lambda one: one.eta) if ask else [project.zero] if project.zero else []
-    if not row:
+    ask = ask or Ask("", {}, pictures={(project.zero.seed, 0.0): project.zero} if project.zero else {})
+    if not ask.rows:
         return '<p class="quiet">The first picture is being made.</p>'
+    row = ask.rows[0]
     shown_one = max((one for one in row if one.eta <= 1), key=lambda one: one.eta, default=row[0])
     before = project.photo_view or (project.zero.view if project.zero else "")
     caption = "before: the photo" if project.photo_view else "before: eta 0"
-    sentence = ask.sentence if ask else f"the photo, as the edit draws it; trained from “{project.start_sentence}”"
+    sentence = ask.sentence or f"the photo, as the edit draws it; trained from “{project.start_sentence}”"
     return (
         f'<div class="viewer" data-sentence="{escape(sentence)}">'
         f'<div class="compare" style="--cut: 0%">'
-        f'<img class="after" src="{FILES}{shown_one.view}" alt="{escape(sentence)}, eta {shown_one.eta:g}">'
+        f'<img class="after" src="{FILES}{shown_one.view}" alt="{escape(sentence)}, {ask.name_of(shown_one)}">'
         + (f'<img class="before" src="{FILES}{before}" alt="{caption}">' if before else "")
         + "</div>"
         + '<label class="cut">Before and after<input type="range" min="0" max="100" value="0" '
         'aria-label="Before and after: share of the picture that shows the photo"></label>'
         f'<p class="now" role="status">{escape(sentence)}: eta <output>{shown_one.eta:g}</output></p>'
-        f'<div class="row" role="list">{"".join(_small(one, sentence) for one in row)}</div></div>'
+        + "".join(_row(ask, row, sentence) for row in ask.rows)
+        + "</div>"
     )
 
 
-def _small(one: Picture, sentence: str) -> str:
-    """A picture of the row: a button that shows it large."""
+def _row(ask: Ask, row: list[Picture], sentence: str) -> str:
+    """The pictures of a seed along eta."""
+    pictures = "".join(_small(one, ask.name_of(one), sentence) for one in row)
+    return f'<div class="row" role="list">{pictures}</div>'
+
+
+def _small(one: Picture, name: str, sentence: str) -> str:
+    """A picture of a row: a button that shows it large."""
+    seed = "" if one.seed is None else one.seed
     return (
-        f'<button type="button" role="listitem" data-eta="{one.eta:g}" data-src="{FILES}{one.view}" '
-        f'data-full="{FILES}{one.full}" aria-label="show eta {one.eta:g}">'
-        f'<img src="{FILES}{one.view}" alt="{escape(sentence)}, eta {one.eta:g}" loading="lazy">'
-        f"<span>eta {one.eta:g}</span></button>"
+        f'<button type="button" role="listitem" data-eta="{one.eta:g}" data-seed="{seed}" '
+        f'data-src="{FILES}{one.view}" data-full="{FILES}{one.full}" aria-label="show {name}">'
+        f'<img src="{FILES}{one.view}" alt="{escape(sentence)}, {name}" loading="lazy">'
+        f"<span>{name}</span></button>"
     )
 
 
@@ -115,7 +130,7 @@ def downloads(project: Project | None, ask: Ask | None) -> str:
     links = [(project.edit, "edit file")]
     if ask is not None:
         links += [(ask.sheet, "sheet")] if ask.sheet else []
-        links += [(one.full, f"eta {one.eta:g}") for one in sorted(ask.pictures.values(), key=lambda one: one.eta)]
+        links += [(one.full, ask.name_of(one)) for row in ask.rows for one in row]
     elif project.zero:
         links.append((project.zero.full, "eta 0"))
     items = "".join(f'<li><a href="{FILES}{token}" download>{escape(label)}</a></li>' for token, label in links)

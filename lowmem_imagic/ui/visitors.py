@@ -42,6 +42,8 @@ class Served:
 class Picture:
     """A rendered picture."""
 
+    seed: int | None
+    """The seed that was asked for; None is the edit's own."""
     eta: float
     name: str
     """Name of its file without extension."""
@@ -58,9 +60,23 @@ class Ask:
     sentence: str
     values: dict[str, Any]
     """Settings of the form."""
-    pictures: dict[float, Picture] = field(default_factory=dict)
+    seeds: tuple[int | None, ...] = (None,)
+    """Seeds of its rows; None is the edit's own."""
+    pictures: dict[tuple[int | None, float], Picture] = field(default_factory=dict)
+    """By seed and eta."""
     sheet: str = ""
     """Token of the sheet."""
+
+    @property
+    def rows(self) -> list[list[Picture]]:
+        """Its pictures, a row along eta for every seed."""
+        ordered = sorted(self.pictures.values(), key=lambda one: one.eta)
+        rows = [[one for one in ordered if one.seed == seed] for seed in self.seeds]
+        return [row for row in rows if row]
+
+    def name_of(self, picture: Picture) -> str:
+        """The name of one of its pictures: eta, and the seed if there are several."""
+        return f"eta {picture.eta:g}" + (f", seed {picture.seed}" if len(self.seeds) > 1 else "")
 
     @property
     def label(self) -> str:

@@ -6,15 +6,15 @@ Paths in orders come from the page's own process, never from a request.
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..actions import hub
-from ..actions.doctor import plans
+from ..actions.doctor import plans, speed_here
 from ..actions.edit import fit_memory, open_base
 from ..actions.render import Rendered, load_base, open_edit, parameters_of, pictures_of
 from ..actions.result_folder import generation_parameters
@@ -34,10 +34,12 @@ from ..pictures.letterbox import from_canvas
 from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..pipeline.make import stream_edits
 from ..pipeline.prepare import Job
+from ..planning.duration import Speed
 from ..planning.plan import Budget, planned
+from ..sampling.description import DRAWS, sentences_tried
 from ..sampling.inversion import STEPS as INVERSION_STEPS
 from ..sampling.sample import Cell
-from ..settings.stages import SampleConfig
+from ..settings.stages import EditConfig, SampleConfig
 from ..settings.text import BaseOptions, Words
 from ..storage.atomic import write_bytes
 from ..storage.regular_files import read_regular
@@ -90,7 +92,8 @@ class Work:
     def _plan(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """The plan for a photo on a card, and the size that a base edits it at."""
         config = Words("train", order["values"]).edit()
-        [line] = plans(order["model"], [order["vram"]], config, device=order["device"], photos=(1,))
+        speed = Speed(*order["speed"]) if order["speed"] else None
+        [line] = plans(order["model"], [order["vram"]], config, photos=(1,), speed=speed)
         size = load_architecture(order["model"]).sizes.nearest(*order["size"]) if order["size"] else None
         peak = None
         if line["plan"] is not None:
@@ -143,6 +146,10 @@ class Work:
 
     # Work on the card
 
+    def _speed(self, order: Mapping[str, Any], told: Told) -> tuple[float, float]:
+        """The card's speed: here and not beside plans, as a process that uses a GPU keeps memory of it."""
+        return astuple(speed_here(order["device"]))
+
     def _train(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """Trains an edit, or goes on from the state of an earlier stop; then renders the photo (eta 0)."""
         folder, sentences = Path(order["folder"]), tuple(order["sentences"])
@@ -161,10 +168,7 @@ class Work:
                     write_bytes(folder / STATE, training_state.encode(state, key), overwrite=True)
                 raise KeyboardInterrupt
 
-        drawn = {"embed": config.embed, "finetune": config.finetune}
-        stages = [("invert", INVERSION_STEPS), *((name, one.steps * one.draws) for name, one in drawn.items())]
-        # A forward pass takes about a third of a training pass.
-        told.send("stages", stages=[(name, steps / 3 if name == "invert" else steps) for name, steps in stages])
+        told.send("stages", stages=_stages(base, config, sentences))
         meter = Meter(base.device)
         with planned(base, plan, budget):
             groups = stream_edits(
@@ -190,22 +194,25 @@ class Work:
         return {"seconds": {name: stage["seconds"] for name, stage in meter.stages.items()}}
 
     def _ask(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
-        """Renders an edit under a sentence, one eta after another."""
+        """Renders an edit under a sentence, one seed and eta after another."""
         folder = Path(order["folder"])
         opened = edit_file.read(folder / EDIT)
         words = Words("sample", order["values"])
-        config = sampling_of(opened, words.sampling() | {"etas": tuple(order["etas"])})
+        cells = [(seed, float(eta)) for seed, eta in order["cells"]]
+        etas = tuple(dict.fromkeys(eta for _, eta in cells))
+        config = sampling_of(opened, words.sampling() | {"etas": etas})
         options = _options(words.base, order)
         sentence = order["sentence"]
         base, _ = open_edit(opened, options, config, [sentence] if sentence else [], told, load=self._load)
         with base.restored():
             ask = _Ask(base, opened, sentence, config, Meter(base.device), told, folder)
-            names = [f"picture {number} of {len(order['etas'])}" for number in range(1, len(order["etas"]) + 1)]
+            names = [f"picture {number} of {len(cells)}" for number in range(1, len(cells) + 1)]
             told.send("stages", stages=[(name, 1) for name in names])
-            for told.picture, eta in zip(names, order["etas"], strict=True):
+            for told.picture, (seed, eta) in zip(names, cells, strict=True):
                 # At eta 0 all sentences have one picture, except where a weaker adapter leaves it to the sentence.
                 alone = not eta and (config.strength == 1 or not config.mask)
-                ask.render(Cell(0, eta, config.seeds[0], config.strength, sentence=None if alone else sentence))
+                own = config.seeds[0] if seed is None else seed
+                ask.render(Cell(0, eta, own, config.strength, sentence=None if alone else sentence), seed)
         return {}
 
     def _pack(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
@@ -245,8 +252,13 @@ class _Ask:
         self._base, self._edit, self._sentence, self._config = base, edit, sentence, config
         self._meter, self._told, self._folder = meter, told, folder
 
-    def render(self, cell: Cell) -> None:
-        """Renders a cell: a picture at the photo's own size, and a small one for the page."""
+    def render(self, cell: Cell, seed: int | None = None) -> None:
+        """Renders a cell: a picture at the photo's own size, and a small one for the page.
+
+        Args:
+            cell: the cell.
+            seed: the seed that was asked for, None for the edit's own; told with the picture.
+        """
         [rendered] = pictures_of(
             self._base, self._edit, self._sentence, [cell], self._config, self._meter, self._told
         ).values()
@@ -257,12 +269,22 @@ class _Ask:
         name = hashlib.sha256(data).hexdigest()[:20]
         write_bytes(self._folder / f"{name}.png", data, overwrite=True)
         write_bytes(self._folder / f"{name}-view.png", encode_png(_view(rendered), text=text), overwrite=True)
-        self._told.send("picture", eta=cell.eta, name=name, size=list(rendered.picture().size))
+        self._told.send("picture", seed=seed, eta=cell.eta, name=name, size=list(rendered.picture().size))
 
 
 def _view(rendered: Rendered) -> Image.Image:
     """A picture for the page."""
     return from_canvas(rendered.canvas, rendered.box, most_px=VIEW_PX)
+
+
+def _stages(base: BaseModel, config: EditConfig, sentences: Sequence[str]) -> list[tuple[str, float]]:
+    """The stages of a training with their shares of the work, in rows of training."""
+    vocabulary = base.family.vocabulary
+    described = DRAWS * sentences_tried(vocabulary) if vocabulary and len(sentences) != 1 else 0
+    forward = {"describe": described, "invert": INVERSION_STEPS}
+    trained = {name: one.steps * one.draws for name, one in (("embed", config.embed), ("finetune", config.finetune))}
+    # A forward pass takes about a third of a training pass.
+    return [*((name, rows / 3) for name, rows in forward.items() if rows), *trained.items()]
 
 
 def _options(options: BaseOptions, order: Mapping[str, Any]) -> BaseOptions:
