@@ -248,7 +248,13 @@ class Costs:
 
     def _conditioning(self, denoiser: Denoiser, rows: int) -> Conditioning:
         """Rows of a denoiser's conditioning."""
-        return self._rows({**self._family.text, **denoiser.extra}, rows)
+        return self._rows(self._family.text, rows) | self._extra(denoiser, rows)
+
+    def _extra(self, denoiser: Denoiser, rows: int) -> Conditioning:
+        """Rows of a denoiser's conditioning beside the text, for pictures of the size."""
+        number = [one.name for one in self._base.denoisers].index(denoiser.name)
+        lower = self._x(self._base.denoisers[number - 1], rows) if number else None
+        return self._family.make_extra(denoiser, rows, self._size, lower).to(_META)
 
     def _rows(self, parts: Mapping[str, Part], rows: int) -> Conditioning:
         """Rows of parts of a conditioning."""
@@ -289,8 +295,9 @@ class Costs:
         index = torch.empty(edits, dtype=torch.int64, device=_META)
 
         def run() -> None:
-            noisy, at, extra = self._x(denoiser, rows), self._at(denoiser, rows), self._rows(denoiser.extra, rows)
-            trainer.run_pass(denoiser, True, 1.0, noisy, at, torch.empty_like(noisy), index, *extra.values())
+            noisy, at, extra = self._x(denoiser, rows), self._at(denoiser, rows), self._extra(denoiser, rows)
+            beside = [extra[name] for name in denoiser.extra]
+            trainer.run_pass(denoiser, True, 1.0, noisy, at, torch.empty_like(noisy), index, *beside)
 
         with fused_attention(self._attention), contextlib.ExitStack() as attached:
             for pack in packs.values():
