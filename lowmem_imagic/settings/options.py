@@ -236,9 +236,9 @@ OPTIONS: tuple[Option, ...] = (
 
     # The base model.
     Option("device", _ALL + _UI, Kind.TEXT, BASE, "auto, cuda, cuda:N or cpu", "auto", fills=("base.device",)),
-    Option("base_weights", _TRAINING, Kind.TEXT, BASE, "format of the frozen UNet: int8, bnb-int8, bf16 or fp32",
+    Option("base_weights", _TRAINING, Kind.TEXT, BASE, "format of the frozen base: int8, nf4, bnb-int8, bf16 or fp32",
            "int8", fills=_WEIGHTS),
-    Option("base_weights", _OPENING, Kind.TEXT, BASE, "format of the frozen UNet [default: as in training]",
+    Option("base_weights", _OPENING, Kind.TEXT, BASE, "format of the frozen base [default: as in training]",
            fills=_WEIGHTS),
     Option("attention", _ALL, Kind.TEXT, BASE, "auto, xformers or sdpa", "auto", fills=("base.attention",)),
     Option("compute", _ALL, Kind.TEXT, BASE, _COMPUTE_HELP, "auto", fills=("base.compute",)),
