@@ -438,7 +438,7 @@ def test_networks_take_turns_on_the_device(folder: Path, edit: Any, monkeypatch:
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in again] and not waiting
 
 
-@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@pytest.mark.parametrize("weights", ["int8", "nf4", "bf16"])
 def test_moved_weights_compute_the_same(folder: Path, weights: str) -> None:
     """A network predicts the same bits after it was moved away and back, before its first pass and after it."""
     base = load(folder, weights=weights)

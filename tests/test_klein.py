@@ -223,7 +223,7 @@ def test_stage_1_leaves_the_padding_alone(base: BaseModel) -> None:
     assert not torch.allclose(*seen, atol=1e-3)
 
 
-@pytest.mark.parametrize("weights", ["int8"])
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
 def test_recomputing_changes_no_gradient(folder: Path, weights: str, relative: Any) -> None:
     """With checkpointing, a training pass over frozen weights of few bits gives the same gradients."""
     other = BaseModel.load(str(folder), device="cpu", weights=weights)
@@ -240,6 +240,20 @@ def test_recomputing_changes_no_gradient(folder: Path, weights: str, relative: A
             other.predict(denoiser, x, torch.tensor([0.2, 0.8]), text).square().mean().backward()
         computed.append(grads.clone())
     assert relative(computed[1], computed[0]) < 1e-6 and computed[0].abs().amax(1).min() > 0
+
+
+def test_a_pack_in_4_bits_gives_what_each_edit_gets_alone(folder: Path, relative: Any) -> None:
+    """On a base in nf4 with checkpointing, edits trained side by side equal those trained alone."""
+    other = BaseModel.load(str(folder), device="cpu", weights="nf4", checkpointing=True)
+    jobs = [Job(photo(), SENTENCE), Job(photo(), "a blue sphere")]
+    together = make_edits(other, jobs, quick(), slots=2)
+    for job, one in zip(jobs, together, strict=True):
+        [alone] = make_edits(other, [job], quick())
+        assert relative(one.conditioning["embeds"], alone.conditioning["embeds"]) < 5e-3
+        assert one.base_weights == "nf4"
+        for key, factors in alone.adapters["transformer"].items():
+            mine, theirs = (f.up.float() @ f.down.float() for f in (one.adapters["transformer"][key], factors))
+            assert torch.allclose(mine, theirs, atol=4e-3)
 
 
 # Distilled models
@@ -401,6 +415,9 @@ def test_the_plan_for_8_gb_needs_no_download() -> None:
     assert least == pytest.approx(4.9e9, rel=0.02)
     fit = plan(costs, settings, budget_bytes=8 * 10**9, context_bytes=CUDA_CONTEXT_BYTES)
     assert fit.checkpointing and fit.rows == 2 and not fit.text_on_cpu
+    fewer = Costs(family, settings, weights="nf4", **types)
+    assert fewer.networks == pytest.approx(2.0e9, rel=0.02)
+    assert plan(fewer, settings, budget_bytes=6 * 10**9, context_bytes=CUDA_CONTEXT_BYTES).checkpointing
 
 
 # Commands

@@ -16,7 +16,7 @@ from ..layers.frozen import FrozenLinear8bit, Int8Conv2d
 from ..pipeline.versions import versions
 from ..planning.costs import Costs
 from ..planning.plan import CUDA_CONTEXT_BYTES, plan
-from ..settings.stages import EditConfig
+from ..settings.stages import EditConfig, base_problems
 from ..settings.text import parse_bytes
 
 MANY = 40
@@ -43,7 +43,7 @@ def examine() -> dict[str, dict[str, Any]]:
 
 
 def plans(
-    model: str, amounts: Sequence[str], config: EditConfig, *, size_px: int | None = None
+    model: str, amounts: Sequence[str], config: EditConfig, *, size_px: int | None = None, weights: str = "int8"
 ) -> list[dict[str, Any]]:
     """Plans for graphics cards of these amounts of memory, for one photo and for many, as plain values.
 
@@ -54,26 +54,35 @@ def plans(
         amounts: such as ``8GB``.
         config: settings of all stages.
         size_px: side of the pictures; None for the model's own.
+        weights: format of the frozen base.
 
     Raises:
-        ConfigError: an amount or the size is not valid.
+        ConfigError: an amount, the size or the format is not valid.
         ModelError: there is no such model.
     """
     budgets = [parse_bytes(amount) for amount in amounts]
+    if problems := base_problems(device="auto", weights=weights, attention="auto"):
+        raise ConfigError(problems)
     family = load_architecture(model)
     multiple = family.sizes.multiple
     if size_px is not None and (size_px < multiple or size_px % multiple):
         raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
     size = (size_px, size_px) if size_px else None
     text, codec = (torch.float16 if fits else torch.bfloat16 for fits in (family.text_in_fp16, family.codec_in_fp16))
-    costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
+    costs = Costs(family, config, weights=weights, dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
     lines = []
     for amount, budget in zip(amounts, budgets, strict=True):
         for photos in (1, MANY):
             line: dict[str, Any] = {"vram": amount, "photos": photos, "plan": None, "reason": ""}
             try:
                 line["plan"] = plan(
-                    costs, config, budget_bytes=budget, jobs=photos, beside=photos > 1, context_bytes=CUDA_CONTEXT_BYTES
+                    costs,
+                    config,
+                    budget_bytes=budget,
+                    jobs=photos,
+                    beside=photos > 1,
+                    weights=weights,
+                    context_bytes=CUDA_CONTEXT_BYTES,
                 ).as_json()
             except MemoryLimitError as error:
                 line["reason"] = str(error)

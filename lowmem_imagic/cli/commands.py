@@ -263,7 +263,9 @@ def doctor(values: dict[str, Any]) -> None:
 
     if values["plan"]:
         amounts = [amount for amount in values["vram"].split(",") if amount]
-        fitting = plans(values["model"], amounts, preset(values["preset"]), size_px=values["size"])
+        fitting = plans(
+            values["model"], amounts, preset(values["preset"]), size_px=values["size"], weights=values["base_weights"]
+        )
         if values["json"]:
             put(json.dumps(fitting, indent=2))
         else:

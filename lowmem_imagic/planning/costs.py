@@ -20,7 +20,7 @@ from ..families.family import Denoiser, Family
 from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
 from ..layers.flat_pack import FlatPack, kept_gradient
-from ..layers.frozen import Int8Conv2d, weight_bytes
+from ..layers.frozen import FrozenLinear4bit, Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from ..training.loop import TrainedTensor, Trainer
 from ..training.pack import stages
@@ -121,8 +121,10 @@ class Costs:
         networks = [self._base.network(denoiser) for denoiser in self._base.denoisers]
         modules = [module for network in networks for module in network.modules()]
         kernels = [7 * layer.weight.numel() for layer in modules if isinstance(layer, Int8Conv2d)]
+        linear = [layer for layer in modules if isinstance(layer, FrozenLinear4bit)]
+        packed = [2 * int(layer.in_features * layer.out_features) for layer in linear]
         others = [2 * parameter.numel() for network in networks for parameter in network.parameters()]
-        return self.networks + max([*kernels, *others])
+        return self.networks + max([*kernels, *packed, *others])
 
     @cached_property
     def load_in_turn(self) -> int:
