@@ -31,6 +31,8 @@ from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.sampling import sample as sampling
 from lowmem_imagic.sampling.sample import sample
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.share.export import files_for
+from lowmem_imagic.share.programs import inspected
 from lowmem_imagic.training import loop as training
 from tests.test_families import photo
 from tests.tiny_if import NAMES, SIDES, WIDTH, write_tiny
@@ -529,8 +531,13 @@ def test_an_edit_of_the_real_shapes_fits_into_a_file(edit: Any, tmp_path: Path) 
     assert read_edit(tmp_path / "edit.safetensors") == large
 
 
-def test_pipelines_of_diffusers_take_no_cascade(edit: Any, pipelines: Any) -> None:
-    """`load_into` refuses an edit of two networks, and a pipeline without an autoencoder."""
+def test_pipelines_of_diffusers_take_no_cascade(edit: Any, pipelines: Any, tmp_path: Path) -> None:
+    """`load_into` refuses an edit of two networks, and a pipeline without an autoencoder; `inspect` says what works."""
+    write_edit(edit, tmp_path / "edit.safetensors")
+    [diffusers] = [use for use in inspected(tmp_path / "edit.safetensors")["programs"] if use["program"] == "diffusers"]
+    assert "load_lora_adapter" in diffusers["does"] and "unless you mix" in diffusers["lacks"]
+    note = files_for("diffusers", edit, "edit")["README.md"].decode()
+    assert "`unet` and `unet_2`" in note and 'prefix="unet")' in note and "load_into" not in note
     with pytest.raises(BaseMismatchError, match=r"2 networks \(unet, unet_2\)"):
         load_into(pipelines[0], edit)
     alone = replace(
