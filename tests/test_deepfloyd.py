@@ -1,5 +1,6 @@
 """Facts about DeepFloyd IF: it computes what diffusers' pipelines do, stage by stage, and they read its adapters."""
 
+import fnmatch
 import json
 import shutil
 from dataclasses import replace
@@ -7,31 +8,38 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, IFPipeline, IFSuperResolutionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowmem_imagic import BaseModel, Cell, apply_edits, make_edits, write_edit
+from lowmem_imagic import BaseModel, Cell, apply_edits, load_into, make_edits, read_edit, write_edit
+from lowmem_imagic.edits.identity import Interface
 from lowmem_imagic.engine import base as engine
 from lowmem_imagic.errors import BaseMismatchError, IncompleteModelError, UnknownModelError, WrongFamilyError
+from lowmem_imagic.families import cached_commit, load_architecture
 from lowmem_imagic.families.conditioning import Conditioning
-from lowmem_imagic.geometry import Letterbox
+from lowmem_imagic.geometry import Letterbox, Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import move_weights
 from lowmem_imagic.pictures.letterbox import into_canvas, to_tensor
 from lowmem_imagic.pipeline.apply import check_base
 from lowmem_imagic.pipeline.prepare import Job
+from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.sampling import sample as sampling
 from lowmem_imagic.sampling.sample import sample
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.share.export import files_for
+from lowmem_imagic.share.programs import inspected
 from lowmem_imagic.training import loop as training
 from tests.test_families import photo
 from tests.tiny_if import NAMES, SIDES, WIDTH, write_tiny
 
 SENTENCE = "A photo of a red Cube on the grass "
 SMALL, LARGE = SIDES
+META = torch.device("meta")
 OPTIONS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "watermarker": None}
 
 
@@ -432,7 +440,7 @@ def test_networks_take_turns_on_the_device(folder: Path, edit: Any, monkeypatch:
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in again] and not waiting
 
 
-@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@pytest.mark.parametrize("weights", ["int8", "nf4", "bf16"])
 def test_moved_weights_compute_the_same(folder: Path, weights: str) -> None:
     """A network predicts the same bits after it was moved away and back, before its first pass and after it."""
     base = load(folder, weights=weights)
@@ -447,3 +455,106 @@ def test_moved_weights_compute_the_same(folder: Path, weights: str) -> None:
             move_weights(base.network(denoiser), torch.device("cpu"))
             predictions.append(base.predict(denoiser, x, at, given))
     assert all(torch.equal(one, predictions[0]) for one in predictions)
+
+
+def test_both_stages_come_from_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A published stage I brings its stage II, of which the network and configurations alone are downloaded."""
+    remote = {"DeepFloyd/IF-I-L-v1.0": folder, "DeepFloyd/IF-II-L-v1.0": folder.parent / NAMES[1]}
+    asked: list[str] = []
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str], local_files_only: bool, **_: Any) -> str:
+        local = tmp_path / repository / f"{len(repository):040x}"
+        for path in sorted(remote[repository].rglob("*")):
+            name = path.relative_to(remote[repository]).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                if local_files_only and not (local / name).exists():
+                    raise FileNotFoundError(name)
+                asked.append(f"{repository}/{name}")
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, local / name)
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert cached_commit("DeepFloyd/IF-I-L-v1.0", None) is None
+    base = load("if-l")
+    assert base.name == "DeepFloyd/IF-I-L-v1.0" and len(base.denoisers) == 2
+    second = [name for name in asked if "IF-II-L" in name and name.endswith(".safetensors")]
+    assert second and all("/unet/" in name for name in second)
+    assert base.identity.files == load(folder).identity.files
+    assert cached_commit("DeepFloyd/IF-I-L-v1.0", None) == base.identity.revision
+    # Without the second stage on this machine an edit's file would lead to a download.
+    shutil.rmtree(tmp_path / "DeepFloyd/IF-II-L-v1.0")
+    assert cached_commit("DeepFloyd/IF-I-L-v1.0", None) is None
+    assert len(load("if-l+none").denoisers) == 1
+
+
+def test_a_gated_repository_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused download tells to accept the licence."""
+
+    class GatedRepoError(OSError):
+        """As the Hub's client raises it."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise GatedRepoError("403 Client Error")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UnknownModelError, match="accept its licence on its page of the Hub"):
+        load("if-xl")
+
+
+@pytest.mark.parametrize(("name", "millions"), [("if-m", 371.6), ("if-l", 935.4)])
+def test_published_configurations_have_the_published_sizes(name: str, millions: float) -> None:
+    """Networks built from the package's configurations have as many weights as the published ones, both stages."""
+    family: Any = load_architecture(name)
+    sizes = [
+        sum(weight.numel() for weight in d.load(weights="bf16", device=META, dtype=torch.bfloat16).parameters()) / 1e6
+        for d in family.denoisers
+    ]
+    assert sizes == pytest.approx([millions, 1187.6], abs=0.1)
+    encoder = family.load_text_encoder("text_encoder", weights="bf16", device=META, dtype=torch.bfloat16)
+    assert sum(weight.numel() for weight in encoder.parameters()) / 1e6 == pytest.approx(4762.3, abs=0.1)
+    assert family.family == name and family.sizes == Sizes((256, 256), 32, 128)
+    assert family.text["embeds"].shape == (77, 4096)
+
+
+def test_an_edit_of_the_real_shapes_fits_into_a_file(edit: Any, tmp_path: Path) -> None:
+    """The tensors of a real DeepFloyd IF, 77 x 4096 numbers of text and noise of 256 px, are within a file's limits."""
+    interface = Interface(text={"embeds": 4096}, denoisers={"unet": "epsilon", "unet_2": "epsilon"})
+    large = replace(
+        edit,
+        base=replace(edit.base, interface=interface),
+        conditioning={"embeds": torch.randn(77, 4096).half()},
+        noise={"unet": torch.randn(3, 64, 64).half(), "unet_2": torch.randn(3, 256, 256).half()},
+        source=replace(edit.source, size=(256, 256), box=(0, 0, 256, 256)),
+    )
+    write_edit(large, tmp_path / "edit.safetensors")
+    assert read_edit(tmp_path / "edit.safetensors") == large
+
+
+def test_pipelines_of_diffusers_take_no_cascade(edit: Any, pipelines: Any, tmp_path: Path) -> None:
+    """`load_into` refuses an edit of two networks, and a pipeline without an autoencoder; `inspect` says what works."""
+    write_edit(edit, tmp_path / "edit.safetensors")
+    [diffusers] = [use for use in inspected(tmp_path / "edit.safetensors")["programs"] if use["program"] == "diffusers"]
+    assert "load_lora_adapter" in diffusers["does"] and "unless you mix" in diffusers["lacks"]
+    note = files_for("diffusers", edit, "edit")["README.md"].decode()
+    assert "`unet` and `unet_2`" in note and 'prefix="unet")' in note and "load_into" not in note
+    with pytest.raises(BaseMismatchError, match=r"2 networks \(unet, unet_2\)"):
+        load_into(pipelines[0], edit)
+    alone = replace(
+        edit,
+        base=replace(edit.base, interface=Interface(text={"embeds": WIDTH}, denoisers={"unet": "epsilon"})),
+        **{name: {"unet": getattr(edit, name)["unet"]} for name in ("adapters", "coarse", "noise")},
+    )
+    with pytest.raises(WrongFamilyError, match="IFPipeline has no vae"):
+        load_into(pipelines[0], alone)
+
+
+def test_plans_of_other_sizes_follow_the_size(base: BaseModel) -> None:
+    """Costs are those of pictures of the asked size in both stages."""
+    costs = [
+        Costs(base.family, config(), weights="int8", dtype=torch.float32, part_dtype=torch.float32, size=size)
+        for size in ((LARGE, LARGE), (LARGE // 2, LARGE // 2))
+    ]
+    own, small = ([one.train(2, 1, checkpointing=False, stage=stage) for stage in one.stages] for one in costs)
+    assert all(2 * less < more for less, more in zip(small, own, strict=True))
+    assert costs[1].sample(2) < costs[0].sample(2)

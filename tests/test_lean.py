@@ -10,7 +10,7 @@ from conftest import away_from_start, new_tiny_unet
 from torch import Tensor, nn
 
 from lowmem_imagic.families.lean_unet import make_lean
-from lowmem_imagic.layers.lean import GroupNormSiLU, geglu
+from lowmem_imagic.layers.lean import GroupNormSiLU, RMSNorm, geglu, swiglu
 from lowmem_imagic.planning.counting import LiveBytes
 
 RESIZING = ("ResnetDownsampleBlock2D", "DownBlock2D")
@@ -57,6 +57,31 @@ def test_geglu_is_torchs(dtype: torch.dtype) -> None:
     [(y, grad), (expected, expected_grad)] = both(geglu, theirs, torch.randn(2, 7, 48).to(dtype))
     assert torch.equal(y, expected)
     assert torch.allclose(grad, expected_grad, rtol=1e-6 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_and_rms_norm_are_torchs_to_rounding(dtype: torch.dtype, relative: Callable[..., float]) -> None:
+    """SwiGLU and normalisation by the root mean square have the values and gradients of torch's operations."""
+
+    def plain_swiglu(x: Tensor) -> Tensor:
+        gate, values = x.chunk(2, dim=-1)
+        return F.silu(gate) * values
+
+    norm = away_from_start(nn.RMSNorm(48, eps=1e-6)).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 7, 48).to(dtype)
+    for mine, theirs in ((swiglu, plain_swiglu), (RMSNorm.of(norm), norm)):
+        for own, expected in zip(*both(mine, theirs, x), strict=True):
+            assert own.dtype == dtype
+            assert relative(own.float(), expected.float()) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_swiglu_and_rms_norm_keep_their_input_alone() -> None:
+    """SwiGLU keeps nothing beside its input, the normalisation a number a row, where torch keeps a copy in fp32."""
+    norm = nn.RMSNorm(64, eps=1e-6).bfloat16().requires_grad_(False)
+    x = torch.randn(32, 64).bfloat16()
+    assert kept(swiglu, x.clone()) == 0
+    assert kept(RMSNorm.of(norm), x.clone()) == 32 * 4
+    assert kept(norm, x.clone()) >= 2 * x.nbytes
 
 
 def test_trained_normalisation_has_gradients() -> None:

@@ -45,7 +45,7 @@ FLAGS = {
     "pull": "--force --json --out --revision",
     "scene": "--force --seed --size",
     "ui": "--device --listen --model --out --port",
-    "doctor": "--json --model --plan --preset --size --vram",
+    "doctor": "--base-weights --json --model --plan --preset --size --vram",
     "batch run": (
         f"{_BASE} {_TRAINING} {_RENDERING} --address --executor --prompt --save-every --shard --slots --workers"
     ),

@@ -277,7 +277,14 @@ def test_each_stage_lowers_the_loss(base: Any, text: Tensor) -> None:
 class Stub:
     """A base whose prediction is ``mean(conditioning) * noisy``: almost pure noise in."""
 
-    denoisers = (types.SimpleNamespace(name="stub", schedule=DiscreteNoise(torch.full((1000,), 1e-6), "epsilon")),)
+    denoisers = (
+        types.SimpleNamespace(
+            name="stub",
+            schedule=DiscreteNoise(torch.full((1000,), 1e-6), "epsilon"),
+            extra={},
+            drawn=lambda extra, *_, **__: extra,
+        ),
+    )
     device = torch.device("cpu")
     most_rows, replays, dtype = None, False, torch.float32
 

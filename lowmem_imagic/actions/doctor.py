@@ -17,7 +17,7 @@ from ..pipeline.versions import versions
 from ..planning.costs import Costs
 from ..planning.duration import Speed, speed_of, training_seconds
 from ..planning.plan import CUDA_CONTEXT_BYTES, plan
-from ..settings.stages import EditConfig
+from ..settings.stages import EditConfig, base_problems
 from ..settings.text import parse_bytes
 from .console import duration
 
@@ -52,6 +52,7 @@ def plans(
     size_px: int | None = None,
     photos: Sequence[int] = (1, MANY),
     speed: Speed | None = None,
+    weights: str = "int8",
 ) -> list[dict[str, Any]]:
     """Plans for graphics cards of these amounts of memory, for one photo and for many, as plain values.
 
@@ -64,26 +65,35 @@ def plans(
         size_px: side of the pictures; None for the model's own.
         photos: numbers of photos.
         speed: speed of a device, for the estimated seconds of training one photo; None for no estimate.
+        weights: format of the frozen base.
 
     Raises:
-        ConfigError: an amount or the size is not valid.
+        ConfigError: an amount, the size or the format is not valid.
         ModelError: there is no such model.
     """
     budgets = [parse_bytes(amount) for amount in amounts]
+    if problems := base_problems(device="auto", weights=weights, attention="auto"):
+        raise ConfigError(problems)
     family = load_architecture(model)
     multiple = family.sizes.multiple
     if size_px is not None and (size_px < multiple or size_px % multiple):
         raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
     size = (size_px, size_px) if size_px else None
     text, codec = (torch.float16 if fits else torch.bfloat16 for fits in (family.text_in_fp16, family.codec_in_fp16))
-    costs = Costs(family, config, weights="int8", dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
+    costs = Costs(family, config, weights=weights, dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
     lines = []
     for amount, budget in zip(amounts, budgets, strict=True):
         for count in photos:
             line: dict[str, Any] = {"vram": amount, "photos": count, "plan": None, "reason": "", "seconds": None}
             try:
                 fitting = plan(
-                    costs, config, budget_bytes=budget, jobs=count, beside=count > 1, context_bytes=CUDA_CONTEXT_BYTES
+                    costs,
+                    config,
+                    budget_bytes=budget,
+                    jobs=count,
+                    beside=count > 1,
+                    weights=weights,
+                    context_bytes=CUDA_CONTEXT_BYTES,
                 )
             except MemoryLimitError as error:
                 line["reason"] = str(error)

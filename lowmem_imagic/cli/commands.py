@@ -264,7 +264,8 @@ def doctor(values: dict[str, Any]) -> None:
     if values["plan"]:
         amounts = [amount for amount in values["vram"].split(",") if amount]
         config, speed = preset(values["preset"]), speed_here()
-        fitting = plans(values["model"], amounts, config, size_px=values["size"], speed=speed)
+        weights = values["base_weights"]
+        fitting = plans(values["model"], amounts, config, size_px=values["size"], weights=weights, speed=speed)
         if values["json"]:
             put(json.dumps(fitting, indent=2))
         else:

@@ -120,7 +120,7 @@ class Edit:
     source: SourcePicture
     """The photo, by hash and geometry."""
     base_weights: str
-    """How the base was stored while training: ``int8``, ``bnb-int8``, ``bf16``, ``fp32``."""
+    """How the base was stored while training: ``int8``, ``nf4``, ``bnb-int8``, ``bf16``, ``fp32``."""
     versions: Mapping[str, str]
     """Package name to version."""
     measured: Mapping[str, Any]

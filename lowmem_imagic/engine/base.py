@@ -144,7 +144,7 @@ class BaseModel:
             name: "demo", a short name, a diffusers folder, a ``.safetensors`` file or a Hub id.
             revision: Hub commit, tag or branch.
             device: "auto", "cpu", "cuda" or "cuda:N".
-            weights: "int8", "bnb-int8" (stock bitsandbytes), "bf16" or "fp32".
+            weights: "int8", "nf4", "bnb-int8" (stock bitsandbytes), "bf16" or "fp32".
             attention: "auto", "xformers" or "sdpa".
             compute: type of the arithmetic: "auto" (see `pick_dtype`), "bf16", "fp16" or "fp32". Adapters are fp32.
             checkpointing: recompute activations: less memory, about 1.3 times the arithmetic.

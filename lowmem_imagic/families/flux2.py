@@ -34,6 +34,7 @@ from .files.layout import Tensors
 from .files.source import Folder
 from .files.transformer_file import TransformerFile
 from .flux2_parts import TEXT_ENCODER, TOKENIZER, TOKENS, TRANSFORMER, VAE
+from .lean_flux2 import make_lean
 from .loading import check_fit, complete, fill, freeze_text_encoder, tokenizer_files
 from .portable import baked
 
@@ -278,6 +279,7 @@ class Flux2Klein:
         tensors = self._tensors(TRANSFORMER, network, device)
         with self._fitting(TRANSFORMER):
             load_frozen(network, tensors, weights=weights, device=device, dtype=dtype, in_float=AT_LATENTS)
+        make_lean(network)
         return network
 
     def _tensors(self, component: str, part: nn.Module, device: torch.device) -> Any:

@@ -1,4 +1,7 @@
-"""Frozen 8-bit layers for every linear layer and every convolution, and the conversion of a network to them.
+"""Frozen layers of 8 or 4 bits, and the conversion of a network to them.
+
+In ``int8`` every linear layer and every convolution has 8 bits. In ``nf4`` linear layers have 4 bits (QLoRA, arXiv
+2305.14314, section 3: 9 % of a layer's output for Gaussian weights) and convolutions 8.
 
 Weights are int8 with one fp32 absmax per output channel and are expanded to the input's
 type for each product: the same algorithm on CPU and GPU, rows never influence each other, and the
@@ -118,6 +121,81 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
+class _FrozenLinear4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: "FrozenLinear4bit", bias: Tensor | None) -> Tensor:
+        # The layer is no tensor, so nothing is saved.
+        ctx.layer = layer
+        return F.linear(x, layer.expanded(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] @ ctx.layer.expanded(grads[0].dtype), None, None
+
+
+class FrozenLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """A frozen linear layer in bitsandbytes' nf4 storage with weight-only arithmetic.
+
+    Input (..., in), output (..., out). The weight is stored as one row: bitsandbytes 0.50 expands blocks that reach
+    over the end of a row wrongly on CPUs.
+    """
+
+    @staticmethod
+    def from_weights(weight: Tensor, bias: Tensor | None, device: torch.device) -> "FrozenLinear4bit":
+        """The layer for a weight (out, in), quantised on `device`."""
+        outputs, inputs = weight.shape
+        layer = FrozenLinear4bit(inputs, outputs, bias is not None, quant_type="nf4", device="meta")
+        if device.type == "meta":
+            packed, state = _packed_on_meta(weight.numel())
+        else:
+            # A type of the file that bitsandbytes does not read becomes half precision's nearest.
+            readable = weight if weight.dtype in (torch.float16, torch.bfloat16, torch.float32) else weight.float()
+            packed, state = bnb.functional.quantize_4bit(
+                readable.to(device).flatten(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
+            )
+        layer.weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, blocksize=_BLOCK, quant_type="nf4", bnb_quantized=True
+        )
+        if bias is not None:
+            layer.bias = _own(bias, device)
+        return layer
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in a type."""
+        if self.weight.is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        state = self.weight.quant_state
+        state.dtype = dtype
+        weight: Tensor = bnb.functional.dequantize_4bit(self.weight.data, state)
+        return weight.view(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = _FrozenLinear4bit.apply(rows, self, _cast(self.bias, x.dtype))  # type: ignore[no-untyped-call]
+        # The view is made outside the Function, so that callers may add to the result in place.
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+_BLOCK, _BLOCK_OF_SCALES = 64, 256
+"""Weights with one scale in nf4, and scales that are quantised with one number."""
+
+
+def _packed_on_meta(count: int) -> tuple[Tensor, Any]:
+    """The storage of `count` weights in nf4, on the meta device."""
+
+    def empty(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    scales = -(-count // _BLOCK)
+    second = bnb.functional.QuantState(
+        absmax=empty(-(-scales // _BLOCK_OF_SCALES), torch.float32), code=empty(256, torch.float32)
+    )
+    state = bnb.functional.QuantState(
+        absmax=empty(scales, torch.uint8), code=empty(16, torch.float32), offset=empty(1, torch.float32), state2=second
+    )
+    return empty(-(-count // 2), torch.uint8)[:, None], state
+
+
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """A frozen linear layer in bitsandbytes' int8 storage with weight-only arithmetic.
 
@@ -233,7 +311,7 @@ def _in_bnb_storage(kind: Any, weight: Tensor, bias: Tensor | None, device: torc
 def _quantized(
     module: nn.Module, state: dict[str, Tensor], weights: str | None, device: torch.device, dtype: torch.dtype
 ) -> nn.Module | None:
-    """The 8-bit layer for `module` with this state, or None if the layer stays in float."""
+    """The layer of few bits for `module` with this state, or None if the layer stays in float."""
     weight = state.get("weight")
     if weight is None:
         return None
@@ -242,9 +320,11 @@ def _quantized(
     if type(module) is nn.Linear:
         if weights == "int8":
             return FrozenLinear8bit.from_weights(weight, bias, device)
+        if weights == "nf4":
+            return FrozenLinear4bit.from_weights(weight, bias, device)
         if weights == "bnb-int8":
             return _in_bnb_storage(bnb.nn.Linear8bitLt, weight, bias, device)  # type: ignore[no-any-return]
-    elif type(module) is nn.Conv2d and weights == "int8":
+    elif type(module) is nn.Conv2d and weights in ("int8", "nf4"):
         plain = module.padding_mode == "zeros" and module.dilation == (1, 1) and not isinstance(module.padding, str)
         return Int8Conv2d.from_weights(module, weight, bias, device) if plain else None
     return None
@@ -258,7 +338,7 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Gives the module at `path` its weights, and replaces it by an 8-bit layer if there is one for it."""
+    """Gives the module at `path` its weights, and replaces it by a layer of few bits if there is one for it."""
     layer = _quantized(modules[path], state, weights, device, dtype)
     if layer is not None:
         parent, _, child = path.rpartition(".")
@@ -327,13 +407,14 @@ def load_frozen(
         path, _, leaf = name.rpartition(".")
         modules[path]._buffers[leaf] = modules[path].get_buffer(leaf).to(device)
     model.requires_grad_(False)
-    # peft picks its bitsandbytes layers by this flag.
+    # peft picks its bitsandbytes layers by these flags.
     model.is_loaded_in_8bit = weights in ("int8", "bnb-int8")  # type: ignore[assignment]
+    model.is_loaded_in_4bit = weights == "nf4"  # type: ignore[assignment]
     model.eval()
 
 
 def move_weights(model: nn.Module, device: torch.device) -> None:
-    """Moves a frozen network's weights and buffers to a device, those in 8 bits in their storage."""
+    """Moves a frozen network's weights and buffers to a device, those in few bits in their storage."""
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             weight.data = weight.data.to(device)
@@ -345,6 +426,8 @@ def move_weights(model: nn.Module, device: torch.device) -> None:
         if isinstance(module, bnb.nn.Linear8bitLt) and module.state.CB is not None:
             # Since the first pass, bitsandbytes has them here.
             module.state.CB, module.state.SCB = module.weight.data, module.state.SCB.to(device)
+        if isinstance(module, FrozenLinear4bit):
+            module.weight.quant_state.to(device)
 
 
 def drop_weights(model: nn.Module) -> None:
@@ -361,10 +444,13 @@ def drop_weights(model: nn.Module) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, 8-bit scales included."""
+    """Bytes of all parameters and buffers, scales included."""
     total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
             scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
             total += 0 if scale is None else scale.numel() * scale.element_size()
+        elif isinstance(module, FrozenLinear4bit) and (state := getattr(module.weight, "quant_state", None)):
+            tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            total += sum(t.numel() * t.element_size() for t in tensors)
     return total

@@ -2,7 +2,8 @@
 
 Stock layers keep two tensors of the input's size for a normalisation with SiLU, and three for GEGLU. The layers here
 keep the input alone and recompute the rest in a fraction of a convolution's time. At Stable Diffusion 1.5's shape a row
-then keeps a fifth less memory (see ``benchmarks/memory.py``).
+then keeps a fifth less memory (see ``benchmarks/memory.py``). `RMSNorm` and `swiglu`, of transformers, are equal to the
+stock layers to rounding.
 
 For frozen weights; a normalisation with trained weights uses torch's own code.
 """
@@ -109,4 +110,68 @@ class _Geglu(torch.autograd.Function):
 def geglu(projected: Tensor) -> Tensor:
     """``values * gelu(gate)`` (..., D) of the halves of (..., 2 D); keeps its input alone (arXiv 2002.05202)."""
     result: Tensor = _Geglu.apply(projected)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        reciprocal = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, reciprocal, weight)
+        normed: Tensor = (x * reciprocal).to(x.dtype)
+        return normed.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, reciprocal, weight = ctx.saved_tensors
+        # In fp32: y = x r w with r = (mean(x^2) + eps)^-1/2, so dx = r (g w - n mean(g w n)) with n = x r.
+        normed, grad = x * reciprocal, grads[0] * weight.float()
+        grad.sub_(normed * (grad * normed).mean(-1, keepdim=True)).mul_(reciprocal)
+        return grad.to(x.dtype), None, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """Normalisation by the root mean square of the last side; with frozen weights it keeps its input alone.
+
+    On GPUs torch's own fused kernel keeps no more.
+    """
+
+    @staticmethod
+    def of(norm: nn.RMSNorm) -> "RMSNorm":
+        """The layer with the weights of `norm`, which may be on the meta device."""
+        layer = RMSNorm(norm.normalized_shape, norm.eps, device="meta")
+        layer.weight = norm.weight
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad or x.is_cuda or self.eps is None:
+            return super().forward(x)
+        result: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        gate, values = projected.chunk(2, dim=-1)
+        return F.silu(gate).mul_(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        [projected] = ctx.saved_tensors
+        gate, values = projected.chunk(2, dim=-1)
+        grad = torch.empty_like(projected)
+        of_gate, of_values = grad.chunk(2, dim=-1)
+        torch.mul(grads[0], values, out=of_gate)
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        torch.ops.aten.silu.out(gate, out=of_values)
+        of_values.mul_(grads[0])
+        return (grad,)
+
+
+def swiglu(projected: Tensor) -> Tensor:
+    """``silu(gate) * values`` (..., D) of the halves of (..., 2 D); keeps its input alone (arXiv 2002.05202)."""
+    result: Tensor = _SwiGLU.apply(projected)  # type: ignore[no-untyped-call]
     return result

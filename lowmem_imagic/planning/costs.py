@@ -20,7 +20,7 @@ from ..families.family import Denoiser, Family
 from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
 from ..layers.flat_pack import FlatPack, kept_gradient
-from ..layers.frozen import Int8Conv2d, weight_bytes
+from ..layers.frozen import FrozenLinear4bit, Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from ..training.loop import TrainedTensor, Trainer
 from ..training.pack import stages
@@ -128,8 +128,10 @@ class Costs:
         networks = [self._base.network(denoiser) for denoiser in self._base.denoisers]
         modules = [module for network in networks for module in network.modules()]
         kernels = [7 * layer.weight.numel() for layer in modules if isinstance(layer, Int8Conv2d)]
+        linear = [layer for layer in modules if isinstance(layer, FrozenLinear4bit)]
+        packed = [2 * int(layer.in_features * layer.out_features) for layer in linear]
         others = [2 * parameter.numel() for network in networks for parameter in network.parameters()]
-        return self.networks + max([*kernels, *others])
+        return self.networks + max([*kernels, *packed, *others])
 
     @cached_property
     def load_in_turn(self) -> int:
@@ -258,7 +260,13 @@ class Costs:
 
     def _conditioning(self, denoiser: Denoiser, rows: int) -> Conditioning:
         """Rows of a denoiser's conditioning."""
-        return self._rows({**self.family.text, **denoiser.extra}, rows)
+        return self._rows(self.family.text, rows) | self._extra(denoiser, rows)
+
+    def _extra(self, denoiser: Denoiser, rows: int) -> Conditioning:
+        """Rows of a denoiser's conditioning beside the text, for pictures of the size."""
+        number = [one.name for one in self._base.denoisers].index(denoiser.name)
+        lower = self._x(self._base.denoisers[number - 1], rows) if number else None
+        return self.family.make_extra(denoiser, rows, self._size, lower).to(_META)
 
     def _rows(self, parts: Mapping[str, Part], rows: int) -> Conditioning:
         """Rows of parts of a conditioning."""
@@ -299,8 +307,9 @@ class Costs:
         index = torch.empty(edits, dtype=torch.int64, device=_META)
 
         def run() -> None:
-            noisy, at, extra = self._x(denoiser, rows), self._at(denoiser, rows), self._rows(denoiser.extra, rows)
-            trainer.run_pass(denoiser, True, 1.0, noisy, at, torch.empty_like(noisy), index, *extra.values())
+            noisy, at, extra = self._x(denoiser, rows), self._at(denoiser, rows), self._extra(denoiser, rows)
+            beside = [extra[name] for name in denoiser.extra]
+            trainer.run_pass(denoiser, True, 1.0, noisy, at, torch.empty_like(noisy), index, *beside)
 
         with fused_attention(self._attention), contextlib.ExitStack() as attached:
             for pack in packs.values():

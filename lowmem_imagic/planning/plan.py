@@ -345,7 +345,8 @@ def _plan(
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
-            "free; train fewer weights (`adapt=attn`, a smaller `rank`), or take a smaller model"
+            "free; train fewer weights (`adapt=attn`, a smaller `rank`), take fewer bits (`base_weights=nf4`), or a "
+            "smaller model"
         )
     slots, rows = fit
     if load > available:

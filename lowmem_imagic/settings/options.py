@@ -181,6 +181,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("failed", ("batch retry",), Kind.SWITCH, FIRST, _FAILED_HELP, False),
     Option("plan", _DOCTOR, Kind.SWITCH, FIRST, "show instead which edits fit on a graphics card", False),
     Option("model", _DOCTOR, Kind.TEXT, FIRST, "with --plan: the base model; short names need no download", "sd15"),
+    Option("base_weights", _DOCTOR, Kind.TEXT, FIRST, "with --plan: format of the frozen base", "int8", fills=_WEIGHTS),
     Option("size", _DOCTOR, Kind.WHOLE, FIRST, "with --plan: side of the pictures [default: the model's]"),
     Option("vram", _DOCTOR, Kind.TEXT, FIRST, "with --plan: memory of cards", "6GB,8GB,12GB", metavar="MEMORY"),
     Option("seed", _SCENE, Kind.WHOLE, FIRST, "seed of the details that the sentence leaves open", 0, least=0),
@@ -236,9 +237,9 @@ OPTIONS: tuple[Option, ...] = (
 
     # The base model.
     Option("device", _ALL + _UI, Kind.TEXT, BASE, "auto, cuda, cuda:N or cpu", "auto", fills=("base.device",)),
-    Option("base_weights", _TRAINING, Kind.TEXT, BASE, "format of the frozen UNet: int8, bnb-int8, bf16 or fp32",
+    Option("base_weights", _TRAINING, Kind.TEXT, BASE, "format of the frozen base: int8, nf4, bnb-int8, bf16 or fp32",
            "int8", fills=_WEIGHTS),
-    Option("base_weights", _OPENING, Kind.TEXT, BASE, "format of the frozen UNet [default: as in training]",
+    Option("base_weights", _OPENING, Kind.TEXT, BASE, "format of the frozen base [default: as in training]",
            fills=_WEIGHTS),
     Option("attention", _ALL, Kind.TEXT, BASE, "auto, xformers or sdpa", "auto", fills=("base.attention",)),
     Option("compute", _ALL, Kind.TEXT, BASE, _COMPUTE_HELP, "auto", fills=("base.compute",)),

@@ -20,8 +20,9 @@ ALL_LINEAR = "all-linear"
 MAX_EXPRESSION = 1000
 """Characters of an expression that chooses layers."""
 _ENDINGS = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(, *[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)*")
-WEIGHT_FORMATS = ("int8", "bnb-int8", "bf16", "fp32")
-"""Formats of the frozen UNet. ``int8``: `layers.frozen`. ``bnb-int8``: stock bitsandbytes, linear layers only."""
+WEIGHT_FORMATS = ("int8", "nf4", "bnb-int8", "bf16", "fp32")
+"""Formats of the frozen network. ``int8`` and ``nf4``: `layers.frozen`. ``bnb-int8``: stock bitsandbytes, linear layers
+only."""
 ATTENTION = ("auto", "xformers", "sdpa")
 COMPUTE = ("auto", "bf16", "fp16", "fp32")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")

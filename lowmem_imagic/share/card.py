@@ -8,6 +8,7 @@ from string import Template
 from typing import Any
 
 from ..edits.edit import Edit
+from ..edits.layouts import KOHYA
 from ..families import DEMO
 from ..plain_text import shown
 from .hub import EDIT_FILE
@@ -64,10 +65,15 @@ def card(edit: Edit, repository: str, *, license: Mapping[str, str], pictures: S
 
 
 def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
-    """The card's Markdown, from ``card.md``."""
+    """The card's Markdown, from ``card.md``, with ``card_python.md`` for edits that `load_into` takes."""
     listed = "".join(f"\n- {escaped(sentence)}" for sentence in edit.sentences)
-    template = Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    template, python = (
+        Template((Path(__file__).parent / name).read_text(encoding="utf-8")) for name in ("card.md", "card_python.md")
+    )
+    asked = "" if listed else ', "..."'
+    loads = python.substitute(repository=repository, file=EDIT_FILE, sentence=asked)
     return template.substitute(
+        python=loads if edit.layout is KOHYA else "",
         title=escaped(edit.title),
         shelf="<Gallery />\n\n" if gallery else "",
         base=escaped(edit.base.source),
@@ -75,7 +81,6 @@ def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
         repository=repository,
         model=base_of(edit) or (DEMO if edit.base.source == DEMO else "BASE"),
         file=EDIT_FILE,
-        sentence="" if listed else ', "..."',
     )
 
 

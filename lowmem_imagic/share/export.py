@@ -97,7 +97,8 @@ def _diffusers(edit: Edit, name: str) -> Files:
     return {
         EDIT_FILE: encode(_scaled_alike(edit)),
         EMBEDDINGS: _embeddings(edit),
-        "README.md": _note("diffusers", edit, name),
+        # `load_into` is for pipelines whose adapters have kohya's names.
+        "README.md": _note("diffusers" if edit.layout is KOHYA else "diffusers_networks", edit, name),
     }
 
 
@@ -194,8 +195,10 @@ def _embeddings(edit: Edit) -> bytes:
 def _note(program: str, edit: Edit, name: str) -> bytes:
     """The instructions beside the files of a program."""
     template = Template((_NOTES / f"{program}.md").read_text(encoding="utf-8"))
-    # The source has none of Markdown's marks but a slash.
-    return template.substitute(base=edit.base.source, name=name).encode()
+    # The source has none of Markdown's marks but a slash, and names of networks have none but an underscore.
+    networks = [f"`{network}`" for network in edit.adapters]
+    words = {"networks": " and ".join(networks), "first": next(iter(edit.adapters))}
+    return template.substitute(base=edit.base.source, name=name, **words).encode()
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -163,8 +163,8 @@ def load_into(pipeline: Any, edit: Edit, name: str = "edit", *, hotswap_rank: in
     """
     if len(edit.adapters) != 1:
         raise BaseMismatchError(
-            f"the edit has {len(edit.adapters)} networks ({', '.join(edit.adapters)}), expected one, as in a pipeline; "
-            "each network's own `load_lora_adapter` reads its part of the edit file, by this prefix"
+            f"the edit has {len(edit.adapters)} networks ({', '.join(edit.adapters)}), expected one, as pipelines "
+            "have; each network's own `load_lora_adapter` reads its part of the edit file, by this prefix"
         )
     [(denoiser, adapter)] = edit.adapters.items()
     network = pipelines.network(pipeline, denoiser)

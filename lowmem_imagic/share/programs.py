@@ -75,9 +75,12 @@ def uses(contents: Mapping[str, Any], layers: Iterable[str], metadata: Mapping[s
     kohya = all(KOHYA.layer.fullmatch(key) for key in keys)
     alike = len(adapter["alphas"]) <= 1
     wrong = "" if alike else "; its own loader scales some layers wrongly in versions 0.33 to 0.42 (export does not)"
+    unmixed = "the photo and the edit, unless you mix the embeddings"
     told = [
-        Use("diffusers", "all", f"{_PICTURES}, by load_into{wrong}", _MASK),
-        Use("peft", "all", "the LoRA, by export to peft", "the photo and the edit, unless you mix the embeddings"),
+        Use("diffusers", "all", f"{_PICTURES}, by load_into{wrong}", _MASK)
+        if kohya
+        else Use("diffusers", "all", "the LoRA, by each network's own load_lora_adapter", unmixed),
+        Use("peft", "all", "the LoRA, by export to peft", unmixed),
     ]
     others = ("ComfyUI", "A1111, Forge, SD.Next", "InvokeAI", "stable-diffusion.cpp")
     if not (kohya and known):
