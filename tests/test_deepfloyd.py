@@ -24,6 +24,7 @@ from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.geometry import Letterbox, Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import move_weights
+from lowmem_imagic.layers.lora import PackedLoraLayer
 from lowmem_imagic.pictures.letterbox import into_canvas, to_tensor
 from lowmem_imagic.pipeline.apply import check_base
 from lowmem_imagic.pipeline.prepare import Job
@@ -417,7 +418,12 @@ def test_networks_take_turns_on_the_device(folder: Path, edit: Any, monkeypatch:
     names = {id(base.network(denoiser)): denoiser.name for denoiser in base.denoisers}
     # The device of these tests is main memory itself, so the moves are counted.
     waiting: set[str] = set()
-    monkeypatch.setattr(engine, "move_weights", lambda network, _: waiting.__ixor__({names[id(network)]}))
+
+    def moved(network: Any, _: Any) -> None:
+        assert not any(isinstance(layer, PackedLoraLayer) for layer in network.modules())
+        waiting.symmetric_difference_update({names[id(network)]})
+
+    monkeypatch.setattr(engine, "move_weights", moved)
     predict, turns = base.predict, []
 
     def listening(denoiser: Any, *args: Any) -> Any:
