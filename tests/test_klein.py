@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from lowmem_imagic import read_edit, write_edit
+from lowmem_imagic import load_into, read_edit, write_edit
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.diffusion.flow import Flow
 from lowmem_imagic.engine.base import BaseModel
@@ -205,6 +205,12 @@ def test_adapters_load_in_diffusers(plain: BaseModel, edit: Any, folder: Path, t
         with pack.attached(plain.network(denoiser)):
             ours = plain.predict(denoiser, x, at, text)
     assert relative(after, ours) < 1e-5 < relative(after, before)
+
+
+def test_pipelines_of_klein_are_refused_by_name(edit: Any, pipeline: Any) -> None:
+    """`load_into` says that it does not take such pipelines, and what does."""
+    with pytest.raises(WrongFamilyError, match=r"Flux2KleinPipeline samples a flow.*`load_lora_weights`"):
+        load_into(pipeline, edit)
 
 
 # The edit file
