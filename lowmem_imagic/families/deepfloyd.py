@@ -138,7 +138,7 @@ class DeepFloyd:
         return Sizes((self._side, self._side), multiple, max(self._side // 2, multiple))
 
     @cached_property
-    def denoisers(self) -> Sequence[Denoiser]:
+    def denoisers(self) -> Sequence["FirstStage"]:
         """Stage I and, if it is there, stage II."""
         first = FirstStage(self)
         return (first, SecondStage(self)) if self._has_second else (first,)
@@ -160,7 +160,7 @@ class DeepFloyd:
             family=self.family,
             interface=Interface(
                 text={name: part.shape[-1] for name, part in self.text.items()},
-                denoisers={denoiser.name: "epsilon" for denoiser in self.denoisers},
+                denoisers={denoiser.name: denoiser.schedule.prediction_type for denoiser in self.denoisers},
             ),
             files=self.source.hashes,
         )
