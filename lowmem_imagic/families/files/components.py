@@ -21,7 +21,7 @@ _COMPONENTS: Mapping[str, Sequence[str]] = {
     "StableDiffusionXLImg2ImgPipeline": _SDXL,
     "Flux2KleinPipeline": ("transformer", "vae", "text_encoder", "tokenizer"),
 }
-"""Components with weights or a vocabulary, by the pipeline's class. `families.FAMILIES` has the same classes."""
+"""Components with weights or a vocabulary, by the pipeline's class. `families` has a family for each."""
 
 
 def pipeline_of(model_index: Mapping[str, Any]) -> str:
