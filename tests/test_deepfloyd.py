@@ -1,6 +1,7 @@
 """Facts about DeepFloyd IF: it computes what diffusers' pipelines do, stage by stage, and they read its adapters."""
 
 import fnmatch
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -18,12 +19,19 @@ from torch import Tensor
 from lowmem_imagic import BaseModel, Cell, apply_edits, load_into, make_edits, read_edit, write_edit
 from lowmem_imagic.edits.identity import Interface
 from lowmem_imagic.engine import base as engine
-from lowmem_imagic.errors import BaseMismatchError, IncompleteModelError, UnknownModelError, WrongFamilyError
+from lowmem_imagic.errors import (
+    BackendUnavailableError,
+    BaseMismatchError,
+    IncompleteModelError,
+    UnknownModelError,
+    WrongFamilyError,
+)
 from lowmem_imagic.families import cached_commit, load_architecture
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.geometry import Letterbox, Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.frozen import move_weights
+from lowmem_imagic.layers.lora import PackedLoraLayer
 from lowmem_imagic.pictures.letterbox import into_canvas, to_tensor
 from lowmem_imagic.pipeline.apply import check_base
 from lowmem_imagic.pipeline.prepare import Job
@@ -417,7 +425,12 @@ def test_networks_take_turns_on_the_device(folder: Path, edit: Any, monkeypatch:
     names = {id(base.network(denoiser)): denoiser.name for denoiser in base.denoisers}
     # The device of these tests is main memory itself, so the moves are counted.
     waiting: set[str] = set()
-    monkeypatch.setattr(engine, "move_weights", lambda network, _: waiting.__ixor__({names[id(network)]}))
+
+    def moved(network: Any, _: Any) -> None:
+        assert not any(isinstance(layer, PackedLoraLayer) for layer in network.modules())
+        waiting.symmetric_difference_update({names[id(network)]})
+
+    monkeypatch.setattr(engine, "move_weights", moved)
     predict, turns = base.predict, []
 
     def listening(denoiser: Any, *args: Any) -> Any:
@@ -515,6 +528,8 @@ def test_published_configurations_have_the_published_sizes(name: str, millions: 
     assert sum(weight.numel() for weight in encoder.parameters()) / 1e6 == pytest.approx(4762.3, abs=0.1)
     assert family.family == name and family.sizes == Sizes((256, 256), 32, 128)
     assert family.text["embeds"].shape == (77, 4096)
+    alone = load_architecture(f"{name}+none")
+    assert len(alone.denoisers) == 1 and alone.sizes == Sizes((64, 64), 8, 32)
 
 
 def test_an_edit_of_the_real_shapes_fits_into_a_file(edit: Any, tmp_path: Path) -> None:
@@ -558,3 +573,48 @@ def test_plans_of_other_sizes_follow_the_size(base: BaseModel) -> None:
     own, small = ([one.train(2, 1, checkpointing=False, stage=stage) for stage in one.stages] for one in costs)
     assert all(2 * less < more for less, more in zip(small, own, strict=True))
     assert costs[1].sample(2) < costs[0].sample(2)
+
+
+def test_the_text_encoder_may_come_from_elsewhere(folder: Path, base: BaseModel, tmp_path: Path) -> None:
+    """Sizes of stage I share one T5: `text_from` takes it from another folder; there is no autoencoder to replace."""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    first = Path(shutil.copytree(folder, tmp_path / "IF-I"))
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(first / part)
+    shutil.copytree(folder.parent / NAMES[1], tmp_path / "IF-II")
+    with pytest.raises(IncompleteModelError, match="text_encoder"):
+        load(first)
+    mixed = load(first, text_from=other)
+    assert mixed.identity.files == base.identity.files and len(mixed.denoisers) == 2
+    assert torch.equal(mixed.encode_text([SENTENCE])["embeds"], base.encode_text([SENTENCE])["embeds"])
+    mixed.network(mixed.denoisers[1])
+    with pytest.raises((WrongFamilyError, UnknownModelError), match="vae"):
+        load(first, text_from=other, vae=other)
+
+
+def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
+    """Weights that do not fit, and files that are missing, give one line with the stage that they are of."""
+    first = Path(shutil.copytree(folder, tmp_path / "IF-I"))
+    second = Path(shutil.copytree(folder.parent / NAMES[1], tmp_path / "IF-II"))
+    shutil.copy(first / "unet" / "diffusion_pytorch_model.safetensors", second / "unet")
+    with pytest.raises(IncompleteModelError, match="the UNet of stage II"):
+        base = load(first)
+        base.network(base.denoisers[1])
+    (second / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(IncompleteModelError, match="IF-II lacks unet/diffusion_pytorch_model"):
+        load(first)
+    tokenizer = first / "tokenizer" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "vocab_file": "/somewhere/else.model"}))
+    with pytest.raises(IncompleteModelError, match="names a file elsewhere"):
+        load(f"{first}+none").encode_text([SENTENCE])
+
+
+def test_a_tokenizer_of_sentencepiece_needs_its_package(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the package, the error says what to install."""
+    first = Path(shutil.copytree(folder, tmp_path / "IF-I"))
+    (first / "tokenizer" / "tokenizer.json").rename(first / "tokenizer" / "spiece.model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(BackendUnavailableError, match="pip install 'lowmem-imagic"):
+        load(f"{first}+none").encode_text([SENTENCE])

@@ -35,7 +35,7 @@ from lowmem_imagic import (
 )
 from lowmem_imagic.layers.frozen import FrozenLinear8bit, Int8Conv2d
 from lowmem_imagic.pictures.letterbox import psnr
-from tests import calls
+from tests import calls, tiny_if
 
 SENTENCES = ("a blue sphere on a wooden floor", "two birds kissing")
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -285,3 +285,27 @@ def test_recorded_steps_give_what_others_give(gpu: Place, photo_file: Path) -> N
         ends.append(edit.conditioning["embeds"].float())
     usual, recorded = ((ends[0] - other).norm() / ends[0].norm() for other in ends[1:])
     assert recorded <= 3 * max(float(usual), 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["int8", "nf4", "bf16"])
+def test_networks_of_a_cascade_take_turns_on_a_card(tmp_path: Path, photo_file: Path, weights: str) -> None:
+    """The network that waits takes no memory of the card, and edits and pictures are the same as without turns."""
+    base = BaseModel.load(str(tiny_if.write_tiny(tmp_path)), device="cuda", weights=weights)
+    config, cells = preset("fast", SHORT), [Cell(0, 0.0, 0), Cell(0, 1.0, 0)]
+    jobs = [Job(load_photo(photo_file), SENTENCES[0])]
+    [plain] = make_edits(base, jobs, config)
+    pictures = apply_edits(base, [plain], cells, config.sample)
+    first, second = (base.network(denoiser) for denoiser in base.denoisers)
+    with base.restored():
+        base.in_turn = True
+        base.network(base.denoisers[0])
+        assert {weight.device.type for weight in second.parameters()} == {"cpu"}
+        base.network(base.denoisers[1])
+        assert {weight.device.type for weight in first.parameters()} == {"cpu"}
+        [turned] = make_edits(base, jobs, config)
+        again = apply_edits(base, [plain], cells, config.sample)
+    assert all(psnr(*pair) > 40 for pair in zip(pictures, again, strict=True))
+    for name, adapter in plain.adapters.items():
+        for key, factors in adapter.items():
+            assert torch.allclose(turned.adapters[name][key].down, factors.down, atol=1e-2)

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from lowmem_imagic import read_edit, write_edit
+from lowmem_imagic import load_into, read_edit, write_edit
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.diffusion.flow import Flow
+from lowmem_imagic.engine import base as engine_base
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import ConfigError, IncompleteModelError, PromptError, WrongFamilyError
 from lowmem_imagic.families import load_architecture, load_family
@@ -205,6 +206,28 @@ def test_adapters_load_in_diffusers(plain: BaseModel, edit: Any, folder: Path, t
         with pack.attached(plain.network(denoiser)):
             ours = plain.predict(denoiser, x, at, text)
     assert relative(after, ours) < 1e-5 < relative(after, before)
+
+
+def test_pipelines_of_klein_are_refused_by_name(edit: Any, pipeline: Any) -> None:
+    """`load_into` says that it does not take such pipelines, and what does."""
+    with pytest.raises(WrongFamilyError, match=r"Flux2KleinPipeline samples a flow.*`load_lora_weights`"):
+        load_into(pipeline, edit)
+
+
+def test_few_sentences_are_kept_where_each_is_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of many sentences do not fill the memory: as many are kept as a limit in bytes has room for."""
+    other = BaseModel.load(str(folder), device="cpu")
+    monkeypatch.setattr(engine_base, "MAX_SENTENCES_BYTES", 2 * 512 * (48 * 4 + 1))
+    loads, load = list[str](), other.family.load_text_encoder
+    monkeypatch.setattr(
+        other.family, "load_text_encoder", lambda name, **more: loads.append(name) or load(name, **more)
+    )
+    first = other.encode_text(["one"])
+    other.encode_text(["two"])
+    assert torch.equal(other.encode_text(["one"])["embeds"], first["embeds"]) and len(loads) == 2
+    other.encode_text(["two", "three", "four"])
+    other.encode_text(["one"])
+    assert len(loads) == 4
 
 
 # The edit file

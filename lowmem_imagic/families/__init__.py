@@ -11,6 +11,7 @@ from typing import Any
 from . import kinds
 from .deepfloyd import DeepFloyd
 from .family import Family
+from .files.cascade import ALONE, JOINT
 from .files.components import pipeline_of
 from .files.configuration import findable
 from .files.locate import Source, cached_commit, locate
@@ -68,7 +69,12 @@ def load_architecture(name: str) -> Family:
     Raises:
         ModelError: see `load_family`.
     """
-    return _family_of(Published.of(name)) if name in PUBLISHED else load_family(name)
+    if name in PUBLISHED:
+        return _family_of(Published.of(name))
+    first, joint, second = name.partition(JOINT)
+    if joint and second == ALONE and "unet_2" in PUBLISHED.get(first, {}):
+        return _family_of(Published.of(first, alone=True))
+    return load_family(name)
 
 
 def _family_of(source: Source) -> Family:

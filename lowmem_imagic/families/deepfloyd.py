@@ -6,13 +6,14 @@ variance, which is dropped. There is no autoencoder: a stage's latents are pictu
 
 Imagic was made for such a cascade (arXiv 2210.09276, section 3.3, "Imagen"). Stage I is trained and sampled as in all
 families. Stage II has an adapter of its own, trained under the sentence's own conditioning e_tgt; so eta moves stage I
-alone. Its training enlarges the photo of 64 px and noises it at random levels, as in the cascade's own training (Ho et
-al. 2022, arXiv 2106.15282, section 4.2); diffusers' trainer enlarges nothing and noises the photo itself. The third
-stage, an upscaler by four, is another model; it would see no more of the edit and is not run here.
+alone. Its training enlarges the photo of 64 px and noises it at random levels, as Imagen's was trained (Saharia et al.
+2022, arXiv 2205.11487, section 2.4); diffusers' trainer enlarges nothing and noises the photo itself. The third stage,
+an upscaler by four, is another model; it would see no more of the edit and is not run here.
 
 Source: ``IFPipeline`` and ``IFSuperResolutionPipeline`` of diffusers (0.36 to 0.42).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -128,14 +129,16 @@ class DeepFloyd:
     @property
     def sizes(self) -> Sizes:
         """The square of the last stage, and sizes of at most as many pixels that both stages' UNets halve evenly."""
-        multiple = 1
-        for values in self.unet_configs.values():
-            shrinks = self._side // int(values["sample_size"])
-            multiple = max(multiple, shrinks * 2 ** (len(values["block_out_channels"]) - 1))
+        multiple = math.lcm(
+            *(
+                self._side // int(values["sample_size"]) * 2 ** (len(values["block_out_channels"]) - 1)
+                for values in self.unet_configs.values()
+            )
+        )
         return Sizes((self._side, self._side), multiple, max(self._side // 2, multiple))
 
     @cached_property
-    def denoisers(self) -> Sequence[Denoiser]:
+    def denoisers(self) -> Sequence["FirstStage"]:
         """Stage I and, if it is there, stage II."""
         first = FirstStage(self)
         return (first, SecondStage(self)) if self._has_second else (first,)
@@ -157,7 +160,7 @@ class DeepFloyd:
             family=self.family,
             interface=Interface(
                 text={name: part.shape[-1] for name, part in self.text.items()},
-                denoisers={denoiser.name: "epsilon" for denoiser in self.denoisers},
+                denoisers={denoiser.name: denoiser.schedule.prediction_type for denoiser in self.denoisers},
             ),
             files=self.source.hashes,
         )

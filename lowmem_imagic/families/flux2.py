@@ -51,7 +51,7 @@ PATCH = 2
 """Latent pixels of a patch, each way."""
 AT_LATENTS = ("x_embedder", "proj_out")
 """The transformer's layers from and to the latents."""
-_DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
+_SINGLE = "single_transformer_blocks"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 _TURN = 4300

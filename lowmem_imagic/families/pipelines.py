@@ -35,6 +35,11 @@ def network(pipeline: Any, denoiser: str) -> nn.Module:
             f"{type(pipeline).__name__} has no {missing[0] if missing else denoiser}, expected a pipeline such as "
             "StableDiffusionPipeline or StableDiffusionXLPipeline"
         )
+    if type(pipeline.scheduler).__name__.startswith("FlowMatch"):
+        raise WrongFamilyError(
+            f"{type(pipeline).__name__} samples a flow, whose edits are not loaded into pipelines yet; "
+            "`load_lora_weights` of the pipeline takes the adapter from the edit file"
+        )
     return part
 
 

@@ -82,8 +82,8 @@ _LARGE: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {"finetune": {"adapt": "attn+ff"}},
 }
 # Not yet measured on real weights. Stage 2: the rates of the reference trainers of FLUX.2 klein and Z-Image (diffusers
-# and ai-toolkit 1e-4, OneTrainer 3e-4). Stage 1: no trainer optimises these states; a tenth of the usual rate, as their
-# path is straighter. Guidance: that of the published pipeline. FireFlow brings a photo back from its own noise with a
+# and ai-toolkit 1e-4, OneTrainer 3e-4). Stage 1: a tenth of the usual rate, a guess, as no trainer optimises the states
+# of a language model. Guidance: that of the published pipeline. FireFlow brings a photo back from its own noise with a
 # tenth of Euler's error in as many passes.
 _FLOW: dict[str, dict[str, dict[str, Any]]] = {
     "balanced": {

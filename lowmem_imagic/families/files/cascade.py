@@ -4,10 +4,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...errors import ModelError, WrongFamilyError
 from .components import SECOND_STAGES, pipeline_of
 from .source import Folder, label_of
+from .weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +38,23 @@ class Cascade(Folder):
 
     second: Folder = field(kw_only=True)
 
-    def _place(self, component: str) -> Path:
+    def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+        """A component's configuration, see `Folder.config`."""
         if component in SECOND_NAMES:
-            return self.second.path / SECOND_NAMES[component]
-        return super()._place(component)
+            return self.second.config(SECOND_NAMES[component], name)
+        return super().config(component, name)
 
-    def _name(self, component: str, name: str) -> str:
+    def weight_files(self, component: str) -> list[Path]:
+        """A component's files, see `Folder.weight_files`."""
         if component in SECOND_NAMES:
-            return f"{self.second.label}: {SECOND_NAMES[component]}/{name}"
-        return super()._name(component, name)
+            return self.second.weight_files(SECOND_NAMES[component])
+        return super().weight_files(component)
+
+    def weights(self, component: str) -> Weights:
+        """A component's tensors, see `Folder.weights`."""
+        if component in SECOND_NAMES:
+            return self.second.weights(SECOND_NAMES[component])
+        return super().weights(component)
 
     def owner(self, component: str) -> str:
         """The name of the stage that a component is from."""

@@ -25,7 +25,7 @@ _COMPONENTS: Mapping[str, Sequence[str]] = {
     # Read as the second stage of a cascade alone: its text encoder is the first stage's.
     "IFSuperResolutionPipeline": ("unet",),
 }
-"""Components with weights or a vocabulary, by the pipeline's class. `families.FAMILIES` has the same classes."""
+"""Components with weights or a vocabulary, by the pipeline's class. `families` has a family for each."""
 
 
 SECOND_STAGES: Mapping[str, str] = {"IFPipeline": "IFSuperResolutionPipeline"}

@@ -329,10 +329,13 @@ PUBLISHED = {
 class Published(Folder):
     """A well-known model's configurations and tokenizers, without weights."""
 
+    alone: bool = False
+    """Whether a cascade is without its second stage."""
+
     @staticmethod
-    def of(name: str) -> "Published":
-        """The configurations of the model with this short name."""
-        return Published(Path(name), SHORT_NAMES[name])
+    def of(name: str, *, alone: bool = False) -> "Published":
+        """The configurations of the model with this short name; `alone`: of a cascade's first stage."""
+        return Published(Path(name), SHORT_NAMES[name], alone=alone)
 
     def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
         """A component's configuration.
@@ -349,7 +352,8 @@ class Published(Folder):
     @property
     def components(self) -> Sequence[str]:
         """The components of the model, see `Folder.components`; with the second network of a cascade."""
-        return (*super().components, *(name for name in ("unet_2",) if name in PUBLISHED[self.path.name]))
+        has_second = "unet_2" in PUBLISHED[self.path.name] and not self.alone
+        return (*super().components, *(["unet_2"] if has_second else []))
 
     def vocabulary(self, component: str = "tokenizer") -> Path:
         """The vocabulary file of CLIP.
