@@ -72,7 +72,8 @@ def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_klein.write_tiny(tmp_path_factory.mktemp("models") / "tiny-klein")
 
 
-@pytest.fixture(scope="session", params=["sd", "sdxl", "klein", "other"])
+# A klein's 512 tokens take as long as all other families together.
+@pytest.fixture(scope="session", params=["sd", "sdxl", pytest.param("klein", marks=pytest.mark.process), "other"])
 def kind(request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, klein_folder: Path) -> Kind:
     """Each family in turn."""
     if request.param == "other":
