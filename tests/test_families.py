@@ -78,7 +78,8 @@ def if_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_if.write_tiny(tmp_path_factory.mktemp("cascade"))
 
 
-@pytest.fixture(scope="session", params=["sd", "sdxl", "klein", "if", "other"])
+# A klein's 512 tokens take as long as all other families together.
+@pytest.fixture(scope="session", params=["sd", "sdxl", pytest.param("klein", marks=pytest.mark.process), "if", "other"])
 def kind(
     request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, klein_folder: Path, if_folder: Path
 ) -> Kind:
