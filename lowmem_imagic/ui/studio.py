@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..actions.console import duration
+from ..amounts import duration
 from ..batch.outputs import report_of
 from ..batch.overview_page import PAGE, PICTURE
 from ..batch.request import DEFAULTS

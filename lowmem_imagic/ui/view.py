@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from html import escape as _escape
 
-from ..actions.console import STAGES, duration
+from ..actions.console import STAGES
+from ..amounts import duration
 from ..batch.overview import without_folders
 from ..batch.overview_page import PAGE
 from ..batch.status import status
