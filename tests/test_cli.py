@@ -348,6 +348,20 @@ def test_inspect_imports_no_torch(finished):
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_a_wrong_ending_is_refused_without_torch(tmp_path):
+    """The ending of `--out` is checked at once, not after the import of torch, which takes seconds."""
+    words = [["train", "a.png", "--out", "a.png"], ["sheet", "a.safetensors", "--out", "a.jpg"]]
+    words += [["pull", "someone/cat", "--out", "cat.ckpt"]]
+    script = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom lowmem_imagic.cli.commands import app\n"
+        f"for words in {words!r}:\n"
+        "    result = CliRunner().invoke(app, words)\n"
+        "    assert result.exit_code == 2 and f'--out is {words[-1]}, expected a name ending in .' in result.output\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
 def test_scene_renders_a_photo(run):
     """`scene` draws its sentence, equally for equal seeds, and marks the picture as drawn by an algorithm."""
     for out in ("a.png", "b.png"):

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lowmem_imagic.actions import console
+from lowmem_imagic.amounts import duration
 
 
 class Terminal(io.StringIO):
@@ -60,3 +61,20 @@ def test_no_bar_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
     shown.progress("train", 8, 8, "")
     shown.say("done")
     assert capsys.readouterr().err == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (0.2, "1 s"),
+        (89.4, "89 s"),
+        (90, "2 min"),
+        (5369, "89 min"),
+        (5400, "1 h 30 min"),
+        (7230, "2 h 00 min"),
+    ],
+)
+def test_times_in_words(seconds, words):
+    """Every command and page tells a time in the same words; a short time is never "0 s"."""
+    assert duration(seconds) == words

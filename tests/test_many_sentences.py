@@ -19,8 +19,11 @@ from lowmem_imagic.edits.header import describe, summary
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, PromptError
 from lowmem_imagic.families.vocabulary import Vocabulary
+from lowmem_imagic.pipeline.make import stream_edits
 from lowmem_imagic.sampling.description import NEUTRAL, best_words
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
+from lowmem_imagic.training import state as training_state
+from lowmem_imagic.training.pack import Pack
 
 RED, BLUE = "a red cube", "a blue sphere on a wooden floor"
 QUICK_TRAINING = ["--steps-embed", "2", "--steps-finetune", "2", "--draws", "2"]
@@ -320,23 +323,47 @@ def test_the_words_of_least_loss_describe_a_photo(vocabulary: Vocabulary) -> Non
     assert best_words(only, losses) == "a cone"
 
 
-def test_a_base_with_words_describes_the_photo_to_itself(folder_copy: Path, source: Photo) -> None:
+@pytest.fixture
+def wordy(folder_copy: Path) -> BaseModel:
+    """The tiny model with a vocabulary."""
+    groups = {"shape": ["cube", "sphere", "cone"], "colour": ["red", "blue", "green"]}
+    words = {"groups": groups, "pieces": ["a {colour}", "{shape}"]}
+    (folder_copy / "vocabulary.json").write_text(json.dumps(words))
+    return BaseModel.load(str(folder_copy), device="cpu")
+
+
+def test_a_base_with_words_describes_the_photo_to_itself(wordy: BaseModel, source: Photo) -> None:
     """With a vocabulary, an edit without a sentence is the one for the base's own description of the photo.
 
     Its search tells its progress.
     """
-    groups = {"shape": ["cube", "sphere", "cone"], "colour": ["red", "blue", "green"]}
-    words = {"groups": groups, "pieces": ["a {colour}", "{shape}"]}
-    (folder_copy / "vocabulary.json").write_text(json.dumps(words))
-    base, steps = BaseModel.load(str(folder_copy), device="cpu"), list[tuple[int, int]]()
+    steps = list[tuple[int, int]]()
 
     def progress(stage: str, step: int, of: int, remark: str) -> None:
         if stage == "describe":
             steps.append((step, of))
 
-    [edit] = make_edits(base, [Job(source)], CONFIG, progress=progress)
+    [edit] = make_edits(wordy, [Job(source)], CONFIG, progress=progress)
     assert steps == [(4, 9), (8, 9), (9, 9)]
     assert re.fullmatch("a (red|blue|green) (cube|sphere|cone)", edit.start_sentence)
-    [told] = make_edits(base, [Job(source, edit.start_sentence)], CONFIG)
+    [told] = make_edits(wordy, [Job(source, edit.start_sentence)], CONFIG)
     assert told.adapters == edit.adapters
     assert torch.equal(told.conditioning["embeds"], edit.conditioning["embeds"])
+
+
+def test_a_stopped_training_keeps_its_description(wordy: BaseModel, source: Photo) -> None:
+    """A training that goes on from its state does not describe the photo again, and comes to the same edit."""
+    states, stages = list[bytes](), list[str]()
+
+    def stop(pack: Pack) -> None:
+        states.extend(training_state.encode(state, "key") for _, state in pack.states())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(stream_edits(wordy, [Job(source)], CONFIG, between=stop))
+    [whole] = make_edits(wordy, [Job(source)], CONFIG)
+    saved = training_state.decode(states[0], "key")
+    [edit] = make_edits(wordy, [Job(source, state=saved)], CONFIG, progress=lambda stage, *_: stages.append(stage))
+    assert "describe" not in stages and "embed" in stages
+    assert edit.start_sentence == whole.start_sentence and edit.adapters == whole.adapters
+    assert torch.equal(edit.conditioning["embeds"], whole.conditioning["embeds"])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from lowmem_imagic.errors import ConfigError, PromptError
 from lowmem_imagic.settings.options import Kind, options_of
 from lowmem_imagic.ui import limits
 from lowmem_imagic.ui.card import DONE, FAILED, RUNNING, STOPPED, Job, Queue
-from lowmem_imagic.ui.studio import Studio
-from lowmem_imagic.ui.visitors import Refused, Visitor, Visitors
+from lowmem_imagic.ui.studio import Studio, TrainingPlan
+from lowmem_imagic.ui.visitors import Project, Refused, Visitor, Visitors
 
 gradio = pytest.importorskip("gradio")
 from lowmem_imagic.ui import fields, view  # noqa: E402
@@ -490,10 +491,104 @@ def test_several_seeds_are_a_row_each(visitors, monkeypatch):
     assert page.count('role="list"') == 2 and all(name in page for row in names for name in row)
     assert [name in view.downloads(project, ask) for row in names for name in row] == [True] * 4
     # A finer step is rendered from all of them.
-    studio.ask(visitor, project, "a cat", {"seeds": "0,3"}, [0.5])
+    studio.finer(visitor, project, 0.5)
     assert orders[-1][0]["cells"] == [(0, 0.5), (3, 0.5)]
     alone = studio.ask(visitor, project, "a cat", {})
     assert orders[-1][0]["cells"] == [(None, 1.0), (None, 0.0)] and alone.label == "a cat"
+
+
+class Rendering(Studio):
+    """A studio whose card renders the cells of each order, one order for each `release`."""
+
+    def __init__(self) -> None:
+        super().__init__({"demo": "demo"}, "cpu")
+        self.orders: list[list[tuple[int | None, float]]] = []
+        self.ends: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
+        self.card = queue_of(self._play)
+
+    def _play(self, job: Job) -> None:
+        self.orders.append(job.order["cells"])
+        end = self.ends.get(timeout=60)
+        if end["event"] == "done":
+            for seed, eta in job.order["cells"]:
+                job.on_event({"event": "picture", "seed": seed, "eta": eta, "name": f"{seed}-{eta}"})
+        job.take(end)
+
+    def release(self, project: Project, end: str = "done") -> None:
+        """Ends the job of a project, and waits until its end is booked."""
+        job = project.job
+        assert job is not None
+        self.ends.put({"event": end, "result": None, "text": "out of memory"})
+        assert job.ended.wait(60)
+
+
+@pytest.fixture
+def asked(visitors: Visitors) -> tuple[Rendering, Visitor, Project]:
+    """A studio at work on the first sentence of an edit."""
+    studio, visitor = Rendering(), visitors.of("a" * 32)
+    project = visitor.add_project("cat")
+    project.edit, project.model, project.etas = "token", "demo", (0.0, 1.0)
+    studio.ask(visitor, project, "a cat", {"seeds": "0,3"})
+    return studio, visitor, project
+
+
+def test_the_last_eta_let_go_at_work_is_rendered_after_it(asked):
+    """While the card is at work the page says which eta waits; the last one alone is rendered then."""
+    studio, visitor, project = asked
+    for eta in (0.3, 0.35):
+        studio.finer(visitor, project, eta)
+        assert f"eta {eta} waits for the card" in view.pictures(project)
+    studio.release(project)
+    assert "waits" not in view.pictures(project)
+    studio.release(project)
+    assert not project.busy and studio.orders[1:] == [[(0, 0.35), (3, 0.35)]]
+    # In the row already, and in the row by the end of the job.
+    studio.finer(visitor, project, 0.35)
+    assert not project.busy
+    studio.ask(visitor, project, "a dog", {})
+    for eta in (0.3, 1.0):
+        studio.finer(visitor, project, eta)
+    studio.release(project)
+    assert not project.busy and len(studio.orders) == 3
+
+
+def test_an_eta_does_not_wait_in_vain(asked):
+    """A stop forgets the waiting eta, a failure says that it was not rendered, and a training lets none wait."""
+    studio, visitor, project = asked
+    studio.release(project)
+    studio.finer(visitor, project, 0.5)
+    studio.finer(visitor, project, 0.6)
+    studio.release(project, "failed")
+    assert not project.busy and project.message == "out of memory; eta 0.6 was not rendered"
+    studio.finer(visitor, project, 0.5)
+    studio.finer(visitor, project, 0.6)
+    studio.stop(project)
+    studio.release(project, "stopped")
+    assert not project.busy and "waits" not in view.pictures(project)
+    project.job = Job({"work": "train"}, "training")
+    with pytest.raises(Refused, match="in training"):
+        studio.finer(visitor, project, 0.5)
+
+
+def test_a_plan_has_the_time_of_the_last_training(visitors):
+    """As soon as a training has ended its time takes the estimate's place; one that went on after a stop does not."""
+    studio, visitor = Studio({"demo": "demo"}, "cpu"), visitors.of("a" * 32)
+    project = visitor.add_project("cat")
+    project.photo = project.folder / "photo"
+
+    def play(job: Job) -> None:
+        job.on_event({"event": "trained", "etas": [0, 1], "start_sentence": "a cat"})
+        job.take({"event": "done", "result": None})
+
+    studio.card = queue_of(play)
+    plan = TrainingPlan("demo", "fast", fits=True, fit="fits: 1.0 of 8 GB", seconds=25.0, sizes="")
+    for paused in (True, False):
+        assert studio.plan_words(plan) == "fits: 1.0 of 8 GB, about 25 s"
+        project.paused = paused
+        assert studio.train(visitor, project, {"preset": "fast"}, "demo", []).ended.wait(60)
+    assert studio.plan_words(plan) == "fits: 1.0 of 8 GB, about 1 s, as last time"
+    tight = TrainingPlan("demo", "fast", fits=False, fit="does not fit: 9 GB", seconds=None, sizes="")
+    assert studio.plan_words(tight) == "does not fit: 9 GB"
 
 
 def test_a_page_needs_no_torch():

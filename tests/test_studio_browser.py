@@ -188,6 +188,7 @@ def test_a_photo_is_trained_once_and_asked_twice(visit, folder):
     assert "96 x 96 px, edited at 128 x 128" in page.inner_text("#plan")
     visit.quick()
     visit.train()
+    page.wait_for_function("document.querySelector('#plan').innerText.includes(', as last time')")
     visit.ask("a blue cube on a wooden floor")
     first = visit.etas()
     assert first == ["0", "0.6", "0.8", "1", "1.2"]
@@ -267,6 +268,38 @@ def test_a_training_survives_reload_and_stop(visit, folder):
     assert int(re.search(r"embedding: (\d+)", words.inner_text())[1]) > 1
     page.locator("#stop:enabled").click()
     page.get_by_text("stopped; the training is saved").wait_for()
+
+
+def test_an_eta_let_go_while_the_card_is_at_work_is_rendered_after_it(visit, folder):
+    """Of the etas let go meanwhile the page says that the last one waits, and renders this one alone."""
+    page = visit.page
+    visit.choose_photo(folder / "photo-0.png")
+    visit.quick()
+    visit.train()
+    visit.ask("a blue cube on a wooden floor")
+    row = visit.etas()
+    # Another photo keeps the card at work.
+    visit.page = other = visit.open()
+    visit.choose_photo(folder / "photo-1.png")
+    visit.quick(embed=4000)
+    other.locator("#train:enabled").click()
+    other.get_by_text(re.compile("stage 1 of 2: embedding: [1-9]")).wait_for()
+    visit.page = page
+    page.bring_to_front()
+    etas = []
+    for share, words in ((0.15, "waiting for the card: 1 job"), (0.3, "waits"), (0.45, "waits")):
+        visit.point(0.7)
+        page.mouse.down()
+        etas.append(f"{visit.point(share):g}")
+        page.mouse.up()
+        page.get_by_text(f"eta {etas[-1]} waits for the card" if words == "waits" else words).wait_for()
+    assert not set(etas) & set(row)
+    other.bring_to_front()
+    other.locator("#stop:enabled").click()
+    page.bring_to_front()
+    page.locator(f"#viewer .row button[data-eta='{etas[2]}']").wait_for()
+    page.locator("#ask:enabled").wait_for()
+    assert set(visit.etas()) == {*row, etas[0], etas[2]}
 
 
 def test_a_saved_edit_opens_on_another_machine(visit, edit):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..amounts import duration
 from ..engine.device import pick_device, pick_dtype, resolve_attention
 from ..errors import ConfigError, MemoryLimitError
 from ..families import load_architecture
@@ -19,7 +20,6 @@ from ..planning.duration import Speed, speed_of, training_seconds
 from ..planning.plan import CUDA_CONTEXT_BYTES, plan
 from ..settings.stages import EditConfig, base_problems
 from ..settings.text import parse_bytes
-from .console import duration
 
 MANY = 40
 """Number of photos in a plan for many, above the slots of any pack."""

@@ -12,7 +12,7 @@ from ..edits.edit import Edit
 from ..edits.recorded import sampling_of
 from ..engine.base import BaseModel
 from ..engine.memory import Meter
-from ..errors import ConfigError, LowmemImagicError, OutputError
+from ..errors import LowmemImagicError, OutputError
 from ..pictures import Photo, load_photo
 from ..pipeline.make import make_edits
 from ..pipeline.prepare import Job
@@ -122,8 +122,6 @@ def train(
     path = out or Path(f"{_default_name(source, sentences)}.safetensors")
     if os.path.isdir(path):
         path = path / f"{_default_name(source, sentences)}.safetensors"
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"`out` is {path}, expected a name ending in .safetensors")
     check_target(path, overwrite=force)
     base = open_base(options, console, sentences)
     budget = Budget.of(base.device, vram)

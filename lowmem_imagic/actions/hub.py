@@ -152,8 +152,6 @@ def pull(
     """
     wanted = Address.of(address).at(revision)
     target = out or Path(safe_stem(wanted.repository.partition("/")[2]) + SUFFIX)
-    if target.suffix != SUFFIX:
-        raise ConfigError(f"`out` is {target}, expected a name ending in {SUFFIX}")
     check_target(target, overwrite=force)
     path, pinned = hub.download(wanted)
     data = read_bytes(path)

@@ -73,8 +73,6 @@ def sheet(
     points = _points(rows, columns, values, opened.eta_default)
     _check_ranges(config, points)
     target = out or Path(safe_stem(path.stem) + "-sheet.png")
-    if target.suffix.lower() != ".png":
-        raise ConfigError(f"`out` is {target}, expected a name ending in .png")
     check_target(target, overwrite=force)
     source = None if photo is None else _photo_of(photo, opened.source.sha256, console)
     base, [sentence] = open_edit(opened, options, config, _one_of(opened, prompt), console)

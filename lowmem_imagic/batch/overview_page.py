@@ -1,6 +1,5 @@
 """The page of a batch's overview: opens from disk, runs no scripts, fetches nothing, and escapes all text."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from html import escape as _escape
 from typing import Any
 from urllib.parse import quote
 
+from ..amounts import duration
 from ..pictures.png import Box
 from ..plain_text import shown
 from .ledger.file import DONE, FAILED, RUNNING, WAITING
@@ -89,7 +89,7 @@ def page_of(name: str, items: Sequence[Shown], status: dict[str, Any], picture: 
     """
     seconds = sum(sum(item.seconds) for item in items if item.seconds)
     # Items trained side by side each count the same seconds.
-    took = f"; {_duration(seconds)} of training and rendering, summed over items" if seconds else ""
+    took = f"; {duration(seconds)} of training and rendering, summed over items" if seconds else ""
     also = f' The same at a glance: <a href="{PICTURE}">{PICTURE}</a>.' if picture else ""
     policy = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'"
     body = "\n".join(_article(item) for item in items)
@@ -125,7 +125,7 @@ def _article(item: Shown) -> str:
     links += [f'<a href="{_link(item.name, SHEET)}">sheet</a>'] if item.sheet else []
     links += [f'<a href="{_link(item.name, item.edit)}">edit file</a>'] if item.edit else []
     training, rendering = item.seconds or (0.0, 0.0)
-    facts = f"<bdi>{escape(item.name)}</bdi> · {_duration(training)} training, {_duration(rendering)} rendering"
+    facts = f"<bdi>{escape(item.name)}</bdi> · {duration(training)} training, {duration(rendering)} rendering"
     figures = [_figure_of_photo(item.name, item.photo, item.sheet)] if item.photo and item.sheet else []
     figures += [_figure(item, *picture) for picture in item.pictures]
     return (
@@ -170,10 +170,3 @@ def _figure_of_photo(name: str, box: Box, size: tuple[int, int]) -> str:
         f'<figure style="--aspect: {width / height:.4f}"><a class="photo" href="{file}"><img loading="lazy" '
         f'src="{file}" alt="the photo" style="{place}"></a><figcaption>photo</figcaption></figure>'
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..amounts import duration
 from ..errors import ConfigError
 from .ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
@@ -123,7 +124,7 @@ def _summary(
     suspended = [runner for runner in runners if runner.owner.stopped]
     seen = sum(bool(runner.owner.alive) for runner in runners) - len(suspended)
     if seen:
-        time_left = "" if left_s is None or not open_items else f", about {_duration(left_s)} left"
+        time_left = "" if left_s is None or not open_items else f", about {duration(left_s)} left"
         yield f"{seen} at work{time_left}"
     for runner in suspended:
         yield (
@@ -140,8 +141,3 @@ def _summary(
     for entry in entries:
         if entry.state == FAILED:
             yield f"failed: {entry.place}{f' ({entry.name})' if entry.name else ''}: {entry.error}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"

@@ -4,6 +4,7 @@ torch is imported by the commands that need it, not by ``--help``.
 """
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -11,6 +12,8 @@ import typer
 
 from ..plain_text import shown
 from ..settings.text import Words
+from ..share.address import SUFFIX
+from ..storage.writable import check_ending
 from .batch import batch
 from .flags import with_flags
 from .frame import app, importing, print_report, put, put_text
@@ -59,6 +62,8 @@ def train(values: dict[str, Any]) -> None:
     """Train an edit and write its file; render it with `sample`, under any sentences."""
     words = Words("train", values)
     config = words.edit()
+    if values["out"] is None or not os.path.isdir(values["out"]):
+        check_ending(values["out"], SUFFIX)
     with importing():
         from ..actions import console
         from ..actions import edit as commands
@@ -113,6 +118,7 @@ def sheet(values: dict[str, Any]) -> None:
     """Render an edit over any two of eta, strength, seed and guidance, on one labelled sheet."""
     words = Words("sheet", values)
     overrides = words.sampling()
+    check_ending(values["out"], ".png", any_case=True)
     with importing():
         from ..actions import console
         from ..actions import sheet as sheets
@@ -204,6 +210,7 @@ def push(values: dict[str, Any]) -> None:
 )
 def pull(values: dict[str, Any]) -> None:
     """Download an edit from the Hugging Face Hub into a file; its base is not downloaded."""
+    check_ending(values["out"], SUFFIX)
     with importing():
         from ..actions import console, hub
 

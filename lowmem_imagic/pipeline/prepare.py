@@ -117,7 +117,9 @@ class Prepared(Iterator[TrainingInput]):
         }
         photo.measured = {name: self._meter.stages[name] for name in STAGES if name in self._meter.stages}
         self.encoded[photo.number] = photo
-        return TrainingInput(photo.latents, start, generator, noise, extra, photo.job.state, photo.number)
+        return TrainingInput(
+            photo.latents, start, generator, noise, extra, photo.job.state, photo.number, photo.start_sentence
+        )
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         if not jobs:
@@ -138,10 +140,12 @@ class Prepared(Iterator[TrainingInput]):
                 latents = self._base.encode(torch.cat([to_tensor(canvas) for canvas in canvases]))
                 for row, number in enumerate(numbers):
                     own = {name: x[row] for name, x in latents.items()}
-                    start = text.rows([number]) if starts[number] else None
-                    self._waiting.append(
-                        EncodedPhoto(self._count + number, jobs[number], boxes[number], own, starts[number], start)
-                    )
+                    job, sentence = jobs[number], starts[number]
+                    # A description is encoded alone, also one from a state: the training goes on with the same bits.
+                    start = text.rows([number]) if sentence else None
+                    if not sentence and job.state is not None:
+                        sentence = job.state.start_sentence
+                    self._waiting.append(EncodedPhoto(self._count + number, job, boxes[number], own, sentence, start))
         if not self._count:
             with measured_stage(self._meter, "load", "`base_weights=int8`, or `device=cpu`"):
                 for denoiser in self._base.denoisers:

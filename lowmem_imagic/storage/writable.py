@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..errors import OutputExistsError, OutputUnwritableError
+from ..errors import ConfigError, OutputExistsError, OutputUnwritableError
 
 MIN_FREE_BYTES = 32 * 2**20
 
@@ -51,6 +51,16 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise unusable(path, error) from error
     if not overwrite:
         raise OutputExistsError(f"{path} exists already; name another with `out`, or use `force`")
+
+
+def check_ending(path: Path | None, ending: str, *, any_case: bool = False) -> None:
+    """Checks the ending of the name of a file to write; None, for a default name, passes.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if path is not None and (path.suffix.lower() if any_case else path.suffix) != ending:
+        raise ConfigError(f"`out` is {path}, expected a name ending in {ending}")
 
 
 def unusable(path: Path, error: OSError | ValueError) -> OutputUnwritableError:

@@ -63,6 +63,8 @@ class TrainingInput:
     """The saved state to resume from; None trains from the start."""
     number: int | None = None
     """Number of its result; None takes its place among the inputs."""
+    start_sentence: str = ""
+    """The sentence of `target`, kept in states."""
 
 
 @dataclass
@@ -243,6 +245,7 @@ class Pack:
                     trained=self._trainer.save(slot),
                     shapes=_shapes(edit.task),
                     measured={**edit.result.measured, stage: edit.measured()},
+                    start_sentence=edit.task.start_sentence,
                 ),
             )
 

@@ -38,6 +38,8 @@ class TrainingState:
     """Shape (C, H, W) of the photo as each denoiser sees it, by denoiser."""
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Seconds and peak bytes of the finished stages, and of the present one so far."""
+    start_sentence: str = ""
+    """The sentence that stage 1 started from."""
 
 
 def encode(state: TrainingState, key: str) -> bytes:
@@ -45,7 +47,13 @@ def encode(state: TrainingState, key: str) -> bytes:
     tensors = {_GENERATOR: state.generator}
     tensors |= {_FINISHED + name: tensor for name, tensor in state.finished.items()}
     tensors |= {_TRAINED + name: tensor for name, tensor in state.trained.items()}
-    meta = {"stage": state.stage, "losses": state.losses, "shapes": state.shapes, "measured": state.measured}
+    meta = {
+        "stage": state.stage,
+        "losses": state.losses,
+        "shapes": state.shapes,
+        "measured": state.measured,
+        "start_sentence": state.start_sentence,
+    }
     body = serialize(tensors, {_KEY: key, _META: dump_json(meta, _META)})
     return hashlib.sha256(body).digest() + body
 
@@ -71,6 +79,8 @@ def decode(data: bytes, key: str) -> TrainingState:
             losses=meta["losses"],
             shapes=meta["shapes"],
             measured=meta["measured"],
+            # States of earlier versions have none.
+            start_sentence=meta.get("start_sentence", ""),
             generator=tensors.pop(_GENERATOR),
             finished=_with_prefix(tensors, _FINISHED),
             trained=_with_prefix(tensors, _TRAINED),

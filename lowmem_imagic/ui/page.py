@@ -19,7 +19,7 @@ from . import view
 from .fields import LABELS, more_pictures, more_training, offered, values_of, with_labels
 from .fields import field as field_of
 from .guard import COOKIE
-from .studio import Studio
+from .studio import Studio, TrainingPlan
 from .visitors import BatchFolder, Project, Refused, Visitor, Visitors
 
 CARDS = ("6GB", "8GB", "12GB", "16GB", "24GB")
@@ -39,6 +39,9 @@ class Tab:
 
     project: str = ""
     batch: str = ""
+    plan: TrainingPlan | None = None
+    """The last one; not for the fields as they are if there is a message."""
+    plan_message: str = ""
     message: str = ""
     edits_message: str = ""
     many_message: str = ""
@@ -188,7 +191,7 @@ class Page:
                     elem_id="vram",
                 )
                 quality = field_of(preset)
-                plan = gr.HTML(elem_id="plan")
+                self._shows(gr.HTML(elem_id="plan"), self._draw_plan)
                 with gr.Accordion("More for training", open=False):
                     sentences = gr.Textbox(
                         label="Sentences to train for, one a line",
@@ -275,10 +278,7 @@ class Page:
             return ""
 
         def render_eta(visitor: Visitor, tab: Tab, eta: float) -> str:
-            project = self._required(visitor, tab)
-            if project.asks and not project.busy:
-                last = project.asks[-1]
-                self._studio.ask(visitor, project, last.sentence, last.values, [round(float(eta), 2)])
+            self._studio.finer(visitor, self._required(visitor, tab), round(float(eta), 2))
             return ""
 
         def show_again(visitor: Visitor, tab: Tab, label: str) -> str:
@@ -304,16 +304,11 @@ class Page:
             self._studio.stop(self._required(visitor, tab))
             return ""
 
-        def plan_words(request: gr.Request, model: str, *values: Any) -> str:
-            visitor, tab = self._who(request)
-            try:
-                chosen = training_values(values)
-                words = self._studio.plan(
-                    visitor, self._project(visitor, tab), chosen, model, str(chosen.get("vram", "8GB"))
-                )
-            except LowmemImagicError as error:
-                return view.line(with_labels(str(error)), bad=True)
-            return view.line(words)
+        def make_plan(visitor: Visitor, tab: Tab, model: str, *values: Any) -> str:
+            chosen = training_values(values)
+            project, vram = self._project(visitor, tab), str(chosen.get("vram", "8GB"))
+            tab.plan = self._studio.plan(visitor, project, chosen, model, vram)
+            return ""
 
         def connect() -> None:
             on = self._on
@@ -321,9 +316,9 @@ class Page:
             opened = on(upload.upload, "message", open_photo, [upload])
             # The upload has moved to its project.
             cleared = opened.then(lambda: None, None, upload, **quiet)
-            cleared.then(plan_words, [model, *training], plan, **quiet)
+            on(cleared.then, "plan_message", make_plan, [model, *training])
             for one in (model, vram, quality):
-                one.change(plan_words, [model, *training], plan, **quiet)
+                on(one.change, "plan_message", make_plan, [model, *training])
             on(train.click, "message", start_training, [model, sentences, *training])
             on(stop.click, "message", stop_job)
             inputs = [sentence, *blocks, *other_fields]
@@ -346,6 +341,9 @@ class Page:
             "value": project.token if project else None,
             "visible": True if len(choices) > 1 else _HIDDEN,
         }
+
+    def _draw_plan(self, visitor: Visitor, tab: Tab) -> str:
+        return tab.plan_message or (view.line(self._studio.plan_words(tab.plan)) if tab.plan else "")
 
     def _draw_progress(self, visitor: Visitor, tab: Tab) -> str:
         project = self._project(visitor, tab)

@@ -7,10 +7,11 @@ import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..actions.console import duration
+from ..amounts import duration
 from ..batch.outputs import report_of
 from ..batch.overview_page import PAGE, PICTURE
 from ..batch.request import DEFAULTS
@@ -31,6 +32,21 @@ BUNDLED = "demo"
 """Name of the bundled base."""
 
 
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The plan of a training on a card."""
+
+    model: str
+    preset: str
+    fits: bool
+    fit: str
+    """Whether the training fits, in words."""
+    seconds: float | None
+    """Estimate of its time; None if it does not fit, or the card's speed is unknown."""
+    sizes: str
+    """Size of the photo, and the size it is edited at, in words; "" without a photo."""
+
+
 class Studio:
     """All acts; `card` does the heavy work one job at a time, and `desk` the quick one beside it.
 
@@ -45,7 +61,7 @@ class Studio:
         self.device = device
         self.card, self.desk = Queue(), Queue()
         self._seconds: dict[tuple[str, str], float] = {}
-        """Seconds of the last training, by base and preset."""
+        """Seconds of the last training that ran without a stop, by base and preset."""
         self._speed = Job({"work": "speed", "device": device}, "measuring the speed of the card")
 
     def start(self) -> None:
@@ -80,8 +96,10 @@ class Studio:
         project.photo_view = visitor.serve(project.folder / PHOTO_VIEW, "image/png")
         return project
 
-    def plan(self, visitor: Visitor, project: Project | None, values: Mapping[str, Any], model: str, vram: str) -> str:
-        """The plan for a photo on a card, in words.
+    def plan(
+        self, visitor: Visitor, project: Project | None, values: Mapping[str, Any], model: str, vram: str
+    ) -> TrainingPlan:
+        """The plan for a photo on a card.
 
         Raises:
             LowmemImagicError: a setting is not valid.
@@ -92,19 +110,22 @@ class Studio:
         self._speed.ended.wait(_STARTING_S)
         order["speed"] = self._speed.result
         plan = self._quickly(visitor, order, "a plan")
-        parts = []
-        if plan["peak_bytes"] is None:
-            parts.append(f"does not fit: {plan['reason']}")
-        else:
-            parts.append(f"fits: {plan['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB")
-            seconds = self._seconds.get((model, str(values["preset"])))
-            if seconds is not None:
-                parts.append(f"about {duration(seconds)}, as last time")
-            elif plan["seconds"] is not None:
-                parts.append(f"about {duration(plan['seconds'])}")
+        fits = plan["peak_bytes"] is not None
+        fit, sizes = f"does not fit: {plan['reason']}", ""
+        if fits:
+            fit = f"fits: {plan['peak_bytes'] / 1e9:.1f} of {vram.removesuffix('GB')} GB"
         if size and plan["edited_at"]:
-            parts.append(f"{size[0]} x {size[1]} px, edited at {plan['edited_at'][0]} x {plan['edited_at'][1]}")
-        return ", ".join(parts)
+            sizes = f"{size[0]} x {size[1]} px, edited at {plan['edited_at'][0]} x {plan['edited_at'][1]}"
+        return TrainingPlan(model, str(values["preset"]), fits, fit, plan["seconds"] if fits else None, sizes)
+
+    def plan_words(self, plan: TrainingPlan) -> str:
+        """A plan in words, with the measured time of the last such training as soon as there is one."""
+        measured, time_words = self._seconds.get((plan.model, plan.preset)), ""
+        if plan.fits and measured is not None:
+            time_words = f"about {duration(measured)}, as last time"
+        elif plan.seconds is not None:
+            time_words = f"about {duration(plan.seconds)}"
+        return ", ".join(filter(None, (plan.fit, time_words, plan.sizes)))
 
     # Training and asking
 
@@ -128,7 +149,7 @@ class Studio:
             "sentences": list(sentences),
             **self._places(project),
         }
-        kind = (model, str(values["preset"]))
+        kind, resumed = (model, str(values["preset"])), project.paused
 
         def on_event(event: Mapping[str, Any]) -> None:
             if event["event"] == "trained":
@@ -137,7 +158,8 @@ class Studio:
                 )
                 project.model, project.etas, project.asks = model, tuple(event["etas"]), []
                 project.start_sentence, project.zero, project.paused = event["start_sentence"], None, False
-                self._seconds[kind] = time.monotonic() - job.began_s
+                if not resumed:
+                    self._seconds[kind] = time.monotonic() - job.began_s
             elif event["event"] == "picture":
                 project.zero = _picture(visitor, project, event)
             elif event["event"] == "end":
@@ -146,10 +168,8 @@ class Studio:
         job = self._begin(visitor, project, order, "training", on_event)
         return job
 
-    def ask(
-        self, visitor: Visitor, project: Project, sentence: str, values: Mapping[str, Any], etas: Sequence[float] = ()
-    ) -> Ask:
-        """Begins to render a sentence from every seed: at the edit's own etas, or at others of an ask that is there.
+    def ask(self, visitor: Visitor, project: Project, sentence: str, values: Mapping[str, Any]) -> Ask:
+        """Begins to render a sentence from every seed, at the edit's own etas.
 
         Raises:
             Refused: the project is at work, or has no edit.
@@ -170,35 +190,72 @@ class Studio:
             ask = Ask(sentence, own, seeds)
             if project.zero is not None and not own:
                 ask.pictures[project.zero.seed, 0.0] = project.zero
-        asked_etas = etas or _first_the_sentence(project.etas)
-        missing = [(seed, eta) for eta in asked_etas for seed in seeds if (seed, eta) not in ask.pictures]
+        self._render(visitor, project, ask, _first_the_sentence(project.etas))
+        with visitor.lock:
+            # The last one is shown.
+            project.asks = [one for one in project.asks if one is not ask] + [ask]
+        return ask
+
+    def finer(self, visitor: Visitor, project: Project, eta: float) -> None:
+        """Begins to render the sentence that is shown at an eta that its row lacks, from every seed.
+
+        While the project is at work the eta waits for the end of the job; a later one takes its place.
+
+        Raises:
+            Refused: the project is in training, which ends its rows; or the visitor has too many jobs.
+        """
+        with visitor.lock:
+            if not project.asks:
+                return
+            ask, project.next_eta = project.asks[-1], None
+            if not project.busy:
+                self._render(visitor, project, ask, [eta])
+            elif project.job is not None and project.job.order["work"] == "train":
+                raise Refused("this photo is in training; ask the sentence again when it has ended")
+            elif ask.lacking([eta]):
+                project.next_eta = (ask, eta)
+
+    def _render(self, visitor: Visitor, project: Project, ask: Ask, etas: Sequence[float]) -> None:
+        """Begins to render the pictures that an ask lacks at these etas."""
+        missing = ask.lacking(etas)
+        if not missing:
+            return
         order = {
             "work": "ask",
-            "values": own,
+            "values": ask.values,
             "model": self._model(project.model),
             "device": self.device,
-            "sentence": sentence,
+            "sentence": ask.sentence,
             "cells": missing,
             **self._places(project),
         }
-        asked = ask
 
         def on_event(event: Mapping[str, Any]) -> None:
             if event["event"] == "picture":
                 picture = _picture(visitor, project, event)
-                asked.pictures[picture.seed, picture.eta] = picture
-            elif event["event"] == "end" and not asked.pictures:
-                project.asks = [one for one in project.asks if one is not asked]
+                ask.pictures[picture.seed, picture.eta] = picture
+            elif event["event"] == "end" and not ask.pictures:
+                project.asks = [one for one in project.asks if one is not ask]
 
-        if missing:
-            self._begin(visitor, project, order, f"asking {shown(sentence)[:60]!r}", on_event)
-        with visitor.lock:
-            # The last one is shown.
-            project.asks = [one for one in project.asks if one is not asked] + [asked]
-        return ask
+        self._begin(visitor, project, order, f"asking {shown(ask.sentence)[:60]!r}", on_event)
+
+    def _render_next(self, visitor: Visitor, project: Project, ended: Job) -> None:
+        """Begins with the eta that waited for a job; after a failure says that it is not rendered."""
+        waiting, project.next_eta = project.next_eta, None
+        if waiting is None or all(one is not waiting[0] for one in project.asks):
+            return
+        ask, eta = waiting
+        if ended.state == FAILED:
+            project.message += f"; eta {eta:g} was not rendered"
+        elif ended.state == DONE:
+            try:
+                self._render(visitor, project, ask, [eta])
+            except Refused as error:
+                project.message = f"eta {eta:g} was not rendered: {error}"
 
     def stop(self, project: Project) -> None:
-        """Stops the job of a project; a training saves its state."""
+        """Stops the job of a project, and forgets the eta that waits for it; a training saves its state."""
+        project.next_eta = None
         if project.job is not None:
             self.card.stop(project.job)
 
@@ -447,6 +504,8 @@ class Studio:
                     if event["event"] == "end":
                         project.message = told(job)
                         self._note_end(visitor)
+                        if project.job is job:
+                            self._render_next(visitor, project, job)
 
             job = Job(order, title, visitor.id, booked)
             project.job, project.message = job, ""

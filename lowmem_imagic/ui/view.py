@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from html import escape as _escape
 
-from ..actions.console import STAGES, duration
+from ..actions.console import STAGES
+from ..amounts import duration
 from ..batch.overview import without_folders
 from ..batch.overview_page import PAGE
 from ..batch.status import status
@@ -85,8 +86,11 @@ def pictures(project: Project | None) -> str:
     if project is None or (ask is None and project.zero is None):
         return '<p class="quiet">The pictures appear here: first the photo as the edit draws it (eta 0).</p>'
     ask = ask or Ask("", {}, pictures={(project.zero.seed, 0.0): project.zero} if project.zero else {})
+    waits = ""
+    if project.next_eta is not None and project.next_eta[0] is ask:
+        waits = f" (eta {project.next_eta[1]:g} waits for the card)"
     if not ask.rows:
-        return '<p class="quiet">The first picture is being made.</p>'
+        return f'<p class="quiet">The first picture is being made{waits}.</p>'
     row = ask.rows[0]
     shown_one = max((one for one in row if one.eta <= 1), key=lambda one: one.eta, default=row[0])
     before = project.photo_view or (project.zero.view if project.zero else "")
@@ -100,7 +104,7 @@ def pictures(project: Project | None) -> str:
         + "</div>"
         + '<label class="cut">Before and after<input type="range" min="0" max="100" value="0" '
         'aria-label="Before and after: share of the picture that shows the photo"></label>'
-        f'<p class="now" role="status">{escape(sentence)}: eta <output>{shown_one.eta:g}</output></p>'
+        f'<p class="now" role="status">{escape(sentence)}: eta <output>{shown_one.eta:g}</output>{waits}</p>'
         + "".join(_row(ask, row, sentence) for row in ask.rows)
         + "</div>"
     )

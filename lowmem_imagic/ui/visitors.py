@@ -11,7 +11,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,10 @@ class Ask:
         rows = [[one for one in ordered if one.seed == seed] for seed in self.seeds]
         return [row for row in rows if row]
 
+    def lacking(self, etas: Sequence[float]) -> list[tuple[int | None, float]]:
+        """Seed and eta of the pictures that it lacks at these etas."""
+        return [(seed, eta) for eta in etas for seed in self.seeds if (seed, eta) not in self.pictures]
+
     def name_of(self, picture: Picture) -> str:
         """The name of one of its pictures: eta, and the seed if there are several."""
         return f"eta {picture.eta:g}" + (f", seed {picture.seed}" if len(self.seeds) > 1 else "")
@@ -108,6 +112,8 @@ class Project:
     zero: Picture | None = None
     """The picture at eta 0."""
     asks: list[Ask] = field(default_factory=list)
+    next_eta: tuple[Ask, float] | None = None
+    """The eta that was let go last while a job was at work; rendered after it."""
     job: Job | None = None
     paused: bool = False
     """Whether a training was stopped, and its state saved."""
