@@ -78,8 +78,12 @@ def if_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_if.write_tiny(tmp_path_factory.mktemp("cascade"))
 
 
-# A klein's 512 tokens take as long as all other families together.
-@pytest.fixture(scope="session", params=["sd", "sdxl", pytest.param("klein", marks=pytest.mark.process), "if", "other"])
+# The default tests run these facts for the smallest families; the others take most of a minute each, klein's 512 tokens
+# several.
+_SLOW = [pytest.param(name, marks=pytest.mark.process) for name in ("sdxl", "klein", "if")]
+
+
+@pytest.fixture(scope="session", params=["sd", *_SLOW, "other"])
 def kind(
     request: pytest.FixtureRequest, tiny_folder: Path, xl_folder: Path, klein_folder: Path, if_folder: Path
 ) -> Kind:
