@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,9 +154,10 @@ def report(results: Sequence[Judged], eta: float) -> dict[str, Any]:
         "photo": {half: _photo([results[n] for n in rows]) for half in HALVES if (rows := rows_of(items, half=half))},
         "cost": {
             "passes": results[0].passes,
-            "train_s": round(_mean([result.train_s for result in results]), 2),
-            "sample_s_per_picture": round(_mean([result.sample_s for result in results]), 3),
-            "edit_bytes_mean": round(_mean(sizes)) if sizes else None,
+            # Medians: other programs at work can hold up an item for minutes.
+            "train_s": round(median(result.train_s for result in results), 2),
+            "sample_s_per_picture": round(median(result.sample_s for result in results), 3),
+            "edit_bytes_mean": round(sum(sizes) / len(sizes)) if sizes else None,
         },
     }
 
@@ -168,10 +170,6 @@ def _photo(results: Sequence[Judged]) -> dict[str, Any]:
         "reconstruction_db": macro(kinds, [result.reconstruction_db for result in results], median=True),
         "overlap": macro(kinds, overlaps) if overlaps else None,
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def along_eta(results: Sequence[Judged]) -> dict[float, list[Verdict]]:
