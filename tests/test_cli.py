@@ -380,6 +380,7 @@ def test_doctor_names_versions_and_paths(run):
     assert all("work on" in findings["8-bit"][layers] for layers in ("linear layers", "convolutions"))
 
 
+@pytest.mark.process
 def test_doctor_plans_for_cards(run, tiny_folder, monkeypatch):
     """`doctor --plan` shows a plan for each amount of memory, for one photo and for many, or why none fits."""
     from lowmem_imagic.actions import doctor
@@ -404,6 +405,7 @@ def test_doctor_refuses_what_is_no_plan(run, tiny_folder):
     _fails(run("doctor", "--plan", "--model", "nowhere", model=False), 1, "no model 'nowhere'")
 
 
+@pytest.mark.process
 def test_memory_is_planned_for(run, photo, tmp_path):
     """With --vram the report has the plan, its predicted phases and no rung; too little is refused before any work."""
     words = [

@@ -133,6 +133,7 @@ def test_running_out_for_good_names_the_stage(
         apply_edits(base, edits, [Cell(0, 1.0, 0)], CONFIG.sample, prompts=["a new sentence"])
 
 
+@pytest.mark.process
 def test_a_plan_is_followed_as_long_as_asked(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
     """Checkpointing that a plan asks for is on inside of `planned` and off afterwards, in the network too."""
     base = load_base()

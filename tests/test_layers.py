@@ -173,6 +173,7 @@ def test_no_pickle():
                     assert any(k.arg == "allow_pickle" and k.value.value is False for k in node.keywords), path.name
 
 
+@pytest.mark.process
 def test_the_python_interface_prints_nothing() -> None:
     """A script that imports the package and loads a base sees no line of a library, and its logging is left alone."""
     script = (

@@ -109,6 +109,7 @@ def test_training_takes_what_is_predicted(
         assert predicted == pytest.approx(measured, rel=0.1), stage
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_with_xformers_takes_what_is_predicted(
     load_base: Callable[..., Any], checkpointing: bool, peaks: list[int], monkeypatch: pytest.MonkeyPatch
@@ -219,6 +220,7 @@ def test_published_architectures_are_the_models(model: str, unet: int, text_enco
     assert [sum(p.numel() for p in part.parameters()) for part in parts] == [unet, text_encoder, vae]
 
 
+@pytest.mark.process
 def test_stable_diffusion_keeps_less_than_the_floor_of_others() -> None:
     """A row of Stable Diffusion 1.5 at 512 px in bfloat16 takes 540 MiB, 165 with checkpointing; peft's takes 788."""
     attention = replace(preset("balanced"), finetune=FinetuneConfig(steps=1, learning_rate=1e-4, adapt="attn"))
@@ -237,6 +239,7 @@ def predicted(load_base: Callable[..., Any]) -> Costs:
     return costs_of(load_base())
 
 
+@pytest.mark.process
 @given(
     budget=st.one_of(st.integers(1, 200_000_000), st.integers(1_000_000, 8_000_000)),
     jobs=st.sampled_from([1, 2, 3]),
@@ -287,6 +290,7 @@ def test_no_more_slots_than_fill_the_rows(predicted: Costs) -> None:
     assert (made.slots, made.rows) == (1, 2)
 
 
+@pytest.mark.process
 def test_a_budget_is_kept_on_the_cpu(load_base: Callable[..., Any]) -> None:
     """A plan for a running process counts the memory in use."""
     base = load_base()

@@ -354,6 +354,7 @@ def real() -> Costs:
     return Costs(load_architecture("sdxl"), preset("balanced"), weights="int8", **types)
 
 
+@pytest.mark.process
 def test_one_row_at_1024_px_trains_in_3_4_gib(real: Costs) -> None:
     """The UNet takes at most 2.6 GiB in 8 bit; with a checkpointed row and the preset's adapters at most 3.4 GiB."""
     row = real.train(1, 1, checkpointing=True)

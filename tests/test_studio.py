@@ -591,6 +591,7 @@ def test_a_plan_has_the_time_of_the_last_training(visitors):
     assert studio.plan_words(tight) == "does not fit: 9 GB"
 
 
+@pytest.mark.process
 def test_a_page_needs_no_torch():
     """The page's own process imports no model library, so it starts at once and holds no memory of a card."""
     script = "import sys, lowmem_imagic.ui.app\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
