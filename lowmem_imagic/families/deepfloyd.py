@@ -33,6 +33,7 @@ from . import deepfloyd_parts as parts
 from . import limits, repairs
 from .adapter_names import IF_TARGETS, PeftUNetNames
 from .conditioning import Conditioning, Part
+from .denoiser import DiffusersDenoiser
 from .family import Denoiser, Loaded
 from .files.source import Folder
 from .loading import freeze_text_encoder
@@ -285,15 +286,15 @@ class Pixels(nn.Module):
     """The codec: none."""
 
 
-class FirstStage:
-    """Stage I, as a `Denoiser`."""
+class FirstStage(DiffusersDenoiser):
+    """Stage I, as a `Denoiser`.
+
+    Of these UNets diffusers' gradient checkpointing recomputes the residual blocks alone.
+    """
 
     name, title = FIRST, "UNet of stage I"
-    extra: Mapping[str, Part] = {}
     names = PeftUNetNames(FIRST, IF_TARGETS)
     guided = True
-    guidance_share = 1.0
-    follows_eta = True
 
     def __init__(self, family: DeepFloyd) -> None:
         self._family = family
@@ -317,15 +318,6 @@ class FirstStage:
             if isinstance(module, Attention):
                 both = module.added_kv_proj_dim is not None
                 module.set_processor(XFormersAttnAddedKVProcessor() if both else XFormersAttnProcessor())
-
-    def recompute(self, network: nn.Module, on: bool) -> None:
-        """Switches gradient checkpointing on or off; diffusers has it for the residual blocks of these UNets alone."""
-        unet: Any = network
-        (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
-
-    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
-        """`extra`, which is empty."""
-        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """The adapter with its scale in its factors, as peft's files have it."""

@@ -29,6 +29,7 @@ from ..unexpected import without_advice
 from . import flux2_parts as parts
 from .adapter_names import peft_key
 from .conditioning import Conditioning, Part
+from .denoiser import DiffusersDenoiser
 from .family import Denoiser, Loaded
 from .files.layout import Tensors
 from .files.source import Folder
@@ -247,9 +248,9 @@ class Flux2Klein:
     def encode(self, codec: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
         """Latents (B, 4 C, H/f, W/f) in fp32 of pictures (B, 3, H, W) in [-1, 1]: the posterior's means in patches, at
         mean 0 and variance 1 in each channel."""
-        like, vae = next(codec.parameters()), self._statistics(codec)
+        like, (mean, deviation) = next(codec.parameters()), self._statistics(codec)
         means = torch.cat([codec.encode(x[None].to(like)).latent_dist.mode() for x in pictures])  # type: ignore[operator]
-        return {TRANSFORMER: (_patches(means.float()) - vae[0]) / vae[1]}
+        return {TRANSFORMER: (_patches(means.float()) - mean) / deviation}
 
     @torch.no_grad()
     def decode(self, codec: nn.Module, latents: Tensor) -> Tensor:
@@ -257,8 +258,8 @@ class Flux2Klein:
 
         Not finite if the autoencoder overflows in its type.
         """
-        like, vae = next(codec.parameters()), self._statistics(codec)
-        whole = _pixels(latents.to(like.device, torch.float32) * vae[1] + vae[0])
+        like, (mean, deviation) = next(codec.parameters()), self._statistics(codec)
+        whole = _pixels(latents.to(like.device, torch.float32) * deviation + mean)
         images = torch.cat([codec.decode(z[None].to(like)).sample for z in whole]).float()  # type: ignore[operator]
         # Clamping would hide an overflow to infinity, so infinite values stay.
         return images.where(~images.isfinite(), images.clamp(-1, 1))
@@ -358,14 +359,11 @@ class Names:
         return BLOCKS.index("mid" if 2 * int(layer.split(".")[1]) < self._singles else "up")
 
 
-class Transformer:
+class Transformer(DiffusersDenoiser):
     """The transformer of a FLUX.2 klein, as a `Denoiser`."""
 
     name = TRANSFORMER
     title = "transformer"
-    extra: Mapping[str, Part] = {}
-    guidance_share = 1.0
-    follows_eta = True
 
     def __init__(self, family: Flux2Klein) -> None:
         self._family = family
@@ -390,15 +388,6 @@ class Transformer:
         """Switches the transformer's attention to xformers; the caller has checked that it runs."""
         transformer: Any = network
         transformer.set_attention_backend("xformers")
-
-    def recompute(self, network: nn.Module, on: bool) -> None:
-        """Switches gradient checkpointing on or off."""
-        transformer: Any = network
-        (transformer.enable_gradient_checkpointing if on else transformer.disable_gradient_checkpointing)()
-
-    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
-        """`extra`, which has no random part."""
-        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """The adapter with its scale in the factors, as peft's files have it."""

@@ -22,6 +22,7 @@ from ..unexpected import without_advice
 from . import kinds, limits, repairs
 from .adapter_names import KohyaNames
 from .conditioning import Conditioning, Part
+from .denoiser import DiffusersDenoiser
 from .family import Denoiser, Loaded
 from .files.checkpoint import SingleFile
 from .files.source import Folder
@@ -431,16 +432,13 @@ def labels(family: str, prediction_type: str) -> dict[str, str]:
     }
 
 
-class UNet:
+class UNet(DiffusersDenoiser):
     """The UNet of a Stable Diffusion 1 or 2, as a `Denoiser`."""
 
     name = "unet"
     title = "UNet"
-    extra: Mapping[str, Part] = {}
     names = KohyaNames()
     guided = True
-    guidance_share = 1.0
-    follows_eta = True
 
     def __init__(self, family: StableDiffusion) -> None:
         self._family = family
@@ -467,15 +465,6 @@ class UNet:
         for module in network.modules():
             if isinstance(module, Attention):
                 module.set_processor(XFormersAttnProcessor())
-
-    def recompute(self, network: nn.Module, on: bool) -> None:
-        """Switches gradient checkpointing on or off."""
-        unet: Any = network
-        (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
-
-    def drawn(self, extra: Conditioning, generators: Sequence[torch.Generator], *, training: bool) -> Conditioning:
-        """`extra`, which has no random part."""
-        return extra
 
     def portable(self, adapter: Mapping[str, Factors], network: nn.Module) -> dict[str, Factors]:
         """The adapter in the form for other programs, see `families.portable`."""

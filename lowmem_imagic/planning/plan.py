@@ -341,12 +341,12 @@ def _plan(
         if cheaper is not None and (fit is None or cheaper[0] > 1):
             recompute, fit = True, cheaper
     if fit is None:
+        fewer_bits = "" if weights == "nf4" else "fewer bits (`base_weights=nf4`), or "
         least = networks + costs.adapters(1) + costs.train(1, 1, checkpointing=True)
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold no training step: one row with checkpointing takes "
             f"{least / 1e9:.2f} GB, {context_bytes / 1e9:.2f} GB more before any tensor, and {RESERVE:.0%} are kept "
-            "free; train fewer weights (`adapt=attn`, a smaller `rank`), take fewer bits (`base_weights=nf4`), or a "
-            "smaller model"
+            f"free; train fewer weights (`adapt=attn`, a smaller `rank`), take {fewer_bits}a smaller model"
         )
     slots, rows = fit
     if load > available:
