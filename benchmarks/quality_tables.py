@@ -222,7 +222,7 @@ def suggestion() -> list[str]:
     return rows
 
 
-def worlds(items: str = VALIDATION.name) -> list[str]:
+def families(items: str = VALIDATION.name) -> list[str]:
     """Rows: the small models of several families, on the items that all of them have; each at its best eta for these.
 
     Partial results count, too: an item of a cascade takes minutes.
