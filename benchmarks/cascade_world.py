@@ -11,13 +11,9 @@ the first one as a model. Run the same command again after a stop, and it goes o
 with the time that is left. ``--only`` trains one stage; stage II needs stage I's checkpoint for its text.
 """
 
-import argparse
+import contextlib
 import functools
-import json
 import logging
-import os
-import random
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,27 +24,34 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from lowmem_imagic.demo.pictures import CHUNK, packed, render_batch, to_tensor, training_scene_at
-from lowmem_imagic.demo.trainer import Trainer, averaged
+from lowmem_imagic.demo.pictures import CHUNK, to_tensor
+from lowmem_imagic.demo.train import Fp32Attention
+from lowmem_imagic.demo.trainer import Trainer
+
+from .world_training import (
+    SIDE_PX,
+    Scenes,
+    parser_of,
+    size_of,
+    steps_of,
+    stratified,
+    take,
+    world_captions,
+    write_pipelines,
+)
 
 log = logging.getLogger("benchmarks.cascade_world")
 
-SMALL_PX, LARGE_PX = 32, 128
+SMALL_PX = 32
 TOKENS = 77
 """Tokens of a sentence, as DeepFloyd IF's."""
 WIDTH = 128
 """Width of the text encoder's tokens."""
-CAPTIONS = 4
-"""Captions of a scene; each training step takes one of them."""
-EMPTY_CAPTION_SHARE = 0.1
 MIN_SNR = 5.0
 """Bound of the weight of a timestep, see `loss_weights`."""
-SEED = 8
-"""Of the bundled model's scenes; 1 is the judge's, 2, 5 and 6 are held out for benchmarks."""
 MOST_BYTES = 15_000_000
 STAGES = {"first": "IF-I-world", "second": "IF-II-world"}
 """The folders of the stages."""
@@ -113,9 +116,9 @@ PRESETS = {
         first_share=0.5,
         scenes=16 * 1024,
         uses=32,
-        batches=(64, 16),
+        batches=(32, 16),
         supersampling=2,
-        bfloat16=False,
+        bfloat16=True,
         save_every=300,
     ),
     # Checks that everything runs, in seconds; the model is of no use.
@@ -143,7 +146,7 @@ def new_unets() -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
         **_UNET,
     )
     second = UNet2DConditionModel(
-        sample_size=LARGE_PX,
+        sample_size=SIDE_PX,
         in_channels=6,
         block_out_channels=(32, 32, 64, 96),
         down_block_types=("ResnetDownsampleBlock2D",) * 3 + ("SimpleCrossAttnDownBlock2D",),
@@ -175,9 +178,7 @@ def new_text_encoder(words: int) -> T5EncoderModel:
 
 def new_tokenizer(seed: int) -> T5TokenizerFast:
     """A tokenizer of T5's kind: the words of captions, and letters for all other words."""
-    rng = random.Random(seed)
-    captions = [training_scene_at(seed, index).caption(rng) for index in range(4000)]
-    counts = Counter(word for caption in captions for word in caption.lower().split())
+    counts = Counter(word for caption in world_captions(seed) for word in caption.lower().split())
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     # Of equal length of a sentence in words, no order matters; a word is always better than its letters.
     pieces += [(f"▁{word}", -1.0) for word in sorted(counts)]
@@ -191,57 +192,6 @@ def loss_weights(kept: Tensor) -> Tensor:
     As min-SNR weights the noise's error (Hang et al. 2023, section 3.4).
     """
     return (MIN_SNR * (1 - kept) / kept.clamp_min(1e-8)).clamp_max(1.0)
-
-
-class Scenes:
-    """Training scenes as pictures (N, 128, 128, 3), with the tokens and masks of their captions.
-
-    They are rendered little by little, a chunk at a time, and each chunk is kept in a file.
-    """
-
-    def __init__(
-        self, work: Path, tokenizer: T5TokenizerFast, preset: Preset, *, seed: int, device: torch.device
-    ) -> None:
-        self.folder = work / f"scenes-{seed}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer, self.preset, self.seed, self.device, self.count = tokenizer, preset, seed, device, 0
-        self.total = preset.scenes
-        self.pictures = torch.empty(self.total, LARGE_PX, LARGE_PX, 3, dtype=torch.uint8, device=device)
-        self.tokens = torch.empty(self.total, CAPTIONS, TOKENS, dtype=torch.int32, device=device)
-
-    def grow(self, count: int) -> None:
-        """Renders until there are at least so many."""
-        while self.count < min(count, self.total):
-            path = self.folder / f"{self.count // CHUNK:05d}.safetensors"
-            if not path.exists():
-                self._render(path)
-            chunk, place = load_file(path), slice(self.count, self.count + CHUNK)
-            self.pictures[place].copy_(chunk["pictures"])
-            self.tokens[place].copy_(chunk["tokens"])
-            self.count += CHUNK
-
-    def _render(self, path: Path) -> None:
-        scenes = [training_scene_at(self.seed, index) for index in range(self.count, self.count + CHUNK)]
-        rng = random.Random(f"{self.seed}/captions/{self.count // CHUNK}")
-        captions = [scene.caption(rng) for scene in scenes for _ in range(CAPTIONS)]
-        pictures = render_batch(packed(scenes), LARGE_PX, supersampling=self.preset.supersampling, device=self.device)
-        tokens = encoded(self.tokenizer, captions).view(CHUNK, CAPTIONS, TOKENS).int()
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        save_file({"pictures": pictures.cpu().contiguous(), "tokens": tokens}, partial)
-        os.replace(partial, path)
-
-    def batch(self, count: int, generator: torch.Generator, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (count, 3, 128, 128), half of them mirrored, and the tokens (count, 77) of one caption each."""
-
-        def drawn(high: int) -> Tensor:
-            return torch.randint(high, (count,), generator=generator, device=self.device)
-
-        chosen, mirror = drawn(self.count), drawn(2)
-        tokens = self.tokens[chosen, drawn(CAPTIONS)].long()
-        without = torch.rand(count, 1, generator=generator, device=self.device) < EMPTY_CAPTION_SHARE
-        x = to_tensor(self.pictures[chosen], self.device)
-        x = torch.where(mirror.view(-1, 1, 1, 1) == 1, x.flip(3), x)
-        return x, torch.where(without, empty, tokens)
 
 
 def encoded(tokenizer: T5TokenizerFast, captions: list[str]) -> Tensor:
@@ -263,6 +213,7 @@ def train(
     stage: str,
     unet: UNet2DConditionModel,
     encoder: T5EncoderModel,
+    tokenizer: T5TokenizerFast,
     scenes: Scenes,
     work: Path,
     preset: Preset,
@@ -277,9 +228,10 @@ def train(
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
     kept = DDPMScheduler(**_SCHEDULE).alphas_cumprod.to(device)
     weights, batch = loss_weights(kept), preset.batches[second]
+    attention = contextlib.nullcontext() if device.type == "cuda" else Fp32Attention()
     unet = unet.to(device, dtype, memory_format=torch.channels_last).train()
     encoder = encoder.to(device, dtype).train(not second).requires_grad_(not second)
-    scenes.grow(CHUNK)
+    scenes.grow(0)
     trainer = Trainer(
         {"unet": unet, **({} if second else text_modules(encoder))},
         path=work / f"{stage}.safetensors",
@@ -291,63 +243,44 @@ def train(
     )
     trainer.after_save = publish
     generator = torch.Generator(device).manual_seed((seed + second) * 1_000_003 + trainer.step)
-    empty = encoded(scenes.tokenizer, [""]).to(device)
-    pad = scenes.tokenizer.pad_token_id
-    losses: list[Tensor] = []
-    reported = time.monotonic()
-    for step in trainer:
-        scenes.grow(int((step + 1) * batch / preset.uses))
-        x, tokens = scenes.batch(batch, generator, empty)
+    pad = tokenizer.pad_token_id
+
+    def noised(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures with noise at random timesteps, the noise, and the timesteps."""
+        at = (stratified(batch, generator, device) * len(kept)).long().clamp_max(len(kept) - 1)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        signal = kept[at].view(-1, 1, 1, 1)
+        return signal.sqrt() * clean + (1 - signal).sqrt() * noise, noise, at
+
+    def loss_at(step: int) -> Tensor:
+        scenes.grow((step + 1) * batch)
+        pictures, tokens = scenes.batch(batch, generator)
+        x = to_tensor(pictures, device)
+        mirror = torch.randint(2, (batch, 1, 1, 1), generator=generator, device=device)
+        x = torch.where(mirror == 1, x.flip(3), x)
         small = F.interpolate(x, SMALL_PX, mode="area")
-
-        def noised(clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """A picture with noise at stratified timesteps in any order, the noise, and the timesteps."""
-            order = torch.randperm(batch, generator=generator, device=device)
-            shares = (order + torch.rand(batch, generator=generator, device=device)) / batch
-            at = (shares * len(kept)).long().clamp_max(len(kept) - 1)
-            noise = torch.randn(clean.shape, generator=generator, device=device)
-            signal = kept[at].view(-1, 1, 1, 1)
-            return signal.sqrt() * clean + (1 - signal).sqrt() * noise, noise, at
-
         noisy, noise, at = noised(x if second else small)
         beside: dict[str, Any] = {}
         if second:
-            large = F.interpolate(small, LARGE_PX, mode="bilinear", align_corners=True)
+            large = F.interpolate(small, SIDE_PX, mode="bilinear", align_corners=True)
             lower, _, level = noised(large)
             noisy, beside = torch.cat([noisy, lower], 1), {"class_labels": level}
-        text = encoder(tokens, attention_mask=(tokens != pad).long())[0]
-        inputs = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
-        prediction = unet(inputs, at, encoder_hidden_states=text, **beside).sample[:, :3]
+        with attention:
+            text = encoder(tokens, attention_mask=(tokens != pad).long())[0]
+            inputs = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+            prediction = unet(inputs, at, encoder_hidden_states=text, **beside).sample[:, :3]
         errors = (prediction.float() - noise).square().mean((1, 2, 3))
-        loss = (weights[at] * errors).mean()
-        trainer.update(loss)
-        losses.append(loss.detach())
-        if len(losses) >= 200 or time.monotonic() - reported > 60:
-            mean = torch.stack(losses).mean().item()
-            sound = "" if trainer.check(mean) else "; NOT FINITE, taken back"
-            log.info("%s step %d, %.0f s: loss %.4f%s", stage, trainer.step, trainer.spent, mean, sound)
-            losses, reported = [], time.monotonic()
+        return (weights[at] * errors).mean()
 
-
-@torch.no_grad()
-def take(work: Path, stage: str, modules: dict[str, nn.Module]) -> bool:
-    """Gives modules the averaged weights of a stage's checkpoint; returns whether there is one."""
-    path = work / f"{stage}.safetensors"
-    if not path.exists():
-        return False
-    weights = averaged(path)
-    for prefix, module in modules.items():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(weights[f"{prefix}.{name}"].view(parameter.shape))
-    return True
+    steps_of(stage, trainer, loss_at)
 
 
 def publish(work: Path, out: Path, tokenizer: T5TokenizerFast) -> None:
     """Writes both folders in fp16 from the averaged weights of all checkpoints that there are."""
     first, second = new_unets()
     encoder = new_text_encoder(len(tokenizer))
-    take(work, "first", {"unet": first, **text_modules(encoder)})
-    take(work, "second", {"unet": second})
+    take(work / "first.safetensors", {"unet": first, **text_modules(encoder)})
+    take(work / "second.safetensors", {"unet": second})
     for part in (first, second, encoder):
         part.half()
     nothing: dict[str, Any] = {
@@ -374,57 +307,46 @@ def publish(work: Path, out: Path, tokenizer: T5TokenizerFast) -> None:
             **nothing,
         ),
     }
-    for stage, pipeline in pipelines.items():
-        partial = out / f"{STAGES[stage]}.partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        pipeline.save_pretrained(partial)
-        for path in (partial / "model_index.json", *partial.glob("*/config.json")):
-            config = json.loads(path.read_text(encoding="utf-8"))
-            # Where a part was loaded from, which is no setting.
-            config.pop("_name_or_path", None)
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.rmtree(out / STAGES[stage], ignore_errors=True)
-        os.replace(partial, out / STAGES[stage])
-
-
-def size_of(out: Path) -> int:
-    """Bytes of both folders."""
-    return sum(path.stat().st_size for name in STAGES.values() for path in (out / name).rglob("*") if path.is_file())
+    write_pipelines({out / STAGES[stage]: pipeline for stage, pipeline in pipelines.items()})
 
 
 def main() -> None:
     """Command line of the training script."""
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for both stages' folders")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="sizes for a machine [cpu]")
-    parser.add_argument("--minutes", type=float, help="time in all [15 on gpu, 1440 on cpu]")
+    parser = parser_of(__doc__, PRESETS)
     parser.add_argument("--only", choices=tuple(STAGES), help="train one stage, with all of the time")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of scenes, weights and draws [{SEED}]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     preset, device = PRESETS[args.preset], torch.device(args.device)
     work = args.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
     seconds = 60 * (args.minutes or preset.minutes)
     shares = {"first": preset.first_share, "second": 1 - preset.first_share}
 
     torch.manual_seed(args.seed + 1)
     tokenizer = new_tokenizer(args.seed)
-    scenes = Scenes(work, tokenizer, preset, seed=args.seed, device=device)
+    scenes = Scenes(
+        work / f"scenes-{args.seed}",
+        total=preset.scenes,
+        uses=preset.uses,
+        stored=lambda pictures: pictures,
+        encoded=functools.partial(encoded, tokenizer),
+        supersampling=preset.supersampling,
+        seed=args.seed,
+        device=device,
+    )
     unets, encoder = new_unets(), new_text_encoder(len(tokenizer))
     write = functools.partial(publish, work, args.out, tokenizer)
     for stage, unet in zip(STAGES, unets, strict=True):
         if args.only not in (None, stage):
             continue
-        if stage == "second" and not take(work, "first", text_modules(encoder.float())):
+        if stage == "second" and not take(work / "first.safetensors", text_modules(encoder.float())):
             parser.error("stage II is trained under stage I's text; train stage I first")
         whole = seconds if args.only else shares[stage] * seconds
         train(
             stage,
             unet,
             encoder,
+            tokenizer,
             scenes,
             work,
             preset,
@@ -433,9 +355,15 @@ def main() -> None:
             device=device,
             publish=write,
         )
-    log.info("wrote %s, %.1f MB, %.0f s in all", args.out, size_of(args.out) / 1e6, time.monotonic() - started)
-    if size_of(args.out) > MOST_BYTES:
+    size = size_of(*folders_in(args.out))
+    log.info("wrote %s, %.1f MB, %.0f s in all", args.out, size / 1e6, time.monotonic() - started)
+    if size > MOST_BYTES:
         log.warning("the folders are larger than %.0f MB", MOST_BYTES / 1e6)
+
+
+def folders_in(out: Path) -> list[Path]:
+    """The folders of both stages."""
+    return [out / name for name in STAGES.values()]
 
 
 if __name__ == "__main__":

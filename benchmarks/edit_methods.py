@@ -18,10 +18,9 @@ from torch import Tensor
 
 from lowmem_imagic.diffusion.schedules import starting_noise
 from lowmem_imagic.edits import file as edit_file
-from lowmem_imagic.edits.edit import LoraFactors
+from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families.conditioning import Conditioning
-from lowmem_imagic.families.portable import scaled_alike
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.layers.truncation import truncated
 from lowmem_imagic.pictures import Photo
@@ -91,6 +90,7 @@ def ours(
     retarget_from: str | None = None,
     in_full: bool = False,
     asked_later: bool = False,
+    without: str | None = None,
 ) -> Method:
     """This package, one item at a time; see `packed` for several.
 
@@ -100,6 +100,7 @@ def ours(
         retarget_from: sentence to train for; pictures are rendered under the item's sentence.
         in_full: whether it takes full sentences.
         asked_later: whether it trains for no sentence: the base describes the photo, and the edit is asked afterwards.
+        without: a network of the base whose adapter is trained and not applied.
     """
 
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
@@ -116,9 +117,11 @@ def ours(
             data, seconds = trained(base, Job(as_photo(photo), start), config, edits)
             train_s += seconds
             sizes.append(len(data))
+            edit = edit_file.decode(data)
+            edit = without_adapter(edit, without) if without else edit
             started = time.perf_counter()
             cells = [Cell(0, eta, SEED, config.sample.strength) for eta in etas]
-            made = apply_edits(base, [edit_file.decode(data)], cells, config.sample, prompts=[sentence])
+            made = apply_edits(base, [edit], cells, config.sample, prompts=[sentence])
             sample_s += time.perf_counter() - started
             for eta, picture in zip(etas, made, strict=True):
                 pictures[eta].append(picture)
@@ -128,6 +131,7 @@ def ours(
     settings: dict[str, Any] = {"edit": config.to_dict(), "retarget_from": retarget_from}
     settings |= {"in_full": True} if in_full else {}
     settings |= {"asked_later": True} if asked_later else {}
+    settings |= {"without": without} if without else {}
     return Method(settings, run, in_full=in_full)
 
 
@@ -176,7 +180,7 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
     if keep < 1:
         # Truncation comes after training, so all values of `keep` share one training.
         whole, seconds = trained(base, job, replace(config, finetune=replace(config.finetune, keep=1.0)), folder)
-        return shortened(whole, keep), seconds
+        return shortened(base, whole, keep), seconds
     facts = {
         "embed": asdict(config.embed),
         "finetune": asdict(config.finetune),
@@ -197,15 +201,22 @@ def trained(base: BaseModel, job: Job, config: EditConfig, folder: Path | None) 
     return path.read_bytes(), json.loads(clock.read_text())
 
 
-def shortened(data: bytes, keep: float) -> bytes:
-    """An edit file with a share of its adapter, as with `FinetuneConfig.keep` (except for a second rounding)."""
+def shortened(base: BaseModel, data: bytes, keep: float) -> bytes:
+    """An edit file with a share of its adapters, as with `FinetuneConfig.keep` (except for a second rounding)."""
     edit = edit_file.decode(data)
-    whole = {key: (f.down.float(), f.up.float(), f.alpha) for key, f in edit.adapters["unet"].items()}
-    kept = {
-        key: LoraFactors(down.half(), up.half(), alpha)
-        for key, (down, up, alpha) in scaled_alike(truncated(whole, keep)).items()
-    }
-    return edit_file.encode(replace(edit, adapters={"unet": kept}))
+    adapters = {}
+    for denoiser in base.denoisers:
+        factors = edit.adapters[denoiser.name].items()
+        parts = truncated({key: (f.down.float(), f.up.float(), f.alpha) for key, f in factors}, keep)
+        stored = denoiser.portable(parts, base.network(denoiser)).items()
+        adapters[denoiser.name] = {key: LoraFactors(down.half(), up.half(), alpha) for key, (down, up, alpha) in stored}
+    return edit_file.encode(replace(edit, adapters=adapters))
+
+
+def without_adapter(edit: Edit, network: str) -> Edit:
+    """The edit with an adapter of `network` that changes nothing."""
+    idle = {key: f._replace(up=torch.zeros_like(f.up)) for key, f in edit.adapters[network].items()}
+    return replace(edit, adapters={**edit.adapters, network: idle})
 
 
 def digest(facts: Mapping[str, Any]) -> str:

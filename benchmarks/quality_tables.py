@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from statistics import mean, median
 from typing import Any
 
 from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
-from .edit_judge import difference
+from .edit_judge import Verdict, difference
 from .edit_quality import result_name
 from .results import RESULTS
 from .scene_edits import GROUPS, HALVES, KINDS, KNOWN, STRANGERS, TEST, VALIDATION
@@ -42,6 +43,13 @@ READINGS = {
     "removed": "removed",
 }
 """Parts of its measurement of the reader of patterns."""
+WORLDS = {
+    "balanced": "the bundled model",
+    "flow": "a small FLUX.2 klein",
+    "cascade": "a small DeepFloyd IF",
+    "cascade-first-adapter": "the same, stage II without its adapter",
+}
+"""Methods on the small models of several families, by method."""
 _PARTS = ("all", *GROUPS)
 """Parts of a half: all kinds, rigid ones, non-rigid ones."""
 
@@ -211,6 +219,36 @@ def suggestion() -> list[str]:
                 value = value[key]
             cells.append(_share(value) if value else "")
         rows.append(_row(name, *cells))
+    return rows
+
+
+def families(items: str = VALIDATION.name) -> list[str]:
+    """Rows: the small models of several families, on the items that all of them have; each at its best eta for these.
+
+    Partial results count, too: an item of a cascade takes minutes.
+    """
+    measured = {name: result for name in WORLDS if (result := _result(result_name(items, name)))}
+    if len(measured) < 2:
+        return NOTHING
+    judged = {name: {item["name"]: item for item in result["items"]} for name, result in measured.items()}
+    common = sorted(set.intersection(*(set(own) for own in judged.values())))
+    rows = _head(
+        *("model", "photos", "eta", "good", "success", "kept", "background", "identity", "overlap"),
+        *("at eta 0", "overlap at eta 0", "passes"),
+    )
+    for name, own in judged.items():
+        etas = [eta for eta in own[common[0]]["verdicts"] if float(eta) > 0]
+        best = max(etas, key=lambda eta: sum(own[item]["verdicts"][eta]["good"] for item in common))
+        for half in HALVES:
+            part = [own[item] for item in common if own[item]["half"] == half]
+            verdicts = [Verdict.from_json(item["verdicts"][best]) for item in part]
+            words = ("good", "success", "kept", "background", "identity")
+            shares = [f"{sum(getattr(v, word) for v in verdicts)} of {len(part)}" for word in words]
+            overlaps = [v.overlap for v in verdicts if v.overlap is not None]
+            at_0 = [item["photo_overlap"] for item in part if item["photo_overlap"] is not None]
+            photo = f"{median(item['reconstruction_db'] for item in part):.1f} dB"
+            means = [f"{mean(values):.2f}" if values else "" for values in (overlaps, at_0)]
+            rows.append(_row(WORLDS[name], half, best, *shares, means[0], photo, means[1], part[0]["passes"]))
     return rows
 
 

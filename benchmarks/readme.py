@@ -168,7 +168,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
     "docs/measured.md": {
         "measured": measured,
         **{
-            f"quality, {half}": partial(quality_tables.methods, TEST.name, half, quality_tables.SHOWN)
+            f"quality, {half}": partial(quality_tables.methods, VALIDATION.name, half, quality_tables.SHOWN)
             for half in HALVES
         },
     },
@@ -180,15 +180,21 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
     "docs/limits.md": {},
     "docs/architecture.md": {},
     "docs/quality.md": {
+        **by_half("validation", quality_tables.methods, VALIDATION.name),
+        "curve, validation": partial(quality_tables.curve, VALIDATION.name),
+        **by_half("kinds on validation", quality_tables.kinds, VALIDATION.name),
+        "differences, validation": partial(quality_tables.differences, VALIDATION.name),
+        "goals, validation": partial(quality_tables.goals, VALIDATION.name),
+        "families": quality_tables.families,
         "goals": quality_tables.goals,
         **by_half("test", quality_tables.methods, TEST.name),
         "differences": quality_tables.differences,
         "curve": quality_tables.curve,
         **by_half("kinds", quality_tables.kinds, TEST.name),
         "ceiling": quality_tables.ceiling,
-        **by_half("validation", quality_tables.methods, VALIDATION.name),
         "suggestion": quality_tables.suggestion,
     },
+    "docs/scene_edits_1.md": {},
     "docs/other_programs.md": {"recipe": recipe, "diffusers": versions_of_diffusers},
 }
 """Every document with its tables."""

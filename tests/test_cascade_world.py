@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cascade_world
+from benchmarks.world_training import SEED, size_of
 from lowmem_imagic import BaseModel
 
 
 def test_its_folders_are_a_base_of_two_stages(tmp_path: Path) -> None:
     """The folders that it writes are small, and are taken as a cascade of 32 and 128 px with a T5 of 77 tokens."""
-    tokenizer = cascade_world.new_tokenizer(cascade_world.SEED)
+    tokenizer = cascade_world.new_tokenizer(SEED)
     cascade_world.publish(tmp_path / "work", tmp_path, tokenizer)
-    assert 0 < cascade_world.size_of(tmp_path) <= cascade_world.MOST_BYTES
+    assert 0 < size_of(*cascade_world.folders_in(tmp_path)) <= cascade_world.MOST_BYTES
     base = BaseModel.load(str(tmp_path / "IF-I-world"), device="cpu")
     assert [denoiser.shape((128, 128))[1:] for denoiser in base.denoisers] == [(32, 32), (128, 128)]
     assert base.sizes.own == (128, 128) and base.family.group == "cascade"

@@ -467,7 +467,7 @@ def test_text_of_visitors_is_escaped(visitors):
         view.downloads(project, project.asks[0]),
         view.edit_files([project]),
         view.line(evil, bad=True),
-        view.bar(job, studio.card, evil),
+        view.bar(job, studio.machine.card, evil),
     ]
     for part in parts:
         assert "<img src=x" not in part and "\u202e" not in part and 'onerror="' not in part
@@ -504,7 +504,7 @@ class Rendering(Studio):
         super().__init__({"demo": "demo"}, "cpu")
         self.orders: list[list[tuple[int | None, float]]] = []
         self.ends: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
-        self.card = queue_of(self._play)
+        self.machine.card = queue_of(self._play)
 
     def _play(self, job: Job) -> None:
         self.orders.append(job.order["cells"])
@@ -580,7 +580,7 @@ def test_a_plan_has_the_time_of_the_last_training(visitors):
         job.on_event({"event": "trained", "etas": [0, 1], "start_sentence": "a cat"})
         job.take({"event": "done", "result": None})
 
-    studio.card = queue_of(play)
+    studio.machine.card = queue_of(play)
     plan = TrainingPlan("demo", "fast", fits=True, fit="fits: 1.0 of 8 GB", seconds=25.0, sizes="")
     for paused in (True, False):
         assert studio.plan_words(plan) == "fits: 1.0 of 8 GB, about 25 s"
@@ -616,6 +616,6 @@ def test_what_cannot_be_asked_is_refused(visitors):
         with pytest.raises(Refused, match="no such base here"):
             studio.choose_base(visitor, project, model)
     with pytest.raises(Refused, match="one photo or more, and one sentence or more"):
-        studio.begin_batch(visitor, [], ["a cat"], {}, "demo")
+        studio.batches.begin(visitor, [], ["a cat"], {}, "demo")
     with pytest.raises(Refused, match="does not use its owner's account"):
         studio.push(visitor, project, "me/cat", public=True, agreed=True)

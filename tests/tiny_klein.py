@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from benchmarks.flow_world import CHAT
 from tests.conftest import away_from_start
 
 SIDE = 32
@@ -23,12 +24,6 @@ WIDTH = 16
 """Width of the text encoder; the text has three times as much."""
 LAYERS = 28
 """Layers of the text encoder, one more than are used."""
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-"""A chat's form as Qwen3's template makes it."""
 
 
 def tiny_tokenizer() -> Any:

@@ -191,10 +191,16 @@ class Fp32Attention(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not F.scaled_dot_product_attention or args[0].is_cuda:
+        # By position in transformers, by name in diffusers' transformers.
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        if func is not F.scaled_dot_product_attention or named["query"].is_cuda:
             return func(*args, **(kwargs or {}))
-        query, key, value, *rest = args
-        return func(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
+
+        def exact(value: Any) -> Any:
+            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        result = func(*map(exact, args), **{name: exact(value) for name, value in (kwargs or {}).items()})
+        return result.to(named["query"].dtype)
 
 
 def _reconstruction_loss(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Named settings: ``balanced`` and ``fast`` from measurements (docs/quality.md), ``paper`` from the paper."""
+"""Named settings: ``balanced`` and ``fast`` from measurements (docs/scene_edits_1.md), ``paper`` from the paper."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +27,7 @@ _SAMPLING: dict[str, Any] = {
 }
 
 _VALUES: dict[str, dict[str, dict[str, Any]]] = {
-    # Chosen on the bundled world's validation scenes; docs/quality.md has the measurements.
+    # Chosen on the bundled world's validation scenes; docs/scene_edits_1.md has the measurements.
     "balanced": {
         "embed": {"steps": 60, "learning_rate": 1e-2, **_ANCHORED_EMBED},
         # Trained at a comfortable rank, stored in about the bytes of rank 2.

@@ -99,7 +99,7 @@ DROPPED: dict[str, dict[str, float]] = {
     "sample": {"ddim_eta": 0.0, "release": 0.0, "hold": 0.0},
 }
 """Settings of earlier versions, by stage, each with its neutral value. Measurements showed no gain from them
-(docs/quality.md). Files with these settings are still read."""
+(docs/scene_edits_1.md). Files with these settings are still read."""
 
 
 class _Check:

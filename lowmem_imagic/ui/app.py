@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from .guard import COOKIE, Guard
 from .limits import MAX_PHOTO_BYTES
-from .page import SCRIPT, STYLE, Page
+from .page import SCRIPT, STYLE, page_of
 from .studio import BUNDLED, Studio
 from .visitors import Visitors
 
@@ -37,7 +37,7 @@ class Running:
         self.studio = Studio({_label(name): name for name in (*models, BUNDLED)}, device, hub=password is None)
         self.visitors = Visitors(folder, out)
         self._ended = threading.Event()
-        page = Page(self.studio, self.visitors).build()
+        page = page_of(self.studio, self.visitors)
         site = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         site.add_api_route("/studio/file/{token}", self._file, methods=["GET"], include_in_schema=False)
         fonts = ["system-ui", "sans-serif"]
@@ -88,7 +88,7 @@ class Running:
         """A result of a batch; both names are only looked up."""
         visitor = self.visitors.of(str(request.cookies[COOKIE]))
         batch = visitor.batches.get(name)
-        path = None if batch is None else self.studio.batch_files(batch).get(file)
+        path = None if batch is None else self.studio.batches.files(batch).get(file)
         if path is None:
             return PlainTextResponse("there is no such file for you", 404)
         return FileResponse(path, headers={"Cache-Control": "private, no-cache"})

@@ -1,30 +1,22 @@
 """The studio's acts, as a page calls them: each for one visitor, and none with a path from a request."""
 
-import json
 import secrets
-import shutil
-import stat
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..amounts import duration
-from ..batch.outputs import report_of
-from ..batch.overview_page import PAGE, PICTURE
-from ..batch.request import DEFAULTS
-from ..batch.status import commands_of
 from ..errors import ConfigError, LowmemImagicError, PromptError
 from ..plain_text import shown
 from ..settings.text import Words
-from ..storage.file_names import REPORT, safe_stem
-from ..storage.regular_files import is_plain
+from ..storage.file_names import safe_stem
 from . import limits
-from .card import DONE, FAILED, STOPPED, Job, Queue
+from .batches import Batches
+from .card import DONE, FAILED, Job
+from .machine import Machine, note_end, told
 from .names import EDIT, PHOTO_VIEW, STATE
-from .visitors import Ask, BatchFolder, Picture, Project, Refused, Visitor
+from .visitors import Ask, Picture, Project, Refused, Visitor
 
 _STARTING_S = 60
 """A plan does without a time if the card's process takes longer to start."""
@@ -48,7 +40,7 @@ class TrainingPlan:
 
 
 class Studio:
-    """All acts; `card` does the heavy work one job at a time, and `desk` the quick one beside it.
+    """All acts on photos and edits; `batches` has those on batches.
 
     Args:
         models: the bases to choose from, by the names that a page shows.
@@ -57,23 +49,21 @@ class Studio:
     """
 
     def __init__(self, models: Mapping[str, str], device: str, *, hub: bool = True) -> None:
-        self.models, self.hub = dict(models), hub
-        self.device = device
-        self.card, self.desk = Queue(), Queue()
+        self.hub = hub
+        self.machine = Machine(models, device)
+        self.batches = Batches(self.machine)
         self._seconds: dict[tuple[str, str], float] = {}
         """Seconds of the last training that ran without a stop, by base and preset."""
         self._speed = Job({"work": "speed", "device": device}, "measuring the speed of the card")
 
     def start(self) -> None:
         """Starts the processes."""
-        self.card.start()
-        self.desk.start()
-        self.card.add(self._speed)
+        self.machine.start()
+        self.machine.card.add(self._speed)
 
     def close(self) -> None:
         """Ends the processes; a running training saves its state."""
-        self.card.close()
-        self.desk.close()
+        self.machine.close()
 
     # Photos
 
@@ -88,7 +78,7 @@ class Studio:
         project.photo = project.folder / "photo"
         try:
             visitor.take_upload(upload, project.photo)
-            result = self._quickly(visitor, {"work": "photo", **self._places(project)}, "reading a photo")
+            result = self.machine.quickly(visitor, {"work": "photo", **self._places(project)}, "reading a photo")
         except LowmemImagicError as error:
             visitor.remove(project)
             raise Refused(str(error).replace(repr(str(project.photo)), repr(project.name))) from None
@@ -105,11 +95,11 @@ class Studio:
             LowmemImagicError: a setting is not valid.
         """
         size = None if project is None or project.size is None else list(project.size)
-        order = {"work": "plan", "model": self._model(model), "vram": vram, "values": dict(values), "size": size}
+        order = {"work": "plan", "model": self.machine.base(model), "vram": vram, "values": dict(values), "size": size}
         # The first job of the card, which takes a second once its process has started.
         self._speed.ended.wait(_STARTING_S)
         order["speed"] = self._speed.result
-        plan = self._quickly(visitor, order, "a plan")
+        plan = self.machine.quickly(visitor, order, "a plan")
         fits = plan["peak_bytes"] is not None
         fit, sizes = f"does not fit: {plan['reason']}", ""
         if fits:
@@ -144,8 +134,8 @@ class Studio:
         order = {
             "work": "train",
             "values": dict(values),
-            "model": self._model(model),
-            "device": self.device,
+            "model": self.machine.base(model),
+            "device": self.machine.device,
             "sentences": list(sentences),
             **self._places(project),
         }
@@ -223,8 +213,8 @@ class Studio:
         order = {
             "work": "ask",
             "values": ask.values,
-            "model": self._model(project.model),
-            "device": self.device,
+            "model": self.machine.base(project.model),
+            "device": self.machine.device,
             "sentence": ask.sentence,
             "cells": missing,
             **self._places(project),
@@ -257,7 +247,7 @@ class Studio:
         """Stops the job of a project, and forgets the eta that waits for it; a training saves its state."""
         project.next_eta = None
         if project.job is not None:
-            self.card.stop(project.job)
+            self.machine.card.stop(project.job)
 
     def sheet(self, visitor: Visitor, project: Project, ask: Ask) -> str:
         """The token of a sheet of an ask's pictures.
@@ -273,7 +263,7 @@ class Studio:
             cells.append((label, str(project.folder / f"{picture.name}-view.png")))
         out = project.folder / f"sheet-{secrets.token_hex(6)}.png"
         order = {"work": "sheet", "cells": cells, "title": ask.sentence, "footer": project.model, "out": str(out)}
-        self._quickly(visitor, order, "a sheet")
+        self.machine.quickly(visitor, order, "a sheet")
         return visitor.serve(out, "image/png", f"{safe_stem(ask.sentence)}-sheet.png")
 
     # Edit files
@@ -294,7 +284,7 @@ class Studio:
         try:
             if upload is not None:
                 visitor.take_upload(upload, file)
-            result = self._quickly(visitor, {**order, "file": str(file)}, "reading an edit file")
+            result = self.machine.quickly(visitor, {**order, "file": str(file)}, "reading an edit file")
         except LowmemImagicError as error:
             visitor.remove(project)
             raise Refused(
@@ -311,7 +301,7 @@ class Studio:
         Raises:
             Refused: the base is none of those to choose from.
         """
-        self._model(model)
+        self.machine.base(model)
         project.model = model
         download = f"{safe_stem(project.name.removesuffix('.safetensors'))}.safetensors"
         project.edit = visitor.serve(project.folder / EDIT, "application/octet-stream", download)
@@ -323,134 +313,13 @@ class Studio:
         order = {
             "work": "ask",
             "values": {},
-            "model": self._model(model),
-            "device": self.device,
+            "model": self.machine.base(model),
+            "device": self.machine.device,
             "sentence": None,
             "cells": [(None, 0.0)],
             **self._places(project),
         }
         self._begin(visitor, project, order, "opening an edit", on_event)
-
-    # Batches
-
-    def begin_batch(
-        self,
-        visitor: Visitor,
-        uploads: Sequence[tuple[str, str]],
-        sentences: Sequence[str],
-        values: Mapping[str, Any],
-        model: str,
-    ) -> BatchFolder:
-        """Begins a batch: every photo under every sentence.
-
-        Args:
-            visitor: its owner.
-            uploads: the path of each upload with its name.
-            sentences: one or more.
-            values: options of `batch run`.
-            model: the base.
-
-        Raises:
-            LowmemImagicError: a setting is not valid, or there is nothing to make.
-        """
-        sentences = list(dict.fromkeys(" ".join(one.split()) for one in sentences if one.strip()))
-        if not uploads or not sentences:
-            raise Refused("a batch needs one photo or more, and one sentence or more")
-        if len(uploads) * len(sentences) > limits.MAX_BATCH_ITEMS:
-            raise Refused(f"found {len(uploads) * len(sentences)} items, expected at most {limits.MAX_BATCH_ITEMS}")
-        Words("batch run", {"preset": "balanced", **values}).edit()
-        with visitor.lock:
-            number = 1 + max((int(one.removeprefix("batch-")) for one in visitor.batches), default=0)
-            folder = visitor.batches_folder / f"batch-{number:03d}"
-            photos = folder / "photos"
-            photos.mkdir(parents=True)
-            batch = visitor.batches[folder.name] = BatchFolder(folder)
-        lines = []
-        for number, (upload, called) in enumerate(uploads, start=1):
-            # The name of the upload is only a label.
-            file = photos / f"{number:03d}-{safe_stem(Path(called).stem)}{_suffix(called)}"
-            visitor.take_upload(upload, file)
-            lines += [json.dumps({"photo": f"photos/{file.name}", "sentence": one}) for one in sentences]
-        manifest = folder / "list.jsonl"
-        manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        own = {key: value for key, value in values.items() if value not in (None, "")}
-        request = {
-            **DEFAULTS,
-            **own,
-            "manifest": str(manifest),
-            "out": str(batch.results),
-            "model": self._model(model),
-            "device": self.device,
-        }
-        self._run_batch(visitor, batch, request)
-        return batch
-
-    def continue_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
-        """Goes on with a batch that was stopped, also by the end of the server.
-
-        Raises:
-            LowmemImagicError: it cannot be continued.
-        """
-        [request, *_] = commands_of(batch.results)
-        # The folder may have been moved.
-        moved = {"manifest": str(batch.path / "list.jsonl"), "out": str(batch.results), "force": False}
-        self._run_batch(visitor, batch, {**request, **moved})
-
-    def _run_batch(self, visitor: Visitor, batch: BatchFolder, request: Mapping[str, Any]) -> None:
-        if batch.busy:
-            raise Refused("this batch is at work already")
-
-        def on_event(event: Mapping[str, Any]) -> None:
-            if event["event"] == "end":
-                self._note_end(visitor)
-                batch.message = told(job)
-                if job.state == DONE and not job.result["failed"]:
-                    # The uploads are of no further use.
-                    shutil.rmtree(batch.path / "photos", ignore_errors=True)
-
-        job = Job({"work": "batch", "request": dict(request)}, batch.path.name, visitor.id, on_event)
-        self._check_room(visitor)
-        batch.job = self.card.add(job)
-
-    def batch_files(self, batch: BatchFolder) -> dict[str, Path]:
-        """The result files of a batch by the names that its overview uses."""
-        results, files = batch.results, {}
-        for name in (PAGE, PICTURE):
-            if is_plain(results / name, stat.S_IFREG):
-                files[name] = results / name
-        for item in _folders(results):
-            report = report_of(item)
-            for name in () if report is None else (*report["sha256"], REPORT):
-                if Path(name).name == name and is_plain(item / name, stat.S_IFREG):
-                    files[f"{item.name}/{name}"] = item / name
-        return files
-
-    def pack_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
-        """Packs the results of a batch into one file to download.
-
-        Raises:
-            Refused: there are no results yet.
-        """
-        files = self.batch_files(batch)
-        if not files:
-            raise Refused("this batch has no results yet")
-        visitor.folder.mkdir(exist_ok=True)
-        out = visitor.folder / f"{secrets.token_hex(8)}.zip"
-        order = {"work": "pack", "out": str(out), "files": [(name, str(path)) for name, path in files.items()]}
-        self._quickly(visitor, order, "packing a batch")
-        batch.packed = visitor.serve(out, "application/zip", f"{batch.path.name}.zip")
-
-    def remove_batch(self, visitor: Visitor, batch: BatchFolder) -> None:
-        """Deletes a batch with its photos and results.
-
-        Raises:
-            Refused: it is at work.
-        """
-        if batch.busy:
-            raise Refused("this batch is at work; stop it first")
-        with visitor.lock:
-            visitor.batches.pop(batch.path.name, None)
-        shutil.rmtree(batch.path, ignore_errors=True)
 
     # The Hub
 
@@ -470,7 +339,7 @@ class Studio:
             "public": public,
             "agreed": agreed,
         }
-        return str(self._quickly(visitor, order, "uploading an edit"))
+        return str(self.machine.quickly(visitor, order, "uploading an edit"))
 
     def pull(self, visitor: Visitor, address: str) -> Project:
         """A new project of an edit on the Hub, whose base is still to be chosen.
@@ -496,68 +365,24 @@ class Studio:
         with visitor.lock:
             if project.busy:
                 raise Refused("this photo is at work; wait, or stop it first")
-            self._check_room(visitor)
+            self.machine.check_room(visitor)
 
             def booked(event: Mapping[str, Any]) -> None:
                 with visitor.lock:
                     on_event(event)
                     if event["event"] == "end":
                         project.message = told(job)
-                        self._note_end(visitor)
+                        note_end(visitor)
                         if project.job is job:
                             self._render_next(visitor, project, job)
 
             job = Job(order, title, visitor.id, booked)
             project.job, project.message = job, ""
-        return self.card.add(job)
-
-    def _note_end(self, visitor: Visitor) -> None:
-        visitor.ended_s = time.monotonic()
-
-    def _check_room(self, visitor: Visitor) -> None:
-        if self.card.waiting(visitor.id) >= limits.MAX_WAITING:
-            raise Refused(f"{limits.MAX_WAITING} of your jobs wait already; wait for one of them")
-
-    def _quickly(self, visitor: Visitor, order: Mapping[str, Any], title: str) -> Any:
-        """The result of quick work.
-
-        Raises:
-            Refused: it failed.
-        """
-        job = self.desk.do(Job(order, title, visitor.id))
-        if job.state == FAILED:
-            raise Refused(told(job))
-        return job.result
-
-    def _model(self, label: str) -> str:
-        """The base of a label.
-
-        Raises:
-            Refused: it is none of those to choose from.
-        """
-        if label not in self.models:
-            raise Refused("there is no such base here; choose one of the list")
-        return self.models[label]
+        return self.machine.card.add(job)
 
     @staticmethod
     def _places(project: Project) -> dict[str, Any]:
         return {"folder": str(project.folder), "photo": None if project.photo is None else str(project.photo)}
-
-
-def _folders(parent: Path) -> list[Path]:
-    """The folders in a folder, sorted; none if it is not there."""
-    if not parent.is_dir():
-        return []
-    return sorted(path for path in parent.iterdir() if is_plain(path, stat.S_IFDIR))
-
-
-def told(job: Job) -> str:
-    """The end of a job in one line for the page; "" if it went well. A traceback goes to the server's log."""
-    if job.details:
-        print(job.details, file=sys.stderr)
-    if job.state == STOPPED:
-        return "stopped"
-    return shown(job.error)
 
 
 def _picture(visitor: Visitor, project: Project, event: Mapping[str, Any]) -> Picture:
@@ -572,9 +397,3 @@ def _picture(visitor: Visitor, project: Project, event: Mapping[str, Any]) -> Pi
 def _first_the_sentence(etas: Sequence[float]) -> list[float]:
     """The etas in the order in which they are rendered: first those that show most."""
     return sorted(etas, key=lambda eta: abs(eta - 1))
-
-
-def _suffix(name: str) -> str:
-    """The ending of an upload's name, if it is a plain one."""
-    ending = Path(name).suffix.lower()
-    return ending if ending[1:].isalnum() and ending.isascii() and len(ending) <= 6 else ""
