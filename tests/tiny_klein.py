@@ -41,11 +41,12 @@ def tiny_tokenizer() -> Any:
     return tokenizer
 
 
-def tiny_pipeline(*, distilled: bool = False, **transformer: Any) -> Flux2KleinPipeline:
+def tiny_pipeline(*, distilled: bool = False, channels: int = 4, **transformer: Any) -> Flux2KleinPipeline:
     """The pipeline: pictures of 32 px, latents (16, 8, 8), double and single blocks.
 
     Args:
         distilled: whether it is marked as made for few steps.
+        channels: channels of the autoencoder; the transformer's latents have four times as many.
         transformer: changes of the transformer's configuration.
     """
     tokenizer = tiny_tokenizer()
@@ -66,7 +67,7 @@ def tiny_pipeline(*, distilled: bool = False, **transformer: Any) -> Flux2KleinP
         )
         values = {
             "patch_size": 1,
-            "in_channels": 16,
+            "in_channels": 4 * channels,
             "num_layers": 1,
             "num_single_layers": 2,
             "attention_head_dim": 16,
@@ -83,7 +84,7 @@ def tiny_pipeline(*, distilled: bool = False, **transformer: Any) -> Flux2KleinP
             up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(8, 16),
             layers_per_block=1,
-            latent_channels=4,
+            latent_channels=channels,
             norm_num_groups=4,
         )
         vae.bn.running_mean.normal_()

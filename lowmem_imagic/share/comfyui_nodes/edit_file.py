@@ -49,6 +49,10 @@ class ImagicEdit:
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else default
 
 
+class _OtherModelError(ValueError):
+    """Tensors are outside the header, where edits of other kinds of models have them."""
+
+
 def read_edit(metadata: Mapping[str, str] | None, name: str) -> ImagicEdit:
     """The edit in a file's header strings.
 
@@ -80,6 +84,10 @@ def read_edit(metadata: Mapping[str, str] | None, name: str) -> ImagicEdit:
             base=str(base["source"])[:100],
             settings=recorded if isinstance(recorded, dict) else {},
         )
+    except _OtherModelError:
+        raise ValueError(
+            f"{name} is an edit of a model that these nodes do not know; they take edits of Stable Diffusion 1, 2 and XL"
+        ) from None
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RecursionError, binascii.Error) as error:
         kind = type(error).__name__
         raise ValueError(f"{name} is a damaged Imagic edit ({kind}: {str(error)[:100]}); fetch it again") from error
@@ -88,7 +96,7 @@ def read_edit(metadata: Mapping[str, str] | None, name: str) -> ImagicEdit:
 def _tensor(entry: Mapping[str, Any]) -> Tensor:
     """A tensor of the header, in fp32."""
     if "data" not in entry:
-        raise ValueError("its tensors are not in the header, so it is for a model that these nodes do not know")
+        raise _OtherModelError
     shape = [int(side) for side in entry["shape"]]
     if not 1 <= len(shape) <= 4 or not all(1 <= side <= MAX_VALUES for side in shape) or math.prod(shape) > MAX_VALUES:
         raise ValueError(f"a tensor has the shape {shape[:4]}")
