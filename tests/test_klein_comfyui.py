@@ -137,4 +137,4 @@ def test_comfyui_predicts_with_an_edit_as_diffusers(run: Run, relative: Any) -> 
 @needs_comfyui
 def test_our_nodes_say_that_they_do_not_take_klein(run: Run) -> None:
     """This package's node for edits refuses one of klein, and says which models it takes."""
-    assert "a model that these nodes do not know; they take edits of Stable Diffusion" in run.told["refusal"]
+    assert "a model that these nodes do not know; they take Stable Diffusion" in run.told["refusal"]

@@ -86,7 +86,7 @@ def read_edit(metadata: Mapping[str, str] | None, name: str) -> ImagicEdit:
         )
     except _OtherModelError:
         raise ValueError(
-            f"{name} is an edit of a model that these nodes do not know; they take edits of Stable Diffusion 1, 2 and XL"
+            f"{name} is an edit of a model that these nodes do not know; they take Stable Diffusion 1, 2 and XL"
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RecursionError, binascii.Error) as error:
         kind = type(error).__name__
