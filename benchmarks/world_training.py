@@ -162,6 +162,10 @@ def write_pipelines(pipelines: Mapping[Path, Any]) -> None:
             config = json.loads(path.read_text(encoding="utf-8"))
             # Where a part was loaded from, which is no setting.
             config.pop("_name_or_path", None)
+            if path.parent.name == "text_encoder":
+                # transformers loads in this type and diffusers in fp32; a stock pipeline would mix them and fail.
+                config.pop("torch_dtype", None)
+                config["dtype"] = "float32"
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file
 
 from benchmarks import flow_world
@@ -14,8 +15,8 @@ from lowmem_imagic.demo.pictures import render_batch, scene_at, to_tensor
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    """The folder that the script writes before any step, loaded; its statistics are those of a few scenes."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the script writes before any step; its statistics are those of a few scenes."""
     out = tmp_path_factory.mktemp("flow")
     tokenizer, vae = flow_world.new_tokenizer(SEED), flow_world.new_vae()
     torch.manual_seed(0)
@@ -23,7 +24,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     flow_world.set_statistics(vae, flow_world.patches(vae, render_batch([scene_at(3, n) for n in range(4)], 128)))
     flow_world.publish(out / "none", out, tokenizer, encoder, vae)
     assert 0 < size_of(out / flow_world.FOLDER) <= flow_world.MOST_BYTES
-    return BaseModel.load(str(out / flow_world.FOLDER), device="cpu")
+    return out / flow_world.FOLDER
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> BaseModel:
+    """The folder, loaded."""
+    return BaseModel.load(str(folder), device="cpu")
 
 
 def test_its_folder_is_a_klein_of_the_bundled_worlds_size(base: BaseModel) -> None:
@@ -31,6 +38,14 @@ def test_its_folder_is_a_klein_of_the_bundled_worlds_size(base: BaseModel) -> No
     assert base.family.group == "flow" and base.sizes.own == (128, 128)
     assert base.denoisers[0].shape((128, 128)) == (80, 8, 8)
     assert base.encode_text(["a red cube"])["embeds"].shape == (1, flow_world.TOKENS, 3 * flow_world.WIDTH)
+
+
+def test_a_stock_pipeline_draws_with_it(folder: Path) -> None:
+    """diffusers' pipeline loads the folder with its default settings, all parts in one type, and makes a picture."""
+    pipeline = Flux2KleinPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(prompt="a red cube", height=128, width=128, num_inference_steps=1).images[0]
+    assert picture.size == (128, 128)
 
 
 def test_its_autoencoder_is_the_bundled_models(base: BaseModel) -> None:
