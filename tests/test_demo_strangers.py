@@ -10,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from lowmem_imagic.cli.commands import app
-from lowmem_imagic.demo.batch_render import object_masks, pack, render_batch
+from lowmem_imagic.demo.batch_render import object_masks, render_batch
+from lowmem_imagic.demo.packed_scene import pack
 from lowmem_imagic.demo.pictures import ProceduralPictures, prepared, scene_at, training_scene_at
 from lowmem_imagic.demo.procedural import procedural_batch
 from lowmem_imagic.demo.render import object_mask, render

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch_render import ROW, pack, render_batch
+from .batch_render import render_batch
+from .packed_scene import ROW, pack
 from .procedural import procedural_batch
 from .scene import Scene
 from .strangers import FAMILIAR
