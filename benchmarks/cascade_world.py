@@ -11,7 +11,6 @@ the first one as a model. Run the same command again after a stop, and it goes o
 with the time that is left. ``--only`` trains one stage; stage II needs stage I's checkpoint for its text.
 """
 
-import contextlib
 import functools
 import logging
 import time
@@ -28,8 +27,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from lowmem_imagic.demo.pictures import CHUNK, to_tensor
-from lowmem_imagic.demo.train import Fp32Attention
-from lowmem_imagic.demo.trainer import Trainer
+from lowmem_imagic.demo.trainer import Trainer, exact_attention, load_averaged
 
 from .world_training import (
     SIDE_PX,
@@ -38,7 +36,6 @@ from .world_training import (
     size_of,
     steps_of,
     stratified,
-    take,
     world_captions,
     write_pipelines,
 )
@@ -228,7 +225,7 @@ def train(
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
     kept = DDPMScheduler(**_SCHEDULE).alphas_cumprod.to(device)
     weights, batch = loss_weights(kept), preset.batches[second]
-    attention = contextlib.nullcontext() if device.type == "cuda" else Fp32Attention()
+    attention = exact_attention(device)
     unet = unet.to(device, dtype, memory_format=torch.channels_last).train()
     encoder = encoder.to(device, dtype).train(not second).requires_grad_(not second)
     scenes.grow(0)
@@ -279,8 +276,8 @@ def publish(work: Path, out: Path, tokenizer: T5TokenizerFast) -> None:
     """Writes both folders in fp16 from the averaged weights of all checkpoints that there are."""
     first, second = new_unets()
     encoder = new_text_encoder(len(tokenizer))
-    take(work / "first.safetensors", {"unet": first, **text_modules(encoder)})
-    take(work / "second.safetensors", {"unet": second})
+    load_averaged(work / "first.safetensors", {"unet": first, **text_modules(encoder)})
+    load_averaged(work / "second.safetensors", {"unet": second})
     for part in (first, second, encoder):
         part.half()
     nothing: dict[str, Any] = {
@@ -339,7 +336,7 @@ def main() -> None:
     for stage, unet in zip(STAGES, unets, strict=True):
         if args.only not in (None, stage):
             continue
-        if stage == "second" and not take(work / "first.safetensors", text_modules(encoder.float())):
+        if stage == "second" and not load_averaged(work / "first.safetensors", text_modules(encoder.float())):
             parser.error("stage II is trained under stage I's text; train stage I first")
         whole = seconds if args.only else shares[stage] * seconds
         train(

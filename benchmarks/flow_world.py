@@ -5,14 +5,13 @@ model's, whose latents (20, 16, 16) become patches (80, 8, 8). Its text encoder 
 the transformer reads the words, which are all different, from its outputs.
 
 A sentence of FLUX.2 has 512 tokens with its padding, and the transformer attends to all of them, eight times as many as
-the picture has patches. So the training sees `SHORT_TOKENS` of them until `WHOLE_FROM` of its time, which is an eighth
-of the work, and all of them afterwards.
+the picture has patches. So the training sees `SHORT_TOKENS` of them until `WHOLE_FROM` of its time, in a fraction of
+the work, and all of them afterwards.
 
 The result is a diffusers folder, ``DIR/klein-world``, of at most `MOST_BYTES`. Run the same command again after a stop,
 and it goes on from the checkpoint in ``DIR/work`` with the time that is left.
 """
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -36,8 +35,7 @@ from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lowmem_imagic.demo.pictures import CHUNK, to_tensor
-from lowmem_imagic.demo.train import Fp32Attention
-from lowmem_imagic.demo.trainer import Trainer
+from lowmem_imagic.demo.trainer import Trainer, exact_attention, load_averaged
 from lowmem_imagic.families.files.configuration import DEMO_FOLDER
 from lowmem_imagic.families.flux2_parts import LAYERS, TOKENS, text_states, velocity
 
@@ -47,7 +45,6 @@ from .world_training import (
     size_of,
     steps_of,
     stratified,
-    take,
     world_captions,
     write_pipelines,
 )
@@ -218,7 +215,7 @@ def train(
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
     transformer, language = transformer.to(device, dtype).train(), encoder.model.to(device, dtype)
     language.norm = torch.nn.Identity()
-    attention = contextlib.nullcontext() if device.type == "cuda" else Fp32Attention()
+    attention = exact_attention(device)
     mean, deviation = statistics
     trainer = Trainer(
         {"transformer": transformer},
@@ -260,7 +257,7 @@ def publish(
 ) -> None:
     """Writes the folder from the averaged weights of the checkpoint, if there is one."""
     transformer = new_transformer()
-    take(checkpoint, {"transformer": transformer})
+    load_averaged(checkpoint, {"transformer": transformer})
     encoder = copy.deepcopy(encoder)
     vae = copy.deepcopy(vae).half()
     vae.bn.float()

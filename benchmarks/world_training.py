@@ -1,25 +1,25 @@
-"""What the scripts share that train small models of other families on the bundled world.
+"""Parts that the scripts share which train small models of other families on the bundled world.
 
 `benchmarks.cascade_world` trains a DeepFloyd IF, `benchmarks.flow_world` a FLUX.2 klein.
 """
 
 import argparse
-import json
 import logging
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem_imagic.demo.pictures import CHUNK, packed, render_batch, training_scene_at
-from lowmem_imagic.demo.trainer import Trainer, averaged
+from lowmem_imagic.demo.publishing import clean_configs
+from lowmem_imagic.demo.trainer import Trainer
 
 log = logging.getLogger("benchmarks.world_training")
 
@@ -140,40 +140,15 @@ def steps_of(name: str, trainer: Trainer, loss_at: Callable[[int], Tensor]) -> N
             losses, reported = [], time.monotonic()
 
 
-@torch.no_grad()
-def take(path: Path, modules: Mapping[str, nn.Module]) -> bool:
-    """Gives modules the averaged weights of a checkpoint; returns whether there is one."""
-    if not path.exists():
-        return False
-    weights = averaged(path)
-    for prefix, module in modules.items():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(weights[f"{prefix}.{name}"].view(parameter.shape))
-    return True
-
-
 def write_pipelines(pipelines: Mapping[Path, Any]) -> None:
     """Writes diffusers' pipelines into folders, in place of those that are there."""
     for folder, pipeline in pipelines.items():
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         pipeline.save_pretrained(partial)
-        for path in _configs(partial):
-            config = json.loads(path.read_text(encoding="utf-8"))
-            # Where a part was loaded from, which is no setting.
-            config.pop("_name_or_path", None)
-            if path.parent.name == "text_encoder":
-                # transformers loads in this type and diffusers in fp32; a stock pipeline would mix them and fail.
-                config.pop("torch_dtype", None)
-                config["dtype"] = "float32"
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        clean_configs(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
-
-
-def _configs(folder: Path) -> Iterator[Path]:
-    yield folder / "model_index.json"
-    yield from folder.glob("*/config.json")
 
 
 def size_of(*folders: Path) -> int:

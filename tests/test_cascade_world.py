@@ -2,13 +2,22 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import cascade_world
+from benchmarks.edit_methods import shortened, without_adapter
 from benchmarks.world_training import SEED, size_of
-from lowmem_imagic import BaseModel
+from lowmem_imagic import BaseModel, make_edits
+from lowmem_imagic.edits import file as edit_file
+from lowmem_imagic.edits.edit import LoraFactors
+from lowmem_imagic.pipeline.prepare import Job
+from tests.test_deepfloyd import config
+from tests.test_families import photo
+from tests.tiny_if import write_tiny
 
 
 def test_its_folders_are_a_base_of_two_stages(tmp_path: Path) -> None:
@@ -23,6 +32,25 @@ def test_its_folders_are_a_base_of_two_stages(tmp_path: Path) -> None:
     # Words of captions are one token each, and any other word is spelled.
     assert base.family.check_prompt("a photo of a red metal cube " * 10) == ""
     assert tokenizer.tokenize("a red zebra")[:2] == ["▁a", "▁red"] and len(tokenizer.tokenize("zebra")) > 1
+
+
+@pytest.mark.benchmark
+def test_methods_keep_the_adapters_of_all_networks(tmp_path: Path) -> None:
+    """A shortened edit of a cascade has an adapter of both networks, and one can be left idle, the other as it was."""
+    base = BaseModel.load(str(write_tiny(tmp_path)), device="cpu", weights="fp32")
+    [edit] = make_edits(base, [Job(photo(), "a red cube")], config())
+    data = edit_file.encode(edit)
+    short = edit_file.decode(shortened(base, data, 0.5))
+    assert short.adapters.keys() == edit.adapters.keys() == {"unet", "unet_2"}
+
+    def size(adapter: Mapping[str, LoraFactors]) -> int:
+        return sum(factors.down.nbytes + factors.up.nbytes for factors in adapter.values())
+
+    assert all(0 < size(short.adapters[name]) < size(edit.adapters[name]) for name in short.adapters)
+    idle = without_adapter(edit, "unet_2")
+    assert all(bool((factors.up == 0).all()) for factors in idle.adapters["unet_2"].values())
+    assert any(bool((factors.up != 0).any()) for factors in edit.adapters["unet_2"].values())
+    assert edit_file.encode(replace(idle, adapters=edit.adapters)) == data
 
 
 @pytest.mark.process

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_imagic.demo import architecture, train
-from lowmem_imagic.demo.trainer import Trainer
+from lowmem_imagic.demo.trainer import Trainer, exact_attention
 
 STEPS = 600
 
@@ -199,8 +199,9 @@ def test_attention_is_not_rounded_to_bfloat16_on_cpus() -> None:
     """With weights in bfloat16 the training computes attention in fp32 on CPUs, and everything else in bfloat16."""
     query, key, value = torch.randn(3, 2, 4, 64, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     wide = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
-    with train.Fp32Attention():
+    with exact_attention(torch.device("cpu")):
         assert torch.equal(F.scaled_dot_product_attention(query, key, value), wide.bfloat16())
+        assert torch.equal(F.scaled_dot_product_attention(query=query, key=key, value=value), wide.bfloat16())
         assert (query @ key.mT).dtype == torch.bfloat16
 
 

@@ -617,5 +617,9 @@ def test_what_cannot_be_asked_is_refused(visitors):
             studio.choose_base(visitor, project, model)
     with pytest.raises(Refused, match="one photo or more, and one sentence or more"):
         studio.batches.begin(visitor, [], ["a cat"], {}, "demo")
+    with pytest.raises(Refused, match="no such base here"):
+        studio.batches.begin(visitor, [("upload", "cat.png")], ["a cat"], {}, "sd15")
+    # A batch that does not begin leaves nothing behind.
+    assert not visitor.batches
     with pytest.raises(Refused, match="does not use its owner's account"):
         studio.push(visitor, project, "me/cat", public=True, agreed=True)

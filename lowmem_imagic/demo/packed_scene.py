@@ -143,7 +143,8 @@ def _body(shape: str, center: NDArray[np.float32], axes: NDArray[np.float32], r:
 def solid_counts(rows: NDArray[np.float32]) -> NDArray[np.int64]:
     """How many solids (B,) each packed scene has."""
     there = rows[:, [_SCENE_SIZE + slot * _SOLID_SIZE + _IN_SOLID["there"].start for slot in range(SLOTS)]]
-    return there.sum(1).astype(np.int64)
+    counts: NDArray[np.int64] = there.sum(1).astype(np.int64)
+    return counts
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 DECAY = 0.3
 """Share of the time, the last one, in which the rate falls to zero."""
@@ -178,9 +181,43 @@ class Trainer:
             parameter.copy_(self.exact[name].view(parameter.shape))
 
 
-def averaged(path: Path) -> dict[str, Tensor]:
-    """The averaged weights in a checkpoint, by name; kernels of convolutions are matrices."""
-    return dict(_under(load_file(path), "average/"))
+@torch.no_grad()
+def load_averaged(path: Path, modules: Mapping[str, nn.Module]) -> bool:
+    """Gives modules the averaged weights of a checkpoint; returns whether there is one.
+
+    Args:
+        path: the checkpoint.
+        modules: modules by the names that they were trained under.
+    """
+    if not path.exists():
+        return False
+    # Kernels of convolutions are matrices there.
+    weights = dict(_under(load_file(path), "average/"))
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(weights[f"{prefix}.{name}"].view(parameter.shape))
+    return True
+
+
+def exact_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """A context that computes attention in fp32 on CPUs: in bfloat16 its backward pass has no fast path there."""
+    return nullcontext() if device.type == "cuda" else _Fp32Attention()
+
+
+class _Fp32Attention(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **named)
+
+        def exact(value: Any) -> Any:
+            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        # By position in transformers, by name in diffusers' transformers.
+        query = args[0] if args else named["query"]
+        return func(*map(exact, args), **{name: exact(value) for name, value in named.items()}).to(query.dtype)
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> list[tuple[str, Tensor]]:
