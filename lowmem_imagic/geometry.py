@@ -20,6 +20,8 @@ class Sizes:
     """Divisor of both sides, in pixels."""
     least: int
     """Shortest side in pixels; the side of `own` for a model that was made for squares alone."""
+    fewest: int = 0
+    """Fewest pixels of a size, padding included, for a model that was trained on pictures of about equal area."""
 
     def nearest(self, width_px: int, height_px: int) -> Size:
         """The size in which a photo of this width and height has the most pixels.
@@ -32,7 +34,7 @@ class Sizes:
         longest = self.own[0] * self.own[1] // self.least
         sides = range(-(-self.least // self.multiple) * self.multiple, longest + 1, self.multiple)
         pixels = self.own[0] * self.own[1]
-        sizes = [self.own, *((w, h) for w in sides for h in sides if w * h <= pixels)]
+        sizes = [self.own, *((w, h) for w in sides for h in sides if self.fewest <= w * h <= pixels)]
 
         def worth(size: Size) -> tuple[int, int]:
             left, top, right, bottom = Letterbox.fit(width_px, height_px, size).box

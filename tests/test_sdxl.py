@@ -339,9 +339,10 @@ def test_photos_are_edited_in_buckets_of_the_training(width: int, height: int) -
     """A photo of any aspect up to 4 to 1 is edited at a size of SDXL's training; a square has the model's own."""
     sizes = load_architecture("sdxl").sizes
     assert sizes.own == (1024, 1024) and sizes.nearest(3000, 3000) == (1024, 1024)
+    assert sizes.nearest(1670, 3840) == (640, 1536)
     if max(width, height) <= 4 * min(width, height):
         size = sizes.nearest(10 * width, 10 * height)
-        assert tuple(sorted(size)) in BUCKETS
+        assert tuple(sorted(size)) in BUCKETS and sizes.nearest(*size) == size
 
 
 # Memory and files of the real architecture, without weights

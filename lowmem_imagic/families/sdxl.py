@@ -92,9 +92,13 @@ class StableDiffusionXL(StableDiffusion):
 
     @property
     def sizes(self) -> Sizes:
-        """SDXL's buckets: sides of multiples of a sixteenth of its square's (64 px), at most as many pixels."""
+        """SDXL's buckets: sides of multiples of a sixteenth of its square's (64 px), and 0.9 to 1 times its pixels.
+
+        Source: appendix I of arXiv 2307.01952, which lists all of these up to an aspect of 4 to 1, and no other.
+        """
         plain = super().sizes
-        return replace(plain, multiple=max(1, plain.own[0] // _BUCKETS // plain.multiple) * plain.multiple)
+        multiple = max(1, plain.own[0] // _BUCKETS // plain.multiple) * plain.multiple
+        return replace(plain, multiple=multiple, fewest=-(-9 * plain.own[0] * plain.own[1] // 10))
 
     @cached_property
     def denoisers(self) -> Sequence[Denoiser]:
