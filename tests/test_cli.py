@@ -675,8 +675,11 @@ def test_a_model_of_no_name_is_not_the_bundled_one(photo):
 
 
 def test_scene_that_cannot_be(run):
-    """A seed below 0 is a usage error, and an existing file is left alone."""
+    """A seed below 0 is a usage error, a name of another kind of picture is refused, and an existing file is left
+    alone."""
     assert run("scene", "a red cube", "s.png", "--seed", "-1", model=False).exit_code == 2
+    _fails(run("scene", "a red cube", "s.jpg", model=False), 1, "expected a name ending in .png")
+    assert not Path("s.jpg").exists()
     Path("s.png").write_bytes(b"mine")
     _fails(run("scene", "a red cube", "s.png", model=False), 1, "--force")
 

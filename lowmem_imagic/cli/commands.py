@@ -232,6 +232,8 @@ def pull(values: dict[str, Any]) -> None:
 )
 def scene(values: dict[str, Any]) -> None:
     """Render a photo of the bundled world, for trying edits."""
+    out = values["out"]
+    check_ending(out, ".png", any_case=True)
     with importing():
         from ..demo.render import render
         from ..demo.scene import Scene
@@ -239,7 +241,6 @@ def scene(values: dict[str, Any]) -> None:
         from ..storage.atomic import write_bytes
         from ..storage.writable import check_target
 
-    out = values["out"]
     check_target(out, overwrite=values["force"])
     drawn = Scene.from_sentence(values["sentence"], seed=values["seed"])
     picture = render(drawn, values["size"])
