@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written(
         assert said.code == 1 and "2 MB free, expected at least 32 MB; make room" in said.errors
         subprocess.run(("mount", "-o", "remount,ro", str(disk)), check=True)
         said = run(manifest, "--out", disk / "out")
-        assert said.code == 1 and "Read-only file system" in said.errors and "choose another --out" in said.errors
+        assert said.code == 1 and "Read-only file system" in said.errors and "choose another place" in said.errors
         assert not list(disk.iterdir())
 
 

@@ -22,7 +22,7 @@ def check_writable(path: Path) -> None:
         if folder == path and not folder.is_dir():
             folder = folder.parent
         if not folder.is_dir():
-            raise OutputUnwritableError(f"{folder} is a file, expected a folder; choose another `out`")
+            raise OutputUnwritableError(f"{folder} is a file, expected a folder; choose another place")
         # Permission bits are unreliable for root and on read-only mounts, so try a real file.
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -50,7 +50,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     except (OSError, ValueError) as error:
         raise unusable(path, error) from error
     if not overwrite:
-        raise OutputExistsError(f"{path} exists already; name another with `out`, or use `force`")
+        raise OutputExistsError(f"{path} exists already; name another file, or use `force`")
 
 
 def check_ending(path: Path | None, ending: str, *, any_case: bool = False) -> None:
@@ -60,7 +60,7 @@ def check_ending(path: Path | None, ending: str, *, any_case: bool = False) -> N
         ConfigError: it is another one.
     """
     if path is not None and (path.suffix.lower() if any_case else path.suffix) != ending:
-        raise ConfigError(f"`out` is {path}, expected a name ending in {ending}")
+        raise ConfigError(f"{path} has the wrong ending, expected a name ending in {ending}")
 
 
 def unusable(path: Path, error: OSError | ValueError) -> OutputUnwritableError:
@@ -68,5 +68,5 @@ def unusable(path: Path, error: OSError | ValueError) -> OutputUnwritableError:
     reason = getattr(error, "strerror", None) or str(error)
     name = str(path)
     return OutputUnwritableError(
-        f"{name if len(name) <= 200 else name[:200] + '...'} cannot be written ({reason}); choose another `out`"
+        f"{name if len(name) <= 200 else name[:200] + '...'} cannot be written ({reason}); choose another place"
     )
