@@ -356,7 +356,8 @@ def test_a_wrong_ending_is_refused_without_torch(tmp_path):
         "import sys\nfrom typer.testing import CliRunner\nfrom lowmem_imagic.cli.commands import app\n"
         f"for words in {words!r}:\n"
         "    result = CliRunner().invoke(app, words)\n"
-        "    assert result.exit_code == 2 and f'{words[-1]} has the wrong ending, expected a name ending in .' in result.output\n"
+        "    assert result.exit_code == 2, result.output\n"
+        "    assert f'{words[-1]} has the wrong ending, expected a name ending in .' in result.output\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
