@@ -24,7 +24,7 @@ import torch
 
 from lowmem_imagic.diffusion.schedules import starting_noise
 from lowmem_imagic.engine.base import BaseModel
-from lowmem_imagic.planning.counting import Kernels, fused_attention
+from lowmem_imagic.planning.counting import Counts, fused_attention
 from lowmem_imagic.planning.plan import CPU_SLOTS
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig
@@ -87,9 +87,9 @@ def kernels() -> tuple[dict[str, Any], list[Line]]:
         with fused_attention():
             # The first step fills caches of the later ones.
             step.run()
-            with Kernels() as count:
+            with Counts() as count:
                 step.run()
-        found.append({"edits": rows, "operations": count.count})
+        found.append({"edits": rows, "operations": count.operations})
     ratio = round(found[-1]["operations"] / found[0]["operations"], 4)
     lines = [Line(f"operations of a step, {f['edits']} edits", f["operations"], "") for f in found]
     lines.append(Line(f"operations, {PACKS[-1]} edits to one", ratio, "times", KERNELS_GOAL))

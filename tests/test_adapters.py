@@ -17,7 +17,7 @@ from lowmem_imagic.errors import ConfigError
 from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
 from lowmem_imagic.layers import lora as adapter_layers
 from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors, target_modules
-from lowmem_imagic.planning.counting import Kernels
+from lowmem_imagic.planning.counting import Counts
 from lowmem_imagic.settings.stages import ADAPT_TARGETS
 from tests import calls
 
@@ -442,10 +442,10 @@ def test_gradients_over_bfloat16_are_autograds_own(
         pack = AdapterPack(network, calls.NAMES, count=2, adapt="all", rank=4, alpha=alpha)
         pack.weights.copy_(0.1 * torch.randn(pack.weights.shape, generator=torch.Generator().manual_seed(0)))
         found.append(pack.enable_gradients())
-        with pack.attached(network), Kernels() as count:
+        with pack.attached(network), Counts() as count:
             for part in (latents, -latents):
                 network(part.bfloat16(), timesteps, text.bfloat16()).sample.float().square().sum().backward()
-        operations.append(count.count)
+        operations.append(count.operations)
         monkeypatch.setattr(adapter_layers, "kept_gradient", lambda factors, dtype: factors.to(dtype))
     assert found[0].any() and torch.equal(*found)
     # A factor that is scaled on its way is cast as autograd does.

@@ -35,7 +35,7 @@ from lowmem_imagic.pipeline.apply import apply_edits, check_base
 from lowmem_imagic.pipeline.make import make_edits, stream_edits
 from lowmem_imagic.pipeline.prepare import Job
 from lowmem_imagic.planning.costs import Costs
-from lowmem_imagic.planning.counting import LiveBytes, peak_of
+from lowmem_imagic.planning.counting import Counts, peak_of
 from lowmem_imagic.planning.plan import Budget, plan, plan_for, planned
 from lowmem_imagic.sampling.sample import Cell, sample
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
@@ -311,7 +311,7 @@ def test_other_phases_take_what_is_predicted(kind: Kind, base: BaseModel) -> Non
     @contextmanager
     def loaded(name: str) -> Iterator[Any]:
         encoder = family.load_text_encoder(name, weights=base.weights, device=cpu, dtype=torch.float32)
-        with LiveBytes() as count:
+        with Counts() as count:
             yield encoder
         encoders.append((weight_bytes(encoder), count.peak))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowmem_imagic.families.lean_unet import make_lean
 from lowmem_imagic.layers.lean import GroupNormSiLU, RMSNorm, geglu, swiglu
-from lowmem_imagic.planning.counting import LiveBytes
+from lowmem_imagic.planning.counting import Counts
 
 RESIZING = ("ResnetDownsampleBlock2D", "DownBlock2D")
 """Blocks of a UNet that halves pictures in residual blocks; only such heed some of the settings."""
@@ -97,7 +97,7 @@ def test_trained_normalisation_has_gradients() -> None:
 
 def kept(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Bytes alive after a forward pass beyond its output."""
-    count = LiveBytes()
+    count = Counts()
     with count:
         y = function(x.requires_grad_())
     return count.live - y.untyped_storage().nbytes()

@@ -26,7 +26,7 @@ from lowmem_imagic.families import load_architecture
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
-from lowmem_imagic.planning.counting import LiveBytes, cost_of, fused_attention, peak_of
+from lowmem_imagic.planning.counting import Counts, cost_of, fused_attention, peak_of
 from lowmem_imagic.planning.duration import Speed, speed_of, training_seconds
 from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, RESERVE, Budget, Plan, plan, plan_for, planned
 from lowmem_imagic.sampling.sample import Cell
@@ -169,7 +169,7 @@ def test_training_state_is_what_is_predicted(load_base: Callable[..., Any], monk
     base, config = load_base(), CONFIG
     edits = tasks(base, 3)
     calls.unet(base).eval()
-    count, seen = LiveBytes(), []
+    count, seen = Counts(), []
     step = training.Trainer.step
     monkeypatch.setattr(training.Trainer, "step", lambda self: seen.append(count.live) or step(self))
     with count:
@@ -179,7 +179,7 @@ def test_training_state_is_what_is_predicted(load_base: Callable[..., Any], monk
 
 def test_counting_sees_each_storage_once() -> None:
     """Views count with their storage, freed tensors no more; the peak stays."""
-    count = LiveBytes()
+    count = Counts()
     with count:
         x = torch.zeros(1000)
         y = x.view(10, 100).T

@@ -24,7 +24,7 @@ from lowmem_imagic.families.files.checkpoint import SingleFile
 from lowmem_imagic.families.files.locate import locate
 from lowmem_imagic.families.files.weights import Weights
 from lowmem_imagic.layers.frozen import weight_bytes
-from lowmem_imagic.planning.counting import LiveBytes
+from lowmem_imagic.planning.counting import Counts
 from tests import calls
 
 PROMPTS = ("a photo of a red cube on the grass", "two birds kissing", "")
@@ -201,7 +201,7 @@ def test_no_copy_stays_beside_the_unet(weights: str, checkpoint: Path, tiny_fold
     assert sum(bytes_of.values()) <= sum(t.numel() * t.element_size() for t in calls.unet(base).parameters())
 
 
-class _InMemory(LiveBytes):
+class _InMemory(Counts):
     """Counts only storages with memory behind them."""
 
     def _follow(self, storage: Any) -> None:

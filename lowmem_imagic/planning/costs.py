@@ -24,7 +24,7 @@ from ..layers.frozen import FrozenLinear4bit, Int8Conv2d, weight_bytes
 from ..settings.stages import EditConfig
 from ..training.loop import TrainedTensor, Trainer
 from ..training.pack import stages
-from .counting import Cost, LiveBytes, cost_of, fused_attention, peak_of
+from .counting import Cost, Counts, cost_of, fused_attention, peak_of
 
 _META = torch.device("meta")
 
@@ -210,7 +210,7 @@ class Costs:
             encoder = self.family.load_text_encoder(
                 name, weights=self._base.weights, device=_META, dtype=self._part_dtype
             )
-            with LiveBytes() as count:
+            with Counts() as count:
                 yield encoder
             encoders.append((weight_bytes(encoder), count.peak))
 

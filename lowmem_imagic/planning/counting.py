@@ -5,58 +5,17 @@ real code shows its peak before any weight is read. Tests compare these predicti
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
-
-
-class LiveBytes(TorchDispatchMode):
-    """Within the ``with`` block, tracks every storage that an operation creates, forward and backward.
-
-    Kernels' own scratch memory and storages from before the block are not counted. Each storage counts once, with any
-    number of views.
-
-    Attributes:
-        live: bytes alive now.
-        peak: most bytes alive at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        # Storages of the inputs existed before the block or are tracked already.
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self._known:
-                    self._follow(storage)
-        return result
-
-    def _follow(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def freed(_: object) -> None:
-            del self._known[key]
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, freed)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 def _of_attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -75,28 +34,142 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-class Kernels(TorchDispatchMode):
-    """Within the ``with`` block, counts operations that compute or copy: about one GPU kernel each.
+class _Operation(NamedTuple):
+    """What is counted of an operation."""
+
+    view: bool
+    """Whether its result has the storage of an argument."""
+    writes: bool
+    """Whether it writes into an argument."""
+    kernel: bool
+    """Whether it computes or copies."""
+    flops: Callable[..., int] | None
+
+
+@cache
+def _operation(func: Any) -> _Operation:
+    free = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift_fresh")
+    kernel = not func.is_view and not str(func).startswith(free)
+    return _Operation(func.is_view, func._schema.is_mutable, kernel, _FLOPS.get(func.overloadpacket))
+
+
+class _Layout(NamedTuple):
+    """Shape, strides and type of a tensor on the meta device."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Tensor) -> "_Layout":
+        return _Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def new(self) -> Tensor:
+        """A tensor of this layout."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+class _HasMemory(Exception):
+    """A tensor is not on the meta device."""
+
+
+def _key(value: Any) -> Any:
+    """A key that is equal for arguments of which an operation makes equal layouts on the meta device.
+
+    Raises:
+        _HasMemory: a tensor is elsewhere.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise _HasMemory
+        return _Layout.of(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    # 1, 1.0 and True are equal, and make results of several types.
+    return type(value), value
+
+
+class Counts(TorchDispatchMode):
+    """Within the ``with`` block, counts the bytes of live tensors, forward and backward, and operations.
+
+    Every storage that an operation creates counts once, with any number of views. Kernels' own scratch memory and
+    storages from before the block do not count.
+
+    On the meta device torch works out a result's layout in Python, which is most of the time of a count. Networks
+    repeat themselves, so each layout is worked out once.
 
     Attributes:
-        count: operations so far, without views and allocations.
+        live: bytes alive now.
+        peak: most bytes alive at once.
+        operations: operations so far that compute or copy, about one GPU kernel each.
         flops: floating-point operations of products, convolutions and attention so far.
     """
 
-    _FREE = ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.lift_fresh")
-
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = self.flops = 0
+        self.live = self.peak = self.operations = self.flops = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self._results: dict[Any, tuple[list[_Layout | None], bool, int]] = {}
+        """Results on the meta device by operation and arguments: layouts, whether in a tuple, and FLOPs."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.count += not func.is_view and not str(func).startswith(self._FREE)
-        result = func(*args, **(kwargs or {}))
-        if (flops := _FLOPS.get(func.overloadpacket)) is not None:
-            self.flops += flops(*args, **(kwargs or {}), out_val=result)
+        named, operation = kwargs or {}, _operation(func)
+        if operation.view:
+            return func(*args, **named)
+        self.operations += operation.kernel
+        key = None
+        if not operation.writes:
+            with suppress(_HasMemory):
+                key = (func, _key(args), _key(tuple(named.items())))
+        if key in self._results:
+            layouts, several, flops = self._results[key]
+            made = [None if layout is None else layout.new() for layout in layouts]
+            for tensor in made:
+                if tensor is not None:
+                    self._follow(tensor.untyped_storage())
+            self.flops += flops
+            return tuple(made) if several else made[0]
+
+        result = func(*args, **named)
+        flops = 0 if operation.flops is None else operation.flops(*args, **named, out_val=result)
+        self.flops += flops
+        # A storage of an argument is from before the block, or known.
+        before = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *named.values()))}
+        new = True
+        for tensor in _tensors((result,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata in before or storage._cdata in self._known:
+                new = False
+                continue
+            self._follow(storage)
+            new &= tensor.is_meta and _Layout.of(tensor).new().untyped_storage().nbytes() == storage.nbytes()
+        parts = result if isinstance(result, tuple) else (result,)
+        if new and key is not None and all(part is None or isinstance(part, Tensor) for part in parts):
+            layouts = [None if part is None else _Layout.of(part) for part in parts]
+            self._results[key] = layouts, isinstance(result, tuple), flops
         return result
+
+    def _follow(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def freed(_: object) -> None:
+            del self._known[key]
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operation, and in its lists of tensors."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 _FUSED: ContextVar[str] = ContextVar("fused", default="")
@@ -154,15 +227,11 @@ class Cost:
 
 def cost_of(run: Callable[[], object]) -> Cost:
     """The cost of `run`."""
-    live, kernels = LiveBytes(), Kernels()
-    with live, kernels:
+    with Counts() as counts:
         run()
-    return Cost(live.peak, kernels.count, kernels.flops)
+    return Cost(counts.peak, counts.operations, counts.flops)
 
 
 def peak_of(run: Callable[[], object]) -> int:
     """Most bytes that `run` allocates at once."""
-    live = LiveBytes()
-    with live:
-        run()
-    return live.peak
+    return cost_of(run).peak
