@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import cascade_world
 from benchmarks.edit_methods import shortened, without_adapter
@@ -32,6 +33,17 @@ def test_its_folders_are_a_base_of_two_stages(tmp_path: Path) -> None:
     # Words of captions are one token each, and any other word is spelled.
     assert base.family.check_prompt("a photo of a red metal cube " * 10) == ""
     assert tokenizer.tokenize("a red zebra")[:2] == ["▁a", "▁red"] and len(tokenizer.tokenize("zebra")) > 1
+
+
+def test_stage_two_is_trained_on_parts_anywhere() -> None:
+    """Parts are whole squares of their pictures, both of a row from one place, and reach every edge."""
+    across = torch.arange(10).expand(8, 10)
+    pictures = torch.stack([across, torch.arange(8)[:, None].expand(8, 10)]).expand(200, 2, 8, 10)
+    parts = cascade_world.cropped(pictures, 6, torch.Generator().manual_seed(0))
+    assert parts.shape == (200, 2, 6, 6)
+    left, top = parts[:, 0, :1, :1], parts[:, 1, :1, :1]
+    assert torch.equal(parts[:, 0], left + across[:6, :6]) and torch.equal(parts[:, 1], top + across[:6, :6].T)
+    assert set(left.flatten().tolist()) == {0, 1, 2, 3, 4} and set(top.flatten().tolist()) == {0, 1, 2}
 
 
 @pytest.mark.benchmark
