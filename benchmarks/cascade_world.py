@@ -93,8 +93,8 @@ class Preset:
     batches: tuple[int, int]
     """Pictures of a step, for each stage."""
     crop_px: int
-    """Side of the parts of pictures that stage II sees. Imagen's enlarger to 1024 px was trained on parts, too (Saharia et
-    al. 2022): the layers work at any size, and a step takes a fraction of the time."""
+    """Side of the parts of pictures that stage II sees: its layers work at any size, and a step takes a fraction of the
+    time."""
     supersampling: int
     bfloat16: bool
     save_every: float
