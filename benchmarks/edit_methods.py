@@ -33,6 +33,7 @@ from lowmem_imagic.sampling.description import describe
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.stages import EditConfig
 from lowmem_imagic.storage.atomic import write_bytes
+from lowmem_imagic.training.pack import stages
 
 SEED = 0
 """Seed of every item's training and starting noise."""
@@ -45,7 +46,7 @@ class Outcome:
     pictures: dict[float, list[Image.Image]]
     """A picture of each item, by point of the slider."""
     passes: int
-    """Rows forward and backward through the UNet, per item."""
+    """Rows forward and backward through the networks, per item."""
     train_s: float
     """Seconds of training, per item."""
     sample_s: float
@@ -125,14 +126,20 @@ def ours(
             sample_s += time.perf_counter() - started
             for eta, picture in zip(etas, made, strict=True):
                 pictures[eta].append(picture)
-        passes = config.embed.passes + config.finetune.passes
-        return Outcome(pictures, passes, train_s / len(photos), sample_s / (len(photos) * len(etas)), tuple(sizes))
+        return Outcome(
+            pictures, passes_of(base, config), train_s / len(photos), sample_s / (len(photos) * len(etas)), tuple(sizes)
+        )
 
     settings: dict[str, Any] = {"edit": config.to_dict(), "retarget_from": retarget_from}
     settings |= {"in_full": True} if in_full else {}
     settings |= {"asked_later": True} if asked_later else {}
     settings |= {"without": without} if without else {}
     return Method(settings, run, in_full=in_full)
+
+
+def passes_of(base: BaseModel, config: EditConfig) -> int:
+    """Rows forward and backward of one edit's training, over all networks of a cascade."""
+    return sum(stage.config.passes for stage in stages(config.for_group(base.family.group), base.denoisers))
 
 
 def described(base: BaseModel, photo: Image.Image) -> str:
@@ -161,7 +168,7 @@ def packed(config: EditConfig, *, slots: int, together: int) -> Method:
         pictures = {eta: made[i * len(jobs) : (i + 1) * len(jobs)] for i, eta in enumerate(etas)}
         return Outcome(
             pictures,
-            config.embed.passes + config.finetune.passes,
+            passes_of(base, config),
             trained_s / len(jobs),
             (time.perf_counter() - started) / len(cells),
             tuple(map(len, files)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import cascade_world
-from benchmarks.edit_methods import shortened, without_adapter
+from benchmarks.edit_methods import passes_of, shortened, without_adapter
 from benchmarks.world_training import SEED, size_of
 from lowmem_imagic import BaseModel, make_edits
 from lowmem_imagic.edits import file as edit_file
@@ -48,9 +48,12 @@ def test_stage_two_is_trained_on_parts_anywhere() -> None:
 
 @pytest.mark.benchmark
 def test_methods_keep_the_adapters_of_all_networks(tmp_path: Path) -> None:
-    """A shortened edit of a cascade has an adapter of both networks, and one can be left idle, the other as it was."""
+    """Passes count the training of both networks; a shortened edit of a cascade has an adapter of both, and one can be left
+    idle, the other as it was."""
     base = BaseModel.load(str(write_tiny(tmp_path)), device="cpu", weights="fp32")
-    [edit] = make_edits(base, [Job(photo(), "a red cube")], config())
+    settings = config()
+    [edit] = make_edits(base, [Job(photo(), "a red cube")], settings)
+    assert passes_of(base, settings) == settings.embed.passes + 2 * settings.finetune.passes
     data = edit_file.encode(edit)
     short = edit_file.decode(shortened(base, data, 0.5))
     assert short.adapters.keys() == edit.adapters.keys() == {"unet", "unet_2"}
