@@ -48,8 +48,8 @@ def test_stage_two_is_trained_on_parts_anywhere() -> None:
 
 @pytest.mark.benchmark
 def test_methods_keep_the_adapters_of_all_networks(tmp_path: Path) -> None:
-    """Passes count the training of both networks; a shortened edit of a cascade has an adapter of both, and one can be left
-    idle, the other as it was."""
+    """Passes count the training of both networks; a shortened edit of a cascade has an adapter of both, and one can be
+    left idle, the other as it was."""
     base = BaseModel.load(str(write_tiny(tmp_path)), device="cpu", weights="fp32")
     settings = config()
     [edit] = make_edits(base, [Job(photo(), "a red cube")], settings)

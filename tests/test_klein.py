@@ -20,6 +20,8 @@ from transformers import Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from lowmem_imagic import load_into, read_edit, write_edit
+from lowmem_imagic.actions.console import Console
+from lowmem_imagic.actions.render import open_edit
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.diffusion.flow import Flow
 from lowmem_imagic.engine import base as engine_base
@@ -38,6 +40,7 @@ from lowmem_imagic.planning.counting import peak_of
 from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, plan
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
+from lowmem_imagic.settings.text import BaseOptions
 from tests.tiny_klein import SIDE, original_layout, tiny_tokenizer, write_tiny
 
 SENTENCE = "a photo of a red cube on the grass"
@@ -309,8 +312,27 @@ def test_distilled_models_render_and_do_not_train(edit: Any, base: BaseModel, ch
         make_edits(distilled, [Job(photo(), SENTENCE)], quick())
     assert check_base(edit, distilled) == ""
     settings = replace(quick().sample, guidance_scale=1.0, photo_guidance=None, scheduler="Euler")
-    assert apply_edits(distilled, [edit], [Cell(0, 1.0, 0)], settings)[0].size == (40, 30)
-    assert base.denoisers[0].guided and not distilled.denoisers[0].guided
+    [picture] = apply_edits(distilled, [edit], [Cell(0, 1.0, 0)], settings)
+    assert picture.size == (40, 30)
+    # It has no guidance: the edit's own is for the base, where it changes the picture.
+    guided = replace(settings, guidance_scale=4.0)
+    assert apply_edits(distilled, [edit], [Cell(0, 1.0, 0)], guided)[0].tobytes() == picture.tobytes()
+    one, four = (apply_edits(base, [edit], [Cell(0, 1.0, 0)], way)[0] for way in (settings, guided))
+    assert one.tobytes() == picture.tobytes() != four.tobytes()
+
+
+def test_the_edits_own_settings_are_named_where_a_distilled_model_has_none(
+    edit: Any, changed: Callable[..., Path]
+) -> None:
+    """Rendering on the sibling of few steps warns of guidance, many steps and a mask, and of nothing once they are gone."""
+    path = str(changed("model_index.json", is_distilled=True))
+    own = replace(quick().sample, guidance_scale=4.0, num_inference_steps=30, mask=0.6)
+    few = replace(own, guidance_scale=1.0, num_inference_steps=4, mask=0.0)
+    for settings, parts in ((own, ["guidance 4, 30 steps, mask 0.6"]), (few, [])):
+        told = Console(quiet=True)
+        open_edit(edit, BaseOptions(model=path, device="cpu"), settings, [], told)
+        found = [warning for warning in told.warnings if "distilled" in warning]
+        assert len(found) == len(parts) and all(part in warning for part, warning in zip(parts, found, strict=True))
 
 
 # The transformer in one file

@@ -28,6 +28,8 @@ from .console import Console
 from .fit_hint import Fit, embedding_distance
 from .result_folder import ResultFolder
 
+FEW_STEPS = 8
+"""Most steps that a model distilled to few steps is rendered in without a warning; FLUX.2 klein is made for 4."""
 MOST_WORDS = 8
 """Most unknown words that a warning names."""
 
@@ -87,6 +89,7 @@ def open_edit(
     base.check_steps(config.scheduler, config.num_inference_steps)
     console.warn(check_base(edit, base))
     console.warn(_without(edit))
+    console.warn(_unguided(base, config))
     check_sentences(base, sentences, config.negative_prompt, console)
     if prompts:
         trained = "for" if edit.sentences == (edit.start_sentence,) else "from"
@@ -107,6 +110,21 @@ def _without(edit: Edit) -> str:
     if not dropped:
         return ""
     return f"this edit was made to be rendered with {dropped}, which this version lacks; its pictures will differ"
+
+
+def _unguided(base: BaseModel, config: SampleConfig) -> str:
+    """A warning about settings that a model distilled to few steps cannot follow; "" if there are none."""
+    if all(denoiser.guided for denoiser in base.denoisers):
+        return ""
+    far = [f"guidance {config.guidance_scale:g}"] if config.guidance_scale != 1 else []
+    far += [f"{config.num_inference_steps} steps"] if config.num_inference_steps > FEW_STEPS else []
+    far += [f"mask {config.mask:g}"] if config.mask else []
+    if not far:
+        return ""
+    return (
+        f"{base.name} is distilled to few steps, and has no guidance: it is rendered without; the edit's "
+        f"{', '.join(far)} are for its base: take `guidance=1`, `steps_sample=4` and `mask=0`"
+    )
 
 
 def check_sentences(base: BaseModel, sentences: Sequence[str], negative: str, console: Console) -> None:

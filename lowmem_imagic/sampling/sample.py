@@ -87,8 +87,10 @@ class _Photo(NamedTuple):
     """The mask (1, H, W), see `change_mask`."""
 
 
-def _guidance(cell: Cell, config: SampleConfig) -> float:
-    """Guidance scale of an image."""
+def _guidance(cell: Cell, config: SampleConfig, guided: bool) -> float:
+    """Guidance scale of an image; 1, which is none, on a base without guidance."""
+    if not guided:
+        return 1.0
     scale = config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
     return guidance_at(cell.eta, scale, config.photo_guidance)
 
@@ -110,10 +112,10 @@ def sample(
 ) -> dict[str, Tensor]:
     """Latents (len(cells), C, H, W) by denoiser, fp32 on the CPU, in the order of `cells`; the last one's are decoded.
 
-    Uses classifier-free guidance (see `SampleConfig.photo_guidance`), and starts from `SampleConfig.start`. Rows are
-    (edit, eta, seed, strength, guidance) and never influence each other: an image does not depend on the others in its
-    batch. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, even if it is not in `cells`. In a
-    cascade, each denoiser takes the results of the one before it.
+    Uses classifier-free guidance (see `SampleConfig.photo_guidance`) where the base has it, and starts from
+    `SampleConfig.start`. Rows are (edit, eta, seed, strength, guidance) and never influence each other: an image does not
+    depend on the others in its batch. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, even if it
+    is not in `cells`. In a cascade, each denoiser takes the results of the one before it.
 
     Args:
         base: the frozen base.
@@ -147,10 +149,11 @@ def sample(
     places = [cell.edit for cell in cells] if rows is None else rows
     row_of = {(cell.edit, cell.sentence): row for cell, row in zip(cells, places, strict=True) if row is not None}
     wanted, photos = list[Cell](), dict[Cell, Cell]()
+    guided = all(denoiser.guided for denoiser in base.denoisers)
     for cell in cells:
-        own = replace(cell, guidance_scale=_guidance(cell, config))
+        own = replace(cell, guidance_scale=_guidance(cell, config, guided))
         # At eta 0 no sentence is seen: all sentences of an edit share its photo.
-        photo_guidance = _guidance(replace(cell, eta=0.0), config)
+        photo_guidance = _guidance(replace(cell, eta=0.0), config, guided)
         photo = replace(own, eta=0.0, strength=1.0, guidance_scale=photo_guidance, sentence=None)
         if replace(own, sentence=None) == photo:
             own = photo
