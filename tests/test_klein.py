@@ -324,7 +324,7 @@ def test_distilled_models_render_and_do_not_train(edit: Any, base: BaseModel, ch
 def test_the_edits_own_settings_are_named_where_a_distilled_model_has_none(
     edit: Any, changed: Callable[..., Path]
 ) -> None:
-    """Rendering on the sibling of few steps warns of guidance, many steps and a mask, and of nothing once they are gone."""
+    """Rendering on the sibling of few steps warns of guidance, many steps and a mask; without them, of nothing."""
     path = str(changed("model_index.json", is_distilled=True))
     own = replace(quick().sample, guidance_scale=4.0, num_inference_steps=30, mask=0.6)
     few = replace(own, guidance_scale=1.0, num_inference_steps=4, mask=0.0)

@@ -113,9 +113,9 @@ def sample(
     """Latents (len(cells), C, H, W) by denoiser, fp32 on the CPU, in the order of `cells`; the last one's are decoded.
 
     Uses classifier-free guidance (see `SampleConfig.photo_guidance`) where the base has it, and starts from
-    `SampleConfig.start`. Rows are (edit, eta, seed, strength, guidance) and never influence each other: an image does not
-    depend on the others in its batch. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits, even if it
-    is not in `cells`. In a cascade, each denoiser takes the results of the one before it.
+    `SampleConfig.start`. Rows are (edit, eta, seed, strength, guidance) and never influence each other: an image does
+    not depend on the others in its batch. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits,
+    even if it is not in `cells`. In a cascade, each denoiser takes the results of the one before it.
 
     Args:
         base: the frozen base.
