@@ -26,7 +26,7 @@ from lowmem_imagic.errors import (
     UnknownModelError,
     WrongFamilyError,
 )
-from lowmem_imagic.families import cached_commit, load_architecture
+from lowmem_imagic.families import cached_commit, load_architecture, model_name
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.geometry import Letterbox, Sizes
 from lowmem_imagic.layers.adapter_pack import AdapterPack
@@ -495,10 +495,14 @@ def test_moved_weights_compute_the_same(folder: Path, weights: str) -> None:
 
 def test_both_stages_come_from_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A published stage I brings its stage II, of which the network and configurations alone are downloaded."""
-    remote = {"DeepFloyd/IF-I-L-v1.0": folder, "DeepFloyd/IF-II-L-v1.0": folder.parent / NAMES[1]}
-    asked: list[str] = []
+    remote = {"DeepFloyd/IF-I-L-v1.0": folder}
+    remote |= {f"DeepFloyd/IF-II-{size}-v1.0": folder.parent / NAMES[1] for size in "LM"}
+    asked, wanted = list[str](), list[str | None]()
 
-    def snapshot_download(repository: str, *, allow_patterns: list[str], local_files_only: bool, **_: Any) -> str:
+    def snapshot_download(
+        repository: str, *, allow_patterns: list[str], local_files_only: bool, revision: str | None, **_: Any
+    ) -> str:
+        wanted.append(revision)
         local = tmp_path / repository / f"{len(repository):040x}"
         for path in sorted(remote[repository].rglob("*")):
             name = path.relative_to(remote[repository]).as_posix()
@@ -517,7 +521,24 @@ def test_both_stages_come_from_the_hub(folder: Path, tmp_path: Path, monkeypatch
     second = [name for name in asked if "IF-II-L" in name and name.endswith(".safetensors")]
     assert second and all("/unet/" in name for name in second)
     assert base.identity.files == load(folder).identity.files
-    assert cached_commit("DeepFloyd/IF-I-L-v1.0", None) == base.identity.revision
+    both = base.identity.revision
+    assert both is not None and "+" in both and cached_commit("DeepFloyd/IF-I-L-v1.0", None) == both
+    # An edit is rendered with the commits of both stages that it was made with, and nothing newer is looked for.
+    wanted.clear()
+    assert load("DeepFloyd/IF-I-L-v1.0", revision=both).identity == base.identity
+    assert sorted(set(wanted)) == sorted(both.split("+"))
+    # So is one of the first stage alone, or with another second stage than the usual one.
+    alone = load("if-l+none")
+    assert len(alone.denoisers) == 1 and alone.identity.revision == f"{both.split('+')[0]}+none"
+    again = load("DeepFloyd/IF-I-L-v1.0", revision=cached_commit("DeepFloyd/IF-I-L-v1.0", alone.identity.revision))
+    assert again.identity == alone.identity
+    other = load("if-l+DeepFloyd/IF-II-M-v1.0")
+    told = other.identity.revision
+    assert told is not None and "+DeepFloyd/IF-II-M-v1.0@" in told
+    again = load("DeepFloyd/IF-I-L-v1.0", revision=cached_commit("DeepFloyd/IF-I-L-v1.0", told))
+    assert again.identity == other.identity
+    assert model_name("DeepFloyd/IF-I-L-v1.0", told) == "DeepFloyd/IF-I-L-v1.0+DeepFloyd/IF-II-M-v1.0"
+    assert model_name("DeepFloyd/IF-I-L-v1.0", both) == "DeepFloyd/IF-I-L-v1.0"
     # Without the second stage on this machine an edit's file would lead to a download.
     shutil.rmtree(tmp_path / "DeepFloyd/IF-II-L-v1.0")
     assert cached_commit("DeepFloyd/IF-I-L-v1.0", None) is None

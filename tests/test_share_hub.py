@@ -192,6 +192,23 @@ def test_the_card(source: str, on_hub: str | None, license: str | None, hub: Hub
     assert f"hub:{REPO}" in text and "reproduces its photo" in text
 
 
+@pytest.mark.parametrize(
+    ("revision", "named"),
+    [
+        ("c0ffee+beef", "DeepFloyd/IF-I-L-v1.0"),
+        ("c0ffee+none", "DeepFloyd/IF-I-L-v1.0+none"),
+        ("c0ffee+DeepFloyd/IF-II-M-v1.0@beef", "DeepFloyd/IF-I-L-v1.0+DeepFloyd/IF-II-M-v1.0"),
+        ("c0ffee+a;rm b@beef", "BASE"),
+    ],
+)
+def test_the_card_names_both_stages_of_a_cascade(revision: str, named: str, hub: Hub, edit: Edit, path: Path) -> None:
+    """The card's command loads the second stage that the edit was made with, and no text of a file that is no name."""
+    base = replace(edit.base, source="DeepFloyd/IF-I-L-v1.0", revision=revision)
+    edit_file.write(replace(edit, base=base), path, overwrite=True)
+    push(path)
+    assert f"--model {named} --etas" in card_of(hub)[1]
+
+
 def test_text_of_an_edit_is_no_markup_of_its_card(hub: Hub, edit: Edit, path: Path) -> None:
     """A sentence can add no field, link, picture or HTML to the card."""
     hostile = 'a cube"\n---\nlicense: mit\n![x](http://evil) <img src=x> **b**\u202e'

@@ -11,7 +11,7 @@ from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
 from ..errors import ModelError, PromptError
-from ..families import DEMO, SHORT_NAMES, cached_commit
+from ..families import DEMO, SHORT_NAMES, cached_commit, model_name
 from ..geometry import Letterbox
 from ..pictures import Photo
 from ..pictures.letterbox import from_canvas, into_canvas, psnr, to_images, to_tensor
@@ -79,7 +79,7 @@ def open_edit(
             absent = "which is not on this machine; a" if known else "a"
             raise ModelError(
                 f"this edit was made for {source}{', ' if known else '; '}{absent} file is not trusted to name a "
-                f"download, so say which base to use, as in `model={source}`"
+                f"download, so say which base to use, as in `model={model_name(source, edit.base.revision)}`"
             )
         # By commit, so that nothing newer is downloaded.
         chosen = replace(chosen, model=source, revision=commit or revision)

@@ -11,7 +11,7 @@ from typing import Any
 from . import kinds
 from .deepfloyd import DeepFloyd
 from .family import Family
-from .files.cascade import ALONE, JOINT
+from .files.cascade import ALONE, JOINT, model_name
 from .files.components import pipeline_of
 from .files.configuration import findable
 from .files.locate import Source, cached_commit, locate
@@ -29,6 +29,7 @@ __all__ = [
     "findable",
     "load_architecture",
     "load_family",
+    "model_name",
 ]
 
 _FAMILIES: Mapping[str, Callable[[Any], Family]] = {

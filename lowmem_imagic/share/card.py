@@ -9,11 +9,12 @@ from typing import Any
 
 from ..edits.edit import Edit
 from ..edits.layouts import KOHYA
-from ..families import DEMO
+from ..families import DEMO, model_name
 from ..plain_text import shown
 from .hub import EDIT_FILE
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LOADABLE = re.compile(rf"{_HUB_ID.pattern}(\+(none|{_HUB_ID.pattern}))?", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 _LINK = re.compile(r"https://[\w./%#-]{1,300}|LICENSE(\.md)?", re.ASCII)
 _ARCHITECTURE = re.compile("stable-diffusion(-xl)?")
@@ -22,6 +23,12 @@ _ARCHITECTURE = re.compile("stable-diffusion(-xl)?")
 def base_of(edit: Edit) -> str | None:
     """The Hub id of the edit's base; None for a base that is not on the Hub."""
     return edit.base.source if _HUB_ID.fullmatch(edit.base.source) else None
+
+
+def _model(edit: Edit) -> str:
+    """The name that loads the edit's base; "BASE" for one that the reader has to name."""
+    name = model_name(edit.base.source, edit.base.revision)
+    return name if name == DEMO or _LOADABLE.fullmatch(name) else "BASE"
 
 
 def checked_license(values: Mapping[str, str]) -> dict[str, str]:
@@ -79,7 +86,7 @@ def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
         base=escaped(edit.base.source),
         sentences=f"It was made for:\n{listed}" if listed else "It has no sentence of its own: ask it any.",
         repository=repository,
-        model=base_of(edit) or (DEMO if edit.base.source == DEMO else "BASE"),
+        model=_model(edit),
         file=EDIT_FILE,
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,37 @@ SECONDS: Mapping[str, str] = {
 }
 """Repositories of first stages, and of the second stage that is taken with each. Any second stage enlarges the pictures
 of any first one; the authors' example has the large one beside the largest."""
+
+
+def _revisions(first: Folder, second: Folder | None) -> str | None:
+    """The revision of a cascade from the Hub, which tells both stages; see `second_in`."""
+    if first.revision is None or (second is not None and second.revision is None):
+        return first.revision
+    if second is None:
+        return f"{first.revision}{JOINT}{ALONE}"
+    named = "" if SECONDS.get(first.label) == second.label else f"{second.label}@"
+    return f"{first.revision}{JOINT}{named}{second.revision}"
+
+
+def second_in(repository: str | None, revision: str | None) -> tuple[str | None, str | None, str | None]:
+    """What a revision tells of a cascade: the first stage's revision, the second stage's name, and its revision.
+
+    ``COMMIT+COMMIT`` has the usual second stage, which has no name here, ``COMMIT+REPOSITORY@COMMIT`` another one, and
+    ``COMMIT+none`` none. The revision of another model is its own.
+    """
+    if repository not in SECONDS or revision is None:
+        return revision, None, None
+    own, _, other = revision.partition(JOINT)
+    name, _, commit = other.rpartition("@")
+    if other == ALONE:
+        name, commit = ALONE, ""
+    return own or None, name or None, commit or None
+
+
+def model_name(source: str, revision: str | None) -> str:
+    """The name that loads a model with the second stage that its revision tells."""
+    _, second, _ = second_in(source, revision)
+    return source if second is None else f"{source}{JOINT}{second}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +120,12 @@ def with_second(first: Folder, second: Folder) -> Cascade:
             f"{second.label} is a {kinds[1][:60] or 'model without a pipeline class'}, expected the second stage of "
             f"{first.label}, a {expected}"
         )
-    return Cascade(first.path, first.label, first.revision, second=second)
+    return Cascade(first.path, first.label, _revisions(first, second), second=second)
+
+
+def alone(first: Folder) -> Folder:
+    """A first stage without the second."""
+    return replace(first, revision=_revisions(first, None))
 
 
 def beside(first: Folder) -> Folder:

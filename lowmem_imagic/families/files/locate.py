@@ -6,7 +6,7 @@ from pathlib import Path
 from ...errors import ConfigError, ModelError, UnknownModelError, WrongFamilyError
 from .. import kinds
 from . import hub
-from .cascade import ALONE, JOINT, SECONDS, beside, expects_second, with_second
+from .cascade import ALONE, JOINT, SECONDS, alone, beside, expects_second, second_in, with_second
 from .checkpoint import SingleFile
 from .configuration import DEMO_FOLDER, exists_here, mention_hidden, repository_of
 from .mixed import Mixed, Others
@@ -34,7 +34,7 @@ def locate(
         name: "demo", a key of `SHORT_NAMES`, a diffusers folder, a ``.safetensors`` file or a Hub id. A cascade is
             named by its first stage; the second is in the folder beside it, the published one, or named after a plus
             (``FIRST+SECOND``, or ``FIRST+none`` for the first stage alone).
-        revision: Hub commit, tag or branch; of a cascade's first stage.
+        revision: Hub commit, tag or branch; of a published cascade's first stage, or of both, see `cascade.second_in`.
         config_folder: for a single file, see `SingleFile`.
         vae: a folder whose autoencoder is taken.
         text_from: a folder whose text encoders and tokenizers are taken.
@@ -54,37 +54,48 @@ def locate(
 def cached_commit(repository: str, revision: str | None) -> str | None:
     """The commit of a Hub model that is wholly in the local cache; None if some of it would have to be downloaded.
 
+    Of a cascade it tells both stages, see `cascade.second_in`; nothing is asked of the Hub.
+
     Also None if only the fp16 variant is there: `hub.fetch` asks the Hub for the other.
     """
-    path = hub.cached(repository, revision)
-    if path is None or (repository in SECONDS and cached_commit(SECONDS[repository], None) is None):
+    own, second, at = second_in(repository, revision)
+    path = hub.cached(repository, own)
+    if path is None:
         return None
+    told = path.name
+    if repository in SECONDS:
+        other = second or SECONDS[repository]
+        commit = other if other == ALONE else cached_commit(other, at) if repository_of(other) == other else None
+        if commit is None:
+            return None
+        told += f"{JOINT}{commit}" if other in (ALONE, SECONDS[repository]) else f"{JOINT}{other}@{commit}"
     folder = Folder(path, repository, revision=path.name)
     try:
         folder.check_complete()
         plain = all(folder.variant(part) is None for part in hub.stems_of(path, repository))
     except ModelError:
         return None
-    return path.name if plain else None
+    return told if plain else None
 
 
 def _locate(name: str, revision: str | None, config_folder: str | None, others: Others) -> Source:
-    exists = exists_here(name)
-    if JOINT in name and not exists:
-        first, _, second = name.rpartition(JOINT)
-        source = _one(first, revision, config_folder, others)
-        if second == ALONE or not isinstance(source, Folder):
-            return _alone(source)
-        other = _one(second, None, None, Others())
+    joined = JOINT in name and not exists_here(name)
+    first, _, named = name.rpartition(JOINT) if joined else (name, "", "")
+    own, recorded, commit = second_in(repository_of(first), revision)
+    source = _one(first, own, config_folder, others)
+    named = named or recorded or ""
+    if named == ALONE or (joined and not isinstance(source, Folder)):
+        return _alone(source)
+    if named and isinstance(source, Folder):
+        other = _one(named, commit, None, Others())
         if not isinstance(other, Folder):
-            raise UnknownModelError(f"{reprlib.repr(second)} is one file, expected a diffusers folder or a Hub id")
+            raise UnknownModelError(f"{reprlib.repr(named)} is one file, expected a diffusers folder or a Hub id")
         return with_second(source, other)
-    source = _one(name, revision, config_folder, others)
     if not isinstance(source, Folder) or not expects_second(source):
         return source
     if source.label in SECONDS and source.revision is not None:
         repository = SECONDS[source.label]
-        folder = hub.fetch(repository, None)
+        folder = hub.fetch(repository, commit)
         return with_second(source, Folder(folder, repository, revision=folder.name))
     return beside(source)
 
@@ -97,7 +108,7 @@ def _alone(source: Source) -> Folder:
     """
     if not isinstance(source, Folder) or not expects_second(source):
         raise WrongFamilyError(f"{source.label} has no second stage; leave the plus and what follows it out")
-    return source
+    return alone(source)
 
 
 def _one(name: str, revision: str | None, config_folder: str | None, others: Others) -> Source:
