@@ -26,7 +26,13 @@ from lowmem_imagic.cli.commands import app
 from lowmem_imagic.diffusion.flow import Flow
 from lowmem_imagic.engine import base as engine_base
 from lowmem_imagic.engine.base import BaseModel
-from lowmem_imagic.errors import ConfigError, IncompleteModelError, PromptError, WrongFamilyError
+from lowmem_imagic.errors import (
+    ConfigError,
+    IncompleteModelError,
+    PromptError,
+    TensorShapeError,
+    WrongFamilyError,
+)
 from lowmem_imagic.families import load_architecture, load_family
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.flux2 import shift
@@ -319,6 +325,37 @@ def test_distilled_models_render_and_do_not_train(edit: Any, base: BaseModel, ch
     assert apply_edits(distilled, [edit], [Cell(0, 1.0, 0)], guided)[0].tobytes() == picture.tobytes()
     one, four = (apply_edits(base, [edit], [Cell(0, 1.0, 0)], way)[0] for way in (settings, guided))
     assert one.tobytes() == picture.tobytes() != four.tobytes()
+
+
+@pytest.mark.parametrize("name", ["klein-distilled", "black-forest-labs/FLUX.2-klein-4B"])
+def test_a_distilled_model_is_refused_before_its_download(name: str, tmp_path: Path) -> None:
+    """Training on the published sibling of few steps is refused by its name alone, and so is a plan for it."""
+    photo().image.save(tmp_path / "photo.png")
+    words = ["edit", str(tmp_path / "photo.png"), SENTENCE, "--model", name, "--out", str(tmp_path / "out")]
+    for command in (words, ["doctor", "--plan", "--model", "klein-distilled", "--vram", "8GB"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 1 and "train on its base (--model klein)" in result.output, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_tells_that_a_file_is_distilled(
+    folder: Path, alone: Callable[..., Path], changed: Callable[..., Path]
+) -> None:
+    """A file whose name says nothing is not trained with the configuration of the sibling of few steps."""
+    given = changed("model_index.json", is_distilled=True)
+    family = load_family(str(alone("tiny")), config_folder=given, vae=folder, text_from=folder)
+    with pytest.raises(WrongFamilyError, match="is_distilled in the configuration given for it"):
+        family.check_trainable()
+
+
+def test_rows_of_another_tokenizer_are_refused(base: BaseModel, edit: Any) -> None:
+    """An embedding of fewer or more rows than its first sentence has with the base's tokenizer is an error, no mix."""
+    start = base.encode_text([edit.start_sentence])
+    rows = edit.conditioning["embeds"]
+    for other in (rows[:-1], torch.cat([rows, rows[-1:]])):
+        with pytest.raises(TensorShapeError, match=f"has {len(other)} rows of its first sentence"):
+            start.completed({"embeds": other}, base.family.text)
+    assert torch.equal(start.completed({"embeds": rows}, base.family.text)["embeds"][0, : len(rows)], rows.float())
 
 
 def test_the_edits_own_settings_are_named_where_a_distilled_model_has_none(

@@ -69,12 +69,13 @@ def plans(
 
     Raises:
         ConfigError: an amount, the size or the format is not valid.
-        ModelError: there is no such model.
+        ModelError: there is no such model, or it cannot be trained.
     """
     budgets = [parse_bytes(amount) for amount in amounts]
     if problems := base_problems(device="auto", weights=weights, attention="auto"):
         raise ConfigError(problems)
     family = load_architecture(model)
+    family.check_trainable()
     multiple = family.sizes.multiple
     if size_px is not None and (size_px < multiple or size_px % multiple):
         raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")

@@ -13,6 +13,7 @@ from ..edits.recorded import sampling_of
 from ..engine.base import BaseModel
 from ..engine.memory import Meter
 from ..errors import LowmemImagicError, OutputError
+from ..families import check_trainable
 from ..pictures import Photo, load_photo
 from ..pipeline.make import make_edits
 from ..pipeline.prepare import Job
@@ -191,12 +192,18 @@ def open_base(
     *,
     load: Callable[[BaseOptions], BaseModel] = load_base,
 ) -> BaseModel:
-    """The base, from `load`, after a check of the sentences by its text encoder."""
+    """The base to train on, from `load`, after a check of the sentences by its text encoder.
+
+    Raises:
+        WrongFamilyError: the model cannot be trained; nothing of it was downloaded.
+    """
     if options.model is None:
         console.say(
             "using the bundled model, which knows only its own little world of solids on floors; "
             "for real photos name one, e.g. `model=sd15`"
         )
+    else:
+        check_trainable(options.model)
     base = load(options)
     console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
     check_sentences(base, sentences, negative, console)

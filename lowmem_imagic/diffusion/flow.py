@@ -60,7 +60,8 @@ class Flow:
     def sampler(
         self, name: str, steps: int, shape: Sequence[int], device: torch.device | str = "cpu", *, guided: bool = True
     ) -> "Euler":
-        """A sampler from noise to a picture of this shape (C, H, W), with `steps` predictions.
+        """A sampler from noise to a picture of this shape (C, H, W), with `steps` predictions, at least two for
+        FireFlow.
 
         Raises:
             ConfigError: the name is unknown.

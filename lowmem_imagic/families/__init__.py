@@ -13,7 +13,7 @@ from .deepfloyd import DeepFloyd
 from .family import Family
 from .files.cascade import ALONE, JOINT, model_name
 from .files.components import pipeline_of
-from .files.configuration import findable
+from .files.configuration import exists_here, findable
 from .files.locate import Source, cached_commit, locate
 from .files.published import PUBLISHED, Published
 from .files.source import DEMO, LICENSES, SHORT_NAMES, Folder
@@ -26,6 +26,7 @@ __all__ = [
     "LICENSES",
     "SHORT_NAMES",
     "cached_commit",
+    "check_trainable",
     "findable",
     "load_architecture",
     "load_family",
@@ -76,6 +77,17 @@ def load_architecture(name: str) -> Family:
     if joint and second == ALONE and "unet_2" in PUBLISHED.get(first, {}):
         return _family_of(Published.of(first, alone=True))
     return load_family(name)
+
+
+def check_trainable(name: str) -> None:
+    """Checks what is known of a model before any of it is downloaded.
+
+    Raises:
+        WrongFamilyError: it is a published model that is distilled to few steps, which training would undo.
+    """
+    known = [short for short, repository in SHORT_NAMES.items() if name in (short, repository) and short in PUBLISHED]
+    if known and (name in SHORT_NAMES or not exists_here(name)):
+        load_architecture(known[0]).check_trainable()
 
 
 def _family_of(source: Source) -> Family:

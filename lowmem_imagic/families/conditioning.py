@@ -107,6 +107,12 @@ class Conditioning(Mapping[str, Tensor]):
             row = tensor.float()
             expected = tuple(self[name].shape[1:]) if name in self else ()
             if name in self and parts[name].own_rows and row.dim() and len(row) < expected[0]:
+                own_rows = len(self.stored(self[name][0], parts[name]))
+                if len(row) != own_rows:
+                    raise TensorShapeError(
+                        f"the edit's embedding has {len(row)} rows of its first sentence, for which the base's "
+                        f"tokenizer has {own_rows}; use the base and the tokenizer that the edit was made for"
+                    )
                 row = torch.cat([row, self[name][0, len(row) :].to(row)]) if row.shape[1:] == expected[1:] else row
             if tuple(row.shape) != expected:
                 raise TensorShapeError(

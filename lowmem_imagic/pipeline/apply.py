@@ -205,7 +205,7 @@ def _noise(base: BaseModel, denoiser: Denoiser, edits: Sequence[Edit], size: Siz
         if not edit.noise:
             raise ConfigError(
                 "start is inverted, but this edit was made without it and has no noise of its photo; "
-                "start from the photo's colours (`start=photo`)"
+                "start from the photo's colours (`start=photo`), or from noise alone (`start=noise`)"
             )
         own = edit.noise[denoiser.name]
         if tuple(own.shape) != tuple(shape):

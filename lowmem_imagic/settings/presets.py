@@ -84,7 +84,7 @@ _LARGE: dict[str, dict[str, dict[str, Any]]] = {
 # Not yet measured on real weights. Stage 2: the rates of the reference trainers of FLUX.2 klein and Z-Image (diffusers
 # and ai-toolkit 1e-4, OneTrainer 3e-4). Stage 1: a tenth of the usual rate, a guess, as no trainer optimises the states
 # of a language model. Guidance: that of the published pipeline. FireFlow brings a photo back from its own noise with a
-# tenth of Euler's error in as many passes.
+# tenth of Euler's error in as many passes. What "paper" does not name here is its schedule for Stable Diffusion.
 _FLOW: dict[str, dict[str, dict[str, Any]]] = {
     "balanced": {
         "embed": {"learning_rate": 1e-3},
@@ -96,7 +96,7 @@ _FLOW: dict[str, dict[str, dict[str, Any]]] = {
         "finetune": {"learning_rate": 3e-4, "adapt": "attn+ff"},
         "sample": {"scheduler": "FireFlow", "guidance_scale": 4.0},
     },
-    "paper": {"sample": {"scheduler": "Euler"}},
+    "paper": {"sample": {"scheduler": "Euler", "guidance_scale": 4.0}},
 }
 # Not yet measured on real weights. Stage 1: the paper's rate for Imagen, which reads the same text encoder as DeepFloyd
 # IF (section 3.3). Stage 2: the layers of diffusers' trainer for DeepFloyd IF, and the sum of its rates over its steps

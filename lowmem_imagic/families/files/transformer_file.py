@@ -91,10 +91,12 @@ class TransformerFile:
 
     @property
     def distilled(self) -> str:
-        """A sign in the file's name that the model is made for few steps; "" if there is none.
+        """A sign in its name, or in a configuration given for it, that the model is made for few steps; "" without one.
 
         Base and distilled transformers differ in nothing but their weights.
         """
+        if self.config_folder and self.configuration.config(".", "model_index.json").get("is_distilled"):
+            return "is_distilled in the configuration given for it"
         if _BASE.search(self.path.stem):
             return ""
         if _NAMED.search(self.path.stem):
