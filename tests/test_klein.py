@@ -7,12 +7,19 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import (
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -450,6 +457,29 @@ def test_look_alikes_in_one_file(tmp_path: Path, name: str, title: str, prefix: 
         load_family(str(tmp_path / "other.safetensors"))
 
 
+FLUX_1 = partial(FluxTransformer2DModel, attention_head_dim=16, axes_dims_rope=(4, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        (FLUX_1, "FLUX.1"),
+        (
+            partial(FLUX_1, guidance_embeds=True),
+            "FLUX",
+        ),
+        (partial(SD3Transformer2DModel, sample_size=8, attention_head_dim=16), "Stable Diffusion 3"),
+        (partial(QwenImageTransformer2DModel, attention_head_dim=16, axes_dims_rope=(4, 4, 8)), "Qwen-Image"),
+    ],
+)
+def test_look_alikes_in_diffusers_layout(tmp_path: Path, model: Callable[..., Any], title: str) -> None:
+    """A transformer that diffusers' own class of another model has written is refused by its name."""
+    small = model(num_layers=1, num_attention_heads=2, joint_attention_dim=8)
+    save_file({name: torch.zeros(1) for name in small.state_dict()}, tmp_path / "other.safetensors")
+    with pytest.raises(WrongFamilyError, match=rf"{title}.*not supported yet; take FLUX"):
+        load_family(str(tmp_path / "other.safetensors"))
+
+
 # Schedule
 
 
@@ -590,6 +620,9 @@ def test_sentences_that_do_not_fit(base: BaseModel) -> None:
         ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "is Stable Diffusion 3 .*not supported yet"),
         ("model_index.json", {"_class_name": "QwenImagePipeline"}, "is Qwen-Image .*not supported yet"),
         ("model_index.json", {"_class_name": "Flux2KleinInpaintPipeline"}, "made for another task"),
+        ("model_index.json", {"_class_name": "Flux2KleinKVPipeline"}, r"is FLUX\.2 klein with another pipeline"),
+        ("model_index.json", {"_class_name": "Flux3KleinPipeline"}, "is another FLUX "),
+        ("model_index.json", {"_class_name": "FluxKontextPipeline"}, r"is FLUX\.1 "),
         ("tokenizer/tokenizer_config.json", {"padding_side": "left"}, "tokenizer"),
         ("tokenizer/tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "names a file elsewhere"),
     ],

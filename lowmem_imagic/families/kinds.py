@@ -219,8 +219,10 @@ _XL_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 _NOT_YET: Mapping[str, str] = {
+    "Flux2Klein": "FLUX.2 klein with another pipeline",
     "Flux2": "FLUX.2 dev, or another large FLUX.2",
-    "Flux": "FLUX.1",
+    r"Flux(?!\d)": "FLUX.1",
+    "Flux": "another FLUX",
     "ZImage": "Z-Image",
     "StableDiffusion3": "Stable Diffusion 3",
     "QwenImage": "Qwen-Image",
@@ -237,7 +239,8 @@ _NOT_YET: Mapping[str, str] = {
     "StableCascade": "Stable Cascade",
     "Wuerstchen": "Wuerstchen",
 }
-"""Models that look alike and are not supported, by the beginning of their pipeline's class; the first one counts."""
+"""Models that look alike and are not supported, by an expression for the beginning of their pipeline's class; the first
+one counts."""
 
 
 _GIVE_BOTH = "give stage I (an IFPipeline, such as `model=if-l`) with stage II in the folder beside it"
@@ -260,6 +263,9 @@ _TRANSFORMERS = (
     (r"(cap_embedder|noise_refiner)\.", "Z-Image or Lumina"),
     (r"joint_blocks\.", "Stable Diffusion 3"),
     (r"transformer_blocks\.\d+\.(img_mod|txt_mod)\.", "Qwen-Image"),
+    # In diffusers' layout.
+    (r"pos_embed\.proj\.", "Stable Diffusion 3, or another model of transformers"),
+    (r"single_transformer_blocks\.\d+\.proj_mlp\.|time_text_embed\.", "FLUX.1, or a model made from it"),
 )
 """Transformers that look alike, by their tensors' names; the first one counts."""
 
@@ -281,7 +287,7 @@ def transformer_prefix(name: str, names: Collection[str]) -> str | None:
 def unsupported(model_index: Mapping[str, Any], label: str) -> WrongFamilyError:
     """The error for a folder of a pipeline that no family reads, with models that work instead."""
     name = pipeline_of(model_index)
-    title = next((title for start, title in _NOT_YET.items() if name.startswith(start)), "")
+    title = next((title for start, title in _NOT_YET.items() if re.match(start, name)), "")
     if "Inpaint" in name or "Pix2Pix" in name or "ControlNet" in name or "Upscale" in name:
         return WrongFamilyError(
             f"{label} is a {name[:60]}, made for another task than pictures from text; give the text-to-image model "
