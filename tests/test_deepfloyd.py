@@ -290,8 +290,8 @@ def test_stage_two_keeps_the_photo_where_stage_one_does(
 def test_fewer_bits_with_checkpointing_have_the_same_gradients(
     folder: Path, checkpointing: bool, weights: str, off: float, steeper: float
 ) -> None:
-    """In 8 bit a prediction differs by a few percent, in 4 bit by a fifth; checkpointing changes no gradient; convolutions
-    at the pixels stay in float."""
+    """In 8 bit a prediction differs by a few percent, in 4 bit by a fifth; checkpointing changes no gradient; outer
+    convolutions stay in float."""
     base, plain = load(folder, weights=weights, checkpointing=checkpointing), load(folder)
     for denoiser in base.denoisers:
         network = base.network(denoiser)
