@@ -418,6 +418,29 @@ def test_a_transformer_alone(
         assert all(torch.equal(theirs[name], tensor) for name, tensor in states[1].items())
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_transformer_in_8_bits_with_scales(alone: Callable[..., Path], folder: Path, per_row: bool) -> None:
+    """A file in fp8 is the base of the numbers that its weights and scales stand for, joined matrices included."""
+    options = {"config_folder": folder, "vae": folder, "text_from": folder}
+    path = alone()
+    stored, meant = dict(tensors := load_file(path)), dict(tensors)
+    for name in (name for name, tensor in tensors.items() if "blocks" in name and tensor.ndim == 2):
+        weight = tensors[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        scale = scale if per_row else scale.max()
+        stored[name] = (weight / scale).to(torch.float8_e4m3fn)
+        stored[name.removesuffix("weight") + "weight_scale"] = scale
+        meant[name] = stored[name].float() * scale
+    assert any(name.endswith("qkv.weight") and stored[name].itemsize == 1 for name in stored)
+    states = []
+    for number, file in enumerate((stored, meant)):
+        copy = path.with_name(f"{number}-klein-base.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in file.items()}, copy)
+        base = BaseModel.load(str(copy), device="cpu", weights="fp32", **options)
+        states.append(base.network(base.denoisers[0]).state_dict())
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
 def test_a_transformer_alone_needs_folders(alone: Callable[..., Path], folder: Path) -> None:
     """Without text encoder, autoencoder or a known configuration, one line names the setting; the name tells the
     distilled model."""

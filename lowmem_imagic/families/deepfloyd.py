@@ -376,5 +376,8 @@ class SecondStage(FirstStage):
 
 
 def _cleaned(sentence: str) -> str:
-    """A sentence as both pipelines clean it before they encode it."""
+    """A sentence as both pipelines clean it before they encode it.
+
+    Their `clean_caption`, which needs two more packages, also takes out markup, addresses and file names.
+    """
     return sentence.lower().strip()
