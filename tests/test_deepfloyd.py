@@ -13,10 +13,14 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, ModelMixin
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from lowmem_imagic import BaseModel, Cell, apply_edits, load_into, make_edits, read_edit, write_edit
+from lowmem_imagic.actions import result_folder
+from lowmem_imagic.cli.commands import app
 from lowmem_imagic.edits.identity import Interface
 from lowmem_imagic.engine import base as engine
 from lowmem_imagic.errors import (
@@ -511,6 +515,41 @@ def test_moved_weights_compute_the_same(folder: Path, weights: str) -> None:
             move_weights(base.network(denoiser), torch.device("cpu"))
             predictions.append(base.predict(denoiser, x, at, given))
     assert all(torch.equal(one, predictions[0]) for one in predictions)
+
+
+def test_the_command_edits_with_a_cascade(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`edit` makes pictures of stage II's size and a file that `inspect` reads; its sheet speaks of no autoencoder."""
+    sheets, drawn = list[list[str]](), result_folder.contact_sheet
+
+    def watched(cells: Any, **how: Any) -> Any:
+        sheets.append([label for label, _ in cells])
+        return drawn(cells, **how)
+
+    monkeypatch.setattr(result_folder, "contact_sheet", watched)
+    photo().image.save(tmp_path / "photo.png")
+    words = ["edit", str(tmp_path / "photo.png"), SENTENCE, "--model", str(folder), "--out", str(tmp_path / "made")]
+    words += [
+        "--steps-embed",
+        "1",
+        "--steps-finetune",
+        "1",
+        "--steps-sample",
+        "2",
+        "--etas",
+        "0,1",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    [labels] = sheets
+    assert labels[:2] == ["photo", "photo at the model's size"] and len(labels) == 5
+    with Image.open(tmp_path / "made" / "eta_1.0.png") as picture:
+        assert picture.size == photo().image.size
+    [made] = (tmp_path / "made").glob("*.safetensors")
+    told = CliRunner().invoke(app, ["inspect", str(made)])
+    assert told.exit_code == 0 and SENTENCE in told.output
 
 
 def test_both_stages_come_from_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Renders finished edits: opens an edit and its base, and renders cells into a folder or onto a sheet."""
 
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -207,7 +208,10 @@ def render(
     first: list[tuple[str, Image.Image]] = []
     if photo is not None:
         round_trip, round_trip_db = _round_trip(base, photo, letterbox(edit, base), meter)
-        first += [("photo", photo.image), ("autoencoder only (no training)", round_trip)]
+        # A model in pixels has no autoencoder: the photo comes back as it is, at the model's size.
+        exact = math.isinf(round_trip_db)
+        round_trip_label = "photo at the model's size" if exact else "autoencoder only (no training)"
+        first += [("photo", photo.image), (round_trip_label, round_trip)]
         fit = _fit(base, edit, config, list(by_eta.values()), round_trip, round_trip_db)
         console.warn(fit.hint)
         report["fit"] = fit.as_json()
