@@ -198,7 +198,9 @@ def share(verdicts: Sequence[bool], target: float | None = None) -> dict[str, An
     return result
 
 
-def grid(samples: Samples, rows: Sequence[int], footer: str) -> Image.Image:
+def grid(
+    samples: Samples, rows: Sequence[int], footer: str, title: str = "Samples of the bundled model"
+) -> Image.Image:
     """The chosen samples with their captions; a red frame marks a wrong shape, colour or floor."""
     cells, right = [], samples.right
     for row in rows:
@@ -207,4 +209,4 @@ def grid(samples: Samples, rows: Sequence[int], footer: str) -> Image.Image:
         picture = Image.fromarray(pixels).resize((160, 160), Image.Resampling.BICUBIC)
         picture = ImageOps.expand(picture, 4, "white" if right[row] else (220, 30, 30))
         cells.append((prompt.caption.removeprefix("a photo of "), picture))
-    return contact_sheet(cells, columns=8, title="Samples of the bundled model", footer=footer, cell_px=168)
+    return contact_sheet(cells, columns=8, title=title, footer=footer, cell_px=168)

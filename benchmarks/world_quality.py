@@ -117,7 +117,8 @@ def main() -> None:
     write_result(args.out.stem, result, path=args.out, origin=provenance(torch.device("cpu")))
     print(json.dumps(result["one_object"]["attributes"], indent=2))
     if args.grid:
-        sheet = grid(samples, range(min(32, args.captions)), f"{args.model.name}, {STEPS} steps")
+        footer = f"guidance {GUIDANCE:g}, {STEPS} steps"
+        sheet = grid(samples, range(min(32, args.captions)), footer, f"Samples of {args.model.name}")
         write_bytes(args.grid, encode_png(sheet), overwrite=True)
 
 
