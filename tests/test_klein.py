@@ -22,7 +22,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import Qwen3ForCausalLM
 from typer.testing import CliRunner
 
@@ -54,6 +54,8 @@ from lowmem_imagic.planning.plan import CUDA_CONTEXT_BYTES, plan
 from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.text import BaseOptions
+from lowmem_imagic.share.export import files_for
+from lowmem_imagic.share.programs import inspected, told
 from tests.tiny_klein import SIDE, original_layout, tiny_tokenizer, write_tiny
 
 SENTENCE = "a photo of a red cube on the grass"
@@ -222,6 +224,68 @@ def test_adapters_load_in_diffusers(plain: BaseModel, edit: Any, folder: Path, t
         with pack.attached(plain.network(denoiser)):
             ours = plain.predict(denoiser, x, at, text)
     assert relative(after, ours) < 1e-5 < relative(after, before)
+
+
+def test_inspect_says_what_other_programs_do(edit: Any, tmp_path: Path) -> None:
+    """ComfyUI and diffusers load all of the adapter; nothing is said of programs that were not tried, and InvokeAI's
+    source refuses the tensors beside it."""
+    write_edit(edit, tmp_path / "edit.safetensors")
+    uses = {use["program"]: use for use in inspected(tmp_path / "edit.safetensors")["programs"]}
+    assert {name: use["loads"] for name, use in uses.items()} == {
+        "diffusers": "all",
+        "peft": "all",
+        "ComfyUI": "all",
+        "A1111, Forge, SD.Next": "unknown",
+        "InvokeAI": "no",
+        "stable-diffusion.cpp": "part",
+    }
+    assert "load_lora_weights" in uses["diffusers"]["does"] and uses["ComfyUI"]["does"] == "the LoRA alone"
+    assert "export to peft" in uses["InvokeAI"]["lacks"]
+    assert "A1111, Forge, SD.Next: unknown: not tried" in told(inspected(tmp_path / "edit.safetensors"))
+
+
+def test_inspect_of_an_edit_of_some_layers(edit: Any, tmp_path: Path) -> None:
+    """An edit of the single blocks loads in ComfyUI and not in stable-diffusion.cpp, which has no names for them."""
+    own = {key: one for key, one in edit.adapters["transformer"].items() if ".single_transformer_blocks." in key}
+    assert 0 < len(own) < len(edit.adapters["transformer"])
+    write_edit(replace(edit, adapters={"transformer": own}), tmp_path / "edit.safetensors")
+    loads = {use["program"]: use["loads"] for use in inspected(tmp_path / "edit.safetensors")["programs"]}
+    assert (loads["ComfyUI"], loads["stable-diffusion.cpp"]) == ("all", "no")
+
+
+def test_exports_load_by_the_lines_of_their_notes(
+    plain: BaseModel, edit: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: Any
+) -> None:
+    """The Python lines beside the exports to peft and diffusers give the transformer the edit's adapter."""
+    [denoiser] = plain.denoisers
+    x, at, text = torch.randn(1, *LATENTS), torch.tensor([0.6]), plain.encode_text([SENTENCE])
+    pack = AdapterPack.load(plain.network(denoiser), denoiser.names, [edit.adapters["transformer"]])
+    with torch.no_grad(), pack.attached(plain.network(denoiser)):
+        ours = plain.predict(denoiser, x, at, text)
+    for program in ("peft", "diffusers"):
+        (tmp_path / program).mkdir()
+        monkeypatch.chdir(tmp_path / program)
+        files = files_for(program, edit, "edit")
+        for name, data in files.items():
+            Path(name).write_bytes(data)
+        pipe = Flux2KleinPipeline.from_pretrained(folder)
+        code = files["README.md"].decode().split("```python\n")[1].split("```")[0]
+        exec(compile(code, program, "exec"), {"pipeline": pipe, "network": pipe.transformer})
+        with torch.no_grad():
+            theirs = denoiser.predict(pipe.transformer, x, at, text)
+        assert relative(theirs, ours) < 1e-5
+
+
+def test_an_exported_embedding_keeps_numbers_beyond_fp16(edit: Any) -> None:
+    """e_opt stays in bfloat16 in ``imagic.safetensors``, where 1e5 would be infinite in fp16; the noise is in fp16."""
+    embeds = edit.conditioning["embeds"].clone()
+    assert embeds.dtype == torch.bfloat16
+    embeds[0, 0] = 1e5
+    large = replace(edit, conditioning={"embeds": embeds})
+    for program in ("peft", "diffusers"):
+        tensors = load(files_for(program, large, "edit")["imagic.safetensors"])
+        assert torch.equal(tensors["text.embeds"], embeds) and tensors["text.embeds"].dtype == torch.bfloat16
+        assert tensors["noise.transformer"].dtype == edit.noise["transformer"].dtype == torch.float16
 
 
 def test_pipelines_of_klein_are_refused_by_name(edit: Any, pipeline: Any) -> None:

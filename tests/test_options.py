@@ -15,7 +15,9 @@ import lowmem_imagic
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.cli.flags import with_flags
+from lowmem_imagic.diffusion.flow import SAMPLERS
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
+from lowmem_imagic.families.files.source import SHORT_NAMES
 from lowmem_imagic.settings.options import FIRST, OPTIONS, PANELS, PICTURES, TRAINING, options_of
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
 from lowmem_imagic.settings.text import BaseOptions, Words
@@ -79,6 +81,13 @@ def test_help_begins_with_the_options_that_people_use_first(command: str) -> Non
     assert titles[:2] == ["Arguments", FIRST] and titles[1:] == [panel for panel in PANELS if panel in titles]
     first = text[text.index(f"{FIRST}:") : text.index(f"{titles[2]}:")]
     assert first.count("\n  --") <= 6 and "--model" in first and "--out" in first
+
+
+def test_help_names_the_models_and_schedulers_of_every_kind_of_model() -> None:
+    """Help names a short name of each kind of model, and the samplers of a flow beside those of other schedules."""
+    help_of = {option.name: option.help for option in options_of("edit")}
+    assert {"sd15", "sdxl", "klein", "if-l"} <= set(re.findall(r"[\w-]+", help_of["model"])) & set(SHORT_NAMES)
+    assert {*SAMPLERS, "DDIM"} <= set(re.findall(r"\w+", help_of["scheduler"]))
 
 
 def test_a_batch_takes_what_an_edit_takes() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
+from lowmem_imagic.settings.presets import GROUPS, preset
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -16,6 +17,22 @@ def test_tables_are_the_committed_results(name):
     """Every table in a document equals the output of `benchmarks.readme` for the result files and presets."""
     text = (REPOSITORY / name).read_text(encoding="utf-8")
     assert readme.filled(text, readme.DOCUMENTS[name]) == text
+
+
+def test_the_guide_has_the_presets_of_every_group():
+    """The guide's second table has a row for each group and preset whose values differ from the first table's."""
+    text = (REPOSITORY / "docs/guide.md").read_text(encoding="utf-8")
+    rows = []
+    for group, presets in GROUPS.items():
+        for name in presets:
+            config = preset(name).for_group(group)
+            embed, finetune, sample = config.embed, config.finetune, config.sample
+            rows.append(
+                f"| `{group}` | `{name}` | {embed.steps} steps, rate {embed.learning_rate:g} "
+                f"| {finetune.steps} steps, rate {finetune.learning_rate:g}, rank {finetune.lora_rank} on "
+                f"`{finetune.adapt}` | {sample.scheduler}, guidance {sample.guidance_scale:g} |"
+            )
+    assert re.findall(r"^\| `(?:large|flow|cascade)` .*$", text, re.MULTILINE) == rows and len(rows) > 6
 
 
 def test_there_are_two_commands_and_ci_runs_one_of_them():

@@ -98,6 +98,8 @@ def test_an_edit_of_several_networks_has_a_folder_for_each(cascade: Edit, tmp_pa
     for denoiser, adapter in edit.adapters.items():
         config = json.loads((folder / denoiser / "adapter_config.json").read_text())
         assert len(config["target_modules"]) == len(adapter)
+    first, note = next(iter(edit.adapters)), (folder / "README.md").read_text()
+    assert f'from_pretrained(pipeline.{first}, "{first}")' in note and "a folder of its own" in note
     for program in ("a1111", "comfyui"):
         with pytest.raises(EditFileError, match="cannot load an edit of"):
             exported(edit, program, tmp_path)

@@ -93,7 +93,8 @@ _WEIGHTS = ("base.weights",)
 _SEEDS_HELP = "comma-separated seeds of the starting noise; 0 is the photo's own, which others vary"
 _ETAS_HELP = "comma-separated: 0 is the photo, 1 the sentence, above 1 beyond it"
 _MODEL_HELP = (
-    "demo, sd14, sd15, sd21, sd21-base, sdxl, ..., a diffusers folder, a .safetensors file or a Hub id [default: demo]"
+    "demo, sd14, sd15, sd21, sdxl, klein, if-m, if-l, if-xl, ..., a diffusers folder, a .safetensors file or a Hub id "
+    "[default: demo]"
 )
 _VRAM_HELP = (
     "stay within this much memory, such as 8GB; chooses checkpointing, rows and batches "
@@ -113,9 +114,10 @@ _KEEP_HELP = "share of the adapter's bytes to keep in the edit file [default: th
 _STRENGTH_HELP = "factor on the adapter, 0 (the base alone) to 2; or one a block: down=0.5,mid=1,up=1.2"
 _MASK_HELP = "keep to the photo where the sentence says nothing new; up to 1, higher keeps more; 0 is off"
 _START_HELP = (
-    "start of denoising: noise; photo (noise over the photo's overall colours); or inverted (the photo's own noise "
-    "over them; the edit must have been trained with it)"
+    "start of denoising: noise; photo (noise over the photo's overall colours; klein has noise alone); or inverted "
+    "(the photo's own noise over them; the edit must have been trained with it)"
 )
+_SCHEDULER_HELP = "diffusers scheduler: DDIM, EulerDiscrete, DPMSolverMultistep, ...; for klein FireFlow or Euler"
 _COMPUTE_HELP = (
     "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs"
 )
@@ -123,8 +125,8 @@ _CONFIG_HELP = (
     "model whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; "
     "needed for SD 2.x and for models of another shape"
 )
-_VAE_HELP = "folder of a model or of an autoencoder; its autoencoder is taken, such as for a file with only a UNet"
-_TEXT_FROM_HELP = "folder of a model whose text encoders are taken, such as for a file with only a UNet"
+_VAE_HELP = "folder whose autoencoder is taken, such as for a file with only a UNet or transformer"
+_TEXT_FROM_HELP = "folder whose text encoders are taken, such as for a file with only a UNet or transformer"
 _ADDRESS_HELP = "address of the Ray cluster; auto for this machine's [default: RAY_ADDRESS, or a new cluster]"
 _EDIT_HELP = "an edit file, or the address of one on the Hugging Face Hub (hub:USER/REPO)"
 _ADDRESS_OF_EDIT_HELP = "USER/REPO, hub:USER/REPO@REVISION, or a link to the Hub"
@@ -227,9 +229,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("steps_sample", _RENDERING + _SHEET, Kind.WHOLE, PICTURES, "denoising steps per image",
            fills=("sample.num_inference_steps",)),
     Option("scheduler", _RENDERING + _SHEET, Kind.TEXT, PICTURES,
-           "diffusers scheduler: DDIM, EulerDiscrete, DPMSolverMultistep, ...", fills=("sample.scheduler",)),
-    Option("batch_rows", _RENDERING + _SHEET, Kind.WHOLE, PICTURES, "UNet rows in one sampling batch at most",
-           fills=("sample.batch_rows",)),
+           _SCHEDULER_HELP, fills=("sample.scheduler",)),
+    Option("batch_rows", _RENDERING + _SHEET, Kind.WHOLE, PICTURES,
+           "rows in one sampling batch at most; a picture takes two with guidance", fills=("sample.batch_rows",)),
     Option("suggest_eta", _RENDERING, Kind.SWITCH, PICTURES,
            "mark the eta that the base model scores best; advisory", False),
     Option("prompt", _SHEET, Kind.TEXT, PICTURES, _PROMPT_HELP),

@@ -236,7 +236,8 @@ class SampleConfig:
     guidance loses some of it. None: the same guidance at every eta, as in the paper."""
     negative_prompt: str = ""
     scheduler: str = "DDIM"
-    """Name of a diffusers scheduler class, with or without "Scheduler"."""
+    """Name of a diffusers scheduler class, with or without "Scheduler"; of a flow, a name in `diffusion.flow.SAMPLERS`,
+    which is a sampler of this package."""
     strength: Strength = 1.0
     """Factor on the adapter: 0 is the base model alone."""
     mask: float = 0.0
@@ -247,9 +248,10 @@ class SampleConfig:
     start: str = "noise"
     """Starting latents, one of `STARTS`. A Stable Diffusion schedule never reaches pure noise in training, so a model
     started from pure noise gives every picture the same medium brightness; "photo" keeps the photo's brightness, and
-    "inverted" its layout too. Training uses this setting as well: draws are anchored to the starting noise."""
+    "inverted" its layout too. A flow begins with pure noise, so "photo" is the same as "noise" there. Training uses
+    this setting as well: draws are anchored to the starting noise."""
     batch_rows: int = 32
-    """UNet rows (images, twice that many with guidance) in one batch at most."""
+    """Rows of a network (images, twice that many with guidance) in one batch at most."""
 
     def __post_init__(self) -> None:
         check = _Check(self)
@@ -281,9 +283,7 @@ class SampleConfig:
         check.choice("start", STARTS)
         check.number("batch_rows", 1, 4096, whole=True)
         if not isinstance(self.scheduler, str) or not self.scheduler.isidentifier():
-            check.problems.append(
-                f"`scheduler` is {reprlib.repr(self.scheduler)}, expected a diffusers scheduler such as DDIM"
-            )
+            check.problems.append(f"`scheduler` is {reprlib.repr(self.scheduler)}, expected a scheduler such as DDIM")
         check.done()
 
 

@@ -188,8 +188,15 @@ def _embeddings(edit: Edit) -> bytes:
         "size": list(edit.source.size),
         "sample": recorded if isinstance(recorded, dict) else {},
     }
-    tensors = {name: tensor.to(torch.float16) for name, tensor in stored_tensors(edit).items()}
+    tensors = {name: _plain(tensor) for name, tensor in stored_tensors(edit).items()}
     return serialize(tensors, {"format": "pt", "imagic": json.dumps(values, sort_keys=True)})
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor in fp16; one in bfloat16, or with numbers beyond fp16, in its own type."""
+    half = tensor.to(torch.float16)
+    fits = tensor.dtype != torch.bfloat16 and bool(half.isfinite().all())
+    return half if fits else tensor
 
 
 def _note(program: str, edit: Edit, name: str) -> bytes:
@@ -197,7 +204,13 @@ def _note(program: str, edit: Edit, name: str) -> bytes:
     template = Template((_NOTES / f"{program}.md").read_text(encoding="utf-8"))
     # The source has none of Markdown's marks but a slash, and names of networks have none but an underscore.
     networks = [f"`{network}`" for network in edit.adapters]
-    words = {"networks": " and ".join(networks), "first": next(iter(edit.adapters))}
+    first, several = next(iter(edit.adapters)), len(networks) > 1
+    words = {
+        "networks": " and ".join(networks),
+        "first": first,
+        "folder": first if several else ".",
+        "each": f" Each of {' and '.join(networks)} has a folder of its own." if several else "",
+    }
     return template.substitute(base=edit.base.source, name=name, **words).encode()
 
 

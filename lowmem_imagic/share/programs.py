@@ -1,6 +1,7 @@
 """What other programs do with an edit file, told from its header; needs no torch.
 
-The facts come from runs of these programs' own code, see ``docs/other_programs.md``.
+The facts come from runs of these programs' own code, or from their source where the words say so; see
+``docs/other_programs.md``.
 """
 
 import os
@@ -25,10 +26,19 @@ A1111 = re.compile(
     rf"{_SAMPLERS})"
 )
 """Layers that A1111 and Forge map (``convert_diffusers_name_to_compvis`` in their ``networks.py``)."""
+_DOUBLE = r"transformer\.transformer_blocks\.\d+\."
+_DOUBLE_ATTENTION = rf"{_DOUBLE}attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+_SINGLE = r"transformer\.single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+FLUX2_COMFYUI = re.compile(rf"{_DOUBLE_ATTENTION}|{_DOUBLE}ff(_context)?\.linear_(in|out)|{_SINGLE}")
+"""Layers of a FLUX.2 that ComfyUI was seen to map (``tests/test_klein_comfyui.py``)."""
+FLUX2_CPP = re.compile(_DOUBLE_ATTENTION)
+"""Those that stable-diffusion.cpp maps (``convert_diffusers_dit_to_original_flux`` in its ``name_conversion.cpp``)."""
 
 _PICTURES = "the photo and the edit at any eta"
 _LORA = "the LoRA alone"
 _NO_INPUT = "the photo and the edit: it has no input for the embedding and the photo's noise"
+_NO_NAMES = "the photo and the edit: it has no names for some layers"
+_UNMIXED = "the photo and the edit, unless you mix the embeddings"
 _MASK = "the mask, which keeps unchanged places"
 
 
@@ -38,15 +48,15 @@ class Use:
 
     program: str
     loads: str
-    """``all`` of the adapter, ``part`` of it, or ``no``."""
+    """``all`` of the adapter, ``part`` of it, ``no``, or ``unknown``."""
     does: str
     """What comes out."""
     lacks: str
-    """What does not."""
+    """What does not; if it does not load, the reason."""
 
     def __str__(self) -> str:
-        if self.loads == "no":
-            return f"cannot load it: {self.lacks}"
+        if self.loads in ("no", "unknown"):
+            return f"{'cannot load it' if self.loads == 'no' else 'unknown'}: {self.lacks}"
         return f"{'loads part of it: ' if self.loads == 'part' else ''}{self.does}; not {self.lacks}"
 
 
@@ -71,16 +81,17 @@ def uses(contents: Mapping[str, Any], layers: Iterable[str], metadata: Mapping[s
         metadata: the file's header strings.
     """
     keys, adapter = list(layers), contents["adapter"]
+    if keys and all(key.startswith("transformer.") for key in keys):
+        return _of_flux2(keys)
     known = has_base(metadata)
     kohya = all(KOHYA.layer.fullmatch(key) for key in keys)
     alike = len(adapter["alphas"]) <= 1
     wrong = "" if alike else "; its own loader scales some layers wrongly in versions 0.33 to 0.42 (export does not)"
-    unmixed = "the photo and the edit, unless you mix the embeddings"
     told = [
         Use("diffusers", "all", f"{_PICTURES}, by load_into{wrong}", _MASK)
         if kohya
-        else Use("diffusers", "all", "the LoRA, by each network's own load_lora_adapter", unmixed),
-        Use("peft", "all", "the LoRA, by export to peft", unmixed),
+        else Use("diffusers", "all", "the LoRA, by each network's own load_lora_adapter", _UNMIXED),
+        Use("peft", "all", "the LoRA, by export to peft", _UNMIXED),
     ]
     others = ("ComfyUI", "A1111, Forge, SD.Next", "InvokeAI", "stable-diffusion.cpp")
     if not (kohya and known):
@@ -92,10 +103,35 @@ def uses(contents: Mapping[str, Any], layers: Iterable[str], metadata: Mapping[s
         *told,
         Use("ComfyUI", comfyui, f"{_PICTURES}, with the nodes of export to comfyui", _MASK)
         if comfyui == "all"
-        else Use("ComfyUI", comfyui, _LORA, "the photo and the edit: it has no names for some layers"),
+        else Use("ComfyUI", comfyui, _LORA, _NO_NAMES),
         Use("A1111, Forge, SD.Next", _loads(keys, A1111), _LORA, _NO_INPUT),
         Use("InvokeAI", "all", _LORA, _NO_INPUT),
         Use("stable-diffusion.cpp", "part" if rank_one else _loads(keys, A1111), _LORA, _NO_INPUT),
+    ]
+
+
+def _of_flux2(keys: list[str]) -> list[Use]:
+    """The uses of an edit of a FLUX.2 klein, whose layers' keys these are."""
+    both = "the LoRA, by its pipeline's load_lora_weights or the network's load_lora_adapter"
+    return [
+        Use("diffusers", "all", both, _UNMIXED),
+        Use("peft", "all", "the LoRA, by export to peft", _UNMIXED),
+        # The nodes for ComfyUI are for Stable Diffusion alone.
+        Use("ComfyUI", comfyui, _LORA, _NO_INPUT if comfyui == "all" else _NO_NAMES)
+        if (comfyui := _loads(keys, FLUX2_COMFYUI)) != "no"
+        else Use("ComfyUI", "unknown", "", "not tried with these layers"),
+        Use("A1111, Forge, SD.Next", "unknown", "", "not tried with edits of this kind"),
+        # Every name in a file must be a LoRA's (``flux_diffusers_lora_conversion_utils.py`` in InvokeAI 6.14).
+        Use(
+            "InvokeAI",
+            "no",
+            "",
+            "by its source it refuses the embedding's tensors beside a LoRA; adapter_model.safetensors of export to "
+            "peft has none",
+        ),
+        Use("stable-diffusion.cpp", "part", f"by its source, {_LORA} on the double blocks' attention", _NO_NAMES)
+        if _loads(keys, FLUX2_CPP) != "no"
+        else Use("stable-diffusion.cpp", "no", "", "by its source it has no names for these layers"),
     ]
 
 
