@@ -57,7 +57,7 @@ class Plan:
     rows: int
     """Most rows of a training pass."""
     batch_rows: int
-    """Most UNet rows of a sampling batch."""
+    """Most network rows of a sampling batch."""
     vae_tiling: bool
     """Whether the autoencoder works in tiles."""
     text_on_cpu: bool

@@ -73,7 +73,7 @@ def suggest_eta(
         optimized: conditioning with e_opt, one row.
         draws: number of (position, noise) draws, the same draws for every eta.
         seed: seed of the draws.
-        max_rows: most UNet rows at once; running out of memory halves it.
+        max_rows: most network rows at once; running out of memory halves it.
 
     Raises:
         ValueError: fewer than two etas.
