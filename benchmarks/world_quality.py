@@ -32,12 +32,12 @@ Draw = Callable[[Sequence[str], Sequence[torch.Generator]], Tensor]
 """Pictures (B, 3, 128, 128) in [-1, 1] from captions, with a generator each."""
 
 
-def cascade(folder: Path) -> Draw:
+def cascade(folder: Path, steps: int) -> Draw:
     """Both stages of a cascade; stage II is in the folder beside."""
     first = IFPipeline.from_pretrained(folder)
     second = IFSuperResolutionPipeline.from_pretrained(folder.parent / STAGES["second"])
     first, second = quiet(first), quiet(second)
-    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "pt"}
+    settings = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
 
     def draw(captions: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
         text = dict(zip(("prompt_embeds", "negative_prompt_embeds"), first.encode_prompt([*captions]), strict=True))
@@ -48,7 +48,7 @@ def cascade(folder: Path) -> Draw:
     return draw
 
 
-def flow(folder: Path) -> Draw:
+def flow(folder: Path, steps: int) -> Draw:
     """A small FLUX.2 klein."""
     pipeline = quiet(Flux2KleinPipeline.from_pretrained(folder))
 
@@ -57,7 +57,7 @@ def flow(folder: Path) -> Draw:
             prompt=[*captions],
             height=SIDE_PX,
             width=SIDE_PX,
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             generator=[*generators],
             output_type="pt",
@@ -73,25 +73,26 @@ def quiet(pipeline: Any) -> Any:
     return pipeline.to(torch.float32)
 
 
-DRAWING: dict[str, Callable[[Path], Draw]] = {"IFPipeline": cascade, "Flux2KleinPipeline": flow}
+DRAWING: dict[str, Callable[[Path, int], Draw]] = {"IFPipeline": cascade, "Flux2KleinPipeline": flow}
 
 
-def drawn(folder: Path, captions: int, *, seed: int, batch: int) -> Samples:
+def drawn(folder: Path, captions: int, *, batch: int = 8, steps: int = STEPS) -> Samples:
     """Pictures of captions of held-out scenes with one object, and the judge's readings.
 
     Args:
         folder: the model.
-        captions: their number.
-        seed: picture number i begins with noise of ``seed + i``.
-        batch: pictures drawn together.
+        captions: their number; picture number i begins with the noise of seed i.
+        batch: pictures drawn together; no picture depends on it.
+        steps: sampling steps, of each stage of a cascade.
     """
-    draw = DRAWING[json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]](folder)
+    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    draw = DRAWING[kind](folder, steps)
     rng = random.Random(f"{SCENE_SEED}/captions")
     prompts = [Prompt.of(scene, rng) for scene in held_out(captions, 0)]
     images = []
     for begin in tqdm(range(0, captions, batch), desc="drawing"):
         some = [prompt.caption for prompt in prompts[begin : begin + batch]]
-        images.append(draw(some, [torch.Generator().manual_seed(seed + begin + row) for row in range(len(some))]))
+        images.append(draw(some, [torch.Generator().manual_seed(begin + row) for row in range(len(some))]))
     pictures = torch.cat(images).float()
     return Samples(prompts, pictures, read(Oracle.load(), pictures, 1))
 
@@ -99,7 +100,9 @@ def drawn(folder: Path, captions: int, *, seed: int, batch: int) -> Samples:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder of one of the two scripts")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="a folder of one of the two scripts, such as in worlds"
+    )
     parser.add_argument("--captions", type=int, default=48, help="number of captions [48]")
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn together [8]")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="write a sheet of the first samples")
@@ -107,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     with torch.no_grad():
-        samples = drawn(args.model, args.captions, seed=0, batch=args.batch)
+        samples = drawn(args.model, args.captions, batch=args.batch)
     result = {
         "model": args.model.name,
         "settings": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE},

@@ -23,6 +23,8 @@ from lowmem_imagic.demo.trainer import Trainer
 
 log = logging.getLogger("benchmarks.world_training")
 
+WORLDS = Path(__file__).parent / "worlds"
+"""The trained models of both scripts."""
 SIDE_PX = 128
 CAPTIONS = 4
 """Captions of a scene; each training step takes one of them."""
