@@ -50,6 +50,8 @@ WORLDS = {
     "cascade-first-adapter": "the same, stage II without its adapter",
 }
 """Methods on the small models of several families, by method."""
+NAMES = ("color", "shape", "floor", "size", "material", "pose")
+"""Attributes in the table of drawing."""
 _PARTS = ("all", *GROUPS)
 """Parts of a half: all kinds, rigid ones, non-rigid ones."""
 
@@ -249,6 +251,20 @@ def families(items: str = VALIDATION.name) -> list[str]:
             photo = f"{median(item['reconstruction_db'] for item in part):.1f} dB"
             means = [f"{mean(values):.2f}" if values else "" for values in (overlaps, at_0)]
             rows.append(_row(WORLDS[name], half, best, *shares, means[0], photo, means[1], part[0]["passes"]))
+    return rows
+
+
+def drawing() -> list[str]:
+    """Rows: how often the small models of several families draw the attributes that a caption names."""
+    rows = _head("model", "captions", *NAMES)
+    found = {"the bundled model": _result("demo_quality").get("samples", {}).get("one_object")}
+    found |= {WORLDS[name]: _result(f"world_quality_{name}").get("one_object") for name in ("flow", "cascade")}
+    if sum(map(bool, found.values())) < 2:
+        return NOTHING
+    for name, part in found.items():
+        if part:
+            shares = [part["attributes"][attribute] for attribute in NAMES]
+            rows.append(_row(name, part["captions"], *(f"{100 * one['share']:.0f} %" if one else "" for one in shares)))
     return rows
 
 

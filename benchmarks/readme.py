@@ -186,6 +186,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "differences, validation": partial(quality_tables.differences, VALIDATION.name),
         "goals, validation": partial(quality_tables.goals, VALIDATION.name),
         "families": quality_tables.families,
+        "drawing": quality_tables.drawing,
         "goals": quality_tables.goals,
         **by_half("test", quality_tables.methods, TEST.name),
         "differences": quality_tables.differences,
