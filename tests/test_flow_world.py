@@ -9,7 +9,8 @@ from diffusers import Flux2KleinPipeline
 from safetensors.torch import load_file
 
 from benchmarks import flow_world
-from benchmarks.world_training import SEED, size_of, world_captions
+from benchmarks.world_quality import drawn
+from benchmarks.world_training import SEED, WORLDS, size_of, world_captions
 from lowmem_imagic import BaseModel
 from lowmem_imagic.demo.pictures import render_batch, scene_at, to_tensor
 
@@ -69,6 +70,15 @@ def test_captions_fit_into_the_short_training(base: BaseModel) -> None:
     assert len(tokenizer.tokenize("a photo of a red metal cube on a grass floor")) == 11
     own = tokenizer(flow_world.chat(tokenizer, captions[0]), padding="max_length", max_length=flow_world.TOKENS)
     assert own.input_ids[: flow_world.SHORT_TOKENS] == ids[0].tolist()
+
+
+def test_the_trained_model_draws_what_is_said() -> None:
+    """diffusers' own pipeline draws named colours and floors with the committed model: 5 of 8 attributes and more."""
+    assert 0 < size_of(WORLDS / flow_world.FOLDER) <= flow_world.MOST_BYTES
+    with torch.no_grad():
+        samples = drawn(WORLDS / flow_world.FOLDER, 4, steps=8)
+    found = samples.summary(1)
+    assert found is not None and sum(found["attributes"][name]["right"] for name in ("color", "floor")) >= 5
 
 
 @pytest.mark.process
