@@ -47,9 +47,11 @@ WORLDS = {
     "balanced": "the bundled model",
     "flow": "a small FLUX.2 klein",
     "cascade": "a small DeepFloyd IF",
-    "cascade-first-adapter": "the same, stage II without its adapter",
+    "cascade-first-adapter": "the same edits, stage II without its adapter",
 }
 """Methods on the small models of several families, by method."""
+FAMILIES, SECOND_ADAPTER = ("balanced", "flow", "cascade"), ("cascade", "cascade-first-adapter")
+"""Methods of the tables on families, and on the worth of a cascade's second adapter."""
 NAMES = ("color", "shape", "floor", "size", "material", "pose")
 """Attributes in the table of drawing."""
 _PARTS = ("all", *GROUPS)
@@ -224,12 +226,13 @@ def suggestion() -> list[str]:
     return rows
 
 
-def families(items: str = VALIDATION.name) -> list[str]:
-    """Rows: the small models of several families, on the items that all of them have; each at its best eta for these.
+def families(names: Iterable[str], items: str = VALIDATION.name) -> list[str]:
+    """Rows: methods on the small models of several families, on the items that all of them have; each at its best eta
+    for these.
 
     Partial results count, too: an item of a cascade takes minutes.
     """
-    measured = {name: result for name in WORLDS if (result := _result(result_name(items, name)))}
+    measured = {name: result for name in names if (result := _result(result_name(items, name)))}
     if len(measured) < 2:
         return NOTHING
     judged = {name: {item["name"]: item for item in result["items"]} for name, result in measured.items()}
