@@ -401,15 +401,27 @@ def test_families_are_compared_on_their_common_items(tmp_path: Path, monkeypatch
     balanced, flow = fake_result(1.0, 360), fake_result(0.5, 240, partial=True)
     flow["items"] = [item for number, item in enumerate(flow["items"]) if number not in (0, 3)]
     for name, result in {"balanced": balanced, "flow": flow}.items():
-        assert quality_tables.families() == quality_tables.NOTHING
+        assert quality_tables.families(quality_tables.FAMILIES) == quality_tables.NOTHING
         (tmp_path / f"{edit_quality.result_name('validation', name)}.json").write_text(json.dumps(result))
     known, strangers = "7 of 7 | 7 of 7 |  | 25.0 dB | ", "7 of 7 | 7 of 7 | 0.90 | 25.0 dB | 0.70"
-    assert quality_tables.families()[2:] == [
+    assert quality_tables.families(quality_tables.FAMILIES)[2:] == [
         f"| the bundled model | known | 0.8 | 7 of 7 | 7 of 7 | 7 of 7 | {known} | 360 |",
         f"| the bundled model | strangers | 0.8 | 7 of 7 | 7 of 7 | 7 of 7 | {strangers} | 360 |",
         f"| a small FLUX.2 klein | known | 0.8 | 3 of 7 | 7 of 7 | 3 of 7 | {known} | 240 |",
         f"| a small FLUX.2 klein | strangers | 0.8 | 3 of 7 | 7 of 7 | 3 of 7 | {strangers} | 240 |",
     ]
+
+
+def test_small_models_are_told_by_what_they_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table has the shares of right attributes of each measured model; captions without an attribute leave a gap."""
+    monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
+    one = {name: {"share": 0.75} for name in quality_tables.NAMES} | {"pose": None}
+    part = {"one_object": {"captions": 48, "attributes": one}}
+    for name, result in {"demo_quality": {"samples": part}, "world_quality_flow": part}.items():
+        assert quality_tables.drawing() == quality_tables.NOTHING
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    shares = "48 | 75 % | 75 % | 75 % | 75 % | 75 % |  |"
+    assert quality_tables.drawing()[2:] == [f"| the bundled model | {shares}", f"| a small FLUX.2 klein | {shares}"]
 
 
 def test_plots_show_both_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
