@@ -195,7 +195,7 @@ def open_base(
     """The base to train on, from `load`, after a check of the sentences by its text encoder.
 
     Raises:
-        WrongFamilyError: the model cannot be trained; nothing of it was downloaded.
+        WrongFamilyError: a published model is named that cannot be trained; it is not downloaded.
     """
     if options.model is None:
         console.say(

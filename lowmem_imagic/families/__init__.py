@@ -80,10 +80,10 @@ def load_architecture(name: str) -> Family:
 
 
 def check_trainable(name: str) -> None:
-    """Checks what is known of a model before any of it is downloaded.
+    """Checks that a published model can be trained, by its name: nothing is downloaded. Any other model passes.
 
     Raises:
-        WrongFamilyError: it is a published model that is distilled to few steps, which training would undo.
+        WrongFamilyError: the model is distilled to few steps, which training would undo.
     """
     known = [short for short, repository in SHORT_NAMES.items() if name in (short, repository) and short in PUBLISHED]
     if known and (name in SHORT_NAMES or not exists_here(name)):
