@@ -49,6 +49,9 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "decoder-only": {"finetune": {"blocks": ("up",)}},
     "keep-all": {"finetune": {"keep": 1.0}},
     "small": {"finetune": {"keep": SMALL_KEEP}},
+    # The longest edit files that the bundled model may have, 600 kB.
+    "keep-24": {"finetune": {"keep": 0.24}},
+    "keep-24-guidance-3": {"finetune": {"keep": 0.24}, "sample": {"guidance_scale": 3.0}},
     "lora-as-published": {
         "embed": {"steps": 25, "draws": 8, "anchor": 0.0, "timesteps": (0.0, 1.0)},
         "finetune": {
@@ -76,6 +79,7 @@ _SAMPLING: dict[str, Mapping[str, Any]] = {
     "decoder-50": {"strength": (1.0, 1.0, 0.5)},
     "projection": {"interpolation": "projection"},
     "guidance-2": {"guidance_scale": 2.0},
+    "guidance-3": {"guidance_scale": 3.0},
     "guidance-4": {"guidance_scale": 4.0},
     "guidance-8": {"guidance_scale": 8.0},
 }
