@@ -118,6 +118,8 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         "in-full": ours(balanced, edits=folder, in_full=True),
         "retarget": ours(balanced, edits=folder, retarget_from=RETARGET_FROM),
         "once": ours(balanced, edits=folder, asked_later=True),
+        "source": ours(balanced, edits=folder, sourced=True),
+        "source-once": ours(balanced, edits=folder, sourced=True, asked_later=True),
         "sdedit": sdedit(plain),
         "ddim-inversion": ddim_inversion(plain),
         "sentence-alone": sentence_alone(plain),

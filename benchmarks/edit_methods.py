@@ -63,7 +63,7 @@ class Outcome:
         )
 
 
-Apply = Callable[[BaseModel, Sequence[Image.Image], Sequence[str], Sequence[float]], Outcome]
+Apply = Callable[..., Outcome]
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,19 @@ class Method:
     """Most items in one call."""
     in_full: bool = False
     """Whether it takes full sentences, see `benchmarks.scene_edits.SceneEdit.in_full`."""
+    sourced: bool = False
+    """Whether it is told what the photos show; `apply` then takes the source prompts as `sources`."""
 
     def __call__(
-        self, base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]
+        self,
+        base: BaseModel,
+        photos: Sequence[Image.Image],
+        sentences: Sequence[str],
+        etas: Sequence[float],
+        *,
+        sources: Sequence[str] = (),
     ) -> Outcome:
-        return self.apply(base, photos, sentences, etas)
+        return self.apply(base, photos, sentences, etas, **({"sources": sources} if self.sourced else {}))
 
 
 def ours(
@@ -92,6 +100,7 @@ def ours(
     in_full: bool = False,
     asked_later: bool = False,
     without: str | None = None,
+    sourced: bool = False,
 ) -> Method:
     """This package, one item at a time; see `packed` for several.
 
@@ -102,13 +111,20 @@ def ours(
         in_full: whether it takes full sentences.
         asked_later: whether it trains for no sentence: the base describes the photo, and the edit is asked afterwards.
         without: a network of the base whose adapter is trained and not applied.
+        sourced: whether pictures are rendered with a source prompt.
     """
 
-    def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
+    def run(
+        base: BaseModel,
+        photos: Sequence[Image.Image],
+        sentences: Sequence[str],
+        etas: Sequence[float],
+        sources: Sequence[str] = (),
+    ) -> Outcome:
         pictures: dict[float, list[Image.Image]] = {eta: [] for eta in etas}
         sizes: list[int] = []
         train_s = sample_s = 0.0
-        for photo, sentence in zip(photos, sentences, strict=True):
+        for number, (photo, sentence) in enumerate(zip(photos, sentences, strict=True)):
             # Read back, because later runs render the file.
             start = retarget_from or sentence
             if asked_later:
@@ -122,7 +138,8 @@ def ours(
             edit = without_adapter(edit, without) if without else edit
             started = time.perf_counter()
             cells = [Cell(0, eta, SEED, config.sample.strength) for eta in etas]
-            made = apply_edits(base, [edit], cells, config.sample, prompts=[sentence])
+            sampling = replace(config.sample, source_prompt=sources[number]) if sourced else config.sample
+            made = apply_edits(base, [edit], cells, sampling, prompts=[sentence])
             sample_s += time.perf_counter() - started
             for eta, picture in zip(etas, made, strict=True):
                 pictures[eta].append(picture)
@@ -134,7 +151,8 @@ def ours(
     settings |= {"in_full": True} if in_full else {}
     settings |= {"asked_later": True} if asked_later else {}
     settings |= {"without": without} if without else {}
-    return Method(settings, run, in_full=in_full)
+    settings |= {"edit_guidance_scale": config.sample.edit_guidance_scale} if sourced else {}
+    return Method(settings, run, in_full=in_full, sourced=sourced)
 
 
 def passes_of(base: BaseModel, config: EditConfig) -> int:

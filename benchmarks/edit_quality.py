@@ -138,7 +138,7 @@ def _apply(items: Sequence[SceneEdit]) -> list[Outcome]:
     """The outcomes of the method for some items at once."""
     [(base, method, etas)] = _bench
     photos, sentences = [item.photo_picture(base.sizes.own[0]) for item in items], [item.sentence for item in items]
-    outcome = method(base, photos, sentences, etas)
+    outcome = method(base, photos, sentences, etas, sources=[item.source for item in items])
     return [outcome.of(number) for number in range(len(items))]
 
 

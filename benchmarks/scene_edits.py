@@ -111,15 +111,24 @@ class SceneEdit:
     @cached_property
     def sentence(self) -> str:
         """The target sentence."""
+        return self._told(self.edited)
+
+    @cached_property
+    def source(self) -> str:
+        """The source prompt: the photo in the words of the sentence, which never mention a detail."""
+        return self._told(self.photo)
+
+    def _told(self, scene: Scene) -> str:
+        """A scene in a sentence with the attributes that the edit is about."""
         phrases = [
             solid.words(
                 size=self.in_full or "size" in self.asked,
                 material=self.in_full or "material" in self.asked,
                 pose=self.in_full or "pose" in self.asked or solid.pose == "lying",
             )
-            for solid in self.edited.objects
+            for solid in scene.objects
         ]
-        place = "" if self.edited.ground else f" on a {self.edited.floor} floor"
+        place = "" if scene.ground else f" on a {scene.floor} floor"
         return f"a photo of {' and '.join(phrases)}{place}"
 
     def photo_picture(self, size_px: int) -> Image.Image:

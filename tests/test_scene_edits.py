@@ -445,13 +445,16 @@ def base() -> BaseModel:
     return BaseModel.load("demo", device="cpu", weights="fp32")
 
 
-@pytest.mark.parametrize("name", ["ours", "packed", "full", "full-alike", "sdedit", "ddim-inversion", "sentence-alone"])
+@pytest.mark.parametrize(
+    "name", ["ours", "sourced", "packed", "full", "full-alike", "sdedit", "ddim-inversion", "sentence-alone"]
+)
 def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: BaseModel, oracle: Oracle) -> None:
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
     full = partial(full_finetuning.full_finetune, 1e-4, embed_steps=2, steps=2, draws=2)
     alike = replace(preset("balanced").sample, num_inference_steps=2)
     method = {
         "ours": edit_methods.ours(WHOLE),
+        "sourced": edit_methods.ours(SMALL, sourced=True),
         "packed": edit_methods.packed(SMALL, slots=2, together=2),
         "full": full(sampling=PLAIN),
         "full-alike": full(sampling=alike),
@@ -462,12 +465,13 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
     before = {key: tensor.clone() for key, tensor in calls.unet(base).state_dict().items()}
     items, etas = VALIDATION.items()[:2], (0.0, 0.5, 1.0)
     photos = [item.photo_picture(base.sizes.own[0]) for item in items]
-    outcome = method(base, photos, [item.sentence for item in items], etas)
+    sources = [item.source for item in items]
+    outcome = method(base, photos, [item.sentence for item in items], etas, sources=sources)
     results = [edit_quality.judged(oracle, item, outcome.of(i), base) for i, item in enumerate(items)]
     verdicts = edit_quality.along_eta(results)
     assert all(torch.equal(tensor, before[key]) for key, tensor in calls.unet(base).state_dict().items())
     assert not any(parameter.requires_grad for parameter in calls.unet(base).parameters())
-    assert outcome.passes == (8 if name in ("ours", "packed", "full", "full-alike") else 0)
+    assert outcome.passes == (8 if name in ("ours", "sourced", "packed", "full", "full-alike") else 0)
     assert set(verdicts) == set(etas) and all(len(found) == 2 for found in verdicts.values())
     result = edit_quality.report(results, edit_quality.best_eta(verdicts))
     assert result["eta"] in (0.5, 1.0)

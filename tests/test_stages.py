@@ -411,6 +411,59 @@ def test_sampling_is_the_loop_written_out(
     assert relative(result, latents) < 1e-5
 
 
+@pytest.mark.parametrize("photo_guidance", [1.0, 2.5])
+@pytest.mark.parametrize("eta", [-0.5, 0.6])
+def test_a_source_prompt_adds_what_the_sentence_says_otherwise(
+    eta: float,
+    photo_guidance: float,
+    base: Any,
+    text: Tensor,
+    edits: tuple[AdapterPack, Tensor],
+    relative: Callable[..., float],
+) -> None:
+    """With a source prompt, latents equal a loop by hand over the photo's prediction, under e_opt with the adapter and
+    with its own guidance, plus the difference of sentence and source prompt without the adapter, times eta."""
+    pack, optimized = edits
+    config = SampleConfig(
+        num_inference_steps=5, photo_guidance=photo_guidance, source_prompt="a red cube", edit_guidance_scale=3.0
+    )
+    cell = Cell(edit=1, eta=eta, seed=8, strength=0.7)
+    result = calls.sample(base, pack, text, optimized, [cell], config)
+
+    steps = diffusers.DDIMScheduler.from_config(base.family.scheduler_config)
+    steps.set_timesteps(5)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    empty, source = calls.encode_text(base, ["", "a red cube"]).split(1)
+
+    def predicted(embedding: Tensor, strength: float) -> Tensor:
+        pack.set_rows(torch.tensor([1]), torch.full((1, 3), strength))
+        with torch.no_grad(), pack.attached(calls.unet(base)):
+            return calls.unet(base)(latents, t, encoder_hidden_states=embedding).sample
+
+    for t in steps.timesteps:
+        without = predicted(empty, 0.7)
+        photo = without + photo_guidance * (predicted(optimized[1:2], 0.7) - without)
+        prediction = photo + 3.0 * eta * (predicted(text[1:2], 0.0) - predicted(source, 0.0))
+        latents = steps.step(prediction, t, latents).prev_sample
+    assert relative(result, latents) < 1e-5
+
+
+def test_with_a_source_prompt_eta_0_is_still_the_photo(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]
+) -> None:
+    """A source prompt leaves the picture at eta 0 as it is, and one equal to the sentence leaves every eta there."""
+    pack, optimized = edits
+
+    def render(eta: float, target: Tensor = text, **settings: Any) -> Tensor:
+        config = SampleConfig(num_inference_steps=2, photo_guidance=1.0, **settings)
+        return calls.sample(base, pack, target, optimized, [Cell(edit=0, eta=eta, seed=0)], config)
+
+    photo, same = render(0.0), calls.encode_text(base, ["a red cube"] * len(text))
+    assert torch.equal(render(0.0, source_prompt="a red cube"), photo)
+    torch.testing.assert_close(render(1.0, same, source_prompt="a red cube"), photo)
+    assert not torch.allclose(render(1.0, source_prompt="a red cube"), photo)
+
+
 CELLS = [
     Cell(edit=2, eta=0.0, seed=0),
     Cell(edit=0, eta=1.0, seed=1, guidance_scale=1.0),
@@ -420,9 +473,12 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("scheduler", "source"), [*((name, None) for name in SCHEDULERS), (SCHEDULERS[0], "a red cube")]
+)
 def test_an_image_does_not_depend_on_its_batch(
     scheduler: str,
+    source: str | None,
     base: Any,
     text: Tensor,
     edits: tuple[AdapterPack, Tensor],
@@ -430,12 +486,14 @@ def test_an_image_does_not_depend_on_its_batch(
 ) -> None:
     """An image is the same rendered alone, with all others at once, and in batches of 1 and 5 rows.
 
-    This holds for any edits, etas, seeds, strengths and guidance of the others.
+    This holds for any edits, etas, seeds, strengths and guidance of the others, and with a source prompt.
     """
     pack, optimized = edits
 
     def render(cells: Sequence[Cell], batch_rows: int) -> Tensor:
-        config = SampleConfig(num_inference_steps=3, scheduler=scheduler, batch_rows=batch_rows, start="photo")
+        config = SampleConfig(
+            num_inference_steps=3, scheduler=scheduler, batch_rows=batch_rows, start="photo", source_prompt=source
+        )
         return calls.sample(base, pack, text, optimized, cells, config, coarse_latents=coarse(latents_of(), 4))
 
     together = render(CELLS, 64)
@@ -539,19 +597,33 @@ def test_guidance_one_runs_no_unconditional_rows(
     assert torch.equal(seen[0][2], expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "rows", "done"),
+    [
+        ({}, [4, 4, 4, 4, 2, 2], [2, 4, 6, 8, 9, 10]),
+        ({"source_prompt": "a red cube", "photo_guidance": 1.0}, [3] * 10, range(1, 11)),
+    ],
+)
 def test_no_batch_exceeds_the_limit(
-    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any],
+    rows: list[int],
+    done: Sequence[int],
+    base: Any,
+    text: Tensor,
+    edits: tuple[AdapterPack, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A batch has at most `batch_rows` rows, guidance included; reported are the steps of all images so far."""
+    """A batch has at most `batch_rows` rows, those of guidance and of a source prompt included; reported are the steps
+    of all images so far."""
     pack, optimized = edits
     seen, reports = [], []
     predict = calls.plain(base)
     monkeypatch.setattr(base, "predict", calls.in_place(lambda x, t, e: seen.append(len(x)) or predict(x, t, e)))
-    config = SampleConfig(num_inference_steps=2, batch_rows=5)
+    config = SampleConfig(num_inference_steps=2, batch_rows=5, **settings)
     cells = [Cell(edit=0, eta=0.5, seed=seed) for seed in range(5)]
     calls.sample(base, pack, text, optimized, cells, config, lambda *report: reports.append(report[:2]))
-    assert seen == [4, 4, 4, 4, 2, 2]
-    assert reports == [(steps, 10) for steps in (2, 4, 6, 8, 9, 10)]
+    assert seen == rows
+    assert reports == [(steps, 10) for steps in done]
 
 
 def test_sampling_restores_the_base(base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]) -> None:

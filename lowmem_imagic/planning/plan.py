@@ -253,9 +253,12 @@ class _Planner:
     def batch_rows(self, resident: int) -> int:
         """Most rows of a sampling batch; 0 if not even one image fits."""
         sampling = self._config.sample
+        sourced = sampling.source_prompt is not None
+        scales = {sampling.photo_guidance, sampling.guidance_scale}
+        if sourced and sampling.photo_guidance is not None:
+            scales = {sampling.photo_guidance}
         # A mask compares two predictions, so it needs two rows.
-        alone = sampling.guidance_scale == 1 and sampling.photo_guidance in (None, 1) and not sampling.mask
-        least = 1 if alone else 2
+        least = max(1 + bool(scales - {None, 1}) + 2 * sourced, 2 if sampling.mask else 1)
         rows = max(self._config.sample.batch_rows, least)
         while rows >= least and self._costs.sample(rows) > self._available - resident:
             rows = max(least, rows // 2) if rows > least else 0

@@ -63,19 +63,25 @@ class _Conditions:
     parts: Mapping[str, Part]
     path: Path | None
     """None for a denoiser that does not follow eta."""
+    source: Conditioning | None = None
+    """The source prompt's, one row."""
 
     def at(self, etas: Sequence[float]) -> Conditioning:
-        """Sets the adapters' rows; returns the conditioning at these etas: B rows, or 2 B with the negative first."""
+        """Sets the adapters' rows; returns the conditioning at these etas, B rows each: the negative's if there is one,
+        then the pictures', then with a source prompt the sentences' and the source prompt's, which have no adapter."""
         text = self.target
-        if self.path is not None:
+        if self.source is not None:
+            text = self.optimized
+        elif self.path is not None:
             text = self.optimized.mix(text, torch.tensor(etas), self.path, self.parts)
-        copies = 1 if self.negative is None else 2
+        texts = [text] if self.negative is None else [self.negative.expand(text.count), text]
+        strengths = [self.strengths] * len(texts)
+        if self.source is not None:
+            texts += [self.target, self.source.expand(text.count)]
+            strengths += [torch.zeros_like(self.strengths)] * 2
         if self.pack is not None:
-            self.pack.set_rows(self.rows.repeat(copies), self.strengths.repeat(copies, 1))
-        conditioning = text | self.extra
-        if self.negative is None:
-            return conditioning
-        return Conditioning.cat([self.negative.expand(text.count) | self.extra, conditioning])
+            self.pack.set_rows(self.rows.repeat(len(texts)), torch.cat(strengths))
+        return Conditioning.cat([one | self.extra for one in texts])
 
 
 class _Photo(NamedTuple):
@@ -92,7 +98,8 @@ def _guidance(cell: Cell, config: SampleConfig, guided: bool) -> float:
     if not guided:
         return 1.0
     scale = config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
-    return guidance_at(cell.eta, scale, config.photo_guidance)
+    # With a source prompt, a picture has the photo's prediction at every eta.
+    return guidance_at(0.0 if config.source_prompt is not None else cell.eta, scale, config.photo_guidance)
 
 
 def sample(
@@ -112,10 +119,11 @@ def sample(
 ) -> dict[str, Tensor]:
     """Latents (len(cells), C, H, W) by denoiser, fp32 on the CPU, in the order of `cells`; the last one's are decoded.
 
-    Uses classifier-free guidance (see `SampleConfig.photo_guidance`) where the base has it, and starts from
-    `SampleConfig.start`. Rows are (edit, eta, seed, strength, guidance) and never influence each other: an image does
-    not depend on the others in its batch. With `SampleConfig.mask`, the photo (eta 0) is rendered before its edits,
-    even if it is not in `cells`. In a cascade, each denoiser takes the results of the one before it.
+    Uses classifier-free guidance (see `SampleConfig.photo_guidance`) where the base has it, or a source prompt (see
+    `SampleConfig.source_prompt`), and starts from `SampleConfig.start`. Rows are (edit, eta, seed, strength, guidance)
+    and never influence each other: an image does not depend on the others in its batch. With `SampleConfig.mask`, the
+    photo (eta 0) is rendered before its edits, even if it is not in `cells`. In a cascade, each denoiser takes the
+    results of the one before it.
 
     Args:
         base: the frozen base.
@@ -174,7 +182,8 @@ def sample(
             row_of=row_of,
             optimized=optimized if denoiser.follows_eta or start is None else start,
             config=config,
-            negative=base.encode_text([config.negative_prompt]).rows(slice(1)),
+            negative=base.encode_text([config.negative_prompt]),
+            source=None if config.source_prompt is None else base.encode_text([config.source_prompt]),
             size=size or base.sizes.own,
             lower=ends if number else None,
             lower_masks=masks,
@@ -209,6 +218,8 @@ class _Renderer:
     config: SampleConfig
     negative: Conditioning
     """One row."""
+    source: Conditioning | None
+    """The source prompt's, one row."""
     size: Size
     lower: Mapping[Cell, Tensor] | None
     """Latents (C, H, W) of the previous denoiser; None for the first."""
@@ -272,7 +283,7 @@ class _Renderer:
             kept: the photos of the masked cells.
             whole: return the latents after every step instead, (S, C, H, W).
         """
-        waiting = list(_batches(cells, self.config.batch_rows, self.base.most_images))
+        waiting = list(_batches(cells, self.config, self.base.most_images))
         rendered: dict[Cell, Tensor] = {}
 
         def fewer() -> bool:
@@ -359,13 +370,15 @@ class _Renderer:
         self.base.fall_back(f"{most} images a sampling batch")
 
     def _batch(self, cells: Sequence[Cell], kept: Mapping[Cell, _Photo], whole: bool) -> Tensor:
-        """Latents (B, 1, C, H, W) of cells that all have guidance or all have none; `whole`: after every step
-        (B, S, C, H, W)."""
+        """Latents (B, 1, C, H, W) of cells of one kind (see `_parts`); `whole`: after every step (B, S, C, H, W)."""
         base, config = self.base, self.config
         scales = torch.tensor([cell.guidance_scale for cell in cells]).view(-1, 1, 1, 1)
         share = self.denoiser.guidance_share
         # As it is for a share of 1: the other way of writing it rounds.
         guidance = (scales if share == 1 else 1 + share * (scales - 1)).to(base.device) if scales[0] != 1 else None
+        source = self.source if cells[0].eta else None
+        etas = torch.tensor([cell.eta for cell in cells]).view(-1, 1, 1, 1)
+        edit_guidance = (share * config.edit_guidance_scale * etas).to(base.device)
         sampler = self.denoiser.schedule.sampler(
             config.scheduler,
             config.num_inference_steps,
@@ -388,6 +401,7 @@ class _Renderer:
             self.denoiser.drawn(self._extra(cells), generators, training=False),
             base.family.text,
             PATHS[config.interpolation] if self.denoiser.follows_eta else None,
+            source,
         )
         masked = [row for row, cell in enumerate(cells) if cell in kept]
         photos = [kept[cells[row]] for row in masked]
@@ -398,12 +412,16 @@ class _Renderer:
         attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(network)
         with base.used(), torch.no_grad(), attached:
             for step, at in enumerate(sampler.at):
-                both = latents if guidance is None else torch.cat([latents, latents])
-                scaled = sampler.scaled(both, step)
+                scaled = sampler.scaled(latents.repeat(conditioning.count // len(cells), 1, 1, 1), step)
                 prediction = base.predict(self.denoiser, scaled, at.expand(len(scaled)), conditioning).float()
+                parts = list(prediction.split(len(cells)))
+                # In the order of `_Conditions.at`.
+                prediction = parts.pop(0)
                 if guidance is not None:
-                    unconditional, conditional = prediction.chunk(2)
-                    prediction = guide(unconditional, conditional, guidance)
+                    prediction = guide(prediction, parts.pop(0), guidance)
+                if source is not None:
+                    sentence, described = parts
+                    prediction = prediction + edit_guidance * (sentence - described)
                 latents = sampler.stepped(prediction, step, latents, generators)
                 if masks is not None:
                     below = torch.stack([photo.path[step] for photo in photos]).to(latents)
@@ -432,13 +450,19 @@ class _Renderer:
             self.progress(self.done * each + steps, self.images * each, remark)
 
 
-def _batches(cells: Sequence[Cell], batch_rows: int, most_images: int | None) -> Iterator[list[Cell]]:
-    """Yields batches of cells, ordered by edit, of at most `batch_rows` rows and `most_images` images.
+def _parts(cell: Cell, config: SampleConfig) -> tuple[bool, bool]:
+    """Whether an image has guidance, which takes a second row, and a source prompt, which takes two more."""
+    return cell.guidance_scale != 1, config.source_prompt is not None and cell.eta != 0
 
-    An image takes one row with guidance 1 and two rows otherwise; the two kinds go into separate batches.
-    """
-    for guided in (False, True):
-        order = sorted((cell for cell in cells if (cell.guidance_scale != 1) == guided), key=lambda cell: cell.edit)
-        size = max(1, min(batch_rows // (2 if guided else 1), most_images or batch_rows))
+
+def _batches(cells: Sequence[Cell], config: SampleConfig, most_images: int | None) -> Iterator[list[Cell]]:
+    """Yields batches of cells of one kind (see `_parts`), ordered by edit, of at most `SampleConfig.batch_rows` rows
+    and `most_images` images."""
+    for guided, sourced in ((False, False), (True, False), (False, True), (True, True)):
+        order = sorted(
+            (cell for cell in cells if _parts(cell, config) == (guided, sourced)), key=lambda cell: cell.edit
+        )
+        rows = 1 + guided + 2 * sourced
+        size = max(1, min(config.batch_rows // rows, most_images or config.batch_rows))
         for begin in range(0, len(order), size):
             yield order[begin : begin + size]
