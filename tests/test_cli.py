@@ -216,6 +216,8 @@ def test_sample_takes_every_knob(run, finished):
         "mask": ("--mask", "1"),
         "guidance": ("--guidance", "7"),
         "negative": ("--negative", "a red cube"),
+        "source": ("--source", "a red cube"),
+        "edit guidance": ("--source", "a red cube", "--edit-guidance", "5"),
     }
     for out, knob in {"plain": (), **knobs}.items():
         result = run("sample", finished, "--out", out, "--etas", "0.5", "--steps-sample", 2, "--quiet", *knob)
@@ -226,6 +228,8 @@ def test_sample_takes_every_knob(run, finished):
     assert "Imagic strength: down=0 mid=1 up=1.5" in said["strength"]
     assert "Imagic interpolation: projection" in said["interpolation"] and "Imagic start: noise" in said["start"]
     assert "Imagic mask: 1" in said["mask"]
+    assert "CFG scale: 1.0," in said["source"] and "Imagic source: a red cube" in said["source"]
+    assert "Imagic edit guidance: 5" in said["edit guidance"]
 
 
 def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):

@@ -33,7 +33,8 @@ _TRAINING = (
     "--steps-finetune --vram"
 )
 _SHEET = (
-    "--batch-rows --etas --interpolation --mask --negative --photo-guidance --scheduler --seeds --start --steps-sample"
+    "--batch-rows --edit-guidance --etas --interpolation --mask --negative --photo-guidance --scheduler --seeds "
+    "--source --start --steps-sample"
 )
 _RENDERING = f"{_SHEET} --guidance --strength --suggest-eta"
 FLAGS = {

@@ -19,7 +19,7 @@ from ..pipeline.make import make_edits
 from ..pipeline.prepare import Job
 from ..pipeline.versions import versions
 from ..planning.plan import Budget, Plan, plan_for, planned
-from ..settings.stages import EditConfig
+from ..settings.stages import EditConfig, SampleConfig
 from ..settings.text import BaseOptions, check_pictures, check_suggestable
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
@@ -50,7 +50,7 @@ def edit(
         check_suggestable(config.sample)
     source = load_photo(photo, background=background)
     folder = ResultFolder.prepare(out or Path(_default_name(source, sentences)), overwrite=force)
-    base = open_base(options, console, sentences, config.sample.negative_prompt)
+    base = open_base(options, console, sentences, config.sample)
     budget = Budget.of(base.device, vram)
     config, plan = fit_memory(base, config, budget, console)
     loaded_s = time.perf_counter() - started
@@ -188,11 +188,11 @@ def open_base(
     options: BaseOptions,
     console: Console,
     sentences: Sequence[str],
-    negative: str = "",
+    sampling: SampleConfig | None = None,
     *,
     load: Callable[[BaseOptions], BaseModel] = load_base,
 ) -> BaseModel:
-    """The base to train on, from `load`, after a check of the sentences by its text encoder.
+    """The base to train on, from `load`, after a check of the sentences by its text encoder, those of `sampling` too.
 
     Raises:
         WrongFamilyError: a published model is named that cannot be trained; it is not downloaded.
@@ -206,7 +206,7 @@ def open_base(
         check_trainable(options.model)
     base = load(options)
     console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
-    check_sentences(base, sentences, negative, console)
+    check_sentences(base, sentences, sampling or SampleConfig(), console)
     return base
 
 

@@ -21,6 +21,7 @@ from ..pipeline.apply import NO_SENTENCE, Latents, check_base, decode_canvases, 
 from ..pipeline.prepare import check_sentence
 from ..pipeline.prepare import check_sentences as check_together
 from ..pipeline.versions import versions
+from ..plain_text import one_line
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
 from ..settings.stages import DROPPED, SampleConfig, strength_text
@@ -91,7 +92,7 @@ def open_edit(
     console.warn(check_base(edit, base))
     console.warn(_without(edit))
     console.warn(_unguided(base, config))
-    check_sentences(base, sentences, config.negative_prompt, console)
+    check_sentences(base, sentences, config, console)
     if prompts:
         trained = "for" if edit.sentences == (edit.start_sentence,) else "from"
         console.say(f"trained {trained} {edit.start_sentence!r}, rendered under {', '.join(map(repr, prompts))}")
@@ -128,19 +129,21 @@ def _unguided(base: BaseModel, config: SampleConfig) -> str:
     )
 
 
-def check_sentences(base: BaseModel, sentences: Sequence[str], negative: str, console: Console) -> None:
+def check_sentences(base: BaseModel, sentences: Sequence[str], config: SampleConfig, console: Console) -> None:
     """Warns about words that the text encoder cuts off, and about words that the base does not know.
 
     Raises:
         PromptError: a sentence is empty, stands there twice, or has unprintable characters.
     """
     check_together(sentences)
-    check_sentence(negative)
-    for sentence in [*sentences, *filter(None, [negative])]:
+    others = [sentence for sentence in (config.negative_prompt, config.source_prompt) if sentence]
+    for sentence in others:
+        check_sentence(sentence)
+    for sentence in [*sentences, *others]:
         cut = base.family.check_prompt(sentence)
         if cut:
             console.warn(f"the text encoder reads {base.family.sentence_tokens} tokens; cut from the sentence: {cut!r}")
-    console.warn(_unknown_words(base, sentences))
+    console.warn(_unknown_words(base, [*sentences, config.source_prompt]))
 
 
 def _unknown_words(base: BaseModel, sentences: Sequence[str]) -> str:
@@ -358,6 +361,9 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Conta
 
 def _guidance_text(config: SampleConfig) -> str:
     """The guidance in a sheet's footer."""
+    if config.source_prompt:
+        photo = config.guidance_scale if config.photo_guidance is None else config.photo_guidance
+        return f"{photo:g}, edit guidance {config.edit_guidance_scale:g} from {one_line(config.source_prompt)!r}"
     photo = "" if config.photo_guidance is None else f"{config.photo_guidance:g} at eta 0, "
     return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 

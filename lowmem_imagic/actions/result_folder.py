@@ -198,15 +198,21 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     if parameters.get("negative_prompt"):
         lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")
     scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale
+    source = parameters.get("source_prompt")
     entries = {
         "Steps": parameters["num_inference_steps"],
         "Sampler": parameters["scheduler"],
-        "CFG scale": round(guidance_at(cell.eta, scale, parameters["photo_guidance"]), 4),
+        "CFG scale": round(guidance_at(0.0 if source else cell.eta, scale, parameters["photo_guidance"]), 4),
         "Seed": cell.seed,
         "Model": _quoted(parameters["model"]),
         "Imagic eta": cell.eta,
         "Imagic strength": strength_text(cell.strength),
         "Imagic interpolation": parameters["interpolation"],
+        **(
+            {"Imagic source": _quoted(source), "Imagic edit guidance": parameters["edit_guidance_scale"]}
+            if source
+            else {}
+        ),
         "Imagic start": parameters["start"],
         "Imagic mask": parameters["mask"],
         "Version": f"lowmem-imagic {parameters['version']}",

@@ -159,7 +159,7 @@ class Batch:
             group = self._group(item)
             base = self._bases(group.model)
             silent = Silent()
-            check_sentences(base, [item.sentence], group.config.sample.negative_prompt, silent)
+            check_sentences(base, [item.sentence], group.config.sample, silent)
             file = photo_file(item.photo)
             job = job_id(
                 item.name, file.sha256, item.sentence, group.config, base, self._background, suggest=self._suggest

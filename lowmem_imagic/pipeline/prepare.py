@@ -130,9 +130,9 @@ class Prepared(Iterator[TrainingInput]):
                 self._base.family.check_prompt(sentence)
         starts = [self._start(job) for job in jobs]
         with measured_stage(self._meter, "encode", "`device=cpu`"):
-            # The negative prompt is for sampling and the empty one for inversion: the text encoder is loaded once.
-            asked = [sentence for job in jobs for sentence in job.sentences]
-            text = self._base.encode_text([*starts, *asked, self._config.sample.negative_prompt, ""])
+            # Negative and source prompt are for sampling and the empty one for inversion: the encoder is loaded once.
+            asked, sampling = [sentence for job in jobs for sentence in job.sentences], self._config.sample
+            text = self._base.encode_text([*starts, *asked, sampling.negative_prompt, sampling.source_prompt, ""])
             boxes = [self._letterbox(job.photo) for job in jobs]
             for size in dict.fromkeys(box.size for box in boxes):
                 numbers = [number for number, box in enumerate(boxes) if box.size == size]

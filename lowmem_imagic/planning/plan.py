@@ -253,7 +253,7 @@ class _Planner:
     def batch_rows(self, resident: int) -> int:
         """Most rows of a sampling batch; 0 if not even one image fits."""
         sampling = self._config.sample
-        sourced = sampling.source_prompt is not None
+        sourced = bool(sampling.source_prompt)
         scales = {sampling.photo_guidance, sampling.guidance_scale}
         if sourced and sampling.photo_guidance is not None:
             scales = {sampling.photo_guidance}

@@ -99,7 +99,7 @@ def _guidance(cell: Cell, config: SampleConfig, guided: bool) -> float:
         return 1.0
     scale = config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
     # With a source prompt, a picture has the photo's prediction at every eta.
-    return guidance_at(0.0 if config.source_prompt is not None else cell.eta, scale, config.photo_guidance)
+    return guidance_at(0.0 if config.source_prompt else cell.eta, scale, config.photo_guidance)
 
 
 def sample(
@@ -183,7 +183,7 @@ def sample(
             optimized=optimized if denoiser.follows_eta or start is None else start,
             config=config,
             negative=base.encode_text([config.negative_prompt]),
-            source=None if config.source_prompt is None else base.encode_text([config.source_prompt]),
+            source=base.encode_text([config.source_prompt]) if config.source_prompt else None,
             size=size or base.sizes.own,
             lower=ends if number else None,
             lower_masks=masks,
@@ -219,7 +219,7 @@ class _Renderer:
     negative: Conditioning
     """One row."""
     source: Conditioning | None
-    """The source prompt's, one row."""
+    """The source prompt's, one row; None without one."""
     size: Size
     lower: Mapping[Cell, Tensor] | None
     """Latents (C, H, W) of the previous denoiser; None for the first."""
@@ -452,7 +452,7 @@ class _Renderer:
 
 def _parts(cell: Cell, config: SampleConfig) -> tuple[bool, bool]:
     """Whether an image has guidance, which takes a second row, and a source prompt, which takes two more."""
-    return cell.guidance_scale != 1, config.source_prompt is not None and cell.eta != 0
+    return cell.guidance_scale != 1, bool(config.source_prompt) and cell.eta != 0
 
 
 def _batches(cells: Sequence[Cell], config: SampleConfig, most_images: int | None) -> Iterator[list[Cell]]:

@@ -117,6 +117,10 @@ _START_HELP = (
     "start of denoising: noise; photo (noise over the photo's overall colours; klein has noise alone); or inverted "
     "(the photo's own noise over them; the edit must have been trained with it)"
 )
+_SOURCE_HELP = (
+    "what the photo shows now, in words as the sentence's: only what the two say differently changes, and the photo's "
+    'own details stay; "" for the path of embeddings'
+)
 _SCHEDULER_HELP = "diffusers scheduler: DDIM, EulerDiscrete, DPMSolverMultistep, ...; for klein FireFlow or Euler"
 _COMPUTE_HELP = (
     "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs"
@@ -222,6 +226,9 @@ OPTIONS: tuple[Option, ...] = (
            "guidance at eta 0; rises evenly to the full scale at eta 1", fills=("sample.photo_guidance",)),
     Option("negative", _RENDERING + _SHEET, Kind.TEXT, PICTURES, "sentence to steer away from",
            fills=("sample.negative_prompt",)),
+    Option("source", _RENDERING + _SHEET, Kind.TEXT, PICTURES, _SOURCE_HELP, fills=("sample.source_prompt",)),
+    Option("edit_guidance", _RENDERING + _SHEET, Kind.NUMBER, PICTURES,
+           "scale of the difference between sentence and source, at eta 1", fills=("sample.edit_guidance_scale",)),
     Option("start", _RENDERING + _SHEET, Kind.TEXT, PICTURES, _START_HELP, fills=("sample.start",)),
     Option("interpolation", _RENDERING + _SHEET, Kind.TEXT, PICTURES,
            f"path from the photo's embedding to the sentence's: {', '.join(INTERPOLATIONS)}",

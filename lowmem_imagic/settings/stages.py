@@ -235,10 +235,10 @@ class SampleConfig:
     """Guidance at eta 0; it rises evenly to `guidance_scale` at eta 1. Without guidance e_opt reproduces the photo;
     guidance loses some of it. None: the same guidance at every eta, as in the paper."""
     negative_prompt: str = ""
-    source_prompt: str | None = None
+    source_prompt: str = ""
     """What the photo shows, in words as the sentence's. With it, a picture has the prediction of the photo (eta 0) and,
     times eta, the base's own difference between sentence and source prompt, as in semantic guidance (SEGA, Brack et al.
-    2023, arXiv 2301.12247): only what the two say differently changes. None: the paper's path of embeddings."""
+    2023, arXiv 2301.12247): only what the two say differently changes. "": the paper's path of embeddings."""
     edit_guidance_scale: float = 2.0
     """Scale of that difference at eta 1."""
     scheduler: str = "DDIM"
@@ -285,7 +285,7 @@ class SampleConfig:
         check.number("mask", 0, 1)
         if not isinstance(self.negative_prompt, str):
             check.problems.append(f"`negative_prompt` is {reprlib.repr(self.negative_prompt)}, expected text")
-        if self.source_prompt is not None and not isinstance(self.source_prompt, str):
+        if not isinstance(self.source_prompt, str):
             check.problems.append(f"`source_prompt` is {reprlib.repr(self.source_prompt)}, expected text")
         check.number("edit_guidance_scale", 0, 100)
         check.choice("interpolation", INTERPOLATIONS)
@@ -327,11 +327,11 @@ class EditConfig:
         return replace(self, **stages, groups={})
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, without `groups` and settings of a source prompt that is not there; `from_dict` returns
-        an equal config."""
+        """Nested plain values, without `groups`, and without the settings of a source prompt if there is none;
+        `from_dict` returns an equal config."""
         values = asdict(self)
         del values["groups"]
-        if self.sample.source_prompt is None:
+        if not self.sample.source_prompt:
             # Files and batches of versions without source prompts have the same values.
             del values["sample"]["source_prompt"], values["sample"]["edit_guidance_scale"]
         return values

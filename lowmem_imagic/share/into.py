@@ -60,6 +60,12 @@ class LoadedEdit:
         used = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
         if used != recorded:
             log.warning("the edit was made for the scheduler %s, and the pipeline has %s", recorded, used)
+        if settings.source_prompt:
+            log.warning(
+                "the edit's own pictures have the source prompt %r, which a pipeline does not follow: it takes the "
+                "path of embeddings",
+                settings.source_prompt,
+            )
         self.activate(strength)
         start = self.edit.start_sentence
         target, negative = pipelines.encode(pipeline, asked if asked is not None else start, settings.negative_prompt)

@@ -37,6 +37,7 @@ LABELS = {option.name: option.name.replace("_", " ").capitalize() for option in 
     "steps_sample": "Denoising steps",
     "rank": "LoRA rank",
     "negative": "Steer away from",
+    "source": "What the photo shows",
     "prompt": "Sentence",
 }
 """A field's label for each option's name."""

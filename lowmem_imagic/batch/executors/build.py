@@ -28,7 +28,7 @@ class OpenBases:
             if model is not None:
                 # The request's revision, configuration and folders are those of its own model.
                 options = replace(options, model=name, revision=None, config_folder=None, vae=None, text_from=None)
-            self._opened[name] = open_base(options, self._console, ["a photo"], self._request["negative"] or "")
+            self._opened[name] = open_base(options, self._console, ["a photo"], self._request.settings({}).sample)
         return self._opened[name]
 
 

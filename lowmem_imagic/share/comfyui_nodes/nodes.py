@@ -1,5 +1,6 @@
 """Three nodes: load an edit into a model, mix its embedding with a sentence's at any eta, and start from its photo."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,6 +111,10 @@ class MixImagicEdit:
                 if longer
                 else f"the edit's embedding is {tuple(own.shape[1:])}, the text encoder's {tuple(target.shape[1:])}: "
                 f"use the text encoder of {edit.base}"
+            )
+        if edit.settings.get("source_prompt"):
+            logging.warning(
+                "Imagic: the edit's own pictures have a source prompt; this node takes the path of embeddings"
             )
         path = _project if edit.settings.get("interpolation") == "projection" else _interpolate
         # Stable Diffusion XL takes the picture's size; ComfyUI would guess it from the latents.
