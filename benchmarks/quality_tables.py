@@ -21,12 +21,16 @@ SHOWN = (
     FULL,
     FULL_SAMPLED_ALIKE,
     "balanced",
+    "source",
+    "once",
     "fast",
     "embedding-only",
     "sdedit",
     UNTRAINED,
 )
-"""Methods of the short tables, on the test set."""
+"""Methods of the short tables."""
+OURS = ("source", "balanced")
+"""Methods whose differences from the others are shown."""
 CEILINGS = {
     "the ground truth": "ground_truth",
     "the same through the autoencoder": "round_trip",
@@ -121,15 +125,20 @@ def curve(items: str = TEST.name) -> list[str]:
 
 
 def differences(items: str = TEST.name) -> list[str]:
-    """Rows: good items of `balanced` less those of other methods, on the same items."""
+    """Rows: good items of `OURS` less those of other methods, on the same items."""
     measured = results(items)
-    ours, others = measured.get("balanced"), [name for name in SHOWN if name in measured and name != "balanced"]
-    if ours is None or not others:
+    pairs = [
+        (ours, other)
+        for number, ours in enumerate(OURS)
+        for other in SHOWN
+        if ours in measured and other in measured and other not in OURS[: number + 1]
+    ]
+    if not pairs:
         return NOTHING
-    rows = _head("`balanced` less", *(f"{half}, {part.replace('_', '-')}" for half in HALVES for part in _PARTS))
-    for name in others:
-        gaps = [_gap(ours, measured[name], half, part) for half in HALVES for part in _PARTS]
-        rows.append(_row(f"`{name}`", *("" if gap is None else _points(gap) for gap in gaps)))
+    rows = _head("difference", *(f"{half}, {part.replace('_', '-')}" for half in HALVES for part in _PARTS))
+    for ours, other in pairs:
+        gaps = [_gap(measured[ours], measured[other], half, part) for half in HALVES for part in _PARTS]
+        rows.append(_row(f"`{ours}` less `{other}`", *("" if gap is None else _points(gap) for gap in gaps)))
     return rows
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from ..diffusion.schedules import guidance_at
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
@@ -362,8 +363,8 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Conta
 def _guidance_text(config: SampleConfig) -> str:
     """The guidance in a sheet's footer."""
     if config.source_prompt:
-        photo = config.guidance_scale if config.photo_guidance is None else config.photo_guidance
-        return f"{photo:g}, edit guidance {config.edit_guidance_scale:g} from {one_line(config.source_prompt)!r}"
+        scale = guidance_at(0.0, config.guidance_scale, config.photo_guidance)
+        return f"{scale:g}, edit guidance {config.edit_guidance_scale:g} from {one_line(config.source_prompt)!r}"
     photo = "" if config.photo_guidance is None else f"{config.photo_guidance:g} at eta 0, "
     return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 

@@ -26,6 +26,7 @@ app.add_typer(batch)
     app,
     "edit",
     epilog='Examples:  lowmem-imagic edit cat.jpg "a photo of a sleeping cat" --model sd15   |   '
+    'lowmem-imagic edit cat.jpg "a photo of a sleeping cat" --source "a photo of a cat" --model sd15   |   '
     'lowmem-imagic edit scene.png "a blue cube on a wooden floor" "a red cube on a grass floor"',
 )
 def edit(values: dict[str, Any]) -> None:
