@@ -232,6 +232,28 @@ def test_sample_takes_every_knob(run, finished):
     assert "Imagic edit guidance: 5" in said["edit guidance"]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--edit-guidance", "5"), "acts with a source prompt alone"),
+        (("--source", "a red cube", "--guidance", "5"), "no effect with a source prompt"),
+        (("--source", "a red cube", "--interpolation", "projection"), "no effect with a source prompt"),
+    ],
+)
+def test_an_option_without_effect_is_refused(run, finished, words, expected):
+    """Guidance and path beside a source prompt, or its scale without one, are usage errors of `sample` and `edit`."""
+    for command in (("sample", finished), ("edit", "scene.png", "a photo of a blue cube")):
+        result = run(*command, "--out", "refused", *words)
+        assert result.exit_code == 2 and expected in result.stderr, result.output
+    assert not Path("refused").exists()
+
+
+def test_a_sheet_over_guidance_is_refused_with_a_source_prompt(run, finished):
+    """Pictures with a source prompt do not depend on guidance, so no sheet shows it along an axis."""
+    result = run("sheet", finished, "--rows", "guidance", "--columns", "eta", "--source", "a red cube")
+    assert result.exit_code == 2 and "no effect with a source prompt" in result.stderr, result.output
+
+
 def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
     """With --suggest-eta the report gives one of the etas with its scores and the sheet marks it; otherwise neither."""
     from lowmem_imagic.actions import result_folder

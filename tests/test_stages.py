@@ -451,15 +451,21 @@ def test_a_source_prompt_adds_what_the_sentence_says_otherwise(
 def test_with_a_source_prompt_eta_0_is_still_the_photo(
     base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor]
 ) -> None:
-    """A source prompt leaves the picture at eta 0 as it is, and one equal to the sentence leaves every eta there."""
+    """A source prompt leaves the picture at eta 0 and that of the base alone as they are, and one equal to the sentence
+    leaves every eta at the photo."""
     pack, optimized = edits
 
     def render(eta: float, target: Tensor = text, **settings: Any) -> Tensor:
         config = SampleConfig(num_inference_steps=2, photo_guidance=1.0, **settings)
         return calls.sample(base, pack, target, optimized, [Cell(edit=0, eta=eta, seed=0)], config)
 
+    def alone(**settings: Any) -> Tensor:
+        config = SampleConfig(num_inference_steps=2, photo_guidance=1.0, **settings)
+        return calls.sample(base, pack, text, optimized, [Cell(edit=0, eta=1.0, seed=0, strength=0.0)], config)
+
     photo, same = render(0.0), calls.encode_text(base, ["a red cube"] * len(text))
     assert torch.equal(render(0.0, source_prompt="a red cube"), photo)
+    assert torch.equal(alone(source_prompt="a red cube"), alone())
     torch.testing.assert_close(render(1.0, same, source_prompt="a red cube"), photo)
     assert not torch.allclose(render(1.0, source_prompt="a red cube"), photo)
 

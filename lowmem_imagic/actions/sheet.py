@@ -14,7 +14,7 @@ from ..errors import ConfigError, PromptError
 from ..pictures import Photo, load_photo
 from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..sampling.sample import Cell
-from ..settings.stages import SampleConfig, strength_text
+from ..settings.stages import SampleConfig, idle_problems, strength_text
 from ..settings.text import BaseOptions
 from ..storage.atomic import write_bytes
 from ..storage.file_names import safe_stem
@@ -184,7 +184,7 @@ def _check_ranges(config: SampleConfig, points: Mapping[str, Sequence[Any]]) -> 
     tried += [{"guidance_scale": value} for value in points["guidance"] if value is not None]
     for settings in tried:
         try:
-            replace(config, **settings)
+            problems += idle_problems(replace(config, **settings), settings)
         except ConfigError as error:
             problems += error.problems
     if problems:

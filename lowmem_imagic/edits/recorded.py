@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, EditHeaderError
-from ..settings.stages import SampleConfig
+from ..settings.stages import SampleConfig, idle_problems
 from .edit import Edit
 
 
@@ -16,7 +16,7 @@ def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
 
     Raises:
         EditHeaderError: the recorded settings are not valid.
-        ConfigError: the overrides are out of range.
+        ConfigError: the overrides are out of range, or have no effect.
     """
     recorded = edit.settings.get("sample")
     names = set(SampleConfig.__dataclass_fields__) - {"strength", "batch_rows"}
@@ -28,4 +28,7 @@ def sampling_of(edit: Edit, overrides: Mapping[str, Any]) -> SampleConfig:
         settings = SampleConfig(**known)
     except (ConfigError, TypeError) as error:
         raise EditHeaderError(f"imagic.meta settings sample: {error}") from error
-    return replace(settings, **overrides)
+    changed = replace(settings, **overrides)
+    if problems := idle_problems(changed, overrides):
+        raise ConfigError(problems)
+    return changed

@@ -35,7 +35,7 @@ class Cell:
     seed: int
     """Seed of the starting noise. With a photo's own noise, 0 is that noise itself; other seeds vary it."""
     strength: Strength = 1.0
-    """Factor on the adapter; 0 is the base alone, and no mask."""
+    """Factor on the adapter; 0 is the base alone under the sentence: no mask and no source prompt."""
     guidance_scale: float | None = None
     """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the settings' scale."""
     sentence: str | None = None
@@ -99,7 +99,12 @@ def _guidance(cell: Cell, config: SampleConfig, guided: bool) -> float:
         return 1.0
     scale = config.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
     # With a source prompt, a picture has the photo's prediction at every eta.
-    return guidance_at(0.0 if config.source_prompt else cell.eta, scale, config.photo_guidance)
+    return guidance_at(0.0 if _sourced(cell, config) else cell.eta, scale, config.photo_guidance)
+
+
+def _sourced(cell: Cell, config: SampleConfig) -> bool:
+    """Whether an image has the difference to the source prompt beside the photo's prediction."""
+    return bool(config.source_prompt) and cell.eta != 0 and any(strengths(cell.strength))
 
 
 def sample(
@@ -376,7 +381,7 @@ class _Renderer:
         share = self.denoiser.guidance_share
         # As it is for a share of 1: the other way of writing it rounds.
         guidance = (scales if share == 1 else 1 + share * (scales - 1)).to(base.device) if scales[0] != 1 else None
-        source = self.source if cells[0].eta else None
+        source = self.source if _sourced(cells[0], config) else None
         etas = torch.tensor([cell.eta for cell in cells]).view(-1, 1, 1, 1)
         edit_guidance = (share * config.edit_guidance_scale * etas).to(base.device)
         sampler = self.denoiser.schedule.sampler(
@@ -452,7 +457,7 @@ class _Renderer:
 
 def _parts(cell: Cell, config: SampleConfig) -> tuple[bool, bool]:
     """Whether an image has guidance, which takes a second row, and a source prompt, which takes two more."""
-    return cell.guidance_scale != 1, bool(config.source_prompt) and cell.eta != 0
+    return cell.guidance_scale != 1, _sourced(cell, config)
 
 
 def _batches(cells: Sequence[Cell], config: SampleConfig, most_images: int | None) -> Iterator[list[Cell]]:

@@ -6,7 +6,7 @@ forward-and-backward passes of one row through the UNet: ``steps * draws``.
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -294,6 +294,19 @@ class SampleConfig:
         if not isinstance(self.scheduler, str) or not self.scheduler.isidentifier():
             check.problems.append(f"`scheduler` is {reprlib.repr(self.scheduler)}, expected a scheduler such as DDIM")
         check.done()
+
+
+def idle_problems(config: SampleConfig, chosen: Container[str]) -> list[str]:
+    """The problems of chosen fields of `SampleConfig` that have no effect beside its others."""
+    if not config.source_prompt:
+        idle = "edit_guidance_scale" in chosen
+        return ["`edit_guidance` acts with a source prompt alone; say what the photo shows with `source`"] * idle
+    problems = []
+    if "guidance_scale" in chosen and config.photo_guidance is not None:
+        problems.append("`guidance` has no effect with a source prompt, whose scale is `edit_guidance`")
+    if "interpolation" in chosen:
+        problems.append("`interpolation` has no effect with a source prompt, which takes another path")
+    return problems
 
 
 @dataclass(frozen=True, kw_only=True)

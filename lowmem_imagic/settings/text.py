@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 from .options import Kind, options_of
 from .presets import SMALL_KEEP, preset
-from .stages import BLOCKS, MAX_PICTURES, EditConfig, SampleConfig, Strength, base_problems
+from .stages import BLOCKS, MAX_PICTURES, EditConfig, SampleConfig, Strength, base_problems, idle_problems
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -105,6 +105,7 @@ class Words:
         own = {stage: self._settings.get(stage, {}) for stage in ("", "embed", "sample")}
         try:
             config = preset(self._values["preset"], {**own, "finetune": finetune})
+            self._problems += idle_problems(config.sample, own["sample"])
         except ConfigError as error:
             self._problems += error.problems
         self._check()
