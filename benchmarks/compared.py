@@ -13,7 +13,7 @@ from lowmem_imagic.settings.stages import SampleConfig
 
 from .edit_methods import Method, ours, packed
 from .full_finetuning import full_finetune
-from .training_free import ddim_inversion, sdedit, sentence_alone
+from .training_free import ddim_inversion, sdedit, semantic_guidance, sentence_alone
 
 FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8
 """Full fine-tuning: 480 + 960 passes, in the paper's proportion of 1000 steps to 1500, several draws a step."""
@@ -122,5 +122,6 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         "source-once": ours(balanced, edits=folder, sourced=True, asked_later=True),
         "sdedit": sdedit(plain),
         "ddim-inversion": ddim_inversion(plain),
+        "semantic-guidance": semantic_guidance(plain),
         "sentence-alone": sentence_alone(plain),
     }

@@ -27,6 +27,7 @@ SHOWN = (
     "embedding-only",
     "sdedit",
     UNTRAINED,
+    "semantic-guidance",
 )
 """Methods of the short tables."""
 OURS = ("source", "balanced")

@@ -1,4 +1,7 @@
-"""Editing methods without training: the sentence alone, SDEdit, DDIM inversion; see `benchmarks.edit_methods`."""
+"""Editing methods without training: the sentence alone, SDEdit, DDIM inversion, semantic guidance.
+
+See `benchmarks.edit_methods`.
+"""
 
 import time
 from collections.abc import Sequence
@@ -68,13 +71,7 @@ def ddim_inversion(config: SampleConfig) -> Method:
     def run(base: BaseModel, photos: Sequence[Image.Image], sentences: Sequence[str], etas: Sequence[float]) -> Outcome:
         started = time.perf_counter()
         text = base.encode_text(sentences)[EMBEDS]
-        latents = _encoded(base, photos)
-        timesteps = _timesteps(base, config)
-        inverted = {0: latents}
-        for steps, timestep in enumerate(timesteps.flip(0), start=1):
-            before = None if steps == 1 else timesteps[-steps + 1]
-            latents = _one_step_back(base, latents, before, timestep)
-            inverted[steps] = latents
+        inverted = _inverted(base, _encoded(base, photos), config)
         pictures = {}
         for eta in etas:
             steps = _share_of(eta, config)
@@ -84,6 +81,54 @@ def ddim_inversion(config: SampleConfig) -> Method:
         return Outcome(pictures, 0, 0.0, seconds)
 
     return Method(asdict(config), run)
+
+
+def semantic_guidance(config: SampleConfig) -> Method:
+    """Semantic guidance of an inverted photo, without training (LEDITS, Tsaban & Passos 2023, arXiv 2307.00522; here
+    from DDIM inversion).
+
+    The photo is inverted without text. Its denoising without text reproduces it; the difference of the predictions
+    under sentence and source prompt is added, times the slider. This package's rendering with a source prompt is the
+    same with an adapter and e_opt in place of no text.
+    """
+
+    def run(
+        base: BaseModel,
+        photos: Sequence[Image.Image],
+        sentences: Sequence[str],
+        etas: Sequence[float],
+        sources: Sequence[str],
+    ) -> Outcome:
+        started = time.perf_counter()
+        texts = [base.encode_text(words)[EMBEDS] for words in (["" for _ in photos], sentences, sources)]
+        [*_, noise] = _inverted(base, _encoded(base, photos), config).values()
+        pictures = {}
+        with torch.no_grad():
+            for eta in etas:
+                scheduler, x = _scheduler(base, config), noise
+                scheduler.set_timesteps(config.num_inference_steps)
+                for timestep in scheduler.timesteps:
+                    plain, sentence, source = (
+                        base.predict(base.denoisers[0], x, timestep.expand(len(x)), embeds(text)).float().cpu()
+                        for text in texts
+                    )
+                    predicted = plain + config.edit_guidance_scale * eta * (sentence - source)
+                    x = scheduler.step(predicted, timestep, x).prev_sample
+                pictures[eta] = to_images(base.decode(x))
+        seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
+        return Outcome(pictures, 0, 0.0, seconds)
+
+    return Method({**asdict(config), "method": "semantic guidance"}, run, sourced=True)
+
+
+def _inverted(base: BaseModel, latents: Tensor, config: SampleConfig) -> dict[int, Tensor]:
+    """The latents (B, C, H, W) of photos after each number of steps of DDIM inversion; 0 is the photos' own."""
+    timesteps = _timesteps(base, config)
+    inverted = {0: latents}
+    for steps, timestep in enumerate(timesteps.flip(0), start=1):
+        before = None if steps == 1 else timesteps[-steps + 1]
+        inverted[steps] = _one_step_back(base, inverted[steps - 1], before, timestep)
+    return inverted
 
 
 @torch.no_grad()

@@ -446,7 +446,11 @@ def base() -> BaseModel:
 
 
 @pytest.mark.parametrize(
-    "name", ["ours", "sourced", "packed", "full", "full-alike", "sdedit", "ddim-inversion", "sentence-alone"]
+    "name",
+    [
+        *("ours", "sourced", "packed", "full", "full-alike"),
+        *("sdedit", "ddim-inversion", "semantic-guidance", "sentence-alone"),
+    ],
 )
 def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: BaseModel, oracle: Oracle) -> None:
     """A method's pictures can be judged and reported at every eta, and it leaves the base as it was."""
@@ -460,6 +464,7 @@ def test_every_method_gives_a_picture_for_each_item_and_eta(name: str, base: Bas
         "full-alike": full(sampling=alike),
         "sdedit": training_free.sdedit(PLAIN),
         "ddim-inversion": training_free.ddim_inversion(SMALL.sample),
+        "semantic-guidance": training_free.semantic_guidance(SMALL.sample),
         "sentence-alone": training_free.sentence_alone(SMALL.sample),
     }[name]
     before = {key: tensor.clone() for key, tensor in calls.unet(base).state_dict().items()}
