@@ -100,21 +100,21 @@ def semantic_guidance(config: SampleConfig) -> Method:
         sources: Sequence[str],
     ) -> Outcome:
         started = time.perf_counter()
-        texts = [base.encode_text(words)[EMBEDS] for words in (["" for _ in photos], sentences, sources)]
-        [*_, noise] = _inverted(base, _encoded(base, photos), config).values()
-        pictures = {}
-        with torch.no_grad():
-            for eta in etas:
-                scheduler, x = _scheduler(base, config), noise
-                scheduler.set_timesteps(config.num_inference_steps)
-                for timestep in scheduler.timesteps:
-                    plain, sentence, source = (
-                        base.predict(base.denoisers[0], x, timestep.expand(len(x)), embeds(text)).float().cpu()
-                        for text in texts
-                    )
-                    predicted = plain + config.edit_guidance_scale * eta * (sentence - source)
-                    x = scheduler.step(predicted, timestep, x).prev_sample
-                pictures[eta] = to_images(base.decode(x))
+        noises = list(_inverted(base, _encoded(base, photos), config).values())[-1]
+        pictures: dict[float, list[Image.Image]] = {eta: [] for eta in etas}
+        scales = config.edit_guidance_scale * torch.tensor(etas).view(-1, 1, 1, 1)
+        for noise, sentence, source in zip(noises, sentences, sources, strict=True):
+            text = base.encode_text(["", sentence, source])[EMBEDS].repeat_interleave(len(etas), 0)
+            scheduler, x = _scheduler(base, config), noise.repeat(len(etas), 1, 1, 1)
+            scheduler.set_timesteps(config.num_inference_steps)
+            for timestep in scheduler.timesteps:
+                rows = x.repeat(3, 1, 1, 1)
+                with torch.no_grad():
+                    predicted = base.predict(base.denoisers[0], rows, timestep.expand(len(rows)), embeds(text))
+                plain, asked, shown = predicted.float().cpu().chunk(3)
+                x = scheduler.step(plain + scales * (asked - shown), timestep, x).prev_sample
+            for eta, picture in zip(etas, to_images(base.decode(x)), strict=True):
+                pictures[eta].append(picture)
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
 

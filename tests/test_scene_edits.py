@@ -587,6 +587,21 @@ def test_inversion_comes_back(base: BaseModel) -> None:
     assert edit_judge.psnr_db(np.asarray(made[0.7][0]), np.asarray(made[0.0][0])) > 25
 
 
+def test_semantic_guidance_is_the_difference_of_two_sentences(base: BaseModel) -> None:
+    """Equal sentence and source prompt leave the picture of eta 0 at every eta; others change it, more at a larger eta."""
+    item = item_of("color")
+    photo, method = item.photo_picture(base.sizes.own[0]), training_free.semantic_guidance(SMALL.sample)
+
+    def made(source: str) -> list[np.ndarray]:
+        pictures = method(base, [photo], [item.sentence], (0.0, 0.5, 1.0), sources=[source]).pictures
+        return [np.asarray(pictures[eta][0]) for eta in (0.0, 0.5, 1.0)]
+
+    same, other = made(item.sentence), made(item.source)
+    assert all((picture == same[0]).all() for picture in same)
+    changes = [edit_judge.psnr_db(picture, other[0]) for picture in other[1:]]
+    assert changes[1] < changes[0] < 60
+
+
 def test_kept_edits_are_not_trained_again(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Edits in a folder are rendered without training, for any settings of sampling; other training settings train."""
     item = item_of("color")
