@@ -588,7 +588,7 @@ def test_inversion_comes_back(base: BaseModel) -> None:
 
 
 def test_semantic_guidance_is_the_difference_of_two_sentences(base: BaseModel) -> None:
-    """Equal sentence and source prompt leave the picture of eta 0 at every eta; others change it, more at a larger eta."""
+    """With a source prompt equal to the sentence every eta is as eta 0; others change it, and more at a larger one."""
     item = item_of("color")
     photo, method = item.photo_picture(base.sizes.own[0]), training_free.semantic_guidance(SMALL.sample)
 
