@@ -155,13 +155,22 @@ def goals(items: str = TEST.name) -> list[str]:
         missed = " (missed)" if passed is False else ""
         rows.append(_row(name, goal, "not measured" if value is None else value + missed))
 
+    ours = [name for name in ("balanced", "source") if name in measured]
     for name, least in ((UNTRAINED, 25), (FULL, 10)):
-        gap = _gap(balanced, measured[name], STRANGERS, "all") if name in measured else None
-        passed = None if gap is None else 100 * gap["value"] >= least and gap["interval_95"][0] > 0
-        goal = f"at least +{least} points, interval above 0"
-        row(f"good, strangers: `balanced` less `{name}`", goal, None if gap is None else _points(gap), passed)
-    good = balanced["at_eta"][KNOWN]["all"]["good"]
-    row("good, known: `balanced`", "at least 60 %", _share(good), good["value"] >= 0.6)
+        for own in ours:
+            gap = _gap(measured[own], measured[name], STRANGERS, "all") if name in measured else None
+            passed = None if gap is None else 100 * gap["value"] >= least and gap["interval_95"][0] > 0
+            goal = f"at least +{least} points, interval above 0"
+            row(f"good, strangers: `{own}` less `{name}`", goal, None if gap is None else _points(gap), passed)
+    for own in ours:
+        good = measured[own]["at_eta"][KNOWN]["all"]["good"]
+        row(f"good, known: `{own}`", "at least 60 %", _share(good), good["value"] >= 0.6)
+    for half in HALVES:
+        gap = _gap(measured["once"], balanced, half, "all") if "once" in measured else None
+        passed = None if gap is None else gap["value"] >= -0.05
+        row(
+            f"good, {half}: `once` less `balanced`", "at least -5 points", None if gap is None else _points(gap), passed
+        )
     for half in HALVES:
         success = balanced["at_eta"][half]["non_rigid"]["success"]
         row(f"success, non-rigid kinds, {half}", "at least 80 %", _share(success), success["value"] >= 0.8)
