@@ -238,6 +238,7 @@ def test_sample_takes_every_knob(run, finished):
         (("--edit-guidance", "5"), "acts with a source prompt alone"),
         (("--source", "a red cube", "--guidance", "5"), "no effect with a source prompt"),
         (("--source", "a red cube", "--interpolation", "projection"), "no effect with a source prompt"),
+        (("--source", "a red cube", "--negative", "grass"), "no effect with a source prompt"),
     ],
 )
 def test_an_option_without_effect_is_refused(run, finished, words, expected):
@@ -248,10 +249,46 @@ def test_an_option_without_effect_is_refused(run, finished, words, expected):
     assert not Path("refused").exists()
 
 
+def test_a_recorded_source_prompt_is_followed_said_and_left_out_on_request(run, finished):
+    """An edit's own source prompt renders it and is named by `sample` and `inspect`; an empty `--source` renders as
+    without it, and so does strength 0, whose picture records none."""
+    edit = edit_file.read(finished)
+    sample = {**edit.settings["sample"], "source_prompt": "a red cube", "edit_guidance_scale": 3.0}
+    edit_file.write(replace(edit, settings={**edit.settings, "sample": sample}), Path("told.safetensors"))
+    words = ("--etas", "1", "--steps-sample", 2)
+    for out, extra in {
+        "given": (finished, "--source", "a red cube", "--edit-guidance", "3"),
+        "recorded": ("told.safetensors",),
+        "left out": ("told.safetensors", "--source", ""),
+        "without": (finished,),
+        "alone": ("told.safetensors", "--strength", "0"),
+        "alone without": (finished, "--strength", "0"),
+    }.items():
+        result = run("sample", *extra, "--out", out, *words)
+        assert result.exit_code == 0, result.output
+        assert ("source prompt 'a red cube'" in result.stderr) == (out in ("given", "recorded", "alone")), result.stderr
+    pictures = {out: _picture(f"{out}/eta_1.00.png") for out in ("given", "recorded", "left out", "without")}
+    assert pictures["given"].tobytes() == pictures["recorded"].tobytes()
+    assert pictures["left out"].tobytes() == pictures["without"].tobytes() != pictures["given"].tobytes()
+    alone = _picture("alone/eta_1.00.png")
+    assert alone.tobytes() == _picture("alone without/eta_1.00.png").tobytes()
+    assert "source" not in alone.text["parameters"] and "CFG scale: 6.0" in alone.text["parameters"]
+    assert "source:    a red cube" in run("inspect", "told.safetensors", model=False).stdout
+    assert "a red cube" not in run("inspect", finished, model=False).stdout
+
+
+def test_a_source_prompt_that_is_the_sentence_is_pointed_out(run, finished):
+    """A source prompt equal to the sentence changes nothing, and a warning says so; a bad one is called by its name."""
+    [sentence] = edit_file.read(finished).sentences
+    result = run("sample", finished, "--out", "same", "--etas", "1", "--steps-sample", 1, "--source", sentence)
+    assert result.exit_code == 0 and "nothing changes" in result.stderr, result.output
+    _fails(run("sample", finished, "--out", "bad", "--source", "a\x07"), 2, "the source prompt has the unprintable")
+
+
 def test_a_sheet_over_guidance_is_refused_with_a_source_prompt(run, finished):
     """Pictures with a source prompt do not depend on guidance, so no sheet shows it along an axis."""
     result = run("sheet", finished, "--rows", "guidance", "--columns", "eta", "--source", "a red cube")
-    assert result.exit_code == 2 and "no effect with a source prompt" in result.stderr, result.output
+    assert result.exit_code == 2 and result.stderr.count("no effect with a source prompt") == 1, result.output
 
 
 def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):

@@ -470,6 +470,32 @@ def test_with_a_source_prompt_eta_0_is_still_the_photo(
     assert not torch.allclose(render(1.0, source_prompt="a red cube"), photo)
 
 
+def test_the_difference_to_a_source_prompt_counts_as_guidance(
+    base: Any, text: Tensor, edits: tuple[AdapterPack, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampler is told that predictions are exaggerated, as DeepFloyd IF's thresholds need, for those pictures alone
+    that have guidance or a source prompt; and an image has as many rows as the settings say."""
+    pack, optimized = edits
+    told, rows = list[bool](), list[int]()
+    schedule, predict = base.denoisers[0].schedule, calls.plain(base)
+    sampler = schedule.sampler
+    monkeypatch.setattr(
+        schedule, "sampler", lambda *a, guided, **k: told.append(guided) or sampler(*a, guided=guided, **k)
+    )
+    monkeypatch.setattr(base, "predict", calls.in_place(lambda x, t, e: rows.append(len(x)) or predict(x, t, e)))
+    for settings, expected in (
+        ({"photo_guidance": 1.0}, (False, 1)),
+        ({"photo_guidance": 1.0, "source_prompt": "a red cube"}, (True, 3)),
+        ({"source_prompt": "a red cube"}, (True, 4)),
+        ({"guidance_scale": 1.0}, (False, 1)),
+    ):
+        config = SampleConfig(num_inference_steps=1, **settings)
+        eta = 1.0 if config.source_prompt else 0.0
+        calls.sample(base, pack, text, optimized, [Cell(edit=0, eta=eta, seed=0)], config)
+        assert (told.pop(), rows.pop()) == expected and not rows
+        assert config.image_rows == (2 if settings == {"photo_guidance": 1.0} else expected[1])
+
+
 CELLS = [
     Cell(edit=2, eta=0.0, seed=0),
     Cell(edit=0, eta=1.0, seed=1, guidance_scale=1.0),

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from ..diffusion.schedules import guidance_at
 from ..edits.edit import Edit
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
@@ -25,7 +24,7 @@ from ..pipeline.versions import versions
 from ..plain_text import one_line
 from ..sampling.sample import Cell
 from ..sampling.suggestion import Suggestion, suggest_eta
-from ..settings.stages import DROPPED, SampleConfig, strength_text
+from ..settings.stages import DROPPED, SampleConfig, sourced, strength_text
 from ..settings.text import BaseOptions, check_pictures
 from .console import Console
 from .fit_hint import Fit, embedding_distance
@@ -94,6 +93,8 @@ def open_edit(
     console.warn(_without(edit))
     console.warn(_unguided(base, config))
     check_sentences(base, sentences, config, console)
+    if config.source_prompt:
+        console.say(f"rendered with the source prompt {config.source_prompt!r}")
     if prompts:
         trained = "for" if edit.sentences == (edit.start_sentence,) else "from"
         console.say(f"trained {trained} {edit.start_sentence!r}, rendered under {', '.join(map(repr, prompts))}")
@@ -119,7 +120,8 @@ def _unguided(base: BaseModel, config: SampleConfig) -> str:
     """A warning about settings that a model distilled to few steps cannot follow; "" if there are none."""
     if all(denoiser.guided for denoiser in base.denoisers):
         return ""
-    far = [f"guidance {config.guidance_scale:g}"] if config.guidance_scale != 1 else []
+    scale = config.photo_scale if config.source_prompt else config.guidance_scale
+    far = [f"guidance {scale:g}"] if scale != 1 else []
     far += [f"{config.num_inference_steps} steps"] if config.num_inference_steps > FEW_STEPS else []
     far += [f"mask {config.mask:g}"] if config.mask else []
     if not far:
@@ -138,8 +140,10 @@ def check_sentences(base: BaseModel, sentences: Sequence[str], config: SampleCon
     """
     check_together(sentences)
     others = [sentence for sentence in (config.negative_prompt, config.source_prompt) if sentence]
-    for sentence in others:
-        check_sentence(sentence)
+    check_sentence(config.negative_prompt, "the negative prompt")
+    check_sentence(config.source_prompt, "the source prompt")
+    if config.source_prompt in sentences:
+        console.warn("the source prompt is the sentence itself, so nothing changes; say in it what the photo shows now")
     for sentence in [*sentences, *others]:
         cut = base.family.check_prompt(sentence)
         if cut:
@@ -350,11 +354,16 @@ def parameters_of(edit: Edit, sentences: Sequence[str], config: SampleConfig) ->
 
 def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Container[str] = ()) -> str:
     """The footer of a sheet: the settings that all its pictures share, except those in `labelled`."""
+    with_source = sourced(config.source_prompt, 1.0, config.strength)
     guidance = "" if "guidance" in labelled else f"guidance {_guidance_text(config)} | "
+    way = config.interpolation
+    if with_source:
+        guidance = f"guidance {config.photo_scale:g} | "
+        way = f"edit guidance {config.edit_guidance_scale:g} from {one_line(config.source_prompt)!r}"
     strength = "" if "strength" in labelled else f", strength {strength_text(config.strength)}"
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
-        f"{guidance}{config.interpolation}, mask {config.mask:g} | "
+        f"{guidance}{way}, mask {config.mask:g} | "
         f"adapter of rank {edit.rank} on {sum(map(len, edit.adapters.values()))} layers{strength} | "
         f"base in {base.weights}"
     )
@@ -362,9 +371,6 @@ def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Conta
 
 def _guidance_text(config: SampleConfig) -> str:
     """The guidance in a sheet's footer."""
-    if config.source_prompt:
-        scale = guidance_at(0.0, config.guidance_scale, config.photo_guidance)
-        return f"{scale:g}, edit guidance {config.edit_guidance_scale:g} from {one_line(config.source_prompt)!r}"
     photo = "" if config.photo_guidance is None else f"{config.photo_guidance:g} at eta 0, "
     return f"{photo}{config.guidance_scale:g}" + (" from eta 1" if photo else "")
 

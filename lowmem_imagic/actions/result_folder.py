@@ -21,7 +21,7 @@ from ..errors import OutputError, OutputExistsError, OutputUnwritableError
 from ..pictures.png import SHEET_TITLE, Box, contact_sheet, encode_png
 from ..plain_text import one_line
 from ..sampling.sample import Cell
-from ..settings.stages import strength_text
+from ..settings.stages import sourced, strength_text
 from ..storage.atomic import make_folder, write_bytes
 from ..storage.file_names import MAX_REPORT_BYTES, REPORT, safe_stem
 from ..storage.regular_files import read_regular
@@ -195,24 +195,25 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     """The text that other programs show as "generation parameters", in A1111's layout."""
     # Programs split the text into lines, so a sentence must not contain line ends.
     lines = [one_line(str(cell.sentence or parameters["prompt"]))]
-    if parameters.get("negative_prompt"):
-        lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")
+    source = parameters.get("source_prompt", "")
+    with_source = sourced(source, cell.eta, cell.strength)
     scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale
-    source = parameters.get("source_prompt")
+    guidance = guidance_at(0.0 if with_source else cell.eta, scale, parameters["photo_guidance"])
+    # Without guidance a picture with a source prompt has no negative prompt.
+    if parameters.get("negative_prompt") and not (with_source and guidance == 1):
+        lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")
+    way: dict[str, Any] = {"Imagic interpolation": parameters["interpolation"]}
+    if with_source:
+        way = {"Imagic source": _quoted(source), "Imagic edit guidance": parameters["edit_guidance_scale"]}
     entries = {
         "Steps": parameters["num_inference_steps"],
         "Sampler": parameters["scheduler"],
-        "CFG scale": round(guidance_at(0.0 if source else cell.eta, scale, parameters["photo_guidance"]), 4),
+        "CFG scale": round(guidance, 4),
         "Seed": cell.seed,
         "Model": _quoted(parameters["model"]),
         "Imagic eta": cell.eta,
         "Imagic strength": strength_text(cell.strength),
-        "Imagic interpolation": parameters["interpolation"],
-        **(
-            {"Imagic source": _quoted(source), "Imagic edit guidance": parameters["edit_guidance_scale"]}
-            if source
-            else {}
-        ),
+        **way,
         "Imagic start": parameters["start"],
         "Imagic mask": parameters["mask"],
         "Version": f"lowmem-imagic {parameters['version']}",

@@ -340,6 +340,7 @@ def summary(contents: Mapping[str, Any]) -> str:
             if name.startswith("text.")
         ),
         "etas": ", ".join(f"{eta:g}" for eta in contents["etas"]),
+        **_source_prompt(contents["settings"]),
         "seed": contents["seed"],
         "format": f"{contents['format']}, {contents['file_bytes']} bytes",
     }
@@ -350,6 +351,13 @@ def summary(contents: Mapping[str, Any]) -> str:
             values = [f"{name} {settings[stage][name]}" for name in names if name in settings[stage]]
             lines[stage] = ", ".join(values)
     return "\n".join(f"{name + ':':<11}{shown(str(value))}" for name, value in lines.items())
+
+
+def _source_prompt(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the line of the recorded source prompt, if there is one."""
+    sample = settings.get("sample")
+    prompt = sample.get("source_prompt") if isinstance(sample, dict) else None
+    return {"source": prompt} if prompt else {}
 
 
 def _prediction(base: Mapping[str, Any]) -> str:

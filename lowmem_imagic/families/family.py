@@ -125,7 +125,8 @@ class Denoiser(Protocol):
         """Whether it is trained under e_opt and sampled along eta, as the first denoiser always is.
 
         Otherwise it is trained under the start sentence's own conditioning, and sampled under the sentence's at every
-        eta (the start sentence's at eta 0), as the paper's later stages are.
+        eta (the start sentence's at eta 0), as the paper's later stages are. With a source prompt it is sampled under
+        the start sentence's and the difference, as the others are under e_opt.
         """
 
     @property

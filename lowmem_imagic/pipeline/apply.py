@@ -111,6 +111,8 @@ def render_latents(
     with measured_stage(meter, "encode sentence", "`device=cpu`"):
         start = base.encode_text([edit.start_sentence for edit in edits])
         target = base.encode_text(sentences) if sentences else start
+        # Cached for sampling: the text encoder is loaded once.
+        base.encode_text([config.negative_prompt, *filter(None, [config.source_prompt])])
     optimized = Conditioning.cat(
         [start.rows([row]).completed(edit.conditioning, base.family.text) for row, edit in enumerate(edits)]
     )

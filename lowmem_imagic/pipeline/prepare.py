@@ -128,6 +128,8 @@ class Prepared(Iterator[TrainingInput]):
             check_sentences(job.sentences)
             for sentence in job.sentences:
                 self._base.family.check_prompt(sentence)
+        check_sentence(self._config.sample.negative_prompt, "the negative prompt")
+        check_sentence(self._config.sample.source_prompt, "the source prompt")
         starts = [self._start(job) for job in jobs]
         with measured_stage(self._meter, "encode", "`device=cpu`"):
             # Negative and source prompt are for sampling and the empty one for inversion: the encoder is loaded once.
@@ -189,17 +191,17 @@ class Prepared(Iterator[TrainingInput]):
         return varied(own.float(), drawn, seed)
 
 
-def check_sentence(sentence: str) -> None:
-    """Checks that an edit file can contain the sentence.
+def check_sentence(sentence: str, what: str = "the sentence") -> None:
+    """Checks that an edit file can contain the sentence, which is `what` in messages.
 
     Raises:
         PromptError: the sentence is too long, or has unprintable characters.
     """
     if len(sentence) > MAX_PROMPT_CHARS:
-        raise PromptError(f"the sentence has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
+        raise PromptError(f"{what} has {len(sentence)} characters, expected at most {MAX_PROMPT_CHARS}")
     hidden = [letter for letter in sentence if category(letter) in ("Cc", "Cs") and letter not in "\t\n\r"]
     if hidden:
-        raise PromptError(f"the sentence has the unprintable character {hidden[0]!a}; expected plain text")
+        raise PromptError(f"{what} has the unprintable character {hidden[0]!a}; expected plain text")
 
 
 def check_sentences(sentences: Sequence[str]) -> None:

@@ -250,15 +250,14 @@ class _Planner:
             sizes = [(rows, slots) for rows, slots in sizes if about(-rows, slots) <= 4 / 3 * self.room(slots)]
         return next(((slots, -rows) for rows, slots in sorted(sizes) if fits(-rows, slots)), None)
 
+    @property
+    def least_rows(self) -> int:
+        """Rows of the smallest sampling batch: those of an image, or the two predictions that a mask compares."""
+        return max(self._config.sample.image_rows, 2 if self._config.sample.mask else 1)
+
     def batch_rows(self, resident: int) -> int:
         """Most rows of a sampling batch; 0 if not even one image fits."""
-        sampling = self._config.sample
-        sourced = bool(sampling.source_prompt)
-        scales = {sampling.photo_guidance, sampling.guidance_scale}
-        if sourced and sampling.photo_guidance is not None:
-            scales = {sampling.photo_guidance}
-        # A mask compares two predictions, so it needs two rows.
-        least = max(1 + bool(scales - {None, 1}) + 2 * sourced, 2 if sampling.mask else 1)
+        least = self.least_rows
         rows = max(self._config.sample.batch_rows, least)
         while rows >= least and self._costs.sample(rows) > self._available - resident:
             rows = max(least, rows // 2) if rows > least else 0
@@ -366,7 +365,7 @@ def _plan(
     if not batch_rows or max(costs.decode(tiling=tiling), costs.encode(tiling=tiling)) > room:
         raise MemoryLimitError(
             f"{budget_bytes / 1e9:.2f} GB hold a training step but no picture: one takes "
-            f"{(networks + in_training + costs.sample(2)) / 1e9:.2f} GB to sample and "
+            f"{(networks + in_training + costs.sample(planner.least_rows)) / 1e9:.2f} GB to sample and "
             f"{(networks + in_training + costs.vae + costs.decode(tiling=True)) / 1e9:.2f} GB to decode"
         )
 

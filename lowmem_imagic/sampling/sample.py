@@ -17,7 +17,7 @@ from ..families.conditioning import Conditioning, Part, Path
 from ..families.family import Denoiser, Sampler
 from ..geometry import Size
 from ..layers.adapter_pack import AdapterPack
-from ..settings.stages import SampleConfig, Strength, strength_text, strengths
+from ..settings.stages import SampleConfig, Strength, sourced, strength_text, strengths
 from .masking import change_mask
 
 Progress = Callable[[int, int, str], None]
@@ -37,7 +37,8 @@ class Cell:
     strength: Strength = 1.0
     """Factor on the adapter; 0 is the base alone under the sentence: no mask and no source prompt."""
     guidance_scale: float | None = None
-    """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the settings' scale."""
+    """Classifier-free guidance, see `SampleConfig.photo_guidance`; None takes the settings' scale. With a source prompt
+    the photo's guidance counts, which this is only if the settings have none for the photo."""
     sentence: str | None = None
     """The sentence to render it under; None takes the edit's own, the first of several."""
 
@@ -104,7 +105,7 @@ def _guidance(cell: Cell, config: SampleConfig, guided: bool) -> float:
 
 def _sourced(cell: Cell, config: SampleConfig) -> bool:
     """Whether an image has the difference to the source prompt beside the photo's prediction."""
-    return bool(config.source_prompt) and cell.eta != 0 and any(strengths(cell.strength))
+    return sourced(config.source_prompt, cell.eta, cell.strength)
 
 
 def sample(
@@ -141,8 +142,8 @@ def sample(
         rows: the row of `target` for each cell, the same for the same edit and sentence; None for a cell at eta 0
             whose edit has no sentence. By default a cell takes the row with its edit's number.
         size: width and height of the pictures; None for the model's own.
-        start: the start sentences' own conditioning, N rows; required for cells at eta 0 if a denoiser does not follow
-            eta.
+        start: the start sentences' own conditioning, N rows; required for cells at eta 0, masks and a source prompt if
+            a denoiser does not follow eta.
         coarse: low frequencies of the photos (N, C, h, w), by denoiser; required unless `start` is "noise".
         noise: the photos' own noise (N, C, H, W), by denoiser; required if `start` is "inverted".
 
@@ -156,7 +157,7 @@ def sample(
         raise ValueError(f"sampling starts from {config.start!r} and the photos' coarse latents are not given")
     if config.start == "inverted" and noise is None:
         raise ValueError("sampling starts from the photos' own noise, which is not given")
-    photos_too = config.mask or any(not cell.eta for cell in cells)
+    photos_too = config.mask or config.source_prompt or any(not cell.eta for cell in cells)
     if start is None and photos_too and not all(denoiser.follows_eta for denoiser in base.denoisers):
         raise ValueError("a denoiser renders photos under their start sentences, which are not given")
     places = [cell.edit for cell in cells] if rows is None else rows
@@ -353,7 +354,8 @@ class _Renderer:
         except NonFiniteModelError as error:
             return error
         base_alone = replace(self, pack=None, target=text, optimized=text, coarse=None, noise=None, progress=None)
-        sentence = replace(cell, edit=0, eta=1.0, sentence=None)
+        # Both ends of the path are the sentence, so its eta only scales the difference to a source prompt.
+        sentence = replace(cell, edit=0, sentence=None)
         base_alone.row_of = {(0, None): 0}
         if self.lower is not None:
             base_alone.lower = {sentence: self.lower[cell]}
@@ -363,10 +365,13 @@ class _Renderer:
                 f"{self.base.name} alone does not; the edit's numbers are damaged or too large: get the file again, "
                 "or try a lower strength"
             )
+        beside = ""
+        if _sourced(cell, self.config):
+            beside = f" and edit guidance {cell.eta * self.config.edit_guidance_scale:g} (`edit_guidance` times eta)"
         return NonFiniteModelError(
             f"sampling on {self.base.name} gives NaN or infinity, with and without the edit, with scheduler "
-            f"{self.config.scheduler} in {self.config.num_inference_steps} steps at guidance {cell.guidance_scale:g}; "
-            "take another scheduler, more steps or less guidance, or another base"
+            f"{self.config.scheduler} in {self.config.num_inference_steps} steps at guidance {cell.guidance_scale:g}"
+            f"{beside}; take another scheduler, more steps or less guidance, or another base"
         )
 
     def _fewer(self, most: int) -> None:
@@ -389,7 +394,8 @@ class _Renderer:
             config.num_inference_steps,
             self.denoiser.shape(self.size),
             base.device,
-            guided=guidance is not None,
+            # The difference to a source prompt exaggerates as guidance does.
+            guided=guidance is not None or source is not None,
         )
         # One generator per row: equal seeds give equal noise in every batch and on every device.
         generators = [torch.Generator().manual_seed(cell.seed) for cell in cells]
@@ -463,11 +469,10 @@ def _parts(cell: Cell, config: SampleConfig) -> tuple[bool, bool]:
 def _batches(cells: Sequence[Cell], config: SampleConfig, most_images: int | None) -> Iterator[list[Cell]]:
     """Yields batches of cells of one kind (see `_parts`), ordered by edit, of at most `SampleConfig.batch_rows` rows
     and `most_images` images."""
-    for guided, sourced in ((False, False), (True, False), (False, True), (True, True)):
-        order = sorted(
-            (cell for cell in cells if _parts(cell, config) == (guided, sourced)), key=lambda cell: cell.edit
-        )
-        rows = 1 + guided + 2 * sourced
+    for kind in ((False, False), (True, False), (False, True), (True, True)):
+        guided, with_source = kind
+        order = sorted((cell for cell in cells if _parts(cell, config) == kind), key=lambda cell: cell.edit)
+        rows = 1 + guided + 2 * with_source
         size = max(1, min(config.batch_rows // rows, most_images or config.batch_rows))
         for begin in range(0, len(order), size):
             yield order[begin : begin + size]

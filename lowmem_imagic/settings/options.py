@@ -119,7 +119,7 @@ _START_HELP = (
 )
 _SOURCE_HELP = (
     "what the photo shows now, in words as the sentence's: only what the two say differently changes, and the photo's "
-    'own details stay; "" for the path of embeddings'
+    "own details stay more often"
 )
 _SCHEDULER_HELP = "diffusers scheduler: DDIM, EulerDiscrete, DPMSolverMultistep, ...; for klein FireFlow or Euler"
 _COMPUTE_HELP = (
@@ -238,7 +238,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("scheduler", _RENDERING + _SHEET, Kind.TEXT, PICTURES,
            _SCHEDULER_HELP, fills=("sample.scheduler",)),
     Option("batch_rows", _RENDERING + _SHEET, Kind.WHOLE, PICTURES,
-           "rows in one sampling batch at most; a picture takes two with guidance", fills=("sample.batch_rows",)),
+           "rows in one sampling batch at most; a picture takes two with guidance, three with a source prompt",
+           fills=("sample.batch_rows",)),
     Option("suggest_eta", _RENDERING, Kind.SWITCH, PICTURES,
            "mark the eta that the base model scores best; advisory", False),
     Option("prompt", _SHEET, Kind.TEXT, PICTURES, _PROMPT_HELP),

@@ -230,7 +230,7 @@ class SampleConfig:
     """Seeds of the starting noise; every eta is rendered with every seed."""
     num_inference_steps: int = 30
     guidance_scale: float = 3.0
-    """Classifier-free guidance; 1 switches it off and halves the work."""
+    """Classifier-free guidance; 1 switches it off and halves the work. With a source prompt that of eta 0 counts."""
     photo_guidance: float | None = None
     """Guidance at eta 0; it rises evenly to `guidance_scale` at eta 1. Without guidance e_opt reproduces the photo;
     guidance loses some of it. None: the same guidance at every eta, as in the paper."""
@@ -257,7 +257,7 @@ class SampleConfig:
     "inverted" its layout too. A flow begins with pure noise, so "photo" is the same as "noise" there. Training uses
     this setting as well: draws are anchored to the starting noise."""
     batch_rows: int = 32
-    """Rows of a network (images, twice that many with guidance) in one batch at most."""
+    """Rows of a network in one batch at most, or those of one image, see `image_rows`."""
 
     def __post_init__(self) -> None:
         check = _Check(self)
@@ -295,6 +295,22 @@ class SampleConfig:
             check.problems.append(f"`scheduler` is {reprlib.repr(self.scheduler)}, expected a scheduler such as DDIM")
         check.done()
 
+    @property
+    def photo_scale(self) -> float:
+        """Guidance scale at eta 0."""
+        return self.guidance_scale if self.photo_guidance is None else self.photo_guidance
+
+    @property
+    def image_rows(self) -> int:
+        """Most rows of a network for one image: a second one for guidance, two more for a source prompt."""
+        scales = {self.photo_scale} if self.source_prompt else {self.photo_scale, self.guidance_scale}
+        return 1 + bool(scales - {1}) + 2 * bool(self.source_prompt)
+
+
+def sourced(source_prompt: str, eta: float, strength: Strength) -> bool:
+    """Whether a picture has the difference to a source prompt: the photo has none, and neither has the base alone."""
+    return bool(source_prompt) and eta != 0 and any(strengths(strength))
+
 
 def idle_problems(config: SampleConfig, chosen: Container[str]) -> list[str]:
     """The problems of chosen fields of `SampleConfig` that have no effect beside its others."""
@@ -302,11 +318,17 @@ def idle_problems(config: SampleConfig, chosen: Container[str]) -> list[str]:
         idle = "edit_guidance_scale" in chosen
         return ["`edit_guidance` acts with a source prompt alone; say what the photo shows with `source`"] * idle
     problems = []
-    if "guidance_scale" in chosen and config.photo_guidance is not None:
-        problems.append("`guidance` has no effect with a source prompt, whose scale is `edit_guidance`")
+    if "guidance_scale" in chosen and config.guidance_scale != 1 and config.photo_guidance is not None:
+        problems.append(f"`guidance` {_IDLE}, whose scale is `edit_guidance`; {_WITHOUT}")
     if "interpolation" in chosen:
-        problems.append("`interpolation` has no effect with a source prompt, which takes another path")
+        problems.append(f"`interpolation` {_IDLE}, which takes another path; {_WITHOUT}")
+    if "negative_prompt" in chosen and config.negative_prompt and config.photo_scale == 1:
+        problems.append(f"`negative` {_IDLE}, which leaves the photo without guidance; {_WITHOUT}")
     return problems
+
+
+_IDLE = "has no effect with a source prompt"
+_WITHOUT = "an edit's own source prompt is left out by an empty `source`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,13 +362,15 @@ class EditConfig:
         return replace(self, **stages, groups={})
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, without `groups`, and without the settings of a source prompt if there is none;
+        """Nested plain values, without `groups`, and without the defaults of a source prompt.
+
         `from_dict` returns an equal config."""
         values = asdict(self)
         del values["groups"]
-        if not self.sample.source_prompt:
+        for name in ("source_prompt", "edit_guidance_scale"):
             # Files and batches of versions without source prompts have the same values.
-            del values["sample"]["source_prompt"], values["sample"]["edit_guidance_scale"]
+            if values["sample"][name] == getattr(SampleConfig, name):
+                del values["sample"][name]
         return values
 
     @staticmethod

@@ -39,7 +39,8 @@ class LoadedEdit:
         """The arguments of the pipeline's call for a picture; makes this edit the pipeline's active adapter.
 
         They are the embeddings at `eta`, the recorded guidance and steps, the picture's size, and the starting latents.
-        With the scheduler of :meth:`scheduler` the picture is that of this package with the mask off. Call the pipeline
+        With the scheduler of :meth:`scheduler` the picture is that of this package with the mask off and no source
+        prompt. Call the pipeline
         before another edit's `at`.
 
         Args:
@@ -60,7 +61,7 @@ class LoadedEdit:
         used = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
         if used != recorded:
             log.warning("the edit was made for the scheduler %s, and the pipeline has %s", recorded, used)
-        if settings.source_prompt:
+        if settings.source_prompt and eta:
             log.warning(
                 "the edit's own pictures have the source prompt %r, which a pipeline does not follow: it takes the "
                 "path of embeddings",

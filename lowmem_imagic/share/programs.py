@@ -39,7 +39,7 @@ _LORA = "the LoRA alone"
 _NO_INPUT = "the photo and the edit: it has no input for the embedding and the photo's noise"
 _NO_NAMES = "the photo and the edit: it has no names for some layers"
 _UNMIXED = "the photo and the edit, unless you mix the embeddings"
-_MASK = "the mask, which keeps unchanged places"
+_MASK = "the mask, which keeps unchanged places, and a source prompt"
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class MixImagicEdit:
                 else f"the edit's embedding is {tuple(own.shape[1:])}, the text encoder's {tuple(target.shape[1:])}: "
                 f"use the text encoder of {edit.base}"
             )
-        if edit.settings.get("source_prompt"):
+        if edit.settings.get("source_prompt") and eta:
             logging.warning(
                 "Imagic: the edit's own pictures have a source prompt; this node takes the path of embeddings"
             )
