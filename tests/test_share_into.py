@@ -179,6 +179,17 @@ def test_an_edit_without_a_sentence(fp32: BaseModel, pipeline: Any) -> None:
     assert alike(picture(loaded, 0.5, "a blue sphere"), ours(fp32, edit, asked)[0])
 
 
+def test_a_source_prompt_is_mentioned(fp32: BaseModel, pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A pipeline cannot follow an edit's source prompt; a warning says so, except of the photo, which has none."""
+    edit = made(fp32)
+    told = replace(edit, settings={"sample": {**SAMPLING.__dict__, "source_prompt": "a cat"}})
+    loaded = load_into(pipeline, told)
+    loaded.at(0.0)
+    assert "source prompt" not in caplog.text
+    loaded.at(0.6)
+    assert "source prompt 'a cat'" in caplog.text
+
+
 def test_another_scheduler_is_mentioned(fp32: BaseModel, pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The pipeline keeps its own scheduler; the log says so if the edit was made for another."""
     loaded = load_into(pipeline, made(fp32))
