@@ -21,11 +21,14 @@ CURVES = (
     FULL,
     FULL_SAMPLED_ALIKE,
     "balanced",
+    "source",
+    "once",
     "fast",
     "lora-as-published",
     "embedding-only",
     "sdedit",
     "ddim-inversion",
+    "semantic-guidance",
 )
 """Methods with a curve."""
 SIZES = (
@@ -103,7 +106,7 @@ def main() -> None:
     test, validation = results(TEST.name), results(VALIDATION.name)
     if measured := test or validation:
         curves(measured, DOCS / "quality_curves.png")
-    if set(SIZES) & set(validation):
+    if len(set(SIZES) & set(validation)) > 1:
         sizes(validation, test, DOCS / "quality_sizes.png")
 
 

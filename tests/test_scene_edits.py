@@ -425,13 +425,15 @@ def test_small_models_are_told_by_what_they_draw(tmp_path: Path, monkeypatch: py
 
 
 def test_plots_show_both_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are drawn from results of either set, equal results to equal files, and left alone without results."""
+    """Plots are drawn from results of either set, equal results to equal files, and left alone without results. A plot
+    over the size of the edit file needs two sizes."""
     monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
     monkeypatch.setattr(quality_plots, "DOCS", tmp_path)
     quality_plots.main()
     assert not list(tmp_path.glob("*.png"))
     for items in ("validation", "test"):
-        (tmp_path / f"{edit_quality.result_name(items, 'balanced')}.json").write_text(json.dumps(fake_result(0.5, 360)))
+        for method in ("balanced", "keep-all"):
+            (tmp_path / f"{edit_quality.result_name(items, method)}.json").write_text(json.dumps(fake_result(0.5, 360)))
     quality_plots.main()
     first = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert set(first) == {"quality_curves.png", "quality_sizes.png"}
