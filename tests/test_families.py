@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -243,6 +244,23 @@ def test_its_pictures_are_rendered_with_a_sheet_and_a_suggestion(
     assert all(one["suggestion"]["eta"] in settings.etas for one in report["sentences"])
     assert report["fit"]["embedding_distance"] > 0
     assert (tmp_path / "out" / "sheet.png").exists()
+
+
+def test_a_source_prompt_changes_what_it_says_otherwise(kind: Kind, base: BaseModel, edit: Any) -> None:
+    """With a source prompt equal to the sentence every eta is the photo; another changes the picture with eta, as the
+    path of embeddings does not; and a picture is the same alone and beside others."""
+    etas = (0.0, 0.5, 1.0)
+    cells = [Cell(0, eta, 0, sentence=SENTENCE) for eta in etas]
+
+    def made(source: str, some: list[Cell] = cells) -> list[np.ndarray]:
+        settings = replace(config(kind).sample, source_prompt=source)
+        return [np.asarray(picture).astype(int) for picture in apply_edits(base, [edit], some, settings)]
+
+    same, told, path = made(SENTENCE), made(OTHER), made("")
+    assert all(abs(picture - same[0]).max() <= 1 for picture in same)
+    assert abs(told[0] - same[0]).max() == 0 and abs(told[2] - path[2]).max() > 0
+    assert 0 < abs(told[1] - told[0]).mean() < abs(told[2] - told[0]).mean()
+    assert abs(made(OTHER, cells[2:])[0] - told[2]).max() <= 1
 
 
 @pytest.mark.parametrize("sentences", [(), (SENTENCE, OTHER)])
