@@ -282,7 +282,8 @@ def _fit(
     result, furthest = edit.settings.get("result"), max(config.etas)
     reconstruction = rows[0][0.0].picture() if 0.0 in config.etas else None
     changes = []
-    if reconstruction is not None and furthest >= 1:
+    # A source prompt's change is the base's own: a small one does not tell an over-fitted adapter.
+    if reconstruction is not None and furthest >= 1 and not config.source_prompt:
         changes = [psnr(by_eta[furthest].picture(), reconstruction) for by_eta in rows]
     return Fit(
         reconstruction_db=None if reconstruction is None else psnr(reconstruction, round_trip),
