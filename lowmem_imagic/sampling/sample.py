@@ -423,15 +423,15 @@ class _Renderer:
         attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(network)
         with base.used(), torch.no_grad(), attached:
             for step, at in enumerate(sampler.at):
-                scaled = sampler.scaled(latents.repeat(conditioning.count // len(cells), 1, 1, 1), step)
+                copies = conditioning.count // len(cells)
+                every = latents if copies == 1 else latents.repeat(copies, 1, 1, 1)
+                scaled = sampler.scaled(every, step)
                 prediction = base.predict(self.denoiser, scaled, at.expand(len(scaled)), conditioning).float()
-                parts = list(prediction.split(len(cells)))
                 # In the order of `_Conditions.at`.
-                prediction = parts.pop(0)
-                if guidance is not None:
-                    prediction = guide(prediction, parts.pop(0), guidance)
+                parts = prediction.split(len(cells))
+                prediction = parts[0] if guidance is None else guide(parts[0], parts[1], guidance)
                 if source is not None:
-                    sentence, described = parts
+                    sentence, described = parts[-2:]
                     prediction = prediction + edit_guidance * (sentence - described)
                 latents = sampler.stepped(prediction, step, latents, generators)
                 if masks is not None:
