@@ -355,12 +355,11 @@ def parameters_of(edit: Edit, sentences: Sequence[str], config: SampleConfig) ->
 
 def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Container[str] = ()) -> str:
     """The footer of a sheet: the settings that all its pictures share, except those in `labelled`."""
-    with_source = sourced(config.source_prompt, 1.0, config.strength)
-    guidance = "" if "guidance" in labelled else f"guidance {_guidance_text(config)} | "
-    way = config.interpolation
-    if with_source:
-        guidance = f"guidance {config.photo_scale:g} | "
+    guidance, way = _guidance_text(config), config.interpolation
+    if sourced(config.source_prompt, 1.0, config.strength):
+        guidance = f"{config.photo_scale:g}"
         way = f"edit guidance {config.edit_guidance_scale:g} from {one_line(config.source_prompt)!r}"
+    guidance = "" if "guidance" in labelled else f"guidance {guidance} | "
     strength = "" if "strength" in labelled else f", strength {strength_text(config.strength)}"
     return (
         f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "

@@ -166,7 +166,7 @@ def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]], eta: f
         if name not in (rows, columns) and len(numbers) > 1:
             problems.append(f"{name} has {len(numbers)} values and is neither rows nor columns; give one, or name it")
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
     neutral = {"eta": eta, **_NEUTRAL}
     usual = {name: AXES[name] if name in (rows, columns) else (neutral[name],) for name in AXES}
     return {name: tuple(values.get(name, usual[name])) for name in AXES}
@@ -188,7 +188,8 @@ def _check_ranges(config: SampleConfig, points: Mapping[str, Sequence[Any]]) -> 
         except ConfigError as error:
             problems += error.problems
     if problems:
-        raise ConfigError(problems)
+        # Values of an axis without effect share one problem.
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def _cell(**place: Any) -> Cell:
