@@ -188,8 +188,7 @@ def _check_ranges(config: SampleConfig, points: Mapping[str, Sequence[Any]]) -> 
         except ConfigError as error:
             problems += error.problems
     if problems:
-        # Values of an axis without effect share one problem.
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
 
 
 def _cell(**place: Any) -> Cell:
