@@ -222,11 +222,12 @@ def _line(part: Mapping[str, Any]) -> str:
 
 def _faults(verdict: Verdict) -> list[str]:
     """What keeps a picture from being good, in words for a small cell."""
+    inside = f"object {verdict.object_db:.0f} dB" if verdict.overlap is None else f"overlap {verdict.overlap:.2f}"
     faults = {
         "not done": verdict.success,
         "not kept": verdict.kept,
-        f"{verdict.background_db:.0f} dB": verdict.background,
-        f"overlap {verdict.overlap or 0:.2f}": verdict.identity,
+        f"background {verdict.background_db:.0f} dB": verdict.background,
+        inside: verdict.identity,
     }
     return [words for words, holds in faults.items() if not holds]
 

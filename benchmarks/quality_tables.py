@@ -57,6 +57,8 @@ WORLDS = {
 """Methods on the small models of several families, by method."""
 FAMILIES, SECOND_ADAPTER = ("balanced", "flow", "cascade"), ("cascade", "cascade-first-adapter")
 """Methods of the tables on families, and on the worth of a cascade's second adapter."""
+FULL_TUNED = (FULL, FULL_SAMPLED_ALIKE, "embedding-only", "balanced", "source", UNTRAINED)
+"""Methods of the table on full fine-tuning, which takes minutes for an item."""
 NAMES = ("color", "shape", "floor", "size", "material", "pose")
 """Attributes in the table of drawing."""
 _PARTS = ("all", *GROUPS)
@@ -245,11 +247,15 @@ def suggestion() -> list[str]:
     return rows
 
 
-def families(names: Iterable[str], items: str = VALIDATION.name) -> list[str]:
-    """Rows: methods on the small models of several families, on the items that all of them have; each at its best eta
-    for these.
+def few(names: Iterable[str], labels: Mapping[str, str] | None = None, items: str = VALIDATION.name) -> list[str]:
+    """Rows: methods on the items that all of them have; each at its best eta for these.
 
-    Partial results count, too: an item of a cascade takes minutes.
+    Partial results count, too: an item of some methods takes minutes.
+
+    Args:
+        names: the methods.
+        labels: what the table calls their models; None for a table of methods.
+        items: the set.
     """
     measured = {name: result for name in names if (result := _result(result_name(items, name)))}
     if len(measured) < 2:
@@ -257,8 +263,8 @@ def families(names: Iterable[str], items: str = VALIDATION.name) -> list[str]:
     judged = {name: {item["name"]: item for item in result["items"]} for name, result in measured.items()}
     common = sorted(set.intersection(*(set(own) for own in judged.values())))
     rows = _head(
-        *("model", "photos", "eta", "good", "success", "kept", "background", "identity", "overlap"),
-        *("at eta 0", "overlap at eta 0", "passes"),
+        *("model" if labels else "method", "photos", "eta", "good", "success", "kept", "background", "identity"),
+        *("overlap", "at eta 0", "overlap at eta 0", "passes"),
     )
     for name, own in judged.items():
         etas = [eta for eta in own[common[0]]["verdicts"] if float(eta) > 0]
@@ -272,7 +278,8 @@ def families(names: Iterable[str], items: str = VALIDATION.name) -> list[str]:
             at_0 = [item["photo_overlap"] for item in part if item["photo_overlap"] is not None]
             photo = f"{median(item['reconstruction_db'] for item in part):.1f} dB"
             means = [f"{mean(values):.2f}" if values else "" for values in (overlaps, at_0)]
-            rows.append(_row(WORLDS[name], half, best, *shares, means[0], photo, means[1], part[0]["passes"]))
+            label = labels[name] if labels else f"`{name}`"
+            rows.append(_row(label, half, best, *shares, means[0], photo, means[1], part[0]["passes"]))
     return rows
 
 

@@ -395,21 +395,23 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert quality_tables.curve()[2] == "| `full-1e-4` | known | 100 % | 100 % |"
 
 
-def test_families_are_compared_on_their_common_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models of other families stand beside the bundled one on the items that all of them have, also partial."""
+def test_few_items_are_compared_where_all_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods whose items take minutes, and small models, stand beside others on the items that all of them have."""
     monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
     balanced, flow = fake_result(1.0, 360), fake_result(0.5, 240, partial=True)
     flow["items"] = [item for number, item in enumerate(flow["items"]) if number not in (0, 3)]
     for name, result in {"balanced": balanced, "flow": flow}.items():
-        assert quality_tables.families(quality_tables.FAMILIES) == quality_tables.NOTHING
+        assert quality_tables.few(quality_tables.FAMILIES, quality_tables.WORLDS) == quality_tables.NOTHING
         (tmp_path / f"{edit_quality.result_name('validation', name)}.json").write_text(json.dumps(result))
     known, strangers = "7 of 7 | 7 of 7 |  | 25.0 dB | ", "7 of 7 | 7 of 7 | 0.90 | 25.0 dB | 0.70"
-    assert quality_tables.families(quality_tables.FAMILIES)[2:] == [
+    assert quality_tables.few(quality_tables.FAMILIES, quality_tables.WORLDS)[2:] == [
         f"| the bundled model | known | 0.8 | 7 of 7 | 7 of 7 | 7 of 7 | {known} | 360 |",
         f"| the bundled model | strangers | 0.8 | 7 of 7 | 7 of 7 | 7 of 7 | {strangers} | 360 |",
         f"| a small FLUX.2 klein | known | 0.8 | 3 of 7 | 7 of 7 | 3 of 7 | {known} | 240 |",
         f"| a small FLUX.2 klein | strangers | 0.8 | 3 of 7 | 7 of 7 | 3 of 7 | {strangers} | 240 |",
     ]
+    methods = quality_tables.few(("flow", "balanced", "source"))
+    assert methods[0].startswith("| method | photos |") and methods[2].startswith("| `flow` | known | 0.8 | 3 of 7 |")
 
 
 def test_small_models_are_told_by_what_they_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
