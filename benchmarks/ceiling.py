@@ -1,6 +1,7 @@
 """Limits of quality: the ground truth judged as if it were an edit, and edits with some knowledge of the ground truth.
 
     python -m benchmarks.ceiling --work DIR
+    python -m benchmarks.ceiling --truth-only
 
 The ground truth is judged as rendered, which shows the judge's errors, and through the base's autoencoder, which all
 pictures of the base come from. The reader of patterns has to tell ground truths without their pattern, or with another
@@ -160,6 +161,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep edits here, or take them from here")
+    parser.add_argument("--truth-only", action="store_true", help="judge the ground truth alone, without edits")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     base = BaseModel.load("demo", device=args.device, weights="int8")
@@ -175,7 +177,7 @@ def main() -> None:
     for chosen in (VALIDATION, TEST):
         items = chosen.items()
         found = ceiling(base, oracle, items)
-        for what, (where, in_full) in TOLD.items():
+        for what, (where, in_full) in ({} if args.truth_only else TOLD).items():
             verdicts = told(base, oracle, items, config, args.work, where=where, in_full=in_full)
             # The first set is validation, which chooses the eta.
             eta.setdefault(what, best_eta(verdicts))
