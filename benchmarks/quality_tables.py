@@ -207,16 +207,20 @@ def ceiling() -> list[str]:
         return "" if part is None else f"{_share(part['all']['good'])}; success {_percent(part['all']['success'])}"
 
     for name, what in CEILINGS.items():
-        rows.append(_row(name, *(cell(measured.get(items, {}).get(what, {}).get(half)) for items, half in columns)))
-    balanced = [results(items).get("balanced", {}).get("at_eta", {}).get(half) for items, half in columns]
-    rows.append(_row("`balanced`, as it is", *map(cell, balanced)))
+        cells = [cell(measured.get(items, {}).get(what, {}).get(half)) for items, half in columns]
+        if any(cells):
+            rows.append(_row(name, *cells))
+    for name in OURS[::-1]:
+        parts = [results(items).get(name, {}).get("at_eta", {}).get(half) for items, half in columns]
+        if any(parts):
+            rows.append(_row(f"`{name}`, as it is", *map(cell, parts)))
     for name, what in READINGS.items():
-        parts = [measured.get(items, {}).get("patterns", {}).get(what) for items, _ in columns]
+        patterns = [measured.get(items, {}).get("patterns", {}).get(what) for items, _ in columns]
         cells = [
             f"identity {_percent(part['identity'])}; overlap {part['overlap']['value']:.2f}"
             if part and half == STRANGERS
             else ""
-            for part, (_, half) in zip(parts, columns, strict=True)
+            for part, (_, half) in zip(patterns, columns, strict=True)
         ]
         rows.append(_row(f"the pattern of the ground truth, {name}", *cells))
     return rows
