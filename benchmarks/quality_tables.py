@@ -337,7 +337,7 @@ def _db(value: Mapping[str, Any]) -> str:
 
 def _number(value: Mapping[str, Any]) -> str:
     low, high = value["interval_95"]
-    return f"{value['value']:.2f} ({low:.2f}-{high:.2f})"
+    return f"{value['value']:.3f} ({low:.3f}-{high:.3f})"
 
 
 def _share(value: Mapping[str, Any]) -> str:

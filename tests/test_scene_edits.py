@@ -388,7 +388,7 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     goals = "\n".join(quality_tables.goals())
     assert "less `full-1e-4` | at least +10 points, interval above 0 | -50.0 points (-50 to -50) (missed)" in goals
     assert "less `ddim-inversion` | at least +25 points, interval above 0 | not measured" in goals
-    assert "| at least 60 % | 50 % (50-50) (missed) |" in goals and "0.70 (0.70-0.70) (missed)" in goals
+    assert "| at least 60 % | 50 % (50-50) (missed) |" in goals and "0.700 (0.700-0.700) (missed)" in goals
     assert "360 of 1000 (missed)" in goals and "`fast`" not in goals
     assert quality_tables.differences()[2].startswith("| `balanced` less `full-1e-4` | -50.0 points")
     assert quality_tables.kinds("test", KNOWN)[2] == "| color | 100 % | 100 % |"
