@@ -58,7 +58,7 @@ WORLDS = {
 FAMILIES, SECOND_ADAPTER = ("balanced", "flow", "cascade"), ("cascade", "cascade-first-adapter")
 """Methods of the tables on families, and on the worth of a cascade's second adapter."""
 FULL_TUNED = (FULL, FULL_SAMPLED_ALIKE, "embedding-only", "balanced", "source", UNTRAINED)
-"""Methods of the table on full fine-tuning, which takes minutes for an item."""
+"""Methods of the table on full fine-tuning, which has few items: each takes 1440 passes."""
 NAMES = ("color", "shape", "floor", "size", "material", "pose")
 """Attributes in the table of drawing."""
 _PARTS = ("all", *GROUPS)
@@ -206,14 +206,16 @@ def ceiling() -> list[str]:
     def cell(part: Mapping[str, Any] | None) -> str:
         return "" if part is None else f"{_share(part['all']['good'])}; success {_percent(part['all']['success'])}"
 
-    for name, what in CEILINGS.items():
-        cells = [cell(measured.get(items, {}).get(what, {}).get(half)) for items, half in columns]
+    def add(name: str, cells: list[str]) -> None:
+        """Adds a row, if anything of it was measured."""
         if any(cells):
             rows.append(_row(name, *cells))
+
+    for name, what in CEILINGS.items():
+        add(name, [cell(measured.get(items, {}).get(what, {}).get(half)) for items, half in columns])
     for name in OURS[::-1]:
         parts = [results(items).get(name, {}).get("at_eta", {}).get(half) for items, half in columns]
-        if any(parts):
-            rows.append(_row(f"`{name}`, as it is", *map(cell, parts)))
+        add(f"`{name}`, as it is", list(map(cell, parts)))
     for name, what in READINGS.items():
         patterns = [measured.get(items, {}).get("patterns", {}).get(what) for items, _ in columns]
         cells = [
@@ -222,7 +224,7 @@ def ceiling() -> list[str]:
             else ""
             for part, (_, half) in zip(patterns, columns, strict=True)
         ]
-        rows.append(_row(f"the pattern of the ground truth, {name}", *cells))
+        add(f"the pattern of the ground truth, {name}", cells)
     return rows
 
 

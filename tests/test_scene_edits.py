@@ -393,6 +393,13 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert quality_tables.differences()[2].startswith("| `balanced` less `full-1e-4` | -50.0 points")
     assert quality_tables.kinds("test", KNOWN)[2] == "| color | 100 % | 100 % |"
     assert quality_tables.curve()[2] == "| `full-1e-4` | known | 100 % | 100 % |"
+    truth = {"validation": {"ground_truth": fake_result(1.0, 0)["at_eta"]}}
+    (tmp_path / "edit_ceiling.json").write_text(json.dumps(truth))
+    good, half = "100 % (100-100); success 100 %", "50 % (50-50); success 100 %"
+    assert quality_tables.ceiling()[2:] == [
+        f"| the ground truth | {good} | {good} |  |  |",
+        f"| `balanced`, as it is |  |  | {half} | {half} |",
+    ]
 
 
 def test_few_items_are_compared_where_all_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
