@@ -391,6 +391,14 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| at least 60 % | 50 % (50-50) (missed) |" in goals and "0.700 (0.700-0.700) (missed)" in goals
     assert "360 of 1000 (missed)" in goals and "`fast`" not in goals
     assert quality_tables.differences()[2].startswith("| `balanced` less `full-1e-4` | -50.0 points")
+    partial = tmp_path / f"{edit_quality.result_name('test', 'full-1e-4')}.json"
+    whole = partial.read_text()
+    partial.write_text(json.dumps(fake_result(1.0, 1000, partial=True)))
+    assert "-50.0 points (-50 to -50) on 8 items (missed)" in "\n".join(quality_tables.goals())
+    partial.write_text(json.dumps({"partial": True, "items": json.loads(whole)["items"]}))
+    goals = "\n".join(quality_tables.goals())
+    assert "less `full-1e-4` | at least +10 points, interval above 0 | not measured" in goals
+    partial.write_text(whole)
     assert quality_tables.kinds("test", KNOWN)[2] == "| color | 100 % | 100 % |"
     assert quality_tables.curve()[2] == "| `full-1e-4` | known | 100 % | 100 % |"
     truth = {"validation": {"ground_truth": fake_result(1.0, 0)["at_eta"]}}

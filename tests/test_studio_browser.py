@@ -5,7 +5,7 @@ Needs Chromium (``chromium`` on the path), which ``.ci/run`` installs.
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,58 @@ def test_an_eta_let_go_while_the_card_is_at_work_is_rendered_after_it(visit, fol
     page.locator(f"#viewer .row button[data-eta='{etas[2]}']").wait_for()
     page.locator("#ask:enabled").wait_for()
     assert set(visit.etas()) == {*row, etas[0], etas[2]}
+
+
+def test_a_choice_made_before_the_answer_to_the_last_one_counts(visit, folder):
+    """On a slow connection the eta that is let go last is rendered, and the sentence chosen last is shown."""
+    page = visit.page
+    visit.choose_photo(folder / "photo-0.png")
+    visit.quick()
+    visit.train()
+    sentences = [f"a {colour} cube on a wooden floor" for colour in ("blue", "green", "yellow")]
+    for sentence in sentences:
+        visit.ask(sentence)
+    row = visit.etas()
+
+    held: list[Any] = []
+
+    def slowly(*acts: Callable[[], None]) -> None:
+        """Does the acts while no request is answered."""
+        page.route("**/queue/join*", lambda route: held.append(route))
+        for act in acts:
+            act()
+            # Keys that are pressed within 0.6 s are one way to an eta.
+            page.wait_for_timeout(1000)
+        assert held
+        while held:
+            held.pop(0).continue_()
+        page.unroute("**/queue/join*")
+
+    def press() -> None:
+        page.locator("#eta input[type=range]").focus()
+        page.keyboard.press("ArrowRight")
+
+    def choose(sentence: str) -> Callable[[], None]:
+        def chosen() -> None:
+            page.locator("#history input").click()
+            page.get_by_role("option", name=sentence).click()
+
+        return chosen
+
+    visit.point(0.5)
+    page.mouse.down()
+    page.mouse.up()
+    page.locator("#viewer .row button[data-eta='0.75']").wait_for()
+    page.locator("#ask:enabled").wait_for()
+    slowly(press, press, press)
+    page.locator("#viewer .row button[data-eta='0.9']").wait_for()
+    page.locator("#ask:enabled").wait_for()
+    assert set(visit.etas()) == {*row, "0.75", "0.9"}
+
+    slowly(choose(sentences[0]), choose(sentences[1]))
+    page.wait_for_function(
+        "words => document.querySelector('#viewer .now').innerText.startsWith(words)", arg=sentences[1]
+    )
 
 
 def test_a_saved_edit_opens_on_another_machine(visit, edit):

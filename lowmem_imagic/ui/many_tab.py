@@ -12,7 +12,7 @@ from . import view
 from .fields import LABELS, offered, values_of, with_labels
 from .fields import field as field_of
 from .visitors import BatchFolder, Refused, Visitor
-from .wiring import QUIET, Tab, Wiring
+from .wiring import EACH, QUIET, Tab, Wiring
 
 
 class ManyTab:
@@ -100,7 +100,7 @@ class ManyTab:
             folder.upload(_photos_of, folder, uploads, **QUIET)
             begun = on(begin.click, "many_message", begin_batch, [uploads, sentences, model, *fields])
             begun.then(lambda: None, None, uploads, **QUIET)
-            on(which.input, "many_message", change, [which])
+            on(which.input, "many_message", change, [which], **EACH)
             on(stop.click, "many_message", of_batch(lambda _, batch: self._wiring.studio.batches.stop(batch)))
             on(again.click, "many_message", of_batch(self._wiring.studio.batches.resume))
             on(pack.click, "many_message", of_batch(self._wiring.studio.batches.pack))

@@ -12,7 +12,7 @@ from . import view
 from .fields import LABELS, more_pictures, more_training, values_of, with_labels
 from .fields import field as field_of
 from .visitors import Project, Refused, Visitor
-from .wiring import HIDDEN, QUIET, Tab, Wiring
+from .wiring import EACH, HIDDEN, LAST, QUIET, Tab, Wiring
 
 CARDS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 
@@ -196,10 +196,10 @@ class StudioTab:
             on(ask.click, "message", ask_sentence, inputs)
             on(sentence.submit, "message", ask_sentence, inputs)
             eta.input(None, [eta], None, js="(eta) => { window.studio.slide(eta); }")
-            on(eta.release, "message", render_eta, [eta])
-            on(finer.click, "message", render_eta, [eta])
-            on(history.input, "message", show_again, [history])
-            on(switch.input, "message", change_project, [switch])
+            on(eta.release, "message", render_eta, [eta], **LAST)
+            on(finer.click, "message", render_eta, [eta], **LAST)
+            on(history.input, "message", show_again, [history], **EACH)
+            on(switch.input, "message", change_project, [switch], **EACH)
             on(sheet.click, "message", make_sheet)
 
         return connect

@@ -22,6 +22,13 @@ KEEP = "keep"
 """Value of an output that stays as it is."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 """Options of every event."""
+LAST: dict[str, Any] = {"trigger_mode": "always_last"}
+"""Options of an event that may come again before its answer: the last one counts, with its field as it is by then.
+
+By default the page's library drops it, as is right for a second click on a button that begins something.
+"""
+EACH: dict[str, Any] = {"trigger_mode": "multiple"}
+"""The same for a field that the answer draws: each event counts, with its field as it was."""
 
 
 @dataclass
