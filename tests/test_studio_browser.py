@@ -38,6 +38,27 @@ _FLAGS = [
 ]
 _PATIENCE_MS = 400_000
 """Only a hang fails: a busy machine may be slow."""
+_SLOW_TO_CLOSE = """
+const quick = window.fetch;
+window.fetch = async (...request) => {
+  const answer = await quick(...request);
+  if (!answer.url.includes("/queue/data")) return answer;
+  const slow = new TransformStream({
+    async transform(chunk, controller) {
+      const text = new TextDecoder().decode(chunk);
+      const at = text.includes('"close_stream"') ? text.lastIndexOf("data:") : -1;
+      const end = at < 0 ? chunk.length : chunk.length - (text.length - at);
+      controller.enqueue(chunk.slice(0, end));
+      if (at < 0) return;
+      window.lateCloses = (window.lateCloses || 0) + 1;
+      await new Promise((done) => setTimeout(done, 1500));
+      controller.enqueue(chunk.slice(end));
+    },
+  });
+  return new Response(answer.body.pipeThrough(slow), answer);
+};
+"""
+"""Script by which a browser reads late that a stream of answers is closed."""
 _SCENES = ("a red cube on a wooden floor", "a green sphere on a wooden floor", "a blue cone on a grass floor")
 
 
@@ -354,6 +375,17 @@ def test_a_choice_made_before_the_answer_to_the_last_one_counts(visit, folder):
     page.wait_for_function(
         "words => document.querySelector('#viewer .now').innerText.startsWith(words)", arg=sentences[1]
     )
+
+
+def test_the_page_goes_on_when_its_stream_of_answers_is_closed_late(visit, folder):
+    """An event that is sent before the browser reads that the stream of answers is closed gets its answer all the same,
+    so that the page shows the end of a training."""
+    visit.context.add_init_script(_SLOW_TO_CLOSE)
+    visit.page = page = visit.open()
+    visit.choose_photo(folder / "photo-0.png")
+    visit.quick()
+    visit.train()
+    assert page.evaluate("window.lateCloses") > 0
 
 
 def test_a_saved_edit_opens_on_another_machine(visit, edit):

@@ -11,7 +11,7 @@ from .many_tab import ManyTab
 from .studio import Studio
 from .studio_tab import StudioTab
 from .visitors import Visitor, Visitors
-from .wiring import HIDDEN, KEEP, Tab, Wiring
+from .wiring import HIDDEN, KEEP, QUIET, Tab, Wiring
 
 _UNUSED = (3600, 3600)
 """Seconds between two clean-ups, and the age of the uploads that they delete: those that no event named."""
@@ -45,6 +45,9 @@ def page_of(studio: Studio, visitors: Visitors) -> Any:
         for connect in connections:
             connect()
         wiring.on(gr.Timer(1.0).tick, "message", lambda visitor, tab: KEEP)
+        # The page's library closes its stream of answers when there are none to come. An event that is sent just before
+        # it reads so gets no answer until another one opens the stream, and the page would stand still.
+        gr.Timer(2.0).tick(lambda: None, trigger_mode="multiple", **QUIET)
         # With it, each open tab keeps a connection, by which the guard knows that its visitor is there.
         page.unload(lambda: None)
         remembered = "() => [sessionStorage.getItem('project') || '']"
