@@ -491,7 +491,7 @@ def test_several_seeds_are_a_row_each(visitors, monkeypatch):
     assert page.count('role="list"') == 2 and all(name in page for row in names for name in row)
     assert [name in view.downloads(project, ask) for row in names for name in row] == [True] * 4
     # A finer step is rendered from all of them.
-    studio.finer(visitor, project, 0.5)
+    studio.finer(visitor, project, project.asks[-1], 0.5)
     assert orders[-1][0]["cells"] == [(0, 0.5), (3, 0.5)]
     alone = studio.ask(visitor, project, "a cat", {})
     assert orders[-1][0]["cells"] == [(None, 1.0), (None, 0.0)] and alone.label == "a cat"
@@ -536,38 +536,50 @@ def test_the_last_eta_let_go_at_work_is_rendered_after_it(asked):
     """While the card is at work the page says which eta waits; the last one alone is rendered then."""
     studio, visitor, project = asked
     for eta in (0.3, 0.35):
-        studio.finer(visitor, project, eta)
+        studio.finer(visitor, project, project.asks[-1], eta)
         assert f"eta {eta} waits for the card" in view.pictures(project)
     studio.release(project)
     assert "waits" not in view.pictures(project)
     studio.release(project)
     assert not project.busy and studio.orders[1:] == [[(0, 0.35), (3, 0.35)]]
     # In the row already, and in the row by the end of the job.
-    studio.finer(visitor, project, 0.35)
+    studio.finer(visitor, project, project.asks[-1], 0.35)
     assert not project.busy
     studio.ask(visitor, project, "a dog", {})
     for eta in (0.3, 1.0):
-        studio.finer(visitor, project, eta)
+        studio.finer(visitor, project, project.asks[-1], eta)
     studio.release(project)
     assert not project.busy and len(studio.orders) == 3
+
+
+def test_a_sentence_that_is_asked_twice_is_rendered_once(asked):
+    """Enter and a click on "Ask" are one question; another sentence meanwhile is refused, not lost."""
+    studio, visitor, project = asked
+    assert studio.ask(visitor, project, " a  cat", {"seeds": "0,3"}) is project.asks[-1]
+    with pytest.raises(Refused, match="at work"):
+        studio.ask(visitor, project, "a dog", {})
+    with pytest.raises(Refused, match="at work"):
+        studio.ask(visitor, project, "a cat", {})
+    studio.release(project)
+    assert not project.busy and len(studio.orders) == len(project.asks) == 1
 
 
 def test_an_eta_does_not_wait_in_vain(asked):
     """A stop forgets the waiting eta, a failure says that it was not rendered, and a training lets none wait."""
     studio, visitor, project = asked
     studio.release(project)
-    studio.finer(visitor, project, 0.5)
-    studio.finer(visitor, project, 0.6)
+    studio.finer(visitor, project, project.asks[-1], 0.5)
+    studio.finer(visitor, project, project.asks[-1], 0.6)
     studio.release(project, "failed")
     assert not project.busy and project.message == "out of memory; eta 0.6 was not rendered"
-    studio.finer(visitor, project, 0.5)
-    studio.finer(visitor, project, 0.6)
+    studio.finer(visitor, project, project.asks[-1], 0.5)
+    studio.finer(visitor, project, project.asks[-1], 0.6)
     studio.stop(project)
     studio.release(project, "stopped")
     assert not project.busy and "waits" not in view.pictures(project)
     project.job = Job({"work": "train"}, "training")
     with pytest.raises(Refused, match="in training"):
-        studio.finer(visitor, project, 0.5)
+        studio.finer(visitor, project, project.asks[-1], 0.5)
 
 
 def test_a_plan_has_the_time_of_the_last_training(visitors):

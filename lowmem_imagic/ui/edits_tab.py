@@ -7,7 +7,7 @@ import gradio as gr
 
 from . import view
 from .visitors import Project, Refused, Visitor
-from .wiring import QUIET, Tab, Wiring
+from .wiring import EACH, QUIET, Tab, Wiring
 
 
 class EditsTab:
@@ -15,10 +15,11 @@ class EditsTab:
 
     Args:
         wiring: connects its events and draws its outputs.
+        showing: the token of the edit that is shown.
     """
 
-    def __init__(self, wiring: Wiring) -> None:
-        self._wiring = wiring
+    def __init__(self, wiring: Wiring, showing: gr.Textbox) -> None:
+        self._wiring, self._showing = wiring, showing
 
     def build(self) -> Callable[[], None]:
         """Puts the fields on the page; returns what connects their events, when all outputs of the page are known."""
@@ -81,8 +82,8 @@ class EditsTab:
                 tab.project = self._wiring.studio.read_edit(visitor, path, Path(path).name).token
             return ""
 
-        def choose_base(visitor: Visitor, tab: Tab, model: str | None) -> str:
-            project = _closed(self._wiring.project(visitor, tab))
+        def choose_base(visitor: Visitor, tab: Tab, token: str | None, model: str | None) -> str:
+            project = _closed(visitor.projects.get(token or ""))
             if project is None:
                 raise Refused("there is no edit file waiting for a base; drop one in first")
             if not model:
@@ -94,21 +95,23 @@ class EditsTab:
             tab.project = self._wiring.studio.pull(visitor, (address or "").strip()).token
             return view.line("pulled: choose its base")
 
-        def push_edit(visitor: Visitor, tab: Tab, repository: str | None, public: bool, agreed: bool) -> str:
+        def push_edit(
+            visitor: Visitor, tab: Tab, token: str | None, repository: str | None, public: bool, agreed: bool
+        ) -> str:
             if not agreed:
                 raise Refused("an edit gives its photo back; tick the box above the button if its readers may see it")
-            project = self._wiring.required(visitor, tab)
+            project = self._wiring.required(visitor, token)
             said = self._wiring.studio.push(
                 visitor, project, (repository or "").strip(), public=bool(public), agreed=True
             )
             return view.line(said)
 
         def connect() -> None:
-            read = self._wiring.on(upload.upload, "edits_message", open_file, [upload])
+            read = self._wiring.on(upload.upload, "edits_message", open_file, [upload], **EACH)
             read.then(lambda: None, None, upload, **QUIET)
-            self._wiring.on(opened.click, "edits_message", choose_base, [base])
+            self._wiring.on(opened.click, "edits_message", choose_base, [self._showing, base])
             self._wiring.on(pull.click, "edits_message", pull_edit, [address])
-            self._wiring.on(push.click, "edits_message", push_edit, [repository, public, agreed])
+            self._wiring.on(push.click, "edits_message", push_edit, [self._showing, repository, public, agreed])
 
         return connect
 

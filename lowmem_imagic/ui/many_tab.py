@@ -12,7 +12,7 @@ from . import view
 from .fields import LABELS, offered, values_of, with_labels
 from .fields import field as field_of
 from .visitors import BatchFolder, Refused, Visitor
-from .wiring import EACH, QUIET, Tab, Wiring
+from .wiring import EACH, HIDDEN, QUIET, Tab, Wiring
 
 
 class ManyTab:
@@ -60,6 +60,8 @@ class ManyTab:
                 gr.HTML("<h2>Batches</h2>")
                 which = gr.Dropdown([], label="Batch", elem_id="batch")
                 self._wiring.shows(which, self._draw_batches)
+                showing = gr.Textbox(visible=HIDDEN, label="the batch that is shown")
+                self._wiring.shows(showing, self._draw_showing)
                 self._wiring.shows(gr.HTML(elem_id="batch-status"), self._draw_batch)
                 with gr.Row():
                     stop = gr.Button("Stop", variant="stop", elem_id="batch-stop")
@@ -82,37 +84,49 @@ class ManyTab:
             return ""
 
         def of_batch(act: Callable[[Visitor, BatchFolder], Any]) -> Callable[..., str]:
-            def run(visitor: Visitor, tab: Tab) -> str:
-                batch = self._batch(visitor, tab)
-                if batch is None:
-                    raise Refused("there is no batch yet")
-                act(visitor, batch)
+            def run(visitor: Visitor, tab: Tab, name: str | None) -> str:
+                act(visitor, _required(visitor, name))
                 return ""
 
             return run
 
-        def change(visitor: Visitor, tab: Tab, name: str | None) -> str:
-            tab.batch = name or ""
+        def remove_batch(visitor: Visitor, tab: Tab, name: str | None) -> str:
+            self._wiring.studio.batches.remove(visitor, _required(visitor, name))
+            # A further click removes nothing: another batch must be chosen first.
+            tab.batch = None
             return ""
+
+        # A list that is closed without a choice sends its old value, perhaps after something newer.
+        def change(visitor: Visitor, tab: Tab, name: str | None, chosen: str | None) -> str:
+            if chosen != name:
+                tab.batch = chosen or None
+            return ""
+
+        def box_after(request: gr.Request) -> Any:
+            return None if self._wiring.done(request, "many_message") else gr.skip()
 
         def connect() -> None:
             on = self._wiring.on
             folder.upload(_photos_of, folder, uploads, **QUIET)
             begun = on(begin.click, "many_message", begin_batch, [uploads, sentences, model, *fields])
-            begun.then(lambda: None, None, uploads, **QUIET)
-            on(which.input, "many_message", change, [which], **EACH)
-            on(stop.click, "many_message", of_batch(lambda _, batch: self._wiring.studio.batches.stop(batch)))
-            on(again.click, "many_message", of_batch(self._wiring.studio.batches.resume))
-            on(pack.click, "many_message", of_batch(self._wiring.studio.batches.pack))
-            on(remove.click, "many_message", of_batch(self._wiring.studio.batches.remove))
+            # The photos of a batch that began are in its folder now.
+            begun.then(box_after, None, uploads, **QUIET)
+            on(which.input, "many_message", change, [showing, which], **EACH)
+            batches = self._wiring.studio.batches
+            on(stop.click, "many_message", of_batch(lambda _, batch: batches.stop(batch)), [showing])
+            on(again.click, "many_message", of_batch(batches.resume), [showing])
+            on(pack.click, "many_message", of_batch(batches.pack), [showing])
+            on(remove.click, "many_message", remove_batch, [showing])
 
         return connect
 
     def _batch(self, visitor: Visitor, tab: Tab) -> BatchFolder | None:
-        """The batch that a tab shows: the chosen one, or the newest."""
-        if tab.batch not in visitor.batches:
+        """The batch that a tab shows: the chosen one, or at first the newest; none after a removal."""
+        if tab.batch == "":
             tab.batch = next(reversed(visitor.batches), "")
-        return visitor.batches.get(tab.batch)
+        elif tab.batch not in visitor.batches:
+            tab.batch = None
+        return visitor.batches.get(tab.batch or "")
 
     def _batch_is(self, visitor: Visitor, tab: Tab, *, busy: bool) -> bool:
         batch = self._batch(visitor, tab)
@@ -122,9 +136,22 @@ class ManyTab:
         self._batch(visitor, tab)
         return {"choices": list(reversed(visitor.batches)), "value": tab.batch or None}
 
+    def _draw_showing(self, visitor: Visitor, tab: Tab) -> str:
+        batch = self._batch(visitor, tab)
+        return "" if batch is None else batch.path.name
+
     def _draw_batch(self, visitor: Visitor, tab: Tab) -> str:
         batch = self._batch(visitor, tab)
         return "" if batch is None else view.batch(batch, self._wiring.studio.machine.card, with_labels)
+
+
+def _required(visitor: Visitor, name: str | None) -> BatchFolder:
+    """The batch that an act is for: the one that the page showed."""
+    if not name:
+        raise Refused("no batch is chosen")
+    if name not in visitor.batches:
+        raise Refused(f"{name} is gone: it was removed in another tab")
+    return visitor.batches[name]
 
 
 def _photos_of(paths: Sequence[str]) -> list[str]:

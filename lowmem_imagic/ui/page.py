@@ -1,5 +1,6 @@
 """The page of the studio."""
 
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -34,11 +35,14 @@ def page_of(studio: Studio, visitors: Visitors) -> Any:
         machine = studio.machine
         wiring.shows(gr.HTML(elem_id="queue"), lambda visitor, tab: view.queue_line(machine.card, machine.desk))
         last = gr.Textbox(visible=HIDDEN, label="the last photo of this tab")
+        # Acts are for what the page shows, and not for what the server would show by then.
+        showing = gr.Textbox(visible=HIDDEN, label="the photo or edit that is shown")
+        wiring.shows(showing, _draw_showing(wiring))
         with gr.Tabs():
             with gr.Tab("Studio", id="studio"):
-                connections = [StudioTab(wiring).build()]
+                connections = [StudioTab(wiring, showing).build()]
             with gr.Tab("Edits", id="edits"):
-                connections.append(EditsTab(wiring).build())
+                connections.append(EditsTab(wiring, showing).build())
             with gr.Tab("Many", id="many"):
                 connections.append(ManyTab(wiring).build())
         # All outputs are known now.
@@ -53,6 +57,14 @@ def page_of(studio: Studio, visitors: Visitors) -> Any:
         remembered = "() => [sessionStorage.getItem('project') || '']"
         wiring.on(page.load, "message", _open_tab, [last], js=remembered)
     return page
+
+
+def _draw_showing(wiring: Wiring) -> Callable[[Visitor, Tab], str]:
+    def draw(visitor: Visitor, tab: Tab) -> str:
+        project = wiring.project(visitor, tab)
+        return project.token if project else ""
+
+    return draw
 
 
 def _open_tab(visitor: Visitor, tab: Tab, last: str) -> str:

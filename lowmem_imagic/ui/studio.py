@@ -186,8 +186,8 @@ class Studio:
             project.asks = [one for one in project.asks if one is not ask] + [ask]
         return ask
 
-    def finer(self, visitor: Visitor, project: Project, eta: float) -> None:
-        """Begins to render the sentence that is shown at an eta that its row lacks, from every seed.
+    def finer(self, visitor: Visitor, project: Project, ask: Ask, eta: float) -> None:
+        """Begins to render a sentence at an eta that its row lacks, from every seed.
 
         While the project is at work the eta waits for the end of the job; a later one takes its place.
 
@@ -195,9 +195,7 @@ class Studio:
             Refused: the project is in training, which ends its rows; or the visitor has too many jobs.
         """
         with visitor.lock:
-            if not project.asks:
-                return
-            ask, project.next_eta = project.asks[-1], None
+            project.next_eta = None
             if not project.busy:
                 self._render(visitor, project, ask, [eta])
             elif project.job is not None and project.job.order["work"] == "train":
@@ -206,9 +204,9 @@ class Studio:
                 project.next_eta = (ask, eta)
 
     def _render(self, visitor: Visitor, project: Project, ask: Ask, etas: Sequence[float]) -> None:
-        """Begins to render the pictures that an ask lacks at these etas."""
+        """Begins to render the pictures that an ask lacks at these etas, and that are not being rendered."""
         missing = ask.lacking(etas)
-        if not missing:
+        if not missing or (project.busy and project.job is not None and _renders(project.job, ask, missing)):
             return
         order = {
             "work": "ask",
@@ -392,6 +390,13 @@ def _picture(visitor: Visitor, project: Project, event: Mapping[str, Any]) -> Pi
     download = f"{safe_stem(project.name)}-eta-{eta:.2f}{'' if seed is None else f'-seed-{seed}'}.png"
     full = visitor.serve(project.folder / f"{name}.png", "image/png", download)
     return Picture(seed, eta, name, view, full)
+
+
+def _renders(job: Job, ask: Ask, cells: Sequence[tuple[int | None, float]]) -> bool:
+    """Whether a job renders these pictures of an ask, among others."""
+    order = job.order
+    same = order["work"] == "ask" and (order["sentence"], order["values"]) == (ask.sentence, ask.values)
+    return same and set(cells) <= set(order["cells"])
 
 
 def _first_the_sentence(etas: Sequence[float]) -> list[float]:

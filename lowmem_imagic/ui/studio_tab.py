@@ -6,13 +6,14 @@ from typing import Any
 
 import gradio as gr
 
+from ..errors import LowmemImagicError
 from ..settings.options import Option, options_of
 from ..settings.stages import BLOCKS
 from . import view
 from .fields import LABELS, more_pictures, more_training, values_of, with_labels
 from .fields import field as field_of
 from .visitors import Project, Refused, Visitor
-from .wiring import EACH, HIDDEN, LAST, QUIET, Tab, Wiring
+from .wiring import EACH, HIDDEN, KEEP, QUIET, Tab, Wiring
 
 CARDS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 
@@ -22,10 +23,11 @@ class StudioTab:
 
     Args:
         wiring: connects its events and draws its outputs.
+        showing: the token of the photo or edit that is shown.
     """
 
-    def __init__(self, wiring: Wiring) -> None:
-        self._wiring = wiring
+    def __init__(self, wiring: Wiring, showing: gr.Textbox) -> None:
+        self._wiring, self._showing = wiring, showing
 
     def build(self) -> Callable[[], None]:
         """Puts the fields on the page; returns what connects their events, when all outputs of the page are known."""
@@ -112,6 +114,8 @@ class StudioTab:
                     other_fields = [field_of(option) for option in others]
                 history = gr.Dropdown([], label="Sentences so far", elem_id="history")
                 self._wiring.shows(history, self._draw_history)
+                asked = gr.Textbox(visible=HIDDEN, label="the sentence that is shown")
+                self._wiring.shows(asked, self._draw_asked)
                 with gr.Row():
                     sheet = gr.Button("Make a sheet", size="sm", elem_id="sheet")
                 self._wiring.shows(gr.HTML(elem_id="downloads"), self._draw_downloads)
@@ -138,69 +142,89 @@ class StudioTab:
             tab.project = self._wiring.studio.open_photo(visitor, path, Path(path).name).token
             return ""
 
-        def start_training(visitor: Visitor, tab: Tab, model: str, sentences: str | None, *values: Any) -> str:
+        def start_training(
+            visitor: Visitor, tab: Tab, token: str | None, model: str, sentences: str | None, *values: Any
+        ) -> str:
             lines = [line.strip() for line in (sentences or "").splitlines() if line.strip()]
             chosen = training_values(values)
             # Without a graphics card there is no limit to stay within.
-            self._wiring.studio.train(visitor, self._wiring.required(visitor, tab), chosen, model, lines)
+            self._wiring.studio.train(visitor, self._wiring.required(visitor, token), chosen, model, lines)
             return ""
 
-        def ask_sentence(visitor: Visitor, tab: Tab, sentence: str, *values: Any) -> str:
-            self._wiring.studio.ask(visitor, self._wiring.required(visitor, tab), sentence, asking_values(values))
+        def ask_sentence(visitor: Visitor, tab: Tab, token: str | None, sentence: str, *values: Any) -> str:
+            self._wiring.studio.ask(visitor, self._wiring.required(visitor, token), sentence, asking_values(values))
             return ""
 
-        def render_eta(visitor: Visitor, tab: Tab, eta: float) -> str:
-            self._wiring.studio.finer(visitor, self._wiring.required(visitor, tab), round(float(eta), 2))
+        def render_eta(visitor: Visitor, tab: Tab, token: str | None, label: str | None, eta: float) -> str:
+            project = self._wiring.required(visitor, token)
+            ask = project.ask_of(label)
+            if ask is not None:
+                self._wiring.studio.finer(visitor, project, ask, round(float(eta), 2))
             return ""
 
-        def show_again(visitor: Visitor, tab: Tab, label: str) -> str:
-            project = self._wiring.required(visitor, tab)
+        # A list that is closed without a choice sends its old value, perhaps after something newer.
+        def show_again(visitor: Visitor, tab: Tab, token: str | None, label: str | None, chosen: str | None) -> str:
+            project = self._wiring.required(visitor, token)
             with visitor.lock:
-                again = next((one for one in project.asks if one.label == label), None)
-                if again is not None:
+                again = project.ask_of(chosen)
+                if again is not None and chosen != label:
                     project.asks = [one for one in project.asks if one is not again] + [again]
             return ""
 
-        def make_sheet(visitor: Visitor, tab: Tab) -> str:
-            project = self._wiring.required(visitor, tab)
-            if not project.asks:
+        def make_sheet(visitor: Visitor, tab: Tab, token: str | None, label: str | None) -> str:
+            project = self._wiring.required(visitor, token)
+            ask = project.ask_of(label)
+            if ask is None:
                 raise Refused("there are no pictures yet; ask a sentence first")
-            project.asks[-1].sheet = self._wiring.studio.sheet(visitor, project, project.asks[-1])
+            ask.sheet = self._wiring.studio.sheet(visitor, project, ask)
             return ""
 
-        def change_project(visitor: Visitor, tab: Tab, token: str) -> str:
-            tab.project = token or ""
+        def change_project(visitor: Visitor, tab: Tab, token: str | None, chosen: str | None) -> str:
+            if chosen != token:
+                tab.project = chosen or ""
             return ""
 
-        def stop_job(visitor: Visitor, tab: Tab) -> str:
-            self._wiring.studio.stop(self._wiring.required(visitor, tab))
+        def stop_job(visitor: Visitor, tab: Tab, token: str | None) -> str:
+            self._wiring.studio.stop(self._wiring.required(visitor, token))
             return ""
 
         def make_plan(visitor: Visitor, tab: Tab, model: str, *values: Any) -> str:
-            chosen = training_values(values)
+            # Of several at a time the one that began last counts.
+            tab.plans += 1
+            number, chosen = tab.plans, training_values(values)
             project, vram = self._wiring.project(visitor, tab), str(chosen.get("vram", "8GB"))
-            tab.plan = self._wiring.studio.plan(visitor, project, chosen, model, vram)
+            try:
+                plan = self._wiring.studio.plan(visitor, project, chosen, model, vram)
+            except LowmemImagicError:
+                if number == tab.plans:
+                    raise
+                return KEEP
+            if number != tab.plans:
+                return KEEP
+            tab.plan = plan
             return ""
 
         def connect() -> None:
             on = self._wiring.on
-            opened = on(upload.upload, "message", open_photo, [upload])
+            showing, shown_ask = self._showing, [self._showing, asked]
+            opened = on(upload.upload, "message", open_photo, [upload], **EACH)
             # The upload has moved to its project.
             cleared = opened.then(lambda: None, None, upload, **QUIET)
-            on(cleared.then, "plan_message", make_plan, [model, *training])
+            on(cleared.then, "plan_message", make_plan, [model, *training], **EACH)
             for one in (model, vram, quality):
                 on(one.change, "plan_message", make_plan, [model, *training])
-            on(train.click, "message", start_training, [model, sentences, *training])
-            on(stop.click, "message", stop_job)
-            inputs = [sentence, *blocks, *other_fields]
-            on(ask.click, "message", ask_sentence, inputs)
-            on(sentence.submit, "message", ask_sentence, inputs)
+            on(train.click, "message", start_training, [showing, model, sentences, *training])
+            on(stop.click, "message", stop_job, [showing])
+            inputs = [showing, sentence, *blocks, *other_fields]
+            on(ask.click, "message", ask_sentence, inputs, **EACH)
+            on(sentence.submit, "message", ask_sentence, inputs, **EACH)
             eta.input(None, [eta], None, js="(eta) => { window.studio.slide(eta); }")
-            on(eta.release, "message", render_eta, [eta], **LAST)
-            on(finer.click, "message", render_eta, [eta], **LAST)
-            on(history.input, "message", show_again, [history], **EACH)
-            on(switch.input, "message", change_project, [switch], **EACH)
-            on(sheet.click, "message", make_sheet)
+            on(eta.release, "message", render_eta, [*shown_ask, eta], **EACH)
+            on(finer.click, "message", render_eta, [*shown_ask, eta], **EACH)
+            on(history.input, "message", show_again, [*shown_ask, history], **EACH)
+            switched = on(switch.input, "message", change_project, [showing, switch], **EACH)
+            on(switched.then, "plan_message", make_plan, [model, *training], **EACH)
+            on(sheet.click, "message", make_sheet, shown_ask, **EACH)
 
         return connect
 
@@ -228,6 +252,10 @@ class StudioTab:
         project = self._wiring.project(visitor, tab)
         labels = [ask.label for ask in project.asks] if project else []
         return {"choices": labels[::-1], "value": labels[-1] if labels else None}
+
+    def _draw_asked(self, visitor: Visitor, tab: Tab) -> str:
+        project = self._wiring.project(visitor, tab)
+        return project.asks[-1].label if project and project.asks else ""
 
     def _draw_downloads(self, visitor: Visitor, tab: Tab) -> str:
         project = self._wiring.project(visitor, tab)

@@ -69,7 +69,8 @@ def line(text: str, *, bad: bool = False) -> str:
 def photo(project: Project | None) -> str:
     """The photo that will be edited, at its own aspect."""
     if project is None or not project.photo_view or project.size is None:
-        return '<p class="quiet">No photo yet.</p>'
+        token = f' data-project="{escape(project.token)}"' if project else ""
+        return f'<p class="quiet"{token}>No photo yet.</p>'
     notes = "; ".join(project.notes)
     remark = f'<p class="quiet">{escape(notes)}</p>' if notes else ""
     return (

@@ -122,6 +122,10 @@ class Project:
     about: str = ""
     """The contents of an edit file in words, some lines."""
 
+    def ask_of(self, label: str | None) -> Ask | None:
+        """The ask of a line in its history."""
+        return next((one for one in self.asks if one.label == label), None)
+
     @property
     def busy(self) -> bool:
         """Whether a job of it waits or runs."""

@@ -22,13 +22,11 @@ KEEP = "keep"
 """Value of an output that stays as it is."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 """Options of every event."""
-LAST: dict[str, Any] = {"trigger_mode": "always_last"}
-"""Options of an event that may come again before its answer: the last one counts, with its field as it is by then.
+EACH: dict[str, Any] = {"trigger_mode": "multiple"}
+"""Options of an event that may come again before its answer: each counts, with the fields as they were.
 
 By default the page's library drops it, as is right for a second click on a button that begins something.
 """
-EACH: dict[str, Any] = {"trigger_mode": "multiple"}
-"""The same for a field that the answer draws: each event counts, with its field as it was."""
 
 
 @dataclass
@@ -36,9 +34,12 @@ class Tab:
     """What one tab of a visitor shows."""
 
     project: str = ""
-    batch: str = ""
+    batch: str | None = ""
+    """Its name; "" is the newest one, None is none."""
     plan: TrainingPlan | None = None
     """The last one; not for the fields as they are if there is a message."""
+    plans: int = 0
+    """The number of plans that were begun."""
     plan_message: str = ""
     message: str = ""
     edits_message: str = ""
@@ -105,6 +106,11 @@ class Wiring:
 
         return with_request
 
+    def done(self, request: gr.Request, place: str) -> bool:
+        """Whether the last act of a place was done, and not refused."""
+        _, tab = self._who(request)
+        return not getattr(tab, place)
+
     def on(
         self, trigger: Any, place: str, act: Callable[..., str | None], inputs: Sequence[Any] = (), **how: Any
     ) -> Any:
@@ -123,13 +129,16 @@ class Wiring:
         tab.project = project.token if project else ""
         return project
 
-    def required(self, visitor: Visitor, tab: Tab) -> Project:
-        """`project`, for acts that need one.
+    @staticmethod
+    def required(visitor: Visitor, token: str | None) -> Project:
+        """The photo or edit that an act is for: the one that the page showed, which the tab may have left meanwhile.
 
         Raises:
             Refused: there is none.
         """
-        project = self.project(visitor, tab)
-        if project is None:
+        if not token:
             raise Refused("there is no photo yet; choose one first, or open an edit file")
+        project = visitor.projects.get(token)
+        if project is None:
+            raise Refused("this photo is gone, as the oldest of too many; choose it again")
         return project
