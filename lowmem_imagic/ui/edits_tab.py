@@ -100,7 +100,7 @@ class EditsTab:
         ) -> str:
             if not agreed:
                 raise Refused("an edit gives its photo back; tick the box above the button if its readers may see it")
-            project = self._wiring.required(visitor, token)
+            project = visitor.required(token)
             said = self._wiring.studio.push(
                 visitor, project, (repository or "").strip(), public=bool(public), agreed=True
             )

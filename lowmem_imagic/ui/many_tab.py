@@ -11,7 +11,7 @@ from ..settings.options import PICTURES, TRAINING, options_of
 from . import view
 from .fields import LABELS, offered, values_of, with_labels
 from .fields import field as field_of
-from .visitors import BatchFolder, Refused, Visitor
+from .visitors import BatchFolder, Visitor
 from .wiring import EACH, HIDDEN, QUIET, Tab, Wiring
 
 
@@ -85,13 +85,13 @@ class ManyTab:
 
         def of_batch(act: Callable[[Visitor, BatchFolder], Any]) -> Callable[..., str]:
             def run(visitor: Visitor, tab: Tab, name: str | None) -> str:
-                act(visitor, _required(visitor, name))
+                act(visitor, visitor.required_batch(name))
                 return ""
 
             return run
 
         def remove_batch(visitor: Visitor, tab: Tab, name: str | None) -> str:
-            self._wiring.studio.batches.remove(visitor, _required(visitor, name))
+            self._wiring.studio.batches.remove(visitor, visitor.required_batch(name))
             # A further click removes nothing: another batch must be chosen first.
             tab.batch = None
             return ""
@@ -143,15 +143,6 @@ class ManyTab:
     def _draw_batch(self, visitor: Visitor, tab: Tab) -> str:
         batch = self._batch(visitor, tab)
         return "" if batch is None else view.batch(batch, self._wiring.studio.machine.card, with_labels)
-
-
-def _required(visitor: Visitor, name: str | None) -> BatchFolder:
-    """The batch that an act is for: the one that the page showed."""
-    if not name:
-        raise Refused("no batch is chosen")
-    if name not in visitor.batches:
-        raise Refused(f"{name} is gone: it was removed in another tab")
-    return visitor.batches[name]
 
 
 def _photos_of(paths: Sequence[str]) -> list[str]:

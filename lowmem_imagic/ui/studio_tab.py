@@ -148,15 +148,15 @@ class StudioTab:
             lines = [line.strip() for line in (sentences or "").splitlines() if line.strip()]
             chosen = training_values(values)
             # Without a graphics card there is no limit to stay within.
-            self._wiring.studio.train(visitor, self._wiring.required(visitor, token), chosen, model, lines)
+            self._wiring.studio.train(visitor, visitor.required(token), chosen, model, lines)
             return ""
 
         def ask_sentence(visitor: Visitor, tab: Tab, token: str | None, sentence: str, *values: Any) -> str:
-            self._wiring.studio.ask(visitor, self._wiring.required(visitor, token), sentence, asking_values(values))
+            self._wiring.studio.ask(visitor, visitor.required(token), sentence, asking_values(values))
             return ""
 
         def render_eta(visitor: Visitor, tab: Tab, token: str | None, label: str | None, eta: float) -> str:
-            project = self._wiring.required(visitor, token)
+            project = visitor.required(token)
             ask = project.ask_of(label)
             if ask is not None:
                 self._wiring.studio.finer(visitor, project, ask, round(float(eta), 2))
@@ -164,7 +164,7 @@ class StudioTab:
 
         # A list that is closed without a choice sends its old value, perhaps after something newer.
         def show_again(visitor: Visitor, tab: Tab, token: str | None, label: str | None, chosen: str | None) -> str:
-            project = self._wiring.required(visitor, token)
+            project = visitor.required(token)
             with visitor.lock:
                 again = project.ask_of(chosen)
                 if again is not None and chosen != label:
@@ -172,7 +172,7 @@ class StudioTab:
             return ""
 
         def make_sheet(visitor: Visitor, tab: Tab, token: str | None, label: str | None) -> str:
-            project = self._wiring.required(visitor, token)
+            project = visitor.required(token)
             ask = project.ask_of(label)
             if ask is None:
                 raise Refused("there are no pictures yet; ask a sentence first")
@@ -185,13 +185,15 @@ class StudioTab:
             return ""
 
         def stop_job(visitor: Visitor, tab: Tab, token: str | None) -> str:
-            self._wiring.studio.stop(self._wiring.required(visitor, token))
+            self._wiring.studio.stop(visitor.required(token))
             return ""
 
         def make_plan(visitor: Visitor, tab: Tab, model: str, *values: Any) -> str:
+            chosen = training_values(values)
             # Of several at a time the one that began last counts.
-            tab.plans += 1
-            number, chosen = tab.plans, training_values(values)
+            with tab.lock:
+                tab.plans += 1
+                number = tab.plans
             project, vram = self._wiring.project(visitor, tab), str(chosen.get("vram", "8GB"))
             try:
                 plan = self._wiring.studio.plan(visitor, project, chosen, model, vram)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LowmemImagicError
+from ..plain_text import shown
 from . import limits
 from .card import ENDED, Job
 
@@ -220,6 +221,32 @@ class Visitor:
             if token in self.projects:
                 return self.projects[token or ""]
             return next(reversed(self.projects.values()), None)
+
+    def required(self, token: str | None) -> Project:
+        """The project that an act is for: the one that the page showed.
+
+        Raises:
+            Refused: there is none.
+        """
+        if not token:
+            raise Refused("there is no photo yet; choose one first, or open an edit file")
+        project = self.projects.get(token)
+        if project is None:
+            raise Refused("this photo is gone, as the oldest of too many; choose it again")
+        return project
+
+    def required_batch(self, name: str | None) -> BatchFolder:
+        """The batch that an act is for: the one that the page showed.
+
+        Raises:
+            Refused: there is none.
+        """
+        if not name:
+            raise Refused("no batch is chosen")
+        batch = self.batches.get(name)
+        if batch is None:
+            raise Refused(f"{shown(name)} is gone: it was removed in another tab")
+        return batch
 
     def add_project(self, name: str) -> Project:
         """A new project with a folder of its own; the oldest idle one goes if there are too many.

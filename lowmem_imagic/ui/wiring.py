@@ -14,7 +14,7 @@ from . import view
 from .fields import with_labels
 from .guard import COOKIE
 from .studio import Studio, TrainingPlan
-from .visitors import Project, Refused, Visitor, Visitors
+from .visitors import Project, Visitor, Visitors
 
 HIDDEN: Literal["hidden"] = "hidden"
 """Not shown, but on the page for scripts."""
@@ -127,18 +127,4 @@ class Wiring:
         """The photo or edit that a tab shows."""
         project = visitor.project(tab.project)
         tab.project = project.token if project else ""
-        return project
-
-    @staticmethod
-    def required(visitor: Visitor, token: str | None) -> Project:
-        """The photo or edit that an act is for: the one that the page showed, which the tab may have left meanwhile.
-
-        Raises:
-            Refused: there is none.
-        """
-        if not token:
-            raise Refused("there is no photo yet; choose one first, or open an edit file")
-        project = visitor.projects.get(token)
-        if project is None:
-            raise Refused("this photo is gone, as the oldest of too many; choose it again")
         return project
