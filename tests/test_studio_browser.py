@@ -298,7 +298,7 @@ def test_a_training_survives_reload_and_stop(visit, folder):
     page.get_by_text("stopped; the training is saved").wait_for()
     # A tab behind another one draws once a second, and would lose what is typed before that.
     page.bring_to_front()
-    # The fields of a reloaded page are as at first.
+    # Only texts outlive a reload.
     visit.quick(embed=400, finetune=3)
     page.locator("#train:enabled").click()
     words = page.get_by_text(re.compile("stage 1 of 2: embedding: [1-9]"))
@@ -509,6 +509,35 @@ def test_an_act_is_for_the_batch_that_the_page_shows(visit, address, folder):
     second.get_by_text("batch-003 is gone: it was removed in another tab").wait_for()
     second.locator("#batch-remove:disabled").wait_for()
     assert sorted(path.name for path in batches.iterdir()) == ["batch-001", "batch-002"]
+
+
+def test_what_was_typed_outlives_a_lost_connection(visit, folder):
+    """After a lost connection the page loads itself again, with the photo and with what was typed."""
+    page = visit.page
+    visit.choose_photo(folder / "photo-0.png")
+    visit.quick()
+    visit.tab("Many")
+    page.locator("#batch-sentences textarea").fill("a blue cube on a grass floor\na cone")
+    visit.tab("Studio")
+    page.evaluate("window.before = true")
+    page.route("**/queue/join*", lambda route: route.abort())
+    page.wait_for_function("!window.before")
+    page.unroute("**/queue/join*")
+    page.locator("#photo img[alt='the photo photo-0.png']").wait_for()
+    page.get_by_role("button", name="More for training").click()
+    page.wait_for_function(
+        "words => document.querySelector('#train-sentences textarea')?.value === words",
+        arg="a red cube on a wooden floor",
+    )
+    visit.tab("Many")
+    page.wait_for_function("document.querySelector('#batch-sentences textarea').value.endsWith('\\na cone')")
+    # The server gets it, too.
+    page.set_input_files("#batch-files input[type=file]", folder / "photo-0.png")
+    page.locator("#batch-files").get_by_text("photo-0").first.wait_for()
+    page.locator("#batch-begin").click()
+    page.locator("#batch-status").get_by_text("2 items").wait_for()
+    page.locator("#batch-stop:enabled").click()
+    page.get_by_text("“Continue” goes on with it").wait_for()
 
 
 def test_the_plan_is_for_the_photo_that_is_shown(visit, folder, tmp_path):

@@ -49,8 +49,25 @@ document.addEventListener("keyup", (event) => {
   clearTimeout(letGo);
   letGo = setTimeout(() => document.querySelector("#finer").click(), 600);
 });
+// What was typed outlives a reload, which the page's library begins by itself after a lost connection.
+const TYPED = ["sentence", "train-sentences", "batch-sentences"];
+const FIELDS = TYPED.map((id) => `#${id} textarea, #${id} input`).join(", ");
+const placeOf = (field) => "typed: " + TYPED.find((id) => field.closest("#" + id));
+document.addEventListener("input", (event) => {
+  const field = event.target;
+  if (field.matches && field.matches(FIELDS)) sessionStorage.setItem(placeOf(field), field.value);
+});
+function typeAgain(field) {
+  if (field.dataset.typed) return;
+  field.dataset.typed = "yes";
+  const text = sessionStorage.getItem(placeOf(field));
+  if (!text || field.value) return;
+  field.value = text;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+}
 // New pictures keep the place of both sliders; the tab remembers its photo.
 new MutationObserver(() => {
+  document.querySelectorAll(FIELDS).forEach(typeAgain);
   const photo = document.querySelector("#photo [data-project]");
   if (photo) sessionStorage.setItem("project", photo.dataset.project);
   window.studio.apply();
