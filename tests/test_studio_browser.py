@@ -185,6 +185,8 @@ class Visit:
         assert held
         while held:
             held.pop(0).continue_()
+            # Nobody acts so fast that one request overtakes another.
+            self.page.wait_for_timeout(100)
         self.page.unroute("**/queue/join*")
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from . import view
 from .fields import LABELS, offered, values_of, with_labels
 from .fields import field as field_of
 from .visitors import BatchFolder, Visitor
-from .wiring import EACH, HIDDEN, QUIET, Tab, Wiring
+from .wiring import HIDDEN, IN_TURN, QUIET, Tab, Wiring
 
 
 class ManyTab:
@@ -111,7 +111,7 @@ class ManyTab:
             begun = on(begin.click, "many_message", begin_batch, [uploads, sentences, model, *fields])
             # The photos of a batch that began are in its folder now.
             begun.then(box_after, None, uploads, **QUIET)
-            on(which.input, "many_message", change, [showing, which], **EACH)
+            on(which.input, "many_message", change, [showing, which], **IN_TURN)
             batches = self._wiring.studio.batches
             on(stop.click, "many_message", of_batch(lambda _, batch: batches.stop(batch)), [showing])
             on(again.click, "many_message", of_batch(batches.resume), [showing])

@@ -13,7 +13,7 @@ from . import view
 from .fields import LABELS, more_pictures, more_training, values_of, with_labels
 from .fields import field as field_of
 from .visitors import Project, Refused, Visitor
-from .wiring import EACH, HIDDEN, KEEP, QUIET, Tab, Wiring
+from .wiring import EACH, HIDDEN, IN_TURN, KEEP, QUIET, Tab, Wiring
 
 CARDS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 
@@ -221,10 +221,10 @@ class StudioTab:
             on(ask.click, "message", ask_sentence, inputs, **EACH)
             on(sentence.submit, "message", ask_sentence, inputs, **EACH)
             eta.input(None, [eta], None, js="(eta) => { window.studio.slide(eta); }")
-            on(eta.release, "message", render_eta, [*shown_ask, eta], **EACH)
-            on(finer.click, "message", render_eta, [*shown_ask, eta], **EACH)
-            on(history.input, "message", show_again, [*shown_ask, history], **EACH)
-            switched = on(switch.input, "message", change_project, [showing, switch], **EACH)
+            on(eta.release, "message", render_eta, [*shown_ask, eta], **IN_TURN)
+            on(finer.click, "message", render_eta, [*shown_ask, eta], **IN_TURN)
+            on(history.input, "message", show_again, [*shown_ask, history], **IN_TURN)
+            switched = on(switch.input, "message", change_project, [showing, switch], **IN_TURN)
             on(switched.then, "plan_message", make_plan, [model, *training], **EACH)
             on(sheet.click, "message", make_sheet, shown_ask, **EACH)
 

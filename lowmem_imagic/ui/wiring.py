@@ -27,6 +27,8 @@ EACH: dict[str, Any] = {"trigger_mode": "multiple"}
 
 By default the page's library drops it, as is right for a second click on a button that begins something.
 """
+IN_TURN: dict[str, Any] = {**EACH, "concurrency_limit": 1}
+"""The same for choices, of which the last one counts: they are done in the order in which they come."""
 
 
 @dataclass
