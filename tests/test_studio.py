@@ -5,8 +5,10 @@ import base64
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -370,7 +372,6 @@ def test_a_fault_ends_its_job_alone():
 
 def test_a_waiting_job_can_be_stopped():
     """A job that waits is stopped at once, and never begins."""
-    import threading
 
     release, begun = threading.Event(), []
 
@@ -555,13 +556,24 @@ def test_the_last_eta_let_go_at_work_is_rendered_after_it(asked):
 def test_a_sentence_that_is_asked_twice_is_rendered_once(asked):
     """Enter and a click on "Ask" are one question; another sentence meanwhile is refused, not lost."""
     studio, visitor, project = asked
-    assert studio.ask(visitor, project, " a  cat", {"seeds": "0,3"}) is project.asks[-1]
+    again: tuple[Any, ...] = (visitor, project, " a  cat", {"seeds": "0,3"})
+    assert studio.ask(*again) is project.asks[-1]
+    with ThreadPoolExecutor(9) as threads:
+        assert len({id(one) for one in threads.map(lambda _: studio.ask(*again), range(9))}) == 1
     with pytest.raises(Refused, match="at work"):
         studio.ask(visitor, project, "a dog", {})
     with pytest.raises(Refused, match="at work"):
         studio.ask(visitor, project, "a cat", {})
     studio.release(project)
     assert not project.busy and len(studio.orders) == len(project.asks) == 1
+    # What is being stopped is not being rendered.
+    studio.ask(visitor, project, "a dog", {})
+    while len(studio.orders) < 2:
+        time.sleep(0.01)
+    studio.stop(project)
+    with pytest.raises(Refused, match="at work"):
+        studio.ask(visitor, project, "a dog", {})
+    studio.release(project, "stopped")
 
 
 def test_an_eta_does_not_wait_in_vain(asked):

@@ -376,10 +376,14 @@ def test_a_choice_made_before_the_answer_to_the_last_one_counts(visit, folder):
     page.locator("#ask:enabled").wait_for()
     assert set(visit.etas()) >= {*row, "0.75", "0.9"}
 
+    shown = "words => document.querySelector('#viewer .now').innerText.startsWith(words)"
     visit.unanswered(choose(sentences[0]), choose(sentences[1]))
-    page.wait_for_function(
-        "words => document.querySelector('#viewer .now').innerText.startsWith(words)", arg=sentences[1]
-    )
+    page.wait_for_function(shown, arg=sentences[1])
+    # Back to the one that is still shown is a choice, too.
+    visit.unanswered(choose(sentences[0]), choose(sentences[1]))
+    page.locator("#ask:enabled").wait_for()
+    page.wait_for_timeout(3000)
+    assert page.evaluate(shown, sentences[1])
 
 
 def test_the_page_goes_on_when_its_stream_of_answers_is_closed_late(visit, folder):
@@ -511,6 +515,17 @@ def test_an_act_is_for_the_batch_that_the_page_shows(visit, address, folder):
     second.get_by_text("batch-003 is gone: it was removed in another tab").wait_for()
     second.locator("#batch-remove:disabled").wait_for()
     assert sorted(path.name for path in batches.iterdir()) == ["batch-001", "batch-002"]
+
+    # Nor does a new batch get the name of a removed one.
+    visit.page = first
+    first.bring_to_front()
+    first.set_input_files("#batch-files input[type=file]", folder / "photo-0.png")
+    first.locator("#batch-files").get_by_text("photo-0").first.wait_for()
+    first.locator("#batch-sentences textarea").fill("a red cube on a wooden floor")
+    first.locator("#batch-begin").click()
+    first.wait_for_function("document.querySelector('#batch input')?.value === 'batch-004'")
+    first.locator("#batch-stop:enabled").click()
+    first.get_by_text("“Continue” goes on with it").wait_for()
 
 
 def test_what_was_typed_outlives_a_lost_connection(visit, folder):

@@ -18,7 +18,7 @@ from ..storage.regular_files import is_plain
 from . import limits
 from .card import DONE, Job
 from .machine import Machine, note_end, told
-from .visitors import BatchFolder, Refused, Visitor
+from .visitors import BatchFolder, Refused, Visitor, move_upload
 
 
 class Batches:
@@ -60,19 +60,18 @@ class Batches:
         base = self._machine.base(model)
         self._machine.check_room(visitor)
         with visitor.lock:
-            if any(upload not in visitor.uploads for upload, _ in uploads):
-                raise Refused("a batch has begun with these photos already; choose them again for another one")
-            number = 1 + max((int(one.removeprefix("batch-")) for one in visitor.batches), default=0)
-            folder = visitor.batches_folder / f"batch-{number:03d}"
+            visitor.claim_uploads([upload for upload, _ in uploads])
+            visitor.last_batch += 1
+            folder = visitor.batches_folder / f"batch-{visitor.last_batch:03d}"
             photos = folder / "photos"
             photos.mkdir(parents=True)
             batch = visitor.batches[folder.name] = BatchFolder(folder)
-            lines = []
-            for number, (upload, called) in enumerate(uploads, start=1):
-                # The name of the upload is only a label.
-                file = photos / f"{number:03d}-{safe_stem(Path(called).stem)}{_suffix(called)}"
-                visitor.take_upload(upload, file)
-                lines += [json.dumps({"photo": f"photos/{file.name}", "sentence": one}) for one in sentences]
+        lines = []
+        for number, (upload, called) in enumerate(uploads, start=1):
+            # The name of the upload is only a label.
+            file = photos / f"{number:03d}-{safe_stem(Path(called).stem)}{_suffix(called)}"
+            move_upload(upload, file)
+            lines += [json.dumps({"photo": f"photos/{file.name}", "sentence": one}) for one in sentences]
         manifest = folder / "list.jsonl"
         manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
         own = {key: value for key, value in values.items() if value not in (None, "")}

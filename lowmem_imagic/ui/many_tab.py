@@ -77,10 +77,11 @@ class ManyTab:
         options = [*first, *more]
 
         def begin_batch(visitor: Visitor, tab: Tab, paths: Any, sentences: str | None, model: str, *values: Any) -> str:
+            tab.begun = False
             chosen = {"preset": table["preset"].default, **values_of(options, values)}
             uploads = [(path, Path(path).name) for path in paths or []]
             batch = self._wiring.studio.batches.begin(visitor, uploads, (sentences or "").splitlines(), chosen, model)
-            tab.batch = batch.path.name
+            tab.batch, tab.begun = batch.path.name, True
             return ""
 
         def of_batch(act: Callable[[Visitor, BatchFolder], Any]) -> Callable[..., str]:
@@ -90,20 +91,14 @@ class ManyTab:
 
             return run
 
-        def remove_batch(visitor: Visitor, tab: Tab, name: str | None) -> str:
-            self._wiring.studio.batches.remove(visitor, visitor.required_batch(name))
-            # A further click removes nothing: another batch must be chosen first.
-            tab.batch = None
-            return ""
-
-        # A list that is closed without a choice sends its old value, perhaps after something newer.
         def change(visitor: Visitor, tab: Tab, name: str | None, chosen: str | None) -> str:
-            if chosen != name:
+            if tab.chooses("batches", name, chosen):
                 tab.batch = chosen or None
             return ""
 
         def box_after(request: gr.Request) -> Any:
-            return None if self._wiring.done(request, "many_message") else gr.skip()
+            _, tab = self._wiring.who(request)
+            return None if tab.begun else gr.skip()
 
         def connect() -> None:
             on = self._wiring.on
@@ -116,7 +111,7 @@ class ManyTab:
             on(stop.click, "many_message", of_batch(lambda _, batch: batches.stop(batch)), [showing])
             on(again.click, "many_message", of_batch(batches.resume), [showing])
             on(pack.click, "many_message", of_batch(batches.pack), [showing])
-            on(remove.click, "many_message", remove_batch, [showing])
+            on(remove.click, "many_message", of_batch(batches.remove), [showing])
 
         return connect
 
@@ -125,6 +120,7 @@ class ManyTab:
         if tab.batch == "":
             tab.batch = next(reversed(visitor.batches), "")
         elif tab.batch not in visitor.batches:
+            # A second click on "Remove" removes nothing: another batch must be chosen first.
             tab.batch = None
         return visitor.batches.get(tab.batch or "")
 

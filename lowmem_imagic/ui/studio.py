@@ -175,13 +175,13 @@ class Studio:
         seeds = tuple(Words("sample", own).sampling().get("seeds", (None,)))
         if len(seeds) > limits.MAX_SEEDS:
             raise ConfigError(f"`seeds` has {len(seeds)} numbers, expected at most {limits.MAX_SEEDS}")
-        ask = next((one for one in project.asks if (one.sentence, one.values) == (sentence, own)), None)
-        if ask is None:
-            ask = Ask(sentence, own, seeds)
-            if project.zero is not None and not own:
-                ask.pictures[project.zero.seed, 0.0] = project.zero
-        self._render(visitor, project, ask, _first_the_sentence(project.etas))
         with visitor.lock:
+            ask = next((one for one in project.asks if (one.sentence, one.values) == (sentence, own)), None)
+            if ask is None:
+                ask = Ask(sentence, own, seeds)
+                if project.zero is not None and not own:
+                    ask.pictures[project.zero.seed, 0.0] = project.zero
+            self._render(visitor, project, ask, _first_the_sentence(project.etas))
             # The last one is shown.
             project.asks = [one for one in project.asks if one is not ask] + [ask]
         return ask
@@ -395,8 +395,9 @@ def _picture(visitor: Visitor, project: Project, event: Mapping[str, Any]) -> Pi
 def _renders(job: Job, ask: Ask, cells: Sequence[tuple[int | None, float]]) -> bool:
     """Whether a job renders these pictures of an ask, among others."""
     order = job.order
-    same = order["work"] == "ask" and (order["sentence"], order["values"]) == (ask.sentence, ask.values)
-    return same and set(cells) <= set(order["cells"])
+    if job.stop_asked or order["work"] != "ask":
+        return False
+    return (order["sentence"], order["values"]) == (ask.sentence, ask.values) and set(cells) <= set(order["cells"])
 
 
 def _first_the_sentence(etas: Sequence[float]) -> list[float]:

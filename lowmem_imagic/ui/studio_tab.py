@@ -162,12 +162,11 @@ class StudioTab:
                 self._wiring.studio.finer(visitor, project, ask, round(float(eta), 2))
             return ""
 
-        # A list that is closed without a choice sends its old value, perhaps after something newer.
         def show_again(visitor: Visitor, tab: Tab, token: str | None, label: str | None, chosen: str | None) -> str:
             project = visitor.required(token)
             with visitor.lock:
                 again = project.ask_of(chosen)
-                if again is not None and chosen != label:
+                if again is not None and tab.chooses("history", label, chosen):
                     project.asks = [one for one in project.asks if one is not again] + [again]
             return ""
 
@@ -180,7 +179,7 @@ class StudioTab:
             return ""
 
         def change_project(visitor: Visitor, tab: Tab, token: str | None, chosen: str | None) -> str:
-            if chosen != token:
+            if tab.chooses("projects", token, chosen):
                 tab.project = chosen or ""
             return ""
 
@@ -188,22 +187,25 @@ class StudioTab:
             self._wiring.studio.stop(visitor.required(token))
             return ""
 
-        def make_plan(visitor: Visitor, tab: Tab, model: str, *values: Any) -> str:
-            chosen = training_values(values)
-            # Of several at a time the one that began last counts.
+        def make_plan(visitor: Visitor, tab: Tab, token: str | None, model: str, *values: Any) -> str:
+            chosen, project = training_values(values), visitor.projects.get(token or "")
+            if project is not None and project.photo is None:
+                return ""
+            key = (token or "", project and project.size, model, *values)
             with tab.lock:
-                tab.plans += 1
-                number = tab.plans
-            project, vram = self._wiring.project(visitor, tab), str(chosen.get("vram", "8GB"))
+                if key == tab.plan_key:
+                    return KEEP
+                tab.plan_key = key
             try:
-                plan = self._wiring.studio.plan(visitor, project, chosen, model, vram)
+                plan = self._wiring.studio.plan(visitor, project, chosen, model, str(chosen.get("vram", "8GB")))
             except LowmemImagicError:
-                if number == tab.plans:
-                    raise
+                if key != tab.plan_key:
+                    return KEEP
+                tab.plan_key = None
+                raise
+            if key != tab.plan_key:
                 return KEEP
-            if number != tab.plans:
-                return KEEP
-            tab.plan = plan
+            tab.plan, tab.planned = plan, token or ""
             return ""
 
         def connect() -> None:
@@ -212,9 +214,9 @@ class StudioTab:
             opened = on(upload.upload, "message", open_photo, [upload], **EACH)
             # The upload has moved to its project.
             cleared = opened.then(lambda: None, None, upload, **QUIET)
-            on(cleared.then, "plan_message", make_plan, [model, *training], **EACH)
-            for one in (model, vram, quality):
-                on(one.change, "plan_message", make_plan, [model, *training])
+            # A photo is shown before its size is known.
+            for trigger in (cleared.then, *(one.change for one in (showing, model, vram, quality))):
+                on(trigger, "plan_message", make_plan, [showing, model, *training], **EACH)
             on(train.click, "message", start_training, [showing, model, sentences, *training])
             on(stop.click, "message", stop_job, [showing])
             inputs = [showing, sentence, *blocks, *other_fields]
@@ -224,8 +226,7 @@ class StudioTab:
             on(eta.release, "message", render_eta, [*shown_ask, eta], **IN_TURN)
             on(finer.click, "message", render_eta, [*shown_ask, eta], **IN_TURN)
             on(history.input, "message", show_again, [*shown_ask, history], **IN_TURN)
-            switched = on(switch.input, "message", change_project, [showing, switch], **IN_TURN)
-            on(switched.then, "plan_message", make_plan, [model, *training], **EACH)
+            on(switch.input, "message", change_project, [showing, switch], **IN_TURN)
             on(sheet.click, "message", make_sheet, shown_ask, **EACH)
 
         return connect
@@ -240,7 +241,10 @@ class StudioTab:
         }
 
     def _draw_plan(self, visitor: Visitor, tab: Tab) -> str:
-        return tab.plan_message or (view.line(self._wiring.studio.plan_words(tab.plan)) if tab.plan else "")
+        project = self._wiring.project(visitor, tab)
+        if tab.plan_message or tab.plan is None or tab.planned != (project.token if project else ""):
+            return tab.plan_message
+        return view.line(self._wiring.studio.plan_words(tab.plan))
 
     def _draw_progress(self, visitor: Visitor, tab: Tab) -> str:
         project = self._wiring.project(visitor, tab)

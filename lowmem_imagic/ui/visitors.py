@@ -175,6 +175,8 @@ class Visitor:
             for path in sorted(batches.iterdir()):
                 if path.is_dir() and BATCH.fullmatch(path.name):
                     self.batches[path.name] = BatchFolder(path)
+        self.last_batch = max((int(name.removeprefix("batch-")) for name in self.batches), default=0)
+        """The number of the newest batch. A removed one's is not given again: another tab may show it still."""
 
     @property
     def id(self) -> str:
@@ -208,12 +210,20 @@ class Visitor:
         Raises:
             Refused: it is no upload of this visitor.
         """
+        self.claim_uploads([path])
+        move_upload(path, target)
+
+    def claim_uploads(self, paths: Sequence[str]) -> None:
+        """Takes uploads of this visitor, all of them or none, for one act alone.
+
+        Raises:
+            Refused: one is no upload of this visitor, or was taken before.
+        """
         with self.lock:
-            if self.uploads.pop(path, None) is None:
-                raise Refused("this is no upload of this page; upload the file again")
-        shutil.move(path, target)
-        with contextlib.suppress(OSError):
-            Path(path).parent.rmdir()
+            if not self.uploads.keys() >= set(paths):
+                raise Refused("this is no upload of this page, or it is in use already; upload the file again")
+            for path in paths:
+                del self.uploads[path]
 
     def project(self, token: str | None) -> Project | None:
         """The project of a token, or else the newest one."""
@@ -283,6 +293,13 @@ class Visitor:
         self.projects.clear()
         self.files.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def move_upload(path: str, target: Path) -> None:
+    """Moves an upload that was taken; over file systems this copies it."""
+    shutil.move(path, target)
+    with contextlib.suppress(OSError):
+        Path(path).parent.rmdir()
 
 
 def digest_of(cookie: str) -> str:

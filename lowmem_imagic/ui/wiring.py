@@ -40,15 +40,31 @@ class Tab:
     """Its name; "" is the newest one, None is none."""
     plan: TrainingPlan | None = None
     """The last one; not for the fields as they are if there is a message."""
-    plans: int = 0
-    """The number of plans that were begun."""
+    planned: str = ""
+    """The token of its photo."""
+    plan_key: tuple[Any, ...] | None = None
+    """Photo, base and fields of the plan that began last; of several at a time it counts."""
     plan_message: str = ""
     message: str = ""
     edits_message: str = ""
     many_message: str = ""
+    begun: bool = False
+    """Whether the last batch began that was to."""
+    left: dict[str, str | None] = field(default_factory=dict)
+    """What each list showed when a choice last left it."""
     shown: dict[int, Any] = field(default_factory=dict)
     """The last value of each output."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def chooses(self, name: str, showing: str | None, chosen: str | None) -> bool:
+        """Whether an event of a list is a choice, before its answer or after it.
+
+        A list that is closed without a choice sends its value, which is the one that it shows.
+        """
+        if chosen == showing and self.left.get(name) != showing:
+            return False
+        self.left[name] = showing
+        return True
 
 
 class Wiring:
@@ -65,7 +81,7 @@ class Wiring:
         self._outputs: list[gr.components.Component] = []
         self._drawers: list[Callable[[Visitor, Tab], Any]] = []
 
-    def _who(self, request: gr.Request) -> tuple[Visitor, Tab]:
+    def who(self, request: gr.Request) -> tuple[Visitor, Tab]:
         """The visitor and the tab of a request; the guard has checked both."""
         visitor = self._visitors.of(str(request.cookies[COOKIE]))
         if len(self._tabs) > 10_000:
@@ -89,7 +105,7 @@ class Wiring:
 
         def handler(*values: Any) -> list[Any]:
             *fields, request = values
-            visitor, tab = self._who(request)
+            visitor, tab = self.who(request)
             try:
                 text = act(visitor, tab, *fields) or ""
             except LowmemImagicError as error:
@@ -107,11 +123,6 @@ class Wiring:
             return handler(*values, request)
 
         return with_request
-
-    def done(self, request: gr.Request, place: str) -> bool:
-        """Whether the last act of a place was done, and not refused."""
-        _, tab = self._who(request)
-        return not getattr(tab, place)
 
     def on(
         self, trigger: Any, place: str, act: Callable[..., str | None], inputs: Sequence[Any] = (), **how: Any
