@@ -57,9 +57,9 @@ class Tab:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def chooses(self, name: str, showing: str | None, chosen: str | None) -> bool:
-        """Whether an event of a list is a choice, before its answer or after it.
+        """Whether an event of a list is a choice: a list that is closed without one sends the value that it shows.
 
-        A list that is closed without a choice sends its value, which is the one that it shows.
+        That value is a choice only if another one has just left it, which the page does not show yet.
         """
         if chosen == showing and self.left.get(name) != showing:
             return False
