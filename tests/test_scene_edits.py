@@ -616,7 +616,8 @@ def test_semantic_guidance_is_the_difference_of_two_sentences(base: BaseModel) -
         return [np.asarray(pictures[eta][0]) for eta in (0.0, 0.5, 1.0)]
 
     same, other = made(item.sentence), made(item.source)
-    assert all((picture == same[0]).all() for picture in same)
+    # Rows that several threads share out are rounded apart.
+    assert max(np.abs(picture.astype(int) - same[0]).max() for picture in same) <= 1
     changes = [edit_judge.psnr_db(picture, other[0]) for picture in other[1:]]
     assert changes[1] < changes[0] < 60
 
