@@ -553,6 +553,19 @@ def test_the_last_eta_let_go_at_work_is_rendered_after_it(asked):
     assert not project.busy and len(studio.orders) == 3
 
 
+def test_uploads_are_taken_all_or_none(visitors):
+    """Of uploads that are named twice, taken before or another's, none is taken."""
+    visitor = visitors.of("a" * 32)
+    visitor.uploads = {"one": 1, "two": 2}
+    for paths in (["one", "one"], ["one", "other"]):
+        with pytest.raises(Refused, match="upload the file again"):
+            visitor.claim_uploads(paths)
+        assert visitor.uploads == {"one": 1, "two": 2}
+    visitor.claim_uploads(["one", "two"])
+    with pytest.raises(Refused):
+        visitor.claim_uploads(["two"])
+
+
 def test_a_sentence_that_is_asked_twice_is_rendered_once(asked):
     """Enter and a click on "Ask" are one question; another sentence meanwhile is refused, not lost."""
     studio, visitor, project = asked

@@ -217,10 +217,10 @@ class Visitor:
         """Takes uploads of this visitor, all of them or none, for one act alone.
 
         Raises:
-            Refused: one is no upload of this visitor, or was taken before.
+            Refused: one is no upload of this visitor, was taken before, or is named twice.
         """
         with self.lock:
-            if not self.uploads.keys() >= set(paths):
+            if len(set(paths)) < len(paths) or not self.uploads.keys() >= set(paths):
                 raise Refused("this is no upload of this page, or it is in use already; upload the file again")
             for path in paths:
                 del self.uploads[path]
