@@ -37,6 +37,8 @@ from lowmem_imagic.training.pack import stages
 
 SEED = 0
 """Seed of every item's training and starting noise."""
+ETAS = (0.0, 0.6, 0.8, 1.0, 1.2)
+"""Points of a method's slider."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Method:
     apply: Apply
     together: int = 1
     """Most items in one call."""
+    etas: tuple[float, ...] = ETAS
+    """Points of its slider to judge: the best of them must not be at an end for want of points."""
     in_full: bool = False
     """Whether it takes full sentences, see `benchmarks.scene_edits.SceneEdit.in_full`."""
     sourced: bool = False

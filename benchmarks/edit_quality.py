@@ -35,8 +35,6 @@ from .results import RESULTS, provenance, write_result
 from .scene_edits import GROUPS, HALVES, SETS, VALIDATION, SceneEdit, rows_of
 from .workers import each
 
-ETAS = (0.0, 0.6, 0.8, 1.0, 1.2)
-"""Points of every method's slider."""
 SAVE_EVERY = 4
 """Items after which an unfinished result is written."""
 
@@ -102,15 +100,19 @@ def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -
     )
 
 
-def kept(path: Path, facts: Mapping[str, Any], items: Sequence[SceneEdit]) -> tuple[list[Judged], list[dict[str, Any]]]:
+def kept(
+    path: Path, facts: Mapping[str, Any], items: Sequence[SceneEdit], etas: Sequence[float]
+) -> tuple[list[Judged], list[dict[str, Any]]]:
     """The judgements of `items` in the result at `path`, and the provenance of each of its runs.
 
     Raises:
-        ValueError: the result's facts differ from `facts`.
+        ValueError: the result's facts differ from `facts`, or its etas from `etas`.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
     # Through JSON, which has no tuples.
     other = [name for name, value in facts.items() if result.get(name) != json.loads(json.dumps(value))]
+    if any(sorted(map(float, values["verdicts"])) != sorted(etas) for values in result["items"]):
+        other.append("etas")
     if other:
         raise ValueError(f"{path.name} was made with other {', '.join(other)}")
     found = {values["name"]: values for values in result["items"]}
@@ -257,14 +259,14 @@ def main() -> int:
     chosen, method = SETS[args.set], compared()[args.method]
     items = [replace(item, in_full=method.in_full) for item in chosen.items()[: args.items]]
     weights = "fp32" if args.method in FP32 else "int8"
-    etas, eta = ETAS, None
+    etas, eta = method.etas, None
     if chosen is not VALIDATION:
         try:
             eta = chosen_eta(args.method)
         except FileNotFoundError:
             print(f"run --set validation --method {args.method} first: it chooses eta", file=sys.stderr)
             return 2
-        etas = tuple(dict.fromkeys((*ETAS, eta)))
+        etas = tuple(dict.fromkeys((*method.etas, eta)))
     base, oracle = BaseModel.load(args.model, device=args.device, weights=weights), Oracle.load()
     origin = provenance(base.device)
     facts = {
@@ -280,7 +282,7 @@ def main() -> int:
     earlier: list[dict[str, Any]] = []
     if path.exists() and args.resume:
         try:
-            found, earlier = kept(path, facts, items)
+            found, earlier = kept(path, facts, items, etas)
         except ValueError as error:
             print(f"{error}; start anew with --force", file=sys.stderr)
             return 2

@@ -22,8 +22,8 @@ from lowmem_imagic.sampling.suggestion import PRICE, Suggestion, suggest_eta, wo
 from lowmem_imagic.settings.presets import preset
 
 from .edit_judge import Verdict, judge, macro
-from .edit_methods import SEED, as_photo, embeds, trained
-from .edit_quality import ETAS, best_eta
+from .edit_methods import ETAS, SEED, as_photo, embeds, trained
+from .edit_quality import best_eta
 from .oracle import Oracle
 from .results import provenance, write_result
 from .scene_edits import HALVES, SETS, VALIDATION, SceneEdit, rows_of

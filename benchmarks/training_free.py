@@ -15,12 +15,15 @@ from torch import Tensor
 from lowmem_imagic.diffusion.schedules import guide
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.pictures.letterbox import to_images, to_tensor
+from lowmem_imagic.sampling.inversion import SOFTENING
 from lowmem_imagic.settings.stages import SampleConfig
 
-from .edit_methods import EMBEDS, Method, Outcome, embeds, same_noise
+from .edit_methods import EMBEDS, SEED, Method, Outcome, embeds, same_noise
 
 BATCH = 32
 """Pictures sampled together."""
+SHARES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+"""Points of a slider that is a share of the steps: more than 1 is no more than 1, and little is changed below 0.5."""
 
 
 def sentence_alone(config: SampleConfig) -> Method:
@@ -58,7 +61,7 @@ def sdedit(config: SampleConfig) -> Method:
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
 
-    return Method(asdict(config), run)
+    return Method(asdict(config), run, etas=SHARES)
 
 
 def ddim_inversion(config: SampleConfig) -> Method:
@@ -80,16 +83,17 @@ def ddim_inversion(config: SampleConfig) -> Method:
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
 
-    return Method(asdict(config), run)
+    return Method(asdict(config), run, etas=SHARES)
 
 
 def semantic_guidance(config: SampleConfig) -> Method:
     """Semantic guidance of an inverted photo, without training (LEDITS, Tsaban & Passos 2023, arXiv 2307.00522; here
     from DDIM inversion).
 
-    The photo is inverted without text. Its denoising without text reproduces it; the difference of the predictions
+    The photo is inverted without text, with the softening of this package's own inversion
+    (`lowmem_imagic.sampling.inversion`). Its denoising without text reproduces it; the difference of the predictions
     under sentence and source prompt is added, times the slider. This package's rendering with a source prompt is the
-    same with an adapter and e_opt in place of no text.
+    same with an adapter and e_opt in place of no text, and with a mask.
     """
 
     def run(
@@ -100,12 +104,14 @@ def semantic_guidance(config: SampleConfig) -> Method:
         sources: Sequence[str],
     ) -> Outcome:
         started = time.perf_counter()
-        noises = list(_inverted(base, _encoded(base, photos), config).values())[-1]
+        clean = _encoded(base, photos)
+        noise = torch.randn(clean[0].shape, generator=torch.Generator().manual_seed(SEED))
+        noises = _inverted(base, clean + SOFTENING * noise, config)[config.num_inference_steps]
         pictures: dict[float, list[Image.Image]] = {eta: [] for eta in etas}
         scales = config.edit_guidance_scale * torch.tensor(etas).view(-1, 1, 1, 1)
-        for noise, sentence, source in zip(noises, sentences, sources, strict=True):
+        for inverted, sentence, source in zip(noises, sentences, sources, strict=True):
             text = base.encode_text(["", sentence, source])[EMBEDS].repeat_interleave(len(etas), 0)
-            scheduler, x = _scheduler(base, config), noise.repeat(len(etas), 1, 1, 1)
+            scheduler, x = _scheduler(base, config), inverted.repeat(len(etas), 1, 1, 1)
             scheduler.set_timesteps(config.num_inference_steps)
             for timestep in scheduler.timesteps:
                 rows = x.repeat(3, 1, 1, 1)
@@ -118,7 +124,7 @@ def semantic_guidance(config: SampleConfig) -> Method:
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
 
-    return Method({**asdict(config), "method": "semantic guidance"}, run, sourced=True)
+    return Method({**asdict(config), "method": "semantic guidance", "softening": SOFTENING}, run, sourced=True)
 
 
 def _inverted(base: BaseModel, latents: Tensor, config: SampleConfig) -> dict[int, Tensor]:

@@ -688,10 +688,10 @@ def test_suggestions_are_compared_like_with_like(tmp_path: Path, monkeypatch: py
     items = [item_of("color"), item_of("shape"), item_of("add", STRANGERS)]
     bad = replace(VERDICT, success=False)
     # The first is good from 0.8 on, the second up to 0.6, the third, of the other half, never.
-    verdicts = {eta: [VERDICT if eta >= 0.8 else bad, VERDICT if eta <= 0.6 else bad, bad] for eta in edit_quality.ETAS}
-    follows = [[eta for eta in edit_quality.ETAS], [min(eta, 0.6) for eta in edit_quality.ETAS]]
+    verdicts = {eta: [VERDICT if eta >= 0.8 else bad, VERDICT if eta <= 0.6 else bad, bad] for eta in edit_methods.ETAS}
+    follows = [[eta for eta in edit_methods.ETAS], [min(eta, 0.6) for eta in edit_methods.ETAS]]
     suggestions = [
-        Suggestion(0.0, tuple(EtaScore(eta, f, eta, 0.0) for eta, f in zip(edit_quality.ETAS, line, strict=True)))
+        Suggestion(0.0, tuple(EtaScore(eta, f, eta, 0.0) for eta, f in zip(edit_methods.ETAS, line, strict=True)))
         for line in (*follows, follows[0])
     ]
     result = suggestion.report(items, suggestions, verdicts, 1.0)
