@@ -38,7 +38,8 @@ from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig
 
-from .edit_judge import OVERLAP, Verdict, by_half, judge, macro
+from .averages import level, share
+from .edit_judge import OVERLAP, Verdict, by_half, judge
 from .edit_methods import SEED, as_photo, trained
 from .edit_quality import best_eta
 from .identity import reader
@@ -66,10 +67,11 @@ def judged(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.
 
 
 def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict[str, Any]:
-    """The judge's shares for the ground truth of some items."""
+    """The judge's shares for the ground truth of some items, and for their photos, as if these were edits."""
     truth = [item.truth_picture(base.sizes.own[0]) for item in items]
     latents = torch.cat([base.encode_images(to_tensor(picture)) for picture in truth])
     return {
+        "photo": judged(oracle, items, [item.photo_picture(base.sizes.own[0]) for item in items]),
         "ground_truth": judged(oracle, items, truth),
         "round_trip": judged(oracle, items, to_images(base.decode(latents))),
     }
@@ -84,7 +86,7 @@ def patterns(items: Sequence[SceneEdit], size_px: int) -> dict[str, Any]:
             overlaps.setdefault(change, []).append(reader(item.edited, size_px).overlap(np.asarray(picture)))
     kinds = [item.kind for item in strange]
     return {
-        change: {"overlap": macro(kinds, values), "identity": macro(kinds, [value >= OVERLAP for value in values])}
+        change: {"overlap": level(kinds, values), "identity": share(kinds, [value >= OVERLAP for value in values])}
         for change, values in overlaps.items()
     }
 

@@ -24,6 +24,7 @@ from skimage.metrics import structural_similarity
 from lowmem_imagic.demo.pictures import to_tensor
 from lowmem_imagic.demo.scene import LYING_SHAPES
 
+from .averages import level, share
 from .identity import reader
 from .oracle import WORDS, Attributes, Oracle
 from .scene_edits import GROUPS, HALVES, KINDS, SceneEdit, rows_of
@@ -40,8 +41,6 @@ PLACE = {"x": 0.25, "z": 0.35}
 """Largest distance, in scene units, of an object's reading from its place: about four mean errors of the judge."""
 RADIUS_SHARE = 0.2
 """Largest difference of a radius from the original, as a share of it."""
-RESAMPLES = 2000
-"""Resamples of the bootstrap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,29 +170,7 @@ def photo_overlap(item: SceneEdit, picture: Image.Image) -> float | None:
     return reader(item.photo, picture.width).overlap(np.asarray(picture)) if pattern else None
 
 
-def macro(kinds: Sequence[str], values: Sequence[float], *, median: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Mean (or median) of a value within each kind, averaged over the kinds that occur, so that all kinds count alike.
-
-    With its 95 % percentile bootstrap interval; items are drawn again within their kind.
-
-    Args:
-        kinds: the kind of each item.
-        values: the value of each item.
-        median: take medians within kinds.
-        seed: of the draws.
-    """
-    measured, middle, rng = np.array(values, float), np.median if median else np.mean, np.random.default_rng(seed)
-    parts = [measured[np.array(kinds) == kind] for kind in KINDS if kind in kinds]
-    again = [middle(part[rng.integers(len(part), size=(RESAMPLES, len(part)))], axis=1) for part in parts]
-    low, high = np.percentile(np.mean(again, axis=0), [2.5, 97.5])
-    return {
-        "value": round(float(np.mean([middle(part) for part in parts])), 4),
-        "interval_95": [round(float(low), 4), round(float(high), 4)],
-        "of": len(measured),
-    }
-
-
-_SHARES: dict[str, Callable[[Verdict], float]] = {
+_SHARES: dict[str, Callable[[Verdict], bool]] = {
     "good": lambda v: v.good,
     "success": lambda v: v.success,
     "kept": lambda v: v.kept,
@@ -213,10 +190,10 @@ def summary(items: Sequence[SceneEdit], verdicts: Sequence[Verdict]) -> dict[str
     kinds = [item.kind for item in items]
     overlaps = [verdict.overlap for verdict in verdicts if verdict.overlap is not None]
     return {
-        **{name: macro(kinds, [of(v) for v in verdicts]) for name, of in _SHARES.items()},
-        **{name: macro(kinds, [of(v) for v in verdicts], median=True) for name, of in _LEVELS.items()},
+        **{name: share(kinds, [of(v) for v in verdicts]) for name, of in _SHARES.items()},
+        **{name: level(kinds, [of(v) for v in verdicts], median=True) for name, of in _LEVELS.items()},
         # Of a half: either all of its items have patterns or none.
-        "overlap": macro(kinds, overlaps) if len(overlaps) == len(items) else None,
+        "overlap": level(kinds, overlaps) if len(overlaps) == len(items) else None,
     }
 
 
@@ -230,19 +207,3 @@ def by_half(items: Sequence[SceneEdit], verdicts: Sequence[Verdict], *, kinds: b
                 part = summary([items[n] for n in rows], [verdicts[n] for n in rows])
                 result.setdefault(half, {})[name] = part
     return result
-
-
-def difference(
-    kinds: Mapping[str, str], ours: Mapping[str, float], theirs: Mapping[str, float]
-) -> dict[str, Any] | None:
-    """Mean difference of a value to another method's on the same items, averaged over kinds; None without such items.
-
-    Paired, so that the difficulty of items does not widen the interval.
-
-    Args:
-        kinds: the kind of each item, by its name.
-        ours: the values of one method, by the items' names.
-        theirs: those of the other.
-    """
-    both = [name for name in kinds if name in ours and name in theirs]
-    return macro([kinds[name] for name in both], [ours[name] - theirs[name] for name in both]) if both else None

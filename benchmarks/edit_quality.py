@@ -4,8 +4,9 @@
     python -m benchmarks.edit_quality --set validation --method full-3e-5 --items 32 --grid grid.png
     python -m benchmarks.edit_quality --method fast --model DIR --items 16 --out result.json
 
-Each method has one file ``results/edit_quality_SET_METHOD.json`` with a verdict on every item at every eta. A method is
-reported at one eta for all items of both halves, chosen on the validation set; the file of the test set names it.
+Each method has one file ``results/edit_quality_SET_METHOD.json`` with a verdict on every item at every eta.
+``--resume`` on a finished one computes its figures again from these. A method is reported at one eta for all items of
+both halves, chosen on the validation set; the file of the test set names it.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from lowmem_imagic.pictures.letterbox import to_images, to_tensor
 from lowmem_imagic.pictures.png import contact_sheet, encode_png
 from lowmem_imagic.storage.atomic import write_bytes
 
+from .averages import level
 from .compared import FP32, compared
-from .edit_judge import Verdict, by_half, judge, macro, photo_overlap, psnr_db
+from .edit_judge import Verdict, by_half, judge, photo_overlap, psnr_db
 from .edit_methods import Method, Outcome
 from .oracle import Oracle
 from .results import RESULTS, provenance, write_result
@@ -100,10 +102,18 @@ def judged(oracle: Oracle, item: SceneEdit, outcome: Outcome, base: BaseModel) -
     )
 
 
-def kept(
-    path: Path, facts: Mapping[str, Any], items: Sequence[SceneEdit], etas: Sequence[float]
-) -> tuple[list[Judged], list[dict[str, Any]]]:
-    """The judgements of `items` in the result at `path`, and the provenance of each of its runs.
+class Kept(NamedTuple):
+    """What a result has already."""
+
+    judged: list[Judged]
+    runs: list[dict[str, Any]]
+    """The provenance of each of its runs."""
+    threads: dict[str, int]
+    """Processes and threads of its last run."""
+
+
+def kept(path: Path, facts: Mapping[str, Any], items: Sequence[SceneEdit], etas: Sequence[float]) -> Kept:
+    """What the result at `path` has of `items`.
 
     Raises:
         ValueError: the result's facts differ from `facts`, or its etas from `etas`.
@@ -117,7 +127,8 @@ def kept(
         raise ValueError(f"{path.name} was made with other {', '.join(other)}")
     found = {values["name"]: values for values in result["items"]}
     results = [Judged.from_json(item, found[item.name]) for item in items if item.name in found]
-    return results, [*result["earlier_runs"], result["provenance"]]
+    threads = {name: result[name] for name in ("processes", "torch_threads")}
+    return Kept(results, [*result["earlier_runs"], result["provenance"]], threads)
 
 
 class _Bench(NamedTuple):
@@ -169,8 +180,8 @@ def _photo(results: Sequence[Judged]) -> dict[str, Any]:
     kinds = [result.item.kind for result in results]
     overlaps = [result.photo_overlap for result in results if result.photo_overlap is not None]
     return {
-        "reconstruction_db": macro(kinds, [result.reconstruction_db for result in results], median=True),
-        "overlap": macro(kinds, overlaps) if overlaps else None,
+        "reconstruction_db": level(kinds, [result.reconstruction_db for result in results], median=True),
+        "overlap": level(kinds, overlaps) if overlaps else None,
     }
 
 
@@ -280,13 +291,21 @@ def main() -> int:
     path = args.out or RESULTS / f"{result_name(args.set, args.method)}.json"
     results: dict[str, Judged] = {}
     earlier: list[dict[str, Any]] = []
+    threads = {
+        "processes": args.processes,
+        "torch_threads": torch.get_num_threads() if args.processes == 1 else 1,
+    }
     if path.exists() and args.resume:
         try:
-            found, earlier = kept(path, facts, items, etas)
+            found = kept(path, facts, items, etas)
         except ValueError as error:
             print(f"{error}; start anew with --force", file=sys.stderr)
             return 2
-        results = {result.item.name: result for result in found}
+        results, earlier = {result.item.name: result for result in found.judged}, found.runs
+        if len(results) == len(items):
+            # Its figures are computed again, and nothing is measured.
+            *earlier, origin = earlier
+            threads = found.threads
         print(f"{len(results)} of {len(items)} items are in {path.name} already")
     elif path.exists() and not args.force:
         print(f"{path.name} exists; go on with it by --resume, or replace it by --force", file=sys.stderr)
@@ -300,8 +319,7 @@ def main() -> int:
             **facts,
             "partial": not figures or len(done) < len(chosen.items()),
             "earlier_runs": earlier,
-            "processes": args.processes,
-            "torch_threads": torch.get_num_threads() if args.processes == 1 else 1,
+            **threads,
             **figures,
             "items": [result.as_json() for result in done],
         }

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from statistics import mean, median
 from typing import Any
 
+from .averages import difference
 from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
-from .edit_judge import Verdict, difference
+from .edit_judge import Verdict
 from .edit_quality import result_name
 from .results import RESULTS
 from .scene_edits import GROUPS, HALVES, KINDS, KNOWN, STRANGERS, TEST, VALIDATION
@@ -33,6 +34,7 @@ SHOWN = (
 OURS = ("source", "balanced")
 """Methods whose differences from the others are shown."""
 CEILINGS = {
+    "the photo, not edited": "photo",
     "the ground truth": "ground_truth",
     "the same through the autoencoder": "round_trip",
     "`balanced`, told where and in full": "told_both",
@@ -61,6 +63,8 @@ FULL_TUNED = (FULL, FULL_SAMPLED_ALIKE, "embedding-only", "balanced", "source", 
 """Methods of the table on full fine-tuning, which has few items: each takes 1440 passes."""
 NAMES = ("color", "shape", "floor", "size", "material", "pose")
 """Attributes in the table of drawing."""
+FEW = 30
+"""Fewer items have no percentages."""
 _PARTS = ("all", *GROUPS)
 """Parts of a half: all kinds, rigid ones, non-rigid ones."""
 
@@ -84,31 +88,33 @@ def methods(items: str, half: str, names: Iterable[str] | None = None) -> list[s
     at_0 = ("overlap at eta 0",) if half == STRANGERS else ()
     rows = _head(
         *("method", "eta", "good (95 %)", "rigid", "non-rigid", "success", "kept", "background", "identity", *overlap),
-        *("inside the object", "at eta 0", *at_0, "passes", "seconds", "edit file"),
+        *("inside the object", "at eta 0", *at_0, "passes", "edit file"),
     )
     for name in measured if names is None else [name for name in names if name in measured]:
         result = measured[name]
         parts, cost, photo = result["at_eta"][half], result["cost"], result["photo"][half]
         at = parts["all"]
-        seconds = cost["train_s"] + len(result["curve"]) * cost["sample_s_per_picture"]
         cells = [f"`{name}`", f"{result['eta']:g}", *(_share(parts[part]["good"]) for part in _PARTS)]
         cells += [_percent(at[word]) for word in ("success", "kept")] + [_db(at["background_db"])]
         cells += [_percent(at["identity"])] + ([f"{at['overlap']['value']:.2f}"] if overlap else [])
         cells += [_db(at["object_db"]), _db(photo["reconstruction_db"])]
         cells += [f"{photo['overlap']['value']:.2f}"] if at_0 else []
         size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"
-        rows.append(_row(*cells, cost["passes"], f"{seconds:.0f}", size))
+        rows.append(_row(*cells, cost["passes"], size))
     return rows
 
 
 def kinds(items: str, half: str) -> list[str]:
-    """Rows: one per kind of edit, with the shares of good items of some methods."""
+    """Rows: one per kind of edit, with the shares of good items of some methods, and of the ground truth."""
     measured = {name: result for name, result in results(items).items() if name in SHOWN}
     if not measured:
         return NOTHING
-    rows = _head("kind", *(f"`{name}`" for name in measured))
+    truth = _result("edit_ceiling").get(items, {}).get("round_trip")
+    parts = {f"`{name}`": result["at_eta"][half] for name, result in measured.items()}
+    parts |= {"ground truth through the autoencoder": truth[half]} if truth else {}
+    rows = _head("kind", *parts)
     for kind in KINDS:
-        rows.append(_row(kind, *(_percent(result["at_eta"][half][kind]["good"]) for result in measured.values())))
+        rows.append(_row(kind, *(_percent(part[kind]["good"]) for part in parts.values())))
     return rows
 
 
@@ -304,8 +310,8 @@ def drawing() -> list[str]:
         return NOTHING
     for name, part in found.items():
         if part:
-            shares = [part["attributes"][attribute] for attribute in NAMES]
-            rows.append(_row(name, part["captions"], *(f"{100 * one['share']:.0f} %" if one else "" for one in shares)))
+            shares = (part["attributes"][attribute] for attribute in NAMES)
+            rows.append(_row(name, part["captions"], *(_share_or_number(one) if one else "" for one in shares)))
     return rows
 
 
@@ -316,10 +322,10 @@ def _gap(ours: Mapping[str, Any], theirs: Mapping[str, Any], half: str, part: st
     return difference(asked, *(_good(result) for result in (ours, theirs)))
 
 
-def _good(result: Mapping[str, Any]) -> dict[str, float]:
+def _good(result: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each item is good at the eta of the result, by name."""
     eta = f"{result['eta']:g}"
-    return {item["name"]: float(item["verdicts"][eta]["good"]) for item in result["items"]}
+    return {item["name"]: item["verdicts"][eta]["good"] for item in result["items"]}
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -337,6 +343,11 @@ def _row(*cells: object) -> str:
 
 def _percent(value: Mapping[str, Any]) -> str:
     return f"{100 * value['value']:.0f} %"
+
+
+def _share_or_number(part: Mapping[str, Any]) -> str:
+    """A share, or the number itself of a few."""
+    return f"{100 * part['share']:.0f} %" if part["of"] >= FEW else f"{part['share'] * part['of']:.0f} of {part['of']}"
 
 
 def _db(value: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.sampling.suggestion import PRICE, Suggestion, suggest_eta, worth
 from lowmem_imagic.settings.presets import preset
 
-from .edit_judge import Verdict, judge, macro
+from .averages import share
+from .edit_judge import Verdict, judge
 from .edit_methods import ETAS, SEED, as_photo, embeds, trained
 from .edit_quality import best_eta
 from .oracle import Oracle
@@ -64,13 +65,13 @@ def report(
     chosen = {f"{price:g}": [_at_price(suggestion, price) for suggestion in suggestions] for price in PRICES}
 
     def shares(rows: Sequence[int]) -> dict[str, Any]:
-        def share(etas: Sequence[float]) -> dict[str, Any]:
-            return macro([items[n].kind for n in rows], [verdicts[etas[n]][n].good for n in rows])
+        def good(etas: Sequence[float]) -> dict[str, Any]:
+            return share([items[n].kind for n in rows], [verdicts[etas[n]][n].good for n in rows])
 
         return {
-            "fixed": share([fixed] * len(items)),
-            "best_of_each": share(best),
-            "suggested": {price: share(etas) for price, etas in chosen.items()},
+            "fixed": good([fixed] * len(items)),
+            "best_of_each": good(best),
+            "suggested": {price: good(etas) for price, etas in chosen.items()},
         }
 
     return {
@@ -107,8 +108,8 @@ def main() -> None:
     for half in HALVES:
         for name in ("fixed", "best_of_each"):
             print(f"{half}, {name}: {result[half][name]}")
-        for price, share in result[half]["suggested"].items():
-            print(f"{half}, suggested at price {price}: {share}")
+        for price, good in result[half]["suggested"].items():
+            print(f"{half}, suggested at price {price}: {good}")
     written = write_result(f"suggestion_{args.set}", {"set": args.set, **result}, origin=origin)
     print(f"result: {written.name}")
 

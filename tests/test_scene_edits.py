@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from benchmarks import (
+    averages,
     ceiling,
     compared,
     edit_judge,
@@ -311,22 +313,57 @@ def test_good_needs_all_four() -> None:
 
 
 def test_all_kinds_count_alike() -> None:
-    """A share is the mean of the kinds' shares, however many items each has; its interval holds it, and is a point
-    where the items of each kind agree, even if the kinds differ."""
+    """A share is the mean of the kinds' shares, however many items each has; its interval holds it."""
     kinds = ["color"] * 6 + ["pose"] * 2
-    share = edit_judge.macro(kinds, [1, 1, 1, 0, 0, 0, 0, 0])
+    share = averages.share(kinds, [True, True, True, False, False, False, False, False])
     assert share["value"] == 0.25 and share["of"] == 8
-    assert share == edit_judge.macro(kinds, [1, 1, 1, 0, 0, 0, 0, 0])
-    assert share["interval_95"][0] < 0.25 < share["interval_95"][1] <= 0.5
-    assert edit_judge.macro(kinds, [1] * 6 + [0] * 2) == {"value": 0.5, "interval_95": [0.5, 0.5], "of": 8}
+    assert share["interval_95"][0] < 0.25 < share["interval_95"][1]
+    assert averages.level(kinds, [3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 5.0, 5.0])["value"] == 3.25
+    assert averages.level(kinds, [1.0] * 8) == {"value": 1.0, "interval_95": [1.0, 1.0], "of": 8}
+
+
+@pytest.mark.parametrize("good", [0, 1, 5, 40, 64])
+def test_intervals_of_shares_are_wilsons(good: int) -> None:
+    """With equally many items of each kind the interval is Wilson's of all items, which has a width at 0 and 1, too."""
+    share = averages.share([*KINDS] * 8, [True] * good + [False] * (64 - good))
+    reference = binomtest(good, 64).proportion_ci(method="wilson")
+    assert share["interval_95"] == pytest.approx([reference.low, reference.high], abs=1e-4)
+
+
+@pytest.mark.parametrize("shares", [[0.02] * 8, [0.05] * 8, [0.0, 0.0, 0.75, 0.0, 0.25, 0.0, 0.0, 0.5]])
+def test_intervals_hold_the_truth(shares: list[float]) -> None:
+    """The interval of eight items of each kind holds the true share in at least 95 of 100 draws, also a small one."""
+    rng, kinds, held = np.random.default_rng(0), [kind for kind in KINDS for _ in range(8)], 0
+    for _ in range(500):
+        low, high = averages.share(kinds, list(rng.random(64) < np.repeat(shares, 8)))["interval_95"]
+        held += low <= np.mean(shares) <= high
+    assert held >= 475
 
 
 def test_differences_are_of_the_same_items() -> None:
     """Two methods are compared item by item; an item that only one of them has is left out."""
     kinds = {"a": "color", "b": "color", "c": "pose", "d": "pose"}
-    gap = edit_judge.difference(kinds, {"a": 1.0, "b": 0.0, "c": 1.0}, {"a": 0.0, "b": 0.0, "d": 1.0})
+    gap = averages.difference(kinds, {"a": True, "b": False, "c": True}, {"a": False, "b": False, "d": True})
     assert gap is not None and gap["value"] == 0.5 and gap["of"] == 2
-    assert edit_judge.difference(kinds, {"a": 1.0}, {"b": 1.0}) is None
+    assert averages.difference(kinds, {"a": True}, {"b": True}) is None
+
+
+def test_intervals_of_differences_are_newcombes() -> None:
+    """The interval is that of the example of Newcombe's paper: 36 items good twice, 12 and 2 once, none never. Two
+    methods with one and the same good item may still differ."""
+    names = [str(number) for number in range(50)]
+    first, second = [True] * 48 + [False] * 2, [True] * 36 + [False] * 12 + [True] * 2
+
+    def gap(one: list[bool], other: list[bool]) -> dict[str, Any]:
+        found = averages.difference(
+            dict.fromkeys(names, "color"), *(dict(zip(names, of, strict=True)) for of in (one, other))
+        )
+        assert found is not None
+        return found
+
+    assert gap(first, second) == {"value": 0.2, "interval_95": [0.0569, 0.3404], "of": 50}
+    low, high = gap([True] + [False] * 49, [True] + [False] * 49)["interval_95"]
+    assert low == -high < -0.02
 
 
 def test_halves_and_groups_are_apart() -> None:
@@ -382,30 +419,33 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     }.items():
         (tmp_path / f"{edit_quality.result_name('test', name)}.json").write_text(json.dumps(result))
     [row] = [line for line in quality_tables.methods("test", STRANGERS) if "`balanced`" in line]
-    assert "| 0.8 | 50 % (50-50) | " in row and "| 100 % | 0.90 | 20.0 dB | 25.0 dB | 0.70 | 360 | 7 | 123 kB |" in row
+    assert "| 0.8 | 50 % (22-78) | " in row and "| 100 % | 0.90 | 20.0 dB | 25.0 dB | 0.70 | 360 | 123 kB |" in row
     [row] = [line for line in quality_tables.methods("test", KNOWN) if "`balanced`" in line]
-    assert "0.90" not in row and "| 20.0 dB | 25.0 dB | 360 | 7 | 123 kB |" in row
+    assert "0.90" not in row and "| 20.0 dB | 25.0 dB | 360 | 123 kB |" in row
     goals = "\n".join(quality_tables.goals())
-    assert "less `full-1e-4` | at least +10 points, interval above 0 | -50.0 points (-50 to -50) (missed)" in goals
+    assert "less `full-1e-4` | at least +10 points, interval above 0 | -50.0 points (-78 to -7) (missed)" in goals
     assert "less `ddim-inversion` | at least +25 points, interval above 0 | not measured" in goals
-    assert "| at least 60 % | 50 % (50-50) (missed) |" in goals and "0.700 (0.700-0.700) (missed)" in goals
+    assert "| at least 60 % | 50 % (22-78) (missed) |" in goals and "0.700 (0.700-0.700) (missed)" in goals
     assert "360 of 1000 (missed)" in goals and "`fast`" not in goals
     assert quality_tables.differences()[2].startswith("| `balanced` less `full-1e-4` | -50.0 points")
     partial = tmp_path / f"{edit_quality.result_name('test', 'full-1e-4')}.json"
     whole = partial.read_text()
     partial.write_text(json.dumps(fake_result(1.0, 1000, partial=True)))
-    assert "-50.0 points (-50 to -50) on 8 items (missed)" in "\n".join(quality_tables.goals())
+    assert "-50.0 points (-78 to -7) on 8 items (missed)" in "\n".join(quality_tables.goals())
     partial.write_text(json.dumps({"partial": True, "items": json.loads(whole)["items"]}))
     goals = "\n".join(quality_tables.goals())
     assert "less `full-1e-4` | at least +10 points, interval above 0 | not measured" in goals
     partial.write_text(whole)
     assert quality_tables.kinds("test", KNOWN)[2] == "| color | 100 % | 100 % |"
     assert quality_tables.curve()[2] == "| `full-1e-4` | known | 100 % | 100 % |"
-    truth = {"validation": {"ground_truth": fake_result(1.0, 0)["at_eta"]}}
-    (tmp_path / "edit_ceiling.json").write_text(json.dumps(truth))
-    good, half = "100 % (100-100); success 100 %", "50 % (50-50); success 100 %"
+    truth = fake_result(1.0, 0)["at_eta"]
+    both = {"validation": {"ground_truth": truth}, "test": {"round_trip": truth}}
+    (tmp_path / "edit_ceiling.json").write_text(json.dumps(both))
+    assert quality_tables.kinds("test", KNOWN)[2] == "| color | 100 % | 100 % | 100 % |"
+    good, half = "100 % (68-100); success 100 %", "50 % (22-78); success 100 %"
     assert quality_tables.ceiling()[2:] == [
         f"| the ground truth | {good} | {good} |  |  |",
+        f"| the same through the autoencoder |  |  | {good} | {good} |",
         f"| `balanced`, as it is |  |  | {half} | {half} |",
     ]
 
@@ -430,14 +470,15 @@ def test_few_items_are_compared_where_all_have_them(tmp_path: Path, monkeypatch:
 
 
 def test_small_models_are_told_by_what_they_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table has the shares of right attributes of each measured model; captions without an attribute leave a gap."""
+    """A table has the shares of right attributes of each measured model, numbers of a few, and a gap without any."""
     monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
-    one = {name: {"share": 0.75} for name in quality_tables.NAMES} | {"pose": None}
+    one = {name: {"share": 0.75, "of": 40} for name in quality_tables.NAMES}
+    one |= {"pose": None, "size": {"share": 0.75, "of": 8}}
     part = {"one_object": {"captions": 48, "attributes": one}}
     for name, result in {"demo_quality": {"samples": part}, "world_quality_flow": part}.items():
         assert quality_tables.drawing() == quality_tables.NOTHING
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    shares = "48 | 75 % | 75 % | 75 % | 75 % | 75 % |  |"
+    shares = "48 | 75 % | 75 % | 75 % | 6 of 8 | 75 % |  |"
     assert quality_tables.drawing()[2:] == [f"| the bundled model | {shares}", f"| a small FLUX.2 klein | {shares}"]
 
 
@@ -583,9 +624,19 @@ def test_a_stopped_comparison_goes_on(
     second = json.loads(path.read_text())
     assert second["items"][0] == first["items"][0] and len(second["items"]) == 2
     assert second["earlier_runs"] == [first["provenance"]]
+    path.write_text(json.dumps({**second, "figures": "of an older version", "at_eta": {}}))
+    assert run_quality(monkeypatch, "--items", "2", "--out", str(path), "--resume") == 0
+    again = json.loads(path.read_text())
+    for rounded in ("cost", "photo"):
+        assert again.pop(rounded).keys() == second[rounded].keys()
+    assert again == {name: second[name] for name in again} and again["at_eta"], "its figures anew, and no further run"
     path.write_text(json.dumps({**second, "settings": {}}))
     assert run_quality(monkeypatch, "--items", "2", "--out", str(path), "--resume") == 2
     assert "other settings" in capsys.readouterr().err
+    del second["items"][0]["verdicts"]["1.2"]
+    path.write_text(json.dumps(second))
+    assert run_quality(monkeypatch, "--items", "2", "--out", str(path), "--resume") == 2
+    assert "other etas" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", [training_free.sdedit, training_free.ddim_inversion])
@@ -703,5 +754,5 @@ def test_suggestions_are_compared_like_with_like(tmp_path: Path, monkeypatch: py
     assert quality_tables.suggestion() == quality_tables.NOTHING
     (tmp_path / "suggestion_validation.json").write_text(json.dumps(result))
     rows = quality_tables.suggestion()
-    assert rows[2].startswith("| one for all | 50 % (") and rows[2].endswith("| 0 % (0-0) |  |  |")
-    assert rows[-1].startswith("| the best of each | 100 % (100-100) | 0 % (0-0) |")
+    assert rows[2].startswith("| one for all | 50 % (") and rows[2].endswith("| 0 % (0-79) |  |  |")
+    assert rows[-1].startswith("| the best of each | 100 % (34-100) | 0 % (0-79) |")
