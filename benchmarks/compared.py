@@ -1,6 +1,6 @@
 """The compared methods by name: full fine-tuning, this package and its variants, methods without training.
 
-Every variant of this package differs from the preset ``balanced`` only in the setting of its name.
+A variant of this package differs from the preset ``balanced`` in the settings beside its name.
 """
 
 from collections.abc import Mapping

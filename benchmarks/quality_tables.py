@@ -195,7 +195,7 @@ def goals(items: str = TEST.name) -> list[str]:
         if name in measured:
             passes = measured[name]["cost"]["passes"]
             value = f"{passes} of {of_full}"
-            row(f"passes, `{name}` of full fine-tuning's", f"at most 1/{share}", value, passes * share <= of_full)
+            row(f"passes, `{name}` of `{FULL}`'s", f"at most 1/{share}", value, passes * share <= of_full)
     packed, fp32 = (measured.get(name) for name in ("balanced-packed", "balanced-fp32"))
     for half in HALVES:
         if packed and (gap := _gap(packed, balanced, half, "all")):

@@ -28,7 +28,7 @@ from .oracle import WORDS, Attributes, Oracle
 from .training_free import denoised
 
 SCENE_SEED = 2
-"""Seed of the held-out scenes; 0, 4 and 7 train the model, 1 the judge."""
+"""Seed of the held-out scenes; 0, 4, 7 and 8 train the model, 1 the judge, 12 and 13 are the edits."""
 NAMED = ("shape", "color", "floor")
 """Attributes every caption names."""
 SHARE_TARGETS = {"shape": 0.97, "color": 0.97, "floor": 0.97, "size": 0.97, "pose": 0.97, "material": 0.95}
