@@ -653,6 +653,21 @@ def test_schedulers_by_name(name: str, tiny_folder: Path) -> None:
     assert torch.equal(scheduler.alphas_cumprod, base.family.schedule.alpha_bar)
 
 
+@pytest.mark.parametrize("name", ["HeunDiscrete", "KDPM2Discrete", "LMSDiscrete", "PNDM", "DEISMultistep"])
+def test_a_scheduler_that_cannot_end_at_pure_noise(name: str, folder_copy: Path) -> None:
+    """A base whose noise schedule ends at pure noise refuses schedulers that would follow another one in silence, and
+    names those that follow its own."""
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    edit_json(folder_copy / "scheduler" / "scheduler_config.json", **zero)
+    base = BaseModel.load(str(folder_copy), device="cpu")
+    with pytest.raises(ConfigError, match=r"zero terminal SNR.*expected one of .*DDIM.*EulerDiscrete.*UniPC") as raised:
+        base.check_steps(name, 20)
+    for other in str(raised.value).split("expected one of ")[1].split(", "):
+        followed = base.family.schedule.scheduler(other).alphas_cumprod
+        # Euler keeps the last one a little above 0, which it divides by.
+        torch.testing.assert_close(followed, base.family.schedule.alpha_bar, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "part"),
     [("DDIM", 1000, "it begins at timestep 1000 of 1000"), ("PNDM", 1, "cannot take")],

@@ -239,10 +239,14 @@ def test_sample_takes_every_knob(run, finished):
         (("--source", "a red cube", "--guidance", "5"), "no effect with a source prompt"),
         (("--source", "a red cube", "--interpolation", "projection"), "no effect with a source prompt"),
         (("--source", "a red cube", "--negative", "grass"), "no effect with a source prompt"),
+        (("--guidance", "1", "--negative", "grass"), "--negative has no effect without guidance"),
+        (("--strength", "0", "--mask", "0.9"), "--mask has no effect with --strength 0"),
+        (("--strength", "0", "--source", "a red cube"), "--source has no effect with --strength 0"),
     ],
 )
 def test_an_option_without_effect_is_refused(run, finished, words, expected):
-    """Guidance and path beside a source prompt, or its scale without one, are usage errors of `sample` and `edit`."""
+    """Guidance and path beside a source prompt, its scale without one, a negative prompt without guidance, and the
+    edit's own options at strength 0 are usage errors of `sample` and `edit`."""
     for command in (("sample", finished), ("edit", "scene.png", "a photo of a blue cube")):
         result = run(*command, "--out", "refused", *words)
         assert result.exit_code == 2 and expected in result.stderr, result.output
@@ -313,9 +317,19 @@ def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
     ]
     assert "suggestion" not in json.loads(Path("without/report.json").read_text(encoding="utf-8"))
     assert not [label for label in labels[1] if "suggested" in label]
-    _fails(
-        run("sample", finished, "--out", "one", "--suggest-eta", "--etas", "1", "--steps-sample", 2), 2, "two or more"
-    )
+    for etas in ("1", "0.5,1"):
+        result = run("sample", finished, "--out", "one", "--suggest-eta", "--etas", etas, "--steps-sample", 2)
+        _fails(result, 2, "two or more, 0 among them")
+
+
+def test_a_sheet_has_the_seed_of_the_edit(run, finished):
+    """Without an axis of seeds a sheet shows the edit's own seed, whose noise its training knows."""
+    edit = edit_file.read(finished)
+    sample = {**edit.settings["sample"], "seeds": [5]}
+    edit_file.write(replace(edit, settings={**edit.settings, "sample": sample}), Path("five.safetensors"))
+    words = ("--rows", "strength", "--strengths", "1", "--columns", "eta", "--etas", "1", "--steps-sample", 2)
+    assert run("sheet", "five.safetensors", *words, "--out", "five.png").exit_code == 0
+    assert ", Seed: 5," in _picture("five.png").text["parameters"]
 
 
 def test_sheet_shows_two_axes(run, finished, photo, monkeypatch):

@@ -222,7 +222,7 @@ def test_generation_parameters_keep_their_lines(end: str) -> None:
         "model": f"m{end}, Size: 1",
     }
     rest = dict.fromkeys(("interpolation", "start", "mask", "version"), 0)
-    cell = Cell(0, 1.0, 0, guidance_scale=1.0)
+    cell = Cell(0, 1.0, 0, guidance_scale=2.0)
     values = {
         **settings,
         **rest,

@@ -25,6 +25,7 @@ from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfi
 from lowmem_imagic.training import loop as training
 from lowmem_imagic.training.adam import PackedAdam
 from lowmem_imagic.training.loop import draw_rows
+from lowmem_imagic.training.run import Run
 from tests import calls
 from tests.reference_stages import embed, finetune, train
 
@@ -330,6 +331,17 @@ def test_anchored_draws_have_the_starting_noise(base: Any) -> None:
     is_anchor = [torch.equal(noise, anchor) for noise in some[2]]
     assert sum(is_anchor[:4]) == sum(is_anchor[4:]) == 3
     assert all(torch.equal(some[2][row], plain[2][row]) for row in range(8) if not is_anchor[row])
+
+
+@pytest.mark.parametrize(("draws", "share"), [(1, 0.5), (2, 0.5), (3, 0.5), (1, 0.3), (5, 0.3), (4, 1.0), (2, 0.0)])
+def test_the_share_of_anchored_draws_is_kept_over_the_steps(base: Any, draws: int, share: float) -> None:
+    """A share that is no whole number of draws of a step is one of the draws of all steps."""
+    config = FinetuneConfig(steps=20, draws=draws, anchor=share, learning_rate=1e-3, lora_rank=4, lora_alpha=4.0)
+    run, counts = Run(base.denoisers[0], latents_of([0])[0], config, *generators([0])), []
+    for _ in range(config.steps):
+        counts.append(run.anchored)
+        run.losses.append(1.0)
+    assert sum(counts) == round(20 * draws * share) and max(counts) - min(counts) <= 1
 
 
 def test_anchored_training_learns_the_way_from_the_starting_noise(base: Any, text: Tensor) -> None:

@@ -73,10 +73,17 @@ def test_what_leaves_the_photo_for_nothing_is_not_suggested() -> None:
     assert suggestion.eta == 0.8
 
 
-def test_one_picture_leaves_no_choice() -> None:
-    """Fewer than two etas are refused."""
-    with pytest.raises(ValueError, match="two etas"):
-        suggested(flat(0.0), (1.0,))
+def test_the_photo_is_at_eta_0() -> None:
+    """Distances are from the picture at eta 0, also beside one at a negative eta."""
+    distances = [score.distance for score in suggested(flat(-2.0, 0.0, 1.0), (-1.0, 0.0, 1.0)).scores]
+    assert distances == pytest.approx([2.0, 0.0, 1.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("etas", [(0.0,), (0.5, 1.0)])
+def test_one_picture_or_no_photo_leaves_no_choice(etas: tuple[float, ...]) -> None:
+    """Fewer than two etas are refused, and etas without the photo's."""
+    with pytest.raises(ValueError, match="two etas or more, 0 among them"):
+        suggested(flat(*etas), etas)
 
 
 def test_the_real_model_is_asked_without_adapters(load_base: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from ..errors import OutputError, OutputExistsError, OutputUnwritableError
 from ..pictures.png import SHEET_TITLE, Box, contact_sheet, encode_png
 from ..plain_text import one_line
 from ..sampling.sample import Cell
-from ..settings.stages import sourced, strength_text
+from ..settings.stages import sourced, strength_text, strengths
 from ..storage.atomic import make_folder, write_bytes
 from ..storage.file_names import MAX_REPORT_BYTES, REPORT, safe_stem
 from ..storage.regular_files import read_regular
@@ -199,12 +199,14 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     with_source = sourced(source, cell.eta, cell.strength)
     scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale
     guidance = guidance_at(0.0 if with_source else cell.eta, scale, parameters["photo_guidance"])
-    # Without guidance a picture with a source prompt has no negative prompt.
-    if parameters.get("negative_prompt") and not (with_source and guidance == 1):
+    # Without guidance a picture has no negative prompt.
+    if parameters.get("negative_prompt") and guidance != 1:
         lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")
     way: dict[str, Any] = {"Imagic interpolation": parameters["interpolation"]}
     if with_source:
         way = {"Imagic source": _quoted(source), "Imagic edit guidance": parameters["edit_guidance_scale"]}
+    # The base alone has no mask.
+    mask = {"Imagic mask": parameters["mask"]} if any(strengths(cell.strength)) else {}
     entries = {
         "Steps": parameters["num_inference_steps"],
         "Sampler": parameters["scheduler"],
@@ -215,7 +217,7 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
         "Imagic strength": strength_text(cell.strength),
         **way,
         "Imagic start": parameters["start"],
-        "Imagic mask": parameters["mask"],
+        **mask,
         "Version": f"lowmem-imagic {parameters['version']}",
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in entries.items()))

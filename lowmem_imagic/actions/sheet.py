@@ -32,8 +32,8 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 """The possible axes of a sheet, with their default values."""
 
-_NEUTRAL = {"strength": 1.0, "seed": 0, "guidance": None}
-"""Values of settings that are no axis; eta has the edit's default. None is the edit's own guidance."""
+_NEUTRAL = {"strength": 1.0, "guidance": None}
+"""Values of settings that are no axis; eta and seed have the edit's own. None is the edit's own guidance."""
 
 
 def sheet(
@@ -70,7 +70,7 @@ def sheet(
     started = time.perf_counter()
     opened = edit_file.read(local_file(path, console))
     config = sampling_of(opened, overrides)
-    points = _points(rows, columns, values, opened.eta_default)
+    points = _points(rows, columns, values, opened.eta_default, config.seeds[0])
     _check_ranges(config, points)
     target = out or Path(safe_stem(path.stem) + "-sheet.png")
     check_target(target, overwrite=force)
@@ -142,13 +142,15 @@ def _one_of(edit: Edit, prompt: str | None) -> list[str]:
     return []
 
 
-def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]], eta: float) -> dict[str, tuple[Any, ...]]:
+def _points(
+    rows: str, columns: str, values: Mapping[str, Sequence[Any]], eta: float, seed: int
+) -> dict[str, tuple[Any, ...]]:
     """The values of each of `AXES`: from `values`, else the default values of an axis, else the neutral value.
 
     Args:
         rows, columns: the axes.
         values: see `sheet`.
-        eta: the eta if it is no axis.
+        eta, seed: those if they are no axis.
 
     Raises:
         ConfigError: an axis is unknown or named twice, or a setting that is no axis has several values.
@@ -167,7 +169,7 @@ def _points(rows: str, columns: str, values: Mapping[str, Sequence[Any]], eta: f
             problems.append(f"{name} has {len(numbers)} values and is neither rows nor columns; give one, or name it")
     if problems:
         raise ConfigError(problems)
-    neutral = {"eta": eta, **_NEUTRAL}
+    neutral = {"eta": eta, "seed": seed, **_NEUTRAL}
     usual = {name: AXES[name] if name in (rows, columns) else (neutral[name],) for name in AXES}
     return {name: tuple(values.get(name, usual[name])) for name in AXES}
 

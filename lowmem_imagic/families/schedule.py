@@ -137,6 +137,16 @@ def _same(recorded: Tensor, values: Mapping[str, Any], label: str) -> bool:
     return bool((recorded[-1] < 1e-4) == (computed[-1] < 1e-4))
 
 
+_ZERO_SNR = "rescale_betas_zero_snr"
+"""The parameter of diffusers' schedulers that rescales the noise schedule to end at pure noise (Lin et al. 2023, arXiv
+2305.08891)."""
+
+
+def _has(kind: Any, parameter: str) -> bool:
+    """Whether a class's constructor has a parameter; diffusers ignores settings without one."""
+    return parameter in inspect.signature(kind.__init__).parameters
+
+
 class DiffusersSampler:
     """A diffusers scheduler with its timesteps set, as a `Sampler`."""
 
@@ -216,6 +226,13 @@ class DiscreteSchedule(DiscreteNoise):
         if not inspect.isclass(kind) or kind.__name__ not in compatible:
             names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
             raise ConfigError(f"scheduler is {name!r}, expected one of {names}")
+        if self.values.get(_ZERO_SNR) and not _has(kind, _ZERO_SNR):
+            known = (n.removesuffix("Scheduler") for n in compatible if _has(getattr(diffusers, n), _ZERO_SNR))
+            names = ", ".join(sorted(known))
+            raise ConfigError(
+                f"scheduler is {name!r}, which cannot follow this model's noise schedule: it ends at pure noise "
+                f"(zero terminal SNR); expected one of {names}"
+            )
         values = dict(self.values) if guided else {**self.values, "thresholding": False}
         try:
             with without_advice():

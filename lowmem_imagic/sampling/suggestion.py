@@ -68,7 +68,7 @@ def suggest_eta(
     Args:
         base: the base, without adapters.
         latents: the first denoiser's latents, rendered at each eta, (K, C, H, W).
-        etas: K values; the smallest stands for the photo.
+        etas: K values, 0 (the photo) among them.
         target: conditioning with e_tgt, one row.
         optimized: conditioning with e_opt, one row.
         draws: number of (position, noise) draws, the same draws for every eta.
@@ -76,12 +76,12 @@ def suggest_eta(
         max_rows: most network rows at once; running out of memory halves it.
 
     Raises:
-        ValueError: fewer than two etas.
+        ValueError: fewer than two etas, or none is 0.
         NonFiniteModelError: the base gives NaN or infinity.
         NonFiniteEditError: only the edit's embedding makes the base give NaN or infinity.
     """
-    if len(etas) < 2:
-        raise ValueError(f"a suggestion needs pictures at two etas or more, found {len(etas)}")
+    if len(etas) < 2 or 0 not in etas:
+        raise ValueError(f"a suggestion needs pictures at two etas or more, 0 among them, found {list(etas)}")
     denoiser = base.denoisers[0]
     drawn = Draws(denoiser, tuple(latents.shape[1:]), draws, SPAN, seed)
 
@@ -93,7 +93,7 @@ def suggest_eta(
         base.check_denoiser(denoiser, latents[0], target)
         raise NonFiniteEditError("the edit's embedding makes the base give NaN or infinity; get the file again")
     follows = losses[0] - losses[1]
-    photo = latents[min(range(len(etas)), key=etas.__getitem__)]
+    photo = latents[list(etas).index(0)]
     distance = (latents - photo).square().flatten(1).mean(1).sqrt()
     parts = follows.tolist(), distance.tolist()
     scores = tuple(EtaScore(*values) for values in zip(etas, *parts, worth(*parts), strict=True))

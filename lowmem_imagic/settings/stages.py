@@ -314,10 +314,25 @@ def sourced(source_prompt: str, eta: float, strength: Strength) -> bool:
 
 def idle_problems(config: SampleConfig, chosen: Container[str]) -> list[str]:
     """The problems of chosen fields of `SampleConfig` that have no effect beside its others."""
-    if not config.source_prompt:
-        idle = "edit_guidance_scale" in chosen
-        return ["`edit_guidance` acts with a source prompt alone; say what the photo shows with `source`"] * idle
     problems = []
+    if "strength" in chosen and not any(strengths(config.strength)):
+        # The base alone under the sentence.
+        idle = {"mask": "mask", "source_prompt": "source", "edit_guidance_scale": "edit_guidance"}
+        return [
+            f"`{name}` has no effect with `strength` 0, which renders the base without the edit"
+            for field_name, name in idle.items()
+            if field_name in chosen and getattr(config, field_name)
+        ]
+    if not config.source_prompt:
+        if "edit_guidance_scale" in chosen:
+            problems.append("`edit_guidance` acts with a source prompt alone; say what the photo shows with `source`")
+        if (
+            "negative_prompt" in chosen
+            and config.negative_prompt
+            and {config.guidance_scale, config.photo_scale} == {1}
+        ):
+            problems.append("`negative` has no effect without guidance; take a `guidance` above 1")
+        return problems
     if "guidance_scale" in chosen and config.guidance_scale != 1 and config.photo_guidance is not None:
         problems.append(f"`guidance` {_IDLE}, whose scale is `edit_guidance`; {_WITHOUT}")
     if "interpolation" in chosen:

@@ -184,13 +184,14 @@ def parse_bytes(text: str) -> int:
 
 
 def check_suggestable(config: SampleConfig) -> None:
-    """Checks that there are at least two etas to choose from.
+    """Checks that there are at least two etas to choose from, and the photo to compare with.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer, or none is 0.
     """
-    if (count := len(set(config.etas))) < 2:
-        raise ConfigError(f"`suggest_eta` chooses among `etas`, found {count}; give two or more, 0 among them")
+    if len(set(config.etas)) < 2 or 0 not in config.etas:
+        found = ", ".join(f"{eta:g}" for eta in config.etas)
+        raise ConfigError(f"`suggest_eta` chooses among `etas`, found {found}; give two or more, 0 among them")
 
 
 def check_pictures(config: SampleConfig, sentences: int) -> None:

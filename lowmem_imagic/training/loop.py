@@ -289,7 +289,7 @@ class Trainer:
             [run.generator],
             config.timesteps,
             run.start_noise,
-            round(config.anchor * config.draws),
+            run.anchored,
         )
         extra = run.extra.expand(config.draws)
         drawn = run.denoiser.drawn(extra, [run.generator] * config.draws, training=True)

@@ -1,5 +1,6 @@
 """One edit in one training stage: its inputs, its losses, and whether it is finished."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -43,6 +44,15 @@ class Run:
     def rate_share(self) -> float:
         """Learning rate of the next step, as a share of the full rate."""
         return 1 - (1 - self.config.final_rate) * len(self.losses) / max(1, self.config.steps - 1)
+
+    @property
+    def anchored(self) -> int:
+        """Draws of the next step that take the starting noise: their share of all draws up to it, rounded.
+
+        So a share that is no whole number of draws is kept over the steps.
+        """
+        before, share = len(self.losses), self.config.anchor * self.config.draws
+        return math.floor((before + 1) * share + 0.5) - math.floor(before * share + 0.5)
 
     @property
     def diverged(self) -> DivergenceError | None:
