@@ -154,10 +154,11 @@ def differences(items: str = TEST.name) -> list[str]:
 def goals(items: str = TEST.name) -> list[str]:
     """Rows: goals, and the results on a set.
 
-    Full fine-tuning counts with the items that it has: the set takes it hours. A row names their number.
+    Full fine-tuning and `once` count with the items that they have: the set takes them hours. A row names their number.
     """
     measured = results(items)
-    balanced, full = measured.get("balanced"), _result(result_name(items, FULL))
+    full, once = (_result(result_name(items, name)) for name in (FULL, "once"))
+    balanced = measured.get("balanced")
     if balanced is None:
         return NOTHING
     rows = _head("", "goal", "measured")
@@ -166,24 +167,32 @@ def goals(items: str = TEST.name) -> list[str]:
         missed = " (missed)" if passed is False else ""
         rows.append(_row(name, goal, "not measured" if value is None else value + missed))
 
+    def compared_with(
+        one: Mapping[str, Any], other: Mapping[str, Any], half: str
+    ) -> tuple[dict[str, Any] | None, str | None]:
+        """A difference of two results, and its words; None for both if one of them has no figures yet."""
+        # A run that was stopped has no eta yet.
+        gap = _gap(one, other, half, "all") if "eta" in one and "eta" in other else None
+        if gap is None:
+            return None, None
+        return gap, _points(gap) + (f" on {gap['of']} items" if one["partial"] or other["partial"] else "")
+
     ours = [name for name in ("balanced", "source") if name in measured]
     for name, other, least in ((UNTRAINED, measured.get(UNTRAINED, {}), 25), (FULL, full, 10)):
         for own in ours:
-            # A run that was stopped has no eta yet.
-            gap = _gap(measured[own], other, STRANGERS, "all") if "eta" in other else None
+            gap, value = compared_with(measured[own], other, STRANGERS)
             passed = None if gap is None else 100 * gap["value"] >= least and gap["interval_95"][0] > 0
-            goal = f"at least +{least} points, interval above 0"
-            part = f" on {gap['of']} items" if gap and other["partial"] else ""
-            value = None if gap is None else _points(gap) + part
-            row(f"good, strangers: `{own}` less `{name}`", goal, value, passed)
+            row(f"good, strangers: `{own}` less `{name}`", f"at least +{least} points, interval above 0", value, passed)
     for own in ours:
         good = measured[own]["at_eta"][KNOWN]["all"]["good"]
         row(f"good, known: `{own}`", "at least 60 %", _share(good), good["value"] >= 0.6)
     for half in HALVES:
-        gap = _gap(measured["once"], balanced, half, "all") if "once" in measured else None
-        passed = None if gap is None else gap["value"] >= -0.05
+        gap, value = compared_with(once, balanced, half)
         row(
-            f"good, {half}: `once` less `balanced`", "at least -5 points", None if gap is None else _points(gap), passed
+            f"good, {half}: `once` less `balanced`",
+            "at least -5 points",
+            value,
+            None if gap is None else gap["value"] >= -0.05,
         )
     for half in HALVES:
         success = balanced["at_eta"][half]["non_rigid"]["success"]

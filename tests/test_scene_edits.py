@@ -436,6 +436,13 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     goals = "\n".join(quality_tables.goals())
     assert "less `full-1e-4` | at least +10 points, interval above 0 | not measured" in goals
     partial.write_text(whole)
+    assert "`once` less `balanced` | at least -5 points | not measured" in goals
+    once = tmp_path / f"{edit_quality.result_name('test', 'once')}.json"
+    once.write_text(json.dumps(fake_result(0.25, 360, partial=True)))
+    assert "less `balanced` | at least -5 points | -25.0 points (-54 to +13) on 8 items (missed)" in "\n".join(
+        quality_tables.goals()
+    )
+    once.unlink()
     assert quality_tables.kinds("test", KNOWN)[2] == "| color | 100 % | 100 % |"
     assert quality_tables.curve()[2] == "| `full-1e-4` | known | 100 % | 100 % |"
     truth = fake_result(1.0, 0)["at_eta"]
