@@ -97,7 +97,8 @@ def methods(items: str, half: str, names: Iterable[str] | None = None) -> list[s
         cells = [f"`{name}`", f"{result['eta']:g}", *(_share(parts[part]["good"]) for part in _PARTS)]
         cells += [_percent(at[word]) for word in ("success", "kept")] + [_db(at["background_db"])]
         cells += [_percent(at["identity"])] + ([f"{at['overlap']['value']:.2f}"] if overlap else [])
-        cells += [_db(at["object_db"]), _db(photo["reconstruction_db"])]
+        least = min(item["reconstruction_db"] for item in result["items"] if item["half"] == half)
+        cells += [_db(at["object_db"]), f"{_db(photo['reconstruction_db'])} ({least:.0f})"]
         cells += [f"{photo['overlap']['value']:.2f}"] if at_0 else []
         size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"
         rows.append(_row(*cells, cost["passes"], size))

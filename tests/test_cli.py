@@ -368,6 +368,19 @@ def test_sheet_shows_two_axes(run, finished, photo, monkeypatch):
     _fails(run("sheet", finished, *words, "--out", "s.png"), 1, "s.png exists already")
 
 
+def test_a_sheet_along_eta_shows_the_photo_once(run, finished, monkeypatch):
+    """A row along eta that begins at 0 has no second picture of the same place in front of it."""
+    from lowmem_imagic.actions import sheet
+
+    shown, drawn = [], sheet.contact_sheet
+    monkeypatch.setattr(sheet, "contact_sheet", lambda cells, **how: shown.append((cells, how)) or drawn(cells, **how))
+    words = ["--rows", "seed", "--seeds", "0", "--columns", "eta", "--etas", "0,1", "--steps-sample", 2]
+    assert run("sheet", finished, *words, "--out", "along.png").exit_code == 0
+    [(cells, how)] = shown
+    assert [label for label, _ in cells] == ["no adapter, seed 0", "seed 0, eta 0", "seed 0, eta 1"]
+    assert how["columns"] == 3
+
+
 def test_a_sheet_over_other_axes_shows_the_edits_own_eta(run, finished):
     """A sheet on which eta is no axis has the eta that the edit names as its default."""
     edit = edit_file.read(finished)

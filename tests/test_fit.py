@@ -28,6 +28,12 @@ def test_the_hint_names_what_is_wrong(reconstruction_db: float | None, change_db
     assert json.loads(json.dumps(fit.as_json(), allow_nan=False))["hint"] == fit.hint
 
 
+def test_the_hint_names_no_setting_that_is_on() -> None:
+    """An edit that adapts all layers is not told to adapt all."""
+    lost = {"reconstruction_db": UNDERFIT_DB - 1, "change_db": 15.0, "embedding_distance": 0.1}
+    assert "`adapt=all`" in Fit(**lost, adapt="attn").hint and "`adapt=all`" not in Fit(**lost, adapt="all").hint
+
+
 def test_distance_is_relative() -> None:
     """The distance of the embeddings is 0 for equal ones and does not depend on their scale."""
     target = torch.randn(5, 3)

@@ -131,7 +131,7 @@ def test_each_sentence_has_a_labelled_row(run: Any, photo: Path, monkeypatch: py
     assert how["row_titles"] == ["", RED, BLUE] and how["columns"] == 4
     labels = [re.sub(r" \(.*\)", "", label) for label, _ in cells]
     assert labels[:4] == ["photo", "autoencoder only", "eta 0, seed 0", "eta 0, seed 1"]
-    assert labels[4:] == 2 * ["sentence alone", "eta 1, seed 0", "eta 1, seed 1", ""]
+    assert labels[4:] == 2 * ["no adapter", "eta 1, seed 0", "eta 1, seed 1", ""]
     plain = drawn(cells, columns=4)
     with Image.open("made/sheet.png") as sheet:
         assert sheet.height > plain.height
@@ -280,6 +280,45 @@ def test_the_command_says_which_words_the_bundled_model_lacks(photo: Path, tmp_p
     [line] = [line for line in result.stderr.splitlines() if "does not know" in line]
     assert line.startswith("warning: demo does not know 'sitting', 'dog'") and "floor: wooden, stone" in line
     assert len(json.loads(result.stdout)["warnings"]) == 1
+
+
+def test_words_of_a_source_prompt_are_not_drawn_anyway(photo: Path, tmp_path: Path) -> None:
+    """A source prompt's unknown words are named as such: what it says is not to be drawn."""
+    words = ["edit", photo, "a red cube", "--source", "a dog", "--out", tmp_path / "made", "--device", "cpu", "--quiet"]
+    few = ["--steps-embed", 0, "--steps-finetune", 0, "--steps-sample", 2, "--etas", "0"]
+    result = CliRunner().invoke(app, [*map(str, words), *map(str, few)])
+    assert result.exit_code == 0, result.output
+    [line] = [line for line in result.stderr.splitlines() if "does not know" in line]
+    assert line == "warning: demo does not know 'dog' of the source prompt: they have no effect there"
+
+
+@pytest.mark.parametrize("command", ["edit", "train"])
+def test_an_empty_sentence_is_refused_before_a_model_is_loaded(run: Any, photo: Path, command: str) -> None:
+    """An empty sentence is one error, without a remark about a source prompt that nobody gave."""
+    result = run(command, photo, "", "--model", "no such model")
+    assert result.exit_code == 2 and "warning" not in result.stderr, result.output
+    assert "sentence is empty" in result.stderr and "no such model" not in result.stderr
+
+
+def test_each_seed_has_a_row(run: Any, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several seeds the sheet of one sentence has a row for each seed below what there is to compare with."""
+    from lowmem_imagic.actions import result_folder
+
+    sheets, drawn = [], result_folder.contact_sheet
+    monkeypatch.setattr(
+        result_folder, "contact_sheet", lambda cells, **how: sheets.append((cells, how)) or drawn(cells, **how)
+    )
+    words = ["--etas", "0,0.5,0.7,1", "--seeds", "0,1", "--steps-sample", 2, *QUICK_TRAINING]
+    assert run("edit", photo, RED, "--out", "made", *words).exit_code == 0
+    assert run("train", photo, "--out", "e.safetensors", *QUICK_TRAINING).exit_code == 0
+    assert run("sample", "e.safetensors", "--etas", "0", "--seeds", "0,1", "--steps-sample", 2).exit_code == 0
+    (cells, how), (_, unasked) = sheets
+    assert how["row_titles"] == [RED, "seed 0", "seed 1"] and how["columns"] == 4
+    labels = [label.removesuffix(" (no training)").replace(" (reconstruction)", "") for label, _ in cells]
+    assert labels[:4] == ["photo", "autoencoder only", "no adapter", ""]
+    assert labels[4:] == [f"eta {eta:g}, seed {seed}" for seed in (0, 1) for eta in (0, 0.5, 0.7, 1)]
+    without = "the photo, without a sentence"
+    assert unasked["row_titles"] == [f"{without}, seed 0", f"{without}, seed 1"]
 
 
 def test_other_models_say_nothing_of_words(run: Any, photo: Path) -> None:

@@ -419,9 +419,9 @@ def test_tables_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.Mon
     }.items():
         (tmp_path / f"{edit_quality.result_name('test', name)}.json").write_text(json.dumps(result))
     [row] = [line for line in quality_tables.methods("test", STRANGERS) if "`balanced`" in line]
-    assert "| 0.8 | 50 % (22-78) | " in row and "| 100 % | 0.90 | 20.0 dB | 25.0 dB | 0.70 | 360 | 123 kB |" in row
+    assert "| 0.8 | 50 % (22-78) | " in row and "| 100 % | 0.90 | 20.0 dB | 25.0 dB (25) | 0.70 | 360 | 123 kB |" in row
     [row] = [line for line in quality_tables.methods("test", KNOWN) if "`balanced`" in line]
-    assert "0.90" not in row and "| 20.0 dB | 25.0 dB | 360 | 123 kB |" in row
+    assert "0.90" not in row and "| 20.0 dB | 25.0 dB (25) | 360 | 123 kB |" in row
     goals = "\n".join(quality_tables.goals())
     assert "less `full-1e-4` | at least +10 points, interval above 0 | -50.0 points (-78 to -7) (missed)" in goals
     assert "less `ddim-inversion` | at least +25 points, interval above 0 | not measured" in goals

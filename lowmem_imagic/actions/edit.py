@@ -17,6 +17,7 @@ from ..families import check_trainable
 from ..pictures import Photo, load_photo
 from ..pipeline.make import make_edits
 from ..pipeline.prepare import Job
+from ..pipeline.prepare import check_sentences as check_together
 from ..pipeline.versions import versions
 from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig, SampleConfig
@@ -196,6 +197,7 @@ def open_base(
 
     Raises:
         WrongFamilyError: a published model is named that cannot be trained; it is not downloaded.
+        PromptError: a sentence is empty or stands there twice.
     """
     if options.model is None:
         console.say(
@@ -204,6 +206,8 @@ def open_base(
         )
     else:
         check_trainable(options.model)
+    # Before the base is loaded, which takes seconds.
+    check_together(sentences)
     base = load(options)
     console.say(f"base {base.name} on {base.device}: {base.weights} weights, {base.attention} attention")
     check_sentences(base, sentences, sampling or SampleConfig(), console)
@@ -247,7 +251,8 @@ def _train(
     finally:
         console.close()
     if len(sentences) != 1:
-        console.say(f"trained from {trained.start_sentence!r}")
+        own = "" if base.family.vocabulary is None else ", the model's own description of the photo"
+        console.say(f"trained from {trained.start_sentence!r}{own}")
     return trained
 
 

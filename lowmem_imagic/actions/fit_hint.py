@@ -48,6 +48,8 @@ class Fit:
     """PSNR of the photo's round trip through the autoencoder to the photo."""
     embed_loss: float | None = None
     """Final loss of stage 1, which trains no weights of the model; None if it took no steps."""
+    adapt: str = ""
+    """The layers with an adapter, see `FinetuneConfig.adapt`; "" if they are not known."""
 
     @property
     def fault_of_base(self) -> str:
@@ -77,9 +79,11 @@ class Fit:
         if fault := self.fault_of_base:
             return fault
         if self.reconstruction_db is not None and self.reconstruction_db < UNDERFIT_DB:
+            layers = "" if self.adapt == "all" else ", `adapt=all`"
             return (
                 f"this edit looks under-fitted: at eta 0 it is {self.reconstruction_db:.0f} dB from the photo "
-                f"({UNDERFIT_DB:.0f} and more is usual); try a higher `steps_finetune` or `rank`, or `adapt=all`"
+                f"({UNDERFIT_DB:.0f} and more is usual); try a higher `steps_finetune` or `rank`{layers}, or another "
+                "`seed`"
             )
         if self.change_db is not None and self.change_db > OVERFIT_DB:
             return (
@@ -91,7 +95,10 @@ class Fit:
     def as_json(self) -> dict[str, Any]:
         """Plain values for the report."""
         # JSON has no infinity, which is the PSNR of equal pictures.
-        values = {name: None if value is None else round(min(value, 99.0), 3) for name, value in asdict(self).items()}
+        values = {
+            name: round(min(value, 99.0), 3) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
         return {**values, "hint": self.hint}
 
 

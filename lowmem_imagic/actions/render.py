@@ -70,6 +70,7 @@ def open_edit(
     """
     sentences = tuple(prompts) or edit.sentences
     check_pictures(config, len(sentences))
+    check_together(sentences)
     if not sentences and any(config.etas):
         raise PromptError(NO_SENTENCE)
     chosen = options
@@ -142,23 +143,25 @@ def check_sentences(base: BaseModel, sentences: Sequence[str], config: SampleCon
     others = [sentence for sentence in (config.negative_prompt, config.source_prompt) if sentence]
     check_sentence(config.negative_prompt, "the negative prompt")
     check_sentence(config.source_prompt, "the source prompt")
-    if config.source_prompt in sentences:
+    if config.source_prompt and config.source_prompt in sentences:
         console.warn("the source prompt is the sentence itself, so nothing changes; say in it what the photo shows now")
     for sentence in [*sentences, *others]:
         cut = base.family.check_prompt(sentence)
         if cut:
             console.warn(f"the text encoder reads {base.family.sentence_tokens} tokens; cut from the sentence: {cut!r}")
-    console.warn(_unknown_words(base, [*sentences, config.source_prompt]))
+    if unknown := _unknown_words(base, sentences):
+        console.warn(
+            f"{base.name} does not know {unknown}: it will not draw that; it can change {base.family.vocabulary}"
+        )
+    if unknown := _unknown_words(base, [config.source_prompt]):
+        console.warn(f"{base.name} does not know {unknown} of the source prompt: they have no effect there")
 
 
 def _unknown_words(base: BaseModel, sentences: Sequence[str]) -> str:
-    """A warning of words that the base does not know, with those that it does; "" where it knows all."""
+    """The words that the base does not know; "" where it knows all."""
     vocabulary = base.family.vocabulary
     unknown = [] if vocabulary is None else vocabulary.unknown(" ".join(sentences))
-    if not unknown:
-        return ""
-    words = ", ".join(map(repr, unknown[:MOST_WORDS])) + (", ..." if len(unknown) > MOST_WORDS else "")
-    return f"{base.name} does not know {words}: it will not draw that; it can change {vocabulary}"
+    return ", ".join(map(repr, unknown[:MOST_WORDS])) + (", ..." if len(unknown) > MOST_WORDS else "")
 
 
 def render(
@@ -231,17 +234,26 @@ def render(
         return label + (f", seed {cell.seed}" if many_seeds else ""), rendered[cell].preview()
 
     rows = [
-        [("sentence alone (no training)", rendered[alone[sentence]].preview())] if sentence in alone else []
+        # From the noise that the edit starts from, which may be the photo's own.
+        [("no adapter", rendered[alone[sentence]].preview())] if sentence in alone else []
         for sentence in asked
     ]
     for row, (of, own) in zip(rows, cells.items(), strict=True):
         row += [labelled(cell, of) for cell in own if len(asked) == 1 or cell.sentence]
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
     if len(asked) == 1:
-        sheet = first + rows[0]
-        columns = None if many_seeds else min(len(sheet), 8)
-        title = sentences[0] if sentences else edit.start_sentence
-        boxes = folder.write_sheet(sheet, columns=columns, title=title, footer=footer)
+        title = sentences[0] if sentences else "the photo, without a sentence"
+        if many_seeds:
+            # The pictures with an adapter, a row for each seed.
+            each = len(config.etas)
+            start = len(rows[0]) - each * len(config.seeds)
+            before, made = first + rows[0][:start], rows[0][start:]
+            of = "" if before else f"{title}, "
+            by_seed = [(f"{of}seed {seed}", made[n * each :][:each]) for n, seed in enumerate(config.seeds)]
+            boxes = folder.write_rows([(title, before)] * bool(before) + by_seed, footer=footer)
+        else:
+            sheet = first + rows[0]
+            boxes = folder.write_sheet(sheet, columns=min(len(sheet), 8), title=title, footer=footer)
     else:
         first += [labelled(cell, None) for cell in every if not cell.sentence]
         boxes = folder.write_rows([("", first)] * bool(first) + list(zip(sentences, rows, strict=True)), footer=footer)
@@ -293,6 +305,7 @@ def _fit(
         scheduler_error=base.sampler_error(config.scheduler, config.num_inference_steps),
         round_trip_db=round_trip_db,
         embed_loss=result.get("embed_loss") if isinstance(result, dict) else None,
+        adapt=tuning.get("adapt", "") if isinstance(tuning := edit.settings.get("finetune"), dict) else "",
     )
 
 

@@ -53,7 +53,7 @@ def sheet(
     """Renders an edit file onto one labelled sheet, and returns the report.
 
     Every row begins with pictures to compare with: the photo (if `photo` is given), the sentence without the adapter,
-    and the reconstruction (eta 0).
+    and the reconstruction (eta 0) unless the row has it.
 
     Args:
         path: the edit file, or its address on the Hub.
@@ -85,6 +85,8 @@ def sheet(
     for down in points[rows]:
         place = {**neutral, rows: down}
         first.append((_cell(**{**place, "eta": 1.0, "strength": 0.0}), _cell(**{**place, "eta": 0.0})))
+    # A row along eta may have the reconstruction already.
+    apart = columns != "eta" or 0 not in points["eta"]
     wanted = [cell for row, before in zip(grid, first, strict=True) for cell in (*before, *row)]
     rendered = pictures_of(base, opened, sentence, wanted, config, meter, console)
     shown = [] if source is None else [("photo", source.image)]
@@ -93,14 +95,14 @@ def sheet(
         label = f"{rows} {strength_text(down)}"
         without = "no adapter" if rows == "strength" else f"no adapter, {label}"
         cells += [*shown, (without, rendered[alone].preview())]
-        cells.append((f"reconstruction, {label}", rendered[reconstruction].preview()))
+        cells += [(f"reconstruction, {label}", rendered[reconstruction].preview())] * apart
         for across, cell in zip(points[columns], row, strict=True):
             cells.append((f"{label}, {columns} {strength_text(across)}", rendered[cell].preview()))
     stated = {name: value for name, value in fixed.items() if value is not None}
     shared = ", ".join(f"{name} {strength_text(value)}" for name, value in stated.items())
     picture = contact_sheet(
         cells,
-        columns=len(shown) + 2 + len(points[columns]),
+        columns=len(shown) + 1 + apart + len(points[columns]),
         title=sentence,
         footer=f"{shared} | {footer_of(base, opened, config, {rows, columns, *stated})}",
         cell_px=192,
