@@ -356,6 +356,29 @@ def test_a_pulled_edit_needs_no_network_again(
         pull("someone/other", tmp_path / "other.safetensors")
 
 
+def test_a_file_of_any_name_needs_no_network_again(
+    hub: Hub, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, the only .safetensors file of the cached commit is the edit, whatever its name; of several, the link to
+    a file decides."""
+    one, data = "someone/one", path.read_bytes()
+    hub.add(one, {"in/cat.safetensors": data, "README.md": b""})
+    pinned = pull(one, tmp_path / "online.safetensors")["address"]
+    hub.add(REPO, {"a.safetensors": data, "b.safetensors": data})
+    links = [f"{hub.endpoint}/{REPO}/blob/main/{name}.safetensors" for name in "ab"]
+    for number, link in enumerate(links):
+        pull(link, tmp_path / f"online-{number}.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for number, address in enumerate((one, f"hub:{one}", pinned)):
+        assert pull(address, tmp_path / f"{number}.safetensors")["address"] == pinned
+    pull(links[1], tmp_path / "b.safetensors")
+    with pytest.raises(HubError, match=r"2 \.safetensors files: a\.safetensors, b\.safetensors"):
+        pull(REPO, tmp_path / "more.safetensors")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        pull(f"{hub.endpoint}/{REPO}/blob/main/c.safetensors", tmp_path / "more.safetensors")
+
+
 def test_one_of_several_files(hub: Hub, path: Path, tmp_path: Path) -> None:
     """A repository with one .safetensors file of any name gives it; of several, the link to a file decides."""
     data = path.read_bytes()

@@ -154,7 +154,7 @@ def download(address: Address) -> tuple[Path, Address]:
     if size is not None and size > MAX_FILE_BYTES:
         raise EditTooLargeError(f"{address}: {name} has {size} bytes, expected at most {MAX_FILE_BYTES}")
     named = replace(address, file=name)
-    path = _asked(address, "read", lambda: _fetched(named, local=False))
+    path = _asked(address, "read", lambda: _fetched(named))
     return path, _pinned(named, path)
 
 
@@ -188,20 +188,29 @@ def listed(names: list[str]) -> str:
 
 
 def _in_cache(address: Address) -> Path | None:
-    """The edit's file in the Hub's cache, if it is there."""
+    """The edit's file in the Hub's cache, chosen among the files there as on the Hub; None if there is none.
+
+    Raises:
+        HubError: several files may be meant.
+    """
+    from huggingface_hub import snapshot_download
+
     try:
-        return _fetched(replace(address, file=address.file or EDIT_FILE), local=True)
+        folder = Path(snapshot_download(address.repository, revision=address.revision, local_files_only=True))
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{SUFFIX}") if path.is_file()]
     except Exception:
         # As in `families.files.hub.cached`.
         return None
+    cached = Repository(None, private=False, files=dict.fromkeys(names))
+    if not cached.edit_files or address.file not in (None, *cached.edit_files):
+        return None
+    return folder / _chosen(address, cached)
 
 
-def _fetched(address: Address, *, local: bool) -> Path:
+def _fetched(address: Address) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(
-        hf_hub_download(address.repository, str(address.file), revision=address.revision, local_files_only=local)
-    )
+    return Path(hf_hub_download(address.repository, str(address.file), revision=address.revision))
 
 
 def _api() -> "HfApi":
