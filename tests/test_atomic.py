@@ -34,6 +34,42 @@ def test_writes_exactly_the_bytes_and_nothing_else(tmp_path: Path) -> None:
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.bin", b"\x00\xff" * 5)]
 
 
+def test_a_write_removes_old_temporaries(tmp_path: Path) -> None:
+    """A write removes temporaries that killed writers left in the folder an hour ago and more, and no other file."""
+    old, new = (tmp_path / f".lowmem-imagic-{digit * 16}.tmp" for digit in "ab")
+    others = [tmp_path / name for name in (".lowmem-imagic-1.tmp", ".lowmem-imagic", "c.tmp")]
+    link, folder = (tmp_path / f".lowmem-imagic-{digit * 16}.tmp" for digit in "cd")
+    for path in (old, new, *others):
+        path.write_bytes(b"part")
+    link.symlink_to(others[0])
+    folder.mkdir()
+    for path in (old, folder, *others):
+        os.utime(path, (0, path.stat().st_mtime - 4000))
+    os.utime(new, (0, new.stat().st_mtime - 3000))
+    atomic.write_bytes(tmp_path / "a", b"x", overwrite=True)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", new, *others, link, folder])
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_writer_whose_temporary_is_gone_writes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool, overwrite: bool
+) -> None:
+    """A writer that was suspended until another took its temporary for an old one still ends with the whole file."""
+    if not links:
+        monkeypatch.setattr(os, "link", _no_links)
+    gone = []
+
+    def lose_the_first(place: str) -> None:
+        if place == "temporary-written" and not gone:
+            gone.extend(tmp_path.glob(".lowmem-imagic-*.tmp"))
+            gone[0].unlink()
+
+    monkeypatch.setattr(atomic, "reach", lose_the_first)
+    atomic.write_bytes(tmp_path / "a", b"whole", overwrite=overwrite)
+    assert gone and [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"whole")]
+
+
 def test_empty_content_is_written(tmp_path: Path) -> None:
     """No bytes make an empty file."""
     atomic.write_bytes(tmp_path / "a", b"", overwrite=True)

@@ -235,6 +235,22 @@ def test_a_state_of_another_version_is_not_used(
     assert one == other
 
 
+def test_a_state_that_is_too_large_fails_nothing(
+    run: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Edits whose training states are above the limit are made without them, with one warning."""
+    from lowmem_imagic.training import state as training_state
+
+    monkeypatch.setattr(training_state, "MAX_BYTES", 1000)
+    said = run(listed(tmp_path, 2), "--out", tmp_path / "out", "--save-every", 1)
+    assert said.code == 0 and said.report["done"] == ["n0", "n1"]
+    [warning] = [record.getMessage() for record in caplog.records if "not saved" in record.getMessage()]
+    assert "at most 968 are allowed" in warning
+
+
 def test_ctrl_c_with_nobody_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop is taken note of though standard error's reader ended of the same Ctrl-C."""
     import signal

@@ -418,7 +418,7 @@ def edits(draw: st.DrawFn) -> Edit:
         ),
         sentences=(draw(TEXT),),
         base=BaseIdentity(
-            source=draw(st.sampled_from(["demo", "someone/some-model", "my models' folder", "größe"])),
+            source=draw(st.sampled_from(["demo", "someone/some-model", "my_models-folder", "größe"])),
             revision=draw(st.none() | TEXT),
             family=draw(TOKEN),
             interface=interface,
@@ -873,6 +873,21 @@ HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
         EditHeaderError,
         "not a path",
         with_meta("imagic.base", lambda m: m.update(source="C:\\sd")),
+    ),
+    "base of HTML": (
+        EditHeaderError,
+        "letters, digits",
+        with_meta("imagic.base", lambda m: m.update(source="a<img src=x onerror=alert(1)>")),
+    ),
+    "base of Markdown": (
+        EditHeaderError,
+        "letters, digits",
+        with_meta("imagic.base", lambda m: m.update(source="a`b`[l](m)")),
+    ),
+    "base with a mark of direction": (
+        EditHeaderError,
+        "letters, digits",
+        with_meta("imagic.base", lambda m: m.update(source="a\u202eb")),
     ),
     "hash not hex": (
         EditHeaderError,

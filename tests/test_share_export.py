@@ -136,6 +136,18 @@ def test_the_rest_of_an_edit_comes_as_tensors(fp32: BaseModel, tmp_path: Path) -
         assert values["sample"]["guidance_scale"] == 4.0 and values["sentences"] == ["a blue sphere"]
 
 
+def test_text_of_an_edit_is_no_markup_of_its_notes(fp32: BaseModel, cascade: Edit, tmp_path: Path) -> None:
+    """The base's name is neither emphasis nor hidden text in the README.md of an export, in prose and in code."""
+    base = replace(cascade.base, source="__bold__\u3164")
+    prose = (exported(replace(cascade, base=base), "diffusers", tmp_path) / "README.md").read_text()
+    assert r"\_\_bold\_\_\\u3164" in prose and "__bold__" not in prose and "\u3164" not in prose
+    edit = made(fp32)
+    edit = replace(edit, base=replace(edit.base, source=base.source))
+    for program in ("peft", "diffusers"):
+        note = (exported(edit, program, tmp_path, force=True) / "README.md").read_text()
+        assert "of __bold__\\u3164\n" in note and "\u3164" not in note
+
+
 def test_the_lines_of_the_notes_run(
     fp32: BaseModel, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

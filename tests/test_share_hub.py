@@ -139,6 +139,38 @@ def test_an_edit_on_the_hub_is_replaced_on_request_only(hub: Hub, path: Path) ->
     assert sorted(files(hub)) == [".gitattributes", "README.md", EDIT_FILE]
 
 
+def test_a_forced_push_keeps_the_users_own_files(hub: Hub, path: Path) -> None:
+    """`force` replaces and deletes only files that a push uploads; question and report name them, and name an edit of
+    another file name, which stays."""
+    own = {
+        "unet/diffusion_pytorch_model.safetensors": b"weights",
+        "loras/cat.safetensors": b"an edit under another name",
+        "pictures/holiday.png": b"",
+        "pictures/01.png": b"",
+        "more/pictures/0.png": b"",
+        "readme.md": b"",
+    }
+    pictures = {"pictures/0.png": b"", "pictures/12.png": b""}
+    hub.add(REPO, own | pictures, private=True)
+    hub.add("someone/pictures", pictures, private=True)
+    with pytest.raises(OutputExistsError, match="`force`"):
+        push(path, "someone/pictures")
+    hub.add(REPO, own | pictures | {EDIT_FILE: b"", "README.md": b""})
+    picture = path.with_name("eta.png")
+    Image.new("RGB", (8, 8)).save(picture)
+    asked = actions.question(path, REPO, pictures=[picture], force=True)
+    assert f"replaces README.md, pictures/0.png, {EDIT_FILE} and deletes pictures/12.png" in asked
+    with pytest.raises(ConfigError, match=r"deletes pictures/12\.png"):
+        push(path, pictures=[picture], force=True, agreed=False)
+    report = push(path, pictures=[picture], force=True)
+    assert {name: data for name, data in files(hub).items() if name in own} == own
+    assert sorted(files(hub).keys() - own.keys()) == ["README.md", "pictures/0.png", EDIT_FILE]
+    assert report["replaced"] == ["README.md", "pictures/0.png", EDIT_FILE]
+    assert report["removed"] == ["pictures/12.png"] and "pictures/12.png" in report["summary"][1]
+    [warning] = report["warnings"]
+    assert "loras/cat.safetensors, unet/diffusion_pytorch_model.safetensors" in warning
+
+
 def test_no_picture_unless_asked(hub: Hub, path: Path, edit: Edit) -> None:
     """By default no picture is uploaded and the thumbnail is taken out of the file; both are there on request, without
     the metadata of the pictures' files."""
@@ -322,6 +354,29 @@ def test_a_pulled_edit_needs_no_network_again(
         assert report["address"] == address
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         pull("someone/other", tmp_path / "other.safetensors")
+
+
+def test_a_file_of_any_name_needs_no_network_again(
+    hub: Hub, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, the only .safetensors file of the cached commit is the edit, whatever its name; of several, the link to
+    a file decides."""
+    one, data = "someone/one", path.read_bytes()
+    hub.add(one, {"in/cat.safetensors": data, "README.md": b""})
+    pinned = pull(one, tmp_path / "online.safetensors")["address"]
+    hub.add(REPO, {"a.safetensors": data, "b.safetensors": data})
+    links = [f"{hub.endpoint}/{REPO}/blob/main/{name}.safetensors" for name in "ab"]
+    for number, link in enumerate(links):
+        pull(link, tmp_path / f"online-{number}.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for number, address in enumerate((one, f"hub:{one}", pinned)):
+        assert pull(address, tmp_path / f"{number}.safetensors")["address"] == pinned
+    pull(links[1], tmp_path / "b.safetensors")
+    with pytest.raises(HubError, match=r"2 \.safetensors files: a\.safetensors, b\.safetensors"):
+        pull(REPO, tmp_path / "more.safetensors")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        pull(f"{hub.endpoint}/{REPO}/blob/main/c.safetensors", tmp_path / "more.safetensors")
 
 
 def test_one_of_several_files(hub: Hub, path: Path, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_imagic.errors import EditFileError
+from lowmem_imagic.errors import EditFileError, EditTooLargeError
 from lowmem_imagic.settings.stages import EditConfig
+from lowmem_imagic.storage import safetensors_reader, safetensors_writer
 from lowmem_imagic.training import state as training_state
 from lowmem_imagic.training.pack import Pack, TrainedEdit, TrainingInput
 from lowmem_imagic.training.state import TrainingState
@@ -104,6 +105,21 @@ def test_no_damage_goes_unseen(saved: bytes, at: float, change: int) -> None:
     for bad in (bytes(damaged), saved[:place]):
         with pytest.raises(EditFileError, match="damaged"):
             training_state.decode(bad, KEY)
+
+
+def test_a_state_may_be_larger_than_an_edit_file(saved: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size limit of edit files, which come from anyone, is not that of training states, which have their own."""
+    for module in (safetensors_reader, safetensors_writer):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", len(saved) // 2)
+    assert training_state.encode(training_state.decode(saved, KEY), KEY) == saved
+    monkeypatch.setattr(training_state, "MAX_BYTES", len(saved) - 1)
+    with pytest.raises(EditTooLargeError, match="at most"):
+        training_state.decode(saved, KEY)
+    monkeypatch.undo()
+    state = training_state.decode(saved, KEY)
+    monkeypatch.setattr(training_state, "MAX_BYTES", len(saved) - 1)
+    with pytest.raises(EditTooLargeError, match="at most"):
+        training_state.encode(state, KEY)
 
 
 def test_states_are_plain_values(saved: bytes) -> None:

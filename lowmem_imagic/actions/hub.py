@@ -1,7 +1,7 @@
 """The work of the commands `push` and `pull`, and edit files that are named by their address on the Hub."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,51 @@ PICTURE_PX = 1024
 """Longest side of a picture on the Hub."""
 
 
-def question(path: Path, repository: str, *, public: bool = False, pictures: Sequence[Path] = ()) -> str:
+@dataclass(frozen=True)
+class _Change:
+    """What a push does to the files that a repository has; other files stay."""
+
+    replaced: Sequence[str] = ()
+    removed: Sequence[str] = ()
+    """Pictures of an earlier push that this one does not replace: they would show another photo."""
+
+    @staticmethod
+    def of(there: hub.Repository, names: Collection[str]) -> "_Change":
+        """The change by an upload of files with these names."""
+        present = sorted(filter(hub.is_uploaded, there.files))
+        return _Change([name for name in present if name in names], [name for name in present if name not in names])
+
+    def __bool__(self) -> bool:
+        return bool(self.replaced or self.removed)
+
+    def __str__(self) -> str:
+        """The change as a sentence."""
+        acts = {"replaces": self.replaced, "deletes": self.removed}
+        told = " and ".join(f"{act} {', '.join(names)}" for act, names in acts.items() if names)
+        return f"It {told}, which the repository has; other files there stay."
+
+
+def question(
+    path: Path, repository: str, *, public: bool = False, pictures: Sequence[Path] = (), force: bool = False
+) -> str:
     """What a person has to agree to before `push` (its `agreed`), in plain sentences.
+
+    With `force` the Hub is asked which files the push would replace and delete.
 
     Raises:
         EditFileError: the file is no edit.
-        HubError: the repository's name is invalid.
+        HubError: the repository's name is invalid; or with `force`, the Hub cannot be asked.
     """
     edit, address = edit_file.read(path), Address.of(repository)
     who = "anyone" if public else "you, and those to whom you give access,"
     beside = f" {len(pictures)} pictures are uploaded beside it." if pictures else ""
     count = len(edit.sentences)
     told = f"the title {edit.title!r}" + (f" and {count} sentence{'s' if count > 1 else ''}" if count else "")
+    there = hub.find(address) if force else None
+    change = _Change.of(there, [hub.EDIT_FILE, hub.CARD, *_gallery(pictures)]) if there is not None else _Change()
     return (
         f"An edit gives its photo back: {who} can render the photo (eta 0) from the file on {address.repository}. "
-        f"The file also has {told}.{beside}"
+        f"The file also has {told}.{beside}{f' {change}' if change else ''}"
     )
 
 
@@ -64,7 +94,7 @@ def push(
         public: let anyone see it; otherwise a public repository is refused.
         pictures: pictures for the card's gallery; uploaded without their metadata.
         thumbnail: leave the file's thumbnail in it, if it has one.
-        force: replace the edit and the card that the repository has.
+        force: replace the edit, the card and the pictures of an earlier push; every other file stays.
         console: remarks.
 
     Raises:
@@ -76,32 +106,37 @@ def push(
     if address.revision is not None or address.file is not None:
         raise HubError(f"{repository} names a revision or a file, expected USER/REPO")
     if not agreed:
-        raise ConfigError(f"{question(path, repository, public=public, pictures=pictures)} To go on, say `yes`")
+        asked = question(path, repository, public=public, pictures=pictures, force=force)
+        raise ConfigError(f"{asked} To go on, say `yes`")
     if not thumbnail:
         edit = replace(edit, thumbnail=None)
-    files = {f"{hub.PICTURES}{number}.png": _picture(picture) for number, picture in enumerate(pictures)}
+    files = {name: _picture(picture) for name, picture in _gallery(pictures).items()}
     license = _license(edit, console)
     target = _prepared(address, public=public, force=force, console=console)
     text = card(edit, address.repository, license=license, pictures=list(files))
     files |= {hub.EDIT_FILE: edit_file.encode(edit), hub.CARD: text.encode()}
-    old = [name for name in target.files if name.startswith(hub.PICTURES) or name.endswith(SUFFIX)]
-    pinned = hub.publish(
-        address,
-        files,
-        removed=[name for name in old if name not in files],
-        parent=target.commit,
-        message="Upload an edit",
-    )
+    change = _Change.of(target, files)
+    pinned = hub.publish(address, files, removed=list(change.removed), parent=target.commit, message="Upload an edit")
+    if others := [name for name in target.edit_files if name not in files]:
+        console.warn(
+            f"{address.repository} still has {hub.listed(others)}, which this push left alone; if one is an old edit, "
+            "delete it on the Hub"
+        )
     return {
         "repository": address.repository,
         "address": str(pinned),
         "private": target.private,
         "files": sorted(files),
+        "replaced": list(change.replaced),
+        "removed": list(change.removed),
         "edit_bytes": len(files[hub.EDIT_FILE]),
         "base": base_of(edit),
         "license": license.get("license"),
         "warnings": console.warnings,
-        "summary": [f"{pinned}: {', '.join(sorted(files))}"],
+        "summary": [
+            f"{pinned}: {', '.join(sorted(files))}",
+            *([f"deleted from the repository: {', '.join(change.removed)}"] if change.removed else []),
+        ],
     }
 
 
@@ -109,7 +144,7 @@ def _prepared(address: Address, *, public: bool, force: bool, console: Console) 
     """The repository for an upload, created if it is not there.
 
     Raises:
-        OutputExistsError: it has an edit or a card, which `force` would replace.
+        OutputExistsError: it has a file that may be an edit, or a card or pictures, which `force` would replace.
         HubError: it is public, and that is not asked for; or it cannot be created.
     """
     there = hub.find(address)
@@ -125,7 +160,8 @@ def _prepared(address: Address, *, public: bool, force: bool, console: Console) 
         )
     if there.private and public:
         console.warn(f"{address.repository} is private and stays so; change that on the Hub")
-    present = [*there.edit_files, *(name for name in there.files if name == hub.CARD)]
+    own = [name for name in sorted(there.files) if hub.is_uploaded(name) and name not in there.edit_files]
+    present = [*there.edit_files, *own]
     if present and not force:
         raise OutputExistsError(
             f"{address.repository} has {', '.join(present[:3])} already; name another repository, or use `force`"
@@ -183,6 +219,11 @@ def local_file(path: Path, console: Console) -> Path:
     local, pinned = hub.download(Address.of(text))
     console.say(f"edit {pinned}")
     return local
+
+
+def _gallery(pictures: Sequence[Path]) -> dict[str, Path]:
+    """The pictures for the card by their names in the repository."""
+    return {hub.picture_name(number): picture for number, picture in enumerate(pictures)}
 
 
 def _picture(path: Path) -> bytes:

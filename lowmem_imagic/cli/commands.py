@@ -187,7 +187,7 @@ def push(values: dict[str, Any]) -> None:
     path, repository, pictures = values["edit_file"], values["repository"], values["picture"] or ()
     agreed = values["yes"]
     if not agreed and sys.stdin.isatty():
-        asked = hub.question(path, repository, public=values["public"], pictures=pictures)
+        asked = hub.question(path, repository, public=values["public"], pictures=pictures, force=values["force"])
         if not typer.confirm(f"{shown(asked)} Upload it?", err=True):
             raise typer.Exit(1)
         agreed = True

@@ -23,8 +23,10 @@ MAX_LABEL = 100
 """Longest label, in characters."""
 MAX_STORED = 12
 """Most tensors beside the adapters; programs that read LoRA files accept no more (`docs/edit_file.md`)."""
-# A hub id or a bare name: at most one slash, no part that a path could begin with, no drive or scheme.
-_SOURCE = re.compile(r"[^/\\:~.\s-][^/\\:]*(/[^/\\:~.\s-][^/\\:]*)?")
+# A hub id, or a name as `families.files.source.label_of` makes it: letters and digits of any script. So it is no path,
+# drive or scheme, and in a page neither HTML nor a link.
+_SOURCE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SOURCES = "a hub id or a name of letters, digits, _ . and -, not a path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class BaseIdentity:
     def __post_init__(self) -> None:
         key = "imagic.base"
         source = checks.text(self.source, f"{key} source", 200)
-        checks.require(_SOURCE.fullmatch(source), f"{key} source", source, "a hub id or a name, not a path")
+        checks.require(_SOURCE.fullmatch(source), f"{key} source", source, _SOURCES)
         if self.revision is not None:
             checks.text(self.revision, f"{key} revision", 200)
         checks.matches(self.family, TOKEN, f"{key} family", "a short lower-case token")

@@ -279,7 +279,7 @@ OPTIONS: tuple[Option, ...] = (
            "print the report as JSON", False),
     Option("force", (*_ALL, "scene", "batch sheet", *_EXPORT, *_PULL), Kind.SWITCH, RESULTS,
            "replace files that are there already", False),
-    Option("force", _PUSH, Kind.SWITCH, RESULTS, "replace the edit that the repository has", False),
+    Option("force", _PUSH, Kind.SWITCH, RESULTS, "replace edit, card and pictures of an earlier push", False),
     Option("quiet", (*_ALL, "batch retry"), Kind.SWITCH, RESULTS, "no progress bars", False, short="-q"),
 )
 # fmt: on

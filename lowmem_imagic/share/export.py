@@ -16,7 +16,9 @@ from ..edits.layouts import KOHYA, PEFT
 from ..errors import ConfigError, EditFileError
 from ..families.adapter_names import module_name
 from ..families.portable import scaled_alike
+from ..plain_text import shown
 from ..storage.safetensors_writer import serialize
+from .card import escaped
 from .hub import EDIT_FILE
 
 Files = dict[str, bytes]
@@ -106,7 +108,7 @@ def _a1111(edit: Edit, name: str) -> Files:
     """The edit file with the card that A1111, Forge, SD.Next and InvokeAI show beside it."""
     _check_kohya(edit, "A1111 and its relatives")
     card = {
-        "description": f"Imagic edit of one photo, for {edit.base.source}",
+        "description": f"Imagic edit of one photo, for {shown(edit.base.source)}",
         "sd version": _by_architecture(edit, _VERSIONS) or "Unknown",
         "activation text": edit.sentences[0] if edit.sentences else "",
         "preferred weight": 1.0,
@@ -200,9 +202,9 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _note(program: str, edit: Edit, name: str) -> bytes:
-    """The instructions beside the files of a program."""
+    """The instructions beside the files of a program; text of the edit is escaped for its place in them."""
     template = Template((_NOTES / f"{program}.md").read_text(encoding="utf-8"))
-    # The source has none of Markdown's marks but a slash, and names of networks have none but an underscore.
+    # Names of networks have none of Markdown's marks but an underscore, which has no meaning in code.
     networks = [f"`{network}`" for network in edit.adapters]
     first, several = next(iter(edit.adapters)), len(networks) > 1
     words = {
@@ -210,8 +212,11 @@ def _note(program: str, edit: Edit, name: str) -> bytes:
         "first": first,
         "folder": first if several else ".",
         "each": f" Each of {' and '.join(networks)} has a folder of its own." if several else "",
+        "base": escaped(edit.base.source),
+        # Markdown keeps the marks of a block of code as they are; text on one line cannot end the block or a comment.
+        "base_in_code": shown(edit.base.source),
     }
-    return template.substitute(base=edit.base.source, name=name, **words).encode()
+    return template.substitute(name=name, **words).encode()
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

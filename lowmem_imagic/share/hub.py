@@ -3,6 +3,7 @@
 Only safetensors files are downloaded, and only `edits.header.read_bytes` reads them.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,20 @@ if TYPE_CHECKING:
 EDIT_FILE = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for."""
 CARD = "README.md"
-PICTURES = "pictures/"
-"""The folder of a repository's pictures."""
+_PICTURE = re.compile(r"pictures/(0|[1-9][0-9]{0,5})\.png")
+"""Names of the card's pictures. Only exact names tell this package's files from the user's own."""
 
 _T = TypeVar("_T")
+
+
+def picture_name(number: int) -> str:
+    """The name in a repository of the card's picture of this number, from 0."""
+    return f"pictures/{number}.png"
+
+
+def is_uploaded(name: str) -> bool:
+    """Whether an upload of an edit writes a file of this name; any other file of a repository is its user's own."""
+    return name in (EDIT_FILE, CARD) or bool(_PICTURE.fullmatch(name))
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ def download(address: Address) -> tuple[Path, Address]:
     if size is not None and size > MAX_FILE_BYTES:
         raise EditTooLargeError(f"{address}: {name} has {size} bytes, expected at most {MAX_FILE_BYTES}")
     named = replace(address, file=name)
-    path = _asked(address, "read", lambda: _fetched(named, local=False))
+    path = _asked(address, "read", lambda: _fetched(named))
     return path, _pinned(named, path)
 
 
@@ -160,37 +171,46 @@ def _chosen(address: Address, repository: Repository) -> str:
     if address.file is not None:
         if address.file in names:
             return address.file
-        raise HubError(f"{address} has no file {address.file}; it has {_listed(names)}")
+        raise HubError(f"{address} has no file {address.file}; it has {listed(names)}")
     if EDIT_FILE in names:
         return EDIT_FILE
     if len(names) == 1:
         return names[0]
     if not names:
         raise HubError(f"{address} has no {SUFFIX} file, so no edit")
-    raise HubError(f"{address} has {_listed(names)}; give the link to one of these files")
+    raise HubError(f"{address} has {listed(names)}; give the link to one of these files")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """Some names for a message."""
     shown_names = ", ".join(shown(name) for name in names[:5])
     return f"{len(names)} {SUFFIX} files{': ' if names else ''}{shown_names}{', ...' if len(names) > 5 else ''}"
 
 
 def _in_cache(address: Address) -> Path | None:
-    """The edit's file in the Hub's cache, if it is there."""
+    """The edit's file in the Hub's cache, chosen among the files there as on the Hub; None if there is none.
+
+    Raises:
+        HubError: several files may be meant.
+    """
+    from huggingface_hub import snapshot_download
+
     try:
-        return _fetched(replace(address, file=address.file or EDIT_FILE), local=True)
+        folder = Path(snapshot_download(address.repository, revision=address.revision, local_files_only=True))
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob(f"*{SUFFIX}") if path.is_file()]
     except Exception:
         # As in `families.files.hub.cached`.
         return None
+    cached = Repository(None, private=False, files=dict.fromkeys(names))
+    if not cached.edit_files or address.file not in (None, *cached.edit_files):
+        return None
+    return folder / _chosen(address, cached)
 
 
-def _fetched(address: Address, *, local: bool) -> Path:
+def _fetched(address: Address) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(
-        hf_hub_download(address.repository, str(address.file), revision=address.revision, local_files_only=local)
-    )
+    return Path(hf_hub_download(address.repository, str(address.file), revision=address.revision))
 
 
 def _api() -> "HfApi":

@@ -2,14 +2,15 @@
 
 A reader of the target path sees the old file or the new one, never a part, whatever happens to the writer:
 the bytes go to a temporary in the same folder, are forced to disk, and only then get their name. A process
-killed in between may leave a hidden ``.lowmem-imagic-*.tmp`` behind; no code reads such files, and
-`remove_temporaries` removes them.
+killed in between may leave a hidden ``.lowmem-imagic-*.tmp`` behind; no code reads such files. A later write into the
+folder removes it once it is old, and `remove_temporaries` at once, where no writer can be at work.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from lowmem_imagic.errors import OutputExistsError, OutputUnwritableError
 from lowmem_imagic.storage.failpoints import reach
 
 _PREFIX, _SUFFIX = ".lowmem-imagic-", ".tmp"
+_OWN = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}{re.escape(_SUFFIX)}")
+_OLD_S = 3600.0
+"""Age of a temporary that is taken for one of a killed writer. A writer that was suspended so long writes again."""
 
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
@@ -55,24 +59,17 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
         OutputUnwritableError: No space left, no permission, a read-only or missing folder.
     """
     target = Path(path)
-    temporary = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
     try:
         # Saves a needless write; the exclusive publishing below makes the final check.
         if not overwrite and os.path.lexists(target):
             raise _exists(target)
         try:
-            _write_temporary(temporary, memoryview(data).cast("B"))
-            reach("temporary-written")
-            if overwrite:
-                os.replace(temporary, target)
-            else:
-                _publish_new(temporary, target)
-            reach("renamed")
-        finally:
-            # After a replace the temporary is gone already; after a link this removes the second name.
-            with suppress(OSError):
-                os.unlink(temporary)
+            written_s = _write(target, memoryview(data).cast("B"), overwrite=overwrite)
+        except FileNotFoundError:
+            # Perhaps the temporary is gone, see `_remove_old`; if the folder is, this fails, too.
+            written_s = _write(target, memoryview(data).cast("B"), overwrite=overwrite)
         sync_folder(target.parent)
+        _remove_old(target.parent, written_s)
     except OSError as error:
         reason = _REASONS.get(error.errno or 0) or error.strerror or type(error).__name__
         raise OutputUnwritableError(f"cannot write {target}: {reason}") from error
@@ -108,14 +105,56 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_temporary(temporary: Path, data: memoryview) -> None:
-    """Guarantees that `temporary`, created here, holds `data` on disk; the kernel applies the umask."""
+def _remove_old(folder: Path, now_s: float) -> None:
+    """Removes the temporaries of killed writers from a folder in which others may be at work.
+
+    Args:
+        folder: the folder.
+        now_s: the time of the folder's file system, whose clock may not be this machine's.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _OWN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with suppress(OSError):
+                    if now_s - entry.stat(follow_symlinks=False).st_mtime > _OLD_S:
+                        os.unlink(entry.path)
+
+
+def _write(target: Path, data: memoryview, *, overwrite: bool) -> float:
+    """Guarantees that `target` names a file with `data`; returns the time of that file.
+
+    Raises:
+        FileNotFoundError: the folder, or meanwhile the temporary, is not there.
+        OutputExistsError, OSError: see `write_bytes`.
+    """
+    temporary = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+    try:
+        written_s = _write_temporary(temporary, data)
+        reach("temporary-written")
+        if overwrite:
+            os.replace(temporary, target)
+        else:
+            _publish_new(temporary, target)
+        reach("renamed")
+        return written_s
+    finally:
+        # After a replace the temporary is gone already; after a link this removes the second name.
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def _write_temporary(temporary: Path, data: memoryview) -> float:
+    """Guarantees that `temporary`, created here, holds `data` on disk, and returns the time of the file.
+
+    The kernel applies the umask.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(temporary, flags, 0o666)
     try:
         while data:
             data = data[os.write(descriptor, data) :]  # write() may write only a part
         os.fsync(descriptor)
+        return os.fstat(descriptor).st_mtime
     finally:
         os.close(descriptor)
 
@@ -137,6 +176,9 @@ def _publish_new(temporary: Path, target: Path) -> None:
         raise _exists(target) from error
     try:
         os.replace(temporary, target)
+    except FileNotFoundError:
+        os.unlink(target)
+        raise
     except BaseException:
         # An interrupt can arrive after the replace succeeded: then the file of that name is finished.
         if os.path.lexists(temporary):

@@ -47,7 +47,8 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
     with open_regular(path, follow=False) as (file, size):
         if size > most_bytes:
             raise NotRegularError(f"has {size} bytes, expected at most {most_bytes}")
-        return file.read(most_bytes)
+        # Not `most_bytes`, for which Python would allocate; of a file that grows meanwhile, the beginning.
+        return file.read(size)
 
 
 def kind_at(path: Path) -> int | None:

@@ -23,7 +23,7 @@ from ..errors import (
 from .strict_json import load_json
 
 MAX_FILE_BYTES = 2**30
-"""Size limit for reading and writing a file."""
+"""Size limit of an edit file, which may come from anyone."""
 MAX_HEADER_BYTES = 16 * 2**20
 """Size limit of a header; the library's own limit is 100 MB."""
 
@@ -88,7 +88,7 @@ PREFIX_BYTES = 8
 """The header's length, at the start of the file."""
 
 
-def parse(data: bytes | bytearray | memoryview) -> Container:
+def parse(data: bytes | bytearray | memoryview, *, most_bytes: int = MAX_FILE_BYTES) -> Container:
     """Returns the parsed file, its header checked against its size and every byte accounted for.
 
     **Memory**: the result refers to `data`; only the header's JSON takes more memory.
@@ -97,24 +97,25 @@ def parse(data: bytes | bytearray | memoryview) -> Container:
         EditFileError: See :func:`parse_head`.
     """
     view = memoryview(data).cast("B")
-    head = parse_head(view, len(view))
-    return Container(head.metadata, head.entries, view[head_bytes(view, len(view)) :])
+    head = parse_head(view, len(view), most_bytes=most_bytes)
+    return Container(head.metadata, head.entries, view[head_bytes(view, len(view), most_bytes=most_bytes) :])
 
 
-def head_bytes(data: bytes | memoryview, size: int) -> int:
+def head_bytes(data: bytes | memoryview, size: int, *, most_bytes: int = MAX_FILE_BYTES) -> int:
     """Returns the number of bytes before a file's tensors, from its first ten bytes.
 
     Args:
         data: the file's beginning.
         size: bytes of the whole file.
+        most_bytes: size limit of the file.
 
     Raises:
         EditTooLargeError: The file or the header is above the caps.
         TruncatedEditError: The file ends before its header does.
         NotAnEditFileError: The bytes are not safetensors.
     """
-    if size > MAX_FILE_BYTES:
-        raise EditTooLargeError(f"the file has {size} bytes, at most {MAX_FILE_BYTES} are allowed")
+    if size > most_bytes:
+        raise EditTooLargeError(f"the file has {size} bytes, at most {most_bytes} are allowed")
     if len(data) < PREFIX_BYTES + 2:
         raise TruncatedEditError(f"the file has {size} bytes, expected a length of 8 bytes and a header")
     length = int.from_bytes(data[:PREFIX_BYTES], "little")
@@ -127,12 +128,13 @@ def head_bytes(data: bytes | memoryview, size: int) -> int:
     return PREFIX_BYTES + length
 
 
-def parse_head(data: bytes | memoryview, size: int) -> Container:
+def parse_head(data: bytes | memoryview, size: int, *, most_bytes: int = MAX_FILE_BYTES) -> Container:
     """Returns the parsed header, checked against the size of the whole file; `data` of the result is empty.
 
     Args:
         data: the file's beginning, at least `head_bytes` of it.
         size: bytes of the whole file.
+        most_bytes: size limit of the file.
 
     Raises:
         EditTooLargeError: The file or the header is above the caps.
@@ -142,7 +144,7 @@ def parse_head(data: bytes | memoryview, size: int) -> Container:
         TensorDtypeError, TensorShapeError: A tensor of unknown type, or whose size contradicts its shape.
         EditLayoutError: Tensors overlap, leave holes, or are followed by bytes.
     """
-    end = head_bytes(data, size)
+    end = head_bytes(data, size, most_bytes=most_bytes)
     try:
         text = str(data[PREFIX_BYTES:end], "utf-8")
     except UnicodeDecodeError as error:
@@ -153,12 +155,12 @@ def parse_head(data: bytes | memoryview, size: int) -> Container:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise EditHeaderError("__metadata__: expected an object whose values are all strings")
-    entries = {name: _entry(name, value) for name, value in header.items()}
+    entries = {name: _entry(name, value, most_bytes) for name, value in header.items()}
     _check_coverage(entries, size - end)
     return Container(metadata, entries, memoryview(b""))
 
 
-def _entry(name: str, value: Any) -> Entry:
+def _entry(name: str, value: Any, most_bytes: int) -> Entry:
     """Returns the header's entry for one tensor, its byte range checked against shape and type."""
     shown = reprlib.repr(name)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -172,7 +174,7 @@ def _entry(name: str, value: Any) -> Entry:
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise EditLayoutError(f"tensor {shown}: data_offsets are {reprlib.repr(offsets)}, expected [begin, end]")
     # Zeros count as ones, because torch computes strides even for an empty tensor, and they may overflow.
-    if len(shape) > 8 or math.prod(max(n, 1) for n in shape) > MAX_FILE_BYTES:
+    if len(shape) > 8 or math.prod(max(n, 1) for n in shape) > most_bytes:
         raise TensorShapeError(f"tensor {shown}: shape {reprlib.repr(shape)} is beyond any file of allowed size")
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:

@@ -39,12 +39,26 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, hash_key: str | None = None) -> bytes:
-    """Returns the canonical file for these tensors and this metadata.
+    """Returns the canonical file for these tensors and this metadata, see `chunks_of`."""
+    return b"".join(chunks_of(tensors, metadata, hash_key=hash_key))
+
+
+def chunks_of(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    hash_key: str | None = None,
+    most_bytes: int = MAX_FILE_BYTES,
+) -> list[bytes | bytearray | memoryview]:
+    """Returns the canonical file for these tensors and this metadata, in parts.
+
+    **Memory**: a part is a view of its tensor, and a copy only of a tensor that is not contiguous.
 
     Args:
         tensors: CPU tensors of any layout and shape.
         metadata: Header strings.
         hash_key: Header key under which ``0x`` + SHA-256 of the tensor data is added.
+        most_bytes: Largest file; the reader has to be given the same.
 
     Raises:
         EditTooLargeError: The file or its header would be above the caps of the reader.
@@ -56,9 +70,9 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, has
 
     ordered = sorted(tensors, key=rank)
     total = sum(tensors[name].nbytes for name in ordered)
-    if total > MAX_FILE_BYTES:
-        raise EditTooLargeError(f"the tensors take {total} bytes, at most {MAX_FILE_BYTES} are allowed")
-    chunks = [tensor_bytes(tensors[name]) for name in ordered]
+    if total > most_bytes:
+        raise EditTooLargeError(f"the tensors take {total} bytes, at most {most_bytes} are allowed")
+    chunks = [_view(tensors[name]) for name in ordered]
     header: dict[str, Any] = {}
     digest = hashlib.sha256()
     begin = 0
@@ -73,21 +87,23 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, has
     header["__metadata__"] = {**metadata, **added}
     text = dump_json(header, "the header").encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES or 8 + len(text) + total > MAX_FILE_BYTES:
+    if len(text) > MAX_HEADER_BYTES or 8 + len(text) + total > most_bytes:
         raise EditTooLargeError(
             f"a header of {len(text)} bytes and {total} bytes of tensors, "
-            f"at most {MAX_HEADER_BYTES} and {MAX_FILE_BYTES} in all are allowed"
+            f"at most {MAX_HEADER_BYTES} and {most_bytes} in all are allowed"
         )
-    return b"".join((len(text).to_bytes(8, "little"), text, *chunks))
+    return [len(text).to_bytes(8, "little"), text, *chunks]
 
 
 def tensor_bytes(tensor: Tensor) -> bytearray:
     """Returns the values of a CPU tensor, row by row, in the machine's (little-endian) byte order."""
-    buffer = bytearray(tensor.nbytes)
-    if buffer:
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(raw)
-    return buffer
+    return bytearray(_view(tensor))
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of `tensor_bytes`, not copied if they lie so in memory."""
+    raw = tensor.detach().contiguous().reshape(-1)
+    return raw.view(torch.uint8).numpy().data if tensor.nbytes else memoryview(b"")
 
 
 def bytes_tensor(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -27,7 +27,7 @@ from ..edits.header import describe, summary
 from ..edits.recorded import sampling_of
 from ..engine.base import BaseModel
 from ..engine.memory import Meter
-from ..errors import EditFileError, LowmemImagicError
+from ..errors import EditTooLargeError, LowmemImagicError
 from ..families import findable, load_architecture
 from ..pictures import load_photo
 from ..pictures.letterbox import from_canvas
@@ -42,11 +42,8 @@ from ..sampling.sample import Cell
 from ..settings.stages import EditConfig, SampleConfig
 from ..settings.text import BaseOptions, Words
 from ..storage.atomic import write_bytes
-from ..storage.regular_files import read_regular
-from ..storage.safetensors_reader import MAX_FILE_BYTES
 from ..training import state as training_state
 from ..training.pack import Pack
-from ..training.state import TrainingState
 from .limits import MAX_UPLOAD_PIXELS, VIEW_PX
 from .names import EDIT, PHOTO_VIEW, STATE
 from .told import Told
@@ -160,12 +157,15 @@ class Work:
         budget = Budget.of(base.device, order["values"].get("vram"))
         config, plan = fit_memory(base, config, budget, told)
         key = _key([photo.sha256, sentences, config.to_dict(), base.identity.files, base.weights])
-        saved = _saved_state(folder / STATE, key)
+        saved = training_state.saved(folder / STATE, key)
 
         def between(pack: Pack) -> None:
             if told.stop.asked:
                 for _, state in pack.states():
-                    write_bytes(folder / STATE, training_state.encode(state, key), overwrite=True)
+                    try:
+                        write_bytes(folder / STATE, training_state.encode(state, key), overwrite=True)
+                    except EditTooLargeError as error:
+                        told.warn(f"the training is not saved and will begin anew: {error}")
                 raise KeyboardInterrupt
 
         told.send("stages", stages=_stages(base, config, sentences))
@@ -295,11 +295,3 @@ def _options(options: BaseOptions, order: Mapping[str, Any]) -> BaseOptions:
 def _key(inputs: Any) -> str:
     """A hash of the inputs of a training."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _saved_state(path: Path, key: str) -> TrainingState | None:
-    """The state of a training that was stopped; None if there is none for these inputs."""
-    try:
-        return training_state.decode(read_regular(path, 2 * MAX_FILE_BYTES), key)
-    except (OSError, EditFileError):
-        return None
