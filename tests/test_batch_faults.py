@@ -324,6 +324,31 @@ def test_shards(run: Callable[..., Said], tmp_path: Path) -> None:
         assert said.code == 2 and "expected i/n" in said.errors
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_two_runs_with_items_of_one_name(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """An item whose folder another run has filled since this one began fails, and the other's files stay; with
+    `--force` they are replaced."""
+    first, second, out = listed(tmp_path / "a", 1), listed(tmp_path / "b", 1), tmp_path / "out"
+    photo(tmp_path / "b" / "p0.png", 7)
+    others, made = list[Said](), dict[str, int]()
+
+    def meanwhile(count: int) -> None:
+        if count == 0:
+            others.append(run(second, "--out", out))
+            made.update(times(out))
+
+    calls.before_each_edit(monkeypatch, meanwhile)
+    said = run(first, "--out", out, *["--force"] * force)
+    assert others[0].code == 0 and others[0].report["done"] == ["n0"]
+    if force:
+        assert said.report["done"] == ["n0"] and not set(made.values()) & set(times(out).values())
+        return
+    assert said.code == 3 and not said.report["done"] and times(out) == made
+    assert "n0 holds something else; --force replaces it" in said.errors and said.report["failed"][0]["name"] == "n0"
+
+
 def test_a_run_seen_from_outside(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The status names a run at work, with its edits in training and the time left."""
     seen, out = list[dict[str, Any]](), tmp_path / "out"

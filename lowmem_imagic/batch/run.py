@@ -64,7 +64,7 @@ def run(
                 RayExecutor(
                     request,
                     Actor,
-                    lambda one, files: publish_files(one.attempt, files, out / one.name, one.job),
+                    lambda one, files: publish_files(one.attempt, files, out / one.name, one.job, force=one.force),
                     stop,
                 )
             )

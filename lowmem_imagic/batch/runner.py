@@ -13,7 +13,7 @@ from typing import Any
 from ..actions.console import Console, Silent
 from ..actions.render import check_sentences
 from ..actions.result_folder import ResultFolder
-from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
+from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputUnwritableError
 from ..pictures import photo_file
 from ..settings.stages import EditConfig
 from ..storage.atomic import make_folder
@@ -29,7 +29,7 @@ from .ledger.file import Entry
 from .ledger.ledger import Ledger, at_work
 from .manifest import BadItem, Item, Summary
 from .paths import HIDDEN, Part, ledgers_in
-from .publishing import check_own
+from .publishing import check_free
 from .stopping import Stop
 
 CLAIM = 16
@@ -174,7 +174,7 @@ class Batch:
             self._fail(bad)
             return bad_entry(bad, kind_of(failure))
         fixed = (job, item.name, item.photo, file.sha256, item.sentence)
-        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings))
+        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings), self._force)
         self._groups.setdefault(group, []).append(job)
         self._places[job], self._pixels[job] = item.where, file.pixels
         return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
@@ -194,12 +194,9 @@ class Batch:
             OutputExistsError: its folder has other contents, or is a link.
         """
         folder = self._out / item.name
-        state = outputs.item_state(folder, job)
-        if state == outputs.FINISHED:
+        if outputs.item_state(folder, job) == outputs.FINISHED:
             return ledgers.DONE
-        check_own(folder)
-        if state == outputs.OTHER and not self._force:
-            raise OutputExistsError(f"{folder} holds something else; `force` replaces it, or give the item a name")
+        check_free(folder, job, force=self._force)
         ResultFolder.prepare(folder, overwrite=True)
         return ledgers.WAITING
 

@@ -60,6 +60,8 @@ class Assignment:
     attempt: Attempt
     """This run's attempt at it."""
     warnings: tuple[str, ...] = ()
+    force: bool = False
+    """Whether its folder may be replaced though it has other contents."""
 
 
 @dataclass(frozen=True)
