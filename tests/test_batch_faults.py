@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lowmem_imagic.batch import outputs
+from lowmem_imagic.actions.console import Silent
+from lowmem_imagic.batch import outputs, runner
 from lowmem_imagic.batch.executors import build
 from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.failures import MAX_TRIES
-from lowmem_imagic.batch.status import status
+from lowmem_imagic.batch.request import Request
+from lowmem_imagic.batch.run import run as run_batch
+from lowmem_imagic.batch.status import commands_of, status
+from lowmem_imagic.batch.stopping import Stop
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.pipeline import make as pipeline
@@ -27,7 +33,7 @@ from lowmem_imagic.storage import writable
 from lowmem_imagic.training.loop import Trainer
 from tests import calls, crashes
 from tests.test_batch import QUICK, SENTENCE, photo
-from tests.test_ledger import mounted
+from tests.test_ledger import change, mounted
 
 FEW = ("--steps-finetune", "1", "--draws", "1", "--steps-sample", "1", "--etas", "0")
 ONE_PICTURE = (*QUICK, *FEW, "--device", "cpu")
@@ -349,6 +355,78 @@ def test_two_runs_with_items_of_one_name(
     assert "n0 holds something else; --force replaces it" in said.errors and said.report["failed"][0]["name"] == "n0"
 
 
+def at_the_first_photo(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Calls `action` when a run reads its first photo; with claims of one item the others still wait then."""
+    load = worker.load_photo
+
+    def loading(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(worker, "load_photo", load)
+        action()
+        return load(*args, **options)
+
+    monkeypatch.setattr(worker, "load_photo", loading)
+
+
+def test_runs_with_other_rows_share_the_items(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two runs with different `--batch-rows`, each may make any item: what the other leaves is made by the first,
+    which ends."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    monkeypatch.setattr(runner, "CLAIM", 1)
+
+    class Ending(Silent):
+        """Asks for a stop when the items have been counted."""
+
+        def __init__(self, stop: Stop) -> None:
+            super().__init__()
+            self._stop = stop
+
+        def say(self, text: str, *, always: bool = False) -> None:
+            self._stop.asked = True
+
+    def meanwhile() -> None:
+        request, stop = Request.of(commands_of(out)[0]).but(batch_rows=1), Stop()
+        with pytest.raises(KeyboardInterrupt):
+            run_batch(request, Ending(stop), stop, alone=True)
+
+    at_the_first_photo(monkeypatch, meanwhile)
+    said = run(manifest, "--out", out)
+    assert said.code == 0 and said.report["done"] == ["n0", "n1"]
+
+
+def test_nothing_to_claim_is_waited_for(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that finds waiting items and may claim none sleeps before it looks again."""
+    manifest, out, slept = listed(tmp_path, 2), tmp_path / "out", list[float]()
+    monkeypatch.setattr(runner, "CLAIM", 1)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        change(out / LEDGER, "UPDATE jobs SET settings = substr(settings, 2) WHERE name = 'n1'")
+
+    rename = "UPDATE jobs SET settings = 'x' || settings WHERE name = 'n1'"
+    at_the_first_photo(monkeypatch, lambda: change(out / LEDGER, rename))
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert run(manifest, "--out", out).report["done"] == ["n0", "n1"] and len(slept) == 1
+
+
+def test_one_base_of_two_names_is_one_pack(
+    run: Callable[..., Said], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items whose own model is the run's under another name train beside the others."""
+    packs, stream = [], pipeline.stream_edits
+
+    def streaming(base: Any, *values: Any, **options: Any) -> Any:
+        packs.append(base.name)
+        return stream(base, *values, **options)
+
+    monkeypatch.setattr(worker, "stream_edits", streaming)
+    manifest = listed(tmp_path, 3, model=[None, str(tiny_folder), None])
+    assert run(manifest, "--out", tmp_path / "out").report["done"] == ["n0", "n1", "n2"] and len(packs) == 1
+
+
 def test_a_run_seen_from_outside(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The status names a run at work, with its edits in training and the time left."""
     seen, out = list[dict[str, Any]](), tmp_path / "out"
@@ -401,6 +479,8 @@ def test_models_of_their_own(
 
     monkeypatch.setattr(worker, "stream_edits", streaming)
     other = folder_copy.rename(tmp_path / "other")
+    weights = next((other / "unet").glob("*.safetensors"))
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
     manifest = listed(tmp_path, 3, model=[None, str(other), None])
     assert run(manifest, "--out", tmp_path / "out").code == 0
     made = [edit_file.read(tmp_path / "out" / name / f"{name}.safetensors").base.source for name in ("n0", "n1", "n2")]

@@ -23,7 +23,7 @@ from .attempts import Attempt, Attempts, check_hidden
 from .disk import disk_bytes
 from .executors.executor import Assignment, Bases, Executor, Group, Outcome
 from .failures import MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
-from .jobs import bad_entry, job_id, megabytes, plain
+from .jobs import bad_entry, job_id, megabytes, pack_id, plain
 from .ledger import file as ledgers
 from .ledger.file import Entry
 from .ledger.ledger import Ledger, at_work
@@ -91,8 +91,9 @@ class Batch:
         self._console, self._force, self._stop = console, force, stop
         self._part, self._retry, self._command = part, retry, command
         self.summary = Summary(len(items) + len(bad))
-        self._groups: dict[Group, list[str]] = {}
-        self._known_groups: dict[str, Group] = {}
+        self._groups: dict[str, tuple[Group, list[str]]] = {}
+        """Base and settings of each pack, and its jobs, by `pack_id`."""
+        self._known_groups: dict[str, tuple[str, Group]] = {}
         self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
         self._pixels: dict[str, int] = {}
@@ -156,7 +157,7 @@ class Batch:
         """The ledger's entry for an item."""
         self._stop.check()
         try:
-            group = self._group(item)
+            pack, group = self._group(item)
             base = self._bases(group.model)
             silent = Silent()
             check_sentences(base, [item.sentence], group.config.sample, silent)
@@ -175,16 +176,17 @@ class Batch:
             return bad_entry(bad, kind_of(failure))
         fixed = (job, item.name, item.photo, file.sha256, item.sentence)
         self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings), self._force)
-        self._groups.setdefault(group, []).append(job)
+        self._groups.setdefault(pack, (group, []))[1].append(job)
         self._places[job], self._pixels[job] = item.where, file.pixels
-        return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
+        return Entry(job, item.position, plain(item.where), item.name, pack, group.steps, state)
 
-    def _group(self, item: Item) -> Group:
-        """The group of an item; items with equal settings of their own share one."""
+    def _group(self, item: Item) -> tuple[str, Group]:
+        """The `pack_id` of an item, and its base and settings; the same for items with equal settings of their own."""
         words = json.dumps(dict(item.settings), sort_keys=True)
         if words not in self._known_groups:
             own = dict(item.settings)
-            self._known_groups[words] = Group(own.pop("model", None), self._settings(own))
+            group = Group(own.pop("model", None), self._settings(own))
+            self._known_groups[words] = pack_id(group.config, self._bases(group.model)), group
         return self._known_groups[words]
 
     def _look(self, item: Item, job: str) -> str:
@@ -223,7 +225,7 @@ class Batch:
         wanted = {entry.job for entry in waiting}
         sizes = [
             disk_bytes(self._bases(group.model), group.config, [self._pixels[job] for job in wanted.intersection(jobs)])
-            for group, jobs in self._groups.items()
+            for group, jobs in self._groups.values()
         ]
         free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)
         size += (states := max((saved for _, saved in sizes), default=0))
@@ -240,9 +242,10 @@ class Batch:
     def _make_all(self, ledger: Ledger) -> None:
         """Makes items until none is left, including items of other runners that ended."""
         while True:
-            for group in self._groups:
+            worked = False
+            for pack in self._groups:
                 self._stop.check()
-                self._work(ledger, group)
+                worked |= self._work(ledger, pack)
             self._read_progress(ledger)
             left = self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]
             # The last item may have been shown before it was counted; a run without work shows nothing.
@@ -250,31 +253,33 @@ class Batch:
                 self._show()
             if not left:
                 return
-            if not self._counts[ledgers.WAITING]:
+            if not worked:
+                # Other runs have the rest, or there is a rest that none may claim at the moment.
                 self._stop.check()
                 time.sleep(_WAIT_S)
                 ledger.take_over()
 
-    def _work(self, ledger: Ledger, group: Group) -> None:
-        """Makes the waiting items of a group."""
-        first = self._claim(ledger, group)
+    def _work(self, ledger: Ledger, pack: str) -> bool:
+        """Makes the waiting items of a pack; returns whether there were any."""
+        first = self._claim(ledger, pack)
         if not first:
-            return
+            return False
+        group, jobs = self._groups[pack]
 
         def claims() -> Iterator[list[Assignment]]:
             claimed = first
             while claimed:
                 yield claimed
                 # If a stop was asked for, the executor saves the training states before its next step.
-                claimed = [] if self._stop.asked else self._claim(ledger, group)
+                claimed = [] if self._stop.asked else self._claim(ledger, pack)
 
         outcomes = self._executor.make(
             group,
             claims(),
-            len(self._groups[group]),
+            len(jobs),
             on_step=lambda steps: self._step(ledger, steps),
         )
-        for outcome in self._outcomes(outcomes, ledger, group):
+        for outcome in self._outcomes(outcomes, ledger, pack):
             self._book(ledger, outcome)
             self._steps += group.steps
             # From now on the item's steps count as ended.
@@ -285,29 +290,30 @@ class Batch:
         # Release items without an outcome, or the run would wait for them forever.
         ledger.release(list(self._claimed))
         self._claimed.clear()
+        return True
 
-    def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, group: Group) -> Iterator[Outcome]:
-        """The outcomes of a group; if the group as a whole fails (a damaged model), every item fails with its error."""
+    def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, pack: str) -> Iterator[Outcome]:
+        """The outcomes of a pack; if the pack as a whole fails (a damaged model), every item fails with its error."""
         try:
             yield from outcomes
             return
         except (OutputUnwritableError, BackendUnavailableError):
-            # Affects all groups.
+            # Affects all packs.
             raise
         except Exception as error:
             failure = failure_of(error)
-        while assignments := list(self._claimed.values()) or self._claim(ledger, group):
+        while assignments := list(self._claimed.values()) or self._claim(ledger, pack):
             for assignment in assignments:
                 yield Outcome(assignment, failure)
 
-    def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
+    def _claim(self, ledger: Ledger, pack: str) -> list[Assignment]:
         """Claims items to make; skips items that were tried before and are finished by now."""
         begun: list[Assignment] = []
 
         def begin(entry: Entry) -> None:
             begun.append(self._assignments[entry.job](self._attempts.begin(entry.job)))
 
-        entries = ledger.claim(group.key, CLAIM, without=self._claimed, begin=begin)
+        entries = ledger.claim(pack, CLAIM, without=self._claimed, begin=begin)
         self._claimed |= {assignment.job: assignment for assignment in begun}
         for entry, assignment in zip(entries, list(begun), strict=True):
             # Another run may have published the item and ended before it updated the ledger.
@@ -319,7 +325,7 @@ class Batch:
         if begun:
             # Show progress now: reading and encoding the photos comes before the first step.
             self._show()
-        return begun if begun or not entries else self._claim(ledger, group)
+        return begun if begun or not entries else self._claim(ledger, pack)
 
     def _end(self, ledger: Ledger, assignment: Assignment, seconds: float) -> None:
         """Records that an item is finished."""

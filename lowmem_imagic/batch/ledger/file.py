@@ -64,7 +64,7 @@ class Entry:
     name: str
     """Name of its folder."""
     settings: str = ""
-    """Key of its settings; items with equal keys share a pack."""
+    """Hash of its base and settings, a function of the job's inputs; items with equal ones share a pack."""
     steps: int = 0
     """Number of its training steps."""
     state: str = WAITING

@@ -148,7 +148,7 @@ class Ledger:
         If other runners are at work, it claims at most a share of the waiting items, so that all finish together.
 
         Args:
-            settings: key of the items' settings.
+            settings: the items' `Entry.settings`.
             most: most items to claim.
             without: jobs that this runner is working on; another runner may have taken them over unnoticed.
             begin: called for each item before the claim becomes visible to others.
