@@ -10,7 +10,7 @@ from ..edits.versions import version_of_base
 from ..engine.base import BaseModel
 from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
-from .ledger.file import FAILED, Entry
+from .ledger.file import BAD, EARLIER, FAILED, Entry
 from .manifest import BadItem
 
 
@@ -61,11 +61,16 @@ def _hashed_settings(config: EditConfig) -> Mapping[str, Any]:
     return settings
 
 
+def command_name(request: Mapping[str, Any]) -> str:
+    """Name of a command's note in the ledger: equal options have equal ones."""
+    return f"{EARLIER} {_hash_of([dict(request)])[:16]}"
+
+
 def bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
     """The ledger's entry for an item that cannot be run."""
     word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
     place, reason = plain(bad.where), plain(bad.reason)
-    return Entry(f"bad {word}", bad.position, place, bad.name, state=FAILED, kind=kind, error=reason)
+    return Entry(f"{BAD}{word}", bad.position, place, bad.name, state=FAILED, kind=kind, error=reason)
 
 
 def megabytes(size: float) -> str:

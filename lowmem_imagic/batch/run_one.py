@@ -34,7 +34,14 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        summary = run(Request.of(order["request"]), Silent(), stop, retry=order["retry"], alone=True)
+        summary = run(
+            Request.of(order["request"]),
+            Silent(),
+            stop,
+            retry=order["retry"],
+            continues=order["continues"],
+            alone=True,
+        )
         print(json.dumps(summary.as_json()))
     except LowmemImagicError as error:
         print(json.dumps({"error": str(error), "usage": isinstance(error, ConfigError)}))

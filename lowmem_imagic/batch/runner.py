@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from . import outputs
 from .attempts import Attempt, Attempts, check_hidden
 from .disk import disk_bytes
 from .executors.executor import Assignment, Bases, Executor, Group, Outcome
-from .failures import MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
-from .jobs import bad_entry, job_id, megabytes, pack_id, plain
+from .failures import MAX_TRIES, RESUMED, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
+from .jobs import bad_entry, command_name, job_id, megabytes, pack_id, plain
 from .ledger import file as ledgers
 from .ledger.file import Entry
 from .ledger.ledger import Ledger, at_work
@@ -62,6 +62,8 @@ class Batch:
         part: the part of the manifest that the items are; each part has its own ledger.
         retry: kinds of failure to try again.
         command: options to store in the ledger, for `batch retry`.
+        continues: name of the stored command that this run goes on with; None for a new one.
+        made: names of items that this command made before; `force` does not hold for them.
 
     **Memory**: `CLAIM` photos and the photos in training, for any number of items.
     """
@@ -84,12 +86,16 @@ class Batch:
         part: Part = Part(),  # noqa: B008  a plain value
         retry: Sequence[str] = RETRIED,
         command: Mapping[str, Any] | None = None,
+        continues: str | None = None,
+        made: Collection[str] = (),
     ) -> None:
         self._bases, self._executor, self._items, self._bad, self._out = bases, executor, items, bad, out
         self._settings, self._background, self._attempts = settings, background, attempts
         self._suggest = suggest
         self._console, self._force, self._stop = console, force, stop
-        self._part, self._retry, self._command = part, retry, command
+        self._part, self._retry, self._command = part, retry, dict(command or {})
+        self._command_name = continues or command_name(self._command)
+        self._made = made
         self.summary = Summary(len(items) + len(bad))
         self._groups: dict[str, tuple[Group, list[str]]] = {}
         """Base and settings of each pack, and its jobs, by `pack_id`."""
@@ -124,8 +130,14 @@ class Batch:
             raise unusable(hidden, error) from error
         with Ledger(self._part.ledger(self._out), warn=self._console.warn) as ledger:
             self._check_other_parts()
-            ledger.register(entries, finished=self._is_finished, retry=self._retry)
-            ledger.note("command", self._command)
+            ledger.note(self._command_name, self._command)
+            ledger.register(
+                entries,
+                finished=self._is_finished,
+                retry=self._retry,
+                command=self._command_name,
+                states=self._attempts.jobs(),
+            )
             self._take_stock(ledger)
             try:
                 self._make_all(ledger)
@@ -134,7 +146,7 @@ class Batch:
                 # If an error is being raised, an unwritable ledger must not replace it.
                 with contextlib.suppress(OutputUnwritableError) if sys.exc_info()[0] else contextlib.nullcontext():
                     ledger.release(list(self._claimed))
-                    self._attempts.keep(ledger.unfinished)
+                    self._keep_states(ledger)
                     self._take_others(ledger)
         return self.summary
 
@@ -175,7 +187,7 @@ class Batch:
             self._fail(bad)
             return bad_entry(bad, kind_of(failure))
         fixed = (job, item.name, item.photo, file.sha256, item.sentence)
-        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings), self._force)
+        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings), self._forces(item))
         self._groups.setdefault(pack, (group, []))[1].append(job)
         self._places[job], self._pixels[job] = item.where, file.pixels
         return Entry(job, item.position, plain(item.where), item.name, pack, group.steps, state)
@@ -198,9 +210,13 @@ class Batch:
         folder = self._out / item.name
         if outputs.item_state(folder, job) == outputs.FINISHED:
             return ledgers.DONE
-        check_free(folder, job, force=self._force)
+        check_free(folder, job, force=self._forces(item))
         ResultFolder.prepare(folder, overwrite=True)
         return ledgers.WAITING
+
+    def _forces(self, item: Item) -> bool:
+        """Whether the item may replace other contents of its folder."""
+        return self._force and item.name not in self._made
 
     def _is_finished(self, entry: Entry) -> bool:
         return outputs.item_state(self._out / entry.name, entry.job) == outputs.FINISHED
@@ -217,7 +233,7 @@ class Batch:
                     BadItem(entry.place, entry.name, f"{entry.error} (as before; a retry with `failed` tries again)")
                 )
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
-        self._attempts.keep(ledger.unfinished)
+        self._keep_states(ledger)
         self._total_steps = sum(entry.steps for entry in known)
         self._refresh(ledger)
         if not waiting:
@@ -236,6 +252,10 @@ class Batch:
         self._console.say(remark)
         if size > free:
             self._console.warn(f"{remark}; the run stops when the disk is full; run it again when there is room")
+
+    def _keep_states(self, ledger: Ledger) -> None:
+        """Removes the training states of items that are finished, or that failed because of their training."""
+        self._attempts.keep(lambda: ledger.unfinished(RESUMED))
 
     # Making
 
@@ -353,6 +373,7 @@ class Batch:
         if again:
             self._console.say(f"{assignment.name}: {error}; tried again later", always=True)
         else:
+            self._attempts.leave(assignment.attempt)
             self._failed_jobs.add(assignment.job)
             self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
 

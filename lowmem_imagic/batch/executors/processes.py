@@ -33,11 +33,9 @@ _PAUSES = 20
 class _Process:
     """One of the processes, started again when it crashes."""
 
-    def __init__(
-        self, request: Mapping[str, Any], retry: Sequence[str], environment: Mapping[str, str], console: Console
-    ) -> None:
+    def __init__(self, order: Mapping[str, Any], environment: Mapping[str, str], console: Console) -> None:
         self._console = console
-        self._order = json.dumps({"request": request, "retry": list(retry)}) + "\n"
+        self._order = json.dumps(order) + "\n"
         self._environment = {**os.environ, **environment}
         self._starts, self._given_up, self._suspended = 0, False, False
         self._opened = contextlib.ExitStack()
@@ -121,6 +119,7 @@ def run_in_processes(
     stop: Stop,
     *,
     retry: Sequence[str],
+    continues: str | None = None,
 ) -> Summary:
     """Runs a batch in one process for each environment; returns a summary.
 
@@ -131,6 +130,7 @@ def run_in_processes(
         console: shows progress.
         stop: ends the run when asked; the processes save their training states first.
         retry: kinds of failure to try again.
+        continues: see `run.run`.
 
     Raises:
         LowmemImagicError: a process could not go on; the message is that process's.
@@ -141,7 +141,8 @@ def run_in_processes(
     # Earlier failures are reported again, as in a run of one process.
     asked, told = False, set(before)
     try:
-        processes += (_Process(request, retry, environment, console) for environment in environments)
+        order = {"request": request, "retry": list(retry), "continues": continues}
+        processes += (_Process(order, environment, console) for environment in environments)
         while at_work := [process for process in processes if process.poll(again=not stop.asked)]:
             if stop.asked and not asked:
                 asked = True
