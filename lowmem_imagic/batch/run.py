@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ def run(
     retry: Sequence[str] = RETRIED,
     continues: str | None = None,
     alone: bool = False,
+    on_made: Callable[[str], None] = lambda name: None,
 ) -> Summary:
     """Makes the items of a request; returns a summary. See `Batch.run`.
 
@@ -49,6 +50,7 @@ def run(
         continues: name of the stored command that this run goes on with. It leaves items alone that another command has
             asked for since, and forces only those that the command has not made yet.
         alone: stay in this process, whatever the request's executor and workers are.
+        on_made: called with the name of each item that this process made, when its files are published.
     """
     request.settings({})
     check_executor(request["executor"], request["address"])
@@ -99,6 +101,7 @@ def run(
             command=request.as_json(),
             continues=continues,
             made=made,
+            on_made=on_made,
         )
         try:
             return batch.run()

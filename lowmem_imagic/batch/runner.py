@@ -64,6 +64,7 @@ class Batch:
         command: options to store in the ledger, for `batch retry`.
         continues: name of the stored command that this run goes on with; None for a new one.
         made: names of items that this command made before; `force` does not hold for them.
+        on_made: called with the name of each item that this run made.
 
     **Memory**: `CLAIM` photos and the photos in training, for any number of items.
     """
@@ -88,6 +89,7 @@ class Batch:
         command: Mapping[str, Any] | None = None,
         continues: str | None = None,
         made: Collection[str] = (),
+        on_made: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._bases, self._executor, self._items, self._bad, self._out = bases, executor, items, bad, out
         self._settings, self._background, self._attempts = settings, background, attempts
@@ -95,7 +97,7 @@ class Batch:
         self._console, self._force, self._stop = console, force, stop
         self._part, self._retry, self._command = part, retry, dict(command or {})
         self._command_name = continues or command_name(self._command)
-        self._made = made
+        self._made, self._on_made = made, on_made
         self.summary = Summary(len(items) + len(bad))
         self._groups: dict[str, tuple[Group, list[str]]] = {}
         """Base and settings of each pack, and its jobs, by `pack_id`."""
@@ -360,6 +362,8 @@ class Batch:
             self._lose(ledger, assignment, error)
             return
         if error is None:
+            # First, in case the process is killed: the item's files are published.
+            self._on_made(assignment.name)
             self._end(ledger, assignment, outcome.seconds)
             self.summary.done.append(assignment.name)
             self._console.say(f"{assignment.name}: done")
