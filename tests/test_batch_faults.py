@@ -573,6 +573,25 @@ def test_runs_with_other_rows_share_the_items(
     assert said.code == 0 and said.report["done"] == ["n0", "n1"]
 
 
+def test_a_taken_folder_is_seen_before_the_work(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item whose folder was taken before its turn fails before its photo is read."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    monkeypatch.setattr(runner, "CLAIM", 1)
+    loaded, load = list[str](), worker.load_photo
+
+    def loading(path: Path, **options: Any) -> Any:
+        loaded.append(path.name)
+        return load(path, **options)
+
+    monkeypatch.setattr(worker, "load_photo", loading)
+    at_the_first_photo(monkeypatch, lambda: (out / "n1" / "mine").mkdir(parents=True))
+    said = run(manifest, "--out", out)
+    assert said.report["done"] == ["n0"] and "n1 holds something else" in said.report["failed"][0]["reason"]
+    assert loaded == ["p0.png"]
+
+
 def test_nothing_to_claim_is_waited_for(
     run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..actions.console import Console, Silent
 from ..actions.render import check_sentences
 from ..actions.result_folder import ResultFolder
-from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputUnwritableError
+from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..pictures import photo_file
 from ..settings.stages import EditConfig
 from ..storage.atomic import make_folder
@@ -329,7 +329,8 @@ class Batch:
                 yield Outcome(assignment, failure)
 
     def _claim(self, ledger: Ledger, pack: str) -> list[Assignment]:
-        """Claims items to make; skips items that were tried before and are finished by now."""
+        """Claims items to make; skips items that were tried before and are finished by now, and those whose folder was
+        taken since the start."""
         begun: list[Assignment] = []
 
         def begin(entry: Entry) -> None:
@@ -343,6 +344,13 @@ class Batch:
                 begun.remove(assignment)
                 self._end(ledger, assignment, entry.seconds or 0.0)
                 self.summary.before.append(entry.name)
+                continue
+            try:
+                # Before any work on it; it is checked again when its files are published.
+                check_free(self._out / entry.name, entry.job, force=assignment.force)
+            except OutputExistsError as error:
+                begun.remove(assignment)
+                self._book(ledger, Outcome(assignment, error))
         self._refresh(ledger)
         if begun:
             # Show progress now: reading and encoding the photos comes before the first step.
