@@ -88,8 +88,8 @@ def drive(request: Request) -> None:
 
     published = os.open(published_file(request.out), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def publish(attempt: Any, files: Mapping[str, bytes], folder: Path, job: str) -> bool:
-        current = publish_files(attempt, files, folder, job)
+    def publish(attempt: Any, files: Mapping[str, bytes], folder: Path, job: str, *, force: bool) -> bool:
+        current = publish_files(attempt, files, folder, job, force=force)
         if current:
             os.write(published, f"{folder.name}\n".encode())
         return current

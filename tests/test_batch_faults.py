@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lowmem_imagic.batch import outputs
+from lowmem_imagic.actions.console import Silent
+from lowmem_imagic.batch import outputs, runner
 from lowmem_imagic.batch.executors import build
 from lowmem_imagic.batch.executors import local as worker
 from lowmem_imagic.batch.failures import MAX_TRIES
-from lowmem_imagic.batch.status import status
+from lowmem_imagic.batch.request import Request
+from lowmem_imagic.batch.run import run as run_batch
+from lowmem_imagic.batch.states import States
+from lowmem_imagic.batch.status import commands_of, status
+from lowmem_imagic.batch.stopping import Stop
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.pipeline import make as pipeline
@@ -27,7 +34,7 @@ from lowmem_imagic.storage import writable
 from lowmem_imagic.training.loop import Trainer
 from tests import calls, crashes
 from tests.test_batch import QUICK, SENTENCE, photo
-from tests.test_ledger import mounted
+from tests.test_ledger import change, mounted
 
 FEW = ("--steps-finetune", "1", "--draws", "1", "--steps-sample", "1", "--etas", "0")
 ONE_PICTURE = (*QUICK, *FEW, "--device", "cpu")
@@ -272,6 +279,183 @@ def test_a_disk_that_fills_up(run: Callable[..., Said], tmp_path: Path, monkeypa
         }
 
 
+# Training states
+
+
+@pytest.fixture
+def stopped(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A list of two photos, and the folder of a run that was stopped with both in training."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    due = iter([False, True])
+
+    def stop(*_: object) -> bool:
+        if saved := next(due):
+            signal.raise_signal(signal.SIGINT)
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(States, "due", stop)
+        assert run(manifest, "--out", out).code == 130
+    assert len(states(out)) == 2
+    return manifest, out
+
+
+def states(out: Path) -> set[str]:
+    """The jobs with a saved training state."""
+    return {path.parent.parent.name for path in out.glob(".lowmem-imagic/training/*/*/state")}
+
+
+def resumed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the items that go on from a state, as they do."""
+    names, load = list[str](), States.load
+
+    def loading(self: States, assignment: Any) -> Any:
+        state = load(self, assignment)
+        names.extend([assignment.name] if state is not None else [])
+        return state
+
+    monkeypatch.setattr(States, "load", loading)
+    return names
+
+
+def test_a_state_outlives_its_photos_absence(
+    run: Callable[..., Said], stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit in training whose photo is away for a run goes on from its state when the photo is back."""
+    manifest, out = stopped
+    names = resumed(monkeypatch)
+    (tmp_path / "p0.png").rename(tmp_path / "away")
+    said = run(manifest, "--out", out)
+    assert said.code == 3 and said.report["done"] == ["n1"] and len(states(out)) == 1
+    assert call("status", out).report["total"] == 2
+    (tmp_path / "away").rename(tmp_path / "p0.png")
+    assert run(manifest, "--out", out).report["done"] == ["n0"] and names == ["n1", "n0"]
+    assert not (out / ".lowmem-imagic" / "training").exists()
+
+
+def test_a_state_outlives_a_disks_failure(
+    run: Callable[..., Said], stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit in training whose photo could not be read in a run, at its start or later, goes on from its state."""
+    manifest, out = stopped
+    names = resumed(monkeypatch)
+    for readings in (range(1000), range(1, 1000)):
+        with monkeypatch.context() as patch:
+            unreadable(patch, tmp_path / "p0.png", readings)
+            assert run(manifest, "--out", out).code == 3
+        assert len(states(out)) == 1
+    assert run(manifest, "--out", out).report["done"] == ["n0"] and names == ["n1", "n0"]
+
+
+def test_states_outlive_other_lists(
+    run: Callable[..., Said], stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edits in training go on from their states after another list was made into the same folder."""
+    manifest, out = stopped
+    kept = states(out)
+    assert run(another_list(tmp_path), "--out", out).report["done"] == ["another"] and states(out) == kept
+    names = resumed(monkeypatch)
+    assert run(manifest, "--out", out).code == 0 and sorted(names) == ["n0", "n1"]
+
+
+def test_states_end_with_their_folder(run: Callable[..., Said], stopped: tuple[Path, Path]) -> None:
+    """Edits in training whose folder another edit gets, as with another seed, leave no states."""
+    manifest, out = stopped
+    assert run(manifest, "--out", out, "--seed", 5).code == 0
+    assert not (out / ".lowmem-imagic" / "training").exists()
+    assert call("status", out).report["total"] == 2
+
+
+def test_a_folder_that_is_free_again(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item that failed because its folder was taken meanwhile is made by the next run, once the folder is free."""
+    manifest, out = listed(tmp_path, 1), tmp_path / "out"
+
+    def take(count: int) -> None:
+        (out / "n0").mkdir()
+        (out / "n0" / "mine.txt").touch()
+
+    with monkeypatch.context() as patch:
+        calls.before_each_edit(patch, take)
+        assert run(manifest, "--out", out).code == 3
+    (out / "n0" / "mine.txt").unlink()
+    assert run(manifest, "--out", out).report["done"] == ["n0"]
+
+
+# Several commands into one folder
+
+
+def test_two_sentences(run: Callable[..., Said], tmp_path: Path) -> None:
+    """A second sentence for the same photos makes further items: status and page have those of both, also if the ledger
+    was lost in between."""
+    listed(tmp_path / "photos", 2).unlink()
+    out = tmp_path / "out"
+    for number, sentence in enumerate(("one", "two", "three"), start=1):
+        if number == 3:
+            (out / LEDGER).unlink()
+        assert len(run(tmp_path / "photos", "--prompt", sentence, "--out", out).report["done"]) == 2
+        seen = call("status", out).report
+        assert (seen["total"], seen["done"]) == (2 * number, 2 * number) and len(seen["summary"]) == 1
+    assert call("sheet", out).report["with_pictures"] == 6
+    assert (out / "index.html").read_text().count("<article>") == 6
+
+
+def another_list(folder: Path, **fields: Any) -> Path:
+    """A list of one further photo."""
+    photo(folder / "photo.png", 9)
+    path = folder / "other.jsonl"
+    path.write_text(json.dumps({"photo": "photo.png", "sentence": SENTENCE, "name": "another"} | fields))
+    return path
+
+
+def test_an_earlier_list_is_not_forgotten(run: Callable[..., Said], stopped: tuple[Path, Path], tmp_path: Path) -> None:
+    """After a list that was stopped and another one, the status names the list with unfinished items, and `retry` makes
+    them; without the list, `retry` says so."""
+    manifest, out = stopped
+    assert run(another_list(tmp_path), "--out", out).report["total"] == 1
+    seen = call("status", out).report
+    assert (seen["total"], seen["done"], seen["waiting"]) == (3, 1, 2)
+    assert f"2 not done of {manifest}" in seen["summary"]
+    manifest.rename(tmp_path / "away.jsonl")
+    said = call("retry", out)
+    assert said.code == 0 and said.report["total"] == 1
+    assert f"2 not done of {manifest}, which is not there any more" in said.errors
+    (tmp_path / "away.jsonl").rename(manifest)
+    said = call("retry", out)
+    assert said.code == 0 and (said.report["total"], sorted(said.report["done"])) == (3, ["n0", "n1"])
+    assert call("status", out).report["summary"] == [f"{out}: 3 items: 3 done"]
+    assert call("retry", out).report["total"] == 1
+
+
+def test_retry_leaves_what_another_list_got(run: Callable[..., Said], tmp_path: Path) -> None:
+    """An item whose folder a later command has got is that command's: `retry` of the earlier one leaves it alone."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    spoil(tmp_path / "p1.png")
+    assert run(manifest, "--out", out).code == 3
+    assert run(another_list(tmp_path, name="n0"), "--out", out, "--force").report["done"] == ["n0"]
+    before = times(out)
+    said = call("retry", out)
+    assert said.code == 3 and [bad["name"] for bad in said.report["failed"]] == ["n1"]
+    assert said.report["done_before"] == ["n0"] and times(out) == before
+
+
+def test_retry_goes_on_with_force(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`retry` of a forced run that was stopped replaces the items that it has not made yet; what was put in place of
+    those that it made stays."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    assert run(manifest, "--out", out).code == 0
+    with monkeypatch.context() as patch:
+        calls.before_each_edit(patch, lambda count: signal.raise_signal(signal.SIGINT))
+        assert run(manifest, "--out", out, "--seed", 5, "--slots", 1, "--force").code == 130
+    said = call("retry", out)
+    assert said.code == 0 and (said.report["done_before"], said.report["done"]) == (["n0"], ["n1"])
+    shutil.rmtree(out / "n0")
+    (out / "n0").mkdir()
+    (out / "n0" / "mine.txt").touch()
+    said = call("retry", out)
+    assert said.code == 3 and [bad["name"] for bad in said.report["failed"]] == ["n0"]
+    assert os.listdir(out / "n0") == ["mine.txt"]
+
+
 # Memory
 
 
@@ -322,6 +506,122 @@ def test_shards(run: Callable[..., Said], tmp_path: Path) -> None:
     for shard in ("0/2", "3/2", "half"):
         said = run(manifest, "--out", out, "--shard", shard)
         assert said.code == 2 and "expected i/n" in said.errors
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_two_runs_with_items_of_one_name(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """An item whose folder another run has filled since this one began fails, and the other's files stay; with
+    `--force` they are replaced."""
+    first, second, out = listed(tmp_path / "a", 1), listed(tmp_path / "b", 1), tmp_path / "out"
+    photo(tmp_path / "b" / "p0.png", 7)
+    others, made = list[Said](), dict[str, int]()
+
+    def meanwhile(count: int) -> None:
+        if count == 0:
+            others.append(run(second, "--out", out))
+            made.update(times(out))
+
+    calls.before_each_edit(monkeypatch, meanwhile)
+    said = run(first, "--out", out, *["--force"] * force)
+    assert others[0].code == 0 and others[0].report["done"] == ["n0"]
+    if force:
+        assert said.report["done"] == ["n0"] and not set(made.values()) & set(times(out).values())
+        return
+    assert said.code == 3 and not said.report["done"] and times(out) == made
+    assert "n0 holds something else; --force replaces it" in said.errors and said.report["failed"][0]["name"] == "n0"
+
+
+def at_the_first_photo(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Calls `action` when a run reads its first photo; with claims of one item the others still wait then."""
+    load = worker.load_photo
+
+    def loading(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(worker, "load_photo", load)
+        action()
+        return load(*args, **options)
+
+    monkeypatch.setattr(worker, "load_photo", loading)
+
+
+def test_runs_with_other_rows_share_the_items(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two runs with different `--batch-rows`, each may make any item: what the other leaves is made by the first,
+    which ends."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    monkeypatch.setattr(runner, "CLAIM", 1)
+
+    class Ending(Silent):
+        """Asks for a stop when the items have been counted."""
+
+        def __init__(self, stop: Stop) -> None:
+            super().__init__()
+            self._stop = stop
+
+        def say(self, text: str, *, always: bool = False) -> None:
+            self._stop.asked |= "items to make" in text
+
+    def meanwhile() -> None:
+        request, stop = Request.of(commands_of(out)[0].request).but(batch_rows=1), Stop()
+        with pytest.raises(KeyboardInterrupt):
+            run_batch(request, Ending(stop), stop, alone=True)
+
+    at_the_first_photo(monkeypatch, meanwhile)
+    said = run(manifest, "--out", out)
+    assert said.code == 0 and said.report["done"] == ["n0", "n1"]
+
+
+def test_a_taken_folder_is_seen_before_the_work(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item whose folder was taken before its turn fails before its photo is read."""
+    manifest, out = listed(tmp_path, 2), tmp_path / "out"
+    monkeypatch.setattr(runner, "CLAIM", 1)
+    loaded, load = list[str](), worker.load_photo
+
+    def loading(path: Path, **options: Any) -> Any:
+        loaded.append(path.name)
+        return load(path, **options)
+
+    monkeypatch.setattr(worker, "load_photo", loading)
+    at_the_first_photo(monkeypatch, lambda: (out / "n1" / "mine").mkdir(parents=True))
+    said = run(manifest, "--out", out)
+    assert said.report["done"] == ["n0"] and "n1 holds something else" in said.report["failed"][0]["reason"]
+    assert loaded == ["p0.png"]
+
+
+def test_nothing_to_claim_is_waited_for(
+    run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that finds waiting items and may claim none sleeps before it looks again."""
+    manifest, out, slept = listed(tmp_path, 2), tmp_path / "out", list[float]()
+    monkeypatch.setattr(runner, "CLAIM", 1)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        change(out / LEDGER, "UPDATE jobs SET settings = substr(settings, 2) WHERE name = 'n1'")
+
+    rename = "UPDATE jobs SET settings = 'x' || settings WHERE name = 'n1'"
+    at_the_first_photo(monkeypatch, lambda: change(out / LEDGER, rename))
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert run(manifest, "--out", out).report["done"] == ["n0", "n1"] and len(slept) == 1
+
+
+def test_one_base_of_two_names_is_one_pack(
+    run: Callable[..., Said], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items whose own model is the run's under another name train beside the others."""
+    packs, stream = [], pipeline.stream_edits
+
+    def streaming(base: Any, *values: Any, **options: Any) -> Any:
+        packs.append(base.name)
+        return stream(base, *values, **options)
+
+    monkeypatch.setattr(worker, "stream_edits", streaming)
+    manifest = listed(tmp_path, 3, model=[None, str(tiny_folder), None])
+    assert run(manifest, "--out", tmp_path / "out").report["done"] == ["n0", "n1", "n2"] and len(packs) == 1
 
 
 def test_a_run_seen_from_outside(run: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,6 +676,8 @@ def test_models_of_their_own(
 
     monkeypatch.setattr(worker, "stream_edits", streaming)
     other = folder_copy.rename(tmp_path / "other")
+    weights = next((other / "unet").glob("*.safetensors"))
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
     manifest = listed(tmp_path, 3, model=[None, str(other), None])
     assert run(manifest, "--out", tmp_path / "out").code == 0
     made = [edit_file.read(tmp_path / "out" / name / f"{name}.safetensors").base.source for name in ("n0", "n1", "n2")]

@@ -138,7 +138,7 @@ def test_errors_while_results_are_made(
     places: list[tuple[Any, str, Callable[..., bool]]] = [
         (worker, "finished_edit", of_item("n1")),
         (commands, "render", lambda base, made, *_, photo, **__: photo.name.startswith("p2")),
-        (worker.publishing, "publish", lambda attempt, results, folder, job, report: "n3" in str(folder)),
+        (worker.publishing, "publish", lambda attempt, results, folder, *_, **__: "n3" in str(folder)),
         (worker.publishing, "pictures_of_report", lambda folder: "n4" in str(folder)),
     ]
     for owner, name, picks in places:

@@ -21,6 +21,7 @@ from lowmem_imagic.batch.stopping import Stop
 from tests.crashes import files_of
 from tests.processes import Process
 from tests.test_batch import QUICK, SENTENCE, photo
+from tests.test_batch_faults import listed, spoil
 
 ITEMS = 8
 
@@ -85,6 +86,27 @@ def test_processes_that_are_stopped_and_killed(manifest: Path, tiny_folder: Path
     assert before and set(tally["done_before"]) == before and not tally["failed"]
     assert sorted(tally["done"] + tally["done_before"]) == [f"n{n}" for n in range(ITEMS)]
     assert len(files_of(out)) == 5 * ITEMS
+
+
+@pytest.mark.process
+def test_processes_tell_what_they_made(tiny_folder: Path, tmp_path: Path) -> None:
+    """The summary of several processes is about the files, as that of one: an item that is made again was not done
+    before, and one that was, was, though the ledger is lost. A warning of theirs is shown once."""
+    manifest, out = listed(tmp_path, 3), tmp_path / "out"
+    spoil(tmp_path / "p2.png")
+
+    def run() -> tuple[list[str], list[str]]:
+        said, errors = (run := start(manifest, out, tiny_folder)).communicate(timeout=300)
+        assert run.returncode == 3 and errors.count("line 3 (n2)") == 1, errors
+        report = json.loads(said)
+        assert (report["total"], report["left"], [bad["name"] for bad in report["failed"]]) == (3, 0, ["n2"])
+        return sorted(report["done"]), sorted(report["done_before"])
+
+    assert run() == (["n0", "n1"], [])
+    (out / "n1" / "eta_0.00.png").unlink()
+    assert run() == (["n1"], ["n0"])
+    (out / ".lowmem-imagic" / "ledger.sqlite3").unlink()
+    assert run() == ([], ["n0", "n1"])
 
 
 @pytest.mark.process

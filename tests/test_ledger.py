@@ -286,15 +286,59 @@ def test_what_a_run_finds(path: Path, working: bool) -> None:
             assert attempts(ledger, "2") == 1 and ledger.entries()[0].seconds == 3.0
 
 
-def test_another_list_makes_the_last_forgotten(path: Path) -> None:
-    """Items of an earlier list are kept while another run works on them; a run claims and counts only its own."""
+def test_other_commands_are_remembered(path: Path) -> None:
+    """Items of other commands stay in the ledger, while a run works on them and after; a run claims and counts only its
+    own."""
     others = [Entry("x", 0, "", "x", steps=7)]
-    with opened(path, entries(2)), opened(path, others) as ledger:
+    with opened(path, entries(2)), Ledger(path) as ledger:
+        ledger.register(others, finished=lambda entry: False, command="command 2")
         assert sorted(ledger.unfinished()) == ["0", "1", "x"] and jobs(ledger.claim("", 9)) == ["x"]
         ledger.fail("x", "input", "no")
         assert ledger.counts() == {WAITING: 0, RUNNING: 0, DONE: 0, FAILED: 1} and ledger.steps_ended() == 7
-    with opened(path, others, retry=["input"]) as ledger:
-        assert ledger.unfinished() == ["x"]
+        assert ledger.unfinished() == ["0", "1"] and sorted(ledger.unfinished(["input"])) == ["0", "1", "x"]
+    with Ledger(path) as ledger:
+        ledger.register(others, finished=lambda entry: False, command="command 2", retry=["input"])
+        assert states(ledger) == [WAITING] and sorted(ledger.unfinished()) == ["0", "1", "x"]
+
+
+def test_what_a_command_replaces(path: Path) -> None:
+    """An item is replaced by another job of its command, or by one of another command that gets its folder. With a
+    training state it is remembered, unseen, until its folder is finished."""
+
+    def register(command: str, *items: Entry) -> Ledger:
+        ledger = Ledger(path)
+        ledger.register(items, finished=lambda entry: True, command=command, states=["a1", "b1"])
+        return ledger
+
+    def shown() -> list[tuple[str, str]]:
+        return sorted((entry.job, entry.command) for entry in seen(path).entries)
+
+    first, second = "command 1", "command 2"
+    register(first, *(Entry(f"{name}1", 0, "", name) for name in "abc")).close()
+    # Of the list's own: one that cannot be run, one that is no longer there, one that has another job.
+    with register(first, Entry("bad 1", 0, "", "a", state=FAILED, kind="input"), Entry("c2", 2, "", "c")) as ledger:
+        assert shown() == [("bad 1", first), ("c2", first)]
+        assert sorted(ledger.unfinished()) == ["a1", "b1", "c2"]
+        ledger.finish(*(jobs(ledger.claim("", 1))), 1.0)
+    # Of another command: one that cannot be run replaces none.
+    with register(second, Entry("bad 2", 0, "", "c", state=FAILED), Entry("a2", 1, "", "a")) as ledger:
+        assert shown() == [("a2", second), ("bad 2", second), ("c2", first)]
+        assert sorted(ledger.unfinished()) == ["a1", "a2", "b1"]
+        ledger.finish(*(jobs(ledger.claim("", 1))), 1.0)
+        assert ledger.unfinished() == ["b1"]
+    register(first, Entry("b1", 1, "", "b")).close()
+    assert shown() == [("a2", second), ("b1", first), ("bad 2", second), ("c2", first)]
+
+
+def test_a_ledger_of_the_first_version(path: Path) -> None:
+    """A ledger of version 1 is read as it is, and gets the fields that it lacks when it is opened."""
+    opened(path, entries(2)).close()
+    change(path, "ALTER TABLE jobs DROP COLUMN command")
+    change(path, "PRAGMA user_version = 1")
+    assert [entry.command for entry in seen(path).entries] == [ledger_file.EARLIER] * 2
+    with opened(path, entries(2)) as ledger:
+        assert jobs(ledger.claim("", 9)) == ["0", "1"]
+    assert len(seen(path).entries) == 2
 
 
 @pytest.mark.parametrize(

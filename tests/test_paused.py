@@ -1,6 +1,7 @@
 """Facts about runs that are suspended and wake up after another run took over: they leave its files alone."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -14,14 +15,15 @@ from typing import Any
 
 import pytest
 
+from lowmem_imagic.batch import publishing
 from lowmem_imagic.batch.attempts import Attempt, Attempts
 from lowmem_imagic.batch.ledger import file as ledger_file
 from lowmem_imagic.batch.ledger.watch import Watch
-from lowmem_imagic.batch.outputs import FINISHED, item_state
+from lowmem_imagic.batch.outputs import FINISHED, UNFINISHED, item_state
 from lowmem_imagic.batch.paths import Part
 from lowmem_imagic.batch.publishing import publish, staged
 from lowmem_imagic.batch.status import status
-from lowmem_imagic.errors import OutputUnwritableError
+from lowmem_imagic.errors import OutputExistsError, OutputUnwritableError
 from tests import crashes
 from tests.processes import Process
 from tests.test_batch_faults import ONE_PICTURE, call, listed, run  # noqa: F401  `run` is a fixture
@@ -116,6 +118,33 @@ def test_it_leaves_alone_what_its_successor_is_at(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["a.safetensors", "report.json"] and item_state(folder, "job") == FINISHED
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_two_items_begin_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Of two items that find one folder free at the same moment, the first to put its report there has it; the other
+    fails and changes no file, also on a disk without links."""
+    attempts, folder = Attempts(tmp_path / "training"), tmp_path / "n0"
+    files = [staged(attempts.begin(job)) for job in ("job", "other")]
+    for word, results in zip((b"a", b"b"), files, strict=True):
+        results.write("n0.safetensors", word)
+    one, other = (Attempt(results.path.parent) for results in files)
+    before = publishing.pictures_of_report
+
+    def meanwhile(path: Path) -> frozenset[str]:
+        monkeypatch.setattr(publishing, "pictures_of_report", before)
+        assert publish(other, files[1], folder, "other", None)
+        return before(path)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(publishing, "pictures_of_report", meanwhile)
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(OutputExistsError, match="n0 holds something else"):
+        publish(one, files[0], folder, "job", None)
+    assert (folder / "n0.safetensors").read_bytes() == b"b" and item_state(folder, "other") == UNFINISHED
+
+
 def test_paused_between_any_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a run is paused at any system call and woken at any point of its successor, the item ends as the successor's,
     complete."""
@@ -131,7 +160,7 @@ def interleaved(place: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
     (place / "n0" / "report.json").write_text(json.dumps(old_report))
     (place / "n0" / "eta_9.00.png").write_bytes(b"stale")
     attempts, paused, go_on = Attempts(place / "training"), threading.Event(), threading.Event()
-    steps, pause_at, wake_at = {"first": 0, "second": 0}, rng.randrange(1, 36), rng.randrange(1, 60)
+    steps, pause_at, wake_at = {"first": 0, "second": 0}, rng.randrange(1, 40), rng.randrange(1, 72)
 
     def put(attempt: Attempt, word: str, names: str) -> bool:
         results = staged(attempt)

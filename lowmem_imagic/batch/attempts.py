@@ -86,6 +86,21 @@ class Attempts:
             raise unusable(parent, error) from error
         return Attempt(mine)
 
+    def jobs(self) -> list[str]:
+        """Jobs of the items that have a folder here, and perhaps a training state."""
+        with contextlib.suppress(OSError):
+            if is_plain(self._folder, stat.S_IFDIR):
+                return [path.name for path in self._folder.iterdir()]
+        return []
+
+    def leave(self, attempt: Attempt) -> None:
+        """Ends an attempt that failed: removes its files, but keeps its training state for a later one."""
+        with contextlib.suppress(OSError):
+            _clear(attempt.folder)
+            if is_plain(attempt.state, stat.S_IFREG):
+                return
+        self.remove(attempt)
+
     def remove(self, attempt: Attempt) -> None:
         """Removes an attempt's folder."""
         self._put_away(attempt.folder)
@@ -100,7 +115,7 @@ class Attempts:
             if not is_plain(self._folder, stat.S_IFDIR):
                 return
             # List the folders first: an item that another run begins later must not be in this list.
-            jobs = [path.name for path in self._folder.iterdir()]
+            jobs = self.jobs()
             kept = set(wanted())
             for job in jobs:
                 if job not in kept:

@@ -14,6 +14,7 @@ from ..errors import (
     ModelError,
     NonFiniteModelError,
     OutputError,
+    OutputExistsError,
     OutputUnwritableError,
     UnexpectedError,
 )
@@ -21,8 +22,12 @@ from ..storage.writable import check_writable
 from ..unexpected import first_line, unexpected
 
 INPUT, MEMORY, TRANSIENT, DIVERGED, INTERNAL = "input", "memory", "io", "diverged", "internal"
-RETRIED = (MEMORY, TRANSIENT)
+FOLDER = "folder"
+"""The item's folder has other contents."""
+RETRIED = (MEMORY, TRANSIENT, FOLDER)
 """Kinds that are tried again when the same command is run again."""
+RESUMED = (INPUT, *RETRIED)
+"""Kinds after which an edit goes on from its training state: the state has no part in the failure."""
 MAX_TRIES = 3
 """Most tries within one run for an item with a temporary failure, such as a network error on its photo."""
 
@@ -52,6 +57,8 @@ def kind_of(error: LowmemImagicError) -> str:
         return MEMORY
     if isinstance(error, DivergenceError):
         return DIVERGED
+    if isinstance(error, OutputExistsError):
+        return FOLDER
     if isinstance(error, UnexpectedError):
         return INTERNAL
     cause = error.__cause__

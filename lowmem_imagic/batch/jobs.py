@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..edits.versions import version_of_base
 from ..engine.base import BaseModel
 from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
-from .ledger.file import FAILED, Entry
+from .ledger.file import BAD, EARLIER, FAILED, Entry
 from .manifest import BadItem
 
 
@@ -26,13 +26,27 @@ def job_id(
 ) -> str:
     """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
     version of the base's square edits, and whether an eta is suggested."""
-    settings = _hashed_settings(config.for_group(base.family.group))
-    version, files = version_of_base(base.identity), base.identity.files
-    inputs = [version, photo_sha256, background, sentence, settings, files, base.weights]
+    version, *common = _common_inputs(config, base)
+    inputs = [version, photo_sha256, background, sentence, *common]
     if suggest:
         # Added only with a suggestion: the hash without one equals that of earlier versions.
         inputs.append("suggest")
-    return hashlib.sha256(json.dumps([name, *inputs], sort_keys=True).encode()).hexdigest()
+    return _hash_of([name, *inputs])
+
+
+def pack_id(config: EditConfig, base: BaseModel) -> str:
+    """Hash of the inputs of `job_id` that the items of a pack have in common: equal jobs have equal ones, whatever the
+    base was called and however many rows a batch has."""
+    return _hash_of(_common_inputs(config, base))
+
+
+def _common_inputs(config: EditConfig, base: BaseModel) -> list[Any]:
+    settings = _hashed_settings(config.for_group(base.family.group))
+    return [version_of_base(base.identity), settings, base.identity.files, base.weights]
+
+
+def _hash_of(inputs: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 # Items with equal settings are many, and stand one after the other.
@@ -47,11 +61,16 @@ def _hashed_settings(config: EditConfig) -> Mapping[str, Any]:
     return settings
 
 
+def command_name(request: Mapping[str, Any]) -> str:
+    """Name of a command's note in the ledger: equal options have equal ones."""
+    return f"{EARLIER} {_hash_of([dict(request)])[:16]}"
+
+
 def bad_entry(bad: BadItem, kind: str = INPUT) -> Entry:
     """The ledger's entry for an item that cannot be run."""
     word = hashlib.sha256(f"{bad.where}\0{bad.name}\0{bad.reason}".encode(errors="backslashreplace")).hexdigest()
     place, reason = plain(bad.where), plain(bad.reason)
-    return Entry(f"bad {word}", bad.position, place, bad.name, state=FAILED, kind=kind, error=reason)
+    return Entry(f"{BAD}{word}", bad.position, place, bad.name, state=FAILED, kind=kind, error=reason)
 
 
 def megabytes(size: float) -> str:

@@ -1,6 +1,7 @@
 """The overview of a batch: one picture, and a page that opens from disk (`overview_page`).
 
-Both are made from the items' folders; the ledger adds the unfinished items. A photo is cut out of its item's sheet,
+Both show every item of `status`: those of all commands into the folder. Pictures, sentences and times are from the
+items' folders, the states are from the ledger. A photo is cut out of its item's sheet,
 since no other file contains it. Text from a report is never used as a path or as markup.
 """
 

@@ -1,23 +1,24 @@
 """Moves an item's files into its folder; the report, which marks the item as finished, comes last (see `outputs`).
 
-Every step is a rename between the attempt's folder and the item's. So no step succeeds once another attempt has begun
-(see `attempts`).
+Every step moves a file between the attempt's folder and the item's. So no step succeeds once another attempt has begun
+(see `attempts`). The first step puts a report in place. In an empty folder it fails if another run has put one there
+meanwhile: of two runs with different items of one name, one gets the folder.
 """
 
+import contextlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..actions.result_folder import ResultFolder, encode_report, pictures_of_report
 from ..errors import OutputExistsError, OutputUnwritableError
-from ..storage.atomic import remove_temporaries, sync_folder, write_bytes
+from ..storage.atomic import link_new, remove_temporaries, sync_folder, write_bytes
 from ..storage.failpoints import reach
 from ..storage.file_names import REPORT
-from ..storage.regular_files import is_plain
 from ..storage.writable import unusable
+from . import outputs
 from .attempts import Attempt
 
 
@@ -26,7 +27,15 @@ def staged(attempt: Attempt) -> ResultFolder:
     return ResultFolder(attempt.files, overwrite=True, make_parents=False)
 
 
-def publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, report: Mapping[str, Any] | None) -> bool:
+def publish(
+    attempt: Attempt,
+    results: ResultFolder,
+    folder: Path,
+    job: str,
+    report: Mapping[str, Any] | None,
+    *,
+    force: bool = False,
+) -> bool:
     """Moves an item's files into its folder, the report last; returns False if another attempt has begun.
 
     Removes pictures of an earlier report that this run did not make.
@@ -37,13 +46,14 @@ def publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, rep
         folder: the item's folder.
         job: the item's job.
         report: the report; None for an unfinished item with files worth keeping.
+        force: replace other contents of the folder.
 
     Raises:
         OutputUnwritableError: the folder cannot be written.
-        OutputExistsError: the folder is a link.
+        OutputExistsError: the folder is not free, see `check_free`.
     """
     try:
-        _publish(attempt, results, folder, job, report)
+        _publish(attempt, results, folder, job, report, force)
     except OSError as error:
         if attempt.current:
             raise unusable(folder, error) from error
@@ -55,11 +65,12 @@ def publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, rep
     return True
 
 
-def publish_files(attempt: Attempt, files: Mapping[str, bytes], folder: Path, job: str) -> bool:
+def publish_files(attempt: Attempt, files: Mapping[str, bytes], folder: Path, job: str, *, force: bool = False) -> bool:
     """Publishes files from another machine, their report included; see `publish`.
 
     Raises:
         OutputUnwritableError: the folder cannot be written.
+        OutputExistsError: the folder is not free, see `check_free`.
     """
     results, report = staged(attempt), json.loads(files[REPORT])
     try:
@@ -70,31 +81,54 @@ def publish_files(attempt: Attempt, files: Mapping[str, bytes], folder: Path, jo
         if attempt.current:
             raise
         return False
-    return publish(attempt, results, folder, job, report if report["finished"] else None)
+    return publish(attempt, results, folder, job, report if report["finished"] else None, force=force)
 
 
-def check_own(folder: Path) -> None:
-    """Checks that an item's folder is not a link.
+def check_free(folder: Path, job: str, *, force: bool) -> str:
+    """Checks that an item's folder may be written; returns its state, see `outputs.item_state`.
+
+    A run asks at its start, to fail before any work, and again before it writes: that may be hours later.
+
+    Args:
+        folder: the item's folder.
+        job: the item's job.
+        force: replace other contents.
 
     Raises:
-        OutputExistsError: it is a link.
+        OutputExistsError: it is a link, or has other contents and `force` is False.
     """
+    state = outputs.item_state(folder, job)
     if folder.is_symlink():
         raise OutputExistsError(
             f"{folder} is a link, expected a folder; links are not written through: remove the link, or give the item "
             "another name"
         )
+    if state == outputs.OTHER and not force:
+        raise OutputExistsError(f"{folder} holds something else; `force` replaces it, or give the item a name")
+    return state
 
 
-def _publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, report: Mapping[str, Any] | None) -> None:
-    check_own(folder)
+def _publish(
+    attempt: Attempt,
+    results: ResultFolder,
+    folder: Path,
+    job: str,
+    report: Mapping[str, Any] | None,
+    force: bool,
+) -> None:
+    state = check_free(folder, job, force=force)
     # Without its parents: if the batch's folder was removed meanwhile, it must not be created again.
-    if not is_plain(folder, stat.S_IFDIR):
+    with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
     remove_temporaries(folder)
     stale = pictures_of_report(folder)
     # First record the job and the possible pictures, in case the run ends before the item is finished.
-    _put(attempt, folder, {"job": job, "finished": False, "pictures": sorted(stale | results.files.keys())})
+    begun = {"job": job, "finished": False, "pictures": sorted(stale | results.files.keys())}
+    try:
+        _put(attempt, folder, begun, new=state == outputs.EMPTY)
+    except FileExistsError:
+        check_free(folder, job, force=force)
+        _put(attempt, folder, begun)
     # Before the report, so that a report is always true.
     for name in sorted(stale - results.files.keys()):
         if os.path.lexists(folder / name):
@@ -111,9 +145,13 @@ def _publish(attempt: Attempt, results: ResultFolder, folder: Path, job: str, re
     sync_folder(folder.parent)
 
 
-def _put(attempt: Attempt, folder: Path, report: Mapping[str, Any]) -> None:
-    """Puts a report in place."""
+def _put(attempt: Attempt, folder: Path, report: Mapping[str, Any], *, new: bool = False) -> None:
+    """Puts a report in place.
+
+    Raises:
+        FileExistsError: there is one, and `new` is True.
+    """
     own = attempt.folder / REPORT
     write_bytes(own, encode_report(report), overwrite=True)
     reach("report-written")
-    os.replace(own, folder / REPORT)
+    (link_new if new else os.replace)(own, folder / REPORT)

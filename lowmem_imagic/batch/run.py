@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .executors.processes import cpu_environments, gpu_environments, run_in_proc
 from .executors.ray import RayExecutor, check_executor, driving
 from .executors.ray_actor import Actor
 from .failures import RETRIED
+from .ledger.file import DONE, snapshot
 from .manifest import Summary
 from .publishing import publish_files
 from .request import Request
@@ -30,7 +31,14 @@ _SHARED = 0.9
 
 
 def run(
-    request: Request, console: Console, stop: Stop, *, retry: Sequence[str] = RETRIED, alone: bool = False
+    request: Request,
+    console: Console,
+    stop: Stop,
+    *,
+    retry: Sequence[str] = RETRIED,
+    continues: str | None = None,
+    alone: bool = False,
+    on_made: Callable[[str], None] = lambda name: None,
 ) -> Summary:
     """Makes the items of a request; returns a summary. See `Batch.run`.
 
@@ -39,7 +47,10 @@ def run(
         console: shows progress.
         stop: ends the run when asked.
         retry: kinds of failure to try again.
+        continues: name of the stored command that this run goes on with. It leaves items alone that another command has
+            asked for since, and forces only those that the command has not made yet.
         alone: stay in this process, whatever the request's executor and workers are.
+        on_made: called with the name of each item that this process made, when its files are published.
     """
     request.settings({})
     check_executor(request["executor"], request["address"])
@@ -55,7 +66,9 @@ def run(
             environments = _environments(request, places)
             if environments:
                 ledger, order = request.part.ledger(out), request.as_json() | _shared(request, environments, console)
-                return run_in_processes(order, environments, ledger, console, stop, retry=retry)
+                return run_in_processes(order, environments, ledger, console, stop, retry=retry, continues=continues)
+    made, others = _known(request, continues) if continues else (set(), set())
+    items = [item for item in items if item.name not in others]
     bases = OpenBases(request, console)
     with contextlib.ExitStack() as hired:
         executor: Executor
@@ -64,7 +77,7 @@ def run(
                 RayExecutor(
                     request,
                     Actor,
-                    lambda one, files: publish_files(one.attempt, files, out / one.name, one.job),
+                    lambda one, files: publish_files(one.attempt, files, out / one.name, one.job, force=one.force),
                     stop,
                 )
             )
@@ -86,6 +99,9 @@ def run(
             part=request.part,
             retry=retry,
             command=request.as_json(),
+            continues=continues,
+            made=made,
+            on_made=on_made,
         )
         try:
             return batch.run()
@@ -93,6 +109,15 @@ def run(
             done, left = len(batch.summary.done), batch.summary.left
             console.say(f"{done} done, {left} left; run the same command again to continue", always=True)
             raise
+
+
+def _known(request: Request, command: str) -> tuple[set[str], set[str]]:
+    """Names of the items that a stored command has made, and of those that only other commands have."""
+    seen = snapshot(request.part.ledger(request.out))
+    entries = () if seen is None else seen.entries
+    own = [entry for entry in entries if entry.command == command]
+    made = {entry.name for entry in own if entry.state == DONE}
+    return made, {entry.name for entry in entries} - {entry.name for entry in own}
 
 
 def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[str, str]]:

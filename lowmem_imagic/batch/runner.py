@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from . import outputs
 from .attempts import Attempt, Attempts, check_hidden
 from .disk import disk_bytes
 from .executors.executor import Assignment, Bases, Executor, Group, Outcome
-from .failures import MAX_TRIES, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
-from .jobs import bad_entry, job_id, megabytes, plain
+from .failures import MAX_TRIES, RESUMED, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
+from .jobs import bad_entry, command_name, job_id, megabytes, pack_id, plain
 from .ledger import file as ledgers
 from .ledger.file import Entry
 from .ledger.ledger import Ledger, at_work
 from .manifest import BadItem, Item, Summary
 from .paths import HIDDEN, Part, ledgers_in
-from .publishing import check_own
+from .publishing import check_free
 from .stopping import Stop
 
 CLAIM = 16
@@ -62,6 +62,9 @@ class Batch:
         part: the part of the manifest that the items are; each part has its own ledger.
         retry: kinds of failure to try again.
         command: options to store in the ledger, for `batch retry`.
+        continues: name of the stored command that this run goes on with; None for a new one.
+        made: names of items that this command made before; `force` does not hold for them.
+        on_made: called with the name of each item that this run made.
 
     **Memory**: `CLAIM` photos and the photos in training, for any number of items.
     """
@@ -84,15 +87,21 @@ class Batch:
         part: Part = Part(),  # noqa: B008  a plain value
         retry: Sequence[str] = RETRIED,
         command: Mapping[str, Any] | None = None,
+        continues: str | None = None,
+        made: Collection[str] = (),
+        on_made: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._bases, self._executor, self._items, self._bad, self._out = bases, executor, items, bad, out
         self._settings, self._background, self._attempts = settings, background, attempts
         self._suggest = suggest
         self._console, self._force, self._stop = console, force, stop
-        self._part, self._retry, self._command = part, retry, command
+        self._part, self._retry, self._command = part, retry, dict(command or {})
+        self._command_name = continues or command_name(self._command)
+        self._made, self._on_made = made, on_made
         self.summary = Summary(len(items) + len(bad))
-        self._groups: dict[Group, list[str]] = {}
-        self._known_groups: dict[str, Group] = {}
+        self._groups: dict[str, tuple[Group, list[str]]] = {}
+        """Base and settings of each pack, and its jobs, by `pack_id`."""
+        self._known_groups: dict[str, tuple[str, Group]] = {}
         self._assignments: dict[str, Callable[[Attempt], Assignment]] = {}
         self._places: dict[str, str] = {}
         self._pixels: dict[str, int] = {}
@@ -123,8 +132,14 @@ class Batch:
             raise unusable(hidden, error) from error
         with Ledger(self._part.ledger(self._out), warn=self._console.warn) as ledger:
             self._check_other_parts()
-            ledger.register(entries, finished=self._is_finished, retry=self._retry)
-            ledger.note("command", self._command)
+            ledger.note(self._command_name, self._command)
+            ledger.register(
+                entries,
+                finished=self._is_finished,
+                retry=self._retry,
+                command=self._command_name,
+                states=self._attempts.jobs(),
+            )
             self._take_stock(ledger)
             try:
                 self._make_all(ledger)
@@ -133,7 +148,7 @@ class Batch:
                 # If an error is being raised, an unwritable ledger must not replace it.
                 with contextlib.suppress(OutputUnwritableError) if sys.exc_info()[0] else contextlib.nullcontext():
                     ledger.release(list(self._claimed))
-                    self._attempts.keep(ledger.unfinished)
+                    self._keep_states(ledger)
                     self._take_others(ledger)
         return self.summary
 
@@ -156,7 +171,7 @@ class Batch:
         """The ledger's entry for an item."""
         self._stop.check()
         try:
-            group = self._group(item)
+            pack, group = self._group(item)
             base = self._bases(group.model)
             silent = Silent()
             check_sentences(base, [item.sentence], group.config.sample, silent)
@@ -174,17 +189,18 @@ class Batch:
             self._fail(bad)
             return bad_entry(bad, kind_of(failure))
         fixed = (job, item.name, item.photo, file.sha256, item.sentence)
-        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings))
-        self._groups.setdefault(group, []).append(job)
+        self._assignments[job] = lambda attempt: Assignment(*fixed, attempt, tuple(silent.warnings), self._forces(item))
+        self._groups.setdefault(pack, (group, []))[1].append(job)
         self._places[job], self._pixels[job] = item.where, file.pixels
-        return Entry(job, item.position, plain(item.where), item.name, group.key, group.steps, state)
+        return Entry(job, item.position, plain(item.where), item.name, pack, group.steps, state)
 
-    def _group(self, item: Item) -> Group:
-        """The group of an item; items with equal settings of their own share one."""
+    def _group(self, item: Item) -> tuple[str, Group]:
+        """The `pack_id` of an item, and its base and settings; the same for items with equal settings of their own."""
         words = json.dumps(dict(item.settings), sort_keys=True)
         if words not in self._known_groups:
             own = dict(item.settings)
-            self._known_groups[words] = Group(own.pop("model", None), self._settings(own))
+            group = Group(own.pop("model", None), self._settings(own))
+            self._known_groups[words] = pack_id(group.config, self._bases(group.model)), group
         return self._known_groups[words]
 
     def _look(self, item: Item, job: str) -> str:
@@ -194,14 +210,15 @@ class Batch:
             OutputExistsError: its folder has other contents, or is a link.
         """
         folder = self._out / item.name
-        state = outputs.item_state(folder, job)
-        if state == outputs.FINISHED:
+        if outputs.item_state(folder, job) == outputs.FINISHED:
             return ledgers.DONE
-        check_own(folder)
-        if state == outputs.OTHER and not self._force:
-            raise OutputExistsError(f"{folder} holds something else; `force` replaces it, or give the item a name")
+        check_free(folder, job, force=self._forces(item))
         ResultFolder.prepare(folder, overwrite=True)
         return ledgers.WAITING
+
+    def _forces(self, item: Item) -> bool:
+        """Whether the item may replace other contents of its folder."""
+        return self._force and item.name not in self._made
 
     def _is_finished(self, entry: Entry) -> bool:
         return outputs.item_state(self._out / entry.name, entry.job) == outputs.FINISHED
@@ -218,7 +235,7 @@ class Batch:
                     BadItem(entry.place, entry.name, f"{entry.error} (as before; a retry with `failed` tries again)")
                 )
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
-        self._attempts.keep(ledger.unfinished)
+        self._keep_states(ledger)
         self._total_steps = sum(entry.steps for entry in known)
         self._refresh(ledger)
         if not waiting:
@@ -226,7 +243,7 @@ class Batch:
         wanted = {entry.job for entry in waiting}
         sizes = [
             disk_bytes(self._bases(group.model), group.config, [self._pixels[job] for job in wanted.intersection(jobs)])
-            for group, jobs in self._groups.items()
+            for group, jobs in self._groups.values()
         ]
         free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)
         size += (states := max((saved for _, saved in sizes), default=0))
@@ -238,14 +255,19 @@ class Batch:
         if size > free:
             self._console.warn(f"{remark}; the run stops when the disk is full; run it again when there is room")
 
+    def _keep_states(self, ledger: Ledger) -> None:
+        """Removes the training states of items that are finished, or that failed because of their training."""
+        self._attempts.keep(lambda: ledger.unfinished(RESUMED))
+
     # Making
 
     def _make_all(self, ledger: Ledger) -> None:
         """Makes items until none is left, including items of other runners that ended."""
         while True:
-            for group in self._groups:
+            worked = False
+            for pack in self._groups:
                 self._stop.check()
-                self._work(ledger, group)
+                worked |= self._work(ledger, pack)
             self._read_progress(ledger)
             left = self._counts[ledgers.WAITING] + self._counts[ledgers.RUNNING]
             # The last item may have been shown before it was counted; a run without work shows nothing.
@@ -253,31 +275,33 @@ class Batch:
                 self._show()
             if not left:
                 return
-            if not self._counts[ledgers.WAITING]:
+            if not worked:
+                # Other runs have the rest, or there is a rest that none may claim at the moment.
                 self._stop.check()
                 time.sleep(_WAIT_S)
                 ledger.take_over()
 
-    def _work(self, ledger: Ledger, group: Group) -> None:
-        """Makes the waiting items of a group."""
-        first = self._claim(ledger, group)
+    def _work(self, ledger: Ledger, pack: str) -> bool:
+        """Makes the waiting items of a pack; returns whether there were any."""
+        first = self._claim(ledger, pack)
         if not first:
-            return
+            return False
+        group, jobs = self._groups[pack]
 
         def claims() -> Iterator[list[Assignment]]:
             claimed = first
             while claimed:
                 yield claimed
                 # If a stop was asked for, the executor saves the training states before its next step.
-                claimed = [] if self._stop.asked else self._claim(ledger, group)
+                claimed = [] if self._stop.asked else self._claim(ledger, pack)
 
         outcomes = self._executor.make(
             group,
             claims(),
-            len(self._groups[group]),
+            len(jobs),
             on_step=lambda steps: self._step(ledger, steps),
         )
-        for outcome in self._outcomes(outcomes, ledger, group):
+        for outcome in self._outcomes(outcomes, ledger, pack):
             self._book(ledger, outcome)
             self._steps += group.steps
             # From now on the item's steps count as ended.
@@ -288,29 +312,31 @@ class Batch:
         # Release items without an outcome, or the run would wait for them forever.
         ledger.release(list(self._claimed))
         self._claimed.clear()
+        return True
 
-    def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, group: Group) -> Iterator[Outcome]:
-        """The outcomes of a group; if the group as a whole fails (a damaged model), every item fails with its error."""
+    def _outcomes(self, outcomes: Iterator[Outcome], ledger: Ledger, pack: str) -> Iterator[Outcome]:
+        """The outcomes of a pack; if the pack as a whole fails (a damaged model), every item fails with its error."""
         try:
             yield from outcomes
             return
         except (OutputUnwritableError, BackendUnavailableError):
-            # Affects all groups.
+            # Affects all packs.
             raise
         except Exception as error:
             failure = failure_of(error)
-        while assignments := list(self._claimed.values()) or self._claim(ledger, group):
+        while assignments := list(self._claimed.values()) or self._claim(ledger, pack):
             for assignment in assignments:
                 yield Outcome(assignment, failure)
 
-    def _claim(self, ledger: Ledger, group: Group) -> list[Assignment]:
-        """Claims items to make; skips items that were tried before and are finished by now."""
+    def _claim(self, ledger: Ledger, pack: str) -> list[Assignment]:
+        """Claims items to make; skips items that were tried before and are finished by now, and those whose folder was
+        taken since the start."""
         begun: list[Assignment] = []
 
         def begin(entry: Entry) -> None:
             begun.append(self._assignments[entry.job](self._attempts.begin(entry.job)))
 
-        entries = ledger.claim(group.key, CLAIM, without=self._claimed, begin=begin)
+        entries = ledger.claim(pack, CLAIM, without=self._claimed, begin=begin)
         self._claimed |= {assignment.job: assignment for assignment in begun}
         for entry, assignment in zip(entries, list(begun), strict=True):
             # Another run may have published the item and ended before it updated the ledger.
@@ -318,11 +344,18 @@ class Batch:
                 begun.remove(assignment)
                 self._end(ledger, assignment, entry.seconds or 0.0)
                 self.summary.before.append(entry.name)
+                continue
+            try:
+                # Before any work on it; it is checked again when its files are published.
+                check_free(self._out / entry.name, entry.job, force=assignment.force)
+            except OutputExistsError as error:
+                begun.remove(assignment)
+                self._book(ledger, Outcome(assignment, error))
         self._refresh(ledger)
         if begun:
             # Show progress now: reading and encoding the photos comes before the first step.
             self._show()
-        return begun if begun or not entries else self._claim(ledger, group)
+        return begun if begun or not entries else self._claim(ledger, pack)
 
     def _end(self, ledger: Ledger, assignment: Assignment, seconds: float) -> None:
         """Records that an item is finished."""
@@ -337,6 +370,8 @@ class Batch:
             self._lose(ledger, assignment, error)
             return
         if error is None:
+            # First, in case the process is killed: the item's files are published.
+            self._on_made(assignment.name)
             self._end(ledger, assignment, outcome.seconds)
             self.summary.done.append(assignment.name)
             self._console.say(f"{assignment.name}: done")
@@ -350,6 +385,7 @@ class Batch:
         if again:
             self._console.say(f"{assignment.name}: {error}; tried again later", always=True)
         else:
+            self._attempts.leave(assignment.attempt)
             self._failed_jobs.add(assignment.job)
             self._fail(BadItem(self._places[assignment.job], assignment.name, str(error)))
 

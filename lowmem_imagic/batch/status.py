@@ -1,12 +1,14 @@
 """The progress of a batch, read from its ledgers without changing them; needs no torch."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..amounts import duration
 from ..errors import ConfigError
-from .ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
+from .ledger.file import DONE, EARLIER, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
 from .paths import ledgers_in
 
@@ -16,22 +18,49 @@ def ledgers_of(folder: Path) -> list[Snapshot]:
     return [seen for path in ledgers_in(folder).values() if (seen := snapshot(path)) is not None]
 
 
-def commands_of(folder: Path) -> list[Any]:
-    """The requests stored in the ledgers of a folder.
+@dataclass(frozen=True)
+class Command:
+    """A `batch run` into a folder."""
+
+    name: str
+    """Name of its note in the ledger."""
+    request: Mapping[str, Any]
+    """Its options, as plain values."""
+    unfinished: int
+    """Number of its items that are not done."""
+    last: bool
+    """Whether it was the last one with its ledger."""
+
+    def __str__(self) -> str:
+        manifest, prompt = self.request.get("manifest"), self.request.get("prompt")
+        return f"{manifest}" if prompt is None else f"{manifest} with the sentence {prompt!r}"
+
+
+def commands_of(folder: Path) -> list[Command]:
+    """The commands that have items in a folder, in the order in which they were last run.
 
     Raises:
         ConfigError: there are none.
     """
-    commands = [one.notes["command"] for one in ledgers_of(folder) if one.notes.get("command")]
+    seen = ledgers_of(folder)
+    commands = list(_commands(seen, list(_merged(folder, seen))))
     if not commands:
         raise ConfigError(f"{folder} has no ledger of a batch; run `batch run` with its options again")
     return commands
 
 
-def status(folder: Path) -> dict[str, Any]:
-    """Counts, every item's state, the runners, and the time left.
+def _commands(seen: list[Snapshot], entries: list[Entry]) -> Iterator[Command]:
+    unfinished = Counter(entry.command for entry in entries if entry.state != DONE)
+    for one in seen:
+        notes = {name: value for name, value in one.notes.items() if name.startswith(EARLIER) and value}
+        for number, (name, request) in enumerate(notes.items(), start=1):
+            yield Command(name, request, unfinished[name], number == len(notes))
 
-    Without a readable ledger, finished items are found from their files.
+
+def status(folder: Path) -> dict[str, Any]:
+    """Counts, every item's state, the runners, and the time left, for the items of all commands.
+
+    Finished items that no ledger has are found from their files.
 
     Raises:
         ConfigError: the folder is no batch's.
@@ -40,11 +69,10 @@ def status(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is no folder; name the `out` of a batch run")
     seen = ledgers_of(folder)
     entries = list(_merged(folder, seen))
-    if not seen:
-        entries = list(_from_files(folder))
-        if not entries:
-            raise ConfigError(f"{folder} has no batch in it; name the `out` of a batch run")
-    counts = {state: sum(entry.state == state for entry in entries) for state in (WAITING, RUNNING, DONE, FAILED)}
+    entries += _from_files(folder, {entry.name for entry in entries})
+    if not seen and not entries:
+        raise ConfigError(f"{folder} has no batch in it; name the `out` of a batch run")
+    counts = _counts(entries)
     runners = [runner for one in seen for runner in one.runners]
     left_s = _seconds_left(seen, entries)
     return {
@@ -63,16 +91,19 @@ def status(folder: Path) -> dict[str, Any]:
             for r in runners
         ],
         "items": [_item(entry) for entry in entries],
-        "summary": list(_summary(folder, entries, counts, runners, left_s)),
+        "summary": list(_summary(folder, entries, list(_commands(seen, entries)), runners, left_s)),
     }
+
+
+def _counts(entries: list[Entry]) -> dict[str, int]:
+    return {state: sum(entry.state == state for entry in entries) for state in (WAITING, RUNNING, DONE, FAILED)}
 
 
 def _merged(folder: Path, seen: list[Snapshot]) -> Iterator[Entry]:
     """Yields every item once, in its most advanced state in any ledger: of the whole list or of its parts."""
     furthest = {state: rank for rank, state in enumerate((DONE, RUNNING, FAILED, WAITING))}
-    entries: dict[tuple[int, str], Entry] = {}
-    for entry in (entry for one in seen for entry in one.entries):
-        place = (entry.position, entry.name)
+    entries: dict[tuple[int, str, int], Entry] = {}
+    for place, entry in (placed for one in seen for placed in _placed(one)):
         known = entries.setdefault(place, entry)
         both = [known, entry]
         if known.job != entry.job:
@@ -82,22 +113,34 @@ def _merged(folder: Path, seen: list[Snapshot]) -> Iterator[Entry]:
     yield from sorted(entries.values(), key=lambda entry: entry.position)
 
 
+def _placed(seen: Snapshot) -> Iterator[tuple[tuple[int, str, int], Entry]]:
+    """Yields the items of a ledger with their places; items of several commands with the same one are numbered."""
+    numbers = Counter[tuple[int, str]]()
+    for entry in seen.entries:
+        place = (entry.position, entry.name)
+        numbers[place] += 1
+        yield (*place, numbers[place]), entry
+
+
 def _is_of(folder: Path, job: str) -> bool:
     """Whether an item's folder is finished for this job."""
     report = report_of(folder)
     return report is not None and report["job"] == job
 
 
-def _from_files(folder: Path) -> Iterator[Entry]:
+def _from_files(folder: Path, known: Collection[str]) -> Iterator[Entry]:
+    """Yields the finished items in a folder except those of known names."""
     for position, path in enumerate(sorted(folder.iterdir())):
-        if (report := report_of(path)) is not None:
+        if path.name not in known and (report := report_of(path)) is not None:
             yield Entry(report["job"], position, "", path.name, state=DONE)
 
 
 def _seconds_left(seen: list[Snapshot], entries: list[Entry]) -> float | None:
     """The time left, from the steps left and the speed of the runners; None if it is unknown."""
     runners = [runner for one in seen for runner in one.runners if runner.seconds]
-    left = sum(entry.steps for entry in entries if entry.state in (WAITING, RUNNING))
+    # Commands with no item at work wait for a run of their own.
+    at_work = {entry.command for entry in entries if entry.state == RUNNING}
+    left = sum(entry.steps for entry in entries if entry.state in (WAITING, RUNNING) and entry.command in at_work)
     left -= sum(runner.training for runner in runners)
     rate = sum((runner.steps + runner.training) / runner.seconds for runner in runners)
     return round(max(0, left) / rate, 1) if rate else None
@@ -116,10 +159,13 @@ def _item(entry: Entry) -> dict[str, Any]:
 
 
 def _summary(
-    folder: Path, entries: list[Entry], counts: dict[str, int], runners: list[Runner], left_s: float | None
+    folder: Path, entries: list[Entry], commands: list[Command], runners: list[Runner], left_s: float | None
 ) -> Iterator[str]:
+    counts = _counts(entries)
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     yield f"{folder}: {len(entries)} items: {said}"
+    if len(commands) > 1:
+        yield from (f"{command.unfinished} not done of {command}" for command in commands if command.unfinished)
     open_items = counts[WAITING] + counts[RUNNING]
     suspended = [runner for runner in runners if runner.owner.stopped]
     seen = sum(bool(runner.owner.alive) for runner in runners) - len(suspended)

@@ -1,5 +1,6 @@
 """The command line of batches: ``lowmem-imagic batch run``, ``status``, ``retry``, ``sheet``."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,24 +50,36 @@ def run(values: dict[str, Any]) -> None:
         if asked[name] is not None:
             # `batch retry` may be run in another folder.
             asked[name] = findable(asked[name])
-    _run([Request(asked)], as_json=as_json, quiet=quiet)
+    _run([(None, Request(asked))], as_json=as_json, quiet=quiet)
 
 
 @command(batch, "batch retry", epilog="Example:  lowmem-imagic batch retry snow --failed")
 def retry(values: dict[str, Any]) -> None:
-    """Run a batch again with its options: missing items, and items that failed for lack of memory or disk."""
+    """Run a batch again with its options: missing items, and items that failed for lack of memory or disk.
+
+    It continues the last command into the folder, and any earlier one that has unfinished items.
+    """
     with importing():
         from ..batch.failures import DIVERGED, INPUT, INTERNAL, RETRIED
         from ..batch.request import Request
         from ..batch.status import commands_of
 
     folder = values["folder"]
-    # The batch's folder may have been moved. A retry does not force again.
-    requests = [Request.of(note).but(out=str(folder.absolute()), force=False) for note in commands_of(folder)]
+    commands, lost = list[tuple[str, Request]](), list[str]()
+    for one in commands_of(folder):
+        # The batch's folder may have been moved.
+        request = Request.of(one.request).but(out=str(folder.absolute()))
+        if one.last or (one.unfinished and os.path.lexists(request["manifest"])):
+            commands.append((one.name, request))
+        elif one.unfinished:
+            lost.append(f"{one.unfinished} not done of {one}, which is not there any more")
     # Skip parts of a list that was also run as a whole.
-    requests = [one for one in requests if one["shard"] is None or one.but(shard=None) not in requests]
+    wholes = [one.but(force=False) for _, one in commands if one["shard"] is None]
+    commands = [
+        (name, one) for name, one in commands if one["shard"] is None or one.but(shard=None, force=False) not in wholes
+    ]
     again = (*RETRIED, INPUT, DIVERGED, INTERNAL) if values["failed"] else RETRIED
-    _run(requests, retry=again, as_json=values["json"], quiet=values["quiet"])
+    _run(commands, retry=again, as_json=values["json"], quiet=values["quiet"], warnings=lost)
 
 
 @command(batch, "batch status", epilog="Example:  lowmem-imagic batch status snow --json")
@@ -85,8 +98,23 @@ def sheet(values: dict[str, Any]) -> None:
     print_report(write_overview(values["folder"], force=values["force"]), values["json"])
 
 
-def _run(requests: Sequence[Any], *, retry: Any = None, as_json: bool, quiet: bool) -> None:
-    """Runs batches one after the other, prints their summary, and ends with their common exit code."""
+def _run(
+    commands: Sequence[tuple[str | None, Any]],
+    *,
+    retry: Any = None,
+    as_json: bool,
+    quiet: bool,
+    warnings: Sequence[str] = (),
+) -> None:
+    """Runs batches one after the other, prints their summary, and ends with their common exit code.
+
+    Args:
+        commands: the name of the stored command that each continues, or None, and its request.
+        retry: kinds of failure to try again; None for the usual ones.
+        as_json: print the summary as JSON.
+        quiet: show warnings only.
+        warnings: shown first.
+    """
     with importing():
         from ..actions import console as consoles
         from ..batch.failures import RETRIED
@@ -95,12 +123,15 @@ def _run(requests: Sequence[Any], *, retry: Any = None, as_json: bool, quiet: bo
         from ..batch.stopping import listening
 
     total = Summary(0)
+    for warning in warnings:
+        consoles.Console(quiet=quiet).warn(warning)
     with listening() as stop:
-        for request in requests:
+        for name, request in commands:
             console = consoles.Console(quiet=quiet, wording=with_flags)
-            total += run_batch(request, console, stop, retry=RETRIED if retry is None else retry)
+            again = RETRIED if retry is None else retry
+            total += run_batch(request, console, stop, retry=again, continues=name)
     before = f", {len(total.before)} of them done before" if total.before else ""
-    done, out = len(total.done) + len(total.before), requests[0]["out"]
+    done, [out, *_] = len(total.done) + len(total.before), [one["out"] for _, one in commands]
     summary = f"{out}: {done} of {total.total} done{before}, {len(total.failed)} failed"
     print_report({"out": out, **total.as_json(), "summary": [summary]}, as_json)
     if total.failed:

@@ -77,6 +77,23 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
         raise OutputUnwritableError(f"cannot write {str(target)!r}: {error}") from error
 
 
+def link_new(source: Path, target: Path) -> None:
+    """Gives a file a second name, unless something has that name; where links do not exist, the file is renamed.
+
+    Raises:
+        FileExistsError: something has the name.
+        OSError: the name cannot be given.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        os.replace(source, target)
+
+
 def make_folder(path: Path, *, parents: bool = True) -> None:
     """Creates a folder and its parents durably: they survive a power cut.
 

@@ -92,10 +92,10 @@ class Batches:
         Raises:
             LowmemImagicError: it cannot be continued.
         """
-        [request, *_] = commands_of(batch.results)
+        [*_, last] = commands_of(batch.results)
         # The folder may have been moved.
         moved = {"manifest": str(batch.path / "list.jsonl"), "out": str(batch.results), "force": False}
-        self._run(visitor, batch, {**request, **moved})
+        self._run(visitor, batch, {**last.request, **moved})
 
     def _run(self, visitor: Visitor, batch: BatchFolder, request: Mapping[str, Any]) -> None:
         if batch.busy:

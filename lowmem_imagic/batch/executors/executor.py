@@ -1,10 +1,7 @@
 """The interface between a batch and its executors; needs no torch."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,16 +25,11 @@ OnStep = Callable[[list[int]], None]
 
 @dataclass(frozen=True)
 class Group:
-    """The common base and settings of the items of a pack."""
+    """The common base and settings of the items of a pack, as the executor takes them; see also `jobs.pack_id`."""
 
     model: str | None
     """Name of the base model, None for the run's own."""
     config: EditConfig
-
-    @cached_property
-    def key(self) -> str:
-        """A hash of base and settings."""
-        return hashlib.sha256(json.dumps([self.model, self.config.to_dict()], sort_keys=True).encode()).hexdigest()
 
     @property
     def steps(self) -> int:
@@ -60,6 +52,8 @@ class Assignment:
     attempt: Attempt
     """This run's attempt at it."""
     warnings: tuple[str, ...] = ()
+    force: bool = False
+    """Whether its folder may be replaced though it has other contents."""
 
 
 @dataclass(frozen=True)

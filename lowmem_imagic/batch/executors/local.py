@@ -225,6 +225,7 @@ class _Pack:
         if isinstance(result, LowmemImagicError):
             return Outcome(assignment, result)
         attempt, folder = assignment.attempt, self._out / assignment.name
+        job, force = assignment.job, assignment.force
         if not attempt.current:
             return Outcome(assignment, lost=True)
         # Include the fallbacks of earlier packs that ran out of memory.
@@ -242,13 +243,13 @@ class _Pack:
             except Exception as error:
                 if isinstance(error, OutputUnwritableError) or name not in results.files:
                     raise
-                if not publishing.publish(attempt, results, folder, assignment.job, None):
+                if not publishing.publish(attempt, results, folder, job, None, force=force):
                     return Outcome(assignment, lost=True)
                 return Outcome(assignment, failure_of(error, f"the edit itself is finished: {folder / name}"))
             render_s = round(time.perf_counter() - started, 3)
             report |= {"rungs": edit.measured["rungs"], "seconds": {"render": render_s}}
-            report |= {"job": assignment.job, "finished": True, "sha256": results.digests()}
-            if not publishing.publish(attempt, results, folder, assignment.job, report):
+            report |= {"job": job, "finished": True, "sha256": results.digests()}
+            if not publishing.publish(attempt, results, folder, job, report, force=force):
                 return Outcome(assignment, lost=True)
         except OutputUnwritableError as error:
             if not attempt.current:

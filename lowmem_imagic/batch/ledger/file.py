@@ -23,7 +23,11 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-VERSION = 1
+VERSION = 2
+BAD = "bad "
+"""Beginning of the job of an item that cannot be run."""
+EARLIER = "command"
+"""Command of all items in a ledger of version 1, which knew only one: the name of its note."""
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 BUSY_S = 60.0
 """Longest wait for the changes of other processes."""
@@ -44,10 +48,17 @@ CREATE TABLE IF NOT EXISTS runners (
 CREATE TABLE IF NOT EXISTS jobs (
     job TEXT PRIMARY KEY, position INTEGER NOT NULL, place TEXT NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
     steps INTEGER NOT NULL, state TEXT NOT NULL CHECK (state IN ('{WAITING}', '{RUNNING}', '{DONE}', '{FAILED}')),
-    attempts INTEGER NOT NULL DEFAULT 0, kind TEXT, error TEXT, runner INTEGER, seconds REAL
+    attempts INTEGER NOT NULL DEFAULT 0, kind TEXT, error TEXT, runner INTEGER, seconds REAL,
+    command TEXT NOT NULL DEFAULT '{EARLIER}'
 );
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, settings, position);
 PRAGMA user_version = {VERSION};
+"""
+_TO_VERSION_2 = f"""
+BEGIN IMMEDIATE;
+ALTER TABLE jobs ADD COLUMN command TEXT NOT NULL DEFAULT '{EARLIER}';
+PRAGMA user_version = 2;
+COMMIT;
 """
 
 
@@ -64,7 +75,7 @@ class Entry:
     name: str
     """Name of its folder."""
     settings: str = ""
-    """Key of its settings; items with equal keys share a pack."""
+    """Hash of its base and settings, a function of the job's inputs; items with equal ones share a pack."""
     steps: int = 0
     """Number of its training steps."""
     state: str = WAITING
@@ -74,6 +85,9 @@ class Entry:
     error: str | None = None
     seconds: float | None = None
     """Seconds of training and rendering."""
+    command: str = EARLIER
+    """The command that asked for it last, as the name of its note; "" if none does any more, and the row stands for a
+    training state that may be of use again."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,7 @@ class Snapshot:
     entries: tuple[Entry, ...]
     runners: tuple[Runner, ...]
     notes: Mapping[str, Any]
+    """Plain values by name, in the order in which they were stored."""
 
 
 def snapshot(path: Path) -> Snapshot | None:
@@ -121,7 +136,10 @@ def snapshot(path: Path) -> Snapshot | None:
             address = f"{path.absolute().as_uri()}?mode={mode}"
             with contextlib.closing(sqlite3.connect(address, uri=True, timeout=BUSY_S)) as database:
                 database.execute("BEGIN")
-                notes = {name: json.loads(value) for name, value in database.execute("SELECT name, value FROM notes")}
+                notes = {
+                    name: json.loads(value)
+                    for name, value in database.execute("SELECT name, value FROM notes ORDER BY rowid")
+                }
                 runners = tuple(r for r in runners_in(database) if r.owner.alive is not False)
                 at_work = {runner.id for runner in runners}
                 runner_of = dict(database.execute(f"SELECT job, runner FROM jobs WHERE state = '{RUNNING}'"))
@@ -130,6 +148,7 @@ def snapshot(path: Path) -> Snapshot | None:
                     if entry.job in runner_of and runner_of[entry.job] not in at_work
                     else entry
                     for entry in entries_in(database)
+                    if entry.command
                 )
                 return Snapshot(tuple(entries), runners, notes)
         except (sqlite3.Error, ValueError):
@@ -289,7 +308,9 @@ def _open(path: Path) -> sqlite3.Connection:
             )
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        if version != VERSION:
+        if version == 1:
+            database.executescript(_TO_VERSION_2)
+        elif version != VERSION:
             # The schema sets the version last: with the right version all tables exist, and no lock is needed.
             database.executescript(_SCHEMA)
     except BaseException:
@@ -299,7 +320,10 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def entries_in(database: sqlite3.Connection, where: str = "") -> list[Entry]:
-    return [Entry(*row) for row in database.execute(f"{SELECT} {where} ORDER BY position, place")]
+    # A snapshot may be of a ledger of version 1, which lacks the last field.
+    there = {name for _, name, *_ in database.execute("PRAGMA table_info(jobs)")}
+    fields = ", ".join(name for name in FIELDS if name in there)
+    return [Entry(*row) for row in database.execute(f"SELECT {fields} FROM jobs {where} ORDER BY position, place")]
 
 
 def runners_in(database: sqlite3.Connection) -> list[Runner]:

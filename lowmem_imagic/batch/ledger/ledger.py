@@ -1,7 +1,11 @@
 """The ledger: runners and the states of items, in a sqlite file that several processes share.
 
 The ledger is a cache. The verified files of an item decide whether it is finished (`outputs`); a lost or damaged ledger
-is made anew from them. Only the counts of attempts and the errors are lost with it.
+is made anew from them. Only the counts of attempts, the errors and the training states of other commands are lost with
+it.
+
+Several commands may work in one folder, one after the other or at the same time. Each item belongs to the command that
+asked for it last, and stays when another command is run.
 """
 
 import contextlib
@@ -18,7 +22,9 @@ from ...errors import OutputUnwritableError
 from ...storage.failpoints import reach
 from . import file as ledger_file
 from .file import (
+    BAD,
     DONE,
+    EARLIER,
     FAILED,
     FIELDS,
     LEASE_S,
@@ -100,27 +106,33 @@ class Ledger:
         self.close()
 
     def register(
-        self, entries: Sequence[Entry], *, finished: Callable[[Entry], bool], retry: Sequence[str] = ()
+        self,
+        entries: Sequence[Entry],
+        *,
+        finished: Callable[[Entry], bool],
+        retry: Sequence[str] = (),
+        command: str = EARLIER,
+        states: Collection[str] = (),
     ) -> None:
         """Adds the items of this run to the ledger.
 
-        Removes items of other runs if no other runner is at work.
+        If no other runner is at work, it forgets what these items replace, see `_forget`.
 
         Args:
             entries: the items with their state: `WAITING`, `DONE` or `FAILED`.
             finished: checks an item again that another runner has marked as finished meanwhile.
             retry: kinds of failure to try again.
+            command: name of the command that asks for them.
+            states: jobs with a training state on disk.
         """
         with self._changing() as database:
             self._take_over(database)
             before = {entry.job: entry for entry in entries_in(database)}
-            if not self._others(database):
-                database.execute(f"DELETE FROM jobs WHERE state != '{RUNNING}'")
             database.execute("CREATE TEMP TABLE IF NOT EXISTS mine (job TEXT PRIMARY KEY)")
             database.execute("DELETE FROM mine")
             for entry in entries:
                 known = before.get(entry.job)
-                values = {name: getattr(entry, name) for name in FIELDS}
+                values = {name: getattr(entry, name) for name in FIELDS} | {"command": command}
                 if known is not None:
                     values |= {"attempts": known.attempts, "seconds": known.seconds}
                     if known.state == RUNNING and entry.state == WAITING:
@@ -134,6 +146,36 @@ class Ledger:
                 added = f"INSERT INTO jobs ({', '.join(FIELDS)}) VALUES ({marks})"
                 database.execute(f"{added} ON CONFLICT (job) DO UPDATE SET {changes}", values)
                 database.execute("INSERT OR IGNORE INTO mine VALUES (?)", (entry.job,))
+            if not self._others(database):
+                self._forget(database, command, states)
+
+    def _forget(self, database: sqlite3.Connection, command: str, states: Collection[str]) -> None:
+        """Forgets items that this run's items replace, and commands without items.
+
+        These are the earlier items of the same command, except finished ones that its list no longer has, and items of
+        other commands whose folder an item of this run gets. An unfinished one with a training state stays in the
+        ledger without a command, until a job of its folder is finished.
+        """
+        database.execute("CREATE TEMP TABLE IF NOT EXISTS saved (job TEXT PRIMARY KEY)")
+        database.execute("DELETE FROM saved")
+        database.executemany("INSERT OR IGNORE INTO saved VALUES (?)", [(job,) for job in states])
+        own = "SELECT name FROM jobs WHERE job IN (SELECT job FROM mine)"
+        # An item that cannot be run leaves a folder as it is.
+        gets = f"{own} AND NOT (job LIKE '{BAD}%')"
+        replaced = (
+            f"state != '{RUNNING}' AND job NOT IN (SELECT job FROM mine) AND ("
+            f"(command = :command AND (state != '{DONE}' OR name IN ({own}))) OR name IN ({gets}))"
+        )
+        database.execute(f"UPDATE jobs SET command = '' WHERE {replaced}", {"command": command})
+        done = f"SELECT name FROM jobs WHERE state = '{DONE}' AND command != ''"
+        database.execute(
+            f"DELETE FROM jobs WHERE command = '' AND (state = '{DONE}' OR name IN ({done}) "
+            "OR job NOT IN (SELECT job FROM saved))"
+        )
+        database.execute(
+            f"DELETE FROM notes WHERE name LIKE '{EARLIER}%' AND name != ? AND name NOT IN (SELECT command FROM jobs)",
+            (command,),
+        )
 
     def claim(
         self,
@@ -148,7 +190,7 @@ class Ledger:
         If other runners are at work, it claims at most a share of the waiting items, so that all finish together.
 
         Args:
-            settings: key of the items' settings.
+            settings: the items' `Entry.settings`.
             most: most items to claim.
             without: jobs that this runner is working on; another runner may have taken them over unnoticed.
             begin: called for each item before the claim becomes visible to others.
@@ -217,11 +259,17 @@ class Ledger:
         with self._reading() as database:
             return entries_in(database, "WHERE job IN (SELECT job FROM mine)")
 
-    def unfinished(self) -> list[str]:
-        """Jobs that are waiting or running, those of other runs included."""
-        query = f"SELECT job FROM jobs WHERE state IN ('{WAITING}', '{RUNNING}')"
+    def unfinished(self, failed: Sequence[str] = ()) -> list[str]:
+        """Jobs that are waiting or running, or failed in one of these kinds; those of other runs and commands included,
+        unless another job of the item's folder is finished."""
+        kinds = ", ".join("?" * len(failed))
+        query = (
+            "SELECT job FROM jobs WHERE "
+            f"(state IN ('{WAITING}', '{RUNNING}') OR state = '{FAILED}' AND kind IN ({kinds})) "
+            f"AND (command != '' OR name NOT IN (SELECT name FROM jobs WHERE state = '{DONE}'))"
+        )
         with self._reading() as database:
-            return [job for [job] in database.execute(query)]
+            return [job for [job] in database.execute(query, list(failed))]
 
     def counts(self) -> dict[str, int]:
         """The number of this run's items by state."""
