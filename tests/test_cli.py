@@ -607,6 +607,7 @@ def test_all_settings_problems_at_once(run, photo):
         (["--device", "toaster"], "device"),
         (["--base-weights", "int2"], "--base-weights is"),
         (["--attention", "flash"], "attention"),
+        (["--base-weights", "fp32", "--compute", "bf16"], "--compute is 'bf16' and --base-weights is 'fp32'"),
     ],
 )
 def test_unknown_words(photo, tiny_folder, words, part):

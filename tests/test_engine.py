@@ -27,7 +27,7 @@ from lowmem_imagic import (
     planned,
     preset,
 )
-from lowmem_imagic.engine.device import pick_dtype
+from lowmem_imagic.engine.device import COMPUTE_TYPES, pick_dtype
 from lowmem_imagic.errors import BaseInUseError, ConfigError, MemoryLimitError
 from lowmem_imagic.training import loop
 from tests import calls
@@ -244,6 +244,19 @@ def test_an_unknown_type(tiny_folder: Path) -> None:
     """An unknown type is refused, with a list of the valid ones."""
     with pytest.raises(ConfigError, match="`compute` is 'fp8', expected one of auto, bf16, fp16, fp32"):
         BaseModel.load(str(tiny_folder), device="cpu", compute="fp8")
+
+
+@pytest.mark.parametrize(("weights", "compute"), [("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "fp32")])
+def test_a_format_that_the_arithmetic_would_change(
+    weights: str, compute: str, load_base: Callable[..., BaseModel]
+) -> None:
+    """A base has its weights in the named format, so arithmetic of another type is refused for bf16 and fp32; 8 bits
+    compute in any type."""
+    with pytest.raises(ConfigError, match=f"`compute` is '{compute}' and `base_weights` is '{weights}'"):
+        load_base(weights=weights, compute=compute)
+    base = load_base(weights=weights, compute=weights)
+    assert {weight.dtype for weight in calls.unet(base).parameters()} == {COMPUTE_TYPES[weights]}
+    assert load_base(compute=compute).dtype == COMPUTE_TYPES[compute]
 
 
 def distance(edit: Edit, other: Edit) -> float:

@@ -272,8 +272,8 @@ def doctor(values: dict[str, Any]) -> None:
 
     if values["plan"]:
         amounts = [amount for amount in values["vram"].split(",") if amount]
-        config, speed = preset(values["preset"]), speed_here()
-        weights = values["base_weights"]
+        config, weights = preset(values["preset"]), values["base_weights"]
+        speed = speed_here(weights=weights)
         fitting = plans(values["model"], amounts, config, size_px=values["size"], weights=weights, speed=speed)
         if values["json"]:
             put(json.dumps(fitting, indent=2))

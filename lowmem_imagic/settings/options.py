@@ -123,7 +123,8 @@ _SOURCE_HELP = (
 )
 _SCHEDULER_HELP = "diffusers scheduler: DDIM, EulerDiscrete, DPMSolverMultistep, ...; for klein FireFlow or Euler"
 _COMPUTE_HELP = (
-    "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs"
+    "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs; "
+    "a base in bf16 or fp32 computes in that type"
 )
 _CONFIG_HELP = (
     "model whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; "

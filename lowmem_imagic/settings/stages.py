@@ -22,7 +22,8 @@ MAX_EXPRESSION = 1000
 _ENDINGS = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(, *[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)*")
 WEIGHT_FORMATS = ("int8", "nf4", "bnb-int8", "bf16", "fp32")
 """Formats of the frozen network. ``int8`` and ``nf4``: `layers.frozen`. ``bnb-int8``: stock bitsandbytes, linear layers
-only."""
+only. ``bf16`` and ``fp32``: every weight in the type of the arithmetic, which is then the named one."""
+_UNQUANTISED = ("bf16", "fp32")
 ATTENTION = ("auto", "xformers", "sdpa")
 COMPUTE = ("auto", "bf16", "fp16", "fp32")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
@@ -68,6 +69,12 @@ def base_problems(*, device: str, weights: str | None, attention: str, compute: 
         problems.append(f"`attention` is {attention!r}, expected one of {', '.join(ATTENTION)}")
     if compute not in COMPUTE:
         problems.append(f"`compute` is {compute!r}, expected one of {', '.join(COMPUTE)}")
+    elif weights in _UNQUANTISED and compute not in ("auto", weights):
+        # The weights would be rounded to the type of the arithmetic, or take more memory than their format.
+        problems.append(
+            f"`compute` is {compute!r} and `base_weights` is {weights!r}, expected the same type, as a base in "
+            f"{' or '.join(_UNQUANTISED)} computes in it; leave `compute` out, or take `base_weights=int8`"
+        )
     return problems
 
 
