@@ -469,6 +469,12 @@ def test_doctor_refuses_what_is_no_plan(run, tiny_folder):
     _fails(run("doctor", "--plan", "--model", "nowhere", model=False), 1, "no model 'nowhere'")
 
 
+def test_doctor_refuses_options_of_a_plan_without_one(run):
+    """Options that change only a plan are refused without --plan, as they would have no effect."""
+    words = ["--vram", "3GB", "--preset", "fast", "--size", 64, "--base-weights", "nf4", "--json"]
+    _fails(run("doctor", *words, model=False), 2, "--preset, --base-weights, --size, --vram without --plan")
+
+
 @pytest.mark.process
 def test_memory_is_planned_for(run, photo, tmp_path):
     """With --vram the report has the plan, its predicted phases and no rung; too little is refused before any work."""

@@ -128,7 +128,7 @@ _COMPUTE_HELP = (
 )
 _CONFIG_HELP = (
     "model whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; "
-    "needed for SD 2.x and for models of another shape"
+    "needed for files of SD 2.x and of another shape"
 )
 _VAE_HELP = "folder whose autoencoder is taken, such as for a file with only a UNet or transformer"
 _TEXT_FROM_HELP = "folder whose text encoders are taken, such as for a file with only a UNet or transformer"
