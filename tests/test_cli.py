@@ -584,6 +584,7 @@ def test_layers_are_chosen_by_an_expression(run, photo):
     assert all(re.fullmatch("lora_unet_mid_block_.*attn2_to_[qk]", layer) for layer in edit.adapters["unet"])
     assert run("sample", "e.safetensors", "--etas", "1", "--steps-sample", 2, "--quiet").exit_code == 0
     _fails(run(*words, "--force", "--adapt", "attnn"), 2, "--adapt is 'attnn', which covers no layer")
+    _fails(run(*words, "--force", "--adapt", "to_q,to_vv"), 2, "but to_vv covers no layer", "to_v, to_out.0")
 
 
 def test_all_settings_problems_at_once(run, photo):

@@ -13,7 +13,7 @@ from ..engine.base import BaseModel
 from ..engine.memory import Meter
 from ..errors import DivergenceError, LowmemImagicError, NonFiniteTensorError, TensorValueError
 from ..families.family import Denoiser
-from ..layers.adapter_pack import Factors, target_modules
+from ..layers.adapter_pack import Factors, check_endings, target_modules
 from ..layers.truncation import energy, truncated
 from ..settings.stages import ADAPT_TARGETS, EditConfig, FinetuneConfig
 from ..training.pack import Pack, StageProgress, TrainedEdit
@@ -139,13 +139,15 @@ def _check_layers(base: BaseModel, config: FinetuneConfig) -> None:
     """Checks that the base has the layers to adapt, before any weights are read.
 
     Raises:
-        ConfigError: it has none, or they cannot be adapted.
+        ConfigError: it has none, or they cannot be adapted, or a part of `adapt` covers none.
     """
     if config.adapt in ADAPT_TARGETS:
         return
-    for denoiser in base.denoisers:
-        network = denoiser.load(weights=base.weights, device=torch.device("meta"), dtype=base.dtype)
-        target_modules(network, denoiser.names, config.adapt, config.blocks)
+    meta = torch.device("meta")
+    networks = [(one.load(weights=base.weights, device=meta, dtype=base.dtype), one.names) for one in base.denoisers]
+    for network, names in networks:
+        target_modules(network, names, config.adapt, config.blocks)
+    check_endings(networks, config.adapt, config.blocks)
 
 
 def _edit(
