@@ -35,7 +35,7 @@ def make_edits(
     """The edits of some jobs, in their order; see `stream_edits`.
 
     Raises:
-        DivergenceError: a stage's loss is no longer finite.
+        DivergenceError: a stage's loss is no longer finite, or all its steps overflowed in fp16.
         NonFiniteModelError: a part of the base gives NaN or infinity.
     """
     edits: dict[int, Edit] = {}
