@@ -324,6 +324,20 @@ def test_an_edit_whose_steps_all_overflowed_fails(
         make_edits(load_base(compute="fp16"), jobs[:1], config)
 
 
+def test_stock_bitsandbytes_trains_one_edit_at_a_time(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
+    """Edits on a base in bnb-int8 have the bits that they have alone, however many may train at once."""
+    base = load_base(weights="bnb-int8")
+    most = list[int]()
+    groups = stream_edits(base, jobs, CONFIG, slots=2, between=lambda pack: most.append(len(pack.in_slots)))
+    together = dict(one for group in groups for one in group)
+    assert set(most) == {1}
+    for number, job in enumerate(jobs):
+        [alone] = make_edits(base, [job], CONFIG)
+        edit = together[number]
+        assert isinstance(edit, Edit) and edit.adapters == alone.adapters
+        assert distance(edit, alone) == 0
+
+
 def test_small_gradients_reach_fp16(
     load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

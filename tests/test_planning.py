@@ -640,6 +640,15 @@ def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeyp
         base.decode(torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE))
 
 
+def test_a_plan_for_stock_bitsandbytes_has_one_slot(predicted: Costs) -> None:
+    """Photos on a base in bnb-int8 train one at a time, where the memory holds several at once."""
+    slots = {
+        weights: plan(predicted, CONFIG, budget_bytes=20_000_000, jobs=3, beside=True, weights=weights).slots
+        for weights in ("int8", "bnb-int8")
+    }
+    assert slots == {"int8": 3, "bnb-int8": 1}
+
+
 def test_a_plan_for_a_card_has_the_named_format(load_base: Callable[..., Any], tiny_folder: Path) -> None:
     """The plan of a base in bf16 or fp32 counts the bytes that its weights take when they are loaded."""
     for weights in ("bf16", "fp32"):

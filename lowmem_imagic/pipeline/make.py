@@ -15,7 +15,7 @@ from ..errors import DivergenceError, LowmemImagicError, NonFiniteTensorError, T
 from ..families.family import Denoiser
 from ..layers.adapter_pack import Factors, check_endings, target_modules
 from ..layers.truncation import energy, truncated
-from ..settings.stages import ADAPT_TARGETS, EditConfig, FinetuneConfig
+from ..settings.stages import ADAPT_TARGETS, ONE_AT_A_TIME, EditConfig, FinetuneConfig
 from ..training.pack import Pack, StageProgress, TrainedEdit
 from ..training.run import tail
 from .prepare import EncodedPhoto, Job, Prepared
@@ -71,7 +71,8 @@ def stream_edits(
         jobs: photos and sentences, or an iterator of groups of them. The next group is asked for when a slot is free
             and the group before is used up; a group is encoded together.
         config: settings of all three stages (the third is recorded in the edits).
-        slots: most edits in training at once; None is all jobs of a sequence, and 1 for an iterator.
+        slots: most edits in training at once; None is all jobs of a sequence, and 1 for an iterator. A base in a
+            format of `ONE_AT_A_TIME` trains one.
         max_rows: most rows of a pass, None for no limit; a `planning.Plan` chooses it and the slots.
         progress: called after every step: by stage for one job, else for all jobs together ("train").
         meter: collects seconds and peak bytes of each stage.
@@ -104,6 +105,8 @@ def stream_edits(
     prepared = Prepared(base, config, meter, groups, progress if count == 1 else preparing)
     if (first := next(prepared, None)) is None:
         return
+    if base.weights in ONE_AT_A_TIME:
+        slots = 1
     pack = Pack(
         base,
         chain([first], prepared),
