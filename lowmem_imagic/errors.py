@@ -213,7 +213,7 @@ class OutputUnwritableError(OutputError):
 
 
 class DivergenceError(LowmemImagicError):
-    """A training stage's loss is no longer finite; a lower learning rate helps."""
+    """A training stage's loss is no longer finite, where a lower learning rate helps; or all its steps overflowed."""
 
 
 class MemoryLimitError(LowmemImagicError):

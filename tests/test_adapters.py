@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowmem_imagic.errors import ConfigError
 from lowmem_imagic.families.adapter_names import TARGETS, kohya_key
 from lowmem_imagic.layers import lora as adapter_layers
-from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors, target_modules
+from lowmem_imagic.layers.adapter_pack import AdapterPack, Factors, check_endings, target_modules
 from lowmem_imagic.planning.counting import Counts
 from lowmem_imagic.settings.stages import ADAPT_TARGETS
 from tests import calls
@@ -380,6 +380,17 @@ def test_an_expression_that_covers_no_such_layers_is_refused(
     with pytest.raises(ConfigError, match=reason) as caught:
         target_modules(stable_diffusion, calls.NAMES, adapt)
     assert caught.value.settings == ("adapt",) and repr(adapt) in str(caught.value)
+
+
+def test_every_ending_covers_a_layer_of_some_network(stable_diffusion: nn.Module) -> None:
+    """An ending that covers no layer is refused by name, with the endings that there are, though others cover some; in
+    a cascade it may be of one network alone."""
+    other = nn.ModuleDict({"to_q": nn.Linear(2, 2), "only_here": nn.Linear(2, 2)})
+    networks = [(stable_diffusion, calls.NAMES), (other, calls.NAMES)]
+    check_endings(networks, "to_q,only_here,mid_block.resnets.0.conv1")
+    with pytest.raises(ConfigError, match=r"but to_vv, o_q covers no layer.*to_out\.0.*net\.2.*only_here") as caught:
+        check_endings(networks, "to_q,to_vv,o_q")
+    assert caught.value.settings == ("adapt",)
 
 
 def test_choices_are_those_of_the_settings() -> None:

@@ -100,6 +100,14 @@ def test_a_revision_of_what_is_not_on_the_hub(kind: str, tiny_folder: Path) -> N
         BaseModel.load(name, revision="main", device="cpu")
 
 
+@pytest.mark.parametrize("kind", ["demo", "folder", "short name", "Hub id"])
+def test_a_configuration_for_what_is_not_one_file(kind: str, tiny_folder: Path) -> None:
+    """A configuration for a model that has its own is refused before a download, not silently left out."""
+    names = {"demo": "demo", "folder": str(tiny_folder), "short name": "sd21", "Hub id": "someone/nothing"}
+    with pytest.raises(ConfigError, match=r"`model_config` is 'sd21', but .* is not one .safetensors file"):
+        BaseModel.load(names[kind], config_folder="sd21", device="cpu")
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".pkl"])
 def test_pickles_are_never_opened(suffix: str, tmp_path: Path) -> None:
     """A pickled checkpoint is refused by its name alone, with the reason; its bytes are not read."""

@@ -496,6 +496,12 @@ def test_doctor_refuses_what_is_no_plan(run, tiny_folder):
     _fails(run("doctor", "--plan", "--model", "nowhere", model=False), 1, "no model 'nowhere'")
 
 
+def test_doctor_refuses_options_of_a_plan_without_one(run):
+    """Options that change only a plan are refused without --plan, as they would have no effect."""
+    words = ["--vram", "3GB", "--preset", "fast", "--size", 64, "--base-weights", "nf4", "--json"]
+    _fails(run("doctor", *words, model=False), 2, "--preset, --base-weights, --size, --vram without --plan")
+
+
 @pytest.mark.process
 def test_memory_is_planned_for(run, photo, tmp_path):
     """With --vram the report has the plan, its predicted phases and no rung; too little is refused before any work."""
@@ -605,6 +611,7 @@ def test_layers_are_chosen_by_an_expression(run, photo):
     assert all(re.fullmatch("lora_unet_mid_block_.*attn2_to_[qk]", layer) for layer in edit.adapters["unet"])
     assert run("sample", "e.safetensors", "--etas", "1", "--steps-sample", 2, "--quiet").exit_code == 0
     _fails(run(*words, "--force", "--adapt", "attnn"), 2, "--adapt is 'attnn', which covers no layer")
+    _fails(run(*words, "--force", "--adapt", "to_q,to_vv"), 2, "but to_vv covers no layer", "to_v, to_out.0")
 
 
 def test_all_settings_problems_at_once(run, photo):
@@ -634,6 +641,7 @@ def test_all_settings_problems_at_once(run, photo):
         (["--device", "toaster"], "device"),
         (["--base-weights", "int2"], "--base-weights is"),
         (["--attention", "flash"], "attention"),
+        (["--base-weights", "fp32", "--compute", "bf16"], "--compute is 'bf16' and --base-weights is 'fp32'"),
     ],
 )
 def test_unknown_words(photo, tiny_folder, words, part):

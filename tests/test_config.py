@@ -165,9 +165,9 @@ def test_strength_out_of_range(strength):
         SampleConfig(strength=strength)
 
 
-@pytest.mark.parametrize("text", ["", "half", "down=", "left=1", "down=1,2", "down=0.5;up=1", "down=1=2"])
+@pytest.mark.parametrize("text", ["", "half", "down=", "left=1", "down=1,2", "down=0.5;up=1", "down=1=2", "up=1,up=0"])
 def test_strength_that_cannot_be_read(text):
-    """Words that are no strength are refused with both forms it may take."""
+    """Words that are no strength, or name a block twice, are refused with both forms it may take."""
     with pytest.raises(ConfigError, match=r"0.8 or down=0.5,mid=1,up=1.2"):
         parse_strength(text)
 

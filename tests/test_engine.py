@@ -26,10 +26,12 @@ from lowmem_imagic import (
     plan_for,
     planned,
     preset,
+    stream_edits,
 )
-from lowmem_imagic.engine.device import pick_dtype
-from lowmem_imagic.errors import BaseInUseError, ConfigError, MemoryLimitError
+from lowmem_imagic.engine.device import COMPUTE_TYPES, pick_dtype
+from lowmem_imagic.errors import BaseInUseError, ConfigError, DivergenceError, MemoryLimitError
 from lowmem_imagic.training import loop
+from lowmem_imagic.training.state import TrainingState
 from tests import calls
 
 CONFIG = preset(
@@ -246,6 +248,19 @@ def test_an_unknown_type(tiny_folder: Path) -> None:
         BaseModel.load(str(tiny_folder), device="cpu", compute="fp8")
 
 
+@pytest.mark.parametrize(("weights", "compute"), [("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "fp32")])
+def test_a_format_that_the_arithmetic_would_change(
+    weights: str, compute: str, load_base: Callable[..., BaseModel]
+) -> None:
+    """A base has its weights in the named format, so arithmetic of another type is refused for bf16 and fp32; 8 bits
+    compute in any type."""
+    with pytest.raises(ConfigError, match=f"`compute` is '{compute}' and `base_weights` is '{weights}'"):
+        load_base(weights=weights, compute=compute)
+    base = load_base(weights=weights, compute=weights)
+    assert {weight.dtype for weight in calls.unet(base).parameters()} == {COMPUTE_TYPES[weights]}
+    assert load_base(compute=compute).dtype == COMPUTE_TYPES[compute]
+
+
 def distance(edit: Edit, other: Edit) -> float:
     """Distance of two edits' e_opt, as a share of how far the second is from its sentence's own."""
     return float((edit.conditioning["embeds"].float() - other.conditioning["embeds"].float()).norm())
@@ -265,21 +280,62 @@ def test_fp16_trains_what_fp32_trains(load_base: Callable[..., BaseModel], jobs:
 
 
 def test_an_overflow_in_fp16_skips_a_step(
-    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+    load_base: Callable[..., BaseModel],
+    jobs: list[Job],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A loss scale too large for fp16 costs steps, which the edit counts, and ends no edit."""
+    """A loss scale too large for fp16 costs steps, which the edit counts, also over a stop, and ends no edit; there is
+    a warning if they are many."""
     config = preset(
         "fast",
         {"embed": {"steps": 12, "draws": 2}, "finetune": {"steps": 12, "draws": 2}, "sample": {"start": "photo"}},
     )
     usual = make_edits(load_base(compute="fp16"), jobs[:1], config)[0]
+    assert not caplog.text
     monkeypatch.setattr(loop, "FIRST_SCALE", 2.0**24)
-    [edit] = make_edits(load_base(compute="fp16"), jobs[:1], config)
+    base, states = load_base(compute="fp16"), list[TrainingState]()
+    [[(_, edit)]] = stream_edits(
+        base, jobs[:1], config, between=lambda pack: states.extend(state for _, state in pack.states())
+    )
+    assert isinstance(edit, Edit)
     skipped = edit.measured["stages"]["finetune"]["skipped_steps"]
-    assert 0 < skipped < 12
+    assert 3 <= skipped < 12
+    assert f"{skipped} of 12 steps of finetune for 'a red cube' overflowed in fp16" in caplog.text
     assert edit.settings["result"]["finetune_steps"] == 12
     assert edit.conditioning["embeds"].isfinite().all()
     assert distance(edit, usual) > 0
+    state = states[14]
+    assert state.measured["finetune"]["skipped_steps"] == len(state.losses["finetune"]) == 2
+    [resumed] = make_edits(base, [replace(jobs[0], state=state)], config)
+    assert resumed.measured["stages"]["finetune"]["skipped_steps"] == skipped
+
+
+@pytest.mark.parametrize("stage", ["embed", "finetune"])
+def test_an_edit_whose_steps_all_overflowed_fails(
+    stage: str, load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit in fp16 of which a stage trained nothing is an error that names the type, and no edit."""
+    for name in ("FIRST_SCALE", "MOST_SCALE"):
+        monkeypatch.setattr(loop, name, 2.0**60)
+    config = replace(CONFIG, embed=replace(CONFIG.embed, steps=3 if stage == "embed" else 0))
+    steps = config.embed.steps or config.finetune.steps
+    with pytest.raises(DivergenceError, match=rf"all {steps} steps of a stage overflowed in fp16.*`compute=fp32`"):
+        make_edits(load_base(compute="fp16"), jobs[:1], config)
+
+
+def test_stock_bitsandbytes_trains_one_edit_at_a_time(load_base: Callable[..., BaseModel], jobs: list[Job]) -> None:
+    """Edits on a base in bnb-int8 have the bits that they have alone, however many may train at once."""
+    base = load_base(weights="bnb-int8")
+    most = list[int]()
+    groups = stream_edits(base, jobs, CONFIG, slots=2, between=lambda pack: most.append(len(pack.in_slots)))
+    together = dict(one for group in groups for one in group)
+    assert set(most) == {1}
+    for number, job in enumerate(jobs):
+        [alone] = make_edits(base, [job], CONFIG)
+        edit = together[number]
+        assert isinstance(edit, Edit) and edit.adapters == alone.adapters
+        assert distance(edit, alone) == 0
 
 
 def test_small_gradients_reach_fp16(

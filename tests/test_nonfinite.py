@@ -263,10 +263,13 @@ def test_a_suggestion_tells_whose_fault_it_is(base: BaseModel, folder_copy: Path
         calls.suggest_eta(damaged, latents, [0.0, 1.0], text[0], text[1])
 
 
-def test_one_edit_beyond_half_precision_leaves_the_others(
-    base: BaseModel, photo: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("number", [1e6, float("inf"), float("nan")])
+def test_one_edit_with_impossible_numbers_leaves_the_others(
+    number: float, keep: float, base: BaseModel, photo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter trained to numbers that no file holds fails by itself, with the learning rate to lower."""
+    """An adapter trained to numbers that no file holds fails by itself, with the learning rate to lower, whether it is
+    stored whole or made smaller."""
     train = Pack.run
 
     def run(self: Pack) -> Any:
@@ -274,12 +277,12 @@ def test_one_edit_beyond_half_precision_leaves_the_others(
             for edit in group:
                 if edit.number == 0:
                     [(name, adapter)] = edit.adapters.items()
-                    huge = {key: (down * 0 + 1e6, up, alpha) for key, (down, up, alpha) in adapter.items()}
+                    huge = {key: (down * 0 + number, up + 1, alpha) for key, (down, up, alpha) in adapter.items()}
                     edit.adapters = {name: huge}
             yield group
 
     monkeypatch.setattr(Pack, "run", run)
-    config = preset("fast", {**SHORT, "finetune": {"steps": 2, "keep": 1.0}})
+    config = preset("fast", {**SHORT, "finetune": {"steps": 2, "keep": keep}})
     made = dict(one for group in stream_edits(base, [Job(photo, SENTENCE)] * 2, config) for one in group)
     assert isinstance(made[0], DivergenceError) and "learning rate" in str(made[0])
     assert isinstance(made[1], Edit)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +22,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowmem_imagic.actions.doctor import plans
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
 from lowmem_imagic.families import load_architecture
 from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.layers.frozen import weight_bytes
 from lowmem_imagic.planning import plan as planning
 from lowmem_imagic.planning.costs import Costs
 from lowmem_imagic.planning.counting import Counts, cost_of, fused_attention, peak_of
@@ -271,11 +274,11 @@ def test_more_memory_is_never_slower(predicted: Costs) -> None:
     """
     alone, several = list[Plan](), list[Plan]()
     for budget in (*range(2_000_000, 6_000_000, 100_000), 20_000_000):
-        for plans, on_cpu in ((alone, True), (several, False)):
+        for made, on_cpu in ((alone, True), (several, False)):
             try:
-                plans.append(plan(predicted, CONFIG, budget_bytes=budget, jobs=3, on_cpu=on_cpu))
+                made.append(plan(predicted, CONFIG, budget_bytes=budget, jobs=3, on_cpu=on_cpu))
             except MemoryLimitError:
-                assert not plans
+                assert not made
     without = [made for made in alone if not made.checkpointing]
     assert [made.checkpointing for made in alone] == sorted((made.checkpointing for made in alone), reverse=True)
     assert [made.rows for made in without] == sorted(made.rows for made in without)
@@ -635,6 +638,23 @@ def test_the_autoencoder_goes_on_in_tiles(load_base: Callable[..., Any], monkeyp
     monkeypatch.setattr(base.family, "load_codec", full)
     with pytest.raises(torch.OutOfMemoryError):
         base.decode(torch.zeros(1, 4, LATENT_SIDE, LATENT_SIDE))
+
+
+def test_a_plan_for_stock_bitsandbytes_has_one_slot(predicted: Costs) -> None:
+    """Photos on a base in bnb-int8 train one at a time, where the memory holds several at once."""
+    slots = {
+        weights: plan(predicted, CONFIG, budget_bytes=20_000_000, jobs=3, beside=True, weights=weights).slots
+        for weights in ("int8", "bnb-int8")
+    }
+    assert slots == {"int8": 3, "bnb-int8": 1}
+
+
+def test_a_plan_for_a_card_has_the_named_format(load_base: Callable[..., Any], tiny_folder: Path) -> None:
+    """The plan of a base in bf16 or fp32 counts the bytes that its weights take when they are loaded."""
+    for weights in ("bf16", "fp32"):
+        [line] = plans(str(tiny_folder), ["8GB"], CONFIG, photos=(1,), weights=weights)
+        base = load_base(weights=weights)
+        assert line["plan"]["phases"]["finetune"]["weights"] == weight_bytes(calls.unet(base))
 
 
 # Time

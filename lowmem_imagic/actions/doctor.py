@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..amounts import duration
-from ..engine.device import pick_device, pick_dtype, resolve_attention
+from ..engine.device import COMPUTE_TYPES, pick_device, pick_dtype, resolve_attention
 from ..errors import ConfigError, MemoryLimitError
 from ..families import load_architecture
 from ..layers.frozen import FrozenLinear8bit, Int8Conv2d
@@ -81,7 +81,9 @@ def plans(
         raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
     size = (size_px, size_px) if size_px else None
     text, codec = (torch.float16 if fits else torch.bfloat16 for fits in (family.text_in_fp16, family.codec_in_fp16))
-    costs = Costs(family, config, weights=weights, dtype=torch.bfloat16, part_dtype=text, codec_dtype=codec, size=size)
+    # As a card of the present computes, see `pick_dtype`.
+    dtype = COMPUTE_TYPES.get(weights, torch.bfloat16)
+    costs = Costs(family, config, weights=weights, dtype=dtype, part_dtype=text, codec_dtype=codec, size=size)
     lines = []
     for amount, budget in zip(amounts, budgets, strict=True):
         for count in photos:
@@ -108,14 +110,15 @@ def plans(
     return lines
 
 
-def speed_here(device: str = "auto") -> Speed:
-    """The measured speed of a device of this machine; on a GPU the process keeps its context there.
+def speed_here(device: str = "auto", weights: str = "int8") -> Speed:
+    """The measured speed of a device of this machine, for a base in some format; on a GPU the process keeps its context
+    there.
 
     Raises:
         BackendUnavailableError: a named device is missing.
     """
     place = pick_device(device)
-    return speed_of(place, pick_dtype(place, "int8"))
+    return speed_of(place, pick_dtype(place, weights))
 
 
 def plan_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import typer
 
+from ..errors import ConfigError
 from ..plain_text import shown
+from ..settings.options import options_of
 from ..settings.text import Words
 from ..share.address import SUFFIX
 from ..storage.writable import check_ending
@@ -272,8 +274,8 @@ def doctor(values: dict[str, Any]) -> None:
 
     if values["plan"]:
         amounts = [amount for amount in values["vram"].split(",") if amount]
-        config, speed = preset(values["preset"]), speed_here()
-        weights = values["base_weights"]
+        config, weights = preset(values["preset"]), values["base_weights"]
+        speed = speed_here(weights=weights)
         fitting = plans(values["model"], amounts, config, size_px=values["size"], weights=weights, speed=speed)
         if values["json"]:
             put(json.dumps(fitting, indent=2))
@@ -281,6 +283,9 @@ def doctor(values: dict[str, Any]) -> None:
             for line in plan_table(fitting):
                 put_text(line)
         return
+    idle = [f"`{row.name}`" for row in options_of("doctor") if row.name != "json" and values[row.name] != row.default]
+    if idle:
+        raise ConfigError(f"{', '.join(idle)} without `plan`, which alone they change; give `plan`, too")
     findings = examine()
     if values["json"]:
         put(json.dumps(findings, indent=2))

@@ -7,7 +7,8 @@ named as in peft's ``LoraConfig``; a pack's outputs and gradients equal those of
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,7 +64,7 @@ def target_modules(
         for name, module in network.named_modules()
         if name and BLOCKS[names.block_of(name)] in blocks and check_target_module_exists(config, name)
     }
-    expected = "expected linear layers or convolutions, such as to_q,to_v"
+    expected = f"expected linear layers or convolutions: {', '.join(_endings(network))}"
     if not modules:
         raise ConfigError(f"`adapt` is {adapt!r}, which covers no layer of the network; {expected}")
     for name, module in modules.items():
@@ -71,6 +72,34 @@ def target_modules(
             kind = type(module).__name__
             raise ConfigError(f"`adapt` is {adapt!r}, which covers {name} of the kind {kind}; {expected}")
     return modules
+
+
+def check_endings(networks: Iterable[tuple[nn.Module, LayerNames]], adapt: str, blocks: Sequence[str] = BLOCKS) -> None:
+    """Checks that each ending in `adapt` covers a layer of one of the networks of a base; see `target_modules`.
+
+    Raises:
+        ConfigError: an ending covers none.
+    """
+    covered, known = set[str](), dict[str, None]()
+    endings = peft_targets(adapt)
+    for network, names in networks:
+        if adapt in names.targets or isinstance(endings, str):
+            return
+        for name in target_modules(network, names, adapt, blocks):
+            covered.update(ending for ending in endings if f".{name}".endswith(f".{ending}"))
+        known |= dict.fromkeys(_endings(network))
+    if missing := [ending for ending in endings if ending not in covered]:
+        raise ConfigError(
+            f"`adapt` is {adapt!r}, but {', '.join(missing)} covers no layer of the network; expected endings of the "
+            f"names of layers: {', '.join(known)}"
+        )
+
+
+def _endings(network: nn.Module) -> list[str]:
+    """The last words of the names of a network's linear layers and convolutions, such as ``to_out.0``, each once."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    endings = (re.search(r"[^.]*[^.0-9][^.]*(\.[0-9]+)*$", name) for name in layers)
+    return list(dict.fromkeys(ending[0] for ending in endings if ending))
 
 
 @dataclass(frozen=True)

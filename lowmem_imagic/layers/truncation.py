@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteTensorError
 from .adapter_pack import Factors
 
 MIN_RANK = 2
@@ -26,9 +27,15 @@ def truncated(adapter: Mapping[str, Factors], keep: float) -> dict[str, Factors]
     Args:
         adapter: factors by layer, from `AdapterPack.export`.
         keep: share of the factors' bytes, above 0; 1 and more returns the adapter unchanged.
+
+    Raises:
+        NonFiniteTensorError: the factors of a layer have NaN or infinity, which have no singular values.
     """
     if keep >= 1 or not adapter:
         return dict(adapter)
+    for key, (down, up, _) in adapter.items():
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise NonFiniteTensorError(f"the adapter of {key} has NaN or infinity")
     spectra = {key: _decomposed(factors) for key, factors in adapter.items()}
     steps = [step for key, spectrum in spectra.items() for step in _steps(key, *spectrum)]
     # Ties are broken by name, so that the same adapter always gives the same file. The sort is stable and singular

@@ -13,9 +13,9 @@ from ..engine.base import BaseModel
 from ..engine.memory import Meter
 from ..errors import DivergenceError, LowmemImagicError, NonFiniteTensorError, TensorValueError
 from ..families.family import Denoiser
-from ..layers.adapter_pack import Factors, target_modules
+from ..layers.adapter_pack import Factors, check_endings, target_modules
 from ..layers.truncation import energy, truncated
-from ..settings.stages import ADAPT_TARGETS, EditConfig, FinetuneConfig
+from ..settings.stages import ADAPT_TARGETS, ONE_AT_A_TIME, EditConfig, FinetuneConfig
 from ..training.pack import Pack, StageProgress, TrainedEdit
 from ..training.run import tail
 from .prepare import EncodedPhoto, Job, Prepared
@@ -35,7 +35,7 @@ def make_edits(
     """The edits of some jobs, in their order; see `stream_edits`.
 
     Raises:
-        DivergenceError: a stage's loss is no longer finite.
+        DivergenceError: a stage's loss is no longer finite, or all its steps overflowed in fp16.
         NonFiniteModelError: a part of the base gives NaN or infinity.
     """
     edits: dict[int, Edit] = {}
@@ -71,7 +71,8 @@ def stream_edits(
         jobs: photos and sentences, or an iterator of groups of them. The next group is asked for when a slot is free
             and the group before is used up; a group is encoded together.
         config: settings of all three stages (the third is recorded in the edits).
-        slots: most edits in training at once; None is all jobs of a sequence, and 1 for an iterator.
+        slots: most edits in training at once; None is all jobs of a sequence, and 1 for an iterator. A base in a
+            format of `ONE_AT_A_TIME` trains one.
         max_rows: most rows of a pass, None for no limit; a `planning.Plan` chooses it and the slots.
         progress: called after every step: by stage for one job, else for all jobs together ("train").
         meter: collects seconds and peak bytes of each stage.
@@ -104,6 +105,8 @@ def stream_edits(
     prepared = Prepared(base, config, meter, groups, progress if count == 1 else preparing)
     if (first := next(prepared, None)) is None:
         return
+    if base.weights in ONE_AT_A_TIME:
+        slots = 1
     pack = Pack(
         base,
         chain([first], prepared),
@@ -139,13 +142,15 @@ def _check_layers(base: BaseModel, config: FinetuneConfig) -> None:
     """Checks that the base has the layers to adapt, before any weights are read.
 
     Raises:
-        ConfigError: it has none, or they cannot be adapted.
+        ConfigError: it has none, or they cannot be adapted, or a part of `adapt` covers none.
     """
     if config.adapt in ADAPT_TARGETS:
         return
-    for denoiser in base.denoisers:
-        network = denoiser.load(weights=base.weights, device=torch.device("meta"), dtype=base.dtype)
-        target_modules(network, denoiser.names, config.adapt, config.blocks)
+    meta = torch.device("meta")
+    networks = [(one.load(weights=base.weights, device=meta, dtype=base.dtype), one.names) for one in base.denoisers]
+    for network, names in networks:
+        target_modules(network, names, config.adapt, config.blocks)
+    check_endings(networks, config.adapt, config.blocks)
 
 
 def _edit(

@@ -12,7 +12,7 @@ import torch
 from ..engine.base import BaseModel
 from ..engine.memory import resident_bytes
 from ..errors import MemoryLimitError
-from ..settings.stages import EditConfig
+from ..settings.stages import ONE_AT_A_TIME, EditConfig
 from ..settings.text import parse_bytes
 from .costs import Costs
 
@@ -282,7 +282,7 @@ def plan(
     Without checkpointing if that fits, with as many rows per pass as fit, in the fewest slots for these rows. On a GPU
     two edits at once with checkpointing go before one without, unless passes are recorded: starting its kernels took
     five sixths of the step of an edit alone (``benchmarks/results/gpu_first_run.json``). On a GPU that does not hold
-    all networks of a cascade, they take turns, and edits train one after the other.
+    all networks of a cascade, they take turns, and edits train one after the other, as in a format of `ONE_AT_A_TIME`.
 
     Args:
         costs: costs of the architecture under `config`.
@@ -291,7 +291,7 @@ def plan(
         jobs: number of edits.
         beside: whether finished edits are rendered, and further photos encoded, while others are in training.
         on_cpu: whether the budget is the CPU's own, so that no part can move to the CPU.
-        weights: format of the UNet, for the record.
+        weights: format of the UNet.
         checkpointing: whether checkpointing is required.
         replays: whether training passes without checkpointing are recorded, see `BaseModel`.
         context_bytes: bytes in use before any tensor.
@@ -312,7 +312,7 @@ def plan(
         context_bytes=context_bytes,
     )
     try:
-        return whole(jobs=jobs, in_turn=False)
+        return whole(jobs=1 if weights in ONE_AT_A_TIME else jobs, in_turn=False)
     except MemoryLimitError:
         if on_cpu or costs.largest_network == costs.networks:
             raise

@@ -122,12 +122,14 @@ _SOURCE_HELP = (
     "own details stay more often"
 )
 _SCHEDULER_HELP = "diffusers scheduler: DDIM, EulerDiscrete, DPMSolverMultistep, ...; for klein FireFlow or Euler"
+_WEIGHTS_HELP = "format of the frozen base: int8, nf4, bnb-int8 (one edit at a time), bf16 or fp32"
 _COMPUTE_HELP = (
-    "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs"
+    "type of the arithmetic: bf16, fp16 or fp32; auto takes bf16 on GPUs, fp16 on those before RTX 30xx, fp32 on CPUs; "
+    "a base in bf16 or fp32 computes in that type"
 )
 _CONFIG_HELP = (
     "model whose configuration a .safetensors file uses: sd21, sd21-base, ..., a Hub id or a diffusers folder; "
-    "needed for SD 2.x and for models of another shape"
+    "needed for files of SD 2.x and of another shape"
 )
 _VAE_HELP = "folder whose autoencoder is taken, such as for a file with only a UNet or transformer"
 _TEXT_FROM_HELP = "folder whose text encoders are taken, such as for a file with only a UNet or transformer"
@@ -247,8 +249,7 @@ OPTIONS: tuple[Option, ...] = (
 
     # The base model.
     Option("device", _ALL + _UI, Kind.TEXT, BASE, "auto, cuda, cuda:N or cpu", "auto", fills=("base.device",)),
-    Option("base_weights", _TRAINING, Kind.TEXT, BASE, "format of the frozen base: int8, nf4, bnb-int8, bf16 or fp32",
-           "int8", fills=_WEIGHTS),
+    Option("base_weights", _TRAINING, Kind.TEXT, BASE, _WEIGHTS_HELP, "int8", fills=_WEIGHTS),
     Option("base_weights", _OPENING, Kind.TEXT, BASE, "format of the frozen base [default: as in training]",
            fills=_WEIGHTS),
     Option("attention", _ALL, Kind.TEXT, BASE, "auto, xformers or sdpa", "auto", fills=("base.attention",)),

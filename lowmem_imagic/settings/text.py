@@ -151,12 +151,15 @@ def parse_strength(text: str) -> Strength:
     """The strength in a text: ``0.8``, or ``down=0.5,up=1.2`` with 1 for an omitted block.
 
     Raises:
-        ConfigError: the text is neither.
+        ConfigError: the text is neither, or names a block twice.
     """
     try:
         if "=" not in text:
             return float(text)
-        parts = dict(part.split("=") for part in text.replace(" ", "").split(","))
+        pairs = [part.split("=") for part in text.replace(" ", "").split(",")]
+        parts = dict(pairs)
+        if len(parts) < len(pairs):
+            raise ValueError("a block twice")
         factors = {block: float(parts.pop(block, "1")) for block in BLOCKS}
         if parts:
             raise ValueError(f"no block {', '.join(parts)}")

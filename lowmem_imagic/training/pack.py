@@ -35,6 +35,10 @@ StageProgress = Callable[[str, int, int, str], None]
 
 log = logging.getLogger(__name__)
 
+MANY_SKIPPED = 0.25
+"""Share of a stage's steps that overflow in fp16 from which on a warning is logged. A few overflow in any training: the
+loss scale starts high, and later tries a higher one now and then."""
+
 _TEXT = "text"
 """Name of the text among the trained tensors; adapters have their denoiser's name."""
 
@@ -82,7 +86,7 @@ class TrainedEdit:
     measured: dict[str, dict[str, float | int | None]]
     """Seconds in each stage, alone or beside other edits, and the pack's peak bytes."""
     error: DivergenceError | NonFiniteModelError | None = None
-    """Set if the loss is no longer finite; the edit is unusable then."""
+    """Set if the loss is no longer finite, or a stage trained nothing; the edit is unusable then."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ class _InTraining:
     """Start of its stage on this process's clock, moved back by the earlier time of a resumed edit."""
     peak: int | None = None
     skipped: int = 0
-    """Steps of its stage that overflowed in fp16."""
+    """Steps of its stage that overflowed in fp16 so far."""
 
     def measured(self) -> dict[str, float | int | None]:
         """Seconds and peak bytes of its stage so far."""
@@ -305,8 +309,9 @@ class Pack:
             return False
         return self._end(slot)
 
-    def _enter(self, slot: int, stage: Stage, losses: list[float]) -> bool:
-        """Gives the trainer a slot's edit in a stage, after the steps of `losses`; returns whether any step is left."""
+    def _enter(self, slot: int, stage: Stage, losses: list[float], skipped: int = 0) -> bool:
+        """Gives the trainer a slot's edit in a stage, after the steps of `losses`, `skipped` of which overflowed;
+        returns whether any step is left."""
         edit = self._edits[slot]
         task, name = edit.task, stage.denoiser.name
         run = Run(
@@ -317,9 +322,10 @@ class Pack:
             task.start_noise.get(name),
             task.extra.get(name, Conditioning({})),
             losses,
+            skipped,
         )
         edit.result.losses[stage.name] = run.losses
-        edit.stage, edit.since, edit.peak, edit.skipped = stage, time.perf_counter(), None, 0
+        edit.stage, edit.since, edit.peak, edit.skipped = stage, time.perf_counter(), None, skipped
         if len(losses) < stage.config.steps:
             self._trainer.begin(slot, run, [self._rate(stage, name) for name in self._trained])
             return True
@@ -361,8 +367,8 @@ class Pack:
         result = edit.result
         result.losses |= {stage: list(losses) for stage, losses in state.losses.items()}
         result.measured |= {stage: dict(values) for stage, values in state.measured.items() if stage != state.stage}
-        self._enter(slot, stage, result.losses[stage.name])
         before = state.measured[state.stage]
+        self._enter(slot, stage, result.losses[stage.name], before.get("skipped_steps", 0))
         edit.since -= before["seconds"] or 0.0
         edit.peak = before["peak_bytes"]
         self._trainer.restore(slot, state.trained)
@@ -387,16 +393,26 @@ class Pack:
         if (peak := peak_bytes(self._base.device)) is not None:
             for slot in before:
                 self._edits[slot].peak = max(peak, self._edits[slot].peak or 0)
+        for slot, (_, run) in before.items():
+            self._edits[slot].skipped = run.skipped
         finished = []
         for slot, run in ended.items():
             edit = self._edits[slot]
-            edit.skipped = run.skipped
-            if run.diverged:
-                edit.result.error = run.diverged
+            edit.result.error = run.failed
+            if edit.result.error is not None:
                 task, denoiser = edit.task, before[slot][0].denoiser
                 row = task.target | task.extra.get(denoiser.name, {})
                 self._broken[edit.result.number] = (denoiser, task.latents[denoiser.name], row)
-            if run.diverged or self._end(slot):
+            elif run.skipped >= MANY_SKIPPED * len(run.losses):
+                log.warning(
+                    "%d of %d steps of %s for %r overflowed in fp16 and changed nothing; another type of the "
+                    "arithmetic, or more steps, would train more",
+                    run.skipped,
+                    len(run.losses),
+                    edit.stage.name,
+                    edit.task.start_sentence,
+                )
+            if edit.result.error is not None or self._end(slot):
                 finished.append(self._leave(slot))
         self._report(list(before.values()))
         return finished

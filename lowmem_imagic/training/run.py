@@ -65,6 +65,16 @@ class Run:
         )
 
     @property
+    def failed(self) -> DivergenceError | None:
+        """The error to report of a finished run: its loss is no longer finite, or no step changed a weight; or None."""
+        if self.diverged is None and 0 < self.skipped == len(self.losses):
+            return DivergenceError(
+                f"the gradients of all {self.skipped} steps of a stage overflowed in fp16, so that nothing was "
+                "trained; take another type (`compute=fp32`, or bf16 on cards that have it), or more steps"
+            )
+        return self.diverged
+
+    @property
     def finished(self) -> bool:
         """Whether all steps are done, or the loss diverged."""
         return len(self.losses) >= self.config.steps or self.diverged is not None

@@ -17,7 +17,7 @@ from ...pictures import Photo, load_photo
 from ...pipeline.make import stream_edits
 from ...pipeline.prepare import Job
 from ...planning.plan import CPU_SLOTS, Budget, Plan, planned
-from ...settings.stages import EditConfig
+from ...settings.stages import ONE_AT_A_TIME, EditConfig
 from ...training.pack import Pack
 from .. import publishing
 from ..failures import failure_of, is_of_group, is_of_one_item
@@ -94,7 +94,7 @@ class LocalExecutor:
             try:
                 config, plan = self._fit(base, group.config, min(count, self._slots or count))
                 most = min(self._slots or count, count, CPU_SLOTS if plan is None else plan.slots)
-                slots = min(slots or most, most)
+                slots = 1 if base.weights in ONE_AT_A_TIME else min(slots or most, most)
                 with planned(base, plan, self._budget):
                     yield from pack.make(chain([unmade], claims), config, plan, slots)
                 return

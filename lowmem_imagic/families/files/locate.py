@@ -42,7 +42,8 @@ def locate(
     Raises:
         UnknownModelError: there is no such model here, or it cannot be downloaded.
         WrongFamilyError: a component elsewhere is of another family.
-        ConfigError: a revision was given for a model that is not on the Hub.
+        ConfigError: a revision was given for a model that is not on the Hub, or a configuration for one that is not a
+            single file.
     """
     others = Others.at(vae, text_from)
     source = _locate(name, revision, None if config_folder is None else str(config_folder), others)
@@ -113,19 +114,25 @@ def _alone(source: Source) -> Folder:
 
 def _one(name: str, revision: str | None, config_folder: str | None, others: Others) -> Source:
     """The files of one model, or of one stage of a cascade."""
-    exists = exists_here(name)
+    exists, own = exists_here(name), name == DEMO or name in SHORT_NAMES
     path = Path(name)
     if revision is not None and name not in SHORT_NAMES and (name == DEMO or exists):
         raise ConfigError(f"revision is {revision!r}, but {path.name} is not on the Hub; leave the revision out")
+    if exists and not own and not path.is_dir():
+        return _file(path, config_folder, others)
+    repository = repository_of(name)
+    if config_folder is not None and (own or exists or repository):
+        raise ConfigError(
+            f"`model_config` is {reprlib.repr(config_folder)}, but {path.name} is not one .safetensors file and has a "
+            "configuration of its own; leave `model_config` out"
+        )
     if name == DEMO:
         return Folder(DEMO_FOLDER, DEMO)
     if name in SHORT_NAMES:
         mention_hidden(name, exists)
-    elif exists and path.is_dir():
-        return Folder(path, label_of(path.resolve().name))
     elif exists:
-        return _file(path, config_folder, others)
-    if repository := repository_of(name):
+        return Folder(path, label_of(path.resolve().name))
+    if repository:
         folder = hub.fetch(repository, revision)
         return Folder(folder, repository, revision=folder.name)
     raise UnknownModelError(
