@@ -1,6 +1,7 @@
 """Facts about batches: every item of a manifest is made or named as failed, and no item is made twice."""
 
 import csv
+import hashlib
 import json
 import signal
 import string
@@ -192,23 +193,23 @@ def test_a_manifest_that_is_not_there(tmp_path: Path) -> None:
         max_size=12,
     )
 )
-def test_names_are_safe_unique_and_stable(
+def test_names_are_safe_unique_and_of_no_order(
     tmp_path_factory: pytest.TempPathFactory, entries: list[dict[str, Any]]
 ) -> None:
-    """Names of folders are portable and unique for any manifest, and lines added below change none of them."""
+    """Names of folders are portable and unique for any manifest, and the same for its lines in another order."""
     path = tmp_path_factory.mktemp("manifest") / "list.jsonl"
 
-    def names(count: int) -> list[str]:
-        path.write_text("\n".join(map(json.dumps, entries[:count])), encoding="utf-8")
-        return [item.name for item in read_manifest(path)[0]]
+    def names(some: list[dict[str, Any]]) -> dict[str, str]:
+        path.write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
+        return {json.dumps(some[item.position]): item.name for item in read_manifest(path)[0]}
 
-    found = names(len(entries))
-    assert len(set(found)) == len(found)
+    found = names(entries)
+    assert len(set(found.values())) == len(found)
     assert all(
-        set(name) <= set(string.ascii_lowercase + string.digits + "-") and 1 <= len(name) <= 60 for name in found
+        set(name) <= set(string.ascii_lowercase + string.digits + "-") and 1 <= len(name) <= 60
+        for name in found.values()
     )
-    fewer = names(max(1, len(entries) // 2))
-    assert found[: len(fewer)] == fewer
+    assert names(entries[::-1]) == found
 
 
 # Runs
@@ -217,6 +218,72 @@ def test_names_are_safe_unique_and_stable(
 def finished(out: Path) -> list[str]:
     """Names of the finished items in a folder."""
     return sorted(path.parent.name for path in out.glob("*/report.json"))
+
+
+def made(result: Any) -> tuple[set[str], set[str]]:
+    """Names of the items that a run made, and that were finished before; none failed."""
+    assert result.exit_code == 0, result.output
+    tally = json.loads(result.stdout)
+    return set(tally["done"]), set(tally["done_before"])
+
+
+def test_an_item_keeps_its_folder_when_others_come_and_go(batch: Callable[..., Any], tmp_path: Path) -> None:
+    """Photos of one name, added and removed in any order, are each made once, also with `force`."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "away").mkdir()
+    jpg, png = (photo(tmp_path / "photos" / f"cat.{kind}", seed) for seed, kind in enumerate(("jpg", "png")))
+    words = (tmp_path / "photos", "--prompt", "a cat", "--out", tmp_path / "out", "--json")
+    away = png.rename(tmp_path / "away" / "cat.png")
+    assert made(batch(*words)) == ({"cat-a-cat"}, set())
+    away.rename(png)
+    [second], before = made(batch(*words))
+    assert second.startswith("cat-a-cat-") and before == {"cat-a-cat"}
+    both = {"cat-a-cat", second}
+    assert made(batch(*words, "--force")) == (set(), both)
+    away = jpg.rename(tmp_path / "away" / "cat.jpg")
+    assert made(batch(*words, "--force")) == (set(), {second})
+    away.rename(jpg)
+    assert made(batch(*words)) == (set(), both)
+    assert set(finished(tmp_path / "out")) == both
+
+
+def test_a_batch_of_an_earlier_version_is_continued(batch: Callable[..., Any], tmp_path: Path) -> None:
+    """Of photos with names in one script the first had the plain name, the others digits: these folders are found,
+    whatever photo comes before them."""
+    (tmp_path / "photos").mkdir()
+    for seed, name in enumerate(("写真.png", "絵.png")):
+        photo(tmp_path / "photos" / name, seed)
+    [first, second], _ = read_manifest(tmp_path / "photos", SENTENCE)
+    assert first.stem == second.stem == "a-photo-of-a-blue-sphere"
+    old = [{"photo": "写真.png", "name": first.stem}, {"photo": "絵.png", "name": second.name}]
+    (tmp_path / "photos" / "old.jsonl").write_text("\n".join(map(json.dumps, old)), encoding="utf-8")
+    words = ("--prompt", SENTENCE, "--out", tmp_path / "out", "--json")
+    before, _ = made(batch(tmp_path / "photos" / "old.jsonl", *words))
+    assert before == {first.stem, second.name}
+    photo(tmp_path / "photos" / "一.png", 2)
+    [done], again = made(batch(tmp_path / "photos", *words))
+    assert again == before and done.startswith(f"{first.stem}-")
+
+
+def test_an_item_that_was_begun_keeps_its_name(
+    batch: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An item that a stopped run had begun goes on under its name, though another of that name has come."""
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos" / "cat.png", 0)
+    words = (tmp_path / "photos", "--prompt", "a cat", "--out", tmp_path / "out", "--json")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "finished_edit", stop)
+        assert batch(*words).exit_code == 130
+    photo(tmp_path / "photos" / "cat.jpg", 1)
+    done, _ = made(batch(*words))
+    assert "cat-a-cat" in done and len(done) == 2
+    begun = edit_file.read(tmp_path / "out" / "cat-a-cat" / "cat-a-cat.safetensors")
+    assert begun.source.sha256 == hashlib.sha256((tmp_path / "photos" / "cat.png").read_bytes()).hexdigest()
 
 
 def test_a_folder_of_photos_is_edited(batch: Callable[..., Any], photos: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def test_a_sentence_with_half_a_character(tmp_path):
 
 
 def test_folder_names_never_meet(tmp_path, monkeypatch):
-    """Items of one name get as many digits as tell them apart, and a later line changes no earlier name."""
+    """Items of one name get as many digits as tell them all apart."""
     sha256 = hashlib.sha256
 
     class Weak:
@@ -241,9 +242,17 @@ def test_folder_names_never_meet(tmp_path, monkeypatch):
     path = table(tmp_path, "\n".join(lines), "list.jsonl")
     names = [item.name for item in read_manifest(path)[0]]
     assert len(set(names)) == 8 and all(len(name) <= 60 for name in names)
-    assert names[:3] == ["n", "n-aaaaaaaa", "n-" + "a" * 16]
+    assert all(name.startswith("n-" + "a" * 20) and len(name) == 34 for name in names)
     path.write_text("\n".join(lines[:5]))
     assert [item.name for item in read_manifest(path)[0]] == names[:5]
+
+
+def test_a_name_that_lacks_letters_gets_digits(tmp_path):
+    """An item whose texts have letters that its folder's name has not gets digits, also if it is alone."""
+    path = table(tmp_path, "photo,sentence\nfoto.png,a café\n写真.png,a cat\nb.png,кот\n")
+    names = [item.name for item in read_manifest(path)[0]]
+    assert names[0] == "foto-a-cafe" and re.fullmatch("a-cat-[0-9a-f]{8}", names[1])
+    assert re.fullmatch("b-[0-9a-f]{8}", names[2])
 
 
 def test_the_same_item_twice(tmp_path):

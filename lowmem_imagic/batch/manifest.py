@@ -7,19 +7,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..settings.stages import MAX_VALUES
-from ..storage.file_names import safe_stem
+from ..storage.file_names import loses_letters, safe_stem
 from .entries import ALIASES, KINDS, Entry, of_file, of_folder
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]{1,20})://", re.IGNORECASE)
 _DIGEST_LENGTHS = (8, 16, 32, 58)
-"""Digits of the digest that are appended to an item's name if another item has that name.
+"""Digits of the digest that are appended to an item's name if other items have, or may have, that name.
 
 Eight digits are 32 bits: among 100,000 items of one name two agree with probability 1 - exp(-10^10 / 2^33) = 0.69. Such
 items get sixteen (64 bits: 3 in 10^10), and so on; names that are unique with eight digits stay the same.
@@ -33,13 +34,25 @@ class Item:
     where: str
     """Its place in the manifest, for messages."""
     name: str
-    """Name of its folder; unique in the manifest, and stable as long as the items before it stay the same."""
+    """Name of its folder; unique in the manifest, and the same in any order of its items."""
     photo: Path
     sentence: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The item's own settings: model, preset, seed, etas, seeds."""
     position: int = 0
     """Its index in the whole manifest, also if only a part of it is run."""
+    stem: str = ""
+    """Its plain name, from its texts alone."""
+    is_vague: bool = False
+    """Whether the plain name lacks letters of these texts, so that other items may well have the same."""
+    digest: str = ""
+    """Hash of photo, sentence and settings."""
+
+    @property
+    def names(self) -> list[str]:
+        """All names that its folder may have: the plain one, and that with more and more digits of its digest."""
+        ends = (f"{self.stem[: 59 - count]}-{self.digest[:count]}" for count in _DIGEST_LENGTHS)
+        return [self.stem, *ends, self.digest[:60]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], 
     """
     folder = path if path.is_dir() else path.parent
     items, bad = list[Item](), list[BadItem]()
-    digests: dict[str, str] = {}
+    seen = set[tuple[str, str]]()
     try:
         # One entry at a time, so that memory holds only the fields of items.
         for position, (where, entry) in enumerate(_entries(path, sentence)):
@@ -109,19 +122,19 @@ def read_manifest(path: Path, sentence: str | None = None) -> tuple[list[Item], 
             except ConfigError as error:
                 bad.append(BadItem(where, "", str(error), position))
                 continue
-            digest = _digest(item, folder)
-            item = replace(item, name=_free_name(item.name, digest, digests))
-            if item.name in digests:
-                reason = "the same photo, sentence and settings stand above already"
-                bad.append(BadItem(where, item.name, reason, position))
+            item = replace(item, digest=_digest(item, folder))
+            if (item.stem, item.digest) in seen:
+                bad.append(_repeated(item))
                 continue
-            digests[item.name] = digest
+            seen.add((item.stem, item.digest))
             items.append(item)
     except (OSError, ValueError) as error:
         raise ConfigError(f"manifest {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not items and not bad:
         raise ConfigError(f"manifest {path} has no items; expected photos, or lines with photo and sentence")
-    return items, bad
+    named = _named(items)
+    bad += [_repeated(item) for item in items if item.position not in named]
+    return [replace(item, name=named[item.position]) for item in items if item.position in named], bad
 
 
 def _entries(path: Path, sentence: str | None) -> Iterator[Entry]:
@@ -139,10 +152,28 @@ def _entries(path: Path, sentence: str | None) -> Iterator[Entry]:
     return of_file(path)
 
 
-def _free_name(name: str, digest: str, digests: Mapping[str, str]) -> str:
-    """The name, with as many digits of the digest as needed to differ from the names of other items."""
-    names = [name, *(f"{name[: 59 - count]}-{digest[:count]}" for count in _DIGEST_LENGTHS)]
-    return next((one for one in names if digests.get(one, digest) == digest), digest[:60])
+def _repeated(item: Item) -> BadItem:
+    return BadItem(item.where, item.stem, "the same photo, sentence and settings stand above already", item.position)
+
+
+def _named(items: Sequence[Item]) -> dict[int, str]:
+    """Names of the items' folders, by position.
+
+    Several items of one plain name all get digits, so that no name depends on the order of the items. An item whose
+    plain name lacks letters gets digits at once: a name of a few letters left is soon that of another item.
+    """
+    counts = Counter(item.stem for item in items)
+    taken = set(counts)
+    named = {item.position: item.stem for item in items if counts[item.stem] == 1 and not item.is_vague}
+    left = [item for item in items if item.position not in named]
+    for level in range(1, len(_DIGEST_LENGTHS) + 2):
+        names = {item.position: item.names[level] for item in left}
+        counts = Counter(names.values())
+        unique = {place: name for place, name in names.items() if counts[name] == 1 and name not in taken}
+        named |= unique
+        taken.update(unique.values())
+        left = [item for item in left if item.position not in unique]
+    return named
 
 
 def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
@@ -183,8 +214,9 @@ def _item(where: str, entry: Any, folder: Path, sentence: str | None) -> Item:
         values["model"] = findable(values["model"], folder)
     _check_local(values["photo"], folder)
     photo = Path(values.pop("photo"))
-    name = safe_stem(values.pop("name", None) or f"{photo.stem} {wanted}")
-    return Item(where, name, _photo_path(folder, photo), wanted, values)
+    text = values.pop("name", None) or f"{photo.stem} {wanted}"
+    stem = safe_stem(text)
+    return Item(where, stem, _photo_path(folder, photo), wanted, values, stem=stem, is_vague=loses_letters(text))
 
 
 def _is_text(value: str) -> bool:

@@ -10,17 +10,20 @@ import torch
 from ..actions.console import Console
 from ..engine.device import pick_device
 from ..errors import OutputExistsError
+from ..pictures import photo_file
 from ..settings.text import parse_bytes
 from ..storage.writable import check_writable
 from .attempts import Attempts
 from .executors.build import OpenBases, local_executor
-from .executors.executor import Executor
+from .executors.executor import Bases, Executor
 from .executors.processes import cpu_environments, gpu_environments, run_in_processes
 from .executors.ray import RayExecutor, check_executor, driving
 from .executors.ray_actor import Actor
 from .failures import RETRIED
+from .jobs import job_id
 from .ledger.file import DONE, snapshot
-from .manifest import Summary
+from .manifest import Item, Summary
+from .naming import settled
 from .publishing import publish_files
 from .request import Request
 from .runner import Batch
@@ -67,9 +70,10 @@ def run(
             if environments:
                 ledger, order = request.part.ledger(out), request.as_json() | _shared(request, environments, console)
                 return run_in_processes(order, environments, ledger, console, stop, retry=retry, continues=continues)
+    bases = OpenBases(request, console)
+    items = settled(items, out, lambda item: _job(item, request, bases, stop))
     made, others = _known(request, continues) if continues else (set(), set())
     items = [item for item in items if item.name not in others]
-    bases = OpenBases(request, console)
     with contextlib.ExitStack() as hired:
         executor: Executor
         if request["executor"] == "ray":
@@ -118,6 +122,20 @@ def _known(request: Request, command: str) -> tuple[set[str], set[str]]:
     own = [entry for entry in entries if entry.command == command]
     made = {entry.name for entry in own if entry.state == DONE}
     return made, {entry.name for entry in entries} - {entry.name for entry in own}
+
+
+def _job(item: Item, request: Request, bases: Bases, stop: Stop) -> str | None:
+    """The job of an item; None if it has none, for a reason that the run will give."""
+    stop.check()
+    own = dict(item.settings)
+    try:
+        base, config = bases(own.pop("model", None)), request.settings(own)
+        sha256 = photo_file(item.photo).sha256
+    except Exception:
+        # Errors of an item are told where it is made, of any kind.
+        return None
+    suggest = request["suggest_eta"]
+    return job_id(item.name, sha256, item.sentence, config, base, request["background"], suggest=suggest)
 
 
 def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[str, str]]:

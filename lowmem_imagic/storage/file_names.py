@@ -18,3 +18,9 @@ def safe_stem(text: str) -> str:
     stem = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or "edit"
     # Windows opens devices under these names, in any folder and with any extension.
     return f"edit-{stem}" if re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9]", stem) else stem
+
+
+def loses_letters(text: str) -> bool:
+    """Whether `safe_stem` leaves out letters or digits of the text, those of other scripts than the Latin one."""
+    plain = unicodedata.normalize("NFKD", text[:1000])
+    return any(not one.isascii() and unicodedata.category(one)[0] in "LN" for one in plain)
