@@ -1,6 +1,7 @@
 """Details without a name: what they do to pictures and captions, which of them training sees; the batch renderer."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from lowmem_imagic.cli.commands import app
+from lowmem_imagic.demo.attributes import COLORS, FLOORS, MATERIALS, POSES, SHAPES, SIZES
 from lowmem_imagic.demo.batch_render import object_masks, render_batch
 from lowmem_imagic.demo.packed_scene import pack
 from lowmem_imagic.demo.pictures import ProceduralPictures, prepared, scene_at, training_scene_at
@@ -222,6 +224,13 @@ def test_details_of_a_sentence_leave_the_rest_of_the_scene_alone() -> None:
     assert plain.plain and not striped.plain
     assert replace(striped, objects=plain.objects) == plain
     assert replace(striped.objects[0], pattern=None) == plain.objects[0]
+
+
+def test_the_help_of_scene_has_its_words() -> None:
+    """`scene --help` lists every shape, colour, material, size, pose, pattern, floor and backdrop of sentences."""
+    said = re.findall(r"\w+", CliRunner().invoke(app, ["scene", "--help"]).output)
+    groups = (SHAPES, COLORS, MATERIALS, SIZES, POSES, FLOORS, PAINTS, PATTERNS, GROUNDS, SCREENS)
+    assert {word for group in groups for word in group} <= set(said)
 
 
 def test_the_scene_command_says_what_the_model_has_no_word_for(tmp_path: Path) -> None:

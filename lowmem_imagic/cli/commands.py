@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from ..demo.sentence import known_words
 from ..plain_text import shown
 from ..settings.text import Words
 from ..share.address import SUFFIX
@@ -229,7 +230,8 @@ def pull(values: dict[str, Any]) -> None:
     app,
     "scene",
     epilog='Examples:  lowmem-imagic scene "a red cube on a wooden floor" cube.png --seed 3   |   '
-    'lowmem-imagic scene "a red cube with cyan stripes on a wooden floor in front of a wall" striped.png',
+    'lowmem-imagic scene "a red cube with cyan stripes on a wooden floor in front of a wall" striped.png   |   '
+    f"Words:  {known_words()}",
 )
 def scene(values: dict[str, Any]) -> None:
     """Render a photo of the bundled world, for trying edits."""
