@@ -233,10 +233,23 @@ def test_the_help_of_scene_has_its_words() -> None:
     assert {word for group in groups for word in group} <= set(said)
 
 
-def test_the_scene_command_says_what_the_model_has_no_word_for(tmp_path: Path) -> None:
-    """`scene` names the details of the picture that no sentence of the bundled model can name."""
-    run = CliRunner().invoke(app, ["scene", "a red cube with stripes", str(tmp_path / "x.png"), "--seed", "3"])
+@pytest.mark.parametrize(
+    ("sentence", "said"),
+    [
+        ("a red cube with stripes", "no word for stripes: leave this word out"),
+        ("a red cube with stripes on sand before a wall", "no word for stripes, sand or wall: leave these words out"),
+    ],
+)
+def test_the_scene_command_says_what_the_model_has_no_word_for(sentence: str, said: str, tmp_path: Path) -> None:
+    """`scene` names the details that no sentence of the bundled model can name, and says what becomes of them."""
+    run = CliRunner().invoke(app, ["scene", sentence, str(tmp_path / "x.png"), "--seed", "3"])
+    told = " ".join(run.output.split())
     assert run.exit_code == 0
-    assert "no word for stripes" in " ".join(run.output.split())
+    assert said in told
+    assert "eta 0 keeps such details, most edits lose them at eta 1, and more keep them with --source" in told
+
+
+def test_the_scene_command_says_nothing_of_a_plain_scene(tmp_path: Path) -> None:
+    """A scene whose every detail has a word needs no remark."""
     run = CliRunner().invoke(app, ["scene", "a red cube", str(tmp_path / "y.png"), "--seed", "3"])
-    assert "no word" not in run.output
+    assert run.exit_code == 0 and "no word" not in run.output

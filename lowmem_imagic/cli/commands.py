@@ -254,9 +254,11 @@ def scene(values: dict[str, Any]) -> None:
     )
     lines = [f"{out}: {drawn.caption()}"]
     if not drawn.plain:
+        *most, last = drawn.unnamed
+        words, them = (f"{', '.join(most)} or {last}", "these words") if most else (last, "this word")
         lines.append(
-            f"the bundled model has no word for {', '.join(drawn.unnamed)}: leave it out of sentences; "
-            "an edit keeps it from the photo"
+            f"the bundled model has no word for {words}: leave {them} out of the sentences of an edit; eta 0 keeps "
+            "such details, most edits lose them at eta 1, and more keep them with `source_prompt`"
         )
     print_report({"summary": lines}, False)
 
