@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES, Scene
+from lowmem_imagic.demo.attributes import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES
+from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.storage.atomic import write_bytes
 from lowmem_imagic.storage.safetensors_writer import serialize
 

@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lowmem_imagic.demo.attributes import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES
 from lowmem_imagic.demo.render import object_mask, render
-from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES, Scene, SceneObject
+from lowmem_imagic.demo.scene import Scene, SceneObject
 from lowmem_imagic.demo.strangers import STRANGE
 
 from .identity import PatternReader, readers

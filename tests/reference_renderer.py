@@ -9,7 +9,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem_imagic.demo.scene import COLORS, FLOORS, Scene
+from lowmem_imagic.demo.attributes import COLORS, FLOORS
+from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.demo.solids import FIELD, LIGHT_DISC, Array, Solid, camera_frame, unit
 
 _FAR = np.float32(1e4)

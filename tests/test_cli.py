@@ -774,9 +774,12 @@ def test_a_model_of_no_name_is_not_the_bundled_one(photo):
 
 
 def test_scene_that_cannot_be(run):
-    """A seed below 0 is a usage error, a name of another kind of picture is refused, and an existing file is left
-    alone."""
+    """A seed below 0 and a sentence that is not understood are usage errors, a name of another kind of picture is
+    refused, and an existing file is left alone."""
     assert run("scene", "a red cube", "s.png", "--seed", "-1", model=False).exit_code == 2
+    _fails(run("scene", "a crimson cube", "s.png", model=False), 2, "'crimson'")
+    _fails(run("scene", "a red and blue cube", "s.png", model=False), 2, "'red' and 'blue'")
+    assert not Path("s.png").exists()
     _fails(run("scene", "a red cube", "s.jpg", model=False), 2, "expected a name ending in .png")
     assert not Path("s.jpg").exists()
     Path("s.png").write_bytes(b"mine")

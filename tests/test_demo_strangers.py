@@ -1,6 +1,7 @@
 """Details without a name: what they do to pictures and captions, which of them training sees; the batch renderer."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from lowmem_imagic.cli.commands import app
+from lowmem_imagic.demo.attributes import COLORS, FLOORS, MATERIALS, POSES, SHAPES, SIZES
 from lowmem_imagic.demo.batch_render import object_masks, render_batch
 from lowmem_imagic.demo.packed_scene import pack
 from lowmem_imagic.demo.pictures import ProceduralPictures, prepared, scene_at, training_scene_at
@@ -224,10 +226,30 @@ def test_details_of_a_sentence_leave_the_rest_of_the_scene_alone() -> None:
     assert replace(striped.objects[0], pattern=None) == plain.objects[0]
 
 
-def test_the_scene_command_says_what_the_model_has_no_word_for(tmp_path: Path) -> None:
-    """`scene` names the details of the picture that no sentence of the bundled model can name."""
-    run = CliRunner().invoke(app, ["scene", "a red cube with stripes", str(tmp_path / "x.png"), "--seed", "3"])
+def test_the_help_of_scene_has_its_words() -> None:
+    """`scene --help` lists every shape, colour, material, size, pose, pattern, floor and backdrop of sentences."""
+    said = re.findall(r"\w+", CliRunner().invoke(app, ["scene", "--help"]).output)
+    groups = (SHAPES, COLORS, MATERIALS, SIZES, POSES, FLOORS, PAINTS, PATTERNS, GROUNDS, SCREENS)
+    assert {word for group in groups for word in group} <= set(said)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "said"),
+    [
+        ("a red cube with stripes", "no word for stripes: leave this word out"),
+        ("a red cube with stripes on sand before a wall", "no word for stripes, sand or wall: leave these words out"),
+    ],
+)
+def test_the_scene_command_says_what_the_model_has_no_word_for(sentence: str, said: str, tmp_path: Path) -> None:
+    """`scene` names the details that no sentence of the bundled model can name, and says what becomes of them."""
+    run = CliRunner().invoke(app, ["scene", sentence, str(tmp_path / "x.png"), "--seed", "3"])
+    told = " ".join(run.output.split())
     assert run.exit_code == 0
-    assert "no word for stripes" in " ".join(run.output.split())
+    assert said in told
+    assert "eta 0 keeps such details, most edits lose them at eta 1, and more keep them with --source" in told
+
+
+def test_the_scene_command_says_nothing_of_a_plain_scene(tmp_path: Path) -> None:
+    """A scene whose every detail has a word needs no remark."""
     run = CliRunner().invoke(app, ["scene", "a red cube", str(tmp_path / "y.png"), "--seed", "3"])
-    assert "no word" not in run.output
+    assert run.exit_code == 0 and "no word" not in run.output

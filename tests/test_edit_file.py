@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -50,6 +51,7 @@ from lowmem_imagic.errors import (
     UnsupportedEditVersionError,
 )
 from lowmem_imagic.families.stable_diffusion import labels
+from lowmem_imagic.pictures.formats import HEIF_BRANDS
 from lowmem_imagic.settings.stages import MAX_ALPHA
 from lowmem_imagic.storage import safetensors_reader as container
 from lowmem_imagic.storage import safetensors_writer as safetensors_codec
@@ -570,9 +572,9 @@ DEEP = "[" * 100_000
 HOSTILE: dict[str, tuple[type[EditFileError], str, bytes]] = {
     "empty": (TruncatedEditError, "0 bytes", b""),
     "short": (TruncatedEditError, "9 bytes", b"\x02\0\0\0\0\0\0\0{"),
-    "png": (NotAnEditFileError, "not a safetensors file", b"\x89PNG\r\n\x1a\n" + b"IHDR" * 10),
-    "zip (pickle)": (NotAnEditFileError, "not a safetensors file", b"PK\x03\x04" + bytes(100)),
-    "header in an array": (NotAnEditFileError, "not a safetensors file", joined(b"[]", b"")),
+    "png": (NotAnEditFileError, "a PNG picture, not an edit file", b"\x89PNG\r\n\x1a\n" + b"IHDR" * 10),
+    "zip (pickle)": (NotAnEditFileError, "a zip archive, not an edit file", b"PK\x03\x04" + bytes(100)),
+    "header in an array": (NotAnEditFileError, "this is not an edit file", joined(b"[]", b"")),
     "header beyond the cap": (EditTooLargeError, "header claims", (2**63).to_bytes(8, "little") + b'{"a":1}'),
     "header beyond the end": (
         TruncatedEditError,
@@ -1166,6 +1168,37 @@ def test_unusable_paths_are_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(EditNotFoundError):
             read(f"{tmp_path}/{name}")
     assert time.monotonic() - started < 2
+
+
+def test_a_folder_in_place_of_an_edit_file_is_called_so(tmp_path: Path) -> None:
+    """The message names the folder's only safetensors file, and opens none."""
+    with pytest.raises(EditNotFoundError, match=r"is a folder, .*no \.safetensors file inside"):
+        read(tmp_path)
+    (tmp_path / "photo.png").touch()
+    (tmp_path / "a.safetensors").write_bytes(VALID)
+    with pytest.raises(EditNotFoundError, match=re.escape(f"give its only .safetensors file, {tmp_path}/a.saf")):
+        read(tmp_path)
+    (tmp_path / "b.safetensors").write_bytes(VALID)
+    with pytest.raises(EditNotFoundError, match="give one of its 2 "):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "article"), [("PNG", "a"), ("JPEG", "a"), ("WebP", "a"), ("TIFF", "a"), ("GIF", "a"), ("AVIF", "an")]
+)
+def test_a_picture_in_place_of_an_edit_file_is_called_so(name: str, article: str, tmp_path: Path) -> None:
+    """A picture given as an edit file is told by its first bytes, and the message says what was expected."""
+    Image.new("RGB", (20, 16), (200, 40, 30)).save(tmp_path / "picture", name)
+    with pytest.raises(NotAnEditFileError, match=f"this is {article} {name} picture, .*that train or edit wrote"):
+        read(tmp_path / "picture")
+
+
+def test_a_heic_picture_in_place_of_an_edit_file_is_called_so(tmp_path: Path) -> None:
+    """A phone's picture is told by the brand in its first bytes, for each brand that pictures may have."""
+    for brand in sorted(HEIF_BRANDS):
+        (tmp_path / "picture").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
+        with pytest.raises(NotAnEditFileError, match="this is a HEIC picture"):
+            read(tmp_path / "picture")
 
 
 def test_refusing_a_path_leaves_no_open_file(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem_imagic.demo.attributes import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES
 from lowmem_imagic.demo.render import object_mask, render
-from lowmem_imagic.demo.scene import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES, Scene, SceneObject
+from lowmem_imagic.demo.scene import Scene, SceneObject
 from lowmem_imagic.demo.solids import Solid
 from lowmem_imagic.errors import ConfigError, PromptError
 from tests import reference_renderer
@@ -137,6 +138,87 @@ def test_a_sentence_outside_the_world_is_refused(sentence):
     """No shape or more than two is a PromptError that says what a scene has."""
     with pytest.raises(PromptError, match="one or two"):
         Scene.from_sentence(sentence)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scenes(), st.integers(0, 100))
+def test_every_caption_can_be_read(scene, seed):
+    """A caption says nothing that `from_sentence` refuses, and what it says of shapes and floor is drawn."""
+    caption = scene.caption(random.Random(seed))
+    read = Scene.from_sentence(caption)
+    assert [solid.shape for solid in read.objects] == [solid.shape for solid in scene.objects]
+    assert read.floor == scene.floor or scene.floor not in caption.split()
+
+
+@pytest.mark.parametrize(
+    ("sentence", "named"),
+    [
+        ("a crimson cube on a wooden flor", ["'crimson'", "'flor'", "colours red,", "floors wooden,"]),
+        ("a red cueb on a wooden floor", ["found 0 shapes", "'cueb'", "shapes sphere, cube,"]),
+        ("a tall red cube next to a dog at night", ["'tall', 'dog', 'night'"]),
+        ("a cube with a fence and a brick", ["'brick'", "backdrops hills,"]),
+        ("two Cubes and a \u2603 cone", ["'two', 'Cubes', '\u2603'"]),
+    ],
+)
+def test_unknown_words_are_named(sentence, named):
+    """A sentence with words that the world has not is refused; the message names them, and those that there are."""
+    with pytest.raises(PromptError) as caught:
+        Scene.from_sentence(sentence)
+    for part in named:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "named"),
+    [
+        ("a large small cube", ["'large' and 'small'", "one of small, large"]),
+        ("a red and blue cube", ["'red' and 'blue'", "one of red,"]),
+        ("a red pink cube", ["'red' and 'pink'"]),
+        ("a cube with dots and stripes", ["'dots' and 'stripes'", "one of stripes,"]),
+        ("a cube on a wooden floor on sand", ["'wooden' and 'sand'", "one of wooden,"]),
+        ("a cube before a wall and a fence", ["'wall' and 'fence'", "one of hills,"]),
+        ("a standing cone lying on grass", ["'standing' and 'lying'"]),
+        ("a lying cube", ["a cube cannot lie"]),
+        ("a cube lying on grass", ["a cube cannot lie"]),
+    ],
+)
+def test_contradictions_are_named(sentence, named):
+    """Two words of which only one can be true are refused together; the message says what may be said."""
+    with pytest.raises(PromptError) as caught:
+        Scene.from_sentence(sentence)
+    for part in named:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "named"),
+    [
+        ("a cube on a red floor", "'red' belongs to no object"),
+        ("a cube with large stripes", "'large' belongs to no object"),
+        ("a cube of metal", "'metal' belongs to no object"),
+        ("stripes on a cube", "'stripes' comes before any object"),
+        ("a wooden cube", "'wooden' is a floor and cannot describe 'cube'"),
+        ("a cube in front of a stone wall", "'stone' is a floor and cannot describe 'wall'"),
+        ("a cube on a cone", "'on' needs a floor"),
+        ("a cube in front of a cone", "'front' needs a backdrop"),
+    ],
+)
+def test_known_words_that_would_not_be_drawn_are_named(sentence, named):
+    """A known word in a place where nothing would be drawn of it is refused by name."""
+    with pytest.raises(PromptError, match=named):
+        Scene.from_sentence(sentence)
+
+
+def test_simple_variants_mean_the_same():
+    """A pose may follow its object, a pattern may be singular, and fillers, letter case and commas change nothing."""
+    lying = Scene.from_sentence("a red lying cone on a grass floor", seed=4)
+    for sentence in ("a red cone lying on a grass floor", "There is a Red cone, lying on the grass!"):
+        assert Scene.from_sentence(sentence, seed=4) == lying
+    two = Scene.from_sentence("a lying red cone and a cube on sand")
+    assert Scene.from_sentence("a red cone lying and a cube on sand") == two
+    striped = Scene.from_sentence("a red cube with cyan stripes")
+    assert Scene.from_sentence("a picture of the red cube with a cyan stripe") == striped
+    assert striped.objects[0].pattern is not None
 
 
 def test_impossible_scenes_are_refused():

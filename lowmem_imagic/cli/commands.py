@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from ..demo.sentence import known_words
 from ..errors import ConfigError
 from ..plain_text import shown
 from ..settings.options import options_of
@@ -231,7 +232,8 @@ def pull(values: dict[str, Any]) -> None:
     app,
     "scene",
     epilog='Examples:  lowmem-imagic scene "a red cube on a wooden floor" cube.png --seed 3   |   '
-    'lowmem-imagic scene "a red cube with cyan stripes on a wooden floor in front of a wall" striped.png',
+    'lowmem-imagic scene "a red cube with cyan stripes on a wooden floor in front of a wall" striped.png   |   '
+    f"Words:  {known_words()}",
 )
 def scene(values: dict[str, Any]) -> None:
     """Render a photo of the bundled world, for trying edits."""
@@ -254,9 +256,11 @@ def scene(values: dict[str, Any]) -> None:
     )
     lines = [f"{out}: {drawn.caption()}"]
     if not drawn.plain:
+        *most, last = drawn.unnamed
+        words, them = (f"{', '.join(most)} or {last}", "these words") if most else (last, "this word")
         lines.append(
-            f"the bundled model has no word for {', '.join(drawn.unnamed)}: leave it out of sentences; "
-            "an edit keeps it from the photo"
+            f"the bundled model has no word for {words}: leave {them} out of the sentences of an edit; eta 0 keeps "
+            "such details, most edits lose them at eta 1, and more keep them with `source_prompt`"
         )
     print_report({"summary": lines}, False)
 

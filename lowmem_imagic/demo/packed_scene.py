@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .scene import FLOORS, Scene, SceneObject
+from .attributes import FLOORS
+from .scene import Scene, SceneObject
 from .solids import Solid, camera_frame, unit
 from .strangers import GROUNDS, LETTERS, PATTERNS, SCREENS, Prop
 from .vectors import Vector

@@ -7,10 +7,11 @@ light, floor texture and everything else, with one attribute changed.
 
 import math
 import random
-import re
 from dataclasses import dataclass, replace
 
-from ..errors import ConfigError, PromptError
+from ..errors import ConfigError
+from .attributes import COLORS, FLOORS, LYING_SHAPES, MATERIALS, POSES, SHAPES, SIZES
+from .sentence import ObjectWords, read_sentence
 from .strangers import (
     GROUNDS,
     LETTERS,
@@ -24,30 +25,6 @@ from .strangers import (
     Screen,
     Vocabulary,
 )
-
-COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.80, 0.10, 0.09),
-    "green": (0.10, 0.58, 0.17),
-    "blue": (0.10, 0.23, 0.82),
-    "yellow": (0.93, 0.80, 0.10),
-    "purple": (0.50, 0.14, 0.66),
-    "orange": (0.96, 0.45, 0.04),
-    "white": (0.93, 0.93, 0.91),
-    "black": (0.055, 0.055, 0.065),
-}
-"""Linear-light base colours by name."""
-
-SHAPES = ("sphere", "cube", "cylinder", "cone")
-MATERIALS = ("rubber", "metal")
-SIZES: dict[str, float] = {"small": 0.52, "large": 0.90}
-"""Nominal radius of an object in scene units, by name."""
-FLOORS = ("wooden", "stone", "grass", "tiled")
-POSES = ("standing", "lying")
-LYING_SHAPES = ("cylinder", "cone")
-"""Shapes whose pose can be seen; the others are always standing."""
-
-_FLOOR_WORDS = {"wood": "wooden", "tile": "tiled", "tiles": "tiled", "rock": "stone", "lawn": "grass"}
-_SHAPE_WORDS = {"ball": "sphere", "box": "cube", "block": "cube"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,47 +271,18 @@ class Scene:
         stripes", "with a letter H"), a floor of `GROUNDS` and a backdrop of `SCREENS`.
 
         Raises:
-            PromptError: no known shape in the sentence, or more than two; or a letter that cannot be painted.
+            PromptError: see `read_sentence`.
         """
-        words = re.findall(r"[a-z]+", sentence.lower())
-        words = [_SHAPE_WORDS.get(_FLOOR_WORDS.get(word, word), _FLOOR_WORDS.get(word, word)) for word in words]
-        count = sum(word in SHAPES for word in words)
-        if not 1 <= count <= 2:
-            raise PromptError(
-                f"found {count} shapes in {sentence!r}; a scene has one or two of {', '.join(SHAPES)}, "
-                'as in "a red cube on a wooden floor"'
-            )
-        rng = random.Random(seed)
-        scene = Scene.draw(rng, objects=count)
-        floor = next((word for word in words if word in FLOORS), scene.floor)
+        read = read_sentence(sentence)
+        scene = Scene.draw(random.Random(seed), objects=len(read.objects))
         details = random.Random(f"{seed}/details")
-        solids, said = [], {}  # type: ignore[var-annotated]
-        vocabulary = {"color": COLORS, "material": MATERIALS, "size": SIZES, "pose": POSES}
-        for place, word in enumerate(words):
-            for attribute, values in vocabulary.items():
-                if word in values:
-                    said[attribute] = word
-            if word in PAINTS:
-                said["paint"] = PAINTS[word]
-            if word in SHAPES:
-                drawn = scene.objects[len(solids)]
-                pose = said.get("pose", "standing")
-                if word not in LYING_SHAPES:
-                    pose = "standing"
-                solids.append(replace(drawn, **{"material": "rubber", **said, "shape": word, "pose": pose}))
-                said = {}
-            if word in PATTERNS and solids:
-                own, color = solids[-1], said.get("paint") or COLORS.get(said.get("color", ""))
-                following = words[place + 1].upper() if word == "letter" and words[place + 1 :] else ""
-                solids[-1] = replace(own, pattern=_pattern(details, own, word, color, following))
-                said = {}
-        screen = next((word for word in words if word in SCREENS), None)
-        ground = next((word for word in words if word in GROUNDS), None)
+        solids = [_solid(drawn, words, details) for drawn, words in zip(scene.objects, read.objects, strict=True)]
+        floor, screen = read.scenery.get("floor"), read.scenery.get("backdrop")
         return replace(
             scene,
             objects=tuple(solids),
-            floor=floor,
-            ground=_ANY.ground(details, ground) if ground else None,
+            floor=floor if floor in FLOORS else scene.floor,
+            ground=_ANY.ground(details, floor) if floor in GROUNDS else None,
             screen=_ANY.screen(details, screen) if screen else None,
         )
 
@@ -344,14 +292,30 @@ _ANY = Vocabulary(
 )
 
 
-def _pattern(rng: random.Random, solid: SceneObject, kind: str, color: Color | None, letter: str) -> Pattern:
-    """The pattern of that kind that a sentence asks for on the solid."""
-    if len(letter) == 1 and letter not in LETTERS:
-        raise PromptError(f"no letter {letter} can be painted on an object, only {', '.join(LETTERS)}")
-    pattern = _ANY.pattern(rng, rotation=solid.rotation, kind=kind)
+def _solid(drawn: SceneObject, words: ObjectWords, rng: random.Random) -> SceneObject:
+    """The drawn object with what a sentence says of it; without a word it is of rubber, and stands."""
+    said = words.said
+    color = said.get("colour", drawn.color)
+    solid = replace(
+        drawn,
+        shape=said["shape"],
+        color=color if color in COLORS else drawn.color,
+        paint=PAINTS.get(color),
+        material=said.get("material", "rubber"),
+        size=said.get("size", drawn.size),
+        pose=said.get("pose", "standing"),
+    )
+    return replace(solid, pattern=_pattern(rng, solid, words)) if "pattern" in said else solid
+
+
+def _pattern(rng: random.Random, solid: SceneObject, words: ObjectWords) -> Pattern:
+    """The pattern that a sentence asks for on the solid."""
+    pattern = _ANY.pattern(rng, rotation=solid.rotation, kind=words.said["pattern"])
     assert pattern is not None
-    if color is None:
+    if words.pattern_color is not None:
+        color = {**COLORS, **PAINTS}[words.pattern_color]
+    else:
         # A colour that the object has already would not show.
         own = solid.base_color
         color = max(PAINTS.values(), key=lambda paint: sum((a - b) ** 2 for a, b in zip(paint, own, strict=True)))
-    return replace(pattern, color=color, letter=letter if letter in LETTERS else pattern.letter)
+    return replace(pattern, color=color, letter=words.letter or pattern.letter)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from .attributes import FLOORS
 from .packed_scene import FAR, View
-from .scene import FLOORS
 from .strangers import LETTERS, PATTERNS
 from .vectors import Vector, bounded, dot, mixed, scaled, where
 

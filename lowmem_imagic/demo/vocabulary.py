@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .scene import COLORS, FLOORS, MATERIALS, POSES, SHAPES, SIZES
+from .attributes import COLORS, FLOORS, MATERIALS, POSES, SHAPES, SIZES
 
 FILE = "vocabulary.json"
 GROUPS = {

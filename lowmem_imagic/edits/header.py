@@ -22,8 +22,9 @@ from ..errors import (
     UnsupportedEditVersionError,
 )
 from ..plain_text import shown
+from ..storage.first_bytes import START_BYTES
 from ..storage.regular_files import open_regular
-from ..storage.safetensors_reader import PREFIX_BYTES, Container, head_bytes, parse, parse_head
+from ..storage.safetensors_reader import Container, head_bytes, parse, parse_head
 from ..storage.strict_json import load_json
 from . import checks
 from .identity import MAX_STORED, BaseIdentity, SourcePicture
@@ -240,10 +241,23 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
             head = _read_head(file, path, size)
             # One byte more, to notice a file that grows meanwhile.
             return head + file.read(size - len(head) + 1)
+    except IsADirectoryError:
+        raise EditNotFoundError(f"{path}: is a folder, expected an edit file; {_inside(path)}") from None
     except OSError as error:
         raise EditNotFoundError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a NUL character in the path
         raise EditNotFoundError(f"{str(path)!r}: {error}") from error
+
+
+def _inside(folder: str | os.PathLike[str]) -> str:
+    """Returns what to do about a folder that was given in place of an edit file."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    except OSError:
+        names = []
+    if len(names) == 1:
+        return f"give its only .safetensors file, {os.path.join(folder, names[0])}"
+    return f"give one of its {len(names)} .safetensors files" if names else "there is no .safetensors file inside it"
 
 
 def _read_head(file: BinaryIO, path: str | os.PathLike[str], size: int) -> bytes:
@@ -253,8 +267,8 @@ def _read_head(file: BinaryIO, path: str | os.PathLike[str], size: int) -> bytes
         EditFileError: The file is no edit; messages begin with the path.
     """
     try:
-        head = file.read(PREFIX_BYTES + 2)
-        head += file.read(head_bytes(head, size) - len(head))
+        head = file.read(START_BYTES)
+        head += file.read(max(0, head_bytes(head, size) - len(head)))
         container = parse_head(head, size)
         with naming_its_writer(container):
             version = check_version(container)

@@ -20,6 +20,7 @@ from ..errors import (
     TensorShapeError,
     TruncatedEditError,
 )
+from .first_bytes import START_BYTES, kind_of
 from .strict_json import load_json
 
 MAX_FILE_BYTES = 2**30
@@ -105,7 +106,7 @@ def head_bytes(data: bytes | memoryview, size: int, *, most_bytes: int = MAX_FIL
     """Returns the number of bytes before a file's tensors, from its first ten bytes.
 
     Args:
-        data: the file's beginning.
+        data: the file's beginning; with `START_BYTES` of it, messages can name other kinds of files.
         size: bytes of the whole file.
         most_bytes: size limit of the file.
 
@@ -120,7 +121,9 @@ def head_bytes(data: bytes | memoryview, size: int, *, most_bytes: int = MAX_FIL
         raise TruncatedEditError(f"the file has {size} bytes, expected a length of 8 bytes and a header")
     length = int.from_bytes(data[:PREFIX_BYTES], "little")
     if bytes(data[PREFIX_BYTES : PREFIX_BYTES + 2]) != b'{"':
-        raise NotAnEditFileError("not a safetensors file: the ninth byte does not begin a JSON header")
+        kind = kind_of(bytes(data[:START_BYTES]))
+        found = f"this is {kind}, not an edit file" if kind else "this is not an edit file"
+        raise NotAnEditFileError(f"{found}; expected a .safetensors file that train or edit wrote")
     if length > MAX_HEADER_BYTES:
         raise EditTooLargeError(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
     if length > size - PREFIX_BYTES:
