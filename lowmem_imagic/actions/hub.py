@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..amounts import counted
 from ..edits import file as edit_file
 from ..edits.edit import Edit
 from ..edits.header import read_bytes
@@ -33,9 +34,10 @@ def question(path: Path, repository: str, *, public: bool = False, pictures: Seq
     """
     edit, address = edit_file.read(path), Address.of(repository)
     who = "anyone" if public else "you, and those to whom you give access,"
-    beside = f" {len(pictures)} pictures are uploaded beside it." if pictures else ""
+    are = "is" if len(pictures) == 1 else "are"
+    beside = f" {counted(len(pictures), 'picture')} {are} uploaded beside it." if pictures else ""
     count = len(edit.sentences)
-    told = f"the title {edit.title!r}" + (f" and {count} sentence{'s' if count > 1 else ''}" if count else "")
+    told = f"the title {edit.title!r}" + (f" and {counted(count, 'sentence')}" if count else "")
     return (
         f"An edit gives its photo back: {who} can render the photo (eta 0) from the file on {address.repository}. "
         f"The file also has {told}.{beside}"

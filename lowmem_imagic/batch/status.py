@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..amounts import duration
+from ..amounts import counted, duration
 from ..errors import ConfigError
 from .ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
@@ -119,7 +119,7 @@ def _summary(
     folder: Path, entries: list[Entry], counts: dict[str, int], runners: list[Runner], left_s: float | None
 ) -> Iterator[str]:
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    yield f"{folder}: {len(entries)} items: {said}"
+    yield f"{folder}: {counted(len(entries), 'item')}: {said}"
     open_items = counts[WAITING] + counts[RUNNING]
     suspended = [runner for runner in runners if runner.owner.stopped]
     seen = sum(bool(runner.owner.alive) for runner in runners) - len(suspended)
