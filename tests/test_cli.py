@@ -399,9 +399,9 @@ def test_a_sheet_over_other_axes_shows_the_edits_own_eta(run, finished):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--rows", "eta"], ("both 'eta'",)),
-        (["--rows", "rank"], ("rows is 'rank'", "eta, strength, seed, guidance")),
-        (["--guidances", "3,5"], ("guidance has 2 values", "neither rows nor columns")),
+        (["--rows", "eta"], ("--rows and --columns are both 'eta'",)),
+        (["--rows", "rank"], ("--rows is 'rank'", "eta, strength, seed, guidance")),
+        (["--guidances", "3,5"], ("guidance has 2 values", "neither --rows nor --columns")),
         (["--etas", "0,9", "--seeds", "-1", "--strengths", "5"], ("etas has 9", "seeds has -1", "strength is 5")),
         (["--etas", ","], ("eta is empty",)),
         (["--out", "sheet.jpg"], ("ending in .png",)),

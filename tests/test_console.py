@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from lowmem_imagic.actions import console
-from lowmem_imagic.amounts import duration
+from lowmem_imagic.amounts import counted, duration
+from lowmem_imagic.batch.overview_page import counts_of
 
 
 class Terminal(io.StringIO):
@@ -78,3 +79,9 @@ def test_no_bar_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
 def test_times_in_words(seconds, words):
     """Every command and page tells a time in the same words; a short time is never "0 s"."""
     assert duration(seconds) == words
+
+
+def test_one_thing_has_no_plural() -> None:
+    """Numbers of things have the singular for one alone; so has the line about a batch of one item."""
+    assert [counted(count, "picture") for count in range(3)] == ["0 pictures", "1 picture", "2 pictures"]
+    assert counts_of({"total": 1, "done": 1, "running": 0, "waiting": 0, "failed": 0}) == "1 item: 1 done"

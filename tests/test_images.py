@@ -478,11 +478,7 @@ def test_unreadable(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "an empty file"),
-        (b"Dear reader,\nthis is no photo.\n", "a text file"),
         (b"P3 is how this text begins", "PNG or JPEG"),
-        (b"BMW is a maker of cars, and this is no bitmap", "PNG or JPEG"),
-        (b"  <!DOCTYPE html><html></html>", "a web page"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
         (b"%PDF-1.7\n", "a PDF document"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
@@ -495,6 +491,26 @@ def test_not_an_image(tmp_path, content, words):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     refused(path, NotAnImageError, words, "PNG or JPEG")
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "advice"),
+    [
+        (b"", "an empty file", "copy or download it again"),
+        (bytes(5000), "a file of zeros", "copy or download it again"),
+        (b"Dear reader,\nthis is no photo.\n", "a text file", "expected a JPEG, PNG"),
+        (b"BMW is a maker of cars, and this is no bitmap", "a text file", "expected a JPEG, PNG"),
+        (b"  <!DOCTYPE html><html></html>", "a web page", "download the picture itself"),
+    ],
+)
+def test_no_picture_to_convert(tmp_path, content, words, advice):
+    """The message of a file that holds no picture does not say to convert it."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    refused(path, NotAnImageError, words, advice)
+    with pytest.raises(NotAnImageError) as caught:
+        load_photo(path)
+    assert "convert it" not in str(caught.value)
 
 
 def test_avif_without_support(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..amounts import counted
 from ..edits import file as edit_file
 from ..edits.edit import Edit
 from ..edits.recorded import sampling_of
@@ -285,7 +286,9 @@ def _finish(folder: ResultFolder, report: dict[str, Any]) -> dict[str, Any]:
     folder.write_report(report)
     seconds = report["seconds"]["total"]
     report["files"] = list(folder.files)
-    report["summary"] = [f"{folder.path}: {len(report['pictures'])} pictures, sheet.png, report.json ({seconds:.0f} s)"]
+    report["summary"] = [
+        f"{folder.path}: {counted(len(report['pictures']), 'picture')}, sheet.png, report.json ({seconds:.0f} s)"
+    ]
     if "edit_bytes" in report:
         report["summary"].append(f"edit file: {report['edit_file']} ({report['edit_bytes'] / 1000:.0f} kB)")
     return report

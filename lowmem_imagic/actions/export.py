@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..amounts import counted
 from ..edits import file as edit_file
 from ..errors import OutputExistsError
 from ..share.export import files_for
@@ -63,7 +64,7 @@ def export(path: Path, program: str, folder: Path, *, force: bool, console: Cons
         "program": program,
         "files": sorted(files),
         "warnings": console.warnings,
-        "summary": [f"{folder}: {len(files)} files for {program}; {NEXT[program]}"],
+        "summary": [f"{folder}: {counted(len(files), 'file')} for {program}; {NEXT[program]}"],
     }
 
 

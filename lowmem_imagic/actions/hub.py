@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..amounts import counted
 from ..edits import file as edit_file
 from ..edits.edit import Edit
 from ..edits.header import read_bytes
@@ -61,9 +62,10 @@ def question(
     """
     edit, address = edit_file.read(path), Address.of(repository)
     who = "anyone" if public else "you, and those to whom you give access,"
-    beside = f" {len(pictures)} pictures are uploaded beside it." if pictures else ""
+    are = "is" if len(pictures) == 1 else "are"
+    beside = f" {counted(len(pictures), 'picture')} {are} uploaded beside it." if pictures else ""
     count = len(edit.sentences)
-    told = f"the title {edit.title!r}" + (f" and {count} sentence{'s' if count > 1 else ''}" if count else "")
+    told = f"the title {edit.title!r}" + (f" and {counted(count, 'sentence')}" if count else "")
     there = hub.find(address) if force else None
     change = _Change.of(there, [hub.EDIT_FILE, hub.CARD, *_gallery(pictures)]) if there is not None else _Change()
     return (

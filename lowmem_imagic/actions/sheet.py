@@ -158,17 +158,19 @@ def _points(
         ConfigError: an axis is unknown or named twice, or a setting that is no axis has several values.
     """
     problems = [
-        f"{side} is {name!r}, expected one of {', '.join(AXES)}"
+        f"`{side}` is {name!r}, expected one of {', '.join(AXES)}"
         for side, name in (("rows", rows), ("columns", columns))
         if name not in AXES
     ]
     if rows == columns:
-        problems.append(f"rows and columns are both {rows!r}, expected two different ones of {', '.join(AXES)}")
+        problems.append(f"`rows` and `columns` are both {rows!r}, expected two different ones of {', '.join(AXES)}")
     for name, numbers in values.items():
         if not numbers:
             problems.append(f"{name} is empty, expected at least one number")
         if name not in (rows, columns) and len(numbers) > 1:
-            problems.append(f"{name} has {len(numbers)} values and is neither rows nor columns; give one, or name it")
+            problems.append(
+                f"{name} has {len(numbers)} values and is neither `rows` nor `columns`; give one, or name it"
+            )
     if problems:
         raise ConfigError(problems)
     neutral = {"eta": eta, "seed": seed, **_NEUTRAL}

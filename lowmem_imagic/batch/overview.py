@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..amounts import counted
 from ..errors import OutputExistsError
 from ..pictures.png import Box, contact_sheet, encode_png
 from ..storage.atomic import write_bytes
@@ -60,7 +61,7 @@ def write_overview(folder: Path, *, force: bool) -> dict[str, Any]:
     text = page_of(folder.absolute().name, items, state, bool(with_pictures)).encode(errors="backslashreplace")
     write_bytes(page, text, overwrite=True)
     count = len(with_pictures)
-    summary = [f"{page}: {count} items with pictures, {len(items) - count} without"]
+    summary = [f"{page}: {counted(count, 'item')} with pictures, {len(items) - count} without"]
     return {"out": str(folder), "files": files, "items": len(items), "with_pictures": count, "summary": summary}
 
 

@@ -7,7 +7,7 @@ from html import escape as _escape
 from typing import Any
 from urllib.parse import quote
 
-from ..amounts import duration
+from ..amounts import counted, duration
 from ..pictures.png import Box
 from ..plain_text import shown
 from .ledger.file import DONE, FAILED, RUNNING, WAITING
@@ -75,7 +75,7 @@ _MOST_CELLS = 7
 def counts_of(status: dict[str, Any]) -> str:
     """The number of items, in all and by state, from the result of `status`."""
     counts = ", ".join(f"{status[state]} {state}" for state in (DONE, RUNNING, WAITING, FAILED) if status[state])
-    return f"{status['total']} items: {counts}"
+    return f"{counted(status['total'], 'item')}: {counts}"
 
 
 def page_of(name: str, items: Sequence[Shown], status: dict[str, Any], picture: bool) -> str:

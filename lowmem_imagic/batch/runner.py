@@ -13,6 +13,7 @@ from typing import Any
 from ..actions.console import Console, Silent
 from ..actions.render import check_sentences
 from ..actions.result_folder import ResultFolder
+from ..amounts import counted
 from ..errors import BackendUnavailableError, ConfigError, LowmemImagicError, OutputExistsError, OutputUnwritableError
 from ..pictures import photo_file
 from ..settings.stages import EditConfig
@@ -248,8 +249,8 @@ class Batch:
         free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)
         size += (states := max((saved for _, saved in sizes), default=0))
         remark = (
-            f"{len(waiting)} items to make: up to {megabytes(size)} on disk, {megabytes(states)} of them while "
-            f"training, {megabytes(free)} free"
+            f"{counted(len(waiting), 'item')} to make: up to {megabytes(size)} on disk, {megabytes(states)} of them "
+            f"while training, {megabytes(free)} free"
         )
         self._console.say(remark)
         if size > free:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..amounts import duration
+from ..amounts import counted, duration
 from ..errors import ConfigError
 from .ledger.file import DONE, EARLIER, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, Snapshot, snapshot
 from .outputs import report_of
@@ -163,7 +163,7 @@ def _summary(
 ) -> Iterator[str]:
     counts = _counts(entries)
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    yield f"{folder}: {len(entries)} items: {said}"
+    yield f"{folder}: {counted(len(entries), 'item')}: {said}"
     if len(commands) > 1:
         yield from (f"{command.unfinished} not done of {command}" for command in commands if command.unfinished)
     open_items = counts[WAITING] + counts[RUNNING]

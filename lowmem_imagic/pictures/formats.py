@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 KINDS = "JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, AVIF, HEIC or JPEG 2000"
 """Names of the formats, for messages."""
+EXPECTED = f"expected a {KINDS} picture, convert it to PNG or JPEG"
 HEIF_BRANDS = frozenset(b"heic heix heim heis hevc hevx hevm hevs mif1 mif2 msf1 heif MiHB MiHE mif3".split())
 
 
@@ -109,20 +110,25 @@ def has_photo_suffix(name: str) -> bool:
 
 
 def describe(data: bytes) -> str:
-    """The likely kind of an unsupported file, for an error message."""
+    """The likely kind of an unsupported file, for an error message; after a semicolon what to do, if that is clear."""
     if not data:
-        return "an empty file"
+        return "an empty file; expected a picture, copy or download it again"
     if not data[:4096].strip(b"\0"):
-        return "a file of zeros, as from an interrupted copy"
+        return "a file of zeros, as from an interrupted copy; expected a picture, copy or download it again"
     for start, words in _FOREIGN:
         if re.match(start, data, re.DOTALL):
             return words
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith((b"<!doctype html", b"<html")):
-        return "a web page"
+        return "a web page; expected a picture, download the picture itself"
     if head.startswith((b"<svg", b"<?xml")):
         return "an SVG drawing or XML text"
-    return "a text file" if is_text(data) else "of no known picture format"
+    return f"a text file; expected a {KINDS} picture" if is_text(data) else "of no known picture format"
+
+
+def with_advice(words: str) -> str:
+    """The words of `describe`, always with what was expected and what to do."""
+    return words if "; " in words else f"{words}; {EXPECTED}"
 
 
 def is_text(data: bytes) -> bool:

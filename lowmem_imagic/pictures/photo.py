@@ -21,7 +21,7 @@ from .colour import to_srgb
 from .contents import Contents, NotThisKind, TooCostly
 from .decoding import PRINTING, decode
 from .depth import split_alpha, to_eight_bit
-from .formats import KINDS, Format, describe, format_of, is_raw, is_text
+from .formats import EXPECTED, Format, describe, format_of, is_raw, is_text, with_advice
 from .quiet import quiet
 from .tiff import RAW
 
@@ -154,7 +154,6 @@ def _refusals(shown: str, head: bytes, size: int, kind: Format | None) -> Iterat
 
     On damaged data decoders raise nearly any built-in exception, until the picture is finished.
     """
-    expected = f"expected a {KINDS} picture, convert it to PNG or JPEG"
     name = kind.name if kind is not None else "picture"
     # Two letters make a BMP or PPM, so a text may begin like one.
     prose = is_text(head) and name in ("BMP", "PPM")
@@ -163,19 +162,17 @@ def _refusals(shown: str, head: bytes, size: int, kind: Format | None) -> Iterat
     except (ImageError, MemoryError):
         raise
     except NotThisKind as error:
-        words = str(error)
-        advice = "" if "; " in words else f"; {expected}"
-        raise NotAnImageError(f"{shown} is {words}{advice}") from error
+        raise NotAnImageError(f"{shown} is {with_advice(str(error))}") from error
     except TooCostly as error:
         if prose:
-            raise NotAnImageError(f"{shown} is {describe(head)}; {expected}") from error
+            raise NotAnImageError(f"{shown} is {with_advice(describe(head))}") from error
         words = str(error)
         advice = "" if "; " in words else "; save a plain copy with an image editor"
         raise ImageTooLargeError(f"{shown} has {words}{advice}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or "its parts do not fit together"
         if prose or any(word in reason.lower() for word in ("unknown", "unsupported", "not support", "not avail")):
-            raise NotAnImageError(f"{shown} is of a kind that cannot be decoded here ({reason}); {expected}") from error
+            raise NotAnImageError(f"{shown} is of a kind that cannot be decoded here ({reason}); {EXPECTED}") from error
         raise TruncatedImageError(
             f"{shown} is a damaged or cut-off {name} file of {size} bytes ({reason}); "
             "expected a complete picture, copy or download it again"

@@ -12,7 +12,7 @@ from ..storage.regular_files import NotRegularError, open_regular
 from .anatomy import UNREADABLE, examine
 from .boxes import largest_pixels
 from .contents import NotThisKind, TooCostly
-from .formats import KINDS, Format, describe, format_of
+from .formats import Format, describe, format_of, with_advice
 from .tiff import pixels_of
 
 MAX_FILE_BYTES = 1 << 30
@@ -88,7 +88,7 @@ def _check_size(file: BufferedReader, size: int, shown: str) -> None:
     file.seek(0)
     if size <= MAX_FILE_BYTES and kind is None:
         head = file.read(4096)
-        raise NotAnImageError(f"{shown} is {describe(head)}; expected a {KINDS} picture, convert it to PNG or JPEG")
+        raise NotAnImageError(f"{shown} is {with_advice(describe(head))}")
     most = MAX_FILE_BYTES if kind is None or kind.is_plain else MAX_PACKED_BYTES
     if size <= most and kind is not None and (pixels := _pixels(file, size, kind, _HEAD_BYTES, 1)):
         most = min(most, _SMALL_BYTES + 16 * pixels)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..amounts import counted
 from ..errors import EditTooLargeError, HubError
 from ..families.files.hub import reason_of
 from ..plain_text import shown
@@ -183,8 +184,8 @@ def _chosen(address: Address, repository: Repository) -> str:
 
 def listed(names: list[str]) -> str:
     """Some names for a message."""
-    shown_names = ", ".join(shown(name) for name in names[:5])
-    return f"{len(names)} {SUFFIX} files{': ' if names else ''}{shown_names}{', ...' if len(names) > 5 else ''}"
+    some = ", ".join(shown(name) for name in names[:5])
+    return f"{counted(len(names), f'{SUFFIX} file')}{': ' if names else ''}{some}{', ...' if len(names) > 5 else ''}"
 
 
 def _in_cache(address: Address) -> Path | None:

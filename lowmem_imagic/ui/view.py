@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from html import escape as _escape
 
 from ..actions.console import STAGES
-from ..amounts import duration
+from ..amounts import counted, duration
 from ..batch.overview import without_folders
 from ..batch.overview_page import PAGE
 from ..batch.status import status
@@ -46,7 +46,7 @@ def _bar(job: Job | None, queue: Queue, message: str, *, paused: bool) -> str:
         return line(message, bad=bad) if message else ""
     if job.state == WAITING:
         before = queue.place(job)
-        return line(f"waiting for the card: {before} job{'s' if before != 1 else ''} before this one")
+        return line(f"waiting for the card: {counted(before, 'job')} before this one")
     assert job.state == RUNNING
     stage = _STAGES.get(job.stage, job.stage) or "loading the base"
     share, left = job.share, job.seconds_left
@@ -182,7 +182,7 @@ def batch(folder: BatchFolder, queue: Queue, wording: Callable[[str], str]) -> s
         # Before its first item is registered.
         return "".join(parts) or line("not begun yet")
     counts = ", ".join(f"{seen[state]} {state}" for state in ("done", "running", "waiting", "failed") if seen[state])
-    parts.append(f"<p>{escape(name)}: {seen['total']} items: {counts}</p>")
+    parts.append(f"<p>{escape(name)}: {counted(seen['total'], 'item')}: {counts}</p>")
     if not folder.busy and seen["waiting"] + seen["running"]:
         parts.append(line("not finished; “Continue” goes on with it"))
     failed = [item for item in seen["items"] if item["state"] == FAILED]
