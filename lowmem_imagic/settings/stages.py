@@ -26,8 +26,7 @@ only. ``bf16`` and ``fp32``: every weight in the type of the arithmetic, which i
 _UNQUANTISED = ("bf16", "fp32")
 ONE_AT_A_TIME = ("bnb-int8",)
 """Formats whose edits train one after the other: stock bitsandbytes rounds the input of a layer to 8 bits, too, so that
-last bits, which depend on the size of a batch, become whole steps. In a batch of three a prediction of the bundled
-model is off by 0.16 % from that alone; in ``int8`` by 4e-7 of it."""
+last bits, which depend on the size of a batch, become whole steps."""
 ATTENTION = ("auto", "xformers", "sdpa")
 COMPUTE = ("auto", "bf16", "fp16", "fp32")
 _DEVICE = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
