@@ -311,6 +311,21 @@ def test_an_overflow_in_fp16_skips_a_step(
     assert resumed.measured["stages"]["finetune"]["skipped_steps"] == skipped
 
 
+def test_an_overflow_is_of_what_an_edit_trains(
+    load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In stage 1 an edit skips the steps that it skips alone, also beside an edit whose adapter is trained already."""
+    config = replace(CONFIG, embed=replace(CONFIG.embed, steps=8), finetune=replace(CONFIG.finetune, steps=20))
+    monkeypatch.setattr(loop, "FIRST_SCALE", 2.0**24)
+    base, states = load_base(compute="fp16"), list[TrainingState]()
+    list(stream_edits(base, jobs[:1], config, between=lambda pack: states.extend(state for _, state in pack.states())))
+    ahead = replace(jobs[0], state=next(state for state in states if state.stage == "finetune"))
+    [alone] = make_edits(base, jobs[1:2], config)
+    _, beside = make_edits(base, [ahead, jobs[1]], config)
+    skipped = [edit.measured["stages"]["embed"]["skipped_steps"] for edit in (alone, beside)]
+    assert skipped[0] == skipped[1] < 8
+
+
 @pytest.mark.parametrize("stage", ["embed", "finetune"])
 def test_an_edit_whose_steps_all_overflowed_fails(
     stage: str, load_base: Callable[..., BaseModel], jobs: list[Job], monkeypatch: pytest.MonkeyPatch

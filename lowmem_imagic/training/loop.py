@@ -171,6 +171,10 @@ class Trainer:
         """Whether any edit in a slot trains the tensor of this number."""
         return any(self._rates[slot][part] for slot in self.runs)
 
+    def _active(self, part: int) -> Tensor:
+        """Which slots (N,) train the tensor of this number; bool, on the CPU."""
+        return torch.tensor([slot in self.runs and self._rates[slot][part] > 0 for slot in range(self._slots)])
+
     def step(self) -> dict[int, Run]:
         """Takes one step of every edit in a slot; returns the edits that finished with it, which leave their slots.
 
@@ -322,7 +326,7 @@ class Trainer:
         for number, part in enumerate(self._trained):
             if not self.trains(number):
                 continue
-            active = torch.tensor([slot in self.runs and self._rates[slot][number] > 0 for slot in range(self._slots)])
+            active = self._active(number)
             if sound is not None:
                 active &= sound
             self._optimizers[number].step(part.grads, active, shares)
@@ -330,12 +334,16 @@ class Trainer:
     def _unscale(self) -> Tensor:
         """Divides the gradients by their scales; returns which slots (N,) have finite gradients.
 
-        An overflow halves an edit's scale and skips its step. The loss itself is fp32 and stays finite.
+        An overflow in a tensor that an edit trains halves its scale and skips its step; other edits of the pack may
+        train other tensors. The loss itself is fp32 and stays finite.
         """
-        trained = [part.grads for number, part in enumerate(self._trained) if self.trains(number)]
-        finite = torch.stack([grads.isfinite().all(1) for grads in trained]).all(0)
-        for grads in trained:
-            grads.div_(self._scales).masked_fill_(~finite.unsqueeze(1), 0)
+        finite = torch.ones(self._slots, dtype=torch.bool, device=self._base.device)
+        trained = [(number, part.grads) for number, part in enumerate(self._trained) if self.trains(number)]
+        of_part = [grads.isfinite().all(1) for _, grads in trained]
+        for (number, _), rows in zip(trained, of_part, strict=True):
+            finite &= rows | ~self._active(number).to(finite.device)
+        for (_, grads), rows in zip(trained, of_part, strict=True):
+            grads.div_(self._scales).masked_fill_(~(finite & rows).unsqueeze(1), 0)
         kept = finite.unsqueeze(1)
         self._good = torch.where(kept, self._good + 1, 0)
         grown = kept & (self._good >= GROW_AFTER)
