@@ -28,6 +28,8 @@ RETRIED = (MEMORY, TRANSIENT, FOLDER)
 """Kinds that are tried again when the same command is run again."""
 RESUMED = (INPUT, *RETRIED)
 """Kinds after which an edit goes on from its training state: the state has no part in the failure."""
+AS_BEFORE = " (as before; a retry with `failed` tries again)"
+"""End of the reason of an item that failed in an earlier run, or in another process."""
 MAX_TRIES = 3
 """Most tries within one run for an item with a temporary failure, such as a network error on its photo."""
 

@@ -23,7 +23,17 @@ from . import outputs
 from .attempts import Attempt, Attempts, check_hidden
 from .disk import disk_bytes
 from .executors.executor import Assignment, Bases, Executor, Group, Outcome
-from .failures import MAX_TRIES, RESUMED, RETRIED, TRANSIENT, failure_of, is_of_one_item, keep_details, kind_of
+from .failures import (
+    AS_BEFORE,
+    MAX_TRIES,
+    RESUMED,
+    RETRIED,
+    TRANSIENT,
+    failure_of,
+    is_of_one_item,
+    keep_details,
+    kind_of,
+)
 from .jobs import bad_entry, command_name, job_id, megabytes, pack_id, plain
 from .ledger import file as ledgers
 from .ledger.file import Entry
@@ -232,9 +242,7 @@ class Batch:
                 self.summary.before.append(entry.name)
             elif entry.state == ledgers.FAILED and entry.job in self._assignments:
                 self._failed_jobs.add(entry.job)
-                self._fail(
-                    BadItem(entry.place, entry.name, f"{entry.error} (as before; a retry with `failed` tries again)")
-                )
+                self._fail(BadItem(entry.place, entry.name, f"{entry.error}{AS_BEFORE}"))
         waiting = [entry for entry in known if entry.state in (ledgers.WAITING, ledgers.RUNNING)]
         self._keep_states(ledger)
         self._total_steps = sum(entry.steps for entry in known)

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from ...actions.console import Console
 from ...errors import ConfigError, LowmemImagicError
+from ..failures import AS_BEFORE
 from ..jobs import command_name
 from ..ledger.file import DONE, FAILED, LEASE_S, RUNNING, WAITING, Entry, Runner, snapshot
 from ..ledger.owner import is_stopped
@@ -171,9 +172,9 @@ def run_in_processes(
         if "made" in event:
             made[event["made"]] = None
             console.say(f"{event['made']}: done")
-        # The processes have the same list, and most warnings in common.
-        elif (warning := event.get("warning")) and warning not in told:
-            told.add(warning)
+        # The processes have the same list, and most warnings in common; a process that begins later says "as before".
+        elif (warning := event.get("warning")) and (reason := warning.removesuffix(AS_BEFORE)) not in told:
+            told.add(reason)
             console.warn(warning)
         # When stopped, each of them says how many items are left.
         elif (remark := event.get("remark")) and remark not in told and not stop.asked:
