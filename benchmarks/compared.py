@@ -13,6 +13,7 @@ from lowmem_imagic.settings.stages import SampleConfig
 
 from .edit_methods import Method, ours, packed
 from .full_finetuning import full_finetune
+from .levers import LEVERS
 from .training_free import ddim_inversion, sdedit, semantic_guidance, sentence_alone
 
 FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8
@@ -45,6 +46,7 @@ _TRAINING: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "all-timesteps": {"embed": {"timesteps": (0.0, 1.0)}, "finetune": {"timesteps": (0.0, 1.0)}},
     "embed-20": {"embed": {"steps": 20}, "finetune": {"steps": 160}},
     "embed-100": {"embed": {"steps": 100}, "finetune": {"steps": 80}},
+    "finetune-240": {"finetune": {"steps": 240}},
     "embedding-only": {"finetune": {"steps": 0}},
     "decoder-only": {"finetune": {"blocks": ("up",)}},
     "keep-all": {"finetune": {"keep": 1.0}},
@@ -119,6 +121,7 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         "retarget": ours(balanced, edits=folder, retarget_from=RETARGET_FROM),
         "once": ours(balanced, edits=folder, asked_later=True),
         "source": ours(balanced, edits=folder, sourced=True),
+        **{lever.name: ours(balanced, edits=folder, lever=lever) for lever in LEVERS},
         "source-once": ours(balanced, edits=folder, sourced=True, asked_later=True),
         "sdedit": sdedit(plain),
         "ddim-inversion": ddim_inversion(plain),

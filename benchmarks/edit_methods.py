@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ class Method:
         return self.apply(base, photos, sentences, etas, **({"sources": sources} if self.sourced else {}))
 
 
+@dataclass(frozen=True)
+class Lever:
+    """A change of the engine that is tried, see `benchmarks.levers`."""
+
+    name: str
+    within: Callable[[BaseModel, str], AbstractContextManager[Any]]
+    """Makes it, for as long as the context lasts, for an edit with this sentence."""
+    trains: bool
+    """Whether it changes training; otherwise it changes sampling."""
+
+
 def ours(
     config: EditConfig,
     *,
@@ -105,6 +117,7 @@ def ours(
     asked_later: bool = False,
     without: str | None = None,
     sourced: bool = False,
+    lever: Lever | None = None,
 ) -> Method:
     """This package, one item at a time; see `packed` for several.
 
@@ -116,6 +129,7 @@ def ours(
         asked_later: whether it trains for no sentence: the base describes the photo, and the edit is asked afterwards.
         without: a network of the base whose adapter is trained and not applied.
         sourced: whether pictures are rendered with a source prompt.
+        lever: a change of the engine.
     """
 
     def run(
@@ -135,7 +149,14 @@ def ours(
                 started = time.perf_counter()
                 start = described(base, photo)
                 train_s += time.perf_counter() - started
-            data, seconds = trained(base, Job(as_photo(photo), start), config, edits)
+            training = sampled = nullcontext()
+            folder = edits
+            if lever is not None:
+                made_so = lever.within(base, sentence)
+                training, sampled = (made_so, sampled) if lever.trains else (training, made_so)
+                folder = edits / lever.name if edits and lever.trains else edits
+            with training:
+                data, seconds = trained(base, Job(as_photo(photo), start), config, folder)
             train_s += seconds
             sizes.append(len(data))
             edit = edit_file.decode(data)
@@ -143,7 +164,8 @@ def ours(
             started = time.perf_counter()
             cells = [Cell(0, eta, SEED, config.sample.strength) for eta in etas]
             sampling = replace(config.sample, source_prompt=sources[number]) if sourced else config.sample
-            made = apply_edits(base, [edit], cells, sampling, prompts=[sentence])
+            with sampled:
+                made = apply_edits(base, [edit], cells, sampling, prompts=[sentence])
             sample_s += time.perf_counter() - started
             for eta, picture in zip(etas, made, strict=True):
                 pictures[eta].append(picture)
@@ -155,6 +177,7 @@ def ours(
     settings |= {"in_full": True} if in_full else {}
     settings |= {"asked_later": True} if asked_later else {}
     settings |= {"without": without} if without else {}
+    settings |= {"lever": lever.name} if lever else {}
     settings |= {"edit_guidance_scale": config.sample.edit_guidance_scale} if sourced else {}
     return Method(settings, run, in_full=in_full, sourced=sourced)
 

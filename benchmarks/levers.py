@@ -1,0 +1,129 @@
+"""Changes of training and sampling that were tried for strangers, each in the engine for as long as a context lasts.
+
+None is in the package: docs/quality.md has what they gain. They are for the bundled model, which has one denoiser.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.conditioning import Conditioning
+from lowmem_imagic.families.family import Denoiser
+from lowmem_imagic.families.stable_diffusion import EMBEDS
+from lowmem_imagic.pipeline import prepare
+from lowmem_imagic.sampling.inversion import SOFTENING
+
+from .edit_methods import SEED, Lever
+from .own_noise import fireflow
+
+MIXED, EMPTY = 0.4, 0.2
+"""Shares of the rows of stage 2 that `mixed_texts` gives a text between e_opt and e_tgt, and the empty one."""
+
+
+@contextmanager
+def mixed_texts(base: BaseModel, sentence: str) -> Iterator[None]:
+    """Stage 2 also under texts between e_opt and e_tgt and under the empty one, so that the adapter carries the photo
+    whatever is said."""
+    predict = base.predict
+    target, empty = base.encode_text([sentence, ""])[EMBEDS]
+    generator = torch.Generator().manual_seed(SEED)
+
+    def mixed(denoiser: Denoiser, x: Tensor, at: Tensor, given: Conditioning) -> Tensor:
+        # Stage 2 alone has gradients and a text without one.
+        if torch.is_grad_enabled() and not given[EMBEDS].requires_grad:
+            texts = given[EMBEDS].clone()
+            for row, (draw, share) in enumerate(torch.rand(len(texts), 2, generator=generator).tolist()):
+                if draw < MIXED:
+                    texts[row] = torch.lerp(texts[row], target.to(texts), share)
+                elif draw < MIXED + EMPTY:
+                    texts[row] = empty.to(texts)
+            given = given | {EMBEDS: texts}
+        return predict(denoiser, x, at, given)
+
+    with mock.patch.object(base, "predict", mixed):
+        yield
+
+
+def second_order(softening: float) -> Callable[[BaseModel, str], AbstractContextManager[None]]:
+    """The photo's own noise by FireFlow, see `benchmarks.own_noise`."""
+
+    def within(base: BaseModel, sentence: str) -> AbstractContextManager[Any]:
+        return mock.patch.object(prepare, "own_noise", fireflow(softening))
+
+    return within
+
+
+def photo_attention(parts: str) -> Callable[[BaseModel, str], AbstractContextManager[None]]:
+    """Self-attention of the edited pictures with some of q, k and v of the photo's own path, at the same step.
+
+    Args:
+        parts: "kv" for appearance (MasaCtrl, arXiv 2304.08465), "qk" for layout (Plug-and-Play, arXiv 2211.12572).
+    """
+
+    @contextmanager
+    def within(base: BaseModel, sentence: str) -> Iterator[None]:
+        [denoiser] = base.denoisers
+        layers = [
+            module
+            for module in base.network(denoiser).modules()
+            if isinstance(module, Attention) and not module.is_cross_attention
+        ]
+        predict, own = base.predict, [layer.processor for layer in layers]
+        step: list[float] = []
+
+        def noted(denoiser: Denoiser, x: Tensor, at: Tensor, given: Conditioning) -> Tensor:
+            step[:] = [float(at[0])]
+            return predict(denoiser, x, at, given)
+
+        try:
+            for layer in layers:
+                layer.set_processor(_PhotoAttention(parts, step))
+            with mock.patch.object(base, "predict", noted):
+                yield
+        finally:
+            for layer, processor in zip(layers, own, strict=True):
+                layer.set_processor(processor)
+
+    return within
+
+
+class _PhotoAttention:
+    """Attention that remembers the photo's path, which is one row without guidance, and gives it to edited pictures.
+
+    Their batches have a row with the empty text and then one with their own for each picture.
+    """
+
+    def __init__(self, parts: str, step: list[float]) -> None:
+        self.parts, self.step = parts, step
+        self.photo: dict[float, dict[str, Tensor]] = {}
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        count = len(hidden_states)
+        shares = {"q": attn.to_q(hidden_states), "k": attn.to_k(hidden_states), "v": attn.to_v(hidden_states)}
+        [step] = self.step
+        if count == 1:
+            self.photo[step] = shares
+        elif step in self.photo and not torch.is_grad_enabled():
+            for part in self.parts:
+                photo = self.photo[step][part].expand(count // 2, -1, -1)
+                shares[part] = torch.cat([shares[part][: count // 2], photo])
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in shares.values())
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = attn.to_out[1](attn.to_out[0](mixed))
+        return out
+
+
+LEVERS = (
+    Lever("mixed-texts", mixed_texts, trains=True),
+    Lever("second-order", second_order(0.0), trains=True),
+    Lever("second-order-softened", second_order(SOFTENING), trains=True),
+    Lever("photo-keys-values", photo_attention("kv"), trains=False),
+    Lever("photo-queries-keys", photo_attention("qk"), trains=False),
+)
