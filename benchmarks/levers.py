@@ -84,7 +84,7 @@ def photo_attention(parts: str) -> Callable[[BaseModel, str], AbstractContextMan
 
         try:
             for layer in layers:
-                layer.set_processor(_PhotoAttention(parts, step))
+                layer.set_processor(PhotoAttention(parts, step))
             with mock.patch.object(base, "predict", noted):
                 yield
         finally:
@@ -94,7 +94,7 @@ def photo_attention(parts: str) -> Callable[[BaseModel, str], AbstractContextMan
     return within
 
 
-class _PhotoAttention:
+class PhotoAttention:
     """Attention that remembers the photo's path, which is one row without guidance, and gives it to edited pictures.
 
     Their batches have a row with the empty text and then one with their own for each picture.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from PIL import Image
 from scipy.stats import binomtest
 
@@ -22,6 +23,8 @@ from benchmarks import (
     edit_methods,
     edit_quality,
     full_finetuning,
+    levers,
+    own_noise,
     quality_plots,
     quality_tables,
     suggestion,
@@ -46,6 +49,7 @@ from benchmarks.workers import each
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.strangers import STRANGE
 from lowmem_imagic.engine.base import BaseModel
+from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.sampling.suggestion import EtaScore, Suggestion
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import SampleConfig
@@ -565,6 +569,88 @@ def test_a_pack_gives_each_item_its_own_pictures(base: BaseModel) -> None:
     for number in range(3):
         for eta, [picture] in packed.of(number).pictures.items():
             assert edit_judge.psnr_db(np.asarray(picture), np.asarray(alone[eta][number])) > 35
+
+
+@pytest.mark.parametrize("lever", levers.LEVERS, ids=lambda lever: lever.name)
+def test_a_lever_changes_the_edit_and_nothing_after_it(lever: edit_methods.Lever, base: BaseModel) -> None:
+    """A change that is tried changes the edited picture; one of sampling leaves the photo as it is; later edits are
+    those of before."""
+    item = item_of("color")
+    photo = item.photo_picture(base.sizes.own[0])
+
+    def made(**changes: Any) -> dict[float, Any]:
+        return {
+            eta: np.asarray(picture)
+            for eta, [picture] in edit_methods.ours(WHOLE, **changes)(
+                base, [photo], [item.sentence], (0.0, 1.0)
+            ).pictures.items()
+        }
+
+    plain, changed, after = made(), made(lever=lever), made()
+    assert not np.array_equal(changed[1.0], plain[1.0])
+    assert lever.trains or np.array_equal(changed[0.0], plain[0.0])
+    assert np.array_equal(after[1.0], plain[1.0])
+
+
+def test_photo_attention_gives_edited_pictures_the_photos_own(base: BaseModel) -> None:
+    """With q, k and v of the photo, a picture's self-attention is the photo's; the row without text keeps its own."""
+    step = [7.0]
+    layer = next(m for m in calls.unet(base).modules() if isinstance(m, Attention) and not m.is_cross_attention)
+    photo, empty, edited = torch.randn(3, 1, 16, layer.to_q.in_features, generator=torch.Generator().manual_seed(0))
+    own = layer.processor
+    attention = levers.PhotoAttention("qkv", step)
+    with torch.no_grad():
+        seen, alone = own(layer, photo), own(layer, empty)
+        torch.testing.assert_close(attention(layer, photo), seen)
+        both = attention(layer, torch.cat([empty, edited]))
+        torch.testing.assert_close(both, torch.cat([alone, seen]))
+        # At another step there is no photo yet.
+        step[:] = [8.0]
+        both = attention(layer, torch.cat([empty, edited]))
+        torch.testing.assert_close(both, torch.cat([alone, own(layer, edited)]))
+
+
+def test_mixed_texts_are_between_the_photo_and_the_sentence_or_empty(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 sees e_opt, points on its way to e_tgt, and the empty text; stage 1 sees its own text alone."""
+    optimized = torch.zeros(1, 32, 128)
+    target, empty = calls.encode_text(base, ["a photo of a red cube on a stone floor", ""])
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(base, "predict", lambda denoiser, x, at, given: seen.extend(given["embeds"]))
+    with levers.mixed_texts(base, "a photo of a red cube on a stone floor"):
+        for text in (optimized.expand(64, -1, -1), optimized.clone().requires_grad_()):
+            base.predict(base.denoisers[0], torch.zeros(1), torch.zeros(1), Conditioning({"embeds": text}))
+    assert not seen.pop().any()
+    shares = [float((text * target).sum() / target.square().sum()) for text in seen]
+    kinds = [
+        "empty" if torch.equal(text, empty) else "mixed" if share and torch.allclose(text, share * target) else "own"
+        for text, share in zip(seen, shares, strict=True)
+    ]
+    assert all(text.any() == (kind != "own") for text, kind in zip(seen, kinds, strict=True))
+    assert all(0 < share < 1 for share, kind in zip(shares, kinds, strict=True) if kind == "mixed")
+    assert 16 < kinds.count("mixed") < 36 and 4 < kinds.count("empty") < 24
+
+
+def test_fireflow_is_closer_to_the_exact_flow_than_ddim(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Gaussian data, whose flow is known in closed form, FireFlow's noise has a tenth of DDIM inversion's error."""
+    spread, latents = 0.5, torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(1)) * 0.5
+    schedule: Any = base.denoisers[0].schedule
+    alpha = schedule.alpha_bar.double()
+
+    def predict(denoiser: Any, x: torch.Tensor, at: torch.Tensor, given: Any) -> torch.Tensor:
+        signal = torch.from_numpy(np.interp(float(at[0]), np.arange(len(alpha)), alpha.numpy()).reshape(1))
+        return (x * (1 - signal).sqrt() / (signal * spread**2 + 1 - signal)).float()
+
+    monkeypatch.setattr(base, "predict", predict)
+    signal, first = alpha[-1], alpha[0]
+    grown = ((signal * spread**2 + 1 - signal) / (first * spread**2 + 1 - first)).sqrt()
+    exact = (latents * grown - signal.sqrt() * latents) / (1 - signal).sqrt()
+    errors = {}
+    for name, way in (("fireflow", own_noise.fireflow), ("ddim", own_noise.ddim)):
+        found = way(0.0)(base, base.denoisers[0], latents, torch.Generator().manual_seed(0))
+        errors[name] = float((found - exact).square().mean().sqrt())
+    assert errors["fireflow"] < errors["ddim"] / 10 and errors["fireflow"] < 0.01
 
 
 def test_the_ceiling_is_the_ground_truths(base: BaseModel, oracle: Oracle) -> None:
