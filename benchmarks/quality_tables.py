@@ -9,6 +9,7 @@ from .averages import difference
 from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
 from .edit_judge import Verdict
 from .edit_quality import result_name
+from .levers import LEVERS
 from .results import RESULTS
 from .scene_edits import GROUPS, HALVES, KINDS, KNOWN, STRANGERS, TEST, VALIDATION
 
@@ -61,6 +62,14 @@ FAMILIES, SECOND_ADAPTER = ("balanced", "flow", "cascade"), ("cascade", "cascade
 """Methods of the tables on families, and on the worth of a cascade's second adapter."""
 FULL_TUNED = (FULL, FULL_SAMPLED_ALIKE, "embedding-only", "balanced", "source", UNTRAINED)
 """Methods of the table on full fine-tuning, which has few items: each takes 1440 passes."""
+TRIED = (
+    "balanced",
+    "rank-32",
+    "rank-4-truncated",
+    "finetune-240",
+    *(lever.name for lever in LEVERS),
+)
+"""Methods of the table of changes that were tried for strangers."""
 NAMES = ("color", "shape", "floor", "size", "material", "pose")
 """Attributes in the table of drawing."""
 FEW = 30
@@ -308,6 +317,18 @@ def few(names: Iterable[str], labels: Mapping[str, str] | None = None, items: st
             means = [f"{mean(values):.2f}" if values else "" for values in (overlaps, at_0)]
             label = labels[name] if labels else f"`{name}`"
             rows.append(_row(label, half, best, *shares, means[0], photo, means[1], part[0]["passes"]))
+    return rows
+
+
+def own_noise() -> list[str]:
+    """Rows: how white the photo's own noise is, by way of inversion."""
+    result = _result("own_noise")
+    if not result:
+        return NOTHING
+    rows = _head("inversion", *(f"{name}, {half}" for name in ("standard deviation", "correlation") for half in HALVES))
+    for name, way in result["ways"].items():
+        deviations = [f"{way[half]['standard_deviation']:.2f}" for half in HALVES]
+        rows.append(_row(name, *deviations, *(f"{way[half]['correlation']:.2f}" for half in HALVES)))
     return rows
 
 

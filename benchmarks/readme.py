@@ -211,6 +211,8 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "families": partial(quality_tables.few, quality_tables.FAMILIES, quality_tables.WORLDS),
         "second adapter": partial(quality_tables.few, quality_tables.SECOND_ADAPTER, quality_tables.WORLDS),
         "full fine-tuning": partial(quality_tables.few, quality_tables.FULL_TUNED),
+        "changes that were tried": partial(quality_tables.few, quality_tables.TRIED),
+        "own noise": quality_tables.own_noise,
         "drawing": quality_tables.drawing,
         "goals": quality_tables.goals,
         **by_half("test", quality_tables.methods, TEST.name),
