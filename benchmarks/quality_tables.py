@@ -67,6 +67,7 @@ TRIED = (
     "rank-32",
     "rank-4-truncated",
     "finetune-240",
+    "mask-off",
     *(lever.name for lever in LEVERS),
 )
 """Methods of the table of changes that were tried for strangers."""
