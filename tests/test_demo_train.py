@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowmem_imagic.demo import architecture, train
+from lowmem_imagic.demo.attributes import MATERIALS
 from lowmem_imagic.demo.trainer import Trainer, exact_attention
+from lowmem_imagic.demo.training_presets import PRESETS
+from lowmem_imagic.demo.training_scenes import Scenes, tokenizer_at
 
 STEPS = 600
 
@@ -193,6 +197,38 @@ def test_each_part_can_be_trained_alone_into_the_same_folder(finished: Path, tmp
     both = trained(tmp_path, "--only", "unet")
     assert all(torch.equal(first[name], tensor) for name, tensor in _weights(both, "vae").items())
     assert any(not torch.equal(unet[name], tensor) for name, tensor in _weights(both, "unet").items())
+
+
+@pytest.mark.benchmark
+def test_trained_weights_go_on_at_a_part_of_the_rates(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``--start-from`` all learning rates are the preset's share of those for new weights."""
+    rates: list[list[float]] = []
+    steps = Trainer.__iter__
+
+    def noted(trainer: Trainer) -> Iterator[int]:
+        rates.append(trainer.highest_rates)
+        yield from steps(trainer)
+
+    monkeypatch.setattr(Trainer, "__iter__", noted)
+    trained(tmp_path / "new")
+    trained(tmp_path / "on", "--start-from", str(finished))
+    new, on = rates[:2], rates[2:]
+    assert on == [[rate * PRESETS["tiny"].continued for rate in part] for part in new] != new
+
+
+@pytest.mark.benchmark
+def test_captions_that_name_a_material_are_taken_more_often(finished: Path) -> None:
+    """A caption with the name of a material has three times the weight of one without."""
+    work, preset = finished.with_name("out.work"), PRESETS["tiny"]
+    tokenizer = work / "tokenizer"
+    code = train.linear_code(work, preset, torch.device("cpu"))
+    scenes = Scenes(work, tokenizer, code, preset, seed=train.SEED, device=torch.device("cpu"))
+    captions = tokenizer_at(tokenizer).batch_decode(scenes.tokens[: scenes.count].flatten(0, 1))
+    named = [any(word in caption.split() for word in MATERIALS) for caption in captions]
+    assert scenes.weights[: scenes.count].flatten().tolist() == [3.0 if one else 1.0 for one in named]
+    assert 0.3 < sum(named) / len(named) < 0.8
 
 
 def test_attention_is_not_rounded_to_bfloat16_on_cpus() -> None:

@@ -14,7 +14,8 @@ scenes and captions comes from the CPU. ``--preset cpu`` is for a job of many ho
 a stop, and it goes on from the checkpoints in ``--work`` with the time that is left. As 2 and 3 are independent, each
 can have a process of its own (``--only``), and they write the same folder.
 
-``--start-from DIR`` takes the tokenizer of a folder, and of its weights those whose names and shapes agree.
+``--start-from DIR`` takes the tokenizer of a folder, and of its weights those whose names and shapes agree, and trains
+them on at a part of the learning rates.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from .publishing import learnt_tokenizer, new_pipeline, publish
 from .strangers import STRANGE
 from .trainer import Trainer, exact_attention
 from .training_presets import PRESETS, Preset
-from .training_scenes import CAPTIONS, Scenes, tokens_of
+from .training_scenes import Scenes, tokens_of
 
 log = logging.getLogger("lowmem_imagic.demo.train")
 
@@ -108,11 +109,15 @@ def train_decoder(
     preset: Preset,
     *,
     seconds: float,
+    rate: float,
     seed: int,
     device: torch.device,
     publish: Callable[[], None],
 ) -> None:
-    """Trains the decoder on the scenes and on procedural pictures; `publish` is called after every checkpoint."""
+    """Trains the decoder on the scenes and on procedural pictures; `publish` is called after every checkpoint.
+
+    `rate` is the share of the preset's learning rates.
+    """
     started = time.monotonic()
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
     scenes.grow(preset.kept_pictures)
@@ -124,8 +129,8 @@ def train_decoder(
         {"decoder": decoder, "post_quant_conv": post},
         path=work / "decoder.safetensors",
         seconds=seconds - (time.monotonic() - started),
-        learning_rate=preset.decoder_rate,
-        adam_rate=1.5e-3,
+        learning_rate=rate * preset.decoder_rate,
+        adam_rate=rate * 1.5e-3,
         save_every=preset.save_every,
         averaging=0.998,
     )
@@ -158,11 +163,15 @@ def train_unet(
     preset: Preset,
     *,
     seconds: float,
+    rate: float,
     seed: int,
     device: torch.device,
     publish: Callable[[], None],
 ) -> None:
-    """Trains the pipeline's UNet and text encoder together; `publish` is called after every checkpoint."""
+    """Trains the pipeline's UNet and text encoder together; `publish` is called after every checkpoint.
+
+    `rate` is the share of the preset's learning rates.
+    """
     started = time.monotonic()
     dtype = torch.bfloat16 if preset.bfloat16 else torch.float32
     scheduler = pipeline.scheduler
@@ -175,8 +184,8 @@ def train_unet(
         {"unet": unet, "text_encoder": text_encoder},
         path=work / "unet.safetensors",
         seconds=seconds - (time.monotonic() - started),
-        learning_rate=preset.unet_rate,
-        adam_rate=7e-4,
+        learning_rate=rate * preset.unet_rate,
+        adam_rate=rate * 7e-4,
         save_every=preset.save_every,
         averaging=0.9995,
     )
@@ -193,7 +202,7 @@ def train_unet(
 
         chosen = torch.randint(scenes.count, (batch,), generator=generator, device=device)
         mirror = torch.randint(2, (batch, 1, 1, 1), generator=generator, device=device)
-        caption = torch.randint(CAPTIONS, (batch,), generator=generator, device=device)
+        caption = torch.multinomial(scenes.weights[chosen], 1, generator=generator)[:, 0]
         tokens = torch.where(uniform(batch, 1) < EMPTY_CAPTION_SHARE, empty, scenes.tokens[chosen, caption]).long()
         x = scenes.latents[chosen].float()
         x = torch.where(mirror == 1, scenes.code.mirrored(x), x)
@@ -282,7 +291,8 @@ def main() -> None:
     scenes = Scenes(work, tokenizer, code, preset, seed=seed, device=device)
     pipeline = new_pipeline(code, tokenizer, start, seed=seed)
     write = functools.partial(publish, code, tokenizer, start, work, args.out, seed=seed)
-    common: dict[str, Any] = {"seed": seed, "device": device, "publish": write}
+    rate = 1.0 if start is None else preset.continued
+    common: dict[str, Any] = {"rate": rate, "seed": seed, "device": device, "publish": write}
     if share > 0:
         left = share * seconds - (time.monotonic() - started)
         train_decoder(pipeline.vae, scenes, work, preset, seconds=left, **common)

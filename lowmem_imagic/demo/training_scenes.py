@@ -15,15 +15,18 @@ from torch import Tensor
 from transformers import CLIPTokenizerFast
 
 from . import architecture, codec
+from .attributes import MATERIALS
 from .pictures import CHUNK, packed, prepared, render_batch, to_tensor, training_scene_at
 from .training_presets import Preset
 
 CAPTIONS = 4
 """Captions of a scene; each training step takes one of them."""
+MATERIAL_WEIGHT = 3.0
+"""How often a caption that names a material is taken, to 1 of others: materials are what a network learns last."""
 
 
 class Scenes:
-    """Training scenes on the device, as latents and tokens of their captions; the first ones as pictures, too.
+    """Training scenes on the device, as latents, tokens and weights of their captions; the first ones as pictures, too.
 
     They are rendered little by little, a chunk at a time, and each chunk is kept in a file.
     """
@@ -39,6 +42,9 @@ class Scenes:
         shape = (self.total, architecture.LATENT_CHANNELS, side, side)
         self.latents = torch.empty(shape, dtype=torch.float16, device=device)
         self.tokens = torch.empty(self.total, CAPTIONS, architecture.TOKENS, dtype=torch.int32, device=device)
+        self.weights = torch.empty(self.total, CAPTIONS, device=device)
+        words = tokenizer_at(tokenizer)(list(MATERIALS), add_special_tokens=False).input_ids
+        self._materials = torch.tensor([word[0] for word in words], dtype=torch.int32, device=device)
         self.pictures = torch.empty(preset.kept_pictures, size, size, 3, dtype=torch.uint8, device=device)
         there = 0
         while self._file(there).exists():
@@ -56,6 +62,8 @@ class Scenes:
         place = slice(self.count, self.count + rows)
         self.latents[place] = chunk["latents"][:rows].to(self.device)
         self.tokens[place] = chunk["tokens"][:rows].to(self.device)
+        named = torch.isin(self.tokens[place], self._materials).any(-1)
+        self.weights[place] = torch.where(named, MATERIAL_WEIGHT, 1.0)
         kept = self.pictures[place]
         kept.copy_(chunk["pictures"][: len(kept)])
         self.count += rows
