@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from statistics import mean
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -83,12 +84,8 @@ def ddim(softening: float) -> Inversion:
     """This package's inversion, with this `softening`."""
 
     def invert(base: BaseModel, denoiser: Denoiser, latents: Tensor, generator: torch.Generator) -> Tensor:
-        usual = inversion.SOFTENING
-        inversion.SOFTENING = softening
-        try:
+        with mock.patch.object(inversion, "SOFTENING", softening):
             return inversion.own_noise(base, denoiser, latents, generator)
-        finally:
-            inversion.SOFTENING = usual
 
     return invert
 

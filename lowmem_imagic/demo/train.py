@@ -202,8 +202,8 @@ def train_unet(
 
         chosen = torch.randint(scenes.count, (batch,), generator=generator, device=device)
         mirror = torch.randint(2, (batch, 1, 1, 1), generator=generator, device=device)
-        caption = torch.multinomial(scenes.weights[chosen], 1, generator=generator)[:, 0]
-        tokens = torch.where(uniform(batch, 1) < EMPTY_CAPTION_SHARE, empty, scenes.tokens[chosen, caption]).long()
+        tokens = scenes.captions(chosen, generator)
+        tokens = torch.where(uniform(batch, 1) < EMPTY_CAPTION_SHARE, empty, tokens).long()
         x = scenes.latents[chosen].float()
         x = torch.where(mirror == 1, scenes.code.mirrored(x), x)
         noise = torch.randn(x.shape, generator=generator, device=device)

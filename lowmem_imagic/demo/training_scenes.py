@@ -68,6 +68,11 @@ class Scenes:
         kept.copy_(chunk["pictures"][: len(kept)])
         self.count += rows
 
+    def captions(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """Tokens (B, T) of a caption of each of the scenes (B,), drawn by the captions' weights."""
+        drawn = torch.multinomial(self.weights[chosen], 1, generator=generator)[:, 0]
+        return self.tokens[chosen, drawn]
+
     def grow(self, count: int) -> None:
         """Renders until there are at least so many."""
         while self.count < min(count, self.total):
