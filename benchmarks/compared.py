@@ -85,6 +85,11 @@ _SAMPLING: dict[str, Mapping[str, Any]] = {
     "guidance-4": {"guidance_scale": 4.0},
     "guidance-8": {"guidance_scale": 8.0},
 }
+_SOURCED: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "source-keep-all": {"finetune": {"keep": 1.0}},
+    "source-scale-1": {"sample": {"edit_guidance_scale": 1.0}},
+    "source-scale-3": {"sample": {"edit_guidance_scale": 3.0}},
+}
 
 
 def compared(folder: Path | None = None) -> dict[str, Method]:
@@ -123,6 +128,9 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         "source": ours(balanced, edits=folder, sourced=True),
         **{lever.name: ours(balanced, edits=folder, lever=lever) for lever in LEVERS},
         "source-once": ours(balanced, edits=folder, sourced=True, asked_later=True),
+        "source-described": ours(balanced, edits=folder, describes=True),
+        "source-in-full": ours(balanced, edits=folder, sourced=True, in_full=True),
+        **{name: ours(preset("balanced", values), edits=folder, sourced=True) for name, values in _SOURCED.items()},
         "sdedit": sdedit(plain),
         "ddim-inversion": ddim_inversion(plain),
         "semantic-guidance": semantic_guidance(plain),

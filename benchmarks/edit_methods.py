@@ -97,15 +97,20 @@ class Method:
         return self.apply(base, photos, sentences, etas, **({"sources": sources} if self.sourced else {}))
 
 
+Within = Callable[[BaseModel, str, str], AbstractContextManager[Any]]
+"""Changes the engine for as long as the context lasts, for an edit with this sentence and source prompt."""
+
+
 @dataclass(frozen=True)
 class Lever:
     """A change of the engine that is tried, see `benchmarks.levers`."""
 
     name: str
-    within: Callable[[BaseModel, str], AbstractContextManager[Any]]
-    """Makes it, for as long as the context lasts, for an edit with this sentence."""
+    within: Within
     trains: bool
     """Whether it changes training; otherwise it changes sampling."""
+    sourced: bool = False
+    """Whether pictures are rendered with a source prompt."""
 
 
 def ours(
@@ -117,6 +122,7 @@ def ours(
     asked_later: bool = False,
     without: str | None = None,
     sourced: bool = False,
+    describes: bool = False,
     lever: Lever | None = None,
 ) -> Method:
     """This package, one item at a time; see `packed` for several.
@@ -129,8 +135,10 @@ def ours(
         asked_later: whether it trains for no sentence: the base describes the photo, and the edit is asked afterwards.
         without: a network of the base whose adapter is trained and not applied.
         sourced: whether pictures are rendered with a source prompt.
-        lever: a change of the engine.
+        describes: whether the source prompt is the base's own description of the photo.
+        lever: a change of the engine; the source prompt is that of the lever.
     """
+    sourced = sourced or describes or (lever is not None and lever.sourced)
 
     def run(
         base: BaseModel,
@@ -152,7 +160,7 @@ def ours(
             training = sampled = nullcontext()
             folder = edits
             if lever is not None:
-                made_so = lever.within(base, sentence)
+                made_so = lever.within(base, sentence, sources[number] if sources else "")
                 training, sampled = (made_so, sampled) if lever.trains else (training, made_so)
                 folder = edits / lever.name if edits and lever.trains else edits
             with training:
@@ -163,7 +171,10 @@ def ours(
             edit = without_adapter(edit, without) if without else edit
             started = time.perf_counter()
             cells = [Cell(0, eta, SEED, config.sample.strength) for eta in etas]
-            sampling = replace(config.sample, source_prompt=sources[number]) if sourced else config.sample
+            sampling = config.sample
+            if sourced:
+                source = described(base, photo) if describes else sources[number]
+                sampling = replace(sampling, source_prompt=source)
             with sampled:
                 made = apply_edits(base, [edit], cells, sampling, prompts=[sentence])
             sample_s += time.perf_counter() - started
@@ -178,8 +189,10 @@ def ours(
     settings |= {"asked_later": True} if asked_later else {}
     settings |= {"without": without} if without else {}
     settings |= {"lever": lever.name} if lever else {}
+    settings |= {"describes": True} if describes else {}
     settings |= {"edit_guidance_scale": config.sample.edit_guidance_scale} if sourced else {}
-    return Method(settings, run, in_full=in_full, sourced=sourced)
+    # A lever may need the source prompt for something else.
+    return Method(settings, run, in_full=in_full, sourced=sourced or lever is not None)
 
 
 def passes_of(base: BaseModel, config: EditConfig) -> int:

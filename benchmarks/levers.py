@@ -1,9 +1,10 @@
 """Changes of training and sampling that were tried for strangers, each in the engine for as long as a context lasts.
 
-None is in the package: docs/quality.md has what they gain. They are for the bundled model, which has one denoiser.
+None is in the package: docs/quality.md has what they gain. They are for the bundled model, which has one denoiser. Each
+takes the base, the sentence and the source prompt.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from lowmem_imagic.diffusion.schedules import PATHS
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.family import Denoiser
@@ -20,15 +22,17 @@ from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.pipeline import prepare
 from lowmem_imagic.sampling.inversion import SOFTENING
 
-from .edit_methods import SEED, Lever
+from .edit_methods import SEED, Lever, Within
 from .own_noise import fireflow
 
 MIXED, EMPTY = 0.4, 0.2
 """Shares of the rows of stage 2 that `mixed_texts` gives a text between e_opt and e_tgt, and the empty one."""
+LATE = 0.2
+"""Share of the steps without the difference to the source prompt in `late_difference`."""
 
 
 @contextmanager
-def mixed_texts(base: BaseModel, sentence: str) -> Iterator[None]:
+def mixed_texts(base: BaseModel, sentence: str, source: str) -> Iterator[None]:
     """Stage 2 also under texts between e_opt and e_tgt and under the empty one, so that the adapter carries the photo
     whatever is said."""
     predict = base.predict
@@ -51,16 +55,16 @@ def mixed_texts(base: BaseModel, sentence: str) -> Iterator[None]:
         yield
 
 
-def second_order(softening: float) -> Callable[[BaseModel, str], AbstractContextManager[None]]:
+def second_order(softening: float) -> Within:
     """The photo's own noise by FireFlow, see `benchmarks.own_noise`."""
 
-    def within(base: BaseModel, sentence: str) -> AbstractContextManager[Any]:
+    def within(base: BaseModel, sentence: str, source: str) -> AbstractContextManager[Any]:
         return mock.patch.object(prepare, "own_noise", fireflow(softening))
 
     return within
 
 
-def photo_attention(parts: str) -> Callable[[BaseModel, str], AbstractContextManager[None]]:
+def photo_attention(parts: str) -> Within:
     """Self-attention of the edited pictures with some of q, k and v of the photo's own path, at the same step.
 
     Args:
@@ -68,7 +72,7 @@ def photo_attention(parts: str) -> Callable[[BaseModel, str], AbstractContextMan
     """
 
     @contextmanager
-    def within(base: BaseModel, sentence: str) -> Iterator[None]:
+    def within(base: BaseModel, sentence: str, source: str) -> Iterator[None]:
         [denoiser] = base.denoisers
         layers = [
             module
@@ -120,10 +124,69 @@ class PhotoAttention:
         return out
 
 
+@contextmanager
+def embedding_difference(base: BaseModel, sentence: str, source: str) -> Iterator[None]:
+    """The source prompt in the embedding, e_opt + eta (e_tgt - e_source), in place of the predictions."""
+    e_source = base.encode_text([source])[EMBEDS]
+
+    def path(e_target: Tensor, e_optimized: Tensor, eta: Tensor) -> Tensor:
+        return e_optimized + eta * (e_target - e_source.to(e_target))
+
+    with mock.patch.dict(PATHS, dict.fromkeys(PATHS, path)):
+        yield
+
+
+@contextmanager
+def late_difference(base: BaseModel, sentence: str, source: str) -> Iterator[None]:
+    """The difference to the source prompt from later steps on, so that it changes a picture whose layout is the photo's
+    (as the warm-up of SEGA, arXiv 2301.12247)."""
+    predict, [denoiser] = base.predict, base.denoisers
+    schedule: Any = denoiser.schedule
+    first = (1 - LATE) * len(schedule.alpha_bar)
+
+    def late(denoiser: Denoiser, x: Tensor, at: Tensor, given: Conditioning) -> Tensor:
+        predicted = predict(denoiser, x, at, given)
+        pictures = sourced_pictures(x)
+        if pictures and float(at[0]) >= first:
+            predicted = torch.cat([predicted[:pictures], predicted[2 * pictures :], predicted[2 * pictures :]])
+        return predicted
+
+    with mock.patch.object(base, "predict", late):
+        yield
+
+
+@contextmanager
+def empty_source(base: BaseModel, sentence: str, source: str) -> Iterator[None]:
+    """The difference to the empty text, in place of that to a source prompt."""
+    predict = base.predict
+    empty = base.encode_text([""])[EMBEDS]
+
+    def replaced(denoiser: Denoiser, x: Tensor, at: Tensor, given: Conditioning) -> Tensor:
+        pictures = sourced_pictures(x)
+        if pictures:
+            texts = given[EMBEDS]
+            last = empty.to(texts).expand(pictures, -1, -1)
+            given = given | {EMBEDS: torch.cat([texts[: 2 * pictures], last])}
+        return predict(denoiser, x, at, given)
+
+    with mock.patch.object(base, "predict", replaced):
+        yield
+
+
+def sourced_pictures(x: Tensor) -> int:
+    """Number of pictures in a batch with a source prompt and without guidance, which has them three times: for the
+    photo, the sentence and the source prompt; 0 for any other batch."""
+    pictures, rest = divmod(len(x), 3)
+    return 0 if rest or not torch.equal(x, x[:pictures].repeat(3, 1, 1, 1)) else pictures
+
+
 LEVERS = (
     Lever("mixed-texts", mixed_texts, trains=True),
     Lever("second-order", second_order(0.0), trains=True),
     Lever("second-order-softened", second_order(SOFTENING), trains=True),
     Lever("photo-keys-values", photo_attention("kv"), trains=False),
     Lever("photo-queries-keys", photo_attention("qk"), trains=False),
+    Lever("embedding-difference", embedding_difference, trains=False),
+    Lever("source-late", late_difference, trains=False, sourced=True),
+    Lever("source-empty", empty_source, trains=False, sourced=True),
 )

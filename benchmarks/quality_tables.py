@@ -62,13 +62,25 @@ FAMILIES, SECOND_ADAPTER = ("balanced", "flow", "cascade"), ("cascade", "cascade
 """Methods of the tables on families, and on the worth of a cascade's second adapter."""
 FULL_TUNED = (FULL, FULL_SAMPLED_ALIKE, "embedding-only", "balanced", "source", UNTRAINED)
 """Methods of the table on full fine-tuning, which has few items: each takes 1440 passes."""
+SOURCED = (
+    "source",
+    "source-late",
+    "source-empty",
+    "source-described",
+    "source-in-full",
+    "source-keep-all",
+    "source-scale-1",
+    "source-scale-3",
+    "embedding-difference",
+)
+"""Methods of the table of other ways with a source prompt."""
 TRIED = (
     "balanced",
     "rank-32",
     "rank-4-truncated",
     "finetune-240",
     "mask-off",
-    *(lever.name for lever in LEVERS),
+    *(lever.name for lever in LEVERS if lever.name not in SOURCED),
 )
 """Methods of the table of changes that were tried for strangers."""
 NAMES = ("color", "shape", "floor", "size", "material", "pose")

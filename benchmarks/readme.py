@@ -212,6 +212,7 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
         "second adapter": partial(quality_tables.few, quality_tables.SECOND_ADAPTER, quality_tables.WORLDS),
         "full fine-tuning": partial(quality_tables.few, quality_tables.FULL_TUNED),
         "changes that were tried": partial(quality_tables.few, quality_tables.TRIED),
+        "other ways with a source prompt": partial(quality_tables.few, quality_tables.SOURCED),
         "own noise": quality_tables.own_noise,
         "drawing": quality_tables.drawing,
         "goals": quality_tables.goals,

@@ -48,6 +48,7 @@ from benchmarks.scene_edits import (
 from benchmarks.workers import each
 from lowmem_imagic.demo.render import render
 from lowmem_imagic.demo.strangers import STRANGE
+from lowmem_imagic.diffusion.schedules import PATHS
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.sampling.suggestion import EtaScore, Suggestion
@@ -572,9 +573,13 @@ def test_a_pack_gives_each_item_its_own_pictures(base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize("lever", levers.LEVERS, ids=lambda lever: lever.name)
-def test_a_lever_changes_the_edit_and_nothing_after_it(lever: edit_methods.Lever, base: BaseModel) -> None:
+def test_a_lever_changes_the_edit_and_nothing_after_it(
+    lever: edit_methods.Lever, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change that is tried changes the edited picture; one of sampling leaves the photo as it is; later edits are
     those of before."""
+    # The first of few steps is not among the first fifth of the timesteps.
+    monkeypatch.setattr(levers, "LATE", 0.6)
     item = item_of("color")
     photo = item.photo_picture(base.sizes.own[0])
 
@@ -582,11 +587,11 @@ def test_a_lever_changes_the_edit_and_nothing_after_it(lever: edit_methods.Lever
         return {
             eta: np.asarray(picture)
             for eta, [picture] in edit_methods.ours(WHOLE, **changes)(
-                base, [photo], [item.sentence], (0.0, 1.0)
+                base, [photo], [item.sentence], (0.0, 1.0), sources=[item.source]
             ).pictures.items()
         }
 
-    plain, changed, after = made(), made(lever=lever), made()
+    plain, changed, after = made(sourced=lever.sourced), made(lever=lever), made(sourced=lever.sourced)
     assert not np.array_equal(changed[1.0], plain[1.0])
     assert lever.trains or np.array_equal(changed[0.0], plain[0.0])
     assert np.array_equal(after[1.0], plain[1.0])
@@ -618,7 +623,7 @@ def test_mixed_texts_are_between_the_photo_and_the_sentence_or_empty(
     target, empty = calls.encode_text(base, ["a photo of a red cube on a stone floor", ""])
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(base, "predict", lambda denoiser, x, at, given: seen.extend(given["embeds"]))
-    with levers.mixed_texts(base, "a photo of a red cube on a stone floor"):
+    with levers.mixed_texts(base, "a photo of a red cube on a stone floor", ""):
         for text in (optimized.expand(64, -1, -1), optimized.clone().requires_grad_()):
             base.predict(base.denoisers[0], torch.zeros(1), torch.zeros(1), Conditioning({"embeds": text}))
     assert not seen.pop().any()
@@ -630,6 +635,60 @@ def test_mixed_texts_are_between_the_photo_and_the_sentence_or_empty(
     assert all(text.any() == (kind != "own") for text, kind in zip(seen, kinds, strict=True))
     assert all(0 < share < 1 for share, kind in zip(shares, kinds, strict=True) if kind == "mixed")
     assert 16 < kinds.count("mixed") < 36 and 4 < kinds.count("empty") < 24
+
+
+def test_the_difference_to_a_source_prompt_is_changed_in_pictures_that_have_it_alone(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`source-late` has no difference in the first fifth of the steps, and the whole one later; `source-empty` takes
+    the difference to the empty text at every step. Batches without a source prompt, and photos, are left alone."""
+    first, second, empty = calls.encode_text(base, ["a red cube", "a blue cube", ""])
+    texts = torch.stack([first, first, second, second, empty, empty])
+    pictures = torch.randn(2, 20, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(base, "predict", lambda denoiser, x, at, given: given["embeds"])
+
+    def predicted(lever: Any, x: torch.Tensor, at: float) -> torch.Tensor:
+        with lever(base, "a blue cube", "a red cube"):
+            found = base.predict(base.denoisers[0], x, torch.full((len(x),), at), Conditioning({"embeds": texts}))
+        return found  # type: ignore[no-any-return]
+
+    sourced, others = pictures.repeat(3, 1, 1, 1), torch.cat([pictures, pictures, pictures.flip(0)])
+    changed = torch.stack([first, first, empty, empty, empty, empty])
+    assert torch.equal(predicted(levers.late_difference, sourced, 999.0), changed)
+    assert torch.equal(predicted(levers.late_difference, sourced, 799.0), texts)
+    texts = torch.stack([first, first, first, first, second, second])
+    changed = torch.stack([first, first, first, first, empty, empty])
+    for at in (999.0, 0.0):
+        assert torch.allclose(predicted(levers.empty_source, sourced, at), changed)
+    for lever in (levers.late_difference, levers.empty_source):
+        assert torch.equal(predicted(lever, others, 999.0), texts)
+        assert levers.sourced_pictures(pictures) == 0
+
+
+def test_the_difference_of_embeddings_adds_no_more_than_the_change(base: BaseModel) -> None:
+    """`embedding-difference` goes from e_opt by eta times the difference of sentence and source prompt, and nowhere if
+    they are the same."""
+    source, target = calls.encode_text(base, ["a photo of a red cube", "a photo of a blue cube"]).split(1)
+    optimized, eta = torch.randn_like(source), torch.tensor(0.7)
+    with levers.embedding_difference(base, "a photo of a blue cube", "a photo of a red cube"):
+        torch.testing.assert_close(PATHS["linear"](target, optimized, eta), optimized + eta * (target - source))
+        torch.testing.assert_close(PATHS["linear"](source, optimized, eta), optimized)
+    assert not torch.allclose(PATHS["linear"](source, optimized, eta), optimized)
+
+
+def test_a_source_prompt_may_be_the_bases_own_description(base: BaseModel) -> None:
+    """`describes` renders with the base's description of the photo, whatever sources the protocol has."""
+    item = item_of("color")
+    photo = item.photo_picture(base.sizes.own[0])
+
+    def edited(source: str, **changes: Any) -> Any:
+        method = edit_methods.ours(SMALL, **changes)
+        [picture] = method(base, [photo], [item.sentence], (1.0,), sources=[source]).pictures[1.0]
+        return np.asarray(picture)
+
+    told = edited(edit_methods.described(base, photo), sourced=True)
+    assert np.array_equal(edited("", describes=True), told)
+    assert not np.array_equal(edited("a photo of a white cone", sourced=True), told)
 
 
 def test_fireflow_is_closer_to_the_exact_flow_than_ddim(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
