@@ -5,7 +5,7 @@ against the share that keeps what it must, for known photos and for strangers. T
 of the edit file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +43,50 @@ SIZES = (
     "decoder-only",
 )
 """Variants with different contents of the edit file."""
+_LABEL_PX = (18, 10)
+"""Least distance of two labels."""
 
 
 def curves(measured: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """Success against background for known photos, and against the pattern's overlap for strangers, along eta."""
+    """Success against background for known photos, and against the pattern's overlap for strangers, along eta.
+
+    A ring is around the eta that validation chose.
+    """
     figure, (known, strangers) = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
+    labels: dict[Any, list[tuple[str, tuple[float, float], str]]] = {known: [], strangers: []}
     for axes, half, kept in zip((known, strangers), HALVES, ("background_db", "overlap"), strict=True):
         for name in (name for name in CURVES if name in measured):
             points = [point for point in measured[name]["curve"] if point["eta"] > 0]
             x = [point[half]["all"][kept]["value"] for point in points]
             y = [100 * point[half]["all"]["success"]["value"] for point in points]
-            [line] = axes.plot(x, y, marker="o", label=name)
-            for point, left, height in zip(points, x, y, strict=True):
-                style = {"fontsize": 7, "color": line.get_color(), "xytext": (4, 4), "textcoords": "offset points"}
-                axes.annotate(f"{point['eta']:g}", (left, height), **style)
+            [line] = axes.plot(x, y, marker="o", markersize=5, label=name)
+            etas = [point["eta"] for point in points]
+            chosen = etas.index(measured[name]["eta"])
+            axes.plot(x[chosen], y[chosen], marker="o", markersize=11, mfc="none", color=line.get_color())
+            own = zip(etas, zip(x, y, strict=True), strict=True)
+            labels[axes] += [(f"{eta:g}", point, line.get_color()) for eta, point in own]
         axes.set_title(half)
         axes.grid(alpha=0.3)
     known.set_xlabel("median background PSNR to the photo, dB")
     strangers.set_xlabel("overlap of the pattern with the ground truth's")
     known.set_ylabel("edits that show what was asked for, %")
     known.legend()
+    # Where a point is on paper is known only now.
+    figure.tight_layout()
+    figure.canvas.draw()
+    for axes, own_labels in labels.items():
+        _label(axes, own_labels)
     _saved(figure, path)
+
+
+def _label(axes: Any, labels: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Writes labels (text, point, colour) beside their points, where there is room for them."""
+    taken: list[tuple[float, float]] = []
+    for text, point, color in labels:
+        x, y = axes.transData.transform(point)
+        if all(abs(x - left) > _LABEL_PX[0] or abs(y - height) > _LABEL_PX[1] for left, height in taken):
+            taken.append((x, y))
+            axes.annotate(text, point, fontsize=7, color=color, xytext=(5, 5), textcoords="offset points")
 
 
 def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str, Any]], path: Path) -> None:
