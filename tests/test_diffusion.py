@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_imagic.diffusion.schedules import (
+    EDIT_LIMIT,
     PREDICTION_TYPES,
     add_noise,
     coarse,
     draw_timesteps,
+    edit_guided,
     guidance_at,
     guide,
     interpolate,
@@ -140,6 +142,26 @@ def test_guidance() -> None:
     together = guide(unconditional, conditional, scales)
     for row, scale in enumerate(scales.flatten().tolist()):
         assert torch.equal(together[row], guide(unconditional[row], conditional[row], scale))
+
+
+def test_edit_guidance_ends_beside_the_sentences_prediction() -> None:
+    """The difference to a source prompt is whole where it is short, ends at `EDIT_LIMIT` times the way to the
+    sentence's own, is whole where it leads away from that, and moves nothing where the texts agree."""
+    photo, sentence = torch.tensor([0.0, 0.0, 0.0, 5.0, 2.0]), torch.tensor([1.0, 1.0, -1.0, 1.0, 0.0])
+    described = torch.tensor([0.9, -9.0, -1.5, 1.0, 1.0])
+    expected = torch.tensor([0.3, EDIT_LIMIT, 1.5, 5.0, 2.0 - 2 * EDIT_LIMIT])
+    torch.testing.assert_close(edit_guided(photo, sentence, described, 3.0), expected)
+    # Below eta 0 it leads away from the sentence, and is whole.
+    torch.testing.assert_close(edit_guided(photo[1:2], sentence[1:2], described[1:2], -0.5), torch.tensor([-5.0]))
+
+
+def test_edit_guidance_differs_between_rows() -> None:
+    """Each row of a batch has its own scale, and 0 is the photo."""
+    photo, sentence, described = torch.randn(3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    scales = torch.tensor([0.0, 2.0]).view(-1, 1, 1, 1)
+    together = edit_guided(photo, sentence, described, scales)
+    assert torch.equal(together[0], photo[0])
+    assert torch.equal(together[1], edit_guided(photo[1], sentence[1], described[1], 2.0))
 
 
 def test_loss_of_each_edit_is_its_own_mean() -> None:

@@ -149,6 +149,29 @@ def guidance_at(eta: float, guidance_scale: float, photo_guidance: float | None)
     return photo_guidance + (guidance_scale - photo_guidance) * min(max(eta, 0.0), 1.0)
 
 
+EDIT_LIMIT = 1.5
+"""Most of the way from the photo's prediction to the sentence's that `edit_guided` goes, in each value."""
+
+
+def edit_guided(photo: Tensor, sentence: Tensor, described: Tensor, scale: float | Tensor) -> Tensor:
+    """``photo + scale * (sentence - described)``, in no value further than `EDIT_LIMIT` times the way to `sentence`.
+
+    The difference is semantic guidance (SEGA, arXiv 2301.12247). A scale that moves an object makes the whole way to
+    another floor and as much again, which turns a brown floor red; the limit ends the way beside the sentence's own
+    prediction. Where a photo has a detail that neither text names, `sentence` is far away, and the difference stays
+    small.
+
+    Args:
+        photo: the photo's prediction (B, ...).
+        sentence: the prediction under the sentence, (B, ...).
+        described: the prediction under the source prompt, (B, ...).
+        scale: edit guidance times eta; may differ between rows, (B, 1, 1, 1).
+    """
+    change, way = scale * (sentence - described), EDIT_LIMIT * (sentence - photo)
+    # A change away from the sentence, as below eta 0, has no limit.
+    return photo + torch.where(change * way > 0, change.sign() * torch.minimum(change.abs(), way.abs()), change)
+
+
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022); the scale may differ between rows, (B, 1, 1, 1)."""
     return unconditional + guidance_scale * (conditional - unconditional)

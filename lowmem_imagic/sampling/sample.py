@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.schedules import PATHS, guidance_at, guide, refined, starting_noise, varied
+from ..diffusion.schedules import PATHS, edit_guided, guidance_at, guide, refined, starting_noise, varied
 from ..engine.base import BaseModel
 from ..engine.memory import with_fallbacks
 from ..errors import LowmemImagicError, NonFiniteEditError, NonFiniteModelError
@@ -432,7 +432,7 @@ class _Renderer:
                 prediction = parts[0] if guidance is None else guide(parts[0], parts[1], guidance)
                 if source is not None:
                     sentence, described = parts[-2:]
-                    prediction = prediction + edit_guidance * (sentence - described)
+                    prediction = edit_guided(prediction, sentence, described, edit_guidance)
                 latents = sampler.stepped(prediction, step, latents, generators)
                 if masks is not None:
                     below = torch.stack([photo.path[step] for photo in photos]).to(latents)

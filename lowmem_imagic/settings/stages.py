@@ -249,8 +249,8 @@ class SampleConfig:
     """What the photo shows, in words as the sentence's. With it, a picture has the prediction of the photo (eta 0) and,
     times eta, the base's own difference between sentence and source prompt, as in semantic guidance (SEGA, Brack et al.
     2023, arXiv 2301.12247): only what the two say differently changes. "": the paper's path of embeddings."""
-    edit_guidance_scale: float = 2.0
-    """Scale of that difference at eta 1."""
+    edit_guidance_scale: float = 3.0
+    """Scale of that difference at eta 1; `diffusion.schedules.edit_guided` limits what it does."""
     scheduler: str = "DDIM"
     """Name of a diffusers scheduler class, with or without "Scheduler"; of a flow, a name in `diffusion.flow.SAMPLERS`,
     which is a sampler of this package."""
