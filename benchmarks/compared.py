@@ -13,7 +13,7 @@ from lowmem_imagic.settings.stages import SampleConfig
 
 from .edit_methods import Method, ours, packed
 from .full_finetuning import full_finetune
-from .levers import LEVERS
+from .levers import LEVERS, UNLIMITED
 from .training_free import ddim_inversion, sdedit, semantic_guidance, sentence_alone
 
 FULL_EMBED_STEPS, FULL_STEPS, FULL_DRAWS = 60, 120, 8
@@ -87,8 +87,8 @@ _SAMPLING: dict[str, Mapping[str, Any]] = {
 }
 _SOURCED: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "source-keep-all": {"finetune": {"keep": 1.0}},
-    "source-scale-1": {"sample": {"edit_guidance_scale": 1.0}},
-    "source-scale-3": {"sample": {"edit_guidance_scale": 3.0}},
+    "source-scale-1.5": {"sample": {"edit_guidance_scale": 1.5}},
+    "source-scale-6": {"sample": {"edit_guidance_scale": 6.0}},
 }
 
 
@@ -127,6 +127,9 @@ def compared(folder: Path | None = None) -> dict[str, Method]:
         "once": ours(balanced, edits=folder, asked_later=True),
         "source": ours(balanced, edits=folder, sourced=True),
         **{lever.name: ours(balanced, edits=folder, lever=lever) for lever in LEVERS},
+        UNLIMITED.name: ours(
+            preset("balanced", {"sample": {"edit_guidance_scale": 2.0}}), edits=folder, lever=UNLIMITED
+        ),
         "source-once": ours(balanced, edits=folder, sourced=True, asked_later=True),
         "source-described": ours(balanced, edits=folder, describes=True),
         "source-in-full": ours(balanced, edits=folder, sourced=True, in_full=True),

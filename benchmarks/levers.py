@@ -4,6 +4,7 @@ None is in the package: docs/quality.md has what they gain. They are for the bun
 takes the base, the sentence and the source prompt.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from lowmem_imagic.diffusion import schedules
 from lowmem_imagic.diffusion.schedules import PATHS
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families.conditioning import Conditioning
@@ -173,6 +175,19 @@ def empty_source(base: BaseModel, sentence: str, source: str) -> Iterator[None]:
         yield
 
 
+def edit_limit(limit: float) -> Within:
+    """Another `EDIT_LIMIT`."""
+
+    def within(base: BaseModel, sentence: str, source: str) -> AbstractContextManager[Any]:
+        return mock.patch.object(schedules, "EDIT_LIMIT", limit)
+
+    return within
+
+
+UNLIMITED = Lever("source-unlimited", edit_limit(math.inf), trains=False, sourced=True)
+"""The difference to a source prompt without a limit, at the scale that was best without one."""
+
+
 def sourced_pictures(x: Tensor) -> int:
     """Number of pictures in a batch with a source prompt and without guidance, which has them three times: for the
     photo, the sentence and the source prompt; 0 for any other batch."""
@@ -189,4 +204,6 @@ LEVERS = (
     Lever("embedding-difference", embedding_difference, trains=False),
     Lever("source-late", late_difference, trains=False, sourced=True),
     Lever("source-empty", empty_source, trains=False, sourced=True),
+    Lever("source-limit-1", edit_limit(1.0), trains=False, sourced=True),
+    Lever("source-limit-2", edit_limit(2.0), trains=False, sourced=True),
 )

@@ -69,8 +69,11 @@ SOURCED = (
     "source-described",
     "source-in-full",
     "source-keep-all",
-    "source-scale-1",
-    "source-scale-3",
+    "source-scale-1.5",
+    "source-scale-6",
+    "source-unlimited",
+    "source-limit-1",
+    "source-limit-2",
     "embedding-difference",
 )
 """Methods of the table of other ways with a source prompt."""

@@ -572,7 +572,7 @@ def test_a_pack_gives_each_item_its_own_pictures(base: BaseModel) -> None:
             assert edit_judge.psnr_db(np.asarray(picture), np.asarray(alone[eta][number])) > 35
 
 
-@pytest.mark.parametrize("lever", levers.LEVERS, ids=lambda lever: lever.name)
+@pytest.mark.parametrize("lever", (*levers.LEVERS, levers.UNLIMITED), ids=lambda lever: lever.name)
 def test_a_lever_changes_the_edit_and_nothing_after_it(
     lever: edit_methods.Lever, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
