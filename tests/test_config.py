@@ -40,10 +40,18 @@ def test_every_group_of_networks_has_a_sampler_of_its_own(name: str) -> None:
     chosen = preset(name, {"sample": {"scheduler": "Euler"}, "embed": {"learning_rate": 0.5}}).for_group("flow")
     assert (chosen.sample.scheduler, chosen.embed.learning_rate) == ("Euler", 0.5)
     assert EditConfig.from_dict(flow.to_dict()) == flow
-    for sample in ({"source_prompt": "a cat"}, {"edit_guidance_scale": 2.0}):
-        told = preset("balanced", {"sample": sample})
-        assert EditConfig.from_dict(told.to_dict()) == told
-        assert told.to_dict()["sample"].keys() - preset("balanced").to_dict()["sample"].keys() == sample.keys()
+
+
+def test_a_source_prompt_is_recorded_with_its_scale():
+    """A source prompt is written with its scale, also with the default one, which may be another in a later version. An
+    edit without one has neither, as in versions that knew none."""
+    plain = preset("balanced").to_dict()["sample"]
+    assert not {"source_prompt", "edit_guidance_scale"} & plain.keys()
+    for chosen in ({"source_prompt": "a cat"}, {"edit_guidance_scale": 2.0}):
+        config = preset("balanced", {"sample": chosen})
+        sample = config.to_dict()["sample"]
+        assert EditConfig.from_dict(config.to_dict()) == config
+        assert sample == plain | chosen | {"edit_guidance_scale": config.sample.edit_guidance_scale}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -387,15 +387,17 @@ class EditConfig:
         return replace(self, **stages, groups={})
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, without `groups`, and without the defaults of a source prompt.
+        """Nested plain values, without `groups`; without a source prompt also without it and a default edit guidance.
 
         `from_dict` returns an equal config."""
         values = asdict(self)
         del values["groups"]
-        for name in ("source_prompt", "edit_guidance_scale"):
-            # Files and batches of versions without source prompts have the same values.
-            if values["sample"][name] == getattr(SampleConfig, name):
-                del values["sample"][name]
+        sample = values["sample"]
+        # Without a source prompt, files and batches of versions that had none have the same values.
+        if not sample["source_prompt"]:
+            del sample["source_prompt"]
+            if sample["edit_guidance_scale"] == SampleConfig.edit_guidance_scale:
+                del sample["edit_guidance_scale"]
         return values
 
     @staticmethod
