@@ -264,6 +264,21 @@ def test_eta_moves_stage_one_alone(base: BaseModel, edit: Any, monkeypatch: pyte
         assert seen["unet_2"][0]["noise_level"].tolist() == [250]
 
 
+def test_stage_two_takes_half_of_edit_guidance(base: BaseModel, edit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a source prompt, stage I makes the difference times edit guidance and eta, and stage II half of that."""
+    scales: list[float] = []
+    edit_guided = sampling.edit_guided
+
+    def listening(photo: Tensor, sentence: Tensor, described: Tensor, scale: Tensor) -> Tensor:
+        scales.append(float(scale))
+        return edit_guided(photo, sentence, described, scale)
+
+    monkeypatch.setattr(sampling, "edit_guided", listening)
+    settings = config(mask=0.0, num_inference_steps=1, source_prompt="a red cube", edit_guidance_scale=4.0).sample
+    apply_edits(base, [edit], [Cell(0, 0.5, 0)], settings)
+    assert scales == [2.0, 1.0]
+
+
 def test_stage_two_keeps_the_photo_where_stage_one_does(
     base: BaseModel, edit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
