@@ -39,6 +39,7 @@ from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig
 
 from .averages import level, share
+from .bundled import model_of
 from .edit_judge import OVERLAP, Verdict, by_half, judge
 from .edit_methods import SEED, as_photo, trained
 from .edit_quality import best_eta
@@ -170,7 +171,7 @@ def main() -> None:
     oracle, config = Oracle.load(), preset("balanced")
     origin = provenance(base.device)
     result: dict[str, Any] = {
-        "model": {"name": base.name, "sha256": base.identity.files},
+        "model": model_of(base),
         "judge": {"sha256": oracle.sha256},
         "settings": config.to_dict(),
         "etas": ETAS,

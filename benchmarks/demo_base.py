@@ -25,6 +25,7 @@ from lowmem_imagic.demo.strangers import STRANGE
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families import DEMO
 
+from .bundled import model_of
 from .demo_quality import psnr_db, reconstructed
 from .identity import readers
 from .results import provenance, write_result
@@ -82,7 +83,7 @@ def run(base: BaseModel, folder: Path | None, count: int) -> dict[str, Any]:
     if folder is not None:
         pictures["photographs"] = photographs(folder, size)
     targets = {"strangers": STRANGER_TARGET_DB, "photographs": PHOTOGRAPH_TARGET_DB}
-    result: dict[str, Any] = {"model": {"name": base.name, "sha256": base.identity.files}, "size_px": size}
+    result: dict[str, Any] = {"model": model_of(base), "size_px": size}
     for name, part in pictures.items():
         again = reconstructed(base, part)
         ratios = psnr_db(again, part)

@@ -30,6 +30,7 @@ from lowmem_imagic.pictures.png import encode_png
 from lowmem_imagic.settings.stages import WEIGHT_FORMATS
 from lowmem_imagic.storage.atomic import write_bytes
 
+from .bundled import model_of
 from .oracle import ORACLE, Attributes, Oracle, accuracy
 from .oracle import TARGET as ORACLE_TARGET
 from .results import provenance, write_result
@@ -89,7 +90,7 @@ def run(
     if shares["two_objects"] is not None:
         goals.append(shares["two_objects"]["shape_color_and_floor"])
     result = {
-        "model": {"name": base.name, "sha256": base.identity.files},
+        "model": model_of(base),
         "settings": {
             **asdict(settings),
             "scene_seed": SCENE_SEED,

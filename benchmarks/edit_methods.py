@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic.diffusion.schedules import starting_noise
+from lowmem_imagic.diffusion.schedules import EDIT_LIMIT, starting_noise
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.engine.base import BaseModel
@@ -111,6 +111,8 @@ class Lever:
     """Whether it changes training; otherwise it changes sampling."""
     sourced: bool = False
     """Whether pictures are rendered with a source prompt."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its numbers, as plain values: edits and results with others are apart."""
 
 
 def ours(
@@ -136,7 +138,7 @@ def ours(
         without: a network of the base whose adapter is trained and not applied.
         sourced: whether pictures are rendered with a source prompt.
         describes: whether the source prompt is the base's own description of the photo.
-        lever: a change of the engine; the source prompt is that of the lever.
+        lever: a change of the engine; it says itself whether pictures are rendered with a source prompt.
     """
     sourced = sourced or describes or (lever is not None and lever.sourced)
 
@@ -160,9 +162,10 @@ def ours(
             training = sampled = nullcontext()
             folder = edits
             if lever is not None:
-                made_so = lever.within(base, sentence, sources[number] if sources else "")
-                training, sampled = (made_so, sampled) if lever.trains else (training, made_so)
-                folder = edits / lever.name if edits and lever.trains else edits
+                changed = lever.within(base, sentence, sources[number] if sources else "")
+                training, sampled = (changed, sampled) if lever.trains else (training, changed)
+                if edits and lever.trains:
+                    folder = edits / f"{lever.name}-{digest(dict(lever.settings))}"
             with training:
                 data, seconds = trained(base, Job(as_photo(photo), start), config, folder)
             train_s += seconds
@@ -188,9 +191,9 @@ def ours(
     settings |= {"in_full": True} if in_full else {}
     settings |= {"asked_later": True} if asked_later else {}
     settings |= {"without": without} if without else {}
-    settings |= {"lever": lever.name} if lever else {}
+    settings |= {"lever": lever.name, **lever.settings} if lever else {}
     settings |= {"describes": True} if describes else {}
-    settings |= {"edit_guidance_scale": config.sample.edit_guidance_scale} if sourced else {}
+    settings |= {"edit_guidance_scale": config.sample.edit_guidance_scale, "edit_limit": EDIT_LIMIT} if sourced else {}
     # A lever may need the source prompt for something else.
     return Method(settings, run, in_full=in_full, sourced=sourced or lever is not None)
 

@@ -29,6 +29,7 @@ from lowmem_imagic.pictures.png import contact_sheet, encode_png
 from lowmem_imagic.storage.atomic import write_bytes
 
 from .averages import level
+from .bundled import current, model_of
 from .compared import FP32, compared
 from .edit_judge import Verdict, by_half, judge, photo_overlap, psnr_db
 from .edit_methods import Method, Outcome
@@ -203,12 +204,12 @@ def chosen_eta(method: str) -> float:
     """The eta chosen for a method on the validation set.
 
     Raises:
-        FileNotFoundError: the method has no complete result on the validation set yet.
+        FileNotFoundError: the method has no complete result on the validation set with this bundled model yet.
     """
     path = RESULTS / f"{result_name(VALIDATION.name, method)}.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result["partial"]:
-        raise FileNotFoundError(f"{path.name} is a partial run")
+    result = current(path)
+    if not result or result["partial"]:
+        raise FileNotFoundError(path.name)
     return float(result["eta"])
 
 
@@ -285,7 +286,7 @@ def main() -> int:
         "settings": method.settings,
         "set": asdict(chosen),
         "base_weights": weights,
-        "model": {"name": base.name, "sha256": base.identity.files},
+        "model": model_of(base),
         "judge": {"sha256": oracle.sha256},
     }
     path = args.out or RESULTS / f"{result_name(args.set, args.method)}.json"

@@ -30,7 +30,8 @@ from .own_noise import fireflow
 MIXED, EMPTY = 0.4, 0.2
 """Shares of the rows of stage 2 that `mixed_texts` gives a text between e_opt and e_tgt, and the empty one."""
 LATE = 0.2
-"""Share of the steps without the difference to the source prompt in `late_difference`."""
+"""Share of the noise schedule, from its noisy end, without the difference to the source prompt in
+`late_difference`."""
 
 
 @contextmanager
@@ -112,15 +113,15 @@ class PhotoAttention:
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         count = len(hidden_states)
-        shares = {"q": attn.to_q(hidden_states), "k": attn.to_k(hidden_states), "v": attn.to_v(hidden_states)}
+        parts = {"q": attn.to_q(hidden_states), "k": attn.to_k(hidden_states), "v": attn.to_v(hidden_states)}
         [step] = self.step
         if count == 1:
-            self.photo[step] = shares
+            self.photo[step] = parts
         elif step in self.photo and not torch.is_grad_enabled():
             for part in self.parts:
                 photo = self.photo[step][part].expand(count // 2, -1, -1)
-                shares[part] = torch.cat([shares[part][: count // 2], photo])
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in shares.values())
+                parts[part] = torch.cat([parts[part][: count // 2], photo])
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts.values())
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out: Tensor = attn.to_out[1](attn.to_out[0](mixed))
         return out
@@ -184,7 +185,7 @@ def edit_limit(limit: float) -> Within:
     return within
 
 
-UNLIMITED = Lever("source-unlimited", edit_limit(math.inf), trains=False, sourced=True)
+UNLIMITED = Lever("source-unlimited", edit_limit(math.inf), trains=False, sourced=True, settings={"limit": "none"})
 """The difference to a source prompt without a limit, at the scale that was best without one."""
 
 
@@ -196,14 +197,14 @@ def sourced_pictures(x: Tensor) -> int:
 
 
 LEVERS = (
-    Lever("mixed-texts", mixed_texts, trains=True),
-    Lever("second-order", second_order(0.0), trains=True),
-    Lever("second-order-softened", second_order(SOFTENING), trains=True),
+    Lever("mixed-texts", mixed_texts, trains=True, settings={"mixed": MIXED, "empty": EMPTY}),
+    Lever("second-order", second_order(0.0), trains=True, settings={"softening": 0.0}),
+    Lever("second-order-softened", second_order(SOFTENING), trains=True, settings={"softening": SOFTENING}),
     Lever("photo-keys-values", photo_attention("kv"), trains=False),
     Lever("photo-queries-keys", photo_attention("qk"), trains=False),
     Lever("embedding-difference", embedding_difference, trains=False),
-    Lever("source-late", late_difference, trains=False, sourced=True),
+    Lever("source-late", late_difference, trains=False, sourced=True, settings={"late": LATE}),
     Lever("source-empty", empty_source, trains=False, sourced=True),
-    Lever("source-limit-1", edit_limit(1.0), trains=False, sourced=True),
-    Lever("source-limit-2", edit_limit(2.0), trains=False, sourced=True),
+    Lever("source-limit-1", edit_limit(1.0), trains=False, sourced=True, settings={"limit": 1.0}),
+    Lever("source-limit-2", edit_limit(2.0), trains=False, sourced=True, settings={"limit": 2.0}),
 )

@@ -39,6 +39,7 @@ from lowmem_imagic.sampling.sample import Cell
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.storage.safetensors_writer import serialize
 
+from .bundled import model_of
 from .edit_methods import as_photo
 from .results import RESULTS, provenance, write_result
 from .scene_edits import VALIDATION
@@ -83,6 +84,7 @@ def pictures(base: BaseModel, preset_name: str, number: int) -> dict[str, Any]:
         "LoRA alone (no sentence, another noise)": draw(0, guidance=7.5, **nothing, **other),
     }
     return {
+        "model": model_of(base),
         "preset": preset_name,
         "item": item.name,
         "photo_db": {words: round(psnr(picture, photo), 2) for words, picture in back.items()},

@@ -26,6 +26,7 @@ from lowmem_imagic.families.family import Denoiser
 from lowmem_imagic.pictures.letterbox import to_tensor
 from lowmem_imagic.sampling import inversion
 
+from .bundled import model_of
 from .edit_methods import SEED
 from .results import provenance, write_result
 from .scene_edits import HALVES, VALIDATION, rows_of
@@ -119,7 +120,7 @@ def main() -> int:
         for name, (way, softening) in WAYS.items():
             found[name].append(way(softening)(base, denoiser, latents, torch.Generator().manual_seed(SEED)))
     result = {
-        "model": {"name": base.name, "sha256": base.identity.files},
+        "model": model_of(base),
         "steps": inversion.STEPS,
         "softening": inversion.SOFTENING,
         "items": len(items),

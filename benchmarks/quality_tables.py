@@ -1,11 +1,11 @@
 """Rows of the tables on edit quality, from the committed results of `benchmarks.edit_quality`."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
 from .averages import difference
+from .bundled import current, outdated, read
 from .compared import FULL_DRAWS, FULL_EMBED_STEPS, FULL_SAMPLED_ALIKE, FULL_STEPS, compared
 from .edit_judge import Verdict
 from .edit_quality import result_name
@@ -13,7 +13,7 @@ from .levers import LEVERS
 from .results import RESULTS
 from .scene_edits import GROUPS, HALVES, KINDS, KNOWN, STRANGERS, TEST, VALIDATION
 
-NOTHING = ["Not measured yet."]
+NOTHING = ["Not measured with the present bundled model yet."]
 """In place of a table without results."""
 FULL = "full-1e-4"
 """Full fine-tuning at the rate chosen on validation."""
@@ -95,20 +95,24 @@ _PARTS = ("all", *GROUPS)
 
 
 def results(items: str) -> dict[str, dict[str, Any]]:
-    """The complete committed results on a set ("validation" or "test"), by method, in the order of `compared`."""
+    """The complete committed results on a set ("validation" or "test"), by method, in the order of `compared`.
+
+    A result on the test set whose eta is no longer the one that validation chooses is left out.
+    """
     complete = {}
     for name in compared():
-        result = _result(result_name(items, name))
-        if result and not result["partial"]:
+        result, chosen = _result(result_name(items, name)), _result(result_name(VALIDATION.name, name))
+        if result and not result["partial"] and chosen.get("eta", result["eta"]) == result["eta"]:
             complete[name] = result
     return complete
 
 
-def methods(items: str, half: str, names: Iterable[str] | None = None) -> list[str]:
+def methods(items: str, half: str, names: Sequence[str] | None = None) -> list[str]:
     """Rows: one per method, with its judgements of a half, and its costs."""
     measured = results(items)
+    left_out = _left_out(items, compared() if names is None else names)
     if not measured:
-        return NOTHING
+        return NOTHING + left_out
     overlap = ("overlap",) if half == STRANGERS else ()
     at_0 = ("overlap at eta 0",) if half == STRANGERS else ()
     rows = _head(
@@ -127,7 +131,7 @@ def methods(items: str, half: str, names: Iterable[str] | None = None) -> list[s
         cells += [f"{photo['overlap']['value']:.2f}"] if at_0 else []
         size = "" if cost["edit_bytes_mean"] is None else f"{cost['edit_bytes_mean'] / 1000:.0f} kB"
         rows.append(_row(*cells, cost["passes"], size))
-    return rows
+    return rows + left_out
 
 
 def kinds(items: str, half: str) -> list[str]:
@@ -300,7 +304,7 @@ def suggestion() -> list[str]:
     return rows
 
 
-def few(names: Iterable[str], labels: Mapping[str, str] | None = None, items: str = VALIDATION.name) -> list[str]:
+def few(names: Sequence[str], labels: Mapping[str, str] | None = None, items: str = VALIDATION.name) -> list[str]:
     """Rows: methods on the items that all of them have; each at its best eta for these.
 
     Partial results count, too: an item of some methods takes minutes.
@@ -311,8 +315,9 @@ def few(names: Iterable[str], labels: Mapping[str, str] | None = None, items: st
         items: the set.
     """
     measured = {name: result for name in names if (result := _result(result_name(items, name)))}
+    left_out = _left_out(items, names)
     if len(measured) < 2:
-        return NOTHING
+        return NOTHING + left_out
     judged = {name: {item["name"]: item for item in result["items"]} for name, result in measured.items()}
     common = sorted(set.intersection(*(set(own) for own in judged.values())))
     rows = _head(
@@ -333,7 +338,7 @@ def few(names: Iterable[str], labels: Mapping[str, str] | None = None, items: st
             means = [f"{mean(values):.2f}" if values else "" for values in (overlaps, at_0)]
             label = labels[name] if labels else f"`{name}`"
             rows.append(_row(label, half, best, *shares, means[0], photo, means[1], part[0]["passes"]))
-    return rows
+    return rows + left_out
 
 
 def own_noise() -> list[str]:
@@ -376,8 +381,13 @@ def _good(result: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _result(name: str) -> dict[str, Any]:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return current(RESULTS / f"{name}.json")
+
+
+def _left_out(items: str, names: Iterable[str]) -> list[str]:
+    """A line under a table with the methods whose results are of an earlier bundled model, if there are any."""
+    old = [f"`{name}`" for name in names if outdated(read(RESULTS / f"{result_name(items, name)}.json"))]
+    return ["", f"Measured with an earlier bundled model alone, and left out: {', '.join(old)}."] if old else []
 
 
 def _head(*columns: str) -> list[str]:

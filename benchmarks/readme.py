@@ -4,7 +4,6 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``. A test 
 of this module, so that every number in a table was measured.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 from lowmem_imagic.settings.presets import PRESETS, preset
 
 from . import quality_tables, scale_tables
+from .bundled import current, outdated
 from .goals import REPOSITORY
 from .results import RESULTS
 from .scene_edits import HALVES, TEST, VALIDATION
@@ -44,6 +44,16 @@ def presets() -> list[str]:
             f"| {finetune.steps} steps x {finetune.draws} draws, rate {finetune.learning_rate:g}, "
             f"rank {finetune.lora_rank} on `{finetune.adapt}` | {USES[name]} |"
         )
+    return rows
+
+
+def rendering() -> list[str]:
+    """Rows: preset, and its settings of pictures."""
+    rows = ["| preset | etas | start | mask | guidance at eta 1, at eta 0 | steps |", "|---|---|---|---|---|---|"]
+    for name in PRESETS:
+        one = preset(name).sample
+        etas, guidance = ", ".join(f"{eta:g}" for eta in one.etas), f"{one.guidance_scale:g}, {one.photo_scale:g}"
+        rows.append(f"| `{name}` | {etas} | {one.start} | {one.mask:g} | {guidance} | {one.num_inference_steps} |")
     return rows
 
 
@@ -80,7 +90,7 @@ def _crash_rows() -> Iterator[str]:
 
 def recipe() -> list[str]:
     """Rows: data taken from an edit file, PSNR of the photo reproduced in diffusers."""
-    edits = _result("other_programs").get("pictures", [])
+    edits = [edit for edit in _result("other_programs").get("pictures", []) if not outdated(edit)]
     names = " | ".join(f"`{edit['preset']}`" for edit in edits)
     rows = [f"| taken from the file | {names} |", "|---|" + "---|" * len(edits)]
     for words in sorted(edits[0]["photo_db"], key=lambda words: -edits[0]["photo_db"][words]) if edits else ():
@@ -103,8 +113,7 @@ def versions_of_diffusers() -> list[str]:
 
 
 def _result(name: str) -> dict[str, Any]:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return current(RESULTS / f"{name}.json")
 
 
 def _engine_rows(name: str) -> list[str]:
@@ -187,7 +196,7 @@ def by_half(name: str, table: Callable[..., list[str]], items: str, **arguments:
 
 DOCUMENTS: dict[str, dict[str, Table]] = {
     "README.md": {},
-    "docs/guide.md": {"presets": presets},
+    "docs/guide.md": {"presets": presets, "rendering": rendering},
     "docs/measured.md": {
         "measured": measured,
         **{

@@ -22,6 +22,7 @@ from lowmem_imagic.sampling.suggestion import PRICE, Suggestion, suggest_eta, wo
 from lowmem_imagic.settings.presets import preset
 
 from .averages import share
+from .bundled import model_of
 from .edit_judge import Verdict, judge
 from .edit_methods import ETAS, SEED, as_photo, embeds, trained
 from .edit_quality import best_eta
@@ -110,7 +111,9 @@ def main() -> None:
             print(f"{half}, {name}: {result[half][name]}")
         for price, good in result[half]["suggested"].items():
             print(f"{half}, suggested at price {price}: {good}")
-    written = write_result(f"suggestion_{args.set}", {"set": args.set, **result}, origin=origin)
+    written = write_result(
+        f"suggestion_{args.set}", {"set": args.set, "model": model_of(base), **result}, origin=origin
+    )
     print(f"result: {written.name}")
 
 

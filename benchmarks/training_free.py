@@ -24,6 +24,11 @@ BATCH = 32
 """Pictures sampled together."""
 SHARES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """Points of a slider that is a share of the steps: more than 1 is no more than 1, and little is changed below 0.5."""
+SCALE = 2.0
+"""Scale of semantic guidance at 1 on its slider. It has no limit as this package's edit guidance has, so that its best
+scale lies lower."""
+SCALED = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+"""Points of the slider that is a share of `SCALE`."""
 
 
 def sentence_alone(config: SampleConfig) -> Method:
@@ -92,8 +97,8 @@ def semantic_guidance(config: SampleConfig) -> Method:
 
     The photo is inverted without text, with the softening of this package's own inversion
     (`lowmem_imagic.sampling.inversion`). Its denoising without text reproduces it; the difference of the predictions
-    under sentence and source prompt is added, times the slider. This package's rendering with a source prompt is the
-    same with an adapter and e_opt in place of no text, and with a mask.
+    under sentence and source prompt is added, times the slider and `SCALE`. This package's rendering with a source
+    prompt has beside that an adapter and e_opt in place of no text, a mask, and a limit on the difference.
     """
 
     def run(
@@ -108,7 +113,7 @@ def semantic_guidance(config: SampleConfig) -> Method:
         noise = torch.randn(clean[0].shape, generator=torch.Generator().manual_seed(SEED))
         noises = _inverted(base, clean + SOFTENING * noise, config)[config.num_inference_steps]
         pictures: dict[float, list[Image.Image]] = {eta: [] for eta in etas}
-        scales = config.edit_guidance_scale * torch.tensor(etas).view(-1, 1, 1, 1)
+        scales = SCALE * torch.tensor(etas).view(-1, 1, 1, 1)
         for inverted, sentence, source in zip(noises, sentences, sources, strict=True):
             text = base.encode_text(["", sentence, source])[EMBEDS].repeat_interleave(len(etas), 0)
             scheduler, x = _scheduler(base, config), inverted.repeat(len(etas), 1, 1, 1)
@@ -124,7 +129,8 @@ def semantic_guidance(config: SampleConfig) -> Method:
         seconds = (time.perf_counter() - started) / (len(photos) * len(etas))
         return Outcome(pictures, 0, 0.0, seconds)
 
-    return Method({**asdict(config), "method": "semantic guidance", "softening": SOFTENING}, run, sourced=True)
+    settings = {**asdict(config), "method": "semantic guidance", "softening": SOFTENING, "scale": SCALE}
+    return Method(settings, run, etas=SCALED, sourced=True)
 
 
 def _inverted(base: BaseModel, latents: Tensor, config: SampleConfig) -> dict[int, Tensor]:

@@ -2,11 +2,11 @@
 
 ::
 
-    from lowmem_imagic import BaseModel, Cell, Job, apply_edits, load_photo, make_edits, preset
+    from lowmem_imagic import BaseModel, Cell, Job, apply_edits, load_photo, make_edits, preset, sampling_of
 
-    base, settings = BaseModel.load("demo"), preset("balanced")
-    [edit] = make_edits(base, [Job(load_photo("cube.png"), "a blue cube on a wooden floor")], settings)
-    [picture] = apply_edits(base, [edit], [Cell(edit=0, eta=1.0, seed=0)], settings.sample)
+    base = BaseModel.load("demo")
+    [edit] = make_edits(base, [Job(load_photo("cube.png"), "a blue cube on a wooden floor")], preset("balanced"))
+    [picture] = apply_edits(base, [edit], [Cell(edit=0, eta=1.0, seed=0)], sampling_of(edit))
     picture.save("blue.png")
 
 Shape letters, used in every docstring: N edits in a pack, R rows of a batch (one row is one edit, timestep and
@@ -41,6 +41,7 @@ __all__ = [
     "planned",
     "preset",
     "read_edit",
+    "sampling_of",
     "stream_edits",
     "write_edit",
 ]
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .edits.edit import Edit
     from .edits.file import read as read_edit
     from .edits.file import write as write_edit
+    from .edits.recorded import sampling_of
     from .engine.base import BaseModel
     from .engine.memory import Meter
     from .errors import LowmemImagicError
@@ -85,6 +87,7 @@ _HOMES = {
     "planned": ("planning.plan", "planned"),
     "preset": ("settings.presets", "preset"),
     "read_edit": ("edits.file", "read"),
+    "sampling_of": ("edits.recorded", "sampling_of"),
     "stream_edits": ("pipeline.make", "stream_edits"),
     "write_edit": ("edits.file", "write"),
 }

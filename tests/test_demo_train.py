@@ -203,7 +203,7 @@ def test_each_part_can_be_trained_alone_into_the_same_folder(finished: Path, tmp
 def test_trained_weights_go_on_at_a_part_of_the_rates(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ``--start-from`` the learning rates of both parts are the preset's share of those for new weights."""
+    """With ``--start-from`` all learning rates of both parts are the preset's share of those for new weights."""
     rates: list[list[float]] = []
     steps = Trainer.__iter__
 
@@ -212,10 +212,12 @@ def test_trained_weights_go_on_at_a_part_of_the_rates(
         yield from steps(trainer)
 
     monkeypatch.setattr(Trainer, "__iter__", noted)
-    trained(tmp_path, "--start-from", str(finished))
+    trained(tmp_path / "new")
+    trained(tmp_path / "on", "--start-from", str(finished))
     preset = PRESETS["tiny"]
+    assert [muon for _, muon in rates[:2]] == [preset.decoder_rate, preset.unet_rate]
     assert preset.continued < 1
-    assert [muon for _, muon in rates] == [preset.continued * rate for rate in (preset.decoder_rate, preset.unet_rate)]
+    assert rates[2:] == [pytest.approx([preset.continued * rate for rate in new]) for new in rates[:2]]
 
 
 @pytest.mark.benchmark

@@ -145,14 +145,17 @@ def test_guidance() -> None:
 
 
 def test_edit_guidance_ends_beside_the_sentences_prediction() -> None:
-    """The difference to a source prompt is whole where it is short, ends at `EDIT_LIMIT` times the way to the
-    sentence's own, is whole where it leads away from that, and moves nothing where the texts agree."""
+    """The difference to a source prompt is whole where it is short, and moves nothing where the texts agree. No value
+    goes further than `EDIT_LIMIT` times the way to the sentence's own, in either direction and at any scale."""
     photo, sentence = torch.tensor([0.0, 0.0, 0.0, 5.0, 2.0]), torch.tensor([1.0, 1.0, -1.0, 1.0, 0.0])
-    described = torch.tensor([0.9, -9.0, -1.5, 1.0, 1.0])
-    expected = torch.tensor([0.3, EDIT_LIMIT, 1.5, 5.0, 2.0 - 2 * EDIT_LIMIT])
+    described = torch.tensor([0.9, -9.0, -3.5, 1.0, 1.0])
+    expected = torch.tensor([0.3, EDIT_LIMIT, EDIT_LIMIT, 5.0, 2.0 - 2 * EDIT_LIMIT])
     torch.testing.assert_close(edit_guided(photo, sentence, described, 3.0), expected)
-    # Below eta 0 it leads away from the sentence, and is whole.
-    torch.testing.assert_close(edit_guided(photo[1:2], sentence[1:2], described[1:2], -0.5), torch.tensor([-5.0]))
+    drawn = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    for scale in (-1.0, 0.5, 3.0, 300.0):
+        moved = edit_guided(*drawn, scale) - drawn[0]
+        assert (moved.abs() <= EDIT_LIMIT * (drawn[1] - drawn[0]).abs() + 1e-5).all()
+        assert (moved * scale * (drawn[1] - drawn[2]) >= 0).all()
 
 
 def test_edit_guidance_differs_between_rows() -> None:

@@ -30,6 +30,7 @@ from benchmarks import (
     suggestion,
     training_free,
 )
+from benchmarks.bundled import model_of
 from benchmarks.edit_quality import Judged
 from benchmarks.identity import reader
 from benchmarks.oracle import Attributes, Oracle
@@ -391,6 +392,10 @@ def test_work_is_shared_in_order(processes: int) -> None:
     assert each(math.sqrt, [9.0, 4.0, 1.0], processes=processes, start=math.floor, args=(1.0,)) == [3.0, 2.0, 1.0]
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         each(math.sqrt, [4.0, -1.0], processes=processes, start=math.floor, args=(1.0,))
+
+
+EARLIER = {"name": "demo", "sha256": dict.fromkeys(("text_encoder", "tokenizer", "unet", "vae"), "0" * 64)}
+"""The model of a result with a bundled model that is no longer bundled."""
 
 
 def fake_result(good: float, passes: int, **changes: Any) -> dict[str, Any]:
@@ -849,6 +854,23 @@ def test_kept_edits_are_not_trained_again(base: BaseModel, tmp_path: Path, monke
     assert runs == [1, 1]
 
 
+def test_edits_of_a_changed_engine_are_kept_apart(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lever that changes training trains edits of its own, and others if its numbers change; one of sampling shares
+    the edits that are there."""
+    item, runs = item_of("color"), list[int]()
+    train = edit_methods.make_edits
+    monkeypatch.setattr(edit_methods, "make_edits", lambda b, jobs, c: runs.append(len(jobs)) or train(b, jobs, c))
+    of = {lever.name: lever for lever in levers.LEVERS}
+    softened = of["second-order-softened"]
+    harder = replace(softened, settings={"softening": 0.5})
+    for lever, trainings in ((None, 1), (of["source-limit-1"], 1), (softened, 2), (softened, 2), (harder, 3)):
+        method = edit_methods.ours(SMALL, edits=tmp_path, lever=lever)
+        method(base, [item.photo_picture(base.sizes.own[0])], [item.sentence], (0.5,), sources=[item.source])
+        assert len(runs) == trainings, lever
+
+
 def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full fine-tuning takes finished items from its folder: the same pictures and seconds, and the base untouched."""
     item = item_of("color")
@@ -867,23 +889,42 @@ def test_kept_full_finetuning_goes_on(base: BaseModel, tmp_path: Path, monkeypat
     assert run(1e-3, None).pictures[1.0][0].tobytes() == first.pictures[1.0][0].tobytes()
 
 
-def test_variants_differ_from_balanced(tmp_path: Path) -> None:
-    """Every variant's name stands for settings other than those of `balanced`."""
-    balanced = preset("balanced")
-    assert set(compared.FULL_RATES) < set(compared.compared())
-    for name, values in {**compared._TRAINING, **{n: {"sample": v} for n, v in compared._SAMPLING.items()}}.items():
-        assert preset("balanced", values) != balanced, name
+def test_every_method_has_settings_of_its_own() -> None:
+    """No two methods of this package, or of full fine-tuning, have the same settings: each is measured once."""
+    elsewhere = {"balanced-fp32", "cascade"}  # as `balanced`, on another base
+    untrained = {"sdedit", "ddim-inversion", "sentence-alone"}
+    methods = {name: method.settings for name, method in compared.compared().items()}
+    assert elsewhere | untrained | set(compared.FULL_RATES) < set(methods)
+    for name in methods.keys() - elsewhere - untrained:
+        assert {other for other in methods if methods[other] == methods[name]} - elsewhere == {name}
 
 
 def test_a_partial_run_chooses_no_eta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eta of the test set is a whole validation run's; a partial one counts as none."""
+    """The eta of the test set is a whole validation run's with the present model; any other run counts as none."""
     monkeypatch.setattr(edit_quality, "RESULTS", tmp_path)
     path = tmp_path / f"{edit_quality.result_name('validation', 'balanced')}.json"
-    path.write_text(json.dumps({"eta": 0.8, "partial": True}))
-    with pytest.raises(FileNotFoundError, match="partial"):
-        edit_quality.chosen_eta("balanced")
+    for run in ({"partial": True}, {"partial": False, "model": EARLIER}):
+        path.write_text(json.dumps({"eta": 0.8, **run}))
+        with pytest.raises(FileNotFoundError, match="edit_quality_validation_balanced"):
+            edit_quality.chosen_eta("balanced")
     path.write_text(json.dumps({"eta": 0.8, "partial": False}))
     assert edit_quality.chosen_eta("balanced") == 0.8
+
+
+def test_results_of_an_earlier_bundled_model_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables have no figures of a bundled model that is no longer bundled, and name the methods that lack newer ones.
+    Results of the bundled model itself, and of other models, stay."""
+    monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
+    present = model_of(BaseModel.load("demo"))
+    of = {"balanced": present, "fast": EARLIER, "cascade": {**EARLIER, "name": "IF-I-world"}}
+    for name, model in of.items():
+        path = tmp_path / f"{edit_quality.result_name('validation', name)}.json"
+        path.write_text(json.dumps(fake_result(0.5, 360, model=model)))
+    table = quality_tables.methods("validation", KNOWN)
+    assert [row.split("`")[1] for row in table if row.startswith("| `")] == ["balanced", "cascade"]
+    assert table[-1].endswith("left out: `fast`.")
+    assert quality_tables.few(["balanced", "fast"])[:1] == quality_tables.NOTHING
+    assert "`fast`" not in "\n".join(quality_tables.goals("validation"))
 
 
 def test_suggestions_are_compared_like_with_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

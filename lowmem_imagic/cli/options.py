@@ -9,10 +9,14 @@ import typer
 from typer.core import TyperCommand
 
 from ..settings.options import REQUIRED, Kind, Option, options_of
+from ..settings.presets import preset
+from ..settings.stages import NOT_RECORDED
 from .frame import guarded
 
 _TYPES: dict[Kind, type] = {Kind.WHOLE: int, Kind.NUMBER: float, Kind.SWITCH: bool, Kind.PATH: Path}
 """Types of the kinds that Typer reads; the other kinds stay text."""
+_STAGES = ("embed", "finetune", "sample")
+"""Stages whose settings a preset or an edit has."""
 
 
 def command(group: typer.Typer, name: str, *, epilog: str) -> Callable[[Callable[[dict[str, Any]], None]], Any]:
@@ -27,22 +31,44 @@ def command(group: typer.Typer, name: str, *, epilog: str) -> Callable[[Callable
 
         run.__doc__ = function.__doc__
         action = guarded(run)
-        setattr(action, "__signature__", inspect.Signature([_parameter(option) for option in options_of(name)]))  # noqa: B010
+        setattr(action, "__signature__", inspect.Signature(_parameters(name)))  # noqa: B010
         group.command(name.split()[-1], cls=_PanelledCommand, epilog=epilog)(action)
         return function
 
     return add
 
 
-def _parameter(option: Option) -> inspect.Parameter:
+def _parameters(name: str) -> list[inspect.Parameter]:
+    """The options of a command as parameters for Typer."""
+    options = options_of(name)
+    trains = any(option.name == "preset" for option in options)
+    return [_parameter(option, option.help + _usual(option, trains=trains)) for option in options]
+
+
+def _usual(option: Option, *, trains: bool) -> str:
+    """The value that a setting has without its option, for help: the usual preset's, or that which an edit records."""
+    stage, _, name = option.fills[0].partition(".") if option.fills else ("", "", "")
+    if stage not in _STAGES or option.default is not None or "[default" in option.help:
+        return ""
+    if not trains and option.name not in NOT_RECORDED:
+        return " [default: the edit's own]"
+    value = getattr(getattr(preset(), stage), name)
+    if value == "":
+        return ""
+    words = ",".join(f"{one:g}" for one in value) if isinstance(value, tuple) else value
+    words = f"{words:g}" if isinstance(words, float) else words
+    return f" [balanced: {words}]" if trains else f" [default: {words}]"
+
+
+def _parameter(option: Option, help_text: str) -> inspect.Parameter:
     """An option as a parameter for Typer."""
     info = (
-        typer.Argument(help=option.help, metavar=option.metavar)
+        typer.Argument(help=help_text, metavar=option.metavar)
         if option.positional
         else typer.Option(
             option.flag,
             *([option.short] if option.short else []),
-            help=option.help,
+            help=help_text,
             metavar=option.metavar or ("<str>" if option.many else None),
             min=option.least,
             max=option.most,

@@ -15,7 +15,7 @@ a stop, and it goes on from the checkpoints in ``--work`` with the time that is 
 can have a process of its own (``--only``), and they write the same folder.
 
 ``--start-from DIR`` takes the tokenizer of a folder, and of its weights those whose names and shapes agree, and trains
-them on at a part of the learning rates.
+them on, as those that begin anew, at the preset's share of the learning rates.
 """
 
 import argparse

@@ -29,7 +29,7 @@ class Preset:
     unet_batch: int
     unet_rate: float
     continued: float
-    """Share of these rates for weights that were trained before."""
+    """Share of these rates with ``--start-from``: weights that were trained before would get worse at first."""
     supersampling: int
     bfloat16: bool
     processes: int

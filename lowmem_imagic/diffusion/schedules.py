@@ -157,9 +157,8 @@ def edit_guided(photo: Tensor, sentence: Tensor, described: Tensor, scale: float
     """``photo + scale * (sentence - described)``, in no value further than `EDIT_LIMIT` times the way to `sentence`.
 
     The difference is semantic guidance (SEGA, arXiv 2301.12247). A scale that moves an object makes the whole way to
-    another floor and as much again, which turns a brown floor red; the limit ends the way beside the sentence's own
-    prediction. Where a photo has a detail that neither text names, `sentence` is far away, and the difference stays
-    small.
+    another floor and as much again, which turns a brown floor red; the limit ends it there, in either direction. Where
+    a photo has a detail that neither text names, `sentence` is far away, and the difference is small.
 
     Args:
         photo: the photo's prediction (B, ...).
@@ -168,8 +167,7 @@ def edit_guided(photo: Tensor, sentence: Tensor, described: Tensor, scale: float
         scale: edit guidance times eta; may differ between rows, (B, 1, 1, 1).
     """
     change, way = scale * (sentence - described), EDIT_LIMIT * (sentence - photo)
-    # A change away from the sentence, as below eta 0, has no limit.
-    return photo + torch.where(change * way > 0, change.sign() * torch.minimum(change.abs(), way.abs()), change)
+    return photo + change.clamp(-way.abs(), way.abs())
 
 
 def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float | Tensor) -> Tensor:

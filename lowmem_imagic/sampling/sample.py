@@ -353,8 +353,10 @@ class _Renderer:
             self.base.check_denoiser(self.denoiser, torch.zeros(shape), text | self._extra([cell]))
         except NonFiniteModelError as error:
             return error
-        base_alone = replace(self, pack=None, target=text, optimized=text, coarse=None, noise=None, progress=None)
-        # Both ends of the path are the sentence, so its eta only scales the difference to a source prompt.
+        # Both ends of the path are the sentence. A source prompt stands for the photo, too: the difference is then as
+        # long as the way to the sentence, and has its limit.
+        photo = self.source if self.source is not None and _sourced(cell, self.config) else text
+        base_alone = replace(self, pack=None, target=text, optimized=photo, coarse=None, noise=None, progress=None)
         sentence = replace(cell, edit=0, sentence=None)
         base_alone.row_of = {(0, None): 0}
         if self.lower is not None:

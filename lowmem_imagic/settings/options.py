@@ -240,7 +240,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("scheduler", _RENDERING + _SHEET, Kind.TEXT, PICTURES,
            _SCHEDULER_HELP, fills=("sample.scheduler",)),
     Option("batch_rows", _RENDERING + _SHEET, Kind.WHOLE, PICTURES,
-           "rows in one sampling batch at most; a picture takes two with guidance, three with a source prompt",
+           "rows in one sampling batch at most; a picture takes two with guidance, and a source prompt adds two",
            fills=("sample.batch_rows",)),
     Option("suggest_eta", _RENDERING, Kind.SWITCH, PICTURES,
            "mark the eta that the base model scores best; advisory", False),

@@ -317,6 +317,10 @@ class SampleConfig:
         return 1 + bool(scales - {1}) + 2 * bool(self.source_prompt)
 
 
+NOT_RECORDED = ("strength", "batch_rows")
+"""Settings of `SampleConfig` that do not belong to an edit: each rendering has its own."""
+
+
 def sourced(source_prompt: str, eta: float, strength: Strength) -> bool:
     """Whether a picture has the difference to a source prompt: the photo has none, and neither has the base alone."""
     return bool(source_prompt) and eta != 0 and any(strengths(strength))

@@ -33,7 +33,7 @@ class LoadedEdit:
     def __init__(self, pipeline: Any, edit: Edit, name: str) -> None:
         self.pipeline, self.edit, self.name = pipeline, edit, name
         [self._denoiser] = edit.adapters
-        self._settings = sampling_of(edit, {})
+        self._settings = sampling_of(edit)
 
     def at(self, eta: float, sentence: str | None = None, *, seed: int = 0, strength: Strength = 1.0) -> dict[str, Any]:
         """The arguments of the pipeline's call for a picture; makes this edit the pipeline's active adapter.

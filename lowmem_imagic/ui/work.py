@@ -189,7 +189,7 @@ class Work:
             (folder / STATE).unlink(missing_ok=True)
             told.send("trained", etas=list(trained.etas), start_sentence=trained.start_sentence)
             told.picture = "the picture at eta 0"
-            ask = _Ask(base, trained, None, sampling_of(trained, {}), meter, told, folder)
+            ask = _Ask(base, trained, None, sampling_of(trained), meter, told, folder)
             ask.render(Cell(0, 0.0, config.sample.seeds[0], sentence=None))
         return {"seconds": {name: stage["seconds"] for name, stage in meter.stages.items()}}
 
