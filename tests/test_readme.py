@@ -43,12 +43,25 @@ def test_there_are_two_commands_and_ci_runs_one_of_them():
     assert "<!-- command: tests -->" in (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", readme.DOCUMENTS)
-def test_linked_files_exist(name):
-    """Every relative link and picture in a document leads to a file of the repository."""
+PAGES = sorted(
+    str(path.relative_to(REPOSITORY))
+    for folder in (".", "docs", "benchmarks")
+    for path in (REPOSITORY / folder).glob("*.md")
+)
+"""All pages of the repository."""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    """Every relative link and picture of a page leads to a file of the repository, and to a heading in it."""
     path = REPOSITORY / name
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^):\s]+)\)", path.read_text(encoding="utf-8")):
+        target, _, heading = link.partition("#")
+        file = path.parent / target if target else path
+        assert file.exists(), link
+        if heading:
+            lines = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}, link
 
 
 def test_every_constraint_is_exact():
