@@ -280,27 +280,18 @@ def ceiling() -> list[str]:
 
 
 def suggestion() -> list[str]:
-    """Rows: good items at the suggested eta, at one eta for all, and at each item's best eta."""
-    measured = {items: _result(f"suggestion_{items}") for items in (VALIDATION.name, TEST.name)}
-    if not any(measured.values()):
+    """Rows: good items of validation at an eta suggested for each by the base's own losses, at one eta for all, and at
+    each item's best. The measurement and what it measured are gone (commit in the result's provenance)."""
+    measured = _result(f"suggestion_{VALIDATION.name}")
+    if not measured:
         return NOTHING
-    columns = [(items, half) for items in measured for half in HALVES]
-    rows = _head("eta", *(f"{items}, {half}" for items, half in columns))
-    prices = next(list(result[KNOWN]["suggested"]) for result in measured.values() if result)
-
-    etas = {
-        "one for all": ("fixed",),
-        **{f"suggested, price {price}": ("suggested", price) for price in prices},
-        "the best of each": ("best_of_each",),
-    }
-    for name, keys in etas.items():
-        cells = []
-        for items, half in columns:
-            value: Any = measured[items].get(half)
-            for key in keys if value else ():
-                value = value[key]
-            cells.append(_share(value) if value else "")
-        rows.append(_row(name, *cells))
+    rows = _head("eta", *HALVES)
+    prices = measured[KNOWN]["suggested"]
+    rows.append(_row(f"one for all, {measured['eta']:g}", *(_share(measured[half]["fixed"]) for half in HALVES)))
+    for price in prices:
+        shares = (_share(measured[half]["suggested"][price]) for half in HALVES)
+        rows.append(_row(f"suggested, price {price}", *shares))
+    rows.append(_row("the best of each", *(_share(measured[half]["best_of_each"]) for half in HALVES)))
     return rows
 
 

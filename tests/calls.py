@@ -16,7 +16,7 @@ from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.portable import portable
 from lowmem_imagic.layers.adapter_pack import AdapterPack
 from lowmem_imagic.layers.truncation import truncated
-from lowmem_imagic.sampling import inversion, masking, suggestion
+from lowmem_imagic.sampling import inversion, masking
 from lowmem_imagic.sampling import sample as sampling
 from lowmem_imagic.training.pack import TrainingInput
 
@@ -126,11 +126,6 @@ def change_mask(base: Any, latents: Tensor, optimized: Tensor, target: Tensor, t
 def own_noise(base: Any, latents: Tensor, generator: torch.Generator, progress: Any = None) -> Tensor:
     """See `lowmem_imagic.sampling.inversion`."""
     return inversion.own_noise(base, base.denoisers[0], latents, generator, progress)
-
-
-def suggest_eta(base: Any, latents: Tensor, etas: Sequence[float], target: Tensor, optimized: Tensor, **o: Any) -> Any:
-    """See `lowmem_imagic.sampling.suggestion`."""
-    return suggestion.suggest_eta(base, latents, etas, row(target), row(optimized), **o)
 
 
 def training_input(

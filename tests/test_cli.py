@@ -295,33 +295,6 @@ def test_a_sheet_over_guidance_is_refused_with_a_source_prompt(run, finished):
     assert result.exit_code == 2 and result.stderr.count("no effect with a source prompt") == 1, result.output
 
 
-def test_suggested_eta_is_marked_and_explained(run, finished, monkeypatch):
-    """With --suggest-eta the report gives one of the etas with its scores and the sheet marks it; otherwise neither."""
-    from lowmem_imagic.actions import result_folder
-
-    labels = []
-    drawn = result_folder.contact_sheet
-
-    def watched(cells, **how):
-        labels.append([label for label, _ in cells])
-        return drawn(cells, **how)
-
-    monkeypatch.setattr(result_folder, "contact_sheet", watched)
-    words = ["--etas", "0,0.5,1", "--steps-sample", 2, "--quiet"]
-    assert run("sample", finished, "--out", "with", "--suggest-eta", *words).exit_code == 0
-    assert run("sample", finished, "--out", "without", *words).exit_code == 0
-    suggestion = json.loads(Path("with/report.json").read_text(encoding="utf-8"))["suggestion"]
-    assert suggestion["eta"] in (0, 0.5, 1) and len(suggestion["scores"]) == 3
-    assert [label for label in labels[0] if "suggested" in label] == [
-        f"eta {suggestion['eta']:g}" + (" (reconstruction)" if suggestion["eta"] == 0 else "") + " (suggested)"
-    ]
-    assert "suggestion" not in json.loads(Path("without/report.json").read_text(encoding="utf-8"))
-    assert not [label for label in labels[1] if "suggested" in label]
-    for etas in ("1", "0.5,1"):
-        result = run("sample", finished, "--out", "one", "--suggest-eta", "--etas", etas, "--steps-sample", 2)
-        _fails(result, 2, "two or more, 0 among them")
-
-
 def test_a_sheet_has_the_seed_of_the_edit(run, finished):
     """Without an axis of seeds a sheet shows the edit's own seed, whose noise its training knows."""
     edit = edit_file.read(finished)

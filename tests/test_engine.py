@@ -30,6 +30,7 @@ from lowmem_imagic import (
 )
 from lowmem_imagic.engine.device import COMPUTE_TYPES, pick_dtype
 from lowmem_imagic.errors import BaseInUseError, ConfigError, DivergenceError, MemoryLimitError
+from lowmem_imagic.sampling.losses import Draws, in_fewer_rows
 from lowmem_imagic.training import loop
 from lowmem_imagic.training.state import TrainingState
 from tests import calls
@@ -106,17 +107,23 @@ def test_what_ran_out_while_the_first_photo_is_encoded_is_recorded(
     assert edit.measured["rungs"] == ["the autoencoder in tiles"]
 
 
-def test_a_suggestion_that_ran_out_takes_fewer_rows(
+def test_a_comparison_of_sentences_that_ran_out_takes_fewer_rows(
     load_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Suggesting an eta respects a limit of rows, halves it when memory runs out, and gives the same suggestion."""
+    """Losses of a picture under sentences, by which a base describes a photo, are halved in rows when memory runs out,
+    and are the same."""
     base = load_base()
-    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    target, optimized = calls.encode_text(base, SENTENCES)
-    expected = calls.suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text, draws = base.encode_text(SENTENCES), Draws(base.denoisers[0], (4, 8, 8), 6, (0.2, 0.8), seed=0)
+
+    def losses() -> Tensor:
+        return in_fewer_rows(base, lambda rows: draws.losses(base, latents, text, rows), 8, "describe the photo")
+
+    expected = losses()
+    assert not base.fallbacks
     out_of_memory_once(base, monkeypatch, "predict")
-    found = calls.suggest_eta(base, latents, [0.0, 0.5, 1.0], target, optimized, max_rows=8)
-    assert base.fallbacks == ["4 rows at once to suggest an eta"] and found.eta == expected.eta
+    torch.testing.assert_close(losses(), expected)
+    assert base.fallbacks == ["4 rows at once to describe the photo"]
 
 
 @pytest.mark.parametrize("method", ["encode_text", "decode"])

@@ -222,10 +222,10 @@ def test_training_goes_on_where_it_was_saved(kind: Kind, base: BaseModel, edit: 
 
 
 @pytest.mark.parametrize("start", ["photo", "noise", "inverted"])
-def test_its_pictures_are_rendered_with_a_sheet_and_a_suggestion(
+def test_its_pictures_are_rendered_with_a_sheet(
     kind: Kind, base: BaseModel, edit: Any, tmp_path: Path, start: str
 ) -> None:
-    """The rendering of the commands works: sheet, suggested eta, mask, new sentences, a hint at the edit's fit."""
+    """The rendering of the commands works: sheet, mask, new sentences, a hint at the edit's fit."""
     settings = replace(config(kind).sample, start=start, etas=(0.0, 0.5, 1.0), negative_prompt="grey")
     folder = ResultFolder.prepare(tmp_path / "out", overwrite=False)
     report = render(
@@ -237,11 +237,9 @@ def test_its_pictures_are_rendered_with_a_sheet_and_a_suggestion(
         Meter(base.device),
         Console(quiet=True),
         photo=photo(),
-        suggest=True,
     )
     # Two sentences share the picture at eta 0.
     assert len(report["pictures"]) == 5
-    assert all(one["suggestion"]["eta"] in settings.etas for one in report["sentences"])
     assert report["fit"]["embedding_distance"] > 0
     assert (tmp_path / "out" / "sheet.png").exists()
 

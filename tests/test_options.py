@@ -36,7 +36,7 @@ _SHEET = (
     "--batch-rows --edit-guidance --etas --interpolation --mask --negative --photo-guidance --scheduler --seeds "
     "--source --start --steps-sample"
 )
-_RENDERING = f"{_SHEET} --guidance --strength --suggest-eta"
+_RENDERING = f"{_SHEET} --guidance --strength"
 FLAGS = {
     "edit": f"{_BASE} {_TRAINING} {_RENDERING} --cover",
     "train": f"{_BASE} {_TRAINING}",
@@ -102,7 +102,7 @@ def test_a_batch_takes_what_an_edit_takes() -> None:
         command: {option.name for option in options_of(command) if option.panel in (TRAINING, PICTURES)} - {"seeds"}
         for command in ("edit", "batch run")
     }
-    assert names["edit"] == names["batch run"] and "suggest_eta" in names["edit"]
+    assert names["edit"] == names["batch run"] and "source" in names["edit"]
 
 
 def test_an_option_gives_an_item_of_a_batch_the_settings_of_an_edit() -> None:
@@ -130,10 +130,12 @@ def test_every_row_fills_a_setting_that_there_is() -> None:
 
 
 def test_a_request_is_a_value_that_needs_no_torch() -> None:
-    """A request comes back from JSON as it was, is read without torch, and an older ledger's takes the defaults."""
+    """A request comes back from JSON as it was, is read without torch, and an older ledger's takes the defaults and
+    loses options that there are no more."""
     request = Request.of({"manifest": "list.csv", "out": "out", "rank": 3})
     assert Request.of(json.loads(json.dumps(request.as_json()))) == request
-    assert (request["save_every"], request["suggest_eta"], request["mask"]) == (25, False, None)
+    assert (request["save_every"], request["mask"]) == (25, None)
+    assert Request.of({**request.as_json(), "suggest_eta": True}) == request
     with pytest.raises(ConfigError, match="of another version"):
         Request.of({**request.as_json(), "colour": "red"})
     script = "import sys, lowmem_imagic.batch.request; sys.exit('torch' in sys.modules)"

@@ -27,7 +27,6 @@ from benchmarks import (
     own_noise,
     quality_plots,
     quality_tables,
-    suggestion,
     training_free,
 )
 from benchmarks.bundled import model_of
@@ -52,7 +51,6 @@ from lowmem_imagic.demo.strangers import STRANGE
 from lowmem_imagic.diffusion.schedules import PATHS
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.families.conditioning import Conditioning
-from lowmem_imagic.sampling.suggestion import EtaScore, Suggestion
 from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import SampleConfig
 from tests import calls
@@ -925,27 +923,3 @@ def test_results_of_an_earlier_bundled_model_are_left_out(tmp_path: Path, monkey
     assert table[-1].endswith("left out: `fast`.")
     assert quality_tables.few(["balanced", "fast"])[:1] == quality_tables.NOTHING
     assert "`fast`" not in "\n".join(quality_tables.goals("validation"))
-
-
-def test_suggestions_are_compared_like_with_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Good items are counted at the fixed eta, at each item's best, and at the eta each price suggests; never at 0."""
-    items = [item_of("color"), item_of("shape"), item_of("add", STRANGERS)]
-    bad = replace(VERDICT, success=False)
-    # The first is good from 0.8 on, the second up to 0.6, the third, of the other half, never.
-    verdicts = {eta: [VERDICT if eta >= 0.8 else bad, VERDICT if eta <= 0.6 else bad, bad] for eta in edit_methods.ETAS}
-    follows = [[eta for eta in edit_methods.ETAS], [min(eta, 0.6) for eta in edit_methods.ETAS]]
-    suggestions = [
-        Suggestion(0.0, tuple(EtaScore(eta, f, eta, 0.0) for eta, f in zip(edit_methods.ETAS, line, strict=True)))
-        for line in (*follows, follows[0])
-    ]
-    result = suggestion.report(items, suggestions, verdicts, 1.0)
-    known = result[KNOWN]
-    assert known["fixed"]["value"] == 0.5 and known["best_of_each"]["value"] == 1.0
-    assert known["suggested"]["0.5"]["value"] == 1.0 and known["suggested"]["1"]["value"] <= 1.0
-    assert result[STRANGERS]["best_of_each"]["value"] == 0.0 and len(result["items"]) == 3
-    monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
-    assert quality_tables.suggestion() == quality_tables.NOTHING
-    (tmp_path / "suggestion_validation.json").write_text(json.dumps(result))
-    rows = quality_tables.suggestion()
-    assert rows[2].startswith("| one for all | 50 % (") and rows[2].endswith("| 0 % (0-79) |  |  |")
-    assert rows[-1].startswith("| the best of each | 100 % (34-100) | 0 % (0-79) |")

@@ -22,7 +22,7 @@ from ..pipeline.prepare import check_sentences as check_together
 from ..pipeline.versions import versions
 from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig, SampleConfig
-from ..settings.text import BaseOptions, check_pictures, check_suggestable
+from ..settings.text import BaseOptions, check_pictures
 from ..storage.file_names import safe_stem
 from ..storage.writable import check_target
 from .console import Console
@@ -40,7 +40,6 @@ def edit(
     out: Path | None,
     vram: str | None,
     background: str,
-    suggest: bool,
     cover: bool,
     force: bool,
     console: Console,
@@ -48,8 +47,6 @@ def edit(
     """Trains an edit once, renders it under each sentence into a folder, and returns the report."""
     started = time.perf_counter()
     check_pictures(config.sample, len(sentences))
-    if suggest:
-        check_suggestable(config.sample)
     source = load_photo(photo, background=background)
     folder = ResultFolder.prepare(out or Path(_default_name(source, sentences)), overwrite=force)
     base = open_base(options, console, sentences, config.sample)
@@ -60,7 +57,7 @@ def edit(
     with planned(base, plan, budget):
         trained = _train(base, source, sentences, config, plan, meter, console)
         name = f"{_default_name(source, sentences)}.safetensors"
-        report = finished_edit(base, folder, name, trained, source, config, plan, meter, console, suggest=suggest)
+        report = finished_edit(base, folder, name, trained, source, config, plan, meter, console)
     if cover:
         report["cover"] = folder.write_cover(Path(name).with_suffix(".png").name, _cover_of(report, config))
     report["seconds"] = {"load": round(loaded_s, 3), "total": round(time.perf_counter() - started, 3)}
@@ -84,15 +81,11 @@ def finished_edit(
     plan: Plan | None,
     meter: Meter,
     console: Console,
-    *,
-    suggest: bool = False,
 ) -> dict[str, Any]:
     """Writes a finished edit as `name` and its pictures into a folder, and returns the report, still to be written."""
     edit_path = _write_edit(folder, name, trained)
     try:
-        report = render(
-            base, trained, trained.sentences, config.sample, folder, meter, console, photo=photo, suggest=suggest
-        )
+        report = render(base, trained, trained.sentences, config.sample, folder, meter, console, photo=photo)
     except (KeyboardInterrupt, LowmemImagicError, MemoryError):
         console.say(f"the edit itself is finished; render it with: lowmem-imagic sample {edit_path}", always=True)
         raise
@@ -157,7 +150,6 @@ def sample(
     *,
     prompts: Sequence[str],
     out: Path | None,
-    suggest: bool,
     force: bool,
     console: Console,
 ) -> dict[str, Any]:
@@ -165,12 +157,10 @@ def sample(
     started = time.perf_counter()
     opened = edit_file.read(local_file(path, console))
     config = sampling_of(opened, overrides)
-    if suggest:
-        check_suggestable(config)
     folder = ResultFolder.prepare(out or Path(safe_stem(path.stem) + "-samples"), overwrite=force)
     base, sentences = open_edit(opened, options, config, prompts, console)
     meter = Meter(base.device)
-    report = render(base, opened, sentences, config, folder, meter, console, photo=None, suggest=suggest)
+    report = render(base, opened, sentences, config, folder, meter, console, photo=None)
     report |= {
         "edit_file": path.name,
         "seconds": {"total": round(time.perf_counter() - started, 3)},

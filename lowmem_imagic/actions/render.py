@@ -5,7 +5,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 
 from ..edits.edit import Edit
@@ -17,13 +16,12 @@ from ..geometry import Letterbox
 from ..pictures import Photo
 from ..pictures.letterbox import from_canvas, into_canvas, psnr, to_images, to_tensor
 from ..pictures.png import SHEET_CELL_PX
-from ..pipeline.apply import NO_SENTENCE, Latents, check_base, decode_canvases, letterbox, render_latents
+from ..pipeline.apply import NO_SENTENCE, check_base, decode_canvases, letterbox, render_latents
 from ..pipeline.prepare import check_sentence
 from ..pipeline.prepare import check_sentences as check_together
 from ..pipeline.versions import versions
 from ..plain_text import one_line
 from ..sampling.sample import Cell
-from ..sampling.suggestion import Suggestion, suggest_eta
 from ..settings.stages import DROPPED, SampleConfig, sourced, strength_text
 from ..settings.text import BaseOptions, check_pictures
 from .console import Console
@@ -174,13 +172,11 @@ def render(
     console: Console,
     *,
     photo: Photo | None,
-    suggest: bool = False,
 ) -> dict[str, Any]:
     """Renders all cells and the sheet into the folder, and returns their part of the report.
 
     Each sentence has its row of pictures; at eta 0 there is one picture for all, of the photo. Without a sentence,
-    that picture is all there is. With `suggest` the sheet marks and the report explains the suggested etas (see
-    `lowmem_imagic.sampling.suggestion`).
+    that picture is all there is.
     """
     asked: list[str | None] = [*sentences] or [None]
     # A weaker adapter leaves something to the mask, which is the sentence's.
@@ -200,18 +196,13 @@ def render(
     names = folder.write_pictures(every, (rendered[cell].picture() for cell in every), parameters)
     name_of = dict(zip(every, names, strict=True))
 
-    told: list[dict[str, Any]] = []
-    suggested: dict[str | None, float] = {}
     by_eta = {
         sentence: {cell.eta: rendered[cell] for cell in row if cell.seed == config.seeds[0]}
         for sentence, row in cells.items()
     }
-    for sentence in sentences:
-        told.append({"sentence": sentence, "pictures": [name_of[cell] for cell in cells[sentence]]})
-        if suggest:
-            suggestion = _suggestion(base, edit, sentence, by_eta[sentence], config.batch_rows, meter)
-            suggested[sentence] = suggestion.eta
-            told[-1]["suggestion"] = suggestion.as_json()
+    told: list[dict[str, Any]] = [
+        {"sentence": sentence, "pictures": [name_of[cell] for cell in cells[sentence]]} for sentence in sentences
+    ]
     # An edit with one sentence has the same at the top.
     report: dict[str, Any] = {"sentence": None, **(told[0] if len(told) == 1 else {})}
     report |= {"pictures": names, "sentences": told, "start_sentence": edit.start_sentence}
@@ -228,9 +219,8 @@ def render(
         report["fit"] = fit.as_json()
     many_seeds = len(config.seeds) > 1
 
-    def labelled(cell: Cell, sentence: str | None) -> tuple[str, Image.Image]:
+    def labelled(cell: Cell) -> tuple[str, Image.Image]:
         label = f"eta {cell.eta:g}" + (" (reconstruction)" if cell.eta == 0 else "")
-        label += " (suggested)" if suggested.get(sentence) == cell.eta else ""
         return label + (f", seed {cell.seed}" if many_seeds else ""), rendered[cell].preview()
 
     rows = [
@@ -238,8 +228,8 @@ def render(
         [("no adapter", rendered[alone[sentence]].preview())] if sentence in alone else []
         for sentence in asked
     ]
-    for row, (of, own) in zip(rows, cells.items(), strict=True):
-        row += [labelled(cell, of) for cell in own if len(asked) == 1 or cell.sentence]
+    for row, own in zip(rows, cells.values(), strict=True):
+        row += [labelled(cell) for cell in own if len(asked) == 1 or cell.sentence]
     footer = f"seed {', '.join(map(str, config.seeds))} | {footer_of(base, edit, config)}"
     if len(asked) == 1:
         title = sentences[0] if sentences else "the photo, without a sentence"
@@ -255,31 +245,12 @@ def render(
             sheet = first + rows[0]
             boxes = folder.write_sheet(sheet, columns=min(len(sheet), 8), title=title, footer=footer)
     else:
-        first += [labelled(cell, None) for cell in every if not cell.sentence]
+        first += [labelled(cell) for cell in every if not cell.sentence]
         boxes = folder.write_rows([("", first)] * bool(first) + list(zip(sentences, rows, strict=True)), footer=footer)
     if photo is not None:
         # The only place in the folder that shows the photo.
         report["sheet_photo_box"] = list(boxes[0])
     return report
-
-
-def _suggestion(
-    base: BaseModel, edit: Edit, sentence: str, by_eta: Mapping[float, "Rendered"], max_rows: int, meter: Meter
-) -> Suggestion:
-    """The suggested eta among the pictures of one seed."""
-    with measured_stage(meter, "suggest", "no suggestion (`suggest_eta`)"):
-        first, target = base.denoisers[0], base.encode_text([sentence])
-        start = base.encode_text([edit.start_sentence]).completed(edit.conditioning, base.family.text)
-        optimized = {name: start[name] for name in edit.conditioning}
-        extra = base.family.make_extra(first, 1, letterbox(edit, base).size, None)
-        return suggest_eta(
-            base,
-            torch.stack([cell.latents[first.name] for cell in by_eta.values()]),
-            list(by_eta),
-            target | extra,
-            target | optimized | extra,
-            max_rows=max_rows,
-        )
 
 
 def _fit(
@@ -323,7 +294,6 @@ class Rendered(NamedTuple):
     **Memory**: the model's picture; one at the photo's own size may take a hundred times as much.
     """
 
-    latents: Latents
     canvas: Image.Image
     """The model's picture."""
     box: Letterbox
@@ -356,7 +326,7 @@ def pictures_of(
     finally:
         console.close()
     box = letterbox(edit, base)
-    return {cell: Rendered(z, canvas, box) for cell, z, canvas in zip(unique, latents, canvases, strict=True)}
+    return {cell: Rendered(canvas, box) for cell, canvas in zip(unique, canvases, strict=True)}
 
 
 def parameters_of(edit: Edit, sentences: Sequence[str], config: SampleConfig) -> dict[str, Any]:

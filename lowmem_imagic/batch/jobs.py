@@ -21,17 +21,11 @@ def job_id(
     config: EditConfig,
     base: BaseModel,
     background: str,
-    *,
-    suggest: bool = False,
 ) -> str:
-    """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, the format
-    version of the base's square edits, and whether an eta is suggested."""
+    """Hash of the inputs of an item's folder: its name, photo, background colour, sentence, settings, base, and the
+    format version of the base's square edits."""
     version, *common = _common_inputs(config, base)
-    inputs = [version, photo_sha256, background, sentence, *common]
-    if suggest:
-        # Added only with a suggestion: the hash without one equals that of earlier versions.
-        inputs.append("suggest")
-    return _hash_of([name, *inputs])
+    return _hash_of([name, version, photo_sha256, background, sentence, *common])
 
 
 def pack_id(config: EditConfig, base: BaseModel) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..settings.options import REQUIRED, options_of
 from ..settings.stages import EditConfig
-from ..settings.text import BaseOptions, Words, check_suggestable
+from ..settings.text import BaseOptions, Words
 from .manifest import BadItem, Item, read_manifest
 from .paths import Part
 
@@ -21,6 +21,8 @@ DEFAULTS = {
     if option.name not in _SHOWN_ONLY
 }
 """The options of a request with their defaults; None for an option without one."""
+_DROPPED = ("suggest_eta",)
+"""Options of earlier versions that changed no picture."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Request:
 
     @staticmethod
     def of(note: Any) -> "Request":
-        """The request stored in a ledger; options that its version lacked take their defaults.
+        """The request stored in a ledger, without dropped options; those that its version lacked take their defaults.
 
         Raises:
             ConfigError: the note has options that this version lacks.
         """
-        if not isinstance(note, dict) or note.keys() - DEFAULTS.keys():
+        if not isinstance(note, dict) or note.keys() - DEFAULTS.keys() - set(_DROPPED):
             raise ConfigError("the ledger is of another version; run `batch run` with its options again")
-        return Request({**DEFAULTS, **note})
+        return Request({**DEFAULTS, **{name: value for name, value in note.items() if name in DEFAULTS}})
 
     def but(self, **changes: Any) -> "Request":
         """The same request with other values for some options."""
@@ -81,10 +83,7 @@ class Request:
         Raises:
             ConfigError: a setting is out of range.
         """
-        config = Words(COMMAND, {**self.values, **{name: _as_option(value) for name, value in own.items()}}).edit()
-        if self["suggest_eta"]:
-            check_suggestable(config.sample)
-        return config
+        return Words(COMMAND, {**self.values, **{name: _as_option(value) for name, value in own.items()}}).edit()
 
     def items(self) -> tuple[list[Item], list[BadItem]]:
         """The items of this request's part of the manifest, and its invalid entries.

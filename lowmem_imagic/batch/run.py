@@ -95,7 +95,6 @@ def run(
             out,
             settings=request.settings,
             background=request["background"],
-            suggest=request["suggest_eta"],
             attempts=Attempts(request.part.attempts(out)),
             console=console,
             force=request["force"],
@@ -134,8 +133,7 @@ def _job(item: Item, request: Request, bases: Bases, stop: Stop) -> str | None:
     except Exception:
         # Errors of an item are told where it is made, of any kind.
         return None
-    suggest = request["suggest_eta"]
-    return job_id(item.name, sha256, item.sentence, config, base, request["background"], suggest=suggest)
+    return job_id(item.name, sha256, item.sentence, config, base, request["background"])
 
 
 def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[str, str]]:

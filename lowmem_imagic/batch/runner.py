@@ -65,7 +65,6 @@ class Batch:
         out: the parent of the items' folders.
         settings: see `Settings`.
         background: colour under transparent parts of photos.
-        suggest: whether each item's report suggests an eta.
         attempts: the attempts at the items.
         console: shows progress and failures.
         force: replace folders with other contents.
@@ -90,7 +89,6 @@ class Batch:
         *,
         settings: Settings,
         background: str,
-        suggest: bool,
         attempts: Attempts,
         console: Console,
         force: bool,
@@ -104,7 +102,6 @@ class Batch:
     ) -> None:
         self._bases, self._executor, self._items, self._bad, self._out = bases, executor, items, bad, out
         self._settings, self._background, self._attempts = settings, background, attempts
-        self._suggest = suggest
         self._console, self._force, self._stop = console, force, stop
         self._part, self._retry, self._command = part, retry, dict(command or {})
         self._command_name = continues or command_name(self._command)
@@ -187,9 +184,7 @@ class Batch:
             silent = Silent()
             check_sentences(base, [item.sentence], group.config.sample, silent)
             file = photo_file(item.photo)
-            job = job_id(
-                item.name, file.sha256, item.sentence, group.config, base, self._background, suggest=self._suggest
-            )
+            job = job_id(item.name, file.sha256, item.sentence, group.config, base, self._background)
             state = self._look(item, job)
         except Exception as error:
             if isinstance(error, OutputUnwritableError) and not is_of_one_item(error, self._out):

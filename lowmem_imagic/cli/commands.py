@@ -48,7 +48,6 @@ def edit(values: dict[str, Any]) -> None:
         out=values["out"],
         vram=values["vram"],
         background=values["background"],
-        suggest=values["suggest_eta"],
         cover=values["cover"],
         force=values["force"],
         console=console.Console(quiet=values["quiet"], wording=with_flags),
@@ -106,7 +105,6 @@ def sample(values: dict[str, Any]) -> None:
         words.base,
         prompts=values["prompt"] or (),
         out=values["out"],
-        suggest=values["suggest_eta"],
         force=values["force"],
         console=console.Console(quiet=values["quiet"], wording=with_flags),
     )

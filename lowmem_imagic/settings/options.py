@@ -242,8 +242,6 @@ OPTIONS: tuple[Option, ...] = (
     Option("batch_rows", _RENDERING + _SHEET, Kind.WHOLE, PICTURES,
            "rows in one sampling batch at most; a picture takes two with guidance, and a source prompt adds two",
            fills=("sample.batch_rows",)),
-    Option("suggest_eta", _RENDERING, Kind.SWITCH, PICTURES,
-           "mark the eta that the base model scores best; advisory", False),
     Option("prompt", _SHEET, Kind.TEXT, PICTURES, _PROMPT_HELP),
     Option("photo", _SHEET, Kind.PATH, PICTURES, "the edit's photo, shown beside (edit files do not contain it)"),
 

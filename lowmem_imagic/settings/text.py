@@ -186,17 +186,6 @@ def parse_bytes(text: str) -> int:
     return round(value * (1e9 if not unit and value < 1024 else _UNITS[unit]))
 
 
-def check_suggestable(config: SampleConfig) -> None:
-    """Checks that there are at least two etas to choose from, and the photo to compare with.
-
-    Raises:
-        ConfigError: there are fewer, or none is 0.
-    """
-    if len(set(config.etas)) < 2 or 0 not in config.etas:
-        found = ", ".join(f"{eta:g}" for eta in config.etas)
-        raise ConfigError(f"`suggest_eta` chooses among `etas`, found {found}; give two or more, 0 among them")
-
-
 def check_pictures(config: SampleConfig, sentences: int) -> None:
     """Checks that several sentences do not make more pictures than one may.
 

@@ -24,8 +24,8 @@ _CHOICES = {
 """The values of options that have few."""
 _NAMES_OF_FILES = {"model_config", "vae", "text_from", "revision", "photo"}
 """Options whose values are paths, or name a download: not for a page."""
-_THE_SERVERS = {"device", "batch_rows", "suggest_eta"}
-"""Options that the server decides, or whose result the page does not show."""
+_THE_SERVERS = {"device", "batch_rows"}
+"""Options that the server decides."""
 _NUMBERS: dict[Kind, Callable[[str], Any]] = {Kind.WHOLE: int, Kind.NUMBER: float}
 
 LABELS = {option.name: option.name.replace("_", " ").capitalize() for option in OPTIONS} | {

@@ -61,6 +61,5 @@ def local_executor(
         states=States(save_every),
         stop=stop,
         slots=request["slots"],
-        suggest=request["suggest_eta"],
         budget=budget,
     )

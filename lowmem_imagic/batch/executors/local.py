@@ -37,7 +37,6 @@ class LocalExecutor:
         states: saves and loads training states.
         stop: ends the run when asked; states are saved first.
         slots: most edits in training at once; None leaves it to the plan.
-        suggest: whether to suggest an eta.
         budget: the memory that `fit` plans for.
     """
 
@@ -51,11 +50,10 @@ class LocalExecutor:
         states: States,
         stop: Stop,
         slots: int | None = None,
-        suggest: bool = False,
         budget: Budget | None = None,
     ) -> None:
         self._bases, self._fit, self._out, self._background = bases, fit, out, background
-        self._states, self._stop, self._slots, self._suggest, self._budget = states, stop, slots, suggest, budget
+        self._states, self._stop, self._slots, self._budget = states, stop, slots, budget
         self._base: BaseModel | None = None
 
     def make(
@@ -90,7 +88,7 @@ class LocalExecutor:
         self._base = base
         slots, unmade, rungs = None, list[Assignment](), len(base.fallbacks)
         while True:
-            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs, self._suggest)
+            pack = _Pack(base, self._out, self._background, self._states, self._stop, on_step, rungs)
             try:
                 config, plan = self._fit(base, group.config, min(count, self._slots or count))
                 most = min(self._slots or count, count, CPU_SLOTS if plan is None else plan.slots)
@@ -136,10 +134,9 @@ class _Pack:
         stop: Stop,
         on_step: OnStep,
         rungs: int,
-        suggest: bool,
     ) -> None:
         self._base, self._out, self._background, self._rungs = base, out, background, rungs
-        self._states, self._stop, self._on_step, self._suggest = states, stop, on_step, suggest
+        self._states, self._stop, self._on_step = states, stop, on_step
         self._unfinished: dict[int, tuple[Assignment, Photo]] = {}
         self._unreadable: list[Outcome] = []
         self.began = False
@@ -237,9 +234,7 @@ class _Pack:
         try:
             try:
                 quiet = Silent(assignment.warnings)
-                report = finished_edit(
-                    self._base, results, name, edit, photo, config, plan, meter, quiet, suggest=self._suggest
-                )
+                report = finished_edit(self._base, results, name, edit, photo, config, plan, meter, quiet)
             except Exception as error:
                 if isinstance(error, OutputUnwritableError) or name not in results.files:
                     raise
