@@ -110,7 +110,7 @@ def results(items: str) -> dict[str, dict[str, Any]]:
 def methods(items: str, half: str, names: Sequence[str] | None = None) -> list[str]:
     """Rows: one per method, with its judgements of a half, and its costs."""
     measured = results(items)
-    left_out = _left_out(items, compared() if names is None else names)
+    left_out = _left_out(items, compared() if names is None else names, partial=False)
     if not measured:
         return NOTHING + left_out
     overlap = ("overlap",) if half == STRANGERS else ()
@@ -306,7 +306,7 @@ def few(names: Sequence[str], labels: Mapping[str, str] | None = None, items: st
         items: the set.
     """
     measured = {name: result for name in names if (result := _result(result_name(items, name)))}
-    left_out = _left_out(items, names)
+    left_out = _left_out(items, names, partial=True)
     if len(measured) < 2:
         return NOTHING + left_out
     judged = {name: {item["name"]: item for item in result["items"]} for name, result in measured.items()}
@@ -375,9 +375,16 @@ def _result(name: str) -> dict[str, Any]:
     return current(RESULTS / f"{name}.json")
 
 
-def _left_out(items: str, names: Iterable[str]) -> list[str]:
-    """A line under a table with the methods whose results are of an earlier bundled model, if there are any."""
-    old = [f"`{name}`" for name in names if outdated(read(RESULTS / f"{result_name(items, name)}.json"))]
+def _left_out(items: str, names: Iterable[str], *, partial: bool) -> list[str]:
+    """A line under a table with the methods whose results are of an earlier bundled model, if there are any.
+
+    Args:
+        items: the set.
+        names: the methods of the table.
+        partial: whether the table has partial results, too.
+    """
+    found = {name: read(RESULTS / f"{result_name(items, name)}.json") for name in names}
+    old = [f"`{name}`" for name, result in found.items() if outdated(result) and (partial or not result["partial"])]
     return ["", f"Measured with an earlier bundled model alone, and left out: {', '.join(old)}."] if old else []
 
 
