@@ -130,7 +130,8 @@ def unet_output(shape: str, adapt: str, rank: int, keep: float) -> dict[str, Any
     ).eval()
     generator = torch.Generator().manual_seed(1)
     stored = _mixed(unet, adapt, rank, keep, generator)
-    latents, timesteps = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([10, 700])
+    latents = torch.randn(2, unet.config.in_channels, 16, 16, generator=generator)
+    timesteps = torch.tensor([10, 700])
     text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
 
     def predict() -> Tensor:
