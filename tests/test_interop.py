@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import other_programs
 from lowmem_imagic import Cell, Job, apply_edits, load_photo, make_edits, preset
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.families import load_architecture
@@ -177,3 +178,10 @@ def test_the_recipe_for_diffusers_gives_the_same_pictures(load_base, tiny_folder
         theirs = [names["picture"](eta) for eta in etas]
     assert [psnr(*pair) >= 60 for pair in zip(ours, theirs, strict=True)] == [True] * len(etas)
     assert psnr(ours[0], ours[-1]) < 40
+
+
+@pytest.mark.benchmark
+def test_the_benchmark_of_the_unets_output_runs_with_the_bundled_model():
+    """`benchmarks.other_programs` finds an edit of the bundled model the same in our UNet, in diffusers' and merged."""
+    found = other_programs.unet_output("demo", "attn", 4, 0.5)
+    assert found["moves"] > 1e-3 and max(found["diffusers"], found["merged_by_hand"]) < 1e-4
