@@ -19,6 +19,7 @@ from lowmem_imagic.diffusion.flow import SAMPLERS
 from lowmem_imagic.errors import ConfigError, MemoryLimitError
 from lowmem_imagic.families.files.source import SHORT_NAMES
 from lowmem_imagic.settings.options import FIRST, OPTIONS, PANELS, PICTURES, TRAINING, options_of
+from lowmem_imagic.settings.presets import preset
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
 from lowmem_imagic.settings.text import BaseOptions, Words
 
@@ -89,6 +90,22 @@ def test_help_names_the_models_and_schedulers_of_every_kind_of_model() -> None:
     help_of = {option.name: option.help for option in options_of("edit")}
     assert {"sd15", "sdxl", "klein", "if-l"} <= set(re.findall(r"[\w-]+", help_of["model"])) & set(SHORT_NAMES)
     assert {*SAMPLERS, "DDIM"} <= set(re.findall(r"\w+", help_of["scheduler"]))
+
+
+def test_help_says_what_counts_without_an_option() -> None:
+    """Where an option leaves a setting as it is, help has the usual preset's value, or says that the edit has it."""
+    config = preset("balanced")
+    etas = ",".join(f"{eta:g}" for eta in config.sample.etas)
+    own = {"--mask": f"{config.sample.mask:g}", "--scheduler": config.sample.scheduler, "--etas": etas}
+    own |= {"--rank": config.finetune.lora_rank, "--draws": config.embed.draws, "--strength": 1}
+    lines = {command: _help(command).splitlines() for command in ("edit", "batch run", "sample")}
+    for flag, value in own.items():
+        for command in ("edit", "batch run"):
+            [line] = [line for line in lines[command] if line.startswith(f"  {flag} ")]
+            assert line.endswith(f"[balanced: {value}]"), line
+    for flag, value in {"--mask": "the edit's own", "--source": "the edit's own", "--strength": 1}.items():
+        [line] = [line for line in lines["sample"] if line.startswith(f"  {flag} ")]
+        assert line.endswith(f"[default: {value}]"), line
 
 
 def test_a_batch_takes_what_an_edit_takes() -> None:

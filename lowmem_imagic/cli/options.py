@@ -53,7 +53,7 @@ def _usual(option: Option, *, trains: bool) -> str:
     if not trains and option.name not in NOT_RECORDED:
         return " [default: the edit's own]"
     value = getattr(getattr(preset(), stage), name)
-    if value == "":
+    if value in ("", None):
         return ""
     words = ",".join(f"{one:g}" for one in value) if isinstance(value, tuple) else value
     words = f"{words:g}" if isinstance(words, float) else words
