@@ -224,9 +224,11 @@ def goals(items: str = TEST.name) -> list[str]:
             value,
             None if gap is None else gap["value"] >= -0.05,
         )
-    for half in HALVES:
-        success = balanced["at_eta"][half]["non_rigid"]["success"]
-        row(f"success, non-rigid kinds, {half}", "at least 80 %", _share(success), success["value"] >= 0.8)
+    for own in ours:
+        for half in HALVES:
+            success = measured[own]["at_eta"][half]["non_rigid"]["success"]
+            name = f"success, non-rigid kinds, {half}: `{own}`"
+            row(name, "at least 80 %", _share(success), success["value"] >= 0.8)
     overlap = balanced["photo"][STRANGERS]["overlap"]
     row("overlap at eta 0, strangers", "at least 0.8", _number(overlap), overlap["value"] >= 0.8)
     of_full = full["cost"]["passes"] if "cost" in full else (FULL_EMBED_STEPS + FULL_STEPS) * FULL_DRAWS
