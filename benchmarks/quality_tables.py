@@ -95,14 +95,11 @@ _PARTS = ("all", *GROUPS)
 
 
 def results(items: str) -> dict[str, dict[str, Any]]:
-    """The complete committed results on a set ("validation" or "test"), by method, in the order of `compared`.
-
-    A result on the test set whose eta is no longer the one that validation chooses is left out.
-    """
+    """The complete committed results on a set ("validation" or "test"), by method, in the order of `compared`."""
     complete = {}
     for name in compared():
-        result, chosen = _result(result_name(items, name)), _result(result_name(VALIDATION.name, name))
-        if result and not result["partial"] and chosen.get("eta", result["eta"]) == result["eta"]:
+        result = _at_chosen_eta(items, name)
+        if result and not result["partial"]:
             complete[name] = result
     return complete
 
@@ -187,7 +184,7 @@ def goals(items: str = TEST.name) -> list[str]:
     Full fine-tuning and `once` count with the items that they have: the set takes them hours. A row names their number.
     """
     measured = results(items)
-    full, once = (_result(result_name(items, name)) for name in (FULL, "once"))
+    full, once = (_at_chosen_eta(items, name) for name in (FULL, "once"))
     balanced = measured.get("balanced")
     if balanced is None:
         return NOTHING
@@ -371,6 +368,12 @@ def _good(result: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each item is good at the eta of the result, by name."""
     eta = f"{result['eta']:g}"
     return {item["name"]: item["verdicts"][eta]["good"] for item in result["items"]}
+
+
+def _at_chosen_eta(items: str, name: str) -> dict[str, Any]:
+    """The committed result of a method on a set; empty if its eta is no longer the one that validation chooses."""
+    result, chosen = _result(result_name(items, name)), _result(result_name(VALIDATION.name, name))
+    return result if chosen.get("eta", result.get("eta")) == result.get("eta") else {}
 
 
 def _result(name: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lowmem_imagic.edits.edit import Edit
 from lowmem_imagic.errors import ConfigError, DivergenceError, NonFiniteEditError, NonFiniteModelError
 from lowmem_imagic.families.rehearsal import rehearse
 from lowmem_imagic.layers.adapter_pack import AdapterPack
+from lowmem_imagic.sampling import sample as sampling
 from lowmem_imagic.training.pack import Pack
 from tests import calls
 from tests.reference_stages import embed, finetune
@@ -228,6 +229,28 @@ def test_huge_factors_are_the_edits_fault(base: BaseModel, text: Any, start: str
     pack.weights.fill_(1e30)
     with pytest.raises(NonFiniteEditError, match=r"eta .* tiny-sd alone does not"):
         calls.sample(base, pack, text[:1], text[1:2], cells, config, **photo)
+
+
+def test_beside_a_source_prompt_the_base_alone_takes_the_difference_too(
+    base: BaseModel, text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base that is rendered alone, to tell whose fault NaN is, makes the difference to the source prompt, too: its
+    photo is the source prompt's, so that the limit leaves something of it."""
+    pack = AdapterPack(calls.unet(base), calls.NAMES, count=1, adapt="all", rank=2, alpha=2.0)
+    config = replace(preset("fast", SHORT).sample, start="noise", mask=0.0, source_prompt="a red cube")
+    moved: list[float] = []
+    guided = sampling.edit_guided
+
+    def listening(photo: Any, *others: Any) -> Any:
+        result = guided(photo, *others)
+        moved.append(float((result - photo).abs().max()))
+        return result
+
+    monkeypatch.setattr(sampling, "edit_guided", listening)
+    pack.weights.fill_(1e30)
+    with pytest.raises(NonFiniteEditError, match="tiny-sd alone does not"):
+        calls.sample(base, pack, text[:1], text[1:2], [Cell(0, 1.0, 0)], config)
+    assert moved[-1] > 0
 
 
 def test_guidance_that_explodes_is_not_put_down_to_the_edit(base: BaseModel, text: Any) -> None:

@@ -923,3 +923,8 @@ def test_results_of_an_earlier_bundled_model_are_left_out(tmp_path: Path, monkey
     assert table[-1].endswith("left out: `fast`.")
     assert quality_tables.few(["balanced", "fast"])[:1] == quality_tables.NOTHING
     assert "`fast`" not in "\n".join(quality_tables.goals("validation"))
+    (tmp_path / f"{edit_quality.result_name('test', 'balanced')}.json").write_text(
+        json.dumps(fake_result(0.5, 360, model=present, eta=0.6))
+    )
+    # Validation chooses 0.8 by now.
+    assert quality_tables.methods("test", KNOWN)[:1] == quality_tables.NOTHING
