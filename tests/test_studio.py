@@ -445,6 +445,18 @@ def test_fields_left_alone_change_nothing():
         fields.values_of(rank, ["four"])
 
 
+def test_a_recorded_text_left_alone_changes_nothing_and_emptied_is_an_empty_text():
+    """The field of a text that an edit records begins with it: left so it is left out, emptied or changed it counts."""
+    texts = [option for option in fields.more_pictures() if option.name in ("source", "negative")]
+    recorded = {"source": "a red cube"}
+    source = [option for option in texts if option.name == "source"]
+    assert fields.values_of(source, ["a red  cube "], recorded) == {}
+    assert fields.values_of(source, [""], recorded) == {"source": ""}
+    assert fields.values_of(source, ["a cone"], recorded) == {"source": "a cone"}
+    assert fields.values_of(source, [""], {}) == {}
+    assert fields.values_of(texts, ["", ""], recorded) == {"source": ""}
+
+
 def test_messages_name_fields():
     """A message about a setting names the field of the page."""
     assert fields.with_labels("`rank` is 0; see `finetune.lora_rank=4`") == "“LoRA rank” is 0; see “LoRA rank” 4"

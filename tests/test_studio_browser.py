@@ -6,6 +6,7 @@ Needs Chromium (``chromium`` on the path), which ``.ci/run`` installs.
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ playwright_api = pytest.importorskip("playwright.sync_api")
 
 from lowmem_imagic.demo.render import render  # noqa: E402
 from lowmem_imagic.demo.scene import Scene  # noqa: E402
+from lowmem_imagic.edits import file as edit_file  # noqa: E402
 from lowmem_imagic.ui.guard import COOKIE  # noqa: E402
 from lowmem_imagic.ui.visitors import Visitors, digest_of  # noqa: E402
 from tests.studio_server import served  # noqa: E402
@@ -169,6 +171,21 @@ class Visit:
             self.page.locator("#downloads a", has_text=label).first.click()
         started.value.save_as(path)
         return path
+
+    def open_edit(self, path: Path) -> None:
+        """Opens an edit file made for `demo`, and waits for the picture at eta 0."""
+        page = self.page
+        self.tab("Edits")
+        page.set_input_files("#edit-file input[type=file]", path)
+        page.get_by_text("made for demo: choose a base below").wait_for()
+        page.locator("#edit-open:enabled").click()
+        page.get_by_text("choose a base; the file was made for demo").wait_for()
+        page.locator("#edit-base input").click()
+        page.get_by_role("option", name="demo").click()
+        page.locator("#edit-open:enabled").click()
+        page.get_by_text("opened: ask it").wait_for()
+        self.tab("Studio")
+        page.locator("#viewer .row button[data-eta='0']").wait_for()
 
     def tab(self, name: str) -> None:
         """Chooses a tab of the page."""
@@ -399,20 +416,31 @@ def test_the_page_goes_on_when_its_stream_of_answers_is_closed_late(visit, folde
 
 def test_a_saved_edit_opens_on_another_machine(visit, edit):
     """An edit file dropped into another person's page asks for its base, then answers sentences."""
-    page = visit.page
-    visit.tab("Edits")
-    page.set_input_files("#edit-file input[type=file]", edit)
-    page.get_by_text("made for demo: choose a base below").wait_for()
-    page.locator("#edit-open:enabled").click()
-    page.get_by_text("choose a base; the file was made for demo").wait_for()
-    page.locator("#edit-base input").click()
-    page.get_by_role("option", name="demo").click()
-    page.locator("#edit-open:enabled").click()
-    page.get_by_text("opened: ask it").wait_for()
-    visit.tab("Studio")
-    page.locator("#viewer .row button[data-eta='0']").wait_for()
+    visit.open_edit(edit)
     visit.ask("a red cube on a grass floor")
     assert "1" in visit.etas()
+
+
+def test_a_recorded_source_prompt_is_in_its_field_and_can_be_emptied(visit, edit, folder):
+    """The page shows what an edit says its photo shows; left so it renders the pictures, emptied it does not."""
+    recorded = edit_file.read(edit)
+    settings = {**recorded.settings, "sample": {**recorded.settings["sample"], "source_prompt": "a red cube"}}
+    edit_file.write(replace(recorded, settings=settings), folder / "told.safetensors")
+    visit.open_edit(folder / "told.safetensors")
+    visit.page.get_by_role("button", name="More for pictures").click()
+    field = visit.page.locator("#field-source textarea, #field-source input")
+    playwright_api.expect(field).to_have_value("a red cube")
+    texts = []
+    for typed in (None, ""):
+        if typed is not None:
+            field.fill(typed)
+        visit.ask("a red cube on a grass floor")
+        texts.append(Image.open(visit.download("eta 1", folder / "asked.png")).text["parameters"])
+    assert ["Imagic source: a red cube" in text for text in texts] == [True, False], texts
+    assert visit.page.locator("#history input").input_value() == "a red cube on a grass floor (no source)"
+    # A photo has no such text.
+    visit.choose_photo(folder / "photo-0.png")
+    playwright_api.expect(field).to_have_value("")
 
 
 def test_nobody_sees_the_files_of_another(visit, browser, address, folder):

@@ -2,7 +2,8 @@
 
 import re
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
@@ -93,14 +94,27 @@ def field(option: Option, **other: Any) -> Any:
     return gr.Textbox(value="" if option.default is None else str(option.default), max_length=1000, **common)
 
 
-def values_of(options: Sequence[Option], values: Sequence[Any]) -> dict[str, Any]:
+def values_of(
+    options: Sequence[Option], values: Sequence[Any], texts: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """The values of fields by the names of their options; empty ones and defaults are left out.
+
+    Args:
+        options: the options.
+        values: the values of their fields.
+        texts: texts that the fields of some options began with, which an edit records. Left so, a field is left out;
+            emptied, it is an empty text.
 
     Raises:
         ConfigError: some are not of their options' kinds.
     """
     chosen, problems = dict[str, Any](), list[str]()
     for option, value in zip(options, values, strict=True):
+        if option.name in texts:
+            text = " ".join((value or "").split())
+            if text != texts[option.name]:
+                chosen[option.name] = text
+            continue
         if isinstance(value, str) and option.kind in _NUMBERS:
             value = value.strip()
             try:

@@ -171,7 +171,7 @@ class Studio:
         sentence = " ".join(sentence.split())
         if not sentence:
             raise PromptError("the sentence is empty; describe the edited picture, unchanged parts included")
-        own = {name: value for name, value in values.items() if value not in (None, "")}
+        own = dict(values)
         seeds = tuple(Words("sample", own).sampling().get("seeds", (None,)))
         if len(seeds) > limits.MAX_SEEDS:
             raise ConfigError(f"`seeds` has {len(seeds)} numbers, expected at most {limits.MAX_SEEDS}")
@@ -289,7 +289,7 @@ class Studio:
                 str(error).replace(repr(str(file)), repr(project.name)).replace(str(file), project.name)
             ) from None
         project.made_for, project.etas = result["base"], tuple(result["etas"])
-        project.start_sentence = result["start_sentence"]
+        project.start_sentence, project.texts = result["start_sentence"], result["texts"]
         project.about = result["summary"].replace(str(file), project.name)
         return project
 

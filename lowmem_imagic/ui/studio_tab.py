@@ -15,6 +15,8 @@ from .fields import field as field_of
 from .visitors import Project, Refused, Visitor
 from .wiring import EACH, HIDDEN, IN_TURN, KEEP, QUIET, Tab, Wiring
 
+RECORDED_TEXTS = ("source", "negative")
+"""Options whose recorded values the page shows, so that one can empty them."""
 CARDS = ("6GB", "8GB", "12GB", "16GB", "24GB")
 
 
@@ -112,6 +114,9 @@ class StudioTab:
                     ]
                     others = [option for option in asks if option.name != "strength"]
                     other_fields = [field_of(option) for option in others]
+                    for option, text_field in zip(others, other_fields, strict=True):
+                        if option.name in RECORDED_TEXTS:
+                            self._wiring.shows(text_field, self._draw_text(option.name))
                 history = gr.Dropdown([], label="Sentences so far", elem_id="history")
                 self._wiring.shows(history, self._draw_history)
                 asked = gr.Textbox(visible=HIDDEN, label="the sentence that is shown")
@@ -127,8 +132,8 @@ class StudioTab:
             chosen = values_of(options, values)
             return {"preset": preset.default, **chosen}
 
-        def asking_values(values: Sequence[Any]) -> dict[str, Any]:
-            chosen = values_of(others, values[len(BLOCKS) :])
+        def asking_values(project: Project, values: Sequence[Any]) -> dict[str, Any]:
+            chosen = values_of(others, values[len(BLOCKS) :], project.texts)
             strengths = [float(value) for value in values[: len(BLOCKS)]]
             if len(set(strengths)) > 1:
                 chosen["strength"] = ",".join(f"{b}={s:g}" for b, s in zip(BLOCKS, strengths, strict=True))
@@ -152,7 +157,8 @@ class StudioTab:
             return ""
 
         def ask_sentence(visitor: Visitor, tab: Tab, token: str | None, sentence: str, *values: Any) -> str:
-            self._wiring.studio.ask(visitor, visitor.required(token), sentence, asking_values(values))
+            project = visitor.required(token)
+            self._wiring.studio.ask(visitor, project, sentence, asking_values(project, values))
             return ""
 
         def render_eta(visitor: Visitor, tab: Tab, token: str | None, label: str | None, eta: float) -> str:
@@ -239,6 +245,19 @@ class StudioTab:
             "value": project.token if project else None,
             "visible": True if len(choices) > 1 else HIDDEN,
         }
+
+    def _draw_text(self, name: str) -> Callable[[Visitor, Tab], dict[str, Any]]:
+        """What the field of an option begins with: the text that the edit that is shown records."""
+
+        def draw(visitor: Visitor, tab: Tab) -> dict[str, Any]:
+            project = self._wiring.project(visitor, tab)
+            text = project.texts.get(name, "") if project else ""
+            if text:
+                tab.filled.add(name)
+            # Where there never was one, the field keeps what was typed, also through a lost connection.
+            return {"value": text} if name in tab.filled else {}
+
+        return draw
 
     def _draw_plan(self, visitor: Visitor, tab: Tab) -> str:
         project = self._wiring.project(visitor, tab)

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Ask:
     @property
     def label(self) -> str:
         """Its line in the history."""
-        changed = ", ".join(f"{name} {value}" for name, value in self.values.items())
+        changed = ", ".join(f"no {name}" if value == "" else f"{name} {value}" for name, value in self.values.items())
         return f"{self.sentence} ({changed})" if changed else self.sentence
 
 
@@ -110,6 +110,8 @@ class Project:
     etas: tuple[float, ...] = ()
     start_sentence: str = ""
     """The sentence that its training started from."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Source and negative prompt, if its edit file records them, by the names of their options."""
     zero: Picture | None = None
     """The picture at eta 0."""
     asks: list[Ask] = field(default_factory=list)

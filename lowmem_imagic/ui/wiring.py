@@ -52,6 +52,8 @@ class Tab:
     """Whether the last batch began that was to."""
     left: dict[str, str | None] = field(default_factory=dict)
     """What each list showed when a choice last left it."""
+    filled: set[str] = field(default_factory=set)
+    """The fields of text that an edit's recorded texts have filled."""
     shown: dict[int, Any] = field(default_factory=dict)
     """The last value of each output."""
     lock: threading.Lock = field(default_factory=threading.Lock)

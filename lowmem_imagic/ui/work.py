@@ -100,8 +100,13 @@ class Work:
     def _edit_file(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """Reads an edit file strictly; returns what it says."""
         opened = edit_file.read(order["file"])
+        sampling = sampling_of(opened)
+        recorded = {"source": sampling.source_prompt, "negative": sampling.negative_prompt}
+        # As a field of one line shows them.
+        texts = {name: " ".join(text.split()) for name, text in recorded.items()}
         return {
             "start_sentence": opened.start_sentence,
+            "texts": {name: text for name, text in texts.items() if text},
             "base": opened.base.source,
             "etas": list(opened.etas),
             "summary": summary(describe(order["file"])),
