@@ -229,7 +229,7 @@ def test_without_the_library_one_line_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "pip install 'lowmem-imagic[ui]'" in done.stderr
+    assert "pip install '.[ui]'" in done.stderr
 
 
 # Visitors

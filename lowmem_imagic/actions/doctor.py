@@ -53,6 +53,7 @@ def plans(
     photos: Sequence[int] = (1, MANY),
     speed: Speed | None = None,
     weights: str = "int8",
+    checkpointing: bool = False,
 ) -> list[dict[str, Any]]:
     """Plans for graphics cards of these amounts of memory, for one photo and for many, as plain values.
 
@@ -66,6 +67,7 @@ def plans(
         photos: numbers of photos.
         speed: speed of a device, for the estimated seconds of training one photo; None for no estimate.
         weights: format of the frozen base.
+        checkpointing: whether checkpointing is asked for.
 
     Raises:
         ConfigError: an amount, the size or the format is not valid.
@@ -96,6 +98,7 @@ def plans(
                     jobs=count,
                     beside=count > 1,
                     weights=weights,
+                    checkpointing=checkpointing,
                     context_bytes=CUDA_CONTEXT_BYTES,
                 )
             except MemoryLimitError as error:

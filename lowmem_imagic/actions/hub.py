@@ -16,9 +16,8 @@ from ..pictures.png import encode_png
 from ..share import hub
 from ..share.address import SUFFIX, Address
 from ..share.card import base_of, card, checked_license
-from ..storage.atomic import write_bytes
 from ..storage.file_names import safe_stem
-from ..storage.writable import check_target
+from ..storage.writable import check_target, write_target
 from .console import Console
 
 PICTURE_PX = 1024
@@ -194,7 +193,7 @@ def pull(
     path, pinned = hub.download(wanted)
     data = read_bytes(path)
     edit = edit_file.decode(data)
-    write_bytes(target, data, overwrite=force)
+    write_target(target, data, overwrite=force)
     if edit.base.source != DEMO:
         console.say(f"its base is {edit.base.source}, which is not downloaded")
     return {

@@ -22,7 +22,7 @@ from ..pipeline.prepare import check_sentences as check_together
 from ..pipeline.versions import versions
 from ..plain_text import one_line
 from ..sampling.sample import Cell
-from ..settings.stages import DROPPED, SampleConfig, sourced, strength_text
+from ..settings.stages import DROPPED, SampleConfig, sourced, strength_text, strengths
 from ..settings.text import BaseOptions, check_pictures
 from .console import Console
 from .fit_hint import Fit, embedding_distance
@@ -263,7 +263,9 @@ def _fit(
 ) -> Fit:
     """Measures how well the edit is fitted, by its pictures of one seed: by eta, for each sentence."""
     result, furthest = edit.settings.get("result"), max(config.etas)
-    reconstruction = rows[0][0.0].picture() if 0.0 in config.etas else None
+    # A weaker adapter gives no whole photo back, however well it is fitted.
+    whole = set(strengths(config.strength)) == {1.0}
+    reconstruction = rows[0][0.0].picture() if 0.0 in config.etas and whole else None
     changes = []
     # A source prompt's change is the base's own: a small one does not tell an over-fitted adapter.
     if reconstruction is not None and furthest >= 1 and not config.source_prompt:

@@ -16,9 +16,8 @@ from ..pictures.png import SHEET_TITLE, contact_sheet, encode_png
 from ..sampling.sample import Cell
 from ..settings.stages import SampleConfig, idle_problems, strength_text
 from ..settings.text import BaseOptions
-from ..storage.atomic import write_bytes
 from ..storage.file_names import safe_stem
-from ..storage.writable import check_target
+from ..storage.writable import check_target, write_target
 from .console import Console
 from .hub import local_file
 from .render import footer_of, open_edit, parameters_of, pictures_of
@@ -93,9 +92,11 @@ def sheet(
     cells = []
     for down, row, (alone, reconstruction) in zip(points[rows], grid, first, strict=True):
         label = f"{rows} {strength_text(down)}"
-        without = "no adapter" if rows == "strength" else f"no adapter, {label}"
+        # Both have an eta of their own, and the base alone a strength.
+        without = "no adapter" if rows in ("strength", "eta") else f"no adapter, {label}"
+        back = "reconstruction" if rows == "eta" else f"reconstruction, {label}"
         cells += [*shown, (without, rendered[alone].preview())]
-        cells += [(f"reconstruction, {label}", rendered[reconstruction].preview())] * apart
+        cells += [(back, rendered[reconstruction].preview())] * apart
         for across, cell in zip(points[columns], row, strict=True):
             cells.append((f"{label}, {columns} {strength_text(across)}", rendered[cell].preview()))
     stated = {name: value for name, value in fixed.items() if value is not None}
@@ -108,7 +109,7 @@ def sheet(
         cell_px=192,
     )
     parameters = generation_parameters(grid[0][0], parameters_of(opened, [sentence], config))
-    write_bytes(
+    write_target(
         target,
         encode_png(picture, text={"parameters": parameters, "Software": "lowmem-imagic", "Title": SHEET_TITLE}),
         overwrite=force,

@@ -35,8 +35,11 @@ def pack_id(config: EditConfig, base: BaseModel) -> str:
 
 
 def _common_inputs(config: EditConfig, base: BaseModel) -> list[Any]:
-    settings = _hashed_settings(config.for_group(base.family.group))
-    return [version_of_base(base.identity), settings, base.identity.files, base.weights]
+    settings, identity = _hashed_settings(config.for_group(base.family.group)), base.identity
+    # One checkpoint may be read with several configurations, which say what it predicts. Left out where it is noise:
+    # items finished by an earlier version keep their hash.
+    predictions = {name: what for name, what in identity.interface.denoisers.items() if what != "epsilon"}
+    return [version_of_base(identity), settings, identity.files, base.weights, *([predictions] if predictions else [])]
 
 
 def _hash_of(inputs: Sequence[Any]) -> str:

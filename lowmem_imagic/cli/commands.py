@@ -241,13 +241,12 @@ def scene(values: dict[str, Any]) -> None:
         from ..demo.render import render
         from ..demo.scene import Scene
         from ..pictures.png import encode_png
-        from ..storage.atomic import write_bytes
-        from ..storage.writable import check_target
+        from ..storage.writable import check_target, write_target
 
     check_target(out, overwrite=values["force"])
     drawn = Scene.from_sentence(values["sentence"], seed=values["seed"])
     picture = render(drawn, values["size"])
-    write_bytes(
+    write_target(
         out,
         encode_png(picture, text={"Title": drawn.caption()}, provenance="algorithmicMedia"),
         overwrite=values["force"],

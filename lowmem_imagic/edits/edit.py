@@ -45,8 +45,9 @@ MAX_FACTOR = 1024
 """Largest number in a factor; trained factors stay below 1, or below 100 if they include alpha."""
 
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
-MAX_NOISE_SIDE = 256
-"""Longest side of the photo's own noise."""
+MAX_NOISE_SIDE = 512
+"""Longest side of the photo's own noise: that of a very wide photo in a cascade's last stage, whose latents are
+pixels."""
 _TENSORS = ("conditioning", "coarse", "noise")
 _BINARY = ("adapters", *_TENSORS, "thumbnail")
 

@@ -129,7 +129,7 @@ def load_tokenizer(folder: Folder, component: str, words: int) -> Any:
     if not (files / "tokenizer.json").exists() and importlib.util.find_spec("sentencepiece") is None:
         raise BackendUnavailableError(
             f"the tokenizer of {folder.label} is in the format of sentencepiece, which is not installed; install it "
-            "(pip install 'lowmem-imagic[t5]')"
+            "(pip install '.[t5]')"
         )
     with without_advice(), complete(folder.label, component):
         tokenizer = T5TokenizerFast.from_pretrained(files, local_files_only=True, **settings)

@@ -196,6 +196,11 @@ class _DiffusersInverter(DiffusersSampler):
         return last
 
 
+_UNUSABLE = ("EDM", "DPMSolverSDE")
+"""Beginnings of the names of schedulers without use here: EDM's are for models with log(sigma) as their time input, and
+DPMSolverSDE draws its noise from a seed of its own, one for a whole batch."""
+
+
 class DiscreteSchedule(DiscreteNoise):
     """The discrete noise schedule of a base, with diffusers' samplers.
 
@@ -221,8 +226,7 @@ class DiscreteSchedule(DiscreteNoise):
             ConfigError: there is no such scheduler for this kind of model.
         """
         kind = getattr(diffusers, name if name.endswith("Scheduler") else name + "Scheduler", None)
-        # EDM schedulers are for models with log(sigma) as their time input.
-        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles if not k.__name__.startswith("EDM")}
+        compatible = {k.__name__ for k in diffusers.DDIMScheduler().compatibles if not k.__name__.startswith(_UNUSABLE)}
         if not inspect.isclass(kind) or kind.__name__ not in compatible:
             names = ", ".join(sorted(n.removesuffix("Scheduler") for n in compatible))
             raise ConfigError(f"scheduler is {name!r}, expected one of {names}")

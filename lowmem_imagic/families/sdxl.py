@@ -31,7 +31,7 @@ _FIRST, _SECOND = "text_encoder", "text_encoder_2"
 _ENCODERS = {_FIRST: "tokenizer", _SECOND: "tokenizer_2"}
 _WIDTH = 2048
 """Width of the tokens of SDXL and its descendants."""
-_DEPTHS = {"[2, 10]": "sdxl", "[[2, 2], [4, 4]]": "ssd-1b", "[[1, 1], [2, 2]]": "vega"}
+DEPTHS = {"[2, 10]": "sdxl", "[[2, 2], [4, 4]]": "ssd-1b", "[[1, 1], [2, 2]]": "vega"}
 """Family by the transformer layers of the second and third block; the first block has none. The adapters of one family
 do not fit another: SSD-1B and Segmind-Vega are SDXL with fewer layers."""
 _BUCKETS = 16
@@ -87,7 +87,7 @@ class StableDiffusionXL(StableDiffusion):
     def family(self) -> str:
         """``sdxl``, ``ssd-1b`` or ``vega``; ``sdxl-<width>`` for models of the same architecture in another size."""
         layers = self.unet_config["transformer_layers_per_block"]
-        name = _DEPTHS.get(str(layers[1:])) if isinstance(layers, list) else None
+        name = DEPTHS.get(str(layers[1:])) if isinstance(layers, list) else None
         return name if name and self.cross_attention_dim == _WIDTH else f"sdxl-{self.cross_attention_dim}"
 
     @property
@@ -114,7 +114,7 @@ class StableDiffusionXL(StableDiffusion):
     @property
     def labels(self) -> dict[str, str]:
         """Header entries that tell other programs the kind of the base; none for models of another size."""
-        if self.family not in _DEPTHS.values():
+        if self.family not in DEPTHS.values():
             return {}
         return {
             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",

@@ -82,7 +82,8 @@ def stream_edits(
             run.
 
     Raises:
-        ConfigError: the base has none of the layers that `config` adapts.
+        ConfigError: the base has none of the layers that `config` adapts, or no edit file can hold a photo's own noise.
+        EditTooLargeError: no edit file can hold the adapters.
         WrongFamilyError: the base is distilled to few steps.
         PromptError: a sentence has nothing to encode, or cannot be in an edit file.
         NonFiniteModelError: the base cannot encode or invert a photo, or its scheduler cannot sample.

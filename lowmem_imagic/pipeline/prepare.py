@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedules import starting_noise, varied
+from ..edits.edit import MAX_NOISE_SIDE
 from ..edits.identity import SourcePicture
 from ..edits.meta import MAX_PROMPT_CHARS, MAX_SENTENCES
 from ..engine.base import BaseModel
 from ..engine.memory import Meter, measured_stage
-from ..errors import PromptError
+from ..errors import ConfigError, PromptError
 from ..families.conditioning import Conditioning
 from ..families.family import Denoiser
 from ..geometry import Letterbox
@@ -181,6 +182,12 @@ class Prepared(Iterator[TrainingInput]):
         drawn = starting_noise(latents.shape, of_sampling)
         if self._config.sample.start != "inverted":
             return drawn
+        if max(latents.shape[-2:]) > MAX_NOISE_SIDE:
+            # Not only after training.
+            raise ConfigError(
+                f"the photo's own noise has {latents.shape[-1]} x {latents.shape[-2]} numbers with this base, expected "
+                f"at most {MAX_NOISE_SIDE} a side, which an edit file holds; take `start=photo`"
+            )
         with measured_stage(self._meter, "invert", "`device=cpu`"):
             progress = named(self._progress, "invert")
             # As in sampling: a noised lower picture has the seed's own noise.

@@ -99,10 +99,11 @@ class Budget:
 
     @staticmethod
     def of(device: torch.device, vram: str | None) -> "Budget | None":
-        """The budget before a run's weights are loaded; None without a limit.
+        """The budget of a run, weights included; None without a limit.
 
         The total is `vram`. Its `context` part is `CUDA_CONTEXT_BYTES` on a GPU, and this process's resident bytes on
-        a CPU. By default the total is the GPU's free memory; on a CPU there is no limit.
+        a CPU, where no weights of the run may be loaded yet. By default the total is the GPU's free memory, with what
+        this process's torch holds of it already: a base that stayed loaded; on a CPU there is no limit.
 
         Raises:
             ConfigError: `vram` is no amount of memory.
@@ -111,6 +112,7 @@ class Budget:
         if device.type != "cuda":
             return None if asked is None else Budget(asked, resident_bytes() or 0)
         free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)
         if asked is None:
             return Budget(free)
         return Budget(min(asked, free + CUDA_CONTEXT_BYTES), CUDA_CONTEXT_BYTES, enforced=True)

@@ -87,6 +87,8 @@ def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
         sentences=f"It was made for:\n{listed}" if listed else "It has no sentence of its own: ask it any.",
         repository=repository,
         model=_model(edit),
+        # Without a sentence there is nothing to render but the photo.
+        prompt="" if listed else ' --prompt "..."',
         file=EDIT_FILE,
     )
 

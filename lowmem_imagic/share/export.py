@@ -33,10 +33,13 @@ _OF_NODES = (".py", ".toml", ".md", ".json")
 _VERSIONS = {"stable-diffusion-v1": "SD1", "stable-diffusion-v2": "SD2", "stable-diffusion-xl": "SDXL"}
 """A1111's names of kinds of models, by the beginning of ``modelspec.architecture``."""
 _CHECKPOINTS = {
-    "stable-diffusion-v2": "v2-1_768-ema-pruned.safetensors",
+    "stable-diffusion-v2-768": "v2-1_768-ema-pruned.safetensors",
+    "stable-diffusion-v2-512": "v2-1_512-ema-pruned.safetensors",
     "stable-diffusion-xl": "sd_xl_base_1.0.safetensors",
 }
 """Published checkpoints of other kinds of models than the workflow's own, by the same beginnings; see `WORKFLOW`."""
+_SMALLER = {"ssd-1b": "SSD-1B.safetensors", "vega": "segmind-vega.safetensors"}
+"""The same by family, for those with the label of Stable Diffusion XL."""
 
 
 def files_for(program: str, edit: Edit, name: str) -> Files:
@@ -132,7 +135,7 @@ def _comfyui(edit: Edit, name: str) -> Files:
     }
     workflow = json.loads((NODES / WORKFLOW).read_text(encoding="utf-8"))
     values = {"LoadImagicEdit": f"{name}.safetensors"}
-    if checkpoint := _by_architecture(edit, _CHECKPOINTS):
+    if checkpoint := _SMALLER.get(edit.base.family) or _by_architecture(edit, _CHECKPOINTS):
         values["CheckpointLoaderSimple"] = checkpoint
     for node in workflow["nodes"]:
         if node["type"] in values:

@@ -18,6 +18,7 @@ from ..families import pipelines
 from ..families.adapter_names import TARGETS, KohyaNames
 from ..families.conditioning import Conditioning
 from ..families.portable import scaled_alike
+from ..families.sdxl import DEPTHS
 from ..layers.adapter_pack import Factors
 from ..pictures.letterbox import from_canvas
 from ..settings.stages import Strength, strengths
@@ -197,7 +198,7 @@ def load_into(pipeline: Any, edit: Edit, name: str = "edit", *, hotswap_rank: in
 
 
 def _check_base(pipeline: Any, edit: Edit, denoiser: str) -> None:
-    """Checks that the pipeline's network predicts what the edit's base does.
+    """Checks that the pipeline's network predicts what the edit's base does, and is no other Stable Diffusion XL.
 
     Raises:
         BaseMismatchError: it does not.
@@ -206,6 +207,13 @@ def _check_base(pipeline: Any, edit: Edit, denoiser: str) -> None:
     if trained != here:
         raise BaseMismatchError(
             f"the edit was made for {edit.base.source}, which predicts {trained}; the pipeline predicts {here}"
+        )
+    # SSD-1B and Segmind-Vega have some of Stable Diffusion XL's layers, in its sizes.
+    layers = getattr(pipeline, denoiser).config.get("transformer_layers_per_block")
+    kind = DEPTHS.get(str(list(layers)[1:])) if isinstance(layers, (list, tuple)) else None
+    if kind is not None and edit.base.family in DEPTHS.values() and kind != edit.base.family:
+        raise BaseMismatchError(
+            f"the edit was made for {edit.base.source}, a {edit.base.family}; the pipeline is {kind}"
         )
 
 

@@ -1,10 +1,11 @@
-"""Checks that results can be written, before any expensive work."""
+"""Checks that results can be written, before any expensive work; files in folders that need not exist."""
 
 import shutil
 import tempfile
 from pathlib import Path
 
 from ..errors import ConfigError, OutputExistsError, OutputUnwritableError
+from .atomic import make_folder, write_bytes
 
 MIN_FREE_BYTES = 32 * 2**20
 
@@ -51,6 +52,20 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise unusable(path, error) from error
     if not overwrite:
         raise OutputExistsError(f"{path} exists already; name another file, or use `force`")
+
+
+def write_target(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Writes a file that `check_target` let pass, whole or not at all; missing folders are created.
+
+    Raises:
+        OutputExistsError: something is there meanwhile and `overwrite` is False.
+        OutputUnwritableError: it cannot be written.
+    """
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise unusable(path.parent, error) from error
+    write_bytes(path, data, overwrite=overwrite)
 
 
 def check_ending(path: Path | None, ending: str, *, any_case: bool = False) -> None:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..engine.base import BaseModel
 from ..engine.memory import clear_errors, peak_bytes, reset_peak
-from ..errors import DivergenceError, NonFiniteModelError, TensorShapeError
+from ..errors import DivergenceError, EditTooLargeError, NonFiniteModelError, TensorShapeError
 from ..families.conditioning import Conditioning, Part
 from ..families.family import Denoiser
 from ..layers.adapter_pack import AdapterPack, Factors
 from ..layers.flat_pack import FlatPack, kept_gradient
-from ..settings.stages import EditConfig
+from ..settings.stages import EditConfig, FinetuneConfig
+from ..storage.safetensors_reader import MAX_FILE_BYTES, MAX_HEADER_BYTES
 from . import embed, finetune
 from .loop import TrainedTensor, Trainer
 from .run import Run
@@ -124,6 +125,9 @@ class Pack:
         progress: called after every step: by stage for one input, else for all edits together ("train").
         between: called before every step; it may call `states`. An exception from it ends the run.
 
+    Raises:
+        EditTooLargeError: no edit file can hold the adapters.
+
     **Memory**: 16 bytes a weight of N adapters and N embeddings, and a pass's activations.
     """
 
@@ -171,6 +175,7 @@ class Pack:
             )
             for denoiser in base.denoisers
         }
+        _check_size(self._adapters.values(), tuned)
         trained = {_TEXT: TrainedTensor(self._text.weights, self._text.enable_gradients(), config.embed.learning_rate)}
         trained |= {
             name: TrainedTensor(pack.weights, pack.enable_gradients(), tuned.learning_rate)
@@ -452,6 +457,21 @@ class Pack:
         waiting = f"{count - self._started_count} waiting, {loss}"
         remark = f"{self._finished_count} of {count} edits trained, {training} in slots, {waiting}"
         self._progress("train", steps, each * count, remark)
+
+
+def _check_size(adapters: Iterable[AdapterPack], config: FinetuneConfig) -> None:
+    """Checks before any training that an edit file can hold the adapters of one edit.
+
+    Raises:
+        EditTooLargeError: it cannot.
+    """
+    # Files have them in fp16.
+    size = int(2 * config.keep * sum(adapter.weights[0].numel() for adapter in adapters))
+    if size > MAX_FILE_BYTES - MAX_HEADER_BYTES:
+        raise EditTooLargeError(
+            f"an edit of `rank` {config.lora_rank} with `keep` {config.keep:g} would take {size / 2**30:.2f} GiB, "
+            f"expected at most {MAX_FILE_BYTES / 2**30:g} GiB; take a lower `rank` or `keep`"
+        )
 
 
 def _shapes(task: TrainingInput) -> dict[str, list[int]]:

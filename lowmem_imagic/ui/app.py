@@ -34,7 +34,7 @@ class Running:
     def __init__(
         self, models: Sequence[str], *, device: str, folder: Path, out: Path, port: int, password: str | None
     ) -> None:
-        self.studio = Studio({_label(name): name for name in (*models, BUNDLED)}, device, hub=password is None)
+        self.studio = Studio(_labelled([*models, BUNDLED]), device, hub=password is None)
         self.visitors = Visitors(folder, out)
         self._ended = threading.Event()
         page = page_of(self.studio, self.visitors)
@@ -92,6 +92,18 @@ class Running:
         if path is None:
             return PlainTextResponse("there is no such file for you", 404)
         return FileResponse(path, headers={"Cache-Control": "private, no-cache"})
+
+
+def _labelled(names: Sequence[str]) -> dict[str, str]:
+    """Bases by their names on the page, in their order; equal ones are numbered."""
+    labelled: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        label, number = _label(name), 1
+        while label in labelled:
+            number += 1
+            label = f"{_label(name)} ({number})"
+        labelled[label] = name
+    return labelled
 
 
 def _label(name: str) -> str:

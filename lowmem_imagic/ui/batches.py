@@ -12,6 +12,7 @@ from ..batch.outputs import report_of
 from ..batch.overview_page import PAGE, PICTURE
 from ..batch.request import DEFAULTS
 from ..batch.status import commands_of
+from ..errors import ConfigError
 from ..settings.text import Words
 from ..storage.file_names import REPORT, safe_stem
 from ..storage.regular_files import is_plain
@@ -19,6 +20,9 @@ from . import limits
 from .card import DONE, Job
 from .machine import Machine, note_end, told
 from .visitors import BatchFolder, Refused, Visitor, move_upload
+
+_REQUEST = "request.json"
+"""The request of a batch, beside its list."""
 
 
 class Batches:
@@ -63,13 +67,13 @@ class Batches:
             visitor.claim_uploads([upload for upload, _ in uploads])
             visitor.last_batch += 1
             folder = visitor.batches_folder / f"batch-{visitor.last_batch:03d}"
-            photos = folder / "photos"
-            photos.mkdir(parents=True)
-            batch = visitor.batches[folder.name] = BatchFolder(folder)
+            batch = BatchFolder(folder)
+            batch.photos.mkdir(parents=True)
+            visitor.batches[folder.name] = batch
         lines = []
         for number, (upload, called) in enumerate(uploads, start=1):
             # The name of the upload is only a label.
-            file = photos / f"{number:03d}-{safe_stem(Path(called).stem)}{_suffix(called)}"
+            file = batch.photos / f"{number:03d}-{safe_stem(Path(called).stem)}{_suffix(called)}"
             move_upload(upload, file)
             lines += [json.dumps({"photo": f"photos/{file.name}", "sentence": one}) for one in sentences]
         manifest = folder / "list.jsonl"
@@ -83,6 +87,8 @@ class Batches:
             "model": base,
             "device": self._machine.device,
         }
+        # For a batch that is stopped before its queue is made.
+        (folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
         self._run(visitor, batch, request)
         return batch
 
@@ -92,10 +98,19 @@ class Batches:
         Raises:
             LowmemImagicError: it cannot be continued.
         """
-        [*_, last] = commands_of(batch.results)
+        if not batch.unfinished:
+            raise Refused("this batch is finished")
+        try:
+            [*_, last] = commands_of(batch.results)
+            request = last.request
+        except ConfigError:
+            try:
+                request = json.loads((batch.path / _REQUEST).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise Refused("this batch never began and cannot be continued; begin it again") from None
         # The folder may have been moved.
         moved = {"manifest": str(batch.path / "list.jsonl"), "out": str(batch.results), "force": False}
-        self._run(visitor, batch, {**last.request, **moved})
+        self._run(visitor, batch, {**request, **moved})
 
     def _run(self, visitor: Visitor, batch: BatchFolder, request: Mapping[str, Any]) -> None:
         if batch.busy:
@@ -107,7 +122,7 @@ class Batches:
                 batch.message = told(job)
                 if job.state == DONE and not job.result["failed"]:
                     # The uploads are of no further use.
-                    shutil.rmtree(batch.path / "photos", ignore_errors=True)
+                    shutil.rmtree(batch.photos, ignore_errors=True)
 
         job = Job({"work": "batch", "request": dict(request)}, batch.path.name, visitor.id, on_event)
         self._machine.check_room(visitor)
@@ -141,6 +156,7 @@ class Batches:
         if not files:
             raise Refused("this batch has no results yet")
         visitor.folder.mkdir(exist_ok=True)
+        visitor.drop(batch.packed)
         out = visitor.folder / f"{secrets.token_hex(8)}.zip"
         order = {"work": "pack", "out": str(out), "files": [(name, str(path)) for name, path in files.items()]}
         self._machine.quickly(visitor, order, "packing a batch")
@@ -156,6 +172,7 @@ class Batches:
             raise Refused("this batch is at work; stop it first")
         with visitor.lock:
             visitor.batches.pop(batch.path.name, None)
+        visitor.drop(batch.packed)
         shutil.rmtree(batch.path, ignore_errors=True)
 
 

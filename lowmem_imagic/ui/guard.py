@@ -186,7 +186,9 @@ class Guard:
             return
         # The limit of one file is checked by the page's library, part by part.
         if visitor.bytes + size > limits.MAX_UPLOADS_BYTES or self._visitors.bytes + size > limits.MAX_VISITORS_BYTES:
-            await _no(413, "the studio has no room for this upload; use or remove earlier ones")(scope, receive, send)
+            await _no(413, "the studio has no room for this upload; remove photos or batches first")(
+                scope, receive, send
+            )
             return
         start: Message | None = None
         body = b""

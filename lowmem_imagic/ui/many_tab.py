@@ -70,10 +70,10 @@ class ManyTab:
                     remove = gr.Button("Remove", elem_id="batch-remove")
                 self._wiring.shows(stop, lambda visitor, tab: {"interactive": self._batch_is(visitor, tab, busy=True)})
                 self._wiring.shows(pack, lambda visitor, tab: {"interactive": self._batch(visitor, tab) is not None})
-                for button in (again, remove):
-                    self._wiring.shows(
-                        button, lambda visitor, tab: {"interactive": self._batch_is(visitor, tab, busy=False)}
-                    )
+                self._wiring.shows(again, lambda visitor, tab: {"interactive": self._continuable(visitor, tab)})
+                self._wiring.shows(
+                    remove, lambda visitor, tab: {"interactive": self._batch_is(visitor, tab, busy=False)}
+                )
         options = [*first, *more]
 
         def begin_batch(visitor: Visitor, tab: Tab, paths: Any, sentences: str | None, model: str, *values: Any) -> str:
@@ -127,6 +127,10 @@ class ManyTab:
     def _batch_is(self, visitor: Visitor, tab: Tab, *, busy: bool) -> bool:
         batch = self._batch(visitor, tab)
         return batch is not None and batch.busy == busy
+
+    def _continuable(self, visitor: Visitor, tab: Tab) -> bool:
+        batch = self._batch(visitor, tab)
+        return batch is not None and not batch.busy and batch.unfinished
 
     def _draw_batches(self, visitor: Visitor, tab: Tab) -> dict[str, Any]:
         self._batch(visitor, tab)

@@ -46,7 +46,7 @@ def serve(
     """
     if importlib.util.find_spec("gradio") is None:
         raise BackendUnavailableError(
-            "the studio needs gradio, which is not installed; install it with: pip install 'lowmem-imagic[ui]'"
+            "the studio needs gradio, which is not installed; install it with: pip install '.[ui]'"
         )
     check_writable(out)
     password = _password() if listen else None

@@ -247,6 +247,17 @@ class Studio:
         if project.job is not None:
             self.machine.card.stop(project.job)
 
+    def remove(self, visitor: Visitor, project: Project) -> None:
+        """Deletes a photo with all that was made of it.
+
+        Raises:
+            Refused: it is at work.
+        """
+        with visitor.lock:
+            if project.busy:
+                raise Refused("this photo is at work; stop it first")
+            visitor.remove(project)
+
     def sheet(self, visitor: Visitor, project: Project, ask: Ask) -> str:
         """The token of a sheet of an ask's pictures.
 

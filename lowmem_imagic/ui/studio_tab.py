@@ -48,6 +48,10 @@ class StudioTab:
                 self._wiring.shows(
                     gr.HTML(elem_id="photo"), lambda visitor, tab: view.photo(self._wiring.project(visitor, tab))
                 )
+                remove = gr.Button("Remove this photo and its edit", size="sm", elem_id="remove-project")
+                self._wiring.shows(
+                    remove, lambda visitor, tab: {"interactive": _removable(self._wiring.project(visitor, tab))}
+                )
                 gr.HTML("<h2>2. Train once</h2>")
                 model = gr.Dropdown(models, value=models[0], label=LABELS["model"], elem_id="model")
                 vram = gr.Dropdown(
@@ -151,9 +155,7 @@ class StudioTab:
             visitor: Visitor, tab: Tab, token: str | None, model: str, sentences: str | None, *values: Any
         ) -> str:
             lines = [line.strip() for line in (sentences or "").splitlines() if line.strip()]
-            chosen = training_values(values)
-            # Without a graphics card there is no limit to stay within.
-            self._wiring.studio.train(visitor, visitor.required(token), chosen, model, lines)
+            self._wiring.studio.train(visitor, visitor.required(token), training_values(values), model, lines)
             return ""
 
         def ask_sentence(visitor: Visitor, tab: Tab, token: str | None, sentence: str, *values: Any) -> str:
@@ -189,6 +191,10 @@ class StudioTab:
                 tab.project = chosen or ""
             return ""
 
+        def remove_project(visitor: Visitor, tab: Tab, token: str | None) -> str:
+            self._wiring.studio.remove(visitor, visitor.required(token))
+            return ""
+
         def stop_job(visitor: Visitor, tab: Tab, token: str | None) -> str:
             self._wiring.studio.stop(visitor.required(token))
             return ""
@@ -221,7 +227,9 @@ class StudioTab:
             # The upload has moved to its project.
             cleared = opened.then(lambda: None, None, upload, **QUIET)
             # A photo is shown before its size is known.
-            for trigger in (cleared.then, *(one.change for one in (showing, model, vram, quality))):
+            # Not at every key that is pressed in a field of text.
+            changes = [one.blur if isinstance(one, gr.Textbox) else one.change for one in more_fields]
+            for trigger in (cleared.then, *(one.change for one in (showing, model, vram, quality)), *changes):
                 on(trigger, "plan_message", make_plan, [showing, model, *training], **EACH)
             on(train.click, "message", start_training, [showing, model, sentences, *training])
             on(stop.click, "message", stop_job, [showing])
@@ -234,6 +242,7 @@ class StudioTab:
             on(history.input, "message", show_again, [*shown_ask, history], **IN_TURN)
             on(switch.input, "message", change_project, [showing, switch], **IN_TURN)
             on(sheet.click, "message", make_sheet, shown_ask, **EACH)
+            on(remove.click, "message", remove_project, [showing])
 
         return connect
 
@@ -289,6 +298,10 @@ class StudioTab:
 
 def _busy(project: Project | None) -> bool:
     return project is not None and project.busy
+
+
+def _removable(project: Project | None) -> bool:
+    return project is not None and not project.busy
 
 
 def _trainable(project: Project | None) -> bool:

@@ -151,6 +151,16 @@ class BatchFolder:
         return self.path / "results"
 
     @property
+    def photos(self) -> Path:
+        """The folder of its photos, which goes when all of it is made."""
+        return self.path / "photos"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether anything of it is left to make."""
+        return self.photos.is_dir()
+
+    @property
     def busy(self) -> bool:
         """Whether its job waits or runs."""
         return self.job is not None and self.job.state not in ENDED
@@ -205,6 +215,12 @@ class Visitor:
         token = secrets.token_urlsafe(18)
         self.files[token] = Served(path, media_type, download)
         return token
+
+    def drop(self, token: str) -> None:
+        """Deletes a file of the table, if it is there."""
+        served = self.files.pop(token, None)
+        if served is not None:
+            served.path.unlink(missing_ok=True)
 
     def take_upload(self, path: str, target: Path) -> None:
         """Moves an upload of this visitor to a place of the server's choice.

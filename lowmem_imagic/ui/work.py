@@ -66,6 +66,8 @@ class Work:
 
     def _load(self, options: BaseOptions) -> BaseModel:
         """The base of the options; the base before it is freed."""
+        # None is the default, which an edit's own options name.
+        options = replace(options, weights=options.weights or "int8")
         if self._base is None or self._base[0] != options:
             self._free()
             self._base = (options, load_base(options))
@@ -88,9 +90,17 @@ class Work:
 
     def _plan(self, order: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """The plan for a photo on a card, and the size that a base edits it at."""
-        config = Words("train", order["values"]).edit()
+        words = Words("train", order["values"])
         speed = Speed(*order["speed"]) if order["speed"] else None
-        [line] = plans(order["model"], [order["vram"]], config, photos=(1,), speed=speed)
+        [line] = plans(
+            order["model"],
+            [order["vram"]],
+            words.edit(),
+            photos=(1,),
+            speed=speed,
+            weights=words.base.weights or "int8",
+            checkpointing=words.base.checkpointing,
+        )
         size = load_architecture(order["model"]).sizes.nearest(*order["size"]) if order["size"] else None
         peak = None
         if line["plan"] is not None:
@@ -159,9 +169,11 @@ class Work:
         config = words.edit()
         photo = load_photo(order["photo"], max_pixels=MAX_UPLOAD_PIXELS)
         base = open_base(_options(words.base, order), told, sentences, load=self._load)
-        budget = Budget.of(base.device, order["values"].get("vram"))
-        config, plan = fit_memory(base, config, budget, told)
+        # Of the settings as they were chosen: a plan changes them, and depends on the memory that is free now.
         key = _key([photo.sha256, sentences, config.to_dict(), base.identity.files, base.weights])
+        # Without a graphics card there is no limit to stay within.
+        budget = None if base.device.type == "cpu" else Budget.of(base.device, order["values"].get("vram"))
+        config, plan = fit_memory(base, config, budget, told)
         saved = training_state.saved(folder / STATE, key)
 
         def between(pack: Pack) -> None:

@@ -40,6 +40,10 @@ class ImagicEdit:
     sentences: tuple[str, ...]
     base: str
     """The base model's name."""
+    family: str
+    """Its kind, such as ``sdxl``."""
+    prediction: str
+    """What its network predicts: ``epsilon`` or ``v_prediction``."""
     settings: Mapping[str, Any]
     """The recorded settings of sampling."""
 
@@ -73,6 +77,7 @@ def read_edit(metadata: Mapping[str, str] | None, name: str) -> ImagicEdit:
         tensors = {place: _tensor(entry) for place, entry in entries.items()}
         source = meta["source"]
         width, height = source["size"] if "size" in source else (source["size_px"], source["size_px"])
+        predictions = base["interface"]["denoisers"].values() if "interface" in base else [base["prediction_type"]]
         sentences = [meta["target_prompt"]] if "target_prompt" in meta else meta["sentences"]
         recorded = meta["settings"].get("sample")
         return ImagicEdit(
@@ -82,6 +87,8 @@ def read_edit(metadata: Mapping[str, str] | None, name: str) -> ImagicEdit:
             size=(int(width), int(height)),
             sentences=tuple(str(sentence) for sentence in sentences),
             base=str(base["source"])[:100],
+            family=str(base["family"]),
+            prediction=str(next(iter(predictions))),
             settings=recorded if isinstance(recorded, dict) else {},
         )
     except _OtherModelError:

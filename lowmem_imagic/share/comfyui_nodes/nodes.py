@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.lora
+import comfy.model_sampling
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -23,6 +24,8 @@ VARIATION = 0.5
 """Share of a seed's noise in the photo's own noise, for seeds other than 0."""
 TIMESTEPS = 1000
 """Steps of the noise schedule that edits are trained on."""
+_DEPTHS = {"sdxl": [0, 0, 2, 2, 10, 10], "ssd-1b": [0, 0, 2, 2, 4, 4], "vega": [0, 0, 1, 1, 2, 2]}
+"""Transformer blocks behind the layers of Stable Diffusion XL and of its descendants, which have some of its layers."""
 
 
 def _factor(tooltip: str) -> tuple[str, dict[str, Any]]:
@@ -177,6 +180,11 @@ class StartImagicEdit:
                 f"the edit's latents have {len(edit.coarse)} channels, the model's have {latents.latent_channels}: "
                 f"use {edit.base}"
             )
+        scheduler = str(edit.settings.get("scheduler", "DDIM"))
+        if scheduler.removesuffix("Scheduler") != "DDIM":
+            logging.warning(
+                "Imagic: the edit's own pictures have the scheduler %s; this node is for DDIM", scheduler[:60]
+            )
         noise = _Noise(edit, seed)
         shape = noise.values.shape[-2:]
         below = torch.zeros(1, len(edit.coarse), *shape)
@@ -224,11 +232,23 @@ def _block_of(tensor: str) -> str:
 
 
 def _check_fit(model: Any, tensors: Mapping[str, Tensor], edit: ImagicEdit) -> None:
-    """Checks that every layer of the adapter is in the model, in its size: ComfyUI itself leaves others out.
+    """Checks that the model is of the edit's kind, and that every layer of the adapter is in it, in its size: ComfyUI
+    itself leaves others out.
 
     Raises:
-        ValueError: one is not.
+        ValueError: it is not.
     """
+    velocity = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION)
+    here = "v_prediction" if velocity else "epsilon"
+    if edit.prediction != here:
+        raise ValueError(
+            f"the edit was made for {edit.base}, which predicts {edit.prediction[:20]}, and this model predicts "
+            f"{here}: use {edit.base}, or set the model's prediction with ModelSamplingDiscrete before this node"
+        )
+    depths = getattr(getattr(model.model, "model_config", None), "unet_config", {}).get("transformer_depth")
+    expected = _DEPTHS.get(edit.family)
+    if expected and depths is not None and list(depths) != expected:
+        raise ValueError(f"the edit was made for {edit.base}, and this model has other layers: use {edit.base}")
     known = comfy.lora.model_lora_keys_unet(model.model, {})
     weights = model.model.state_dict()
     for name, up in tensors.items():
