@@ -352,6 +352,11 @@ def test_a_sheet_along_eta_shows_the_photo_once(run, finished, monkeypatch):
     [(cells, how)] = shown
     assert [label for label, _ in cells] == ["no adapter, seed 0", "seed 0, eta 0", "seed 0, eta 1"]
     assert how["columns"] == 3
+    # Pictures to compare with have an eta of their own. A missing folder is created, as by other commands.
+    words = ["--rows", "eta", "--etas", "0.4", "--columns", "seed", "--seeds", "0", "--steps-sample", 2]
+    assert run("sheet", finished, *words, "--out", "new/folder/down.png").exit_code == 0
+    assert [label for label, _ in shown[1][0]] == ["no adapter", "reconstruction", "eta 0.4, seed 0"]
+    assert Path("new/folder/down.png").exists()
 
 
 def test_a_sheet_over_other_axes_shows_the_edits_own_eta(run, finished):
@@ -428,10 +433,10 @@ def test_a_wrong_ending_is_refused_without_torch(tmp_path):
 
 def test_scene_renders_a_photo(run):
     """`scene` draws its sentence, equally for equal seeds, and marks the picture as drawn by an algorithm."""
-    for out in ("a.png", "b.png"):
+    for out in ("a.png", "new/b.png"):
         result = run("scene", "a red cube on a wooden floor", out, model=False)
         assert result.exit_code == 0
-    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert Path("a.png").read_bytes() == Path("new/b.png").read_bytes()
     assert "algorithmicMedia" in _picture("a.png").text["XML:com.adobe.xmp"]
     assert "red" in result.stdout
 
@@ -611,6 +616,8 @@ def test_all_settings_problems_at_once(run, photo):
         (["--small", "--keep", "0.5"], "--keep and --small"),
         (["--adapt", "everything"], "adapt"),
         (["--scheduler", "Nothing"], "scheduler"),
+        # Its noise would not follow the seed.
+        (["--scheduler", "DPMSolverSDE"], "scheduler"),
         (["--device", "toaster"], "device"),
         (["--base-weights", "int2"], "--base-weights is"),
         (["--attention", "flash"], "attention"),

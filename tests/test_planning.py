@@ -310,6 +310,7 @@ def test_budgets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     requested amount during the work."""
     told: list[tuple[float, Any]] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(6e9), int(8e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: told.append(words))
     gpu = torch.device("cuda")
@@ -324,6 +325,10 @@ def test_budgets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert told == [((4e9 - CUDA_CONTEXT_BYTES) / 8e9, 1)]
         raise KeyboardInterrupt
     assert told[1:] == [(1.0, 1)]
+    # A base that stayed loaded is the run's own.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(4e9), int(8e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(2e9))
+    assert (Budget.of(gpu, None), Budget.of(gpu, "4GB"), Budget.of(gpu, "24GB")) == (free, four, more)
 
 
 def test_rendering_beside_training_is_counted(predicted: Costs) -> None:

@@ -1,5 +1,6 @@
 """The ComfyUI nodes: in ComfyUI's node protocol, and in a real checkout of ComfyUI where one is given."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -96,6 +97,10 @@ class Clip:
         return [[self.known[tokens][None], {"pooled_output": None}]]
 
 
+class Velocity(types.SimpleNamespace):
+    """In place of the class of ComfyUI's models that predict the velocity."""
+
+
 class Model:
     """ComfyUI's model, as far as the nodes use it; remembers the LoRAs that are put into it."""
 
@@ -135,6 +140,7 @@ def nodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     stubs = {
         "comfy": {},
         "comfy.lora": {"model_lora_keys_unet": layers_of},
+        "comfy.model_sampling": {"V_PREDICTION": Velocity},
         "comfy.sd": {"load_lora_for_models": load_lora_for_models},
         "comfy.utils": {"load_torch_file": load_torch_file},
         "folder_paths": {
@@ -225,8 +231,24 @@ def test_files_that_do_not_fit_are_refused(fp32: BaseModel, edit: Edit, folder: 
         def state_dict(self) -> dict[str, torch.Tensor]:
             return {name: tensor[:1] for name, tensor in super().state_dict().items()}
 
+    class Predicting(Model):
+        def get_model_object(self, name: str) -> Any:
+            return Velocity(**super().get_model_object(name).__dict__)
+
+    class Deep(Model):
+        model_config = types.SimpleNamespace(unet_config={"transformer_depth": [0, 0, 2, 2, 10, 10]})
+
     with pytest.raises(ValueError, match="made for tiny-sd and does not fit this model"):
         load.load(Other(fp32), "edit.safetensors", 1.0, 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="predicts epsilon, and this model predicts v_prediction"):
+        load.load(Predicting(fp32), "edit.safetensors", 1.0, 1.0, 1.0, 1.0)
+    # Stable Diffusion XL has all layers of its smaller descendants.
+    for family, fits in (("sdxl", True), ("ssd-1b", False)):
+        path = loras / f"{family}.safetensors"
+        edit_file.write(replace(edit, base=replace(edit.base, family=family)), path)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="this model has other layers"):
+            load.load(Deep(fp32), path.name, 1.0, 1.0, 1.0, 1.0)
+        path.unlink()
     _, loaded = load.load(Model(fp32), "edit.safetensors", 1.0, 1.0, 1.0, 1.0)
     mix = nodes.NODE_CLASS_MAPPINGS["MixImagicEdit"]()
     known = embeddings(fp32, edit)["two birds"]
@@ -234,6 +256,18 @@ def test_files_that_do_not_fit_are_refused(fp32: BaseModel, edit: Edit, folder: 
         mix.mix(loaded, Clip({"long": torch.cat([known, known])}), 1.0, "long")
     with pytest.raises(ValueError, match="use the text encoder of tiny-sd"):
         mix.mix(loaded, Clip({"wide": torch.cat([known, known], 1)}), 1.0, "wide")
+
+
+def test_another_scheduler_is_mentioned(
+    fp32: BaseModel, edit: Edit, nodes: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The node for DDIM names the scheduler that an edit's own pictures have."""
+    load, start = (nodes.NODE_CLASS_MAPPINGS[name]() for name in ("LoadImagicEdit", "StartImagicEdit"))
+    model, loaded = load.load(Model(fp32), "edit.safetensors", 1.0, 1.0, 1.0, 1.0)
+    start.start(loaded, model, 0)
+    assert "scheduler" not in caplog.text
+    start.start(replace(loaded, settings={**loaded.settings, "scheduler": "EulerAncestralDiscrete"}), model, 0)
+    assert "EulerAncestralDiscrete" in caplog.text
 
 
 def test_both_tensors_of_sdxls_text_go_along_eta(nodes: Any) -> None:
@@ -246,6 +280,8 @@ def test_both_tensors_of_sdxls_text_go_along_eta(nodes: Any) -> None:
         size=(1152, 896),
         sentences=("a",),
         base="xl",
+        family="sdxl",
+        prediction="epsilon",
         settings={},
     )
 
@@ -302,14 +338,18 @@ def test_the_workflow_fits_the_nodes(folder: Path, nodes: Any) -> None:
     ("architecture", "checkpoint"),
     [
         ("stable-diffusion-xl-v1-base/lora", "sd_xl_base_1.0.safetensors"),
+        ("ssd-1b: stable-diffusion-xl-v1-base/lora", "SSD-1B.safetensors"),
         ("stable-diffusion-v2-768-v/lora", "v2-1_768-ema-pruned.safetensors"),
+        ("stable-diffusion-v2-512/lora", "v2-1_512-ema-pruned.safetensors"),
         ("stable-diffusion-v1/lora", "v1-5-pruned-emaonly.safetensors"),
     ],
 )
 def test_the_workflow_names_a_checkpoint_of_the_edits_kind(architecture: str, checkpoint: str, edit: Edit) -> None:
     """The workflow names the edit, and the published checkpoint of its base's kind."""
-    labels = {**edit.base.labels, "modelspec.architecture": architecture}
-    files = files_for("comfyui", replace(edit, base=replace(edit.base, labels=labels)), "cat")
+    family, _, label = architecture.rpartition(": ")
+    labels = {**edit.base.labels, "modelspec.architecture": label}
+    base = replace(edit.base, labels=labels, family=family or edit.base.family)
+    files = files_for("comfyui", replace(edit, base=base), "cat")
     nodes = {node["type"]: node for node in json.loads(files["user/default/workflows/cat.json"])["nodes"]}
     assert nodes["CheckpointLoaderSimple"]["widgets_values"] == [checkpoint]
     assert nodes["LoadImagicEdit"]["widgets_values"][0] == "cat.safetensors"

@@ -222,6 +222,14 @@ def test_the_card(source: str, on_hub: str | None, license: str | None, hub: Hub
     assert front["instance_prompt"] == "a blue sphere"
     assert {"imagic", "lora", "diffusers", "text-to-image"} <= set(front["tags"])
     assert f"hub:{REPO}" in text and "reproduces its photo" in text
+    assert "--model demo --etas" in text if source == "demo" else "--prompt" in text
+
+
+def test_the_cards_command_of_an_edit_without_a_sentence_has_one(hub: Hub, edit: Edit, path: Path) -> None:
+    """An edit that was trained for no sentence is asked one in its card's command, as `sample` requires it."""
+    edit_file.write(replace(edit, sentences=(), start_sentence="a cube"), path, overwrite=True)
+    push(path)
+    assert ' --prompt "..." --etas 0,0.6,0.8,1' in card_of(hub)[1]
 
 
 @pytest.mark.parametrize(

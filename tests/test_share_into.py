@@ -160,6 +160,10 @@ def test_another_base_is_refused(fp32: BaseModel, pipeline: Any) -> None:
     interface = replace(edit.base.interface, denoisers={"unet": "v_prediction"})
     with pytest.raises(BaseMismatchError, match="predicts v_prediction"):
         load_into(pipeline, replace(edit, base=replace(edit.base, interface=interface)))
+    smaller = replace(edit, base=replace(edit.base, family="ssd-1b"))
+    pipeline.unet.register_to_config(transformer_layers_per_block=[1, 2, 10])
+    with pytest.raises(BaseMismatchError, match="a ssd-1b; the pipeline is sdxl"):
+        load_into(pipeline, smaller)
     short = replace(edit, conditioning={"embeds": edit.conditioning["embeds"][:3]})
     with pytest.raises(BaseMismatchError, match="embedding has the shapes"):
         load_into(pipeline, short).at(0.5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lowmem_imagic import Cell, Job, apply_edits, make_edits, read_edit, stream_edits, write_edit
-from lowmem_imagic.batch.jobs import job_id
+from lowmem_imagic.batch.jobs import job_id, pack_id
 from lowmem_imagic.edits import versions
+from lowmem_imagic.edits.edit import MAX_NOISE_SIDE
+from lowmem_imagic.errors import ConfigError, EditTooLargeError
+from lowmem_imagic.families import load_architecture
+from lowmem_imagic.families.files.published import PUBLISHED
 from lowmem_imagic.geometry import Sizes
 from lowmem_imagic.pictures import Photo
 from lowmem_imagic.settings.stages import EditConfig, EmbedConfig, FinetuneConfig, SampleConfig
@@ -136,6 +141,42 @@ def test_stock_diffusers_takes_such_sizes(wide_base: Any, relative: Any) -> None
     [denoiser] = wide_base.denoisers
     ours = denoiser.predict(unet, x, at, {"embeds": text})
     assert relative(ours, stock(x, at, encoder_hidden_states=text).sample) < 1e-6
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_file_holds_the_noise_of_any_photo(name: str) -> None:
+    """The own noise of the widest and the tallest photo that a published base edits is within a file's limit."""
+    family = load_architecture(name)
+    for aspect in ((10_000, 1), (1, 10_000), (1, 1)):
+        size = family.sizes.nearest(*aspect)
+        sides = [side for denoiser in family.denoisers for side in denoiser.shape(size)[1:]]
+        assert max(sides) <= MAX_NOISE_SIDE, (name, size)
+
+
+def test_what_no_file_can_hold_is_refused_before_training(wide_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of too many numbers, and adapters of too many bytes, are errors before the first step."""
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("a step was taken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowmem_imagic.pipeline.prepare.MAX_NOISE_SIDE", 2)
+        with pytest.raises(ConfigError, match=r"the photo's own noise has \d+ x \d+ numbers.*`start=photo`"):
+            make_edits(wide_base, [Job(photo(60, 40), SENTENCE)], config())
+        make_edits(wide_base, [Job(photo(60, 40), SENTENCE)], config(start="photo"))
+    monkeypatch.setattr("lowmem_imagic.training.pack.MAX_FILE_BYTES", 2**24 + 1000)
+    with pytest.raises(EditTooLargeError, match=r"`rank` 2 with `keep` 1 would take .* take a lower `rank` or `keep`"):
+        list(stream_edits(wide_base, [Job(photo(60, 40), SENTENCE)], config(), between=forbidden))
+
+
+def test_another_prediction_is_another_batch(wide_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is read with another configuration, which predicts something else, has other items."""
+    before = job_id("a", "0" * 64, SENTENCE, config(), wide_base, "white"), pack_id(config(), wide_base)
+    identity = wide_base.identity
+    other = replace(identity, interface=replace(identity.interface, denoisers={"unet": "v_prediction"}))
+    monkeypatch.setattr(type(wide_base), "identity", other)
+    after = job_id("a", "0" * 64, SENTENCE, config(), wide_base, "white"), pack_id(config(), wide_base)
+    assert before[0] != after[0] and before[1] != after[1]
 
 
 def test_a_finished_batch_stays_finished(wide_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
@@ -638,6 +639,138 @@ def test_a_plan_has_the_time_of_the_last_training(visitors):
     assert studio.plan_words(plan) == "fits: 1.0 of 8 GB, about 1 s, as last time"
     tight = TrainingPlan("demo", "fast", fits=False, fit="does not fit: 9 GB", seconds=None, sizes="")
     assert studio.plan_words(tight) == "does not fit: 9 GB"
+
+
+def test_a_stopped_training_is_found_again_however_much_memory_is_free(tiny_folder, tmp_path, monkeypatch):
+    """The saved state of a training belongs to its settings, and not to the plan for the memory that is free; the base
+    that trained an edit renders it, too, without a second loading."""
+    from lowmem_imagic.batch.stopping import Stop
+    from lowmem_imagic.settings.text import BaseOptions
+    from lowmem_imagic.ui import work
+    from lowmem_imagic.ui.told import Told
+
+    class EnoughError(Exception):
+        """The key is known."""
+
+    keys = []
+
+    def saved(path: Path, key: str) -> None:
+        keys.append(key)
+        raise EnoughError
+
+    monkeypatch.setattr(work.training_state, "saved", saved)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    order = {"photo": tmp_path / "photo.png", "folder": str(tmp_path), "model": str(tiny_folder), "device": "cpu"}
+    works = work.Work()
+    for rows, rank in ((32, 2), (16, 2), (16, 3)):
+
+        def fit(base: Any, config: Any, *_: Any, rows: int = rows) -> Any:
+            return replace(config, sample=replace(config.sample, batch_rows=rows)), None
+
+        monkeypatch.setattr(work, "fit_memory", fit)
+        values = {"preset": "fast", "vram": "8GB", "rank": rank}
+        with pytest.raises(EnoughError):
+            works._train({**order, "sentences": ["a cat"], "values": values}, Told(lambda _: None, Stop()))
+    assert keys[0] == keys[1] != keys[2]
+    loaded = works._load(BaseOptions(model=str(tiny_folder), device="cpu"))
+    assert works._load(BaseOptions(model=str(tiny_folder), device="cpu", weights="int8")) is loaded
+
+
+def test_a_plan_is_for_the_base_as_it_is_chosen(monkeypatch):
+    """The line about memory is for the chosen format of the base, and for checkpointing if it is chosen."""
+    from lowmem_imagic.ui import work
+    from lowmem_imagic.ui.told import Told
+
+    told, counted = list[Any](), work.plans
+    monkeypatch.setattr(work, "plans", lambda *words, **more: told.append(more) or counted(*words, **more))
+    for values in ({}, {"base_weights": "fp32", "checkpointing": True}):
+        order = {"model": "demo", "vram": "8GB", "speed": None, "size": None, "values": {"preset": "fast", **values}}
+        assert work.Work()._plan(order, cast(Told, None))["peak_bytes"] > 0
+    assert [(one["weights"], one["checkpointing"]) for one in told] == [("int8", False), ("fp32", True)]
+
+
+@pytest.fixture
+def stopped(visitors: Visitors, tmp_path: Path) -> tuple[Studio, Visitor, list[Mapping[str, Any]]]:
+    """A studio in which a visitor's batch was stopped before its base was loaded, and the requests of its batches."""
+    studio, visitor, requests = Studio({"demo": "demo"}, "cpu"), visitors.of("a" * 32), []
+
+    def play(job: Job) -> None:
+        requests.append(job.order["request"])
+        ended = {"event": "done", "result": {"failed": 0}} if len(requests) > 1 else {"event": "stopped"}
+        job.take(ended)
+
+    studio.machine.card = studio.batches._machine.card = queue_of(play)
+    upload = tmp_path / "upload" / "cat.png"
+    upload.parent.mkdir()
+    upload.write_bytes(b"x")
+    visitor.uploads[str(upload)] = 1
+    batch = studio.batches.begin(visitor, [(str(upload), "cat.png")], ["a cat"], {"preset": "fast"}, "demo")
+    assert batch.job is not None and batch.job.ended.wait(60)
+    return studio, visitor, requests
+
+
+def test_a_batch_that_had_not_begun_is_continued(stopped, visitors, tmp_path):
+    """A batch that was stopped while it waited goes on with the same request, also in another run of the server."""
+    studio, visitor, requests = stopped
+    [batch] = Visitors(tmp_path / "visitors", tmp_path / "out").of("a" * 32).batches.values()
+    assert batch.unfinished and not batch.results.exists()
+    studio.batches.resume(visitor, batch)
+    assert batch.job is not None and batch.job.ended.wait(60)
+    assert requests[0] == requests[1] and requests[0]["preset"] == "fast"
+    [again] = visitor.batches.values()
+    (again.path / "request.json").unlink()
+    again.photos.mkdir()
+    with pytest.raises(Refused, match="never began and cannot be continued; begin it again") as refused:
+        studio.batches.resume(visitor, again)
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_finished_batch_is_not_begun_again(stopped):
+    """The photos of a finished batch are deleted: to go on with it would make failures of what is done."""
+    studio, visitor, requests = stopped
+    [batch] = visitor.batches.values()
+    studio.batches.resume(visitor, batch)
+    assert batch.job.ended.wait(60) and not batch.unfinished and not batch.photos.exists()
+    with pytest.raises(Refused, match="this batch is finished"):
+        studio.batches.resume(visitor, batch)
+    assert len(requests) == 2
+
+
+def test_packed_results_take_room_once(stopped, monkeypatch):
+    """Results that are packed anew, or removed, leave no earlier file behind."""
+    studio, visitor, _ = stopped
+    [batch] = visitor.batches.values()
+    monkeypatch.setattr(studio.batches, "files", lambda _: {"page": Path(__file__)})
+    monkeypatch.setattr(studio.machine, "quickly", lambda _, order, __: Path(order["out"]).write_bytes(b"x"))
+    for _ in range(2):
+        studio.batches.pack(visitor, batch)
+        assert len(list(visitor.folder.glob("*.zip"))) == 1 and batch.packed in visitor.files
+    studio.batches.remove(visitor, batch)
+    assert not list(visitor.folder.glob("*.zip")) and batch.packed not in visitor.files
+
+
+def test_a_photo_is_removed_with_all_that_was_made_of_it(visitors):
+    """A removed photo makes room; one that is at work stays."""
+    studio, visitor = Studio({"demo": "demo"}, "cpu"), visitors.of("a" * 32)
+    project = visitor.add_project("cat")
+    (project.folder / "edit").write_bytes(b"x")
+    project.job = Job({"work": "train"}, "training")
+    with pytest.raises(Refused, match="at work; stop it first"):
+        studio.remove(visitor, project)
+    project.job = None
+    studio.remove(visitor, project)
+    assert not visitor.projects and not project.folder.exists() and not visitor.bytes
+
+
+def test_bases_of_equal_names_are_told_apart(tmp_path, monkeypatch):
+    """Two folders of one name are two bases on the page, and so is a folder with the bundled model's name."""
+    from lowmem_imagic.ui.app import _labelled
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/model", "b/model", "demo"):
+        (tmp_path / name).mkdir(parents=True)
+    expected = {"model": "a/model", "model (2)": "b/model", "sd15": "sd15", "demo": "./demo", "demo (2)": "demo"}
+    assert _labelled(["a/model", "b/model", "sd15", "./demo", "a/model", "demo"]) == expected
 
 
 @pytest.mark.process
