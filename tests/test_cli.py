@@ -116,6 +116,13 @@ def test_edit_writes_everything_it_promises(run, photo):
     assert report["fit"]["reconstruction_db"] < 20 < 99
 
 
+def test_a_weak_adapter_tells_nothing_of_the_fit(run, photo):
+    """An adapter of less than its strength gives no whole photo back: that says not that the edit is under-fitted."""
+    assert run("edit", photo, SENTENCE, "--out", "weak", "--etas", "0,1", *QUICK, "--strength", "0.3").exit_code == 0
+    fit = json.loads(Path("weak/report.json").read_text(encoding="utf-8"))["fit"]
+    assert fit["reconstruction_db"] is None and fit["change_db"] is None
+
+
 def test_small_edits_are_small_and_render(run, photo):
     """`train --small` stores a fraction of the adapter, and the file renders like any other."""
     sizes = {}
@@ -470,7 +477,9 @@ def test_doctor_plans_for_cards(run, tiny_folder, monkeypatch):
 def test_doctor_refuses_what_is_no_plan(run, tiny_folder):
     """An amount that is none, a size no model takes, a model that is not there: one line and the right exit code."""
     _fails(run("doctor", "--plan", "--vram", "8 cards", model=False), 2, "--vram is '8 cards'")
+    _fails(run("doctor", "--plan", "--vram", "", model=False), 2, "--vram names no amount of memory")
     _fails(run("doctor", "--plan", "--size", 100, model=False), 2, "--size is 100")
+    _fails(run("doctor", "--plan", "--size", 6_400_000, model=False), 2, "a multiple of", "up to 8192")
     _fails(run("doctor", "--plan", "--model", "nowhere", model=False), 1, "no model 'nowhere'")
 
 

@@ -21,6 +21,7 @@ from ..planning.plan import CUDA_CONTEXT_BYTES, plan
 from ..settings.stages import EditConfig, base_problems
 from ..settings.text import parse_bytes
 
+_MAX_SIZE_PX = 8192
 MANY = 40
 """Number of photos in a plan for many, above the slots of any pack."""
 
@@ -74,13 +75,15 @@ def plans(
         ModelError: there is no such model, or it cannot be trained.
     """
     budgets = [parse_bytes(amount) for amount in amounts]
+    if not budgets:
+        raise ConfigError("`vram` names no amount of memory, expected some such as 6GB,8GB")
     if problems := base_problems(device="auto", weights=weights, attention="auto"):
         raise ConfigError(problems)
     family = load_architecture(model)
     family.check_trainable()
     multiple = family.sizes.multiple
-    if size_px is not None and (size_px < multiple or size_px % multiple):
-        raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple}")
+    if size_px is not None and (not multiple <= size_px <= _MAX_SIZE_PX or size_px % multiple):
+        raise ConfigError(f"`size` is {size_px}, expected a multiple of {multiple} up to {_MAX_SIZE_PX}")
     size = (size_px, size_px) if size_px else None
     text, codec = (torch.float16 if fits else torch.bfloat16 for fits in (family.text_in_fp16, family.codec_in_fp16))
     # As a card of the present computes, see `pick_dtype`.

@@ -279,7 +279,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("force", (*_ALL, "scene", "batch sheet", *_EXPORT, *_PULL), Kind.SWITCH, RESULTS,
            "replace files that are there already", False),
     Option("force", _PUSH, Kind.SWITCH, RESULTS, "replace edit, card and pictures of an earlier push", False),
-    Option("quiet", (*_ALL, "batch retry"), Kind.SWITCH, RESULTS, "no progress bars", False, short="-q"),
+    Option("quiet", (*_ALL, "batch retry"), Kind.SWITCH, RESULTS, "no progress bars and no remarks but warnings", False,
+           short="-q"),
 )
 # fmt: on
 """All rows; help shows a panel's rows in this order."""

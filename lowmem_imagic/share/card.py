@@ -72,10 +72,12 @@ def card(edit: Edit, repository: str, *, license: Mapping[str, str], pictures: S
 
 
 def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
-    """The card's Markdown, from ``card.md``, with ``card_python.md`` for edits that `load_into` takes."""
+    """The card's Markdown, from ``card.md``, with ``card_python.md`` for edits that `load_into` takes, and
+    ``card_prompt.md`` for those that have no sentence to render."""
     listed = "".join(f"\n- {escaped(sentence)}" for sentence in edit.sentences)
-    template, python = (
-        Template((Path(__file__).parent / name).read_text(encoding="utf-8")) for name in ("card.md", "card_python.md")
+    template, python, prompt = (
+        Template((Path(__file__).parent / name).read_text(encoding="utf-8"))
+        for name in ("card.md", "card_python.md", "card_prompt.md")
     )
     asked = "" if listed else ', "..."'
     loads = python.substitute(repository=repository, file=EDIT_FILE, sentence=asked)
@@ -87,8 +89,7 @@ def _body(edit: Edit, repository: str, *, gallery: bool) -> str:
         sentences=f"It was made for:\n{listed}" if listed else "It has no sentence of its own: ask it any.",
         repository=repository,
         model=_model(edit),
-        # Without a sentence there is nothing to render but the photo.
-        prompt="" if listed else ' --prompt "..."',
+        prompt="" if listed else prompt.template.rstrip(),
         file=EDIT_FILE,
     )
 
