@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ldm_layout import write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from lowmem_imagic.actions.doctor import plans
 from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import IncompleteModelError, UnknownModelError, WrongFamilyError
 from lowmem_imagic.families import SHORT_NAMES, cached_commit
@@ -22,6 +23,7 @@ from lowmem_imagic.families.files import checkpoint as checkpoint_module
 from lowmem_imagic.families.files.checkpoint import SingleFile
 from lowmem_imagic.families.files.components import WEIGHTS_STEM
 from lowmem_imagic.families.files.locate import locate
+from lowmem_imagic.settings.presets import preset
 from tests import calls
 
 STEMS = {component: WEIGHTS_STEM[component] for component in ("unet", "vae", "text_encoder")}
@@ -178,6 +180,13 @@ def test_no_weights_of_an_unsupported_pipeline_are_downloaded(hub: Hub) -> None:
     index.write_text(index.read_text(encoding="utf-8").replace("StableDiffusionPipeline", "FluxPipeline"), "utf-8")
     with pytest.raises(WrongFamilyError, match=r"someone/tiny-sd is FLUX\.1 .*not supported yet; take FLUX\.2 klein"):
         load()
+    assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
+
+
+def test_a_plan_downloads_no_weights(hub: Hub, tiny_folder: Path) -> None:
+    """A plan for a Hub model takes its configurations alone, and is the one for the same model in a folder."""
+    there, here = (plans(name, ["8GB"], preset("fast"), photos=(1,)) for name in (NAME, str(tiny_folder)))
+    assert there == here and there[0]["plan"] is not None
     assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
 
 

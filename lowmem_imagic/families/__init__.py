@@ -11,9 +11,9 @@ from typing import Any
 from . import kinds
 from .deepfloyd import DeepFloyd
 from .family import Family
-from .files.cascade import ALONE, JOINT, model_name
+from .files.cascade import ALONE, JOINT, SECONDS, model_name
 from .files.components import pipeline_of
-from .files.configuration import exists_here, findable
+from .files.configuration import exists_here, findable, locate_configuration, repository_of
 from .files.locate import Source, cached_commit, locate
 from .files.published import PUBLISHED, Published
 from .files.source import DEMO, LICENSES, SHORT_NAMES, Folder
@@ -66,7 +66,8 @@ def load_family(
 
 
 def load_architecture(name: str) -> Family:
-    """The family object from configurations alone, for plans; downloads nothing for a short name.
+    """The family object from configurations alone, for plans; downloads nothing for a short name, and no weights of any
+    model but a cascade's.
 
     Raises:
         ModelError: see `load_family`.
@@ -76,6 +77,8 @@ def load_architecture(name: str) -> Family:
     first, joint, second = name.partition(JOINT)
     if joint and second == ALONE and "unet_2" in PUBLISHED.get(first, {}):
         return _family_of(Published.of(first, alone=True))
+    if repository_of(name) and name not in SECONDS and not exists_here(name):
+        return _family_of(locate_configuration(name))
     return load_family(name)
 
 
