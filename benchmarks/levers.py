@@ -4,7 +4,6 @@ None is in the package: docs/quality.md has what they gain. They are for the bun
 takes the base, the sentence and the source prompt.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -185,7 +184,8 @@ def edit_limit(limit: float) -> Within:
     return within
 
 
-UNLIMITED = Lever("source-unlimited", edit_limit(math.inf), trains=False, sourced=True, settings={"limit": "none"})
+# A number: infinite times no way at all is NaN.
+UNLIMITED = Lever("source-unlimited", edit_limit(1e9), trains=False, sourced=True, settings={"limit": "none"})
 """The difference to a source prompt without a limit, at the scale that was best without one."""
 
 
