@@ -64,7 +64,8 @@ FULL_TUNED = (FULL, FULL_SAMPLED_ALIKE, "embedding-only", "balanced", "source", 
 """Methods of the table on full fine-tuning, which has few items: each takes 1440 passes."""
 SOURCED = (
     "source",
-    "source-late",
+    "source-at-once",
+    "source-later",
     "source-empty",
     "source-described",
     "source-in-full",
