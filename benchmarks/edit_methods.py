@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowmem_imagic.diffusion.schedules import EDIT_LIMIT, EDIT_WARMUP, starting_noise
+from lowmem_imagic.diffusion.schedules import EDIT_LIMIT, starting_noise
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit, LoraFactors
 from lowmem_imagic.engine.base import BaseModel
@@ -193,9 +193,7 @@ def ours(
     settings |= {"without": without} if without else {}
     settings |= {"lever": lever.name, **lever.settings} if lever else {}
     settings |= {"describes": True} if describes else {}
-    if sourced:
-        scale = config.sample.edit_guidance_scale
-        settings |= {"edit_guidance_scale": scale, "edit_limit": EDIT_LIMIT, "edit_warmup": EDIT_WARMUP}
+    settings |= {"edit_guidance_scale": config.sample.edit_guidance_scale, "edit_limit": EDIT_LIMIT} if sourced else {}
     # A lever may need the source prompt for something else.
     return Method(settings, run, in_full=in_full, sourced=sourced or lever is not None)
 

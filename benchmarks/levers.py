@@ -21,7 +21,6 @@ from lowmem_imagic.families.conditioning import Conditioning
 from lowmem_imagic.families.family import Denoiser
 from lowmem_imagic.families.stable_diffusion import EMBEDS
 from lowmem_imagic.pipeline import prepare
-from lowmem_imagic.sampling import sample as renderer
 from lowmem_imagic.sampling.inversion import SOFTENING
 
 from .edit_methods import SEED, Lever, Within
@@ -29,6 +28,9 @@ from .own_noise import fireflow
 
 MIXED, EMPTY = 0.4, 0.2
 """Shares of the rows of stage 2 that `mixed_texts` gives a text between e_opt and e_tgt, and the empty one."""
+LATE = 0.2
+"""Share of the noise schedule, from its noisy end, without the difference to the source prompt in
+`late_difference`."""
 
 
 @contextmanager
@@ -136,13 +138,23 @@ def embedding_difference(base: BaseModel, sentence: str, source: str) -> Iterato
         yield
 
 
-def edit_warmup(share: float) -> Within:
-    """Another `EDIT_WARMUP`."""
+@contextmanager
+def late_difference(base: BaseModel, sentence: str, source: str) -> Iterator[None]:
+    """The difference to the source prompt from later steps on, so that it changes a picture whose layout is the photo's
+    (as the warm-up of SEGA, arXiv 2301.12247)."""
+    predict, [denoiser] = base.predict, base.denoisers
+    schedule: Any = denoiser.schedule
+    first = (1 - LATE) * len(schedule.alpha_bar)
 
-    def within(base: BaseModel, sentence: str, source: str) -> AbstractContextManager[Any]:
-        return mock.patch.object(renderer, "EDIT_WARMUP", share)
+    def late(denoiser: Denoiser, x: Tensor, at: Tensor, given: Conditioning) -> Tensor:
+        predicted = predict(denoiser, x, at, given)
+        pictures = sourced_pictures(x)
+        if pictures and float(at[0]) >= first:
+            predicted = torch.cat([predicted[:pictures], predicted[2 * pictures :], predicted[2 * pictures :]])
+        return predicted
 
-    return within
+    with mock.patch.object(base, "predict", late):
+        yield
 
 
 @contextmanager
@@ -191,8 +203,7 @@ LEVERS = (
     Lever("photo-keys-values", photo_attention("kv"), trains=False),
     Lever("photo-queries-keys", photo_attention("qk"), trains=False),
     Lever("embedding-difference", embedding_difference, trains=False),
-    Lever("source-at-once", edit_warmup(0.0), trains=False, sourced=True, settings={"warmup": 0.0}),
-    Lever("source-later", edit_warmup(0.4), trains=False, sourced=True, settings={"warmup": 0.4}),
+    Lever("source-late", late_difference, trains=False, sourced=True, settings={"late": LATE}),
     Lever("source-empty", empty_source, trains=False, sourced=True),
     Lever("source-limit-1", edit_limit(1.0), trains=False, sourced=True, settings={"limit": 1.0}),
     Lever("source-limit-2", edit_limit(2.0), trains=False, sourced=True, settings={"limit": 2.0}),

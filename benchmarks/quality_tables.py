@@ -64,8 +64,7 @@ FULL_TUNED = (FULL, FULL_SAMPLED_ALIKE, "embedding-only", "balanced", "source", 
 """Methods of the table on full fine-tuning, which has few items: each takes 1440 passes."""
 SOURCED = (
     "source",
-    "source-at-once",
-    "source-later",
+    "source-late",
     "source-empty",
     "source-described",
     "source-in-full",

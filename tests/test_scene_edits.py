@@ -576,19 +576,20 @@ def test_a_pack_gives_each_item_its_own_pictures(base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize("lever", (*levers.LEVERS, levers.UNLIMITED), ids=lambda lever: lever.name)
-def test_a_lever_changes_the_edit_and_nothing_after_it(lever: edit_methods.Lever, base: BaseModel) -> None:
+def test_a_lever_changes_the_edit_and_nothing_after_it(
+    lever: edit_methods.Lever, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change that is tried changes the edited picture; one of sampling leaves the photo as it is; later edits are
     those of before."""
-    # The first of five steps is in the warm-up, the second one in a longer one.
-    steps = 5 if lever.sourced else WHOLE.sample.num_inference_steps
-    settings = replace(WHOLE, sample=replace(WHOLE.sample, num_inference_steps=steps))
+    # The first of few steps is not among the first fifth of the timesteps.
+    monkeypatch.setattr(levers, "LATE", 0.6)
     item = item_of("color")
     photo = item.photo_picture(base.sizes.own[0])
 
     def made(**changes: Any) -> dict[float, Any]:
         return {
             eta: np.asarray(picture)
-            for eta, [picture] in edit_methods.ours(settings, **changes)(
+            for eta, [picture] in edit_methods.ours(WHOLE, **changes)(
                 base, [photo], [item.sentence], (0.0, 1.0), sources=[item.source]
             ).pictures.items()
         }
@@ -642,10 +643,10 @@ def test_mixed_texts_are_between_the_photo_and_the_sentence_or_empty(
 def test_the_difference_to_a_source_prompt_is_changed_in_pictures_that_have_it_alone(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`source-empty` takes the difference to the empty text at every step. Batches without a source prompt, and photos,
-    are left alone."""
+    """`source-late` has no difference in the first fifth of the steps, and the whole one later; `source-empty` takes
+    the difference to the empty text at every step. Batches without a source prompt, and photos, are left alone."""
     first, second, empty = calls.encode_text(base, ["a red cube", "a blue cube", ""])
-    texts = torch.stack([first, first, first, first, second, second])
+    texts = torch.stack([first, first, second, second, empty, empty])
     pictures = torch.randn(2, 20, 16, 16, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(base, "predict", lambda denoiser, x, at, given: given["embeds"])
 
@@ -655,11 +656,16 @@ def test_the_difference_to_a_source_prompt_is_changed_in_pictures_that_have_it_a
         return found  # type: ignore[no-any-return]
 
     sourced, others = pictures.repeat(3, 1, 1, 1), torch.cat([pictures, pictures, pictures.flip(0)])
+    changed = torch.stack([first, first, empty, empty, empty, empty])
+    assert torch.equal(predicted(levers.late_difference, sourced, 999.0), changed)
+    assert torch.equal(predicted(levers.late_difference, sourced, 799.0), texts)
+    texts = torch.stack([first, first, first, first, second, second])
     changed = torch.stack([first, first, first, first, empty, empty])
     for at in (999.0, 0.0):
         assert torch.allclose(predicted(levers.empty_source, sourced, at), changed)
-    assert torch.equal(predicted(levers.empty_source, others, 999.0), texts)
-    assert levers.sourced_pictures(pictures) == 0
+    for lever in (levers.late_difference, levers.empty_source):
+        assert torch.equal(predicted(lever, others, 999.0), texts)
+        assert levers.sourced_pictures(pictures) == 0
 
 
 def test_the_difference_of_embeddings_adds_no_more_than_the_change(base: BaseModel) -> None:

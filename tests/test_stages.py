@@ -435,7 +435,7 @@ def test_a_source_prompt_adds_what_the_sentence_says_otherwise(
 ) -> None:
     """With a source prompt, latents equal a loop by hand over the photo's prediction, under e_opt with the adapter and
     with its own guidance, plus the difference of sentence and source prompt without the adapter, times eta, up to 1.5
-    times the way to the sentence's prediction. The noisiest fifth of the schedule has the photo's prediction alone."""
+    times the way to the sentence's prediction."""
     pack, optimized = edits
     config = SampleConfig(
         num_inference_steps=5, photo_guidance=photo_guidance, source_prompt="a red cube", edit_guidance_scale=3.0
@@ -445,7 +445,6 @@ def test_a_source_prompt_adds_what_the_sentence_says_otherwise(
 
     steps = diffusers.DDIMScheduler.from_config(base.family.scheduler_config)
     steps.set_timesteps(5)
-    assert steps.timesteps[0] >= 800 > steps.timesteps[1]
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
     empty, source = calls.encode_text(base, ["", "a red cube"]).split(1)
 
@@ -460,7 +459,7 @@ def test_a_source_prompt_adds_what_the_sentence_says_otherwise(
         sentence = predicted(text[1:2], 0.0)
         furthest = 1.5 * (sentence - photo).abs()
         prediction = (photo + 3.0 * eta * (sentence - predicted(source, 0.0))).clamp(photo - furthest, photo + furthest)
-        latents = steps.step(photo if t >= 800 else prediction, t, latents).prev_sample
+        latents = steps.step(prediction, t, latents).prev_sample
     assert relative(result, latents) < 1e-5
 
 

@@ -153,11 +153,6 @@ EDIT_LIMIT = 1.5
 """Most of the way from the photo's prediction to the sentence's that `edit_guided` goes, in each value."""
 
 
-EDIT_WARMUP = 0.2
-"""Share of the schedule, its noisiest part, in which a picture with a source prompt has the photo's prediction alone,
-so that its layout is the photo's: the warm-up of SEGA (arXiv 2301.12247)."""
-
-
 def edit_guided(photo: Tensor, sentence: Tensor, described: Tensor, scale: float | Tensor) -> Tensor:
     """``photo + scale * (sentence - described)``, in no value further than `EDIT_LIMIT` times the way to `sentence`.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion.schedules import EDIT_WARMUP, PATHS, edit_guided, guidance_at, guide, refined, starting_noise, varied
+from ..diffusion.schedules import PATHS, edit_guided, guidance_at, guide, refined, starting_noise, varied
 from ..engine.base import BaseModel
 from ..engine.memory import with_fallbacks
 from ..errors import LowmemImagicError, NonFiniteEditError, NonFiniteModelError
@@ -419,18 +419,12 @@ class _Renderer:
         masked = [row for row, cell in enumerate(cells) if cell in kept]
         photos = [kept[cells[row]] for row in masked]
         masks = torch.stack([photo.mask for photo in photos]).to(base.device) if photos else None
-        every_eta = [cell.eta for cell in cells]
-        # The photo's prediction alone, until the difference to a source prompt begins.
-        alone = source is not None and replace(conditions, target=optimized, path=None, source=None)
-        warm = float(self.denoiser.schedule.position(1 - EDIT_WARMUP))
-        conditioning = (alone or conditions).at(every_eta).to(base.device)
+        conditioning = conditions.at([cell.eta for cell in cells]).to(base.device)
         path: list[Tensor] = []
         network = base.network(self.denoiser)
         attached = contextlib.nullcontext() if self.pack is None else self.pack.attached(network)
         with base.used(), torch.no_grad(), attached:
             for step, at in enumerate(sampler.at):
-                if alone and float(at) < warm:
-                    alone, conditioning = False, conditions.at(every_eta).to(base.device)
                 copies = conditioning.count // len(cells)
                 every = latents if copies == 1 else latents.repeat(copies, 1, 1, 1)
                 scaled = sampler.scaled(every, step)
@@ -438,7 +432,7 @@ class _Renderer:
                 # In the order of `_Conditions.at`.
                 parts = prediction.split(len(cells))
                 prediction = parts[0] if guidance is None else guide(parts[0], parts[1], guidance)
-                if source is not None and not alone:
+                if source is not None:
                     sentence, described = parts[-2:]
                     prediction = edit_guided(prediction, sentence, described, edit_guidance)
                 latents = sampler.stepped(prediction, step, latents, generators)
