@@ -1378,7 +1378,7 @@ def test_the_worst_header_takes_bounded_time() -> None:
         ({"optimized_embedding": torch.ones(3)}, TensorShapeError, "e_opt"),
         ({"coarse_latents": torch.ones(4, 17, 4)}, TensorShapeError, "coarse_latents"),
         ({"coarse_latents": torch.ones(257, 4, 4)}, TensorShapeError, "coarse_latents"),
-        ({"inverted_noise": torch.ones(2, 257, 8)}, TensorShapeError, "up to 256"),
+        ({"inverted_noise": torch.ones(2, 513, 8)}, TensorShapeError, "up to 512"),
         ({"inverted_noise": torch.ones(4, 8, 8)}, TensorShapeError, r"\(2, H, W\)"),
         ({"inverted_noise": torch.full((2, 8, 8), math.nan)}, NonFiniteTensorError, "inverted_noise"),
         ({"optimized_embedding": torch.ones(2**21, 3)}, TensorShapeError, "above"),
