@@ -52,7 +52,7 @@ def curves(measured: Mapping[str, dict[str, Any]], path: Path) -> None:
 
     A ring is around the eta that validation chose.
     """
-    figure, (known, strangers) = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
+    figure, (known, strangers) = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     labels: dict[Any, list[tuple[str, tuple[float, float], str]]] = {known: [], strangers: []}
     for axes, half, kept in zip((known, strangers), HALVES, ("background_db", "overlap"), strict=True):
         for name in (name for name in CURVES if name in measured):
@@ -70,9 +70,9 @@ def curves(measured: Mapping[str, dict[str, Any]], path: Path) -> None:
     known.set_xlabel("median background PSNR to the photo, dB")
     strangers.set_xlabel("overlap of the pattern with the ground truth's")
     known.set_ylabel("edits that show what was asked for, %")
-    known.legend()
+    # Below both, where it hides no point.
+    figure.legend(*known.get_legend_handles_labels(), loc="outside lower center", ncol=8, frameon=False)
     # Where a point is on paper is known only now.
-    figure.tight_layout()
     figure.canvas.draw()
     for axes, own_labels in labels.items():
         _label(axes, own_labels)
@@ -91,7 +91,7 @@ def _label(axes: Any, labels: Sequence[tuple[str, tuple[float, float], str]]) ->
 
 def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str, Any]], path: Path) -> None:
     """Share of good strangers against bytes of the edit file; hollow for validation, full for the test set."""
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for number, name in enumerate(name for name in SIZES if name in validation):
         for found, look in ((validation, {"mfc": "white", "alpha": 0.5}), (test, {})):
             if name not in found:
@@ -118,7 +118,6 @@ def sizes(validation: Mapping[str, dict[str, Any]], test: Mapping[str, dict[str,
 
 def _saved(figure: Any, path: Path) -> None:
     """Writes the figure; without a date, equal figures are equal files."""
-    figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
