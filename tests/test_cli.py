@@ -792,17 +792,17 @@ def test_a_base_of_another_size(run, finished, tiny_folder, tmp_path):
 
 def test_full_disk_keeps_the_finished_edit(run, photo, monkeypatch):
     """An edit that cannot be written after training is kept in the temporary folder, and the message says where."""
-    from lowmem_imagic.actions import result_folder
     from lowmem_imagic.errors import OutputUnwritableError
+    from lowmem_imagic.storage import writable
 
-    real = result_folder.write_bytes
+    real = writable.write_bytes
 
     def full(path, data, *, overwrite):
         if str(path).endswith(".safetensors"):
             raise OutputUnwritableError(f"{path} cannot be written (No space left on device)")
         real(path, data, overwrite=overwrite)
 
-    monkeypatch.setattr(result_folder, "write_bytes", full)
+    monkeypatch.setattr(writable, "write_bytes", full)
     result = run("edit", photo, SENTENCE, "--out", "made", *QUICK)
     _fails(result, 1, "No space left", "kept as")
     kept = Path(result.stderr.strip().split("kept as ")[1])

@@ -222,7 +222,7 @@ def test_the_card(source: str, on_hub: str | None, license: str | None, hub: Hub
     assert front["instance_prompt"] == "a blue sphere"
     assert {"imagic", "lora", "diffusers", "text-to-image"} <= set(front["tags"])
     assert f"hub:{REPO}" in text and "reproduces its photo" in text
-    assert "--model demo --etas" in text if source == "demo" else "--prompt" in text
+    assert " --etas 0,0.6,0.8,1\n" in text and ' --prompt "..." --etas' not in text
 
 
 def test_the_cards_command_of_an_edit_without_a_sentence_has_one(hub: Hub, edit: Edit, path: Path) -> None:

@@ -22,10 +22,9 @@ from ..pictures.png import SHEET_TITLE, Box, contact_sheet, encode_png
 from ..plain_text import one_line
 from ..sampling.sample import Cell
 from ..settings.stages import sourced, strength_text, strengths
-from ..storage.atomic import make_folder, write_bytes
 from ..storage.file_names import MAX_REPORT_BYTES, REPORT, safe_stem
 from ..storage.regular_files import read_regular
-from ..storage.writable import check_writable, unusable
+from ..storage.writable import check_writable, unusable, write_target
 
 _TEXTS = ("parameters", "Software")
 """The text entries of a picture."""
@@ -68,12 +67,8 @@ class ResultFolder:
 
     def write(self, name: str, data: bytes) -> Path:
         """Writes one file into the folder, which is created if needed, and returns the file's path."""
-        try:
-            make_folder(self.path, parents=self.make_parents)
-        except OSError as error:
-            raise unusable(self.path, error) from error
         target = self.path / name
-        write_bytes(target, data, overwrite=self.overwrite)
+        write_target(target, data, overwrite=self.overwrite, parents=self.make_parents)
         self.files[name] = hashlib.sha256(data).hexdigest()
         return target
 

@@ -54,15 +54,15 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"{path} exists already; name another file, or use `force`")
 
 
-def write_target(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Writes a file that `check_target` let pass, whole or not at all; missing folders are created.
+def write_target(path: Path, data: bytes, *, overwrite: bool, parents: bool = True) -> None:
+    """Writes a file, whole or not at all; a missing folder is created, with its own parents if `parents` is True.
 
     Raises:
         OutputExistsError: something is there meanwhile and `overwrite` is False.
         OutputUnwritableError: it cannot be written.
     """
     try:
-        make_folder(path.parent)
+        make_folder(path.parent, parents=parents)
     except OSError as error:
         raise unusable(path.parent, error) from error
     write_bytes(path, data, overwrite=overwrite)
