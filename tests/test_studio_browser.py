@@ -502,6 +502,8 @@ def test_a_batch_lives_when_the_browser_is_closed(browser, address, folder):
     page.reload()
     again.tab("Many")
     page.get_by_text("3 items: 3 done").wait_for()
+    # Its photos are deleted.
+    playwright_api.expect(page.locator("#batch-continue")).to_be_disabled()
     with again.context.expect_page() as opened:
         page.get_by_role("link", name="overview page").click()
     overview = opened.value
@@ -586,7 +588,7 @@ def test_what_was_typed_outlives_a_lost_connection(visit, folder):
 
 
 def test_the_plan_is_for_the_photo_that_is_shown(visit, folder, tmp_path):
-    """A photo that is shown again has its own plan."""
+    """A photo that is shown again has its own plan, which follows all fields; a removed one makes room for another."""
     page = visit.page
     words = "words => document.querySelector('#plan')?.innerText.includes(words)"
     visit.choose_photo(folder / "photo-0.png")
@@ -597,6 +599,16 @@ def test_the_plan_is_for_the_photo_that_is_shown(visit, folder, tmp_path):
     page.locator("#projects input").click()
     page.get_by_role("option", name="photo-0.png").click()
     page.wait_for_function(words, arg="96 x 96 px, edited at")
+    page.get_by_role("button", name="More for training").click()
+    for rank, told in (("four", "“LoRA rank” is 'four'"), ("4", "96 x 96 px, edited at")):
+        page.locator("#field-rank textarea, #field-rank input").fill(rank)
+        page.locator("#train-sentences textarea").focus()
+        page.wait_for_function(words, arg=told)
+    page.locator("#remove-project:enabled").click()
+    page.locator("#photo img[alt='the photo tall.png']").wait_for()
+    page.locator("#remove-project:enabled").click()
+    page.get_by_text("No photo yet.").wait_for()
+    playwright_api.expect(page.locator("#remove-project")).to_be_disabled()
 
 
 def test_a_folder_of_photos_becomes_a_batch(visit, folder, tmp_path):
