@@ -4,11 +4,12 @@
     python -m benchmarks.ceiling --truth-only
 
 The ground truth is judged as rendered, which shows the judge's errors, and through the base's autoencoder, which all
-pictures of the base come from. The reader of patterns has to tell ground truths without their pattern, or with another
-one drawn anew, from coarse, dark, and slightly displaced ones, which still have their identity. The edits of `balanced`
-are rendered again: with the ground truth's own mask, under a sentence that also names the unchanged attributes (size
-and material), and with both. They show the remaining errors of an editor with the right mask and a complete
-description.
+pictures of the base come from; and with everything that no editor can know drawn anew, such as the direction in which
+an object lies that stood in the photo. The reader of patterns has to tell ground truths without their pattern, or with
+another one drawn anew, from coarse, dark, and slightly displaced ones, which still have their identity. The edits of
+`balanced` are rendered again: with the ground truth's own mask, under a sentence that also names the unchanged
+attributes (size and material), and with both. They show the remaining errors of an editor with the right mask and a
+complete description.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from lowmem_imagic.demo.render import render
+from lowmem_imagic.demo.scene import Scene
 from lowmem_imagic.demo.strangers import STRANGE
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.engine.base import BaseModel
@@ -68,14 +70,46 @@ def judged(oracle: Oracle, items: Sequence[SceneEdit], pictures: Sequence[Image.
 
 
 def ceiling(base: BaseModel, oracle: Oracle, items: Sequence[SceneEdit]) -> dict[str, Any]:
-    """The judge's shares for the ground truth of some items, and for their photos, as if these were edits."""
-    truth = [item.truth_picture(base.sizes.own[0]) for item in items]
-    latents = torch.cat([base.encode_images(to_tensor(picture)) for picture in truth])
+    """The judge's shares for the ground truth of some items, in three forms, and for their photos, as if these were
+    edits."""
+    size_px = base.sizes.own[0]
+    truth = [item.truth_picture(size_px) for item in items]
+
+    def returned(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+        """The pictures through the autoencoder."""
+        return to_images(base.decode(torch.cat([base.encode_images(to_tensor(picture)) for picture in pictures])))
+
     return {
-        "photo": judged(oracle, items, [item.photo_picture(base.sizes.own[0]) for item in items]),
+        "photo": judged(oracle, items, [item.photo_picture(size_px) for item in items]),
         "ground_truth": judged(oracle, items, truth),
-        "round_trip": judged(oracle, items, to_images(base.decode(latents))),
+        "round_trip": judged(oracle, items, returned(truth)),
+        "drawn_anew": judged(oracle, items, returned([render(drawn_anew(item), size_px) for item in items])),
     }
+
+
+def drawn_anew(item: SceneEdit) -> Scene:
+    """The edited scene with what neither photo nor sentence tells drawn anew: another right answer.
+
+    Drawn are the size that "small" or "large" stands for, the direction of an object that lies down or stands up, or
+    that gets a shape with sides where the photo's has none to see, all of a second object but shape and colour, and the
+    texture of a new floor. The pattern of a stranger tells its direction, except for a new pose.
+    """
+    rng = random.Random(f"{item.name}/anew")
+    other = Scene.draw(rng, objects=2)
+    drawn = other.objects[1]
+    [was] = item.photo.objects
+    own, *added = item.edited.objects
+    has_sides = was.pattern is not None or was.shape == "cube" or was.pose == "lying"
+    if "pose" in item.asked or ("shape" in item.asked and not has_sides):
+        own = replace(own, rotation=drawn.rotation)
+    if "size" in item.asked:
+        own = replace(own, jitter=drawn.jitter)
+    second = [
+        replace(one, material=drawn.material, x=drawn.x, z=drawn.z, rotation=drawn.rotation, jitter=drawn.jitter)
+        for one in added
+    ]
+    texture = other.texture_seed if "floor" in item.asked else item.edited.texture_seed
+    return replace(item.edited, objects=(own, *second), texture_seed=texture)
 
 
 def patterns(items: Sequence[SceneEdit], size_px: int) -> dict[str, Any]:

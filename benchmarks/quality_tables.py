@@ -38,11 +38,14 @@ CEILINGS = {
     "the photo, not edited": "photo",
     "the ground truth": "ground_truth",
     "the same through the autoencoder": "round_trip",
+    "the same with all that photo and sentence leave open drawn anew": "drawn_anew",
     "`balanced`, told where and in full": "told_both",
     "`balanced`, told in full": "told_in_full",
     "`balanced`, told where": "told_where",
 }
 """Parts of the result of `benchmarks.ceiling`, by name in the table."""
+TRUTHS = {"ground truth through the autoencoder": "round_trip", "the same drawn anew": "drawn_anew"}
+"""Those of them that the tables by kind show."""
 READINGS = {
     "at half its resolution": "coarse",
     "15 % darker": "dark",
@@ -136,9 +139,9 @@ def kinds(items: str, half: str) -> list[str]:
     measured = {name: result for name, result in results(items).items() if name in SHOWN}
     if not measured:
         return NOTHING
-    truth = _result("edit_ceiling").get(items, {}).get("round_trip")
+    ceilings = _result("edit_ceiling").get(items, {})
     parts = {f"`{name}`": result["at_eta"][half] for name, result in measured.items()}
-    parts |= {"ground truth through the autoencoder": truth[half]} if truth else {}
+    parts |= {name: ceilings[what][half] for name, what in TRUTHS.items() if what in ceilings}
     rows = _head("kind", *parts)
     for kind in KINDS:
         rows.append(_row(kind, *(_percent(part[kind]["good"]) for part in parts.values())))
