@@ -95,7 +95,7 @@ def drive(request: Request) -> None:
         return current
 
     with patch.object(runs, "Actor", IdleActor), patch.object(runs, "publish_files", publish):
-        summary = runs.run(request, Silent(), Stop(), alone=True)
+        summary = runs.run(request, Silent(), Stop(), own={})
     counts = {"done": len(summary.done), "before": len(summary.before), "failed": len(summary.failed)}
     print(json.dumps(counts), flush=True)
 

@@ -566,7 +566,7 @@ def test_runs_with_other_rows_share_the_items(
     def meanwhile() -> None:
         request, stop = Request.of(commands_of(out)[0].request).but(batch_rows=1), Stop()
         with pytest.raises(KeyboardInterrupt):
-            run_batch(request, Ending(stop), stop, alone=True)
+            run_batch(request, Ending(stop), stop, own={})
 
     at_the_first_photo(monkeypatch, meanwhile)
     said = run(manifest, "--out", out)

@@ -56,7 +56,7 @@ def test_a_long_list_is_counted_seldom(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(runs, "local_executor", lambda request, bases, out, *args, **kwargs: Publisher(out))
     out = tmp_path / "out"
     request = {"manifest": str(write_list(tmp_path, 40)), "out": str(out), "device": "cpu", "preset": "fast"}
-    summary = runs.run(Request.of(request), Silent(), Stop(), alone=True)
+    summary = runs.run(Request.of(request), Silent(), Stop(), own={})
     assert len(summary.done) == 40 and counted[0] <= 4
 
 

@@ -38,6 +38,19 @@ def report_of(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def training_seconds(stages: Any) -> float:
+    """The seconds of training in the stages that a report has measured; a cascade has a stage 2 for each denoiser."""
+    names = [name for name in stages if name.startswith(("embed", "finetune"))] if isinstance(stages, dict) else []
+    return sum(seconds_at(stages, name, "seconds") for name in names)
+
+
+def seconds_at(report: Any, *keys: str) -> float:
+    """The seconds under these keys of a report; 0 if they are no valid time."""
+    for key in keys:
+        report = report.get(key) if isinstance(report, dict) else None
+    return float(report) if isinstance(report, int | float) and 0 <= report < 1e9 else 0.0
+
+
 def _report(folder: Path) -> Any:
     return json.loads(read_regular(folder / REPORT, MAX_REPORT_BYTES).decode())
 

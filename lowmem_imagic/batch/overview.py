@@ -21,7 +21,7 @@ from ..pictures.png import Box, contact_sheet, encode_png
 from ..storage.atomic import write_bytes
 from ..storage.regular_files import is_plain, open_regular
 from .ledger.file import DONE
-from .outputs import report_of
+from .outputs import report_of, seconds_at, training_seconds
 from .overview_page import GENERATOR, GONE, MARK, PAGE, PICTURE, SHEET, Shown, counts_of, page_of
 from .status import status
 
@@ -78,7 +78,6 @@ def _shown(folder: Path, item: dict[str, Any]) -> Shown:
     edit = next((one for one in _names([report.get("edit_file")]) if one in there), None)
     sheet = _size(folder / name / SHEET) if SHEET in there else None
     sentence = report.get("sentence")
-    training = sum(_seconds(report, "stages", stage, "seconds") for stage in ("embed", "finetune"))
     return Shown(
         name,
         sentence if isinstance(sentence, str) else "",
@@ -86,7 +85,7 @@ def _shown(folder: Path, item: dict[str, Any]) -> Shown:
         edit,
         sheet,
         _box(report.get("sheet_photo_box"), sheet) if sheet else None,
-        (training, _seconds(report, "seconds", "render")),
+        (training_seconds(report.get("stages")), seconds_at(report, "seconds", "render")),
         DONE,
         f"{where}: its pictures are gone",
     )
@@ -106,13 +105,6 @@ def _names(value: Any) -> list[str]:
     """The plain file names in a list, each once."""
     names = value if isinstance(value, list) else []
     return list(dict.fromkeys(one for one in names if isinstance(one, str) and _plain(one)))
-
-
-def _seconds(report: Any, *keys: str) -> float:
-    """The seconds under these keys of a report; 0 if they are no valid time."""
-    for key in keys:
-        report = report.get(key) if isinstance(report, dict) else None
-    return float(report) if isinstance(report, int | float) and 0 <= report < 1e9 else 0.0
 
 
 def _size(path: Path) -> tuple[int, int] | None:

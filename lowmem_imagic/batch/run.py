@@ -40,7 +40,7 @@ def run(
     *,
     retry: Sequence[str] = RETRIED,
     continues: str | None = None,
-    alone: bool = False,
+    own: Mapping[str, Any] | None = None,
     on_made: Callable[[str], None] = lambda name: None,
 ) -> Summary:
     """Makes the items of a request; returns a summary. See `Batch.run`.
@@ -52,7 +52,8 @@ def run(
         retry: kinds of failure to try again.
         continues: name of the stored command that this run goes on with. It leaves items alone that another command has
             asked for since, and forces only those that the command has not made yet.
-        alone: stay in this process, whatever the request's executor and workers are.
+        own: options of this process in place of the request's, which the ledger keeps as it is. Given, all is made in
+            this process, whatever the request's executor and workers are.
         on_made: called with the name of each item that this process made, when its files are published.
     """
     request.settings({})
@@ -64,13 +65,22 @@ def run(
     check_writable(out)
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out} is no folder; name a folder with `out`")
-    if not alone:
+    if own is None:
         with contextlib.ExitStack() as places:
             environments = _environments(request, places)
             if environments:
-                ledger, order = request.part.ledger(out), request.as_json() | _shared(request, environments, console)
-                return run_in_processes(order, environments, ledger, console, stop, retry=retry, continues=continues)
-    bases = OpenBases(request, console)
+                return run_in_processes(
+                    request.as_json(),
+                    environments,
+                    request.part.ledger(out),
+                    console,
+                    stop,
+                    own=_own(request, environments, console),
+                    retry=retry,
+                    continues=continues,
+                )
+    here = request.but(**own or {})
+    bases = OpenBases(here, console)
     items = settled(items, out, lambda item: _job(item, request, bases, stop))
     made, others = _known(request, continues) if continues else (set(), set())
     items = [item for item in items if item.name not in others]
@@ -86,7 +96,7 @@ def run(
                 )
             )
         else:
-            executor = local_executor(request, bases, out, console, stop, save_every=request["save_every"])
+            executor = local_executor(here, bases, out, console, stop, save_every=request["save_every"])
         batch = Batch(
             bases,
             executor,
@@ -151,17 +161,24 @@ def _environments(request: Request, places: contextlib.ExitStack) -> list[dict[s
     return list(gpu_environments(count, torch.cuda.device_count()))
 
 
-def _shared(request: Request, environments: Sequence[Mapping[str, str]], console: Console) -> dict[str, Any]:
-    """Options that differ for the processes: a share of the memory if they share a GPU."""
+def _own(request: Request, environments: Sequence[Mapping[str, str]], console: Console) -> dict[str, Any]:
+    """Options of the processes in place of the request's: their device, and their share of the memory they share."""
+    if request["executor"] == "ray":
+        # The machine that drives a cluster may lack the device of its workers. It only reads the base's configuration.
+        return {"device": "cpu", "attention": "auto", "compute": "auto"}
+    device = pick_device(request["device"])
+    # A process whose torch sees no GPU must not take "auto" for the CPU.
+    own: dict[str, Any] = {"device": str(device)}
     most = max(Counter(environment.get("CUDA_VISIBLE_DEVICES") for environment in environments).values())
-    # The machine that drives a cluster may lack the device of its workers.
-    if request["executor"] == "ray" or most == 1 or pick_device(request["device"]).type == "cpu":
-        return {}
-    console.say(f"up to {most} processes share a GPU (`workers`)")
-    if request["vram"] is not None:
-        return {}
-    smallest = min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
-    return {"vram": f"{_SHARED * smallest / most / 1e9:.2f}GB"}
+    if most == 1:
+        return own
+    shares = [] if request["vram"] is None else [parse_bytes(request["vram"]) / most]
+    if device.type != "cpu":
+        console.say(f"up to {most} processes share a GPU (`workers`)")
+        numbers = range(torch.cuda.device_count()) if device.index is None else [device.index]
+        smallest = min(torch.cuda.get_device_properties(number).total_memory for number in numbers)
+        shares.append(_SHARED * smallest / most)
+    return own | ({"vram": f"{min(shares) / 1e9:.2f}GB"} if shares else {})
 
 
 def _processes(request: Request) -> int:

@@ -1,7 +1,8 @@
 """One of several processes on a folder: ``python -m lowmem_imagic.batch.run_one``, started by `executors.processes`.
 
 It reads its order as a line of JSON from standard input. It prints lines of JSON: the name of each item that it made,
-each warning and important remark, and last its result. It stops in an orderly way when standard input closes.
+each warning and important remark, and last its result. It stops in an orderly way when standard input closes, or at
+SIGTERM.
 """
 
 import json
@@ -14,7 +15,7 @@ from ..errors import ConfigError, LowmemImagicError
 from ..unexpected import quiet_libraries, unexpected
 from .paths import HIDDEN
 from .request import Request
-from .stopping import Stop
+from .stopping import Stop, stop_at_sigterm
 
 
 def main() -> None:
@@ -40,8 +41,9 @@ def main() -> None:
         def progress(self, stage: str, step: int, steps: int, remark: str) -> None:
             """The ledger has the progress."""
 
-    order = json.loads(sys.stdin.readline())
     stop = Stop()
+    stop_at_sigterm(stop)
+    order = json.loads(sys.stdin.readline())
 
     def listen() -> None:
         # The parent writes nothing more, so this returns when the pipe closes.
@@ -56,7 +58,7 @@ def main() -> None:
             stop,
             retry=order["retry"],
             continues=order["continues"],
-            alone=True,
+            own=order["own"],
             on_made=lambda name: _tell(made=name),
         )
         _tell(**summary.as_json())

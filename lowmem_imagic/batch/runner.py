@@ -19,6 +19,7 @@ from ..pictures import photo_file
 from ..settings.stages import EditConfig
 from ..storage.atomic import make_folder
 from ..storage.writable import unusable
+from ..training.pack import stages
 from . import outputs
 from .attempts import Attempt, Attempts, check_hidden
 from .disk import disk_bytes
@@ -116,6 +117,8 @@ class Batch:
         self._claimed: dict[str, Assignment] = {}
         self._tries = Counter[str]()
         self._failed_jobs: set[str] = set()
+        self._unfinished: set[str] = set()
+        """Jobs that were to be made at the start of the run."""
         self._total_steps = self._steps = self._in_training = self._slots = 0
         self._began = self._looked = time.perf_counter()
         self._look_s = 0.0
@@ -205,8 +208,10 @@ class Batch:
         words = json.dumps(dict(item.settings), sort_keys=True)
         if words not in self._known_groups:
             own = dict(item.settings)
-            group = Group(own.pop("model", None), self._settings(own))
-            self._known_groups[words] = pack_id(group.config, self._bases(group.model)), group
+            model, config = own.pop("model", None), self._settings(own)
+            base = self._bases(model)
+            steps = sum(stage.config.steps for stage in stages(config.for_group(base.family.group), base.denoisers))
+            self._known_groups[words] = pack_id(config, base), Group(model, config, steps)
         return self._known_groups[words]
 
     def _look(self, item: Item, job: str) -> str:
@@ -244,9 +249,13 @@ class Batch:
         self._refresh(ledger)
         if not waiting:
             return
-        wanted = {entry.job for entry in waiting}
+        self._unfinished = {entry.job for entry in waiting}
         sizes = [
-            disk_bytes(self._bases(group.model), group.config, [self._pixels[job] for job in wanted.intersection(jobs)])
+            disk_bytes(
+                self._bases(group.model),
+                group.config,
+                [self._pixels[job] for job in self._unfinished.intersection(jobs)],
+            )
             for group, jobs in self._groups.values()
         ]
         free, size = shutil.disk_usage(self._out).free, sum(results for results, _ in sizes)
@@ -302,7 +311,7 @@ class Batch:
         outcomes = self._executor.make(
             group,
             claims(),
-            len(jobs),
+            max(len(first), len(self._unfinished.intersection(jobs))),
             on_step=lambda steps: self._step(ledger, steps),
         )
         for outcome in self._outcomes(outcomes, ledger, pack):

@@ -23,6 +23,15 @@ class Stop:
             raise KeyboardInterrupt
 
 
+def stop_at_sigterm(stop: Stop) -> None:
+    """Asks for an orderly end at SIGTERM, which a job scheduler sends to every process of a job."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.asked = True
+
+    signal.signal(signal.SIGTERM, on_signal)
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[Stop]:
     """A `Stop` for the ``with`` block, set by the first Ctrl-C (or SIGTERM from a job scheduler).

@@ -4,7 +4,6 @@ import contextlib
 import json
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from ..children import command_of, environment
 from .worker import PROGRAM
 
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
@@ -104,9 +104,10 @@ class Process:
             return
         self._events, self.ready = queue.Queue(), False
         self._process = subprocess.Popen(
-            (sys.executable, "-m", PROGRAM),
+            command_of(PROGRAM),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=environment(),
             # Ctrl-C must reach the page's process alone.
             start_new_session=True,
         )

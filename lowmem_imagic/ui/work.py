@@ -246,7 +246,7 @@ class Work:
         # `batch retry` may be run in another folder.
         request = request.but(model=findable(request["model"]))
         try:
-            made = run_batch(request, told, told.stop, alone=True)
+            made = run_batch(request, told, told.stop, own={})
         finally:
             if request.out.is_dir() and any(request.out.glob("*/report.json")):
                 write_overview(request.out, force=True)

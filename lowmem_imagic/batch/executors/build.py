@@ -7,6 +7,7 @@ from ...actions.console import Console
 from ...actions.edit import fit_memory, open_base
 from ...engine.base import BaseModel
 from ...planning.plan import Budget
+from ...settings.text import BaseOptions
 from ..request import Request
 from ..states import States
 from ..stopping import Stop
@@ -14,22 +15,21 @@ from .local import LocalExecutor
 
 
 class OpenBases:
-    """Base models by name, each opened once; see `executor.Bases`."""
+    """Base models by their options, each opened once; see `executor.Bases`."""
 
     def __init__(self, request: Request, console: Console) -> None:
         self._request, self._console = request, console
-        self._opened: dict[str | None, BaseModel] = {}
+        self._opened: dict[BaseOptions, BaseModel] = {}
 
     def __call__(self, model: str | None) -> BaseModel:
         """The base of that name, or the request's own for None."""
-        name = self._request["model"] if model is None else model
-        if name not in self._opened:
-            options = self._request.base
-            if model is not None:
-                # The request's revision, configuration and folders are those of its own model.
-                options = replace(options, model=name, revision=None, config_folder=None, vae=None, text_from=None)
-            self._opened[name] = open_base(options, self._console, ["a photo"], self._request.settings({}).sample)
-        return self._opened[name]
+        options = self._request.base
+        if model is not None:
+            # The request's revision, configuration and folders are those of its own model.
+            options = replace(options, model=model, revision=None, config_folder=None, vae=None, text_from=None)
+        if options not in self._opened:
+            self._opened[options] = open_base(options, self._console, ["a photo"], self._request.settings({}).sample)
+        return self._opened[options]
 
 
 def local_executor(

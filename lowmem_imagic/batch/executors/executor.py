@@ -30,11 +30,8 @@ class Group:
     model: str | None
     """Name of the base model, None for the run's own."""
     config: EditConfig
-
-    @property
-    def steps(self) -> int:
-        """Training steps of each item."""
-        return self.config.embed.steps + self.config.finetune.steps
+    steps: int = 0
+    """Training steps of each item, in all stages."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ...settings.stages import ONE_AT_A_TIME, EditConfig
 from ...training.pack import Pack
 from .. import publishing
 from ..failures import failure_of, is_of_group, is_of_one_item
+from ..outputs import training_seconds
 from ..states import States
 from ..stopping import Stop
 from .executor import Assignment, Bases, Claims, Group, OnStep, Outcome, Planner
@@ -254,5 +255,5 @@ class _Pack:
             return Outcome(assignment, error)
         except Exception as error:
             return Outcome(assignment, failure_of(error))
-        train_s = sum(edit.measured["stages"].get(stage, {}).get("seconds") or 0.0 for stage in ("embed", "finetune"))
+        train_s = training_seconds(edit.measured["stages"])
         return Outcome(assignment, seconds=train_s + render_s)

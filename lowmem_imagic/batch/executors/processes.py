@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ...actions.console import Console
+from ...children import command_of
+from ...children import environment as of_children
 from ...errors import ConfigError, LowmemImagicError
 from ..failures import AS_BEFORE
 from ..jobs import command_name
@@ -48,7 +49,7 @@ class _Process:
     ) -> None:
         self._console, self._hear = console, hear
         self._order = json.dumps(order) + "\n"
-        self._environment = {**os.environ, **environment}
+        self._environment = {**of_children(), **environment}
         self._starts, self._given_up, self._suspended = 0, False, False
         self._opened = contextlib.ExitStack()
         self.result: dict[str, Any] | None = None
@@ -62,7 +63,7 @@ class _Process:
         self._said: IO[bytes] = self._opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._heard, self._rest = 0, b""
         self._process = subprocess.Popen(
-            (sys.executable, "-m", _PROGRAM),
+            command_of(_PROGRAM),
             stdin=subprocess.PIPE,
             stdout=self._said,
             env=self._environment,
@@ -144,6 +145,7 @@ def run_in_processes(
     console: Console,
     stop: Stop,
     *,
+    own: Mapping[str, Any],
     retry: Sequence[str],
     continues: str | None = None,
 ) -> Summary:
@@ -155,6 +157,7 @@ def run_in_processes(
         ledger: path of the shared ledger.
         console: shows progress.
         stop: ends the run when asked; the processes save their training states first.
+        own: see `run.run`; the same for each process.
         retry: kinds of failure to try again.
         continues: see `run.run`.
 
@@ -182,7 +185,7 @@ def run_in_processes(
             console.say(remark, always=True)
 
     try:
-        order = {"request": request, "retry": list(retry), "continues": continues}
+        order = {"request": request, "own": own, "retry": list(retry), "continues": continues}
         processes += (_Process(order, environment, console, hear) for environment in environments)
         while at_work := [process for process in processes if process.poll(again=not stop.asked)]:
             if stop.asked and not asked:

@@ -146,7 +146,10 @@ class RayExecutor:
         needs["num_cpus"] = max(1, min(share, max((int(machine.get("CPU", 0)) for machine in machines), default=1)))
         # Two threads: one makes items, one reports progress.
         kind = self._ray.remote(max_restarts=-1, max_task_retries=2, max_concurrency=2, **needs)(self._actor)
-        return [kind.remote(self._request.as_json()) for _ in range(count)]
+        # A machine whose torch does not see the GPU that the actor has must not take "auto" for the CPU.
+        blind = gpus and self._request["device"] == "auto"
+        request = self._request.but(device="cuda") if blind else self._request
+        return [kind.remote(request.as_json()) for _ in range(count)]
 
     def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
         """See `Executor`; the first call starts the actors."""

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import sqlite3
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +38,12 @@ LEASE_S = 60.0
 suspended, or have ended on another machine."""
 PATIENCE_S = 5.0
 """Seconds of waiting after which a message says so."""
+_READS = 40
+"""Most reads of a ledger that changes meanwhile."""
+_UNTOUCHED = "mode=ro&immutable=1"
+"""Options of an address with which sqlite makes no files, and takes no locks."""
+_LOG_HEAD = 32
+"""Bytes of the head of sqlite's log."""
 
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -130,30 +138,59 @@ def snapshot(path: Path) -> Snapshot | None:
         return None
     if not path.is_file():
         return None
-    # Try "rw" first: only with write access does sqlite remove its extra files. The others are for read-only folders.
-    for mode in ("rw", "ro", "ro&immutable=1"):
-        try:
-            address = f"{path.absolute().as_uri()}?mode={mode}"
-            with contextlib.closing(sqlite3.connect(address, uri=True, timeout=BUSY_S)) as database:
-                database.execute("BEGIN")
-                notes = {
-                    name: json.loads(value)
-                    for name, value in database.execute("SELECT name, value FROM notes ORDER BY rowid")
-                }
-                runners = tuple(r for r in runners_in(database) if r.owner.alive is not False)
-                at_work = {runner.id for runner in runners}
-                runner_of = dict(database.execute(f"SELECT job, runner FROM jobs WHERE state = '{RUNNING}'"))
-                entries = (
-                    replace(entry, state=WAITING)
-                    if entry.job in runner_of and runner_of[entry.job] not in at_work
-                    else entry
-                    for entry in entries_in(database)
-                    if entry.command
-                )
-                return Snapshot(tuple(entries), runners, notes)
-        except (sqlite3.Error, ValueError):
-            continue
+    log = path.with_name(path.name + "-wal")
+    for _ in range(_READS):
+        before = _moment(path, log)
+        seen = None
+        with contextlib.suppress(sqlite3.Error, ValueError, OSError):
+            seen = _copied(path, log) if before and before[1] else _read(f"{path.absolute().as_uri()}?{_UNTOUCHED}")
+        # Otherwise it changed meanwhile. Changes that were added to the log are whole in its copy, or missing.
+        if _moment(path, log) == before:
+            return seen
+        time.sleep(0.05)
     return None
+
+
+def _copied(path: Path, log: Path) -> Snapshot:
+    """A snapshot of a ledger with changes that wait beside it in sqlite's log, from a copy of both.
+
+    On a file system whose locks do not reach other machines, sqlite would take itself for the ledger's only user, and
+    remove the log of a run on another machine.
+    """
+    with tempfile.TemporaryDirectory(prefix="lmi-ledger-") as folder:
+        copy = Path(folder) / path.name
+        for file in (log, path):
+            shutil.copyfile(file, copy.with_name(file.name))
+        return _read(copy.as_uri())
+
+
+def _moment(path: Path, log: Path) -> tuple[int, bytes] | None:
+    """When a ledger's own file last changed, and the head of its log, of which a new log has another; None without a
+    file."""
+    head = b""
+    try:
+        with contextlib.suppress(FileNotFoundError), open(log, "rb") as file:
+            head = file.read(_LOG_HEAD)
+        return path.stat().st_mtime_ns, head
+    except OSError:
+        return None
+
+
+def _read(address: str) -> Snapshot:
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as database:
+        database.execute("BEGIN")
+        notes = {
+            name: json.loads(value) for name, value in database.execute("SELECT name, value FROM notes ORDER BY rowid")
+        }
+        runners = tuple(r for r in runners_in(database) if r.owner.alive is not False)
+        at_work = {runner.id for runner in runners}
+        runner_of = dict(database.execute(f"SELECT job, runner FROM jobs WHERE state = '{RUNNING}'"))
+        entries = (
+            replace(entry, state=WAITING) if entry.job in runner_of and runner_of[entry.job] not in at_work else entry
+            for entry in entries_in(database)
+            if entry.command
+        )
+        return Snapshot(tuple(entries), runners, notes)
 
 
 def opened(path: Path, warn: Callable[[str], None]) -> sqlite3.Connection:
