@@ -553,3 +553,32 @@ def test_a_claim_costs_the_same_in_a_list_of_any_length(tmp_path: Path, monkeypa
     """A claim reads the rows that it takes, not all that wait: of 4000 items as few as of 100."""
     few, many = (claim_work(tmp_path / f"{count}.sqlite3", count, monkeypatch) for count in (100, 4000))
     assert many <= 1.2 * few
+
+
+def test_reading_a_ledger_leaves_it_to_its_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that a run has open is read from a copy, and one at rest without locks: where locks do not reach other
+    machines, sqlite would remove the log of a run there."""
+    addresses: list[str] = []
+    connect = sqlite3.connect
+
+    def noted(address: Any, **options: Any) -> Any:
+        addresses.append(str(address))
+        return connect(address, **options)
+
+    with opened(path, entries(3)) as ledger:
+        ledger.claim("", 1)
+        assert Path(f"{path}-wal").stat().st_size
+        before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.parent.iterdir()}
+        monkeypatch.setattr(ledger_file.sqlite3, "connect", noted)
+        seen = snapshot(path)
+        monkeypatch.undo()
+        assert seen is not None and sorted(entry.state for entry in seen.entries) == [RUNNING, WAITING, WAITING]
+        assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.parent.iterdir()} == before
+        ledger.finish("0", 1.0)
+    assert not Path(f"{path}-wal").exists()
+    monkeypatch.setattr(ledger_file.sqlite3, "connect", noted)
+    seen = snapshot(path)
+    assert seen is not None and sorted(entry.state for entry in seen.entries) == [DONE, WAITING, WAITING]
+    copied, untouched = addresses
+    assert not copied.startswith(path.as_uri()) and untouched == f"{path.as_uri()}?mode=ro&immutable=1"
+    assert not Path(f"{path}-wal").exists() and not Path(f"{path}-shm").exists()

@@ -1,5 +1,6 @@
 """Facts about batches of very many items."""
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ from lowmem_imagic.actions.console import Silent
 from lowmem_imagic.batch import run as runs
 from lowmem_imagic.batch import runner
 from lowmem_imagic.batch.executors.executor import Claims, Group, OnStep, Outcome
+from lowmem_imagic.batch.ledger.file import snapshot
 from lowmem_imagic.batch.ledger.ledger import Ledger
+from lowmem_imagic.batch.outputs import training_seconds
 from lowmem_imagic.batch.publishing import publish_files
 from lowmem_imagic.batch.request import Request
 from lowmem_imagic.batch.stopping import Stop
+from tests.tiny_if import write_tiny
 
 
 class Publisher:
@@ -58,6 +62,46 @@ def test_a_long_list_is_counted_seldom(tmp_path: Path, monkeypatch: pytest.Monke
     request = {"manifest": str(write_list(tmp_path, 40)), "out": str(out), "device": "cpu", "preset": "fast"}
     summary = runs.run(Request.of(request), Silent(), Stop(), own={})
     assert len(summary.done) == 40 and counted[0] <= 4
+
+
+def test_a_run_plans_for_the_items_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one item of many to make again, the executor fits its plan to that one, not to the list."""
+    counts: list[int] = []
+
+    class Counting(Publisher):
+        def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
+            counts.append(count)
+            return super().make(group, claims, count, on_step=on_step)
+
+    monkeypatch.setattr(runs, "local_executor", lambda request, bases, out, *args, **kwargs: Counting(out))
+    out = tmp_path / "out"
+    request = Request.of({"manifest": str(write_list(tmp_path, 40)), "out": str(out), "device": "cpu"})
+    first = runs.run(request, Silent(), Stop(), own={})
+    shutil.rmtree(out / first.done[0])
+    assert runs.run(request, Silent(), Stop(), own={}).done == first.done[:1]
+    assert counts == [40, 1]
+
+
+def test_a_cascades_steps_are_those_of_all_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger's steps of an item, which progress and time left are shares of, count every stage; so do the seconds
+    that a report has."""
+    steps: list[int] = []
+
+    class Stepping(Publisher):
+        def make(self, group: Group, claims: Claims, count: int, *, on_step: OnStep) -> Iterator[Outcome]:
+            steps.append(group.steps)
+            return super().make(group, claims, count, on_step=on_step)
+
+    monkeypatch.setattr(runs, "local_executor", lambda request, bases, out, *args, **kwargs: Stepping(out))
+    values = {"manifest": str(write_list(tmp_path, 1)), "out": str(tmp_path / "out"), "device": "cpu"}
+    values |= {"model": str(write_tiny(tmp_path))}
+    runs.run(Request.of(values), Silent(), Stop(), own={})
+    config = Request.of(values).settings({}).for_group("cascade")
+    assert steps == [config.embed.steps + 2 * config.finetune.steps]
+    seen = snapshot(tmp_path / "out" / ".lowmem-imagic" / "ledger.sqlite3")
+    assert seen is not None and [entry.steps for entry in seen.entries] == steps
+    measured = {"encode": {"seconds": 8.0}, "embed": {"seconds": 1.0}, "finetune": {"seconds": 2.0}}
+    assert training_seconds(measured | {"finetune_unet_2": {"seconds": 4.0}}) == 7.0
 
 
 @pytest.mark.ray
