@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -718,7 +719,7 @@ def test_pictures_are_made_one_after_another(tmp_path):
             assert len(list((tmp_path / "made").glob("eta_*.png"))) == count
             yield Image.new("RGB", (8, 8))
 
-    parameters = {**SampleConfig().__dict__, "prompt": "x", "model": "demo", "version": "1"}
+    parameters = {**SampleConfig().__dict__, "prompt": "x", "model": "demo", "version": "1", "guided": True}
     assert len(folder.write_pictures(cells, pictures(), parameters)) == 3
 
 
@@ -732,6 +733,11 @@ def test_a_cover_is_written_on_request_and_goes_with_its_run(run, photo):
     assert json.loads(Path("made/report.json").read_text(encoding="utf-8"))["cover"] == cover.name
     assert run(*words, "--force").exit_code == 0
     assert not cover.exists() and edit.exists()
+    # An edit may be called as the contact sheet is.
+    sheet = shutil.copy(photo, "sheet.png")
+    assert run("edit", sheet, "猫", "--out", "named", "--etas", "0,0.9", *QUICK, "--cover").exit_code == 0
+    assert json.loads(Path("named/report.json").read_text(encoding="utf-8"))["cover"] == "cover-sheet.png"
+    assert _picture("named/sheet.png").size != _picture("named/cover-sheet.png").size
 
 
 def test_all_wrong_words_at_once(photo):

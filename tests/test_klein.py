@@ -28,7 +28,8 @@ from typer.testing import CliRunner
 
 from lowmem_imagic import load_into, read_edit, write_edit
 from lowmem_imagic.actions.console import Console
-from lowmem_imagic.actions.render import open_edit
+from lowmem_imagic.actions.render import footer_of, open_edit, parameters_of
+from lowmem_imagic.actions.result_folder import generation_parameters
 from lowmem_imagic.cli.commands import app
 from lowmem_imagic.diffusion.flow import Flow
 from lowmem_imagic.engine import base as engine_base
@@ -396,6 +397,13 @@ def test_distilled_models_render_and_do_not_train(edit: Any, base: BaseModel, ch
     assert apply_edits(distilled, [edit], [Cell(0, 1.0, 0)], guided)[0].tobytes() == picture.tobytes()
     one, four = (apply_edits(base, [edit], [Cell(0, 1.0, 0)], way)[0] for way in (settings, guided))
     assert one.tobytes() == picture.tobytes() != four.tobytes()
+    # A picture tells of the base that made it, and of the guidance that it had.
+    for there, scale in ((distilled, "1.0"), (base, "4.0")):
+        text = generation_parameters(Cell(0, 1.0, 0), parameters_of(there, edit, [SENTENCE], guided))
+        assert f"CFG scale: {scale}, " in text and f"Model: {there.name}, " in text
+        footer = footer_of(there, edit, guided)
+        assert footer.startswith(f"{there.name} | ") and f"guidance {float(scale):g} | " in footer
+    assert distilled.name != base.name == edit.base.source
 
 
 @pytest.mark.parametrize("name", ["klein-distilled", "black-forest-labs/FLUX.2-klein-4B"])

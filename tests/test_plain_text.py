@@ -230,6 +230,7 @@ def test_generation_parameters_keep_their_lines(end: str) -> None:
         "scheduler": "DDIM",
         "guidance_scale": 1,
         "photo_guidance": None,
+        "guided": True,
     }
     lines = generation_parameters(cell, values).splitlines()
     assert len(lines) == 3 and lines[2].startswith("Steps: 4, ") and lines[1].startswith("Negative prompt: x\\")

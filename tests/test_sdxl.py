@@ -77,12 +77,19 @@ def test_text_is_encoded_as_the_pipeline_does(folders: dict[str, Path], sentence
 
 
 def test_guidance_goes_away_from_zeros(folders: dict[str, Path], tmp_path: Path) -> None:
-    """No negative sentence means zeros, as the base was trained; a base without that setting encodes the empty one."""
+    """No negative sentence means zeros, as the base was trained, also where it does not say so, as in diffusers; a base
+    that has it off encodes the empty one."""
     text = load(folders["epsilon"]).encode_text(["", SENTENCE])
     assert not text["embeds"][0].any() and not text["pooled"][0].any() and text["pooled"][1].any()
     folder = write_tiny(tmp_path / "other")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    silent = write_tiny(tmp_path / "silent")
+    told = json.loads((silent / "model_index.json").read_text())
+    told.pop("force_zeros_for_empty_prompt", None)
+    (silent / "model_index.json").write_text(json.dumps(told))
+    assert not load(silent).encode_text([""])["embeds"].any()
+    assert pipeline_of(silent).config.force_zeros_for_empty_prompt is True
     ours = load(folder).encode_text([""])
     _, tokens, _, pooled = pipeline_of(folder).encode_prompt(SENTENCE)
     assert distance(ours["embeds"], tokens) <= 1e-6 and distance(ours["pooled"], pooled) <= 1e-6

@@ -1,6 +1,7 @@
 """Edits as the files of other programs, and what `inspect` says of them."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -151,15 +152,18 @@ def test_text_of_an_edit_is_no_markup_of_its_notes(fp32: BaseModel, cascade: Edi
 def test_the_lines_of_the_notes_run(
     fp32: BaseModel, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Python lines in the exported README.md files run in their folder."""
-    for program in ("peft", "diffusers"):
-        folder = exported(made(fp32), program, tmp_path)
+    """The Python lines in the exported README.md files run in their folder, also of an edit without a sentence."""
+    edit = made(fp32)
+    without = replace(edit, sentences=(), start_sentence="a photo")
+    for program, one in (("peft", edit), ("diffusers", edit), ("diffusers", without)):
+        shutil.rmtree(tmp_path / program, ignore_errors=True)
+        folder = exported(one, program, tmp_path)
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
         pipeline.set_progress_bar_config(disable=True)
         monkeypatch.chdir(folder)
         code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
         exec(compile(code, program, "exec"), {"pipeline": pipeline})
-    assert (tmp_path / "diffusers" / "edited.png").exists()
+        assert (folder / "edited.png").exists() == (program == "diffusers")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
 """Edits on the Hugging Face Hub, against a server on this machine that speaks its protocol."""
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -20,6 +23,7 @@ from lowmem_imagic.cli.commands import app
 from lowmem_imagic.edits import file as edit_file
 from lowmem_imagic.edits.edit import Edit
 from lowmem_imagic.errors import ConfigError, EditFileError, EditTooLargeError, HubError, OutputExistsError
+from lowmem_imagic.pictures.png import EDITED, encode_png
 from lowmem_imagic.share.address import Address
 from tests import calls, hub_server
 from tests.hub_server import Hub
@@ -192,6 +196,12 @@ def test_no_picture_unless_asked(hub: Hub, path: Path, edit: Edit) -> None:
     assert b"secret" not in files(hub)["pictures/0.png"]
     with Image.open(io.BytesIO(files(hub)["pictures/0.png"])) as uploaded:
         assert uploaded.size == (8, 8)
+        # Nothing has edited this one.
+        assert not uploaded.info
+    picture.with_suffix(".png").write_bytes(encode_png(Image.new("RGB", (8, 8))))
+    push(path, pictures=[picture.with_suffix(".png")], force=True)
+    with Image.open(io.BytesIO(files(hub)["pictures/0.png"])) as uploaded:
+        assert EDITED in uploaded.info["XML:com.adobe.xmp"]
 
 
 def _made_for(edit: Edit, source: str) -> Edit:
@@ -380,7 +390,10 @@ def test_a_file_of_any_name_needs_no_network_again(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for number, address in enumerate((one, f"hub:{one}", pinned)):
         assert pull(address, tmp_path / f"{number}.safetensors")["address"] == pinned
-    pull(links[1], tmp_path / "b.safetensors")
+    report = pull(links[1], tmp_path / "b.safetensors")
+    # Its address leads to the same file again.
+    assert re.fullmatch(f"{hub.endpoint}/{REPO}/blob/[0-9a-f]{{40}}/b.safetensors", report["address"])
+    assert pull(report["address"], tmp_path / "again.safetensors")["address"] == report["address"]
     with pytest.raises(HubError, match=r"2 \.safetensors files: a\.safetensors, b\.safetensors"):
         pull(REPO, tmp_path / "more.safetensors")
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
@@ -422,6 +435,34 @@ def test_errors_of_the_hub(hub: Hub, path: Path, tmp_path: Path, monkeypatch: py
             act()
         told.append(str(error.value))
     assert not [line for line in told if "\n" in line or "hf_wrong" in line or hub_server.TOKEN in line]
+
+
+def test_a_refused_edit_does_not_come_from_the_cache(
+    hub: Hub, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was pulled before is taken from this machine where the Hub cannot be asked, and the log says so; not where
+    it answers that there is no such revision, or that this user may not read it."""
+    pinned = push(path)["address"]
+    pull(REPO, tmp_path / "before.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_wrong")
+        with pytest.raises(HubError, match="hf auth login"):
+            pull(REPO, tmp_path / "a.safetensors")
+    with pytest.raises(HubError, match="has no revision v9"):
+        pull(f"{REPO}@v9", tmp_path / "a.safetensors")
+    assert "is taken" not in caplog.text
+    for status in (None, 503):
+
+        def broken(*_: Any, status: int | None = status, **__: Any) -> Any:
+            if status is None:
+                raise OSError("no route to host")
+            answer = httpx.Response(status, request=httpx.Request("GET", hub.endpoint))
+            raise HfHubHTTPError("out of order", response=answer)
+
+        caplog.clear()
+        monkeypatch.setattr(HfApi, "model_info", broken)
+        assert pull(REPO, tmp_path / f"{status}.safetensors")["address"] == pinned
+        assert f"the copy of {pinned} on this machine is taken" in caplog.text
 
 
 def test_a_commit_in_between(hub: Hub, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,6 +516,7 @@ def test_addresses() -> None:
     assert Address.of(f"{link}/tree/v1.0") == Address.of("someone/cube@v1.0")
     assert Address.of(f"{link}/blob/main/a b.safetensors") == Address("someone/cube", "main", "a b.safetensors")
     assert str(Address.of("hub:someone/cube@v1.0")) == "hub:someone/cube@v1.0"
+    assert Address.of(str(Address("someone/cube", "v1", "in/a b.safetensors"))).file == "in/a b.safetensors"
 
 
 def test_the_studio_pushes_and_pulls(hub: Hub, path: Path, tmp_path: Path) -> None:

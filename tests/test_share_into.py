@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 
 from lowmem_imagic import Cell, apply_edits, load_into
@@ -146,6 +151,16 @@ def test_hot_swap(fp32: BaseModel, pipeline: Any) -> None:
         load_into(pipeline, edits[0], "slot", hotswap_rank=4)
     with pytest.raises(ConfigError, match="not among the layers for hot-swapping"):
         load_into(pipeline, made(fp32, adapt="conv_in"), "slot", hotswap_rank=8)
+    # Another rank would be other tensors; a plain adapter has other layers. Neither is touched.
+    load_into(pipeline, edits[0], "plain")
+    for name, rank, words in (("slot", 16, "it has rank 8"), ("plain", 8, "it covers other layers")):
+        before = pipeline.get_list_adapters()
+        with pytest.raises(ConfigError, match=f"'{name}' was not loaded with hotswap_rank={rank}: {words}"):
+            load_into(pipeline, edits[2], name, hotswap_rank=rank)
+        assert pipeline.get_list_adapters() == before
+    for name in ("", "cat.v2"):
+        with pytest.raises(ConfigError, match="the adapter's name"):
+            load_into(pipeline, edits[0], name)
 
 
 def test_another_base_is_refused(fp32: BaseModel, pipeline: Any) -> None:
@@ -169,6 +184,9 @@ def test_another_base_is_refused(fp32: BaseModel, pipeline: Any) -> None:
         load_into(pipeline, short).at(0.5)
     with pytest.raises(WrongFamilyError, match="expected a pipeline such as"):
         load_into(object(), edit)
+    image_to_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    with pytest.raises(WrongFamilyError, match="StableDiffusionImg2ImgPipeline takes no latents"):
+        load_into(image_to_image, edit)
 
 
 def test_an_edit_without_a_sentence(fp32: BaseModel, pipeline: Any) -> None:
@@ -192,6 +210,17 @@ def test_a_source_prompt_is_mentioned(fp32: BaseModel, pipeline: Any, caplog: py
     assert "source prompt" not in caplog.text
     loaded.at(0.6)
     assert "source prompt 'a cat'" in caplog.text
+
+
+def test_guidance_below_1_is_mentioned(fp32: BaseModel, pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Guidance below 1 weakens the sentence here, and has no effect in pipelines; a warning says so."""
+    edit = made(fp32)
+    weak = replace(edit, settings={"sample": {**SAMPLING.__dict__, "guidance_scale": 0.5, "photo_guidance": 1.0}})
+    loaded = load_into(pipeline, weak)
+    loaded.at(0.0)
+    assert "guidance" not in caplog.text
+    loaded.at(1.0)
+    assert "guidance there is 0.5, and pipelines have none below 1" in caplog.text
 
 
 def test_another_scheduler_is_mentioned(fp32: BaseModel, pipeline: Any, caplog: pytest.LogCaptureFixture) -> None:

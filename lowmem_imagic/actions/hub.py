@@ -12,7 +12,7 @@ from ..edits.header import read_bytes
 from ..errors import ConfigError, HubError, OutputExistsError
 from ..families import DEMO, LICENSES
 from ..pictures import load_photo
-from ..pictures.png import encode_png
+from ..pictures.png import EDITED, encode_png
 from ..share import hub
 from ..share.address import SUFFIX, Address
 from ..share.card import base_of, card, checked_license
@@ -228,9 +228,12 @@ def _gallery(pictures: Sequence[Path]) -> dict[str, Path]:
 
 
 def _picture(path: Path) -> bytes:
-    """The PNG of a picture for the card, without the file's metadata."""
+    """The PNG of a picture for the card, without the file's metadata but for the mark of an edited picture."""
     image = load_photo(path).image
     image.thumbnail((PICTURE_PX, PICTURE_PX))
+    # A gallery may show the photo, too, which nothing has edited.
+    if EDITED.encode() not in path.read_bytes():
+        return encode_png(image, provenance=None)
     return encode_png(image, text={"Software": "lowmem-imagic"})
 
 

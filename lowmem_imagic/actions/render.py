@@ -117,7 +117,7 @@ def _without(edit: Edit) -> str:
 
 def _unguided(base: BaseModel, config: SampleConfig) -> str:
     """A warning about settings that a model distilled to few steps cannot follow; "" if there are none."""
-    if all(denoiser.guided for denoiser in base.denoisers):
+    if base.guided:
         return ""
     scale = config.photo_scale if config.source_prompt else config.guidance_scale
     far = [f"guidance {scale:g}"] if scale != 1 else []
@@ -192,7 +192,7 @@ def render(
     every = list(dict.fromkeys(cell for row in cells.values() for cell in row))
     alone = {sentence: Cell(0, 1.0, config.seeds[0], strength=0.0, sentence=sentence) for sentence in sentences}
     rendered = pictures_of(base, edit, asked[0], [*every, *alone.values()], config, meter, console)
-    parameters = parameters_of(edit, sentences, config)
+    parameters = parameters_of(base, edit, sentences, config)
     names = folder.write_pictures(every, (rendered[cell].picture() for cell in every), parameters)
     name_of = dict(zip(every, names, strict=True))
 
@@ -331,23 +331,25 @@ def pictures_of(
     return {cell: Rendered(canvas, box) for cell, canvas in zip(unique, canvases, strict=True)}
 
 
-def parameters_of(edit: Edit, sentences: Sequence[str], config: SampleConfig) -> dict[str, Any]:
-    """The settings that a picture's metadata records; the sentence is that of pictures without their own."""
+def parameters_of(base: BaseModel, edit: Edit, sentences: Sequence[str], config: SampleConfig) -> dict[str, Any]:
+    """The settings that a picture's metadata records, and the base that rendered it, which may be another than the
+    edit's; the sentence is that of pictures without their own."""
     version = versions().get("lowmem_imagic", "unknown")
     sentence = sentences[0] if len(sentences) == 1 else edit.start_sentence
-    return {**config.__dict__, "prompt": sentence, "model": edit.base.source, "version": version}
+    told = {"prompt": sentence, "model": base.name, "guided": base.guided, "version": version}
+    return {**config.__dict__, **told}
 
 
 def footer_of(base: BaseModel, edit: Edit, config: SampleConfig, labelled: Container[str] = ()) -> str:
     """The footer of a sheet: the settings that all its pictures share, except those in `labelled`."""
-    guidance, way = _guidance_text(config), config.interpolation
+    guidance, way = _guidance_text(config) if base.guided else "1", config.interpolation
     if sourced(config.source_prompt, 1.0, config.strength):
-        guidance = f"{config.photo_scale:g}"
+        guidance = f"{config.photo_scale:g}" if base.guided else "1"
         way = f"edit guidance {config.edit_guidance_scale:g} from {one_line(config.source_prompt)!r}"
     guidance = "" if "guidance" in labelled else f"guidance {guidance} | "
     strength = "" if "strength" in labelled else f", strength {strength_text(config.strength)}"
     return (
-        f"{edit.base.source} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
+        f"{base.name} | {config.scheduler} {config.num_inference_steps} steps from {config.start} | "
         f"{guidance}{way}, mask {config.mask:g} | "
         f"adapter of rank {edit.rank} on {sum(map(len, edit.adapters.values()))} layers{strength} | "
         f"base in {base.weights}"

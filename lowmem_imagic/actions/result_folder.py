@@ -26,6 +26,8 @@ from ..storage.file_names import MAX_REPORT_BYTES, REPORT, safe_stem
 from ..storage.regular_files import read_regular
 from ..storage.writable import check_writable, unusable, write_target
 
+SHEET = "sheet.png"
+"""Name of the contact sheet."""
 _TEXTS = ("parameters", "Software")
 """The text entries of a picture."""
 COVER_PX = 512
@@ -100,7 +102,8 @@ class ResultFolder:
         return names
 
     def write_cover(self, name: str, picture: str) -> str:
-        """Writes a small copy of one of the folder's pictures as `name`, and returns the name."""
+        """Writes a small copy of one of the folder's pictures; returns its name: `name`, unless that is the sheet's."""
+        name = f"cover-{name}" if name == SHEET else name
         try:
             with Image.open(self.path / picture) as image:
                 text = {key: image.info[key] for key in _TEXTS if key in image.info}
@@ -122,7 +125,7 @@ class ResultFolder:
         """Writes the labelled contact sheet, and returns the place of each picture on it."""
         boxes: list[Box] = []
         sheet = contact_sheet(cells, columns=columns, title=title, footer=footer, row_titles=row_titles, boxes=boxes)
-        self.write("sheet.png", encode_png(sheet, text={"Software": "lowmem-imagic", "Title": SHEET_TITLE}))
+        self.write(SHEET, encode_png(sheet, text={"Software": "lowmem-imagic", "Title": SHEET_TITLE}))
         return boxes
 
     def write_rows(self, rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], *, footer: str) -> list[Box]:
@@ -194,6 +197,8 @@ def generation_parameters(cell: Cell, parameters: Mapping[str, Any]) -> str:
     with_source = sourced(source, cell.eta, cell.strength)
     scale = parameters["guidance_scale"] if cell.guidance_scale is None else cell.guidance_scale
     guidance = guidance_at(0.0 if with_source else cell.eta, scale, parameters["photo_guidance"])
+    # A model distilled to few steps has none, whatever the settings say.
+    guidance = guidance if parameters["guided"] else 1.0
     # Without guidance a picture has no negative prompt.
     if parameters.get("negative_prompt") and guidance != 1:
         lines.append(f"Negative prompt: {one_line(parameters['negative_prompt'])}")

@@ -108,7 +108,7 @@ def sheet(
         footer=f"{shared} | {footer_of(base, opened, config, {rows, columns, *stated})}",
         cell_px=192,
     )
-    parameters = generation_parameters(grid[0][0], parameters_of(opened, [sentence], config))
+    parameters = generation_parameters(grid[0][0], parameters_of(base, opened, [sentence], config))
     write_target(
         target,
         encode_png(picture, text={"parameters": parameters, "Software": "lowmem-imagic", "Title": SHEET_TITLE}),

@@ -190,6 +190,11 @@ class BaseModel:
         """The denoisers, in the order of sampling."""
         return self.family.denoisers
 
+    @property
+    def guided(self) -> bool:
+        """Whether pictures have classifier-free guidance; models distilled to few steps have none."""
+        return all(denoiser.guided for denoiser in self.denoisers)
+
     def check_steps(self, name: str, steps: int) -> None:
         """Checks that a sampler can take this many steps, by running it without a model.
 

@@ -3,6 +3,7 @@
 For `StableDiffusionPipeline` and `StableDiffusionXLPipeline`, and pipelines with the same arguments.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,12 @@ def network(pipeline: Any, denoiser: str) -> nn.Module:
     if not isinstance(part, nn.Module) or missing:
         raise WrongFamilyError(
             f"{type(pipeline).__name__} has no {missing[0] if missing else denoiser}, expected a pipeline such as "
+            "StableDiffusionPipeline or StableDiffusionXLPipeline"
+        )
+    asked = inspect.signature(type(pipeline).__call__).parameters
+    if lacking := [name for name in ("prompt_embeds", "latents", "width") if name not in asked]:
+        raise WrongFamilyError(
+            f"{type(pipeline).__name__} takes no {lacking[0]}, expected a pipeline that begins with noise, such as "
             "StableDiffusionPipeline or StableDiffusionXLPipeline"
         )
     if type(pipeline.scheduler).__name__.startswith("FlowMatch"):

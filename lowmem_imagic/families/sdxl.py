@@ -126,8 +126,8 @@ class StableDiffusionXL(StableDiffusion):
     def encode_text(self, sentences: Sequence[str], loaded: Loaded) -> Conditioning:
         """Tokens (B, T, D) and vectors (B, P), in the text encoders' type; zeros for the empty sentence.
 
-        SDXL learnt guidance against zeros (``force_zeros_for_empty_prompt``); a base without that setting encodes the
-        empty sentence.
+        SDXL learnt guidance against zeros (``force_zeros_for_empty_prompt``; as in diffusers, a base that does not say
+        has it on). A base that has it off encodes the empty sentence.
         """
         with loaded(_FIRST) as encoder:
             first = [_before_last(states) for states in self._read(_FIRST, encoder, sentences)]
@@ -136,7 +136,7 @@ class StableDiffusionXL(StableDiffusion):
         second, pooled = (torch.cat(parts) for parts in zip(*rows, strict=True))
         text = Conditioning({EMBEDS: torch.cat([torch.cat(first), second], -1), POOLED: pooled})
         empty = [number for number, sentence in enumerate(sentences) if not sentence]
-        if empty and self._model_index.get("force_zeros_for_empty_prompt"):
+        if empty and self._model_index.get("force_zeros_for_empty_prompt", True):
             for part in text.values():
                 part[empty] = 0
         return text

@@ -16,6 +16,8 @@ SHEET_CELL_PX = 256
 """Side of a contact sheet's cells."""
 SHEET_TITLE = "contact sheet"
 """Title of sheets, by which batches recognise sheets among photos."""
+EDITED = "compositeWithTrainedAlgorithmicMedia"
+"""The term of IPTC's Digital Source Type for a photo that a model has edited."""
 XMP_KEYWORD = "XML:com.adobe.xmp"
 SOURCE_TYPE_BASE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 
@@ -46,7 +48,7 @@ def encode_png(
     *,
     text: Mapping[str, str] = _NO_TEXT,
     icc_profile: bytes | None = None,
-    provenance: str | None = "compositeWithTrainedAlgorithmicMedia",
+    provenance: str | None = EDITED,
 ) -> bytes:
     """PNG bytes of a picture, with its text entries and a machine-readable provenance mark.
 

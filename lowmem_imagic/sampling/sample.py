@@ -163,7 +163,7 @@ def sample(
     places = [cell.edit for cell in cells] if rows is None else rows
     row_of = {(cell.edit, cell.sentence): row for cell, row in zip(cells, places, strict=True) if row is not None}
     wanted, photos = list[Cell](), dict[Cell, Cell]()
-    guided = all(denoiser.guided for denoiser in base.denoisers)
+    guided = base.guided
     for cell in cells:
         own = replace(cell, guidance_scale=_guidance(cell, config, guided))
         # At eta 0 no sentence is seen: all sentences of an edit share its photo.

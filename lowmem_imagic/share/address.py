@@ -3,7 +3,7 @@
 import re
 import reprlib
 from dataclasses import dataclass, replace
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ..errors import HubError
 
@@ -63,6 +63,10 @@ class Address:
         return replace(self, revision=revision)
 
     def __str__(self) -> str:
+        if self.file is not None:
+            from huggingface_hub import constants
+
+            return f"{constants.ENDPOINT}/{self.repository}/blob/{self.revision or 'main'}/{quote(self.file)}"
         return f"{SCHEME}{self.repository}" + (f"@{self.revision}" if self.revision else "")
 
 

@@ -218,6 +218,8 @@ def _note(program: str, edit: Edit, name: str) -> bytes:
         "base": escaped(edit.base.source),
         # Markdown keeps the marks of a block of code as they are; text on one line cannot end the block or a comment.
         "base_in_code": shown(edit.base.source),
+        # An edit without one is asked for any.
+        "sentence": "" if edit.sentences else ', "..."',
     }
     return template.substitute(name=name, **words).encode()
 

@@ -3,6 +3,7 @@
 Only safetensors files are downloaded, and only `edits.header.read_bytes` reads them.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ _T = TypeVar("_T")
 def picture_name(number: int) -> str:
     """The name in a repository of the card's picture of this number, from 0."""
     return f"pictures/{number}.png"
+
+
+log = logging.getLogger(__name__)
 
 
 def is_uploaded(name: str) -> bool:
@@ -132,7 +136,7 @@ def publish(
 def download(address: Address) -> tuple[Path, Address]:
     """The path of an edit's file in the Hub's cache, and its address pinned to the commit.
 
-    Without a network, the file in the cache is taken.
+    Without a network, and where the Hub itself is out of order, the file in the cache is taken, and the log says so.
 
     Raises:
         HubError: there is no such repository or file, several files may be meant, or the Hub cannot be reached.
@@ -140,11 +144,13 @@ def download(address: Address) -> tuple[Path, Address]:
     """
     try:
         repository = find(address)
-    except HubError:
-        path = _in_cache(address)
+    except HubError as error:
+        path = None if _refused(error) else _in_cache(address)
         if path is None:
             raise
-        return path, _pinned(address, path)
+        pinned = _pinned(address, path)
+        log.warning("%s; the copy of %s on this machine is taken", error, pinned)
+        return path, pinned
     if repository is None:
         raise HubError(
             f"{address.repository} is not on the Hub, or is private and this user may not read it; "
@@ -153,17 +159,29 @@ def download(address: Address) -> tuple[Path, Address]:
     name = _chosen(address, repository)
     size = repository.files[name]
     if size is not None and size > MAX_FILE_BYTES:
-        raise EditTooLargeError(f"{address}: {name} has {size} bytes, expected at most {MAX_FILE_BYTES}")
+        here = replace(address, file=None)
+        raise EditTooLargeError(f"{here}: {name} has {size} bytes, expected at most {MAX_FILE_BYTES}")
     named = replace(address, file=name)
     path = _asked(address, "read", lambda: _fetched(named))
-    return path, _pinned(named, path)
+    # Named where the repository alone would lead to another file, or to none.
+    alone = name == EDIT_FILE or len(repository.edit_files) == 1
+    return path, _pinned(replace(named, file=None) if alone else named, path)
+
+
+def _refused(error: HubError) -> bool:
+    """Whether the Hub answered, and refused: a file that was withdrawn is not to come from the cache."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer = error.__cause__.response if isinstance(error.__cause__, HfHubHTTPError) else None
+    return answer is not None and answer.status_code < 500
 
 
 def _pinned(address: Address, path: Path) -> Address:
-    """The address at the commit of a file's path in the Hub's cache, ``.../snapshots/COMMIT/...``."""
+    """The address at the commit of a file's path in the Hub's cache, ``models--USER--REPO/snapshots/COMMIT/...``."""
     parts = path.parts
-    place = len(parts) - 1 - parts[::-1].index("snapshots")
-    return replace(address, revision=parts[place + 1])
+    # Not by "snapshots" alone: a folder of the repository, or of this machine, may have that name.
+    place = max(at for at in range(len(parts) - 2) if parts[at].startswith("models--") and parts[at + 1] == "snapshots")
+    return replace(address, revision=parts[place + 2])
 
 
 def _chosen(address: Address, repository: Repository) -> str:
@@ -172,7 +190,7 @@ def _chosen(address: Address, repository: Repository) -> str:
     if address.file is not None:
         if address.file in names:
             return address.file
-        raise HubError(f"{address} has no file {address.file}; it has {listed(names)}")
+        raise HubError(f"{replace(address, file=None)} has no file {address.file}; it has {listed(names)}")
     if EDIT_FILE in names:
         return EDIT_FILE
     if len(names) == 1:

@@ -68,6 +68,9 @@ class LoadedEdit:
                 "path of embeddings",
                 settings.source_prompt,
             )
+        guidance = guidance_at(eta, settings.guidance_scale, settings.photo_guidance)
+        if guidance < 1:
+            log.warning("the edit's guidance there is %g, and pipelines have none below 1", guidance)
         self.activate(strength)
         start = self.edit.start_sentence
         target, negative = pipelines.encode(pipeline, asked if asked is not None else start, settings.negative_prompt)
@@ -77,7 +80,7 @@ class LoadedEdit:
         width, height = self.edit.source.size
         return {
             **pipelines.arguments(mixed, negative),
-            "guidance_scale": guidance_at(eta, settings.guidance_scale, settings.photo_guidance),
+            "guidance_scale": guidance,
             "num_inference_steps": settings.num_inference_steps,
             "width": width,
             "height": height,
@@ -177,6 +180,8 @@ def load_into(pipeline: Any, edit: Edit, name: str = "edit", *, hotswap_rank: in
     [(denoiser, adapter)] = edit.adapters.items()
     network = pipelines.network(pipeline, denoiser)
     _check_base(pipeline, edit, denoiser)
+    if not name or "." in name:
+        raise ConfigError(f"the adapter's name is {name!r}, expected one or more characters other than a point")
     used = name in pipeline.get_list_adapters().get(denoiser, ())
     if used and hotswap_rank is None:
         raise ConfigError(f"the pipeline has an adapter {name!r} already; give another name, or remove that one")
@@ -185,7 +190,10 @@ def load_into(pipeline: Any, edit: Edit, name: str = "edit", *, hotswap_rank: in
     }
     _check_shapes(edit, denoiser, network, factors)
     if hotswap_rank is not None:
-        state = _state(_uniform(factors, network, hotswap_rank))
+        uniform = _uniform(factors, network, hotswap_rank)
+        if used:
+            _check_slot(network, name, hotswap_rank, uniform)
+        state = _state(uniform)
     else:
         state = _state(scaled_alike(factors)) if edit.layout is KOHYA else _peft_state(adapter)
     with warnings.catch_warnings():
@@ -195,6 +203,22 @@ def load_into(pipeline: Any, edit: Edit, name: str = "edit", *, hotswap_rank: in
     loaded = LoadedEdit(pipeline, edit, name)
     loaded.activate()
     return loaded
+
+
+def _check_slot(network: nn.Module, name: str, rank: int, factors: Mapping[str, Factors]) -> None:
+    """Checks that the adapter of this name, which others are to take the place of, was loaded for that, in this rank.
+
+    Raises:
+        ConfigError: it has other layers, or another rank.
+    """
+    ranks = {_NAMES.key(path): layer.r.get(name) for path, layer in network.named_modules() if hasattr(layer, "lora_A")}
+    there = {key: one for key, one in ranks.items() if one is not None}
+    if there != dict.fromkeys(factors, rank):
+        found = f"has rank {max(there.values())}" if there.keys() == factors.keys() else "covers other layers"
+        raise ConfigError(
+            f"the pipeline's adapter {name!r} was not loaded with hotswap_rank={rank}: it {found}; load each edit of "
+            "this name with the same hotswap_rank, or remove that adapter"
+        )
 
 
 def _check_base(pipeline: Any, edit: Edit, denoiser: str) -> None:

@@ -280,7 +280,7 @@ class _Ask:
             self._base, self._edit, self._sentence, [cell], self._config, self._meter, self._told
         ).values()
         sentences = [self._sentence] if self._sentence else []
-        parameters = parameters_of(self._edit, sentences, self._config)
+        parameters = parameters_of(self._base, self._edit, sentences, self._config)
         text = {"parameters": generation_parameters(cell, parameters), "Software": "lowmem-imagic"}
         data = encode_png(rendered.picture(), text=text)
         name = hashlib.sha256(data).hexdigest()[:20]
