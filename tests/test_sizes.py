@@ -1,6 +1,8 @@
 """Facts about photos at their own aspect, in pictures of other sizes than the model's square."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from lowmem_imagic import Cell, Job, apply_edits, make_edits, read_edit, stream_
 from lowmem_imagic.batch.jobs import job_id, pack_id
 from lowmem_imagic.edits import versions
 from lowmem_imagic.edits.edit import MAX_NOISE_SIDE
+from lowmem_imagic.engine.base import BaseModel
 from lowmem_imagic.errors import ConfigError, EditTooLargeError
 from lowmem_imagic.families import load_architecture
 from lowmem_imagic.families.files.published import PUBLISHED
@@ -177,6 +180,21 @@ def test_another_prediction_is_another_batch(wide_base: Any, monkeypatch: pytest
     monkeypatch.setattr(type(wide_base), "identity", other)
     after = job_id("a", "0" * 64, SENTENCE, config(), wide_base, "white"), pack_id(config(), wide_base)
     assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_another_noise_schedule_is_another_batch(tiny_folder: Path, tmp_path: Path) -> None:
+    """A corrected schedule, which every step follows, has other items; a published one has the same, however told."""
+
+    def job(**changes: Any) -> str:
+        folder = Path(shutil.copytree(tiny_folder, tmp_path / str(len(list(tmp_path.iterdir())))))
+        path = folder / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return job_id("a", "0" * 64, SENTENCE, config(), BaseModel.load(str(folder), device="cpu"), "white")
+
+    usual = job()
+    assert job(steps_offset=0) == job(beta_start=0.000850001) == usual
+    others = [job(beta_end=0.02), job(beta_schedule="linear"), job(num_train_timesteps=500)]
+    assert len({usual, *others}) == 4
 
 
 def test_a_finished_batch_stays_finished(wide_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..edits.versions import version_of_base
 from ..engine.base import BaseModel
+from ..families.schedule import unpublished
 from ..settings.stages import DROPPED, EditConfig
 from .failures import INPUT
 from .ledger.file import BAD, EARLIER, FAILED, Entry
@@ -36,10 +37,12 @@ def pack_id(config: EditConfig, base: BaseModel) -> str:
 
 def _common_inputs(config: EditConfig, base: BaseModel) -> list[Any]:
     settings, identity = _hashed_settings(config.for_group(base.family.group)), base.identity
-    # One checkpoint may be read with several configurations, which say what it predicts. Left out where it is noise:
-    # items finished by an earlier version keep their hash.
+    # One checkpoint may be read with several configurations, which say what it predicts, and on which noise schedule.
+    # Left out where it is noise on a published one: items finished by an earlier version keep their hash.
     predictions = {name: what for name, what in identity.interface.denoisers.items() if what != "epsilon"}
-    return [version_of_base(identity), settings, identity.files, base.weights, *([predictions] if predictions else [])]
+    schedules = {one.name: numbers for one in base.denoisers if (numbers := unpublished(one.schedule))}
+    unusual = [values for values in (predictions, schedules) if values]
+    return [version_of_base(identity), settings, identity.files, base.weights, *unusual]
 
 
 def _hash_of(inputs: Sequence[Any]) -> str:

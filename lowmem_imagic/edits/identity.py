@@ -106,8 +106,9 @@ class BaseIdentity:
     def match(self, other: "BaseIdentity") -> Literal["exact", "revision", "architecture", "none"]:
         """Returns how closely two bases agree.
 
-        ``exact``: the same files and configuration. ``revision``: the same source and known revision, but other
-        files (another variant or precision). ``architecture``: adapters fit, results differ. ``none``: unusable.
+        ``exact``: the same files, configured for the same prediction. ``revision``: the same source and known revision,
+        but other files (another variant or precision). ``architecture``: adapters fit, results differ. ``none``:
+        unusable.
         """
         # First, because one checkpoint file can be configured to predict noise or velocity.
         if (self.family, self.interface) != (other.family, other.interface):

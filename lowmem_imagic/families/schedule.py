@@ -20,6 +20,11 @@ from .rehearsal import rehearse
 log = logging.getLogger(__name__)
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_PUBLISHED: tuple[dict[str, Any], ...] = (
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "squaredcos_cap_v2"},
+)
+"""The schedules of Stable Diffusion's bases and of DeepFloyd IF's."""
 _ROUNDING = 0.01
 """Tolerance for a schedule's numbers, which may be stored in bfloat16."""
 
@@ -70,6 +75,26 @@ def read_schedule(
             f"{component}/scheduler_config.json to the settings of the model's training"
         )
     return values
+
+
+def unpublished(schedule: object) -> list[str]:
+    """Numbers of a discrete noise schedule that is none of the published bases' two; empty for these, and for flows.
+
+    They have few digits: the same schedule has the same ones on every machine.
+    """
+    alpha_bar = getattr(schedule, "alpha_bar", None)
+    if alpha_bar is None:
+        return []
+    for values in _PUBLISHED:
+        one = diffusers.DDIMScheduler(**values).alphas_cumprod
+        if one.shape == alpha_bar.shape and torch.allclose(
+            one.double(), alpha_bar.double().cpu(), rtol=1e-3, atol=1e-6
+        ):
+            return []
+    return [
+        str(len(alpha_bar)),
+        *(f"{float(alpha_bar[int(share)]):.2e}" for share in torch.linspace(0, len(alpha_bar) - 1, 9)),
+    ]
 
 
 def alphas(values: Mapping[str, Any], label: str) -> Tensor:
