@@ -385,7 +385,8 @@ def test_a_file_of_any_name_needs_no_network_again(
     hub.add(REPO, {"a.safetensors": data, "b.safetensors": data})
     links = [f"{hub.endpoint}/{REPO}/blob/main/{name}.safetensors" for name in "ab"]
     for number, link in enumerate(links):
-        pull(link, tmp_path / f"online-{number}.safetensors")
+        told = pull(link, tmp_path / f"online-{number}.safetensors")["address"]
+        assert re.fullmatch(f"{hub.endpoint}/{REPO}/blob/[0-9a-f]{{40}}/{'ab'[number]}.safetensors", told)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for number, address in enumerate((one, f"hub:{one}", pinned)):
@@ -450,8 +451,7 @@ def test_a_refused_edit_does_not_come_from_the_cache(
             pull(REPO, tmp_path / "a.safetensors")
     with pytest.raises(HubError, match="has no revision v9"):
         pull(f"{REPO}@v9", tmp_path / "a.safetensors")
-    assert "is taken" not in caplog.text
-    for status in (None, 503):
+    for status in (403, None, 503):
 
         def broken(*_: Any, status: int | None = status, **__: Any) -> Any:
             if status is None:
@@ -461,6 +461,11 @@ def test_a_refused_edit_does_not_come_from_the_cache(
 
         caplog.clear()
         monkeypatch.setattr(HfApi, "model_info", broken)
+        if status == 403:
+            with pytest.raises(HubError, match="this user may not do that"):
+                pull(REPO, tmp_path / "a.safetensors")
+            assert "is taken" not in caplog.text
+            continue
         assert pull(REPO, tmp_path / f"{status}.safetensors")["address"] == pinned
         assert f"the copy of {pinned} on this machine is taken" in caplog.text
 
