@@ -451,7 +451,7 @@ def test_a_refused_edit_does_not_come_from_the_cache(
             pull(REPO, tmp_path / "a.safetensors")
     with pytest.raises(HubError, match="has no revision v9"):
         pull(f"{REPO}@v9", tmp_path / "a.safetensors")
-    for status in (403, None, 503):
+    for status in (403, None, 429, 503):
 
         def broken(*_: Any, status: int | None = status, **__: Any) -> Any:
             if status is None:

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -85,16 +86,18 @@ def unpublished(schedule: object) -> list[str]:
     alpha_bar = getattr(schedule, "alpha_bar", None)
     if alpha_bar is None:
         return []
-    for values in _PUBLISHED:
-        one = diffusers.DDIMScheduler(**values).alphas_cumprod
-        if one.shape == alpha_bar.shape and torch.allclose(
-            one.double(), alpha_bar.double().cpu(), rtol=1e-3, atol=1e-6
-        ):
-            return []
-    return [
-        str(len(alpha_bar)),
-        *(f"{float(alpha_bar[int(share)]):.2e}" for share in torch.linspace(0, len(alpha_bar) - 1, 9)),
-    ]
+    here = alpha_bar.double().cpu()
+    if any(here.shape == one.shape and torch.allclose(here, one, rtol=1e-3, atol=1e-6) for one in _published()):
+        return []
+    some = here[torch.linspace(0, len(here) - 1, 9).long()]
+    return [str(len(here)), *(f"{value:.2e}" for value in some.tolist())]
+
+
+# A batch asks for each of its items.
+@cache
+def _published() -> list[Tensor]:
+    """The cumulative products of alphas of `_PUBLISHED`, fp64."""
+    return [diffusers.DDIMScheduler(**values).alphas_cumprod.double() for values in _PUBLISHED]
 
 
 def alphas(values: Mapping[str, Any], label: str) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from http.client import TOO_MANY_REQUESTS
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -173,7 +174,7 @@ def _refused(error: HubError) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     answer = error.__cause__.response if isinstance(error.__cause__, HfHubHTTPError) else None
-    return answer is not None and answer.status_code < 500
+    return answer is not None and answer.status_code < 500 and answer.status_code != TOO_MANY_REQUESTS
 
 
 def _pinned(address: Address, path: Path) -> Address:
