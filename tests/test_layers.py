@@ -13,7 +13,7 @@ PACKAGE = Path(lowmem_imagic.__file__).parent
 
 FLOORS: tuple[set[str], ...] = (
     {"errors"},
-    {"amounts", "geometry", "plain_text", "unexpected"},
+    {"amounts", "children", "geometry", "plain_text", "unexpected"},
     {"settings", "storage"},
     {"pictures", "diffusion", "layers", "edits"},
     {"families"},
