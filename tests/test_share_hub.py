@@ -412,6 +412,10 @@ def test_one_of_several_files(hub: Hub, path: Path, tmp_path: Path) -> None:
     pull(f"{hub.endpoint}/{REPO}/blob/main/in/b.safetensors", tmp_path / "3.safetensors")
     with pytest.raises(HubError, match="has no file c"):
         pull(f"{hub.endpoint}/{REPO}/resolve/main/c.safetensors", tmp_path / "4.safetensors")
+    # A folder of a repository may be called as one of the cache.
+    hub.add("someone/deep", {"snapshots/edit.safetensors": data})
+    told = pull("someone/deep", tmp_path / "deep.safetensors")["address"]
+    assert re.fullmatch("hub:someone/deep@[0-9a-f]{40}", told)
     hub.add("someone/empty", {"model.bin": b"", "../../elsewhere.safetensors": data})
     with pytest.raises(HubError, match="no edit"):
         pull("someone/empty", tmp_path / "5.safetensors")
