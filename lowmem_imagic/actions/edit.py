@@ -23,7 +23,7 @@ from ..pipeline.versions import versions
 from ..planning.plan import Budget, Plan, plan_for, planned
 from ..settings.stages import EditConfig, SampleConfig
 from ..settings.text import BaseOptions, check_pictures
-from ..storage.file_names import safe_stem
+from ..storage.file_names import SHEET, safe_stem
 from ..storage.writable import check_target
 from .console import Console
 from .hub import local_file
@@ -277,7 +277,7 @@ def _finish(folder: ResultFolder, report: dict[str, Any]) -> dict[str, Any]:
     seconds = report["seconds"]["total"]
     report["files"] = list(folder.files)
     report["summary"] = [
-        f"{folder.path}: {counted(len(report['pictures']), 'picture')}, sheet.png, report.json ({seconds:.0f} s)"
+        f"{folder.path}: {counted(len(report['pictures']), 'picture')}, {SHEET}, report.json ({seconds:.0f} s)"
     ]
     if "edit_bytes" in report:
         report["summary"].append(f"edit file: {report['edit_file']} ({report['edit_bytes'] / 1000:.0f} kB)")

@@ -22,12 +22,10 @@ from ..pictures.png import SHEET_TITLE, Box, contact_sheet, encode_png
 from ..plain_text import one_line
 from ..sampling.sample import Cell
 from ..settings.stages import sourced, strength_text, strengths
-from ..storage.file_names import MAX_REPORT_BYTES, REPORT, safe_stem
+from ..storage.file_names import MAX_REPORT_BYTES, REPORT, SHEET, safe_stem
 from ..storage.regular_files import read_regular
 from ..storage.writable import check_writable, unusable, write_target
 
-SHEET = "sheet.png"
-"""Name of the contact sheet."""
 _TEXTS = ("parameters", "Software")
 """The text entries of a picture."""
 COVER_PX = 512

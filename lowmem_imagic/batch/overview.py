@@ -19,10 +19,11 @@ from ..amounts import counted
 from ..errors import OutputExistsError
 from ..pictures.png import Box, contact_sheet, encode_png
 from ..storage.atomic import write_bytes
+from ..storage.file_names import SHEET
 from ..storage.regular_files import is_plain, open_regular
 from .ledger.file import DONE
 from .outputs import report_of, seconds_at, training_seconds
-from .overview_page import GENERATOR, GONE, MARK, PAGE, PICTURE, SHEET, Shown, counts_of, page_of
+from .overview_page import GENERATOR, GONE, MARK, PAGE, PICTURE, Shown, counts_of, page_of
 from .status import status
 
 MAX_ROWS, MAX_PICTURES = 60, 11

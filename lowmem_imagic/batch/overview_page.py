@@ -10,9 +10,10 @@ from urllib.parse import quote
 from ..amounts import counted, duration
 from ..pictures.png import Box
 from ..plain_text import shown
+from ..storage.file_names import SHEET
 from .ledger.file import DONE, FAILED, RUNNING, WAITING
 
-PAGE, PICTURE, SHEET = "index.html", "overview.png", "sheet.png"
+PAGE, PICTURE = "index.html", "overview.png"
 GENERATOR = "lowmem-imagic batch sheet"
 MARK = f'<meta name="generator" content="{GENERATOR}">'
 """Marks the page as written by this program."""

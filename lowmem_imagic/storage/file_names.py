@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+SHEET = "sheet.png"
+"""Name of a result folder's contact sheet."""
 REPORT = "report.json"
 """Name of a run's report, in the folder of its results."""
 MAX_REPORT_BYTES = 16 * 2**20
